@@ -1,0 +1,209 @@
+"""The command line: parse, call, print, exit code. `--help`, `studies` and `report` never import torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ranksearch.errors import RankSearchError
+
+if TYPE_CHECKING:
+    import optuna
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. 0: done; 2: bad input, one sentence on stderr; 130: Ctrl-C. A bug is a traceback."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(given)
+    # A user's `package.module:name` is looked for in the folder the command runs in, as `python -m` does.
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return int(options.run(options, shlex.join(["ranksearch", *given])) or 0)
+    except RankSearchError as error:
+        sys.stderr.write(f"ranksearch: {error}\n")
+        return 2
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): nothing is left to say, nor a place to say it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ranksearch",
+        description="Finds, layer by layer, the tensor decomposition and rank that make a trained CNN many times smaller.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    study = commands.add_parser("study", help="run a study, or go on with it", description="Run a study, or go on with it.")
+    study.add_argument("source", metavar="NAME|FILE", help="a built-in study, or a TOML file")
+    _overrides(study)
+    study.add_argument("--out", type=Path, metavar="DIR", help="the study's folder (runs/NAME)")
+    study.add_argument("--trials", type=int, metavar="N", help="finished trials in all (search.trials)")
+    study.add_argument("--minutes", type=float, metavar="M", help="ask for no trial after so long (search.minutes)")
+    study.add_argument("--workers", type=int, metavar="N", help="processes (one a core); 0: in this process")
+    study.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    study.add_argument("--storage", metavar="URL", help="Optuna storage (SQLite in the study's folder)")
+    study.add_argument("--fresh", action="store_true", help="delete what the folder holds of the study, and start over")
+    study.set_defaults(run=_study)
+
+    studies = commands.add_parser("studies", help="list the built-in studies", description="List the built-in studies.")
+    studies.set_defaults(run=_studies)
+
+    layers = commands.add_parser(
+        "layers",
+        help="list a model's layers and what each method would cost",
+        description="List a model's layers: shape, parameters, MACs, VBMF ranks, cost of each method at those ranks.",
+    )
+    layers.add_argument("source", metavar="NAME|FILE", help="a built-in study, or a TOML file")
+    _overrides(layers)
+    layers.add_argument("--out", type=Path, metavar="DIR", help="the folder with the trained dense net (runs/NAME)")
+    layers.set_defaults(run=_layers)
+
+    report = commands.add_parser(
+        "report", help="make a study's report again", description="Make a study's report again, from its storage."
+    )
+    report.add_argument("folder", type=Path, metavar="DIR")
+    report.add_argument("--storage", metavar="URL", help="Optuna storage, if it is not the folder's own")
+    report.set_defaults(run=_report)
+
+    export = commands.add_parser(
+        "export",
+        help="take a model of the front home",
+        description="Write a finalist as plan and weights, ONNX or torch.export; reload it and compare its outputs.",
+    )
+    export.add_argument("folder", type=Path, metavar="DIR")
+    which = export.add_mutually_exclusive_group(required=True)
+    which.add_argument("--trial", type=int, metavar="N", help="the finalist of that trial number")
+    which.add_argument("--knee", action="store_true", help="the elbow of the front")
+    which.add_argument("--min-score", type=float, metavar="S", help="the smallest with at least this validation score")
+    which.add_argument("--min-ratio", type=float, metavar="R", help="the best with at least this compression ratio")
+    export.add_argument("--format", choices=("plan", "onnx", "pt2"), default="plan")
+    export.add_argument("--to", type=Path, metavar="PATH", help="where to write (DIR/export/TRIAL.FORMAT)")
+    export.add_argument("--storage", metavar="URL", help="Optuna storage, if it is not the folder's own")
+    export.set_defaults(run=_export)
+    return parser
+
+
+def _overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, metavar="N", help="the study's seed (seed)")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a key"
+    )
+
+
+def _all_overrides(options: argparse.Namespace) -> list[str]:
+    flags = {"seed": "seed", "trials": "search.trials", "minutes": "search.minutes"}
+    given = ((key, getattr(options, flag, None)) for flag, key in flags.items())
+    return [*options.overrides, *(f"{key}={value}" for key, value in given if value is not None)]
+
+
+def _study(options: argparse.Namespace, command: str) -> int:
+    from ranksearch.spec import load_spec
+
+    spec = load_spec(options.source, overrides=_all_overrides(options))
+    out = options.out or Path("runs") / spec.name
+    if options.workers is not None and options.workers < 0:
+        raise RankSearchError(f"--workers must be at least 0, but got {options.workers}.")
+    import optuna
+    from rich.console import Console
+
+    from ranksearch import console as views
+    from ranksearch.study import Options, run_study
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    screen = Console()
+    view = views.Terminal(screen) if screen.is_terminal else views.Plain(screen)
+    run = Options(
+        workers=options.workers,
+        device=options.device,
+        storage=options.storage,
+        fresh=options.fresh,
+        command=command,
+    )
+    try:
+        found = run_study(spec, out, run, view=view)
+    except KeyboardInterrupt:
+        screen.print(f"\nStopped. Go on with:  {command.replace(' --fresh', '')}", markup=False, highlight=False)
+        return INTERRUPTED
+    screen.print(views.front_table(found.front, found.facts, title="the front"))
+    screen.print(views.final_words(found, out), markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _studies(options: argparse.Namespace, command: str) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ranksearch.spec import builtin_studies, load_spec
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("study")
+    table.add_column("what it is")
+    for name in builtin_studies():
+        table.add_row(name, load_spec(name).about)
+    Console().print(table)
+    return 0
+
+
+def _layers(options: argparse.Namespace, command: str) -> int:
+    from rich.console import Console
+
+    from ranksearch import console as views
+    from ranksearch.spec import load_spec
+    from ranksearch.study import look
+
+    spec = load_spec(options.source, overrides=_all_overrides(options))
+    found = look(spec, options.out or Path("runs") / spec.name)
+    screen = Console()
+    screen.print(views.layers_table(found))
+    screen.print(views.layers_words(found), markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _report(options: argparse.Namespace, command: str) -> int:
+    from ranksearch.record import read_study
+    from ranksearch.report import write_report
+
+    sys.stdout.write(f"{write_report(read_study(_stored(options)), options.folder)}\n")
+    return 0
+
+
+def _export(options: argparse.Namespace, command: str) -> int:
+    from ranksearch import folder
+    from ranksearch.record import choose, read_study
+
+    record = read_study(_stored(options))
+    trial = choose(record.trials, number=options.trial, min_score=options.min_score, min_ratio=options.min_ratio)
+    spec = folder.read_spec(options.folder)
+
+    from ranksearch.data import batches
+    from ranksearch.export import export_model, load_model
+    from ranksearch.tasks import load_task
+
+    task = load_task(spec)
+    model = load_model(task.model, options.folder / "models" / str(trial.number))
+    inputs = next(batches(task.data.validation, 64))[0]
+    suffix = "" if options.format == "plan" else f".{options.format}"
+    target = options.to or options.folder / "export" / f"{trial.number}{suffix}"
+    difference = export_model(model, task.model, trial.plan, inputs, target, form=options.format)
+    sys.stdout.write(
+        f"{target}\ntrial {trial.number}, {trial.ratio:.1f}x smaller than dense; largest difference of outputs on "
+        f"{len(inputs)} real inputs after reloading: {difference:.1e}\n"
+    )
+    return 0
+
+
+def _stored(options: argparse.Namespace) -> optuna.Study:
+    """The Optuna study of a folder that `ranksearch study` made."""
+    from ranksearch import folder
+
+    spec = folder.read_spec(options.folder)
+    return folder.open_study(spec.name, folder.storage_url(options.folder, options.storage), create=False)

@@ -1,0 +1,255 @@
+"""What the screen shows: live progress and the front on a terminal, one plain line per event elsewhere."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from ranksearch.record import DenseFacts, LayerFacts, Outcome, StudyFacts, StudyRecord, TrialRecord, front_of
+
+
+class View(abc.ABC):
+    """What a study tells while it runs. A context: live views take the screen on entry and give it back on exit."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        return None
+
+    @abc.abstractmethod
+    def stage(self, title: str, total: int, done: int = 0) -> None:
+        """A stage of so many steps begins, some of which an earlier run has done."""
+
+    @abc.abstractmethod
+    def step(self, text: str = "") -> None:
+        """One step of the stage is done."""
+
+    @abc.abstractmethod
+    def facts(self, facts: StudyFacts) -> None:
+        """The dense model and its layers are known."""
+
+    @abc.abstractmethod
+    def trial(self, record: TrialRecord, trials: Sequence[TrialRecord]) -> None:
+        """A trial, or a finalist, has its answer; `trials` are all so far."""
+
+
+class Silent(View):
+    """Says nothing; for calls from Python."""
+
+    def stage(self, title: str, total: int, done: int = 0) -> None: ...
+
+    def step(self, text: str = "") -> None: ...
+
+    def facts(self, facts: StudyFacts) -> None: ...
+
+    def trial(self, record: TrialRecord, trials: Sequence[TrialRecord]) -> None: ...
+
+
+class Plain(View):
+    """One line a stage, one a finished trial: for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._score_name = "score"
+
+    def stage(self, title: str, total: int, done: int = 0) -> None:
+        begun = f", {done} of them done before" if done else ""
+        self._print(f"{title}: {total} {'step' if total == 1 else 'steps'}{begun}")
+
+    def step(self, text: str = "") -> None: ...
+
+    def facts(self, facts: StudyFacts) -> None:
+        self._score_name = facts.score_name
+        self._print(dense_line(facts.dense, facts.score_name))
+
+    def trial(self, record: TrialRecord, trials: Sequence[TrialRecord]) -> None:
+        self._print(trial_line(record, self._score_name))
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class Terminal(View):
+    """Progress with the time left for every stage, and the front so far beneath it."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description:<24}"),
+            BarColumn(bar_width=32),
+            MofNCompleteColumn(),
+            _TimeLeft(),
+            TextColumn("[dim]{task.fields[note]}"),
+            console=console,
+        )
+        self._front: Table | str = ""
+        self._current: TaskID | None = None
+        self._facts: StudyFacts | None = None
+        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._front = ""  # the last word on the front is the caller's
+        self._live.stop()
+
+    def stage(self, title: str, total: int, done: int = 0) -> None:
+        self._current = self._progress.add_task(title, total=total, completed=done, before=done, note="")
+
+    def step(self, text: str = "") -> None:
+        assert self._current is not None, "a step belongs to a stage"
+        self._progress.update(self._current, advance=1, note=text)
+
+    def facts(self, facts: StudyFacts) -> None:
+        self._facts = facts
+
+    def trial(self, record: TrialRecord, trials: Sequence[TrialRecord]) -> None:
+        assert self._facts is not None, "trials come after the facts"
+        self.step(f"trial {record.number}: {short_outcome(record, self._facts.score_name)}")
+        rows = max(4, self._console.height - 12)
+        self._front = front_table(front_of(trials), self._facts, most=rows, title="front so far")
+
+    def _render(self) -> Group:
+        return Group(self._progress, self._front)
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """Rich forgets its estimate between slow steps; a trial may take minutes, so the stage's mean serves."""
+
+    def render(self, task: Task) -> Text:
+        if task.finished:
+            return Text(f"{clock(task.elapsed or 0)} taken", style="progress.elapsed")
+        done = task.completed - task.fields["before"]
+        if task.elapsed is None or done <= 0 or task.total is None:
+            return Text("-:-- left", style="progress.remaining")
+        left = task.elapsed / done * (task.total - task.completed)
+        return Text(f"{clock(left)} left", style="progress.remaining")
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    whole = round(seconds)
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+def score_text(score: float | None, score_name: str) -> str:
+    """A score for people: accuracy as per cent, any other with four decimals."""
+    if score is None:
+        return "-"
+    return f"{score * 100:.1f} %" if score_name == "accuracy" else f"{score:.4f}"
+
+
+def short_outcome(record: TrialRecord, score_name: str) -> str:
+    """`55.3x, 98.1 %` for a trial that is done, its outcome otherwise."""
+    if record.outcome is Outcome.DONE:
+        return f"{record.ratio:.1f}x, {score_text(record.score_validation, score_name)}"
+    return record.outcome.value.partition(":")[0]
+
+
+def trial_line(record: TrialRecord, score_name: str) -> str:
+    """One line about one finished trial or finalist."""
+    kind = "finalist" if record.finalist else "trial"
+    seconds = record.finalist.seconds if record.finalist else record.seconds
+    found = short_outcome(record, score_name)
+    test = f" (test {score_text(record.finalist.score_test, score_name)})" if record.finalist else ""
+    return f"{kind} {record.number} [{record.origin}] {found}{test}, {seconds:.1f} s: {record.plan}"
+
+
+def dense_line(dense: DenseFacts, score_name: str) -> str:
+    """One line about the dense model."""
+    return (
+        f"dense: {dense.params:,} parameters, {dense.macs:,} MACs, {score_name} "
+        f"{score_text(dense.score_validation, score_name)} on validation, {score_text(dense.score_test, score_name)} on test"
+    )
+
+
+def front_table(front: Sequence[TrialRecord], facts: StudyFacts, *, most: int | None = None, title: str = "") -> Table:
+    """The front as a table beside the dense model, by rising ratio; at most so many rows, the largest ratios dropped."""
+    table = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for heading in ("trial", "ratio", "parameters", "MACs", "validation", "test"):
+        table.add_column(heading, justify="right")
+    table.add_column("plan", overflow="ellipsis", no_wrap=True)
+    dense = facts.dense
+    scores = (score_text(score, facts.score_name) for score in (dense.score_validation, dense.score_test))
+    table.add_row("dense", "1.0x", f"{dense.params:,}", f"{dense.macs:,}", *scores, "", style="dim")
+    for record in front[: most or len(front)]:
+        test = record.finalist.score_test if record.finalist else None
+        table.add_row(
+            str(record.number),
+            f"{record.ratio:.1f}x",
+            f"{record.params:,}",
+            f"{record.macs:,}",
+            score_text(record.score_validation, facts.score_name),
+            score_text(test, facts.score_name),
+            str(record.plan),
+        )
+    return table
+
+
+def final_words(record: StudyRecord, folder: Path) -> str:
+    """Where things are, and what to do next."""
+    return (
+        f"report  {folder / 'report.html'}\n"
+        f"models  {folder / 'models'}\n"
+        f"take one home:  ranksearch export {folder} --knee --format onnx"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """A model's layers, as `ranksearch layers` shows them."""
+
+    layers: tuple[LayerFacts, ...]
+    skipped: Mapping[str, str]
+    params: int
+    macs: int
+    costs: Mapping[str, tuple[tuple[str, int], ...]]
+    """By layer: each method at its VBMF ranks, such as "CP 16", and the parameters that it would leave."""
+    trained: bool
+    """Whether the VBMF ranks are of trained weights."""
+
+
+def layers_table(look: Look) -> Table:
+    """The inventory as a table: shape, size, share of each layer, VBMF ranks, and each method's cost at those ranks."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("layer")
+    table.add_column("kernel (out, in, *size)")
+    for heading in ("parameters", "share", "MACs", "share", "VBMF in", "out"):
+        table.add_column(heading, justify="right")
+    table.add_column("parameters at the VBMF ranks")
+    for layer in look.layers:
+        costs = [f"{text}: {params:,} ({layer.params / params:.1f}x)" for text, params in look.costs.get(layer.name, ())]
+        table.add_row(
+            layer.name,
+            "x".join(map(str, layer.weight)) + (", flattened" if layer.kind == "Linear" and len(layer.weight) > 2 else ""),
+            f"{layer.params:,}",
+            f"{layer.params / look.params:.1%}",
+            f"{layer.macs:,}",
+            f"{layer.macs / look.macs:.1%}",
+            *(str(rank or "-") for rank in layer.vbmf),
+            "\n".join(costs),
+        )
+    return table
+
+
+def layers_words(look: Look) -> str:
+    """The totals, what was skipped and why, and whether the weights were trained."""
+    lines = [f"{look.params:,} parameters, {look.macs:,} MACs for one input"]
+    lines += [f"skipped {name}: {reason}" for name, reason in look.skipped.items()]
+    if not look.trained:
+        lines.append("The dense net is not trained yet: these VBMF ranks are of its initial weights.")
+    return "\n".join(lines)

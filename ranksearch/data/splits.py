@@ -1,0 +1,84 @@
+"""Images and targets in memory, in three splits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from ranksearch.errors import DataError
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Data for a study, as a `data` reference returns it.
+
+    Each split is any map-style `torch.utils.data.Dataset` of (input, target); a `TensorDataset` is cut into batches as a
+    whole, which is far quicker for small inputs. `classes` is None where targets are no class labels.
+    """
+
+    train: Dataset[Any]
+    validation: Dataset[Any]
+    test: Dataset[Any]
+    classes: int | None
+    about: str
+    """One sentence: what the data is."""
+
+
+def size(split: Dataset[Any]) -> int:
+    """How many inputs stand in a split."""
+    return len(split)  # type: ignore[arg-type]
+
+
+def example(split: Dataset[Any]) -> Tensor:
+    """A batch of the split's first input."""
+    return next(batches(split, 1))[0]
+
+
+def batches(
+    split: Dataset[Any], batch_size: int, *, generator: torch.Generator | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches (inputs, targets) of a split: in order, or shuffled when a generator is given."""
+    count = size(split)
+    if isinstance(split, TensorDataset):
+        inputs, targets = split.tensors
+        order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
+        for chosen in order.split(batch_size):
+            yield inputs[chosen], targets[chosen]
+    else:
+        yield from DataLoader(split, batch_size=batch_size, shuffle=generator is not None, generator=generator)
+
+
+def check_splits(splits: Splits) -> None:
+    """Refuse data that a study would stumble over later.
+
+    Raises:
+        DataError: an empty split, inputs that are not finite, or targets that are not whole numbers below `classes`.
+    """
+    for name in ("train", "validation", "test"):
+        split = getattr(splits, name)
+        if size(split) == 0:
+            raise DataError(f"Each split must hold at least one input, but {name!r} is empty.")
+        for inputs, targets in batches(split, 512):
+            if inputs.is_floating_point() and not torch.isfinite(inputs).all():
+                raise DataError(f"Inputs must be finite, but split {name!r} holds NaN or infinity.")
+            if splits.classes is not None:
+                _check_labels(name, targets, splits.classes)
+
+
+def _check_labels(name: str, targets: Tensor, classes: int) -> None:
+    if targets.is_floating_point() or targets.dim() != 1:
+        raise DataError(
+            f"Targets must be whole class numbers, one an input, but split {name!r} holds {targets.dtype} of shape "
+            f"{tuple(targets.shape)}; for other targets give classes=None and your own loss and score."
+        )
+    outside = targets[(targets < 0) | (targets >= classes)]
+    if len(outside):
+        raise DataError(
+            f"Targets must lie in 0..{classes - 1}, but split {name!r} holds {int(outside[0])}; mend the targets or the "
+            "number of classes."
+        )

@@ -1,0 +1,39 @@
+"""The errors a user can cause. Each message states the rule, the value and the fix, in one sentence."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RankSearchError(Exception):
+    """Bad input. The command line prints the message on stderr and exits with code 2; a bug is any other exception."""
+
+
+class SpecError(RankSearchError):
+    """A study file, a `--set` override or a `package.module:name` reference cannot be used."""
+
+
+class PlanError(RankSearchError):
+    """A plan does not fit the model, or a factorization does not fit its layer."""
+
+
+class ModelError(RankSearchError):
+    """The dense model cannot be searched: it does not accept its input, has nothing to decompose, or holds NaN."""
+
+
+class DataError(RankSearchError):
+    """The data cannot be used: files are missing, or targets lie outside the classes."""
+
+
+class StudyError(RankSearchError):
+    """The study's folder or storage cannot be used."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the valid name closest to `name`, otherwise the list of valid names."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if close:
+        return f" Did you mean {close[0]!r}?"
+    return f" Valid: {', '.join(names)}." if names else ""

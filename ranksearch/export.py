@@ -1,0 +1,143 @@
+"""A model to take home: plan and weights, ONNX, or torch.export; reloaded and compared before it is called done."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import onnxruntime
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ranksearch.errors import StudyError
+from ranksearch.files import write_whole
+from ranksearch.plan import Plan
+from ranksearch.surgery import skeleton_
+
+M = TypeVar("M", bound=nn.Module)
+
+PLAN, WEIGHTS = "plan.json", "weights.safetensors"
+TOLERANCE = 1e-4
+"""Largest difference of outputs, relative to the largest output, that another runtime's rounding explains."""
+
+
+def weights_of(model: nn.Module) -> bytes:
+    """The state of a model as safetensors bytes, on the CPU."""
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    return safetensors.torch.save(state)
+
+
+def save_model(folder: Path, plan: Plan, weights: bytes) -> None:
+    """Write `plan.json` and `weights.safetensors` (the state dict of the factorized model) into a folder."""
+    write_whole(folder / WEIGHTS, weights)
+    write_whole(folder / PLAN, plan.to_json())
+
+
+def load_model(dense: M, folder: Path) -> M:
+    """The compressed model that a folder holds, built on a copy of the dense model; its weights do not matter.
+
+    Raises:
+        StudyError: the folder holds no model, a damaged one, or one of another dense model.
+        PlanError: its plan does not fit `dense`.
+    """
+    try:
+        plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
+        state = safetensors.torch.load_file(folder / WEIGHTS)
+    except OSError:
+        raise StudyError(f"A model's folder must hold {PLAN} and {WEIGHTS}, but {folder} does not.") from None
+    except SafetensorError as error:
+        raise StudyError(f"The weights in {folder} are damaged ({error}); run the study again.") from None
+    model = skeleton_(copy.deepcopy(dense), plan)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[-1].strip()
+        raise StudyError(f"The weights in {folder} must be of the given dense model, but are not: {first}") from None
+    return model.eval()
+
+
+def export_model(model: nn.Module, dense: nn.Module, plan: Plan, inputs: Tensor, target: Path, *, form: str = "plan") -> float:
+    """Write a compressed model, reload it, and compare the two on real inputs.
+
+    Args:
+        model: the compressed model, in eval mode, on the CPU.
+        dense: a model of the dense class, for the form `plan`; its weights do not matter.
+        plan: the plan that made `model`.
+        inputs: a batch of real inputs.
+        target: a file, or a folder for the form `plan`.
+        form: `plan` (plan.json and weights.safetensors), `onnx`, or `pt2` (torch.export).
+
+    Returns:
+        The largest absolute difference of the outputs.
+
+    Raises:
+        StudyError: the difference is more than rounding; nothing is kept then.
+    """
+    match form:
+        case "plan":
+            return export_plan(model, dense, plan, inputs, target)
+        case "onnx":
+            return export_onnx(model, inputs, target)
+        case _:
+            return export_pt2(model, inputs, target)
+
+
+def export_plan(model: nn.Module, dense: nn.Module, plan: Plan, inputs: Tensor, target: Path) -> float:
+    """Write plan and weights into the folder `target`; returns the largest difference after reloading."""
+    save_model(target, plan, weights_of(model))
+    return _compare(model, load_model(dense, target), inputs)
+
+
+def export_onnx(model: nn.Module, inputs: Tensor, target: Path) -> float:
+    """Write an ONNX file with a free batch size; returns the largest difference in onnxruntime."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter deprecates its own internals aloud
+        program = torch.onnx.export(
+            model, (inputs[:2],), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
+            input_names=["input"], output_names=["output"],
+        )  # fmt: skip
+    assert program is not None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    data = program.model_proto.SerializeToString()
+
+    def run(batch: Tensor) -> Tensor:
+        session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+        return torch.from_numpy(session.run(None, {"input": batch.numpy()})[0])
+
+    difference = _compare(model, run, inputs)
+    write_whole(target, data)
+    return difference
+
+
+def export_pt2(model: nn.Module, inputs: Tensor, target: Path) -> float:
+    """Write a torch.export archive with a free batch size; returns the largest difference after reloading."""
+    program = torch.export.export(model, (inputs[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    difference = _compare(model, torch.export.load(buffer).module(), inputs)
+    write_whole(target, buffer.getvalue())
+    return difference
+
+
+def _compare(model: nn.Module, other: Callable[[Tensor], Tensor], inputs: Tensor) -> float:
+    """The largest difference of outputs on real inputs.
+
+    Raises:
+        StudyError: it is more than rounding.
+    """
+    with torch.no_grad():
+        expected, got = model(inputs), other(inputs)
+    difference = float((expected - got).abs().max())
+    bound = TOLERANCE * max(1.0, float(expected.abs().max()))
+    if not difference <= bound:
+        raise StudyError(
+            f"The exported model's outputs must equal the trial's, but differ by {difference:.2g}; nothing was kept."
+        )
+    return difference

@@ -1,0 +1,15 @@
+"""Decompositions of one layer, one a file. Adding one: its value in `ranksearch.plan`, its file, and its line here."""
+
+from ranksearch.factorization.base import Method, Prepared, Shape
+from ranksearch.factorization.cp import CPMethod
+from ranksearch.factorization.cp4 import CP4Method
+from ranksearch.factorization.spatial import SpatialMethod
+from ranksearch.factorization.svd import SVDMethod
+from ranksearch.factorization.tucker2 import Tucker2Method
+from ranksearch.plan import Factorization
+
+METHODS: dict[type[Factorization], Method] = {
+    method.kind: method for method in (SVDMethod(), SpatialMethod(), Tucker2Method(), CPMethod(), CP4Method())
+}
+
+__all__ = ["METHODS", "Method", "Prepared", "Shape"]

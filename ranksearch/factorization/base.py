@@ -1,0 +1,156 @@
+"""The contract that every decomposition fulfils: ranks <-> cost <-> modules.
+
+One file holds one decomposition. `factor_shapes` is the single source of its size: the parameter count, the
+multiply-accumulates and the empty structure that weights are loaded into all follow from it.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ranksearch.layers import CONVOLUTIONS, Conv, Layer
+from ranksearch.plan import Factorization
+
+Shape: TypeAlias = tuple[int, ...]
+Prepared: TypeAlias = Mapping[str, Tensor]
+"""What one layer's decomposition needs so that every rank is cheap; plain tensors by name, so that it can be stored."""
+
+
+class Method(abc.ABC):
+    """One decomposition. Stateless; shapes are the kernel's (out, in, *kernel), factors come in the order they apply."""
+
+    kind: ClassVar[type[Factorization]]
+
+    @abc.abstractmethod
+    def applies(self, weight: Shape, *, linear: bool) -> bool:
+        """Whether this decomposition can store a kernel of this shape; `linear`: of a fully connected layer."""
+
+    @abc.abstractmethod
+    def bounds(self, weight: Shape) -> tuple[int, ...]:
+        """The ranks at which a kernel of this shape is reproduced exactly; more would be waste."""
+
+    @abc.abstractmethod
+    def limits(self, weight: Shape) -> tuple[int, ...]:
+        """The largest ranks that a search looks at."""
+
+    @abc.abstractmethod
+    def from_vbmf(self, rank_in: int, rank_out: int) -> tuple[int, ...]:
+        """The ranks that VBMF estimates of the input and the output unfolding suggest."""
+
+    @abc.abstractmethod
+    def factor_shapes(self, weight: Shape, ranks: tuple[int, ...]) -> tuple[Shape, ...]:
+        """The shapes of the factors of a kernel of shape `weight`, in the order they apply."""
+
+    @abc.abstractmethod
+    def positions(self, layer: Layer) -> tuple[int, ...]:
+        """How many positions each factor is applied to for one input."""
+
+    @abc.abstractmethod
+    def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int) -> Prepared:
+        """The part of the work that all ranks share, for a kernel (out, in, *kernel); `ranks` are those looked at."""
+
+    @abc.abstractmethod
+    def factors(self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int) -> tuple[Tensor, ...]:
+        """The factors at `ranks`; a pure function of its arguments."""
+
+    @abc.abstractmethod
+    def reconstruct(self, factors: Sequence[Tensor], weight: Shape) -> Tensor:
+        """The kernel of shape `weight` that the factors stand for."""
+
+    @abc.abstractmethod
+    def build(self, module: nn.Module, weight: Shape, factors: Sequence[Tensor]) -> nn.Module:
+        """Plain torch modules that compute what `module` would with the reconstructed kernel."""
+
+    # --- what follows from the above; not overridden ---
+
+    def value(self, layer: Layer, ranks: tuple[int, ...]) -> Factorization:
+        """The plan's value for this layer at these ranks."""
+        as_kernel = layer.flattened and len(self.factor_shapes(layer.weight, ranks)) > 2
+        return self.kind(*ranks, kernel=layer.kernel if as_kernel else None)
+
+    def params(self, layer: Layer, ranks: tuple[int, ...]) -> int:
+        """Parameters of the factorized layer, bias included."""
+        factors = sum(map(math.prod, self.factor_shapes(layer.weight, ranks)))
+        return factors + (layer.weight[0] if layer.bias else 0)
+
+    def macs(self, layer: Layer, ranks: tuple[int, ...]) -> int:
+        """Multiply-accumulates of the factorized layer for one input."""
+        shapes, positions = self.factor_shapes(layer.weight, ranks), self.positions(layer)
+        return sum(math.prod(shape) * count for shape, count in zip(shapes, positions, strict=True))
+
+    def pays(self, layer: Layer, ranks: tuple[int, ...]) -> bool:
+        """Whether the factorized layer has fewer parameters than the dense one. A layer never grows."""
+        return self.params(layer, ranks) < layer.params
+
+
+def stack(
+    module: nn.Module, weight: Shape, parts: Sequence[tuple[str, nn.Module, Tensor]], bias: Tensor | None
+) -> nn.Sequential:
+    """The parts as one `nn.Sequential`, weights filled in, on the device and in the dtype of `module`.
+
+    A fully connected `module` is entered and left as one: the map is unflattened before and flattened after. `bias`
+    goes to the last part.
+    """
+    kernel = module.weight
+    assert isinstance(kernel, Tensor)
+    steps: OrderedDict[str, nn.Module] = OrderedDict()
+    as_kernel = isinstance(module, nn.Linear) and len(weight) > 2
+    if as_kernel:
+        steps["unflatten"] = nn.Unflatten(1, weight[1:])
+    for name, part, values in parts:
+        assert isinstance(part.weight, Tensor)
+        with torch.no_grad():
+            part.weight.copy_(values.reshape(part.weight.shape))
+        steps[name] = part
+    if bias is not None:
+        last = parts[-1][1]
+        assert isinstance(last.bias, Tensor)
+        with torch.no_grad():
+            last.bias.copy_(bias)
+    if as_kernel:
+        steps["flatten"] = nn.Flatten()
+    built = nn.Sequential(steps).to(device=kernel.device, dtype=kernel.dtype).train(module.training)
+    return built.requires_grad_(kernel.requires_grad)
+
+
+def pointwise(module: nn.Module, weight: Shape, in_channels: int, out_channels: int, *, bias: bool = False) -> nn.Module:
+    """A 1x1 convolution of as many dimensions as the kernel has; a Linear where it has none."""
+    dims = len(weight) - 2
+    if dims == 0:
+        return nn.Linear(in_channels, out_channels, bias=bias)
+    return CONVOLUTIONS[dims - 1](in_channels, out_channels, 1, bias=bias)
+
+
+def spatial(module: nn.Module, weight: Shape, channels: tuple[int, int], *, axes: Sequence[int], groups: int = 1,
+            bias: bool = False) -> Conv:  # fmt: skip
+    """A convolution with the kernel, stride, padding and dilation that `module` has along `axes`, and 1, 1, 0, 1 elsewhere.
+
+    For a Linear seen as a kernel over its whole map the convolution is valid, with stride 1.
+    """
+    dims = len(weight) - 2
+    conv = module if isinstance(module, CONVOLUTIONS) else None
+
+    def along(values: Sequence[int], other: int) -> tuple[int, ...]:
+        return tuple(values[axis] if axis in axes else other for axis in range(dims))
+
+    ones = (1,) * dims
+    padding: str | tuple[int, ...] = (0,) * dims
+    if conv is not None:
+        padding = conv.padding if isinstance(conv.padding, str) else along(conv.padding, 0)
+    return CONVOLUTIONS[dims - 1](
+        *channels,
+        along(weight[2:], 1),  # type: ignore[arg-type]
+        stride=along(conv.stride if conv else ones, 1),  # type: ignore[arg-type]
+        padding=padding,  # type: ignore[arg-type]
+        dilation=along(conv.dilation if conv else ones, 1),  # type: ignore[arg-type]
+        groups=groups,
+        bias=bias,
+        padding_mode=conv.padding_mode if conv else "zeros",
+    )

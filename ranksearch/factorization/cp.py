@@ -1,0 +1,83 @@
+"""CP with the kernel's modes merged: 1x1 in -> rank, depthwise kernel, 1x1 rank -> out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ranksearch import plan
+from ranksearch.factorization.base import Method, Prepared, Shape, pointwise, spatial, stack
+from ranksearch.layers import Layer
+from ranksearch.tensors.cp import cp_als, cp_path, reconstruct
+
+
+class CPMethod(Method):
+    """CP of the three-way tensor (out, in, kernel positions): as many terms as `rank`, fitted by ALS."""
+
+    kind = plan.CP
+
+    def applies(self, weight: Shape, *, linear: bool) -> bool:
+        return math.prod(weight[2:]) > 1
+
+    def bounds(self, weight: Shape) -> tuple[int, ...]:
+        modes = (*weight[:2], math.prod(weight[2:]))
+        return (math.prod(modes) // max(modes),)
+
+    def limits(self, weight: Shape) -> tuple[int, ...]:
+        # More terms than the largest channel mode make ALS overcomplete: they cancel rather than fit.
+        return (min(max(weight[:2]), *self.bounds(weight)),)
+
+    def from_vbmf(self, rank_in: int, rank_out: int) -> tuple[int, ...]:
+        return (max(rank_in, rank_out),)  # as the thesis does
+
+    def factor_shapes(self, weight: Shape, ranks: tuple[int, ...]) -> tuple[Shape, ...]:
+        return (ranks[0], weight[1]), (ranks[0], *weight[2:]), (weight[0], ranks[0])
+
+    def positions(self, layer: Layer) -> tuple[int, ...]:
+        before, after = math.prod(layer.in_size), math.prod(layer.out_size)
+        return before, after, after
+
+    def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int) -> Prepared:
+        return prepare_path(kernel.flatten(2), ranks, seed)
+
+    def factors(self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int) -> tuple[Tensor, ...]:
+        out, into, modes = factors_at(kernel.flatten(2), prepared, ranks[0], seed)
+        return into.T, modes.T.reshape(-1, *kernel.shape[2:]), out
+
+    def reconstruct(self, factors: Sequence[Tensor], weight: Shape) -> Tensor:
+        reduce, depthwise, expand = factors
+        return reconstruct((expand, reduce.T, depthwise.flatten(1).T)).reshape(weight)
+
+    def build(self, module: nn.Module, weight: Shape, factors: Sequence[Tensor]) -> nn.Module:
+        reduce, depthwise, expand = factors
+        rank, bias = len(reduce), module.bias
+        assert bias is None or isinstance(bias, torch.Tensor)
+        every = range(len(weight) - 2)
+        parts = [
+            ("reduce", pointwise(module, weight, weight[1], rank), reduce),
+            ("depthwise", spatial(module, weight, (rank, rank), axes=every, groups=rank), depthwise),
+            ("expand", pointwise(module, weight, rank, weight[0], bias=bias is not None), expand),
+        ]
+        return stack(module, weight, parts, bias)
+
+
+def prepare_path(tensor: Tensor, ranks: Sequence[tuple[int, ...]], seed: int) -> dict[str, Tensor]:
+    """CP fits at all `ranks`, warm-started downwards, as tensors named `<rank>.<mode>`."""
+    fits = cp_path(tensor, sorted({rank for (rank,) in ranks}), seed=seed)
+    return {f"{rank}.{mode}": factor for rank, fit in fits.items() for mode, factor in enumerate(fit.factors)}
+
+
+def factors_at(tensor: Tensor, prepared: Prepared, rank: int, seed: int) -> tuple[Tensor, ...]:
+    """The CP factors at any rank: as prepared, or fitted from the largest terms of the next larger prepared rank."""
+    known = sorted({int(name.split(".")[0]) for name in prepared})
+    above = next((r for r in known if r >= rank), None)
+    if above is None:
+        return cp_als(tensor, rank, seed=seed).factors
+    start = tuple(prepared[f"{above}.{mode}"] for mode in range(tensor.dim()))
+    if above == rank:
+        return start
+    # Terms are kept sorted by falling norm, so the first ones are the largest.
+    return cp_als(tensor, rank, seed=seed, init=[factor[:, :rank] for factor in start], sweeps=30).factors

@@ -1,0 +1,66 @@
+"""CP4, the thesis's TD block: 1x1 in -> rank, depthwise d x 1, depthwise 1 x d, 1x1 rank -> out (Lebedev et al. 2015)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ranksearch import plan
+from ranksearch.factorization.base import Method, Prepared, Shape, pointwise, spatial, stack
+from ranksearch.factorization.cp import factors_at, prepare_path
+from ranksearch.layers import Layer
+from ranksearch.tensors.cp import reconstruct
+
+
+class CP4Method(Method):
+    """CP of the four-way tensor (out, in, height, width); fewer parameters at a rank than CP, and a larger error."""
+
+    kind = plan.CP4
+
+    def applies(self, weight: Shape, *, linear: bool) -> bool:
+        return len(weight) == 4 and min(weight[2:]) > 1
+
+    def bounds(self, weight: Shape) -> tuple[int, ...]:
+        return (math.prod(weight) // max(weight),)
+
+    def limits(self, weight: Shape) -> tuple[int, ...]:
+        # More terms than the largest channel mode make ALS overcomplete: they cancel rather than fit.
+        return (min(max(weight[:2]), *self.bounds(weight)),)
+
+    def from_vbmf(self, rank_in: int, rank_out: int) -> tuple[int, ...]:
+        return (max(rank_in, rank_out),)
+
+    def factor_shapes(self, weight: Shape, ranks: tuple[int, ...]) -> tuple[Shape, ...]:
+        rank = ranks[0]
+        return (rank, weight[1]), (rank, weight[2]), (rank, weight[3]), (weight[0], rank)
+
+    def positions(self, layer: Layer) -> tuple[int, ...]:
+        (height, width), (out_height, out_width) = layer.in_size, layer.out_size
+        after = out_height * out_width
+        return height * width, out_height * width, after, after
+
+    def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int) -> Prepared:
+        return prepare_path(kernel, ranks, seed)
+
+    def factors(self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int) -> tuple[Tensor, ...]:
+        out, into, high, wide = factors_at(kernel, prepared, ranks[0], seed)
+        return into.T, high.T, wide.T, out
+
+    def reconstruct(self, factors: Sequence[Tensor], weight: Shape) -> Tensor:
+        reduce, high, wide, expand = factors
+        return reconstruct((expand, reduce.T, high.T, wide.T))
+
+    def build(self, module: nn.Module, weight: Shape, factors: Sequence[Tensor]) -> nn.Module:
+        reduce, high, wide, expand = factors
+        rank, bias = len(reduce), module.bias
+        assert bias is None or isinstance(bias, torch.Tensor)
+        parts = [
+            ("reduce", pointwise(module, weight, weight[1], rank), reduce),
+            ("high", spatial(module, weight, (rank, rank), axes=(0,), groups=rank), high),
+            ("wide", spatial(module, weight, (rank, rank), axes=(1,), groups=rank), wide),
+            ("expand", pointwise(module, weight, rank, weight[0], bias=bias is not None), expand),
+        ]
+        return stack(module, weight, parts, bias)

@@ -1,0 +1,61 @@
+"""Spatial SVD: a d x 1 convolution in -> rank, then a 1 x d convolution rank -> out (Jaderberg et al. 2014)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ranksearch import plan
+from ranksearch.factorization.base import Method, Prepared, Shape, spatial, stack
+from ranksearch.layers import Layer
+from ranksearch.tensors.matrix import SVDFactors, svd
+
+
+class SpatialMethod(Method):
+    """SVD of the kernel unfolded as (in x height, out x width)."""
+
+    kind = plan.Spatial
+
+    def applies(self, weight: Shape, *, linear: bool) -> bool:
+        return len(weight) == 4 and min(weight[2:]) > 1
+
+    def bounds(self, weight: Shape) -> tuple[int, ...]:
+        out, into, height, width = weight
+        return (min(into * height, out * width),)
+
+    def limits(self, weight: Shape) -> tuple[int, ...]:
+        return self.bounds(weight)
+
+    def from_vbmf(self, rank_in: int, rank_out: int) -> tuple[int, ...]:
+        return (max(rank_in, rank_out),)
+
+    def factor_shapes(self, weight: Shape, ranks: tuple[int, ...]) -> tuple[Shape, ...]:
+        out, into, height, width = weight
+        return (ranks[0], into, height), (out, ranks[0], width)
+
+    def positions(self, layer: Layer) -> tuple[int, ...]:
+        (_, width), (out_height, out_width) = layer.in_size, layer.out_size
+        return out_height * width, out_height * out_width
+
+    def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int) -> Prepared:
+        found = svd(kernel.permute(1, 2, 0, 3).flatten(2).flatten(0, 1))
+        return {"left": found.left, "singular": found.singular, "right": found.right}
+
+    def factors(self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int) -> tuple[Tensor, ...]:
+        left, right = SVDFactors(prepared["left"], prepared["singular"], prepared["right"]).at(ranks[0])
+        out, into, height, width = kernel.shape
+        return left.T.reshape(-1, into, height), right.reshape(-1, out, width).permute(1, 0, 2)
+
+    def reconstruct(self, factors: Sequence[Tensor], weight: Shape) -> Tensor:
+        first, second = factors
+        return torch.einsum("rih,orw->oihw", first, second)
+
+    def build(self, module: nn.Module, weight: Shape, factors: Sequence[Tensor]) -> nn.Module:
+        first, second = factors
+        rank, bias = len(first), module.bias
+        assert bias is None or isinstance(bias, torch.Tensor)
+        high = spatial(module, weight, (weight[1], rank), axes=(0,))
+        wide = spatial(module, weight, (rank, weight[0]), axes=(1,), bias=bias is not None)
+        return stack(module, weight, [("high", high, first), ("wide", wide, second)], bias)

@@ -1,0 +1,64 @@
+"""Tucker-2: 1x1 in -> rank_in, kernel rank_in -> rank_out, 1x1 rank_out -> out (Kim et al. 2016)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ranksearch import plan
+from ranksearch.factorization.base import Method, Prepared, Shape, pointwise, spatial, stack
+from ranksearch.layers import Layer
+from ranksearch.tensors.tucker import HOSVD, hosvd
+
+
+class Tucker2Method(Method):
+    """Truncated HOSVD over the two channel modes: nested, so one decomposition serves every pair of ranks."""
+
+    kind = plan.Tucker2
+
+    def applies(self, weight: Shape, *, linear: bool) -> bool:
+        return math.prod(weight[2:]) > 1
+
+    def bounds(self, weight: Shape) -> tuple[int, ...]:
+        out, into, positions = weight[0], weight[1], math.prod(weight[2:])
+        return min(into, out * positions), min(out, into * positions)
+
+    def limits(self, weight: Shape) -> tuple[int, ...]:
+        return self.bounds(weight)
+
+    def from_vbmf(self, rank_in: int, rank_out: int) -> tuple[int, ...]:
+        return rank_in, rank_out
+
+    def factor_shapes(self, weight: Shape, ranks: tuple[int, ...]) -> tuple[Shape, ...]:
+        rank_in, rank_out = ranks
+        return (rank_in, weight[1]), (rank_out, rank_in, *weight[2:]), (weight[0], rank_out)
+
+    def positions(self, layer: Layer) -> tuple[int, ...]:
+        before, after = math.prod(layer.in_size), math.prod(layer.out_size)
+        return before, after, after
+
+    def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int) -> Prepared:
+        found = hosvd(kernel.flatten(2))
+        return {"core": found.core, "u_out": found.u_out, "u_in": found.u_in}
+
+    def factors(self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int) -> tuple[Tensor, ...]:
+        core, u_out, u_in = HOSVD(prepared["core"], prepared["u_out"], prepared["u_in"]).at(*ranks)
+        return u_in.T, core.reshape(*core.shape[:2], *kernel.shape[2:]), u_out
+
+    def reconstruct(self, factors: Sequence[Tensor], weight: Shape) -> Tensor:
+        reduce, core, expand = factors
+        return torch.einsum("or,rsk,si->oik", expand, core.flatten(2), reduce).reshape(weight)
+
+    def build(self, module: nn.Module, weight: Shape, factors: Sequence[Tensor]) -> nn.Module:
+        reduce, core, expand = factors
+        (rank_out, rank_in), bias = core.shape[:2], module.bias
+        assert bias is None or isinstance(bias, torch.Tensor)
+        parts = [
+            ("reduce", pointwise(module, weight, weight[1], rank_in), reduce),
+            ("core", spatial(module, weight, (rank_in, rank_out), axes=range(len(weight) - 2)), core),
+            ("expand", pointwise(module, weight, rank_out, weight[0], bias=bias is not None), expand),
+        ]
+        return stack(module, weight, parts, bias)

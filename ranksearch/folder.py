@@ -1,0 +1,146 @@
+"""The folder of a study: whose it is, that one run at a time has it, and the Optuna storage inside or outside it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import filelock
+import optuna
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from ranksearch.errors import StudyError
+from ranksearch.files import write_whole
+from ranksearch.spec import StudySpec, parse_spec
+
+SPEC, DATABASE, DENSE = "spec.toml", "study.db", "dense.safetensors"
+
+
+@contextmanager
+def claimed(folder: Path, spec: StudySpec, *, fresh: bool) -> Iterator[None]:
+    """Hold the study's folder for this run; `fresh` empties it first.
+
+    Raises:
+        StudyError: the folder is a file, holds something else or another study, cannot be written, or is in use.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise StudyError(f"The output must be a folder, but {folder} is a file; choose another --out.")
+    found = read_spec(folder) if (folder / SPEC).exists() else None
+    if found is None and folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
+        raise StudyError(f"The output folder must be a study's or empty, but {folder} holds other files; choose another --out.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except filelock.Timeout:
+        raise StudyError(
+            f"One run at a time may use a folder, but {folder} is in use; wait for it or choose another --out."
+        ) from None
+    except OSError as error:
+        raise StudyError(f"The output folder {folder} cannot be written: {error.strerror}; choose another --out.") from None
+    try:
+        if found is not None and not fresh:
+            _same_study(folder, found, spec)
+        if fresh:
+            _empty(folder)
+        yield
+    finally:
+        lock.release()
+
+
+def read_spec(folder: Path) -> StudySpec:
+    """The resolved spec of the study in a folder.
+
+    Raises:
+        StudyError: there is none.
+        SpecError: it is damaged.
+    """
+    try:
+        text = (folder / SPEC).read_text(encoding="utf-8")
+    except OSError:
+        raise StudyError(f"A study's folder must hold {SPEC}, but {folder} does not; name a folder under runs/.") from None
+    return parse_spec(text, source=str(folder / SPEC))
+
+
+def write_spec(folder: Path, spec: StudySpec, storage: str | None) -> None:
+    """Keep the resolved spec, and the storage's address (without its password) where it is not the folder's own."""
+    note = f"# storage: {make_url(storage).render_as_string(hide_password=True)}\n" if storage else ""
+    write_whole(folder / SPEC, note + spec.to_toml())
+
+
+def storage_url(folder: Path, storage: str | None) -> str:
+    """The address of the study's Optuna storage: the one given, or the SQLite file in its folder."""
+    return storage or f"sqlite:///{folder / DATABASE}"
+
+
+def open_study(name: str, url: str, *, create: bool) -> optuna.Study:
+    """The Optuna study of that name; made where it is not there and `create` is set.
+
+    Raises:
+        StudyError: the storage cannot be reached, is no Optuna storage, or has no such study.
+    """
+    address = make_url(url)
+    if not create and address.drivername == "sqlite" and not Path(address.database or "").exists():
+        raise StudyError(f"The storage {address.database} does not exist; run `ranksearch study` first, or give --storage.")
+    storage = check_storage(url)
+    if not create:
+        try:
+            return optuna.load_study(study_name=name, storage=storage)
+        except KeyError:
+            shown = address.render_as_string(hide_password=True)
+            raise StudyError(f"The storage {shown} holds no study {name!r}; run `ranksearch study` first.") from None
+    study = optuna.create_study(study_name=name, storage=storage, directions=["maximize", "maximize"], load_if_exists=True)
+    if not study.metric_names:
+        study.set_metric_names(["validation score", "log10 ratio"])
+    return study
+
+
+def check_storage(url: str) -> optuna.storages.RDBStorage:
+    """The Optuna storage at a database address.
+
+    Raises:
+        StudyError: the address is none, or the storage cannot be reached or is no Optuna storage. Never shows a password.
+    """
+    try:
+        address = make_url(url)
+    except ArgumentError:
+        raise StudyError(f"A storage must be a database URL such as sqlite:///study.db, but got {_masked(url)!r}.") from None
+    shown = address.render_as_string(hide_password=True)
+    try:
+        return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+    except ImportError as error:
+        reason = f"the Python package {error.name!r} is not installed" if error.name else str(error)
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
+        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+    reason = reason.replace(str(address.password), "***") if address.password else reason
+    raise StudyError(f"The storage {shown} cannot be used: {reason}; check its address, and that it is up.")
+
+
+def delete_study(name: str, url: str) -> None:
+    """Remove the study of that name from its storage, if it is there."""
+    with suppress(KeyError):
+        optuna.delete_study(study_name=name, storage=url)
+
+
+def _same_study(folder: Path, found: StudySpec, spec: StudySpec) -> None:
+    there, here = found.identity(), spec.identity()
+    for key in sorted({*there, *here}):
+        if there.get(key) != here.get(key):
+            raise StudyError(
+                f"The folder {folder} holds another study ({key} is {there.get(key)!r} there and {here.get(key)!r} here); "
+                "choose another --out, or --fresh to start over."
+            )
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name != ".lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _masked(url: str) -> str:
+    head, at, tail = url.rpartition("@")
+    return f"{head.split('://')[0]}://***@{tail}" if at else url

@@ -1,0 +1,250 @@
+"""What can be decomposed in a model, and why not the rest: one forward pass tells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ranksearch.errors import ModelError
+
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decomposable module of the dense model at the study's input size.
+
+    `weight` is the kernel's shape (out, in, *kernel); (out, in) for a fully connected layer. `in_size` and `out_size`
+    are the spatial sizes before and after, () for a fully connected layer, `calls` the positions that one is applied
+    to. A fully connected layer behind a flatten has `flattened` set: its weight is seen as a kernel that covers the
+    whole map, as the thesis does, and its sizes are those of that convolution.
+    """
+
+    name: str
+    kind: str
+    weight: tuple[int, ...]
+    bias: bool
+    in_size: tuple[int, ...] = ()
+    out_size: tuple[int, ...] = ()
+    calls: int = 1
+    flattened: bool = False
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The kernel's spatial size; () for a fully connected layer."""
+        return self.weight[2:]
+
+    @property
+    def params(self) -> int:
+        """Parameters of the dense layer, weight and bias."""
+        return math.prod(self.weight) + (self.weight[0] if self.bias else 0)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the dense layer for one input."""
+        return math.prod(self.weight) * math.prod(self.out_size) * self.calls
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The layers in call order, what was skipped and why, and the size of the whole model.
+
+    `params` counts weights, biases and normalisation affine of the whole model, no buffers, shared ones once; `macs` is
+    for one input.
+    """
+
+    layers: tuple[Layer, ...]
+    skipped: Mapping[str, str]
+    params: int
+    macs: int
+
+    def __getitem__(self, name: str) -> Layer:
+        return {layer.name: layer for layer in self.layers}[name]
+
+
+def count_params(model: nn.Module) -> int:
+    """Parameters of a model: weights, biases and normalisation affine; shared ones once, buffers not."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: nn.Module, example: Tensor) -> int:
+    """Multiply-accumulates of `model` for the batch `example`, counted by torch while it runs (in eval mode)."""
+    counter = FlopCounterMode(display=False)
+    with _evaluating(model), torch.no_grad(), counter:
+        model(example)
+    return int(counter.get_total_flops()) // 2
+
+
+def inventory(model: nn.Module, example: Tensor) -> Inventory:
+    """The decomposable layers of `model`, found by running it once on `example`, a batch of one input.
+
+    Raises:
+        ModelError: the model does not accept the example, holds NaN or infinite weights, or has no decomposable layer.
+    """
+    _check_weights(model)
+    watch = _Watch(model)
+    try:
+        macs = watch.run(example)
+    except Exception as error:
+        raise ModelError(
+            f"The model must accept one input of shape {tuple(example.shape)}, but its forward raised "
+            f"{type(error).__name__}: {_first_line(error)}; check the model's arguments against the data."
+        ) from error
+    layers, skipped = [], {}
+    for name, module in watch.candidates.items():
+        reason = _why_not(name, module, watch)
+        if reason:
+            skipped[name] = reason
+    for name in watch.order:
+        if name not in skipped:
+            layers.append(_describe(name, watch.candidates[name], *watch.shapes[name], watch.maps.get(name)))
+    if not layers:
+        why = "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) or "it holds no Conv or Linear module"
+        raise ModelError(f"The model must have a decomposable layer, but has none ({why}).")
+    return Inventory(tuple(layers), skipped, count_params(model), macs // len(example))
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ModelError(f"Weights must be finite, but {name!r} holds NaN or infinity; load or train the model again.")
+
+
+def _why_not(name: str, module: nn.Module, watch: _Watch) -> str | None:
+    if not isinstance(module, (*CONVOLUTIONS, nn.Linear)):
+        return f"{type(module).__name__} is not supported"
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrised; remove the parametrisation first"
+    if module.weight.is_complex():
+        return "its weight is complex"
+    if len(watch.owners[id(module.weight)]) > 1:
+        return f"its weight is shared by {', '.join(sorted(watch.owners[id(module.weight)]))}"
+    calls = watch.order.count(name)
+    if calls != 1:
+        return "it is never called by the forward pass" if calls == 0 else f"it is called {calls} times in one pass"
+    if isinstance(module, CONVOLUTIONS) and module.groups > 1:
+        return "it is depthwise" if module.groups == module.in_channels else f"it has {module.groups} groups"
+    if isinstance(module, CONVOLUTIONS) and len(watch.shapes[name][0]) != module.weight.dim():
+        return "it is called without a batch dimension"
+    return None
+
+
+def _describe(
+    name: str, module: nn.Module, inputs: tuple[int, ...], outputs: tuple[int, ...], flat: tuple[int, ...] | None
+) -> Layer:
+    assert isinstance(module, (*CONVOLUTIONS, nn.Linear))
+    kind, bias, weight = type(module).__name__, module.bias is not None, tuple(module.weight.shape)
+    if isinstance(module, CONVOLUTIONS):
+        return Layer(name, kind, weight, bias, inputs[2:], outputs[2:])
+    if flat and math.prod(flat[1:]) > 1:
+        whole = (1,) * len(flat[1:])
+        return Layer(name, kind, (weight[0], *flat), bias, flat[1:], whole, flattened=True)
+    return Layer(name, kind, weight, bias, calls=math.prod(outputs[1:-1]))
+
+
+class _Watch:
+    """Runs a model once and notes which candidate was called, in which order, with which shapes, behind which flatten."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        # A class name is how quantised and lazily or transposed convolutions are told from what never had a kernel.
+        self.candidates = {
+            name: module
+            for name, module in model.named_modules()
+            if (any(word in type(module).__name__ for word in ("Conv", "Linear")) and not list(module.children()))
+            or isinstance(module, (*CONVOLUTIONS, nn.Linear))
+        }
+        self.owners: dict[int, set[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self.owners.setdefault(id(parameter), set()).add(name)
+        self.order: list[str] = []
+        self.shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        self.maps: dict[str, tuple[int, ...]] = {}
+
+    def run(self, example: Tensor) -> int:
+        """One pass in eval mode; returns the multiply-accumulates counted in it."""
+        flattened = _Flattened()
+        handles = []
+        for name, module in self.candidates.items():
+            handles.append(module.register_forward_hook(self._hook(name, flattened)))
+        counter = FlopCounterMode(display=False)
+        try:
+            with _evaluating(self.model), torch.no_grad(), counter, flattened:
+                self.model(example)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return int(counter.get_total_flops()) // 2
+
+    def _hook(self, name: str, flattened: _Flattened) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self.order.append(name)
+            self.shapes[name] = (tuple(args[0].shape), tuple(output.shape))
+            if (source := flattened.source(args[0])) is not None:
+                self.maps[name] = source
+
+        return note
+
+
+class _Flattened(TorchFunctionMode):
+    """Follows (batch, channels, *size) -> (batch, features) through flatten, view or reshape, and what acts elementwise."""
+
+    FLATTEN = frozenset({torch.flatten, Tensor.flatten, Tensor.view, Tensor.reshape, torch.reshape})
+    ELEMENTWISE = frozenset(
+        {
+            F.relu, torch.relu, Tensor.relu, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.hardtanh, F.hardswish, F.mish,
+            torch.tanh, Tensor.tanh, torch.sigmoid, Tensor.sigmoid, F.dropout, F.alpha_dropout, F.batch_norm,
+            Tensor.contiguous, Tensor.clone,
+        }
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Kept alive for the pass: an id is only unique while its tensor lives.
+        self._sources: dict[int, tuple[Tensor, tuple[int, ...]]] = {}
+
+    def source(self, tensor: Tensor) -> tuple[int, ...] | None:
+        """The (channels, *size) that `tensor` was flattened from, if it was."""
+        known = self._sources.get(id(tensor))
+        return known[1] if known else None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in self.FLATTEN:
+            before = args[0]
+            if before.dim() > 2 and result.dim() == 2 and result.shape[0] == before.shape[0]:
+                self._sources[id(result)] = (result, tuple(before.shape[1:]))
+        elif func in self.ELEMENTWISE and (known := self._sources.get(id(args[0]))):
+            self._sources[id(result)] = (result, known[1])
+        return result
+
+
+class _evaluating:
+    """Eval mode for a while; each module gets its own mode back, since a model may hold frozen parts."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modes = {module: module.training for module in model.modules()}
+        self._model = model
+
+    def __enter__(self) -> None:
+        self._model.eval()
+
+    def __exit__(self, *exc: object) -> None:
+        for module, training in self._modes.items():
+            module.training = training
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]

@@ -1,0 +1,63 @@
+"""Front, hypervolume and knee of points to be maximised: pure functions of an array of shape (points, objectives)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def front(points: ArrayLike) -> NDArray[np.intp]:
+    """Indices of the points that no other point dominates, ordered by rising second objective.
+
+    A point dominates another when it is nowhere smaller and somewhere larger. Of equal points only the first is kept.
+    """
+    values = np.asarray(points, dtype=float)
+    if values.size == 0:
+        return np.empty(0, dtype=np.intp)
+    at_least = (values[:, None, :] >= values[None, :, :]).all(-1)
+    larger = (values[:, None, :] > values[None, :, :]).any(-1)
+    order = np.arange(len(values))
+    twin = at_least & at_least.T & (order[:, None] < order[None, :])
+    kept = np.flatnonzero(~((at_least & larger) | twin).any(0))
+    return kept[np.argsort(values[kept, 1], kind="stable")]
+
+
+def ranks(points: ArrayLike) -> NDArray[np.intp]:
+    """Non-domination rank of each point (Deb et al. 2002): 0 on the front, 1 on the front of the rest, and so on."""
+    values = np.asarray(points, dtype=float)
+    result = np.full(len(values), -1, dtype=np.intp)
+    rest, rank = np.arange(len(values)), 0
+    while rest.size:
+        chosen = rest[front(values[rest])]
+        result[chosen] = rank
+        rest, rank = np.setdiff1d(rest, chosen), rank + 1
+    return result
+
+
+def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
+    """Area between the front of two-objective `points` and `reference`; points not above the reference count nothing."""
+    origin = np.asarray(reference, dtype=float)
+    values = np.asarray(points, dtype=float).reshape(-1, 2)
+    values = values[(values > origin).all(1)]
+    area, before = 0.0, origin[1]
+    for first, second in values[front(values)]:
+        area += (first - origin[0]) * (second - before)
+        before = second
+    return float(area)
+
+
+def knee(points: ArrayLike) -> int:
+    """Index of the front point farthest above the straight line between the front's ends, each objective scaled to 0..1.
+
+    The usual "elbow" of a two-objective front (Das 1999); with fewer than three points the one of highest first objective.
+    """
+    values = np.asarray(points, dtype=float).reshape(-1, 2)
+    chosen = front(values)
+    if chosen.size == 0:
+        raise ValueError("a knee needs at least one point")
+    on_front = values[chosen]
+    span = np.ptp(on_front, axis=0)
+    if chosen.size < 3 or (span == 0).any():
+        return int(chosen[np.argmax(on_front[:, 0])])
+    scaled = (on_front - on_front.min(0)) / span
+    return int(chosen[np.argmax(scaled.sum(1))])

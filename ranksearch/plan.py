@@ -1,0 +1,179 @@
+"""What a compressed model is, on paper: one frozen factorization value per layer, and the plan that maps layers to them.
+
+No torch here, so that reports and tools can read a plan in milliseconds. What a factorization costs and how it is
+built stands in `ranksearch.factorization`, one file for each value below.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from ranksearch.errors import PlanError, nearest
+
+FORMAT = "ranksearch-plan/1"
+
+
+@dataclass(frozen=True)
+class Factorization:
+    """How one layer is stored. The fields of each kind are its ranks; the type selects the code.
+
+    A fully connected layer behind a flatten can be treated as a convolution over the whole map it was flattened from;
+    `kernel` then holds the size of that map, such as (6, 6). It is None for every other layer.
+    """
+
+    method: ClassVar[str]
+    title: ClassVar[str]
+    kernel: tuple[int, ...] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name in self.rank_names():
+            if not _is_positive(rank := getattr(self, name)):
+                raise PlanError(f"A rank must be a whole number of at least 1, but {self.method} got {name}={rank!r}.")
+        if self.kernel is not None and not (self.kernel and all(map(_is_positive, self.kernel))):
+            raise PlanError(f"A kernel must be whole numbers of at least 1, but {self.method} got kernel={self.kernel!r}.")
+
+    @classmethod
+    def rank_names(cls) -> tuple[str, ...]:
+        """The names of the ranks, in order; empty for a dense layer."""
+        return tuple(entry.name for entry in fields(cls) if entry.name != "kernel")
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks, in the order of `rank_names`."""
+        return tuple(getattr(self, name) for name in self.rank_names())
+
+    def __str__(self) -> str:
+        return f"{self.title} {'x'.join(map(str, self.ranks))}" if self.ranks else self.title
+
+
+@dataclass(frozen=True)
+class Dense(Factorization):
+    """The layer as it is."""
+
+    method = "dense"
+    title = "dense"
+
+
+@dataclass(frozen=True)
+class SVD(Factorization):
+    """Two matrices, in -> rank -> out; for fully connected layers and 1x1 convolutions."""
+
+    method = "svd"
+    title = "SVD"
+    rank: int
+
+
+@dataclass(frozen=True)
+class Spatial(Factorization):
+    """Two convolutions, d x 1 then 1 x d, with `rank` channels between (Jaderberg et al. 2014)."""
+
+    method = "spatial"
+    title = "spatial SVD"
+    rank: int
+
+
+@dataclass(frozen=True)
+class Tucker2(Factorization):
+    """1x1 in -> rank_in, kernel rank_in -> rank_out, 1x1 rank_out -> out (Kim et al. 2016)."""
+
+    method = "tucker2"
+    title = "Tucker-2"
+    rank_in: int
+    rank_out: int
+
+
+@dataclass(frozen=True)
+class CP(Factorization):
+    """1x1 in -> rank, depthwise kernel, 1x1 rank -> out: CP with the kernel's modes merged into one."""
+
+    method = "cp"
+    title = "CP"
+    rank: int
+
+
+@dataclass(frozen=True)
+class CP4(Factorization):
+    """1x1 in -> rank, depthwise d x 1, depthwise 1 x d, 1x1 rank -> out: the thesis's TD block (Lebedev et al. 2015)."""
+
+    method = "cp4"
+    title = "CP-4"
+    rank: int
+
+
+KINDS: Mapping[str, type[Factorization]] = {kind.method: kind for kind in (Dense, SVD, Spatial, Tucker2, CP, CP4)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Map from layer name to factorization; a layer not named stays dense. Compares and hashes by content."""
+
+    layers: tuple[tuple[str, Factorization], ...] = ()
+
+    @classmethod
+    def of(cls, layers: Mapping[str, Factorization]) -> Plan:
+        """The plan for these layers, without the dense ones, in a canonical order, so that equal plans compare equal."""
+        return cls(tuple(sorted((name, value) for name, value in layers.items() if not isinstance(value, Dense))))
+
+    def __iter__(self) -> Iterator[tuple[str, Factorization]]:
+        return iter(self.layers)
+
+    def __getitem__(self, layer: str) -> Factorization:
+        return dict(self.layers).get(layer, Dense())
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self) or "dense"
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"format": ..., "layers": {name: {"method": ..., <rank>: ...}}}`, as in `plan.json`."""
+        layers = {
+            name: {"method": value.method}
+            | dict(zip(value.rank_names(), value.ranks, strict=True))
+            | ({"kernel": list(value.kernel)} if value.kernel else {})
+            for name, value in self
+        }
+        return {"format": FORMAT, "layers": layers}
+
+    def to_json(self) -> str:
+        """The plan as JSON text, one layer a line's worth of indentation."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Plan:
+        """The plan that `to_dict` wrote.
+
+        Raises:
+            PlanError: another format, an unknown method, a missing or unknown rank, or a rank that is not positive.
+        """
+        if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("layers"), dict):
+            got = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise PlanError(f'A plan needs "format": "{FORMAT}" and a "layers" object, but got {got!r}.')
+        return cls.of({name: _factorization(name, entry) for name, entry in data["layers"].items()})
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan in JSON text; raises `PlanError` as `from_dict` does, and for text that is not JSON."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"A plan must be JSON, but line {error.lineno} is not: {error.msg}.") from None
+        return cls.from_dict(data)
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _factorization(layer: str, entry: Any) -> Factorization:
+    method = entry.get("method") if isinstance(entry, dict) else entry
+    if not isinstance(method, str) or method not in KINDS:
+        raise PlanError(f"Layer {layer!r} names the method {method!r}, which is none.{nearest(str(method), KINDS)}")
+    kind = KINDS[method]
+    given, wanted = set(entry) - {"method", "kernel"}, kind.rank_names()
+    if given != set(wanted):
+        need = ", ".join(wanted) or "no rank"
+        raise PlanError(f"Layer {layer!r}: method {method!r} takes {need}, but got {', '.join(sorted(given)) or 'none'}.")
+    kernel = entry.get("kernel")
+    return kind(*(entry[name] for name in wanted), kernel=tuple(kernel) if isinstance(kernel, list) else kernel)

@@ -1,0 +1,299 @@
+"""What a study found, from and to its Optuna storage. The report reads nothing else, and neither needs torch."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from ranksearch import pareto
+from ranksearch.errors import StudyError
+from ranksearch.plan import Plan
+
+
+class Outcome(enum.Enum):
+    """How a trial ended; the value is the sentence its user reads."""
+
+    DONE = "done"
+    STOPPED_EARLY = "stopped early: other trials of similar size were clearly better after as much fine-tuning"
+    DIVERGED = "diverged: the loss became NaN or infinite; a lower finetune.learning_rate helps"
+    NOT_SMALLER = "not smaller than dense: the plan saves no parameters, so it was not trained"
+    OUT_OF_MEMORY = "out of memory: a smaller finetune.batch_size or fewer --workers help"
+    WORKER_LOST = "worker lost: its process ended before the trial did; its parameters are queued again"
+
+    @property
+    def state(self) -> TrialState:
+        """The state that Optuna is told."""
+        return _STATES.get(self, TrialState.PRUNED)
+
+
+_STATES = {Outcome.DONE: TrialState.COMPLETE, Outcome.WORKER_LOST: TrialState.FAIL}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One point of a trial's curve: the validation score after so many epochs of fine-tuning."""
+
+    epochs: float
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finalist:
+    """A trial that was fine-tuned for longer, from its decomposed weights, and scored once on the test split."""
+
+    score_validation: float
+    score_test: float
+    curve: tuple[Rung, ...]
+    seconds: float
+    latency_ms: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRecord:
+    """One trial. `score` is the validation score after its last rung, None where there is none."""
+
+    number: int
+    index: int
+    origin: str
+    plan: Plan
+    outcome: Outcome
+    params: int
+    macs: int
+    ratio: float
+    score: float | None = None
+    curve: tuple[Rung, ...] = ()
+    seconds: float = 0.0
+    seed: int = 0
+    finalist: Finalist | None = None
+
+    @property
+    def score_validation(self) -> float | None:
+        """The validation score with the most fine-tuning behind it."""
+        return self.finalist.score_validation if self.finalist else self.score
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFacts:
+    """One layer that can be decomposed, as the report shows it. `weight` is the kernel's shape (out, in, *kernel)."""
+
+    name: str
+    kind: str
+    weight: tuple[int, ...]
+    params: int
+    macs: int
+    vbmf: tuple[int | None, int | None]
+    """VBMF ranks of the input and the output unfolding; None where the estimate finds no low-rank signal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseFacts:
+    """The dense model: parameters, multiply-accumulates for one input, scores, milliseconds for one input."""
+
+    params: int
+    macs: int
+    score_validation: float
+    score_test: float
+    latency_ms: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyFacts:
+    """What holds for the study as a whole, kept as attributes of the Optuna study."""
+
+    name: str
+    seed: int
+    spec: Mapping[str, Any]
+    score_name: str
+    dense: DenseFacts
+    layers: tuple[LayerFacts, ...]
+    skipped: Mapping[str, str]
+    versions: Mapping[str, str]
+    machine: str
+    command: str
+    data: str
+    """One sentence: what the images are, and how many stand in each split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRecord:
+    """A whole study: its facts, its trials in the order they were asked for, and the seconds each stage took so far."""
+
+    facts: StudyFacts
+    trials: tuple[TrialRecord, ...]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def front(self) -> list[TrialRecord]:
+        """The non-dominated trials by (validation score, ratio), by rising ratio; see `front_of`."""
+        return front_of(self.trials)
+
+
+def front_of(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """The non-dominated trials by (validation score, ratio), by rising ratio.
+
+    Once there are finalists only they compete: scores of long and of short fine-tuning do not compare.
+    """
+    done = [trial for trial in trials if trial.outcome is Outcome.DONE and trial.score_validation is not None]
+    pool = [trial for trial in done if trial.finalist] or done
+    return [pool[i] for i in pareto.front([(_score(trial), trial.ratio) for trial in pool])]
+
+
+def choose(
+    trials: Sequence[TrialRecord],
+    *,
+    number: int | None = None,
+    min_score: float | None = None,
+    min_ratio: float | None = None,
+) -> TrialRecord:
+    """One finalist: of that number, or the smallest of at least that validation score, or the best of at least that
+    compression ratio; the knee of the front where nothing is asked for.
+
+    Raises:
+        StudyError: there are no finalists, or none is as asked.
+    """
+    finalists = {trial.number: trial for trial in trials if trial.finalist}
+    if not finalists:
+        raise StudyError("A model must be a finalist to be taken home, but there are none yet; let the study end first.")
+    front = front_of(trials)
+    if number is not None:
+        if number not in finalists:
+            names = ", ".join(map(str, sorted(finalists)))
+            raise StudyError(f"Only finalists keep their weights, but trial {number} is none; they are {names}.")
+        return finalists[number]
+    if min_score is not None:
+        fitting = [trial for trial in front if _score(trial) >= min_score]
+        if not fitting:
+            best = max(map(_score, front))
+            raise StudyError(f"A model with a score of at least {min_score:g} is asked for, but the best has {best:.4f}.")
+        return max(fitting, key=lambda trial: trial.ratio)
+    if min_ratio is not None:
+        fitting = [trial for trial in front if trial.ratio >= min_ratio]
+        if not fitting:
+            most = max(trial.ratio for trial in front)
+            raise StudyError(f"A ratio of at least {min_ratio:g} is asked for, but the smallest model has {most:.1f}.")
+        return max(fitting, key=_score)
+    return front[pareto.knee([(_score(trial), math.log10(trial.ratio)) for trial in front])]
+
+
+def _score(trial: TrialRecord) -> float:
+    return trial.score_validation if trial.score_validation is not None else -math.inf
+
+
+# --- to and from Optuna -------------------------------------------------------------------------------------------
+
+_FACTS, _SECONDS, _FINALIST = "ranksearch:facts", "ranksearch:seconds", "ranksearch:finalist:"
+_TRIAL, _ASKED = "ranksearch:trial", "ranksearch:asked"
+
+
+def attributes(record: TrialRecord) -> dict[str, Any]:
+    """The trial's attributes, plain JSON values: the whole record, and what a person wants to see beside the values."""
+    whole = {
+        "plan": record.plan.to_dict(),
+        "outcome": record.outcome.name,
+        "params": record.params,
+        "macs": record.macs,
+        "ratio": record.ratio,
+        "score": record.score,
+        "curve": [_plain(rung) for rung in record.curve],
+        "seconds": record.seconds,
+        "seed": record.seed,
+    }
+    return {_TRIAL: whole, "plan": str(record.plan), "outcome": record.outcome.value}
+
+
+def write_facts(study: optuna.Study, facts: StudyFacts) -> None:
+    """Keep the study's facts in its storage."""
+    study.set_user_attr(_FACTS, _plain(facts))
+
+
+def write_seconds(study: optuna.Study, seconds: Mapping[str, float]) -> None:
+    """Keep the seconds that each stage has taken so far."""
+    study.set_user_attr(_SECONDS, dict(seconds))
+
+
+def write_finalist(study: optuna.Study, number: int, finalist: Finalist) -> None:
+    """Keep a finalist's result. Optuna closes finished trials, so it stands among the study's attributes."""
+    study.set_user_attr(f"{_FINALIST}{number}", _plain(finalist))
+
+
+def has_facts(study: optuna.Study) -> bool:
+    """Whether the study got as far as its first trial."""
+    return _FACTS in study.user_attrs
+
+
+def read_facts(study: optuna.Study) -> StudyFacts:
+    """The facts that `write_facts` kept.
+
+    Raises:
+        StudyError: the Optuna study is not one of ranksearch's, or stopped before its first trial.
+    """
+    try:
+        data = dict(study.user_attrs[_FACTS])
+    except KeyError:
+        raise StudyError(
+            f"Study {study.study_name!r} holds no ranksearch record yet; run `ranksearch study` until its trials start."
+        ) from None
+    layers = tuple(
+        LayerFacts(**entry | {"weight": tuple(entry["weight"]), "vbmf": tuple(entry["vbmf"])}) for entry in data.pop("layers")
+    )
+    return StudyFacts(**data | {"layers": layers, "dense": DenseFacts(**data["dense"])})
+
+
+def asked(index: int, origin: str) -> dict[str, Any]:
+    """The attribute of a trial that was asked for: its place in the study, kept when it is queued again, and by whom."""
+    return {_ASKED: {"index": index, "origin": origin}}
+
+
+def read_asked(trial: FrozenTrial | optuna.Trial) -> tuple[int, str] | None:
+    """What `asked` kept: (index, origin); None for a trial that a killed run had not finished asking for."""
+    found = trial.user_attrs.get(_ASKED)
+    return (found["index"], found["origin"]) if found else None
+
+
+def read_trial(trial: FrozenTrial, finalist: Mapping[str, Any] | None = None) -> TrialRecord | None:
+    """The record of a finished trial; None while it waits or runs, or where a killed run left it without a result."""
+    whole, place = trial.user_attrs.get(_TRIAL), read_asked(trial)
+    if whole is None or place is None or trial.state is not Outcome[whole["outcome"]].state:
+        return None
+    about = {
+        "plan": Plan.from_dict(whole["plan"]),
+        "outcome": Outcome[whole["outcome"]],
+        "curve": tuple(Rung(*point) for point in whole["curve"]),
+        "finalist": _finalist(finalist) if finalist else None,
+    }
+    return TrialRecord(**whole | about, number=trial.number, index=place[0], origin=place[1])
+
+
+def _finalist(data: Mapping[str, Any]) -> Finalist:
+    return Finalist(**{**data, "curve": tuple(Rung(*point) for point in data["curve"])})
+
+
+def read_trials(study: optuna.Study) -> tuple[TrialRecord, ...]:
+    """Every finished trial of the study, finalists' results included, by number."""
+    attrs = study.user_attrs
+    found = (read_trial(t, attrs.get(f"{_FINALIST}{t.number}")) for t in study.get_trials(deepcopy=False))
+    return tuple(record for record in found if record is not None)
+
+
+def read_study(study: optuna.Study) -> StudyRecord:
+    """Everything the report needs; raises `StudyError` as `read_facts` does."""
+    return StudyRecord(facts=read_facts(study), trials=read_trials(study), seconds=study.user_attrs.get(_SECONDS, {}))
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses to plain JSON values; a `Rung` becomes the pair [epochs, score]."""
+    if isinstance(value, Rung):
+        return [value.epochs, value.score]
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value

@@ -1,0 +1,44 @@
+"""The report of a study: one HTML page, Markdown, CSV, JSON, a picture; from its record alone, without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ranksearch.files import write_whole
+from ranksearch.record import StudyRecord
+from ranksearch.report import charts, markdown, page, points, summary, tables, text
+
+__all__ = ["write_report"]
+
+
+def write_report(record: StudyRecord, folder: Path) -> Path:
+    """Write the study's report into `folder` and return the path of its page, `report.html`.
+
+    Beside the page stand `report.md`, `front.csv`, `front.json`, `front.png` and `trials.csv`, each replaced as a
+    whole. A study at any stage has a report: before its first trial, before its finalists, after its end. Equal records
+    give equal bytes.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    # The page comes last: once it is there, so is all that it links to.
+    contents: dict[str, str | bytes] = {
+        "front.json": tables.front_json(record),
+        "front.csv": tables.front_csv(record),
+        "trials.csv": tables.trials_csv(record),
+        "front.png": _picture(record),
+        "report.md": markdown.markdown(record),
+        "report.html": page.html(record),
+    }
+    for name, content in contents.items():
+        write_whole(folder / name, content)
+    return folder / "report.html"
+
+
+def _picture(record: StudyRecord) -> bytes:
+    """The front's chart with a heading that says what the page would say around it."""
+    window, facts = points.window(record), record.facts
+    title = f"{facts.name}: {facts.score_name} against compression ratio"
+    below = f"; {text.counted(window.below, 'trial')} below {text.score(window.low, facts.score_name)} not shown"
+    subtitle = summary.effort(record) + (below if window.below else "")
+    return charts.png(charts.front_chart(record), title=title, subtitle=subtitle)

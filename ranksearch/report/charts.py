@@ -1,0 +1,170 @@
+"""The three charts, each defined once and drawn by the page (SVG, by the reader's browser) and by `front.png`.
+
+Colours are middle tones that hold on white and on black; the page's style sheet recolours text and lines for the dark.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import altair as alt
+import vl_convert
+
+from ranksearch.record import StudyRecord
+from ranksearch.report import figures, points, text
+
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+BLUE, ORANGE, GREY, INK = "#2563eb", "#d97706", "#94a3b8", "#1f2937"
+
+_CLEAR = "transparent"
+# Right above its point, where a front has nothing.
+_LABEL: dict[str, Any] = {"align": "left", "dx": 7, "dy": -9, "fontSize": 11.5, "fontWeight": 600, "fill": INK}
+# Kind of point -> fill, stroke, shape, size, opacity.
+_LOOKS = {
+    points.TRIAL: (GREY, GREY, "circle", 36, 0.75),
+    points.STOPPED: (_CLEAR, GREY, "circle", 22, 0.45),
+    points.VBMF: (ORANGE, ORANGE, "triangle-up", 90, 0.95),
+    points.FINALIST: ("#93b4f5", BLUE, "circle", 70, 0.9),
+    points.FRONT: (BLUE, BLUE, "circle", 90, 1.0),
+    points.TEST: (_CLEAR, BLUE, "circle", 70, 1.0),
+    points.DENSE: (INK, INK, "diamond", 130, 1.0),
+}
+
+
+def front_chart(record: StudyRecord) -> alt.LayerChart:
+    """Validation score against compression ratio on a logarithmic axis: trials, front, test scores, the dense model."""
+    window = points.window(record)
+    rows = [row for row in points.front_points(record) if row["score"] >= window.low]
+    labels = [row for row in points.front_labels(record) if row["score"] >= window.low]
+    x = alt.X("ratio:Q", scale=alt.Scale(type="log", domain=window.ratios, nice=False), axis=_ratio_axis(window.ratios))
+    y = _score_y(record, (window.low, window.high))
+    line: dict[str, Any] = {"interpolate": "step-before", "clip": True, "stroke": BLUE}
+    layers = [
+        _near_band(record, window),
+        _chart(points.search_line(record)).mark_line(**line, strokeWidth=1, opacity=0.35, strokeDash=[4, 3]).encode(x, y),
+        _chart(points.front_line(record)).mark_line(**line, strokeWidth=2).encode(x, y),
+        _chart(rows).mark_point(strokeWidth=1.6).encode(x, y, tooltip=_tooltip(record), **_kind_channels(rows)),
+        _chart(labels).mark_text(**_LABEL).encode(x, y, text="text:N"),
+    ]
+    return alt.LayerChart(layer=layers).properties(height=400)
+
+
+def hypervolume_chart(record: StudyRecord) -> alt.LayerChart:
+    """Hypervolume of the search's front after each trial; a mark where a trial raised it."""
+    rows = points.hypervolume_points(record)
+    x = alt.X("trial:Q", title="trial", axis=alt.Axis(tickMinStep=1, format="d"))
+    y = alt.Y("hypervolume:Q", title="hypervolume", axis=alt.Axis(tickCount=5))
+    tooltip = ["trial:Q", "origin:N", alt.Tooltip("hypervolume:Q", format=".4f"), "plan:N"]
+    line = _chart(rows).mark_line(interpolate="step-after", stroke=BLUE, strokeWidth=2).encode(x, y)
+    raised = [row for row in rows if row["raised"]]
+    marks = _chart(raised).mark_point(filled=True, size=45, fill=BLUE, opacity=1).encode(x, y, tooltip=tooltip)
+    return alt.LayerChart(layer=[line, marks]).properties(height=220)
+
+
+def curves_chart(record: StudyRecord) -> alt.LayerChart:
+    """Score against epochs of fine-tuning, one line a trial; finalists start again from their decomposed weights."""
+    rows = points.curve_points(record)
+    looks = {points.SEARCH: (GREY, 0.6), points.STOPPED: (ORANGE, 0.45), points.FINALIST: (BLUE, 0.95)}
+    present = [kind for kind in looks if any(row["kind"] == kind for row in rows)]
+    axis = alt.Axis(values=sorted({row["epochs"] for row in rows}), format="~g", labelOverlap=True)
+    x = alt.X("epochs:Q", title="epochs of fine-tuning", scale=alt.Scale(type="sqrt", nice=False), axis=axis)
+    y = _score_y(record, points.curve_domain(record))
+    colour = alt.Color(
+        "kind:N",
+        sort=present,
+        scale=alt.Scale(domain=present, range=[looks[kind][0] for kind in present]),
+        legend=_legend(),
+    )
+    opacities = alt.Scale(type="ordinal", domain=present, range=[looks[kind][1] for kind in present])
+    fade = alt.Opacity("kind:N", sort=present, scale=opacities, legend=_legend())
+    base = _chart(rows)
+    lines = base.mark_line(strokeWidth=1.3, clip=True).encode(x, y, color=colour, opacity=fade, detail="line:N")
+    tooltip = ["trial:N", "origin:N", alt.Tooltip("epochs:Q", format="~g"), alt.Tooltip("text:N", title="score")]
+    dots = base.mark_point(filled=True, size=28, clip=True).encode(x, y, color=colour, opacity=fade, tooltip=tooltip)
+    return alt.LayerChart(layer=[lines, dots]).properties(height=260)
+
+
+def page_spec(chart: alt.LayerChart) -> dict[str, Any]:
+    """The chart as Vega-Lite that fills the width it is given."""
+    return _configured(chart.properties(width="container"), background=_CLEAR).to_dict()
+
+
+def png(chart: alt.LayerChart, *, title: str, subtitle: str) -> bytes:
+    """The chart as a picture, about 900 pixels wide at twice the resolution."""
+    heading = alt.TitleParams(title, subtitle=subtitle, anchor="start", offset=14, fontSize=15, subtitleColor="#6b7280")
+    spec = _configured(chart.properties(width=820, title=heading), background="white").to_dict()
+    return vl_convert.vegalite_to_png(json.dumps(spec), scale=2)
+
+
+def _chart(rows: Sequence[dict[str, Any]]) -> alt.Chart:
+    return alt.Chart(alt.Data(values=list(rows)))
+
+
+def _near_band(record: StudyRecord, window: points.Window) -> alt.LayerChart:
+    """The dense score as a rule across the chart, and the band of scores that count as near it."""
+    score = record.facts.dense.score_validation
+    rows = [{"score": score, "low": max(score - figures.NEAR, window.low)}]
+    y = alt.Y("score:Q", title=None)
+    band = _chart(rows).mark_rect(fill=BLUE, opacity=0.07).encode(y, y2="low:Q")
+    return alt.LayerChart(layer=[band, _chart(rows).mark_rule(stroke=GREY, strokeDash=[2, 3]).encode(y)])
+
+
+def _kind_channels(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Fill, stroke, shape, size and opacity by kind of point; one legend for all, naming only what the chart shows."""
+    present = [kind for kind in _LOOKS if any(row["kind"] == kind for row in rows)]
+    return {
+        name: getattr(alt, name.capitalize())(
+            "kind:N",
+            sort=present,
+            # Without this type Vega-Lite spreads sizes evenly between the first and the last of the range.
+            scale=alt.Scale(type="ordinal", domain=present, range=[_LOOKS[kind][at] for kind in present]),
+            legend=_legend(),
+        )
+        for at, name in enumerate(("fill", "stroke", "shape", "size", "opacity"))
+    }
+
+
+def _legend() -> alt.Legend:
+    columns = alt.ExprRef("width < 420 ? 2 : width < 640 ? 4 : 7")
+    return alt.Legend(title=None, orient="bottom", columns=columns, symbolOpacity=1)
+
+
+def _tooltip(record: StudyRecord) -> list[alt.Tooltip]:
+    name = record.facts.score_name
+    titles = {
+        "trial": "trial", "origin": "origin", "outcome": "outcome", "ratio_text": "compression ratio",
+        "params": "parameters", "macs": "MACs", "validation": f"validation {name}", "test": f"test {name}",
+        "plan": "plan",
+    }  # fmt: skip
+    return [alt.Tooltip(f"{field}:N", title=title) for field, title in titles.items()]
+
+
+def _ratio_axis(ratios: tuple[float, float]) -> alt.Axis:
+    """Ticks at 1, 2, 5, 10 and so on: Vega's own choice for a logarithmic axis labels every 2, 3, 4, 5."""
+    decades = range(math.floor(math.log10(ratios[0])), math.ceil(math.log10(ratios[1])) + 1)
+    ticks = [step * 10.0**decade for decade in decades for step in (1, 2, 5)]
+    inside = [tick for tick in ticks if ratios[0] <= tick <= ratios[1]]
+    return alt.Axis(values=inside, title="compression ratio", labelExpr="format(datum.value, ',~g') + 'x'", grid=False)
+
+
+def _score_y(record: StudyRecord, domain: tuple[float, float]) -> alt.Y:
+    name = record.facts.score_name
+    label = "format(100 * datum.value, '.1~f') + ' %'" if text.is_percent(name) else "format(datum.value, '.3~f')"
+    scale = alt.Scale(zero=False, nice=False, domain=domain)
+    axis = alt.Axis(labelExpr=label, tickCount=7, tickMinStep=0.001)
+    return alt.Y("score:Q", title=f"validation {name}", scale=scale, axis=axis)
+
+
+def _configured(chart: alt.LayerChart, *, background: str) -> alt.LayerChart:
+    return (
+        chart.configure(font=FONT, background=background, padding={"left": 4, "right": 12, "top": 8, "bottom": 4})
+        .configure_view(stroke=None)
+        .configure_axis(
+            gridColor="#e5e7eb", domainColor="#9ca3af", tickColor="#9ca3af", labelColor="#4b5563", titleColor="#4b5563",
+            labelFontSize=11, titleFontSize=12, titleFontWeight="normal", titlePadding=8,
+        )
+        .configure_legend(labelColor="#4b5563", labelFontSize=11.5, symbolSize=70, columnPadding=14)
+    )  # fmt: skip

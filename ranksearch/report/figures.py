@@ -1,0 +1,136 @@
+"""What the report derives from a record: the best model near the dense one, the knee, hypervolume, correlations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ranksearch import pareto
+from ranksearch.record import DenseFacts, Outcome, Rung, StudyRecord, TrialRecord
+
+NEAR = 0.01
+"""A model this close to the dense one on validation counts as "as good": one point of accuracy."""
+
+REACH = 0.10
+"""Scores more than this below the dense one are of no interest: outside the charts, and nothing in the hypervolume."""
+
+# A score is a ratio of counts, so 0.98 - 0.97 > 0.01 in floating point though both differ by exactly one point.
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Spearman's rank correlation of the scores after `epochs` with a later score, over `trials` trials."""
+
+    epochs: float
+    trials: int
+    value: float
+
+
+def known(value: float | None) -> float | None:
+    """The value, or None where it is missing, NaN or infinite: neither JSON nor a reader can use those."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def scored(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """The trials that finished with a score."""
+    return [trial for trial in trials if trial.outcome is Outcome.DONE and trial.score is not None]
+
+
+def finalists(record: StudyRecord) -> list[TrialRecord]:
+    """The trials that were fine-tuned for longer, by rising ratio."""
+    return sorted((trial for trial in record.trials if trial.finalist), key=lambda trial: trial.ratio)
+
+
+def curve_of(trial: TrialRecord) -> tuple[Rung, ...]:
+    """The curve that ends in the trial's best-trained score: the finalist's, otherwise the search's."""
+    return trial.finalist.curve if trial.finalist else trial.curve
+
+
+def epochs_of(trial: TrialRecord) -> float:
+    """The epochs of fine-tuning behind `score_validation`; 0 where there was none."""
+    return max((rung.epochs for rung in curve_of(trial)), default=0)
+
+
+def near_dense(front: Sequence[TrialRecord], dense: DenseFacts) -> TrialRecord | None:
+    """The front's smallest model whose validation score is at most `NEAR` below the dense one, if there is one."""
+    floor = dense.score_validation - NEAR - _ROUNDING
+    close = [trial for trial in front if trial.score_validation is not None and trial.score_validation >= floor]
+    return max(close, key=lambda trial: trial.ratio, default=None)
+
+
+def knee(front: Sequence[TrialRecord]) -> TrialRecord | None:
+    """The front's elbow in (validation score, logarithm of the ratio), as the chart shows it, if there is a front."""
+    if not front:
+        return None
+    return front[pareto.knee([_objectives(trial.score_validation, trial.ratio) for trial in front])]
+
+
+def hypervolumes(record: StudyRecord) -> list[tuple[TrialRecord, float]]:
+    """Each trial with the hypervolume of the search's front once it was told.
+
+    In (validation score, log10 of the ratio), above (dense score - `REACH`, log10 1): half the area of a chart is half
+    the value. Only scores of the search count: longer fine-tuning of finalists would be a jump at the end.
+    """
+    reference = (record.facts.dense.score_validation - REACH, 0.0)
+    best: list[tuple[float, float]] = []
+    result = []
+    for trial in record.trials:
+        if scored([trial]):
+            best.append(_objectives(trial.score, trial.ratio))
+            best = [best[i] for i in pareto.front(best)]
+        result.append((trial, pareto.hypervolume(best, reference)))
+    return result
+
+
+def rung_correlations(record: StudyRecord) -> list[Correlation]:
+    """How well each rung's scores foretell the order after the last rung, among the trials that got there.
+
+    A rung is left out where fewer than three trials, or equal scores, leave nothing to correlate.
+    """
+    curves = [trial.curve for trial in record.trials if trial.curve]
+    last = max((curve[-1].epochs for curve in curves), default=0)
+    pairs: dict[float, list[tuple[float, float]]] = {}
+    for curve in curves:
+        if curve[-1].epochs == last:
+            for rung in curve[:-1]:
+                pairs.setdefault(rung.epochs, []).append((rung.score, curve[-1].score))
+    return _correlations(pairs)
+
+
+def finalist_correlations(record: StudyRecord) -> list[Correlation]:
+    """How well the search's score of a finalist foretells the order of finalists' scores; at most one entry."""
+    chosen = finalists(record)
+    pairs = [(t.score, t.finalist.score_validation) for t in chosen if t.finalist and t.score is not None]
+    epochs = max((rung.epochs for trial in chosen for rung in trial.curve), default=0)
+    return _correlations({epochs: pairs})
+
+
+def spearman(first: ArrayLike, second: ArrayLike) -> float:
+    """Spearman's rank correlation, ties at their mean rank; NaN where one side is constant."""
+    ranks = np.array([_mean_ranks(first), _mean_ranks(second)])
+    centred = ranks - ranks.mean(axis=1, keepdims=True)
+    scale = np.linalg.norm(centred, axis=1).prod()
+    return float(centred[0] @ centred[1] / scale) if scale else math.nan
+
+
+def _mean_ranks(values: ArrayLike) -> np.ndarray:
+    _, inverse, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def _correlations(pairs: dict[float, list[tuple[float, float]]]) -> list[Correlation]:
+    found = [
+        Correlation(epochs, len(scores), spearman(*zip(*scores, strict=True)))
+        for epochs, scores in sorted(pairs.items())
+        if len(scores) >= 3
+    ]
+    return [entry for entry in found if math.isfinite(entry.value)]
+
+
+def _objectives(score: float | None, ratio: float) -> tuple[float, float]:
+    return (math.nan if score is None else score, math.log10(ratio))

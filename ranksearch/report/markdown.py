@@ -1,0 +1,77 @@
+"""`report.md`: the front beside the dense model, and what is needed to make it again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from ranksearch.record import StudyRecord
+from ranksearch.report import figures, summary, text
+
+_FRONT_HEAD = (
+    "trial", "compression ratio", "parameters", "MACs", "MACs ratio", "validation", "test", "latency", "epochs", "plan",
+)  # fmt: skip
+
+
+def markdown(record: StudyRecord) -> str:
+    """The report as GitHub-flavoured Markdown."""
+    facts = record.facts
+    parts = [
+        f"# {_escape(facts.name)}: {_escape(facts.score_name)} against compression ratio",
+        _escape(summary.headline(record)),
+        _escape(f"{facts.data} {summary.effort(record)}; seed {facts.seed}."),
+        "## Front",
+        _table(_FRONT_HEAD, [_dense_cells(record), *(_front_cells(line) for line in summary.front_lines(record))]),
+        _front_note(record),
+        "## Settings",
+        _table(("setting", "value"), summary.settings(facts.spec)),
+        "## Versions, machine, time",
+        _table(("what", "which"), _circumstances(record)),
+        "## Make it again",
+        # Indented rather than fenced: nothing in the command can end the block.
+        "\n".join(f"    {line}" for line in facts.command.splitlines()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_cells(line: summary.FrontLine) -> list[str]:
+    mark = " (knee)" if line.knee else ""
+    validation, test = (
+        f"{score} ({difference})" if difference else score
+        for score, difference in ((line.validation, line.validation_difference), (line.test, line.test_difference))
+    )
+    return [
+        f"{line.trial}{mark}", line.ratio, line.params, line.macs, line.macs_ratio, validation, test, line.latency,
+        line.epochs, str(line.plan),
+    ]  # fmt: skip
+
+
+def _dense_cells(record: StudyRecord) -> list[str]:
+    dense, name = record.facts.dense, record.facts.score_name
+    return [
+        "dense", text.ratio(1), text.whole(dense.params), text.whole(dense.macs), text.ratio(1),
+        text.score(dense.score_validation, name), text.score(dense.score_test, name),
+        text.milliseconds(figures.known(dense.latency_ms)), "", "dense",
+    ]  # fmt: skip
+
+
+def _front_note(record: StudyRecord) -> str:
+    unit = "points" if text.is_percent(record.facts.score_name) else "the score"
+    return f"In brackets: difference to the dense net in {unit}. Latency is for one input on the machine below."
+
+
+def _circumstances(record: StudyRecord) -> list[tuple[str, str]]:
+    facts = record.facts
+    stages = [(f"time: {stage}", text.duration(seconds)) for stage, seconds in record.seconds.items()]
+    total = ("time: total", text.duration(sum(record.seconds.values())))
+    return [*facts.versions.items(), ("machine", facts.machine), ("seed", str(facts.seed)), *stages, total]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(_escape(cell) for cell in line)} |" for line in lines)
+
+
+def _escape(words: str) -> str:
+    """The words as themselves: no markup, no HTML, no end of the line or of the cell."""
+    return re.sub(r"([\\`*\[\]|<>&#~]|__+)", r"\\\1", " ".join(words.split()))

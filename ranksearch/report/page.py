@@ -1,0 +1,174 @@
+"""`report.html`: one page with its data, charts and scripts inside, which asks nothing of the network."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import vl_convert
+
+from ranksearch.plan import Dense, Factorization
+from ranksearch.record import LayerFacts, StudyRecord, TrialRecord
+from ranksearch.report import charts, figures, points, summary, text
+
+
+def html(record: StudyRecord) -> str:
+    """The page. Everything that comes from the record is escaped, in the text as in the charts' data."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    template = environment.get_template("template.html")
+    return template.render(**_context(record), bundle=_bundle(), font=charts.FONT)
+
+
+@functools.cache
+def _bundle() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script; building it takes about a second."""
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+
+
+def _context(record: StudyRecord) -> dict[str, Any]:
+    facts, name = record.facts, record.facts.score_name
+    return {
+        "facts": facts,
+        "headline": _together(summary.headline(record)),
+        "cards": _cards(record),
+        "charts": _charts(record),
+        "dense": _dense(record),
+        "front": summary.front_lines(record),
+        "finalists": len(figures.finalists(record)),
+        "trials": text.counted(len(record.trials), "trial"),
+        "below": points.window(record).below,
+        "floor": text.score(points.window(record).low, name),
+        "near": text.margin(figures.NEAR, name),
+        "reach": text.margin(figures.REACH, name),
+        "unit": "points" if text.is_percent(name) else name,
+        "rank_rows": _rank_rows(record),
+        "correlations": _correlations(record),
+        "unfinished": summary.unfinished(record),
+        "layers": [_layer(layer, facts.dense.params) for layer in facts.layers],
+        "settings": summary.settings(facts.spec),
+        "stages": [(stage, text.duration(seconds)) for stage, seconds in record.seconds.items()],
+        "total": text.duration(sum(record.seconds.values())),
+    }
+
+
+def _charts(record: StudyRecord) -> dict[str, Any]:
+    """The charts that have something to show, by the id of the element they go into."""
+    found = {"chart-front": charts.front_chart(record)}
+    if figures.scored(record.trials):
+        found["chart-hypervolume"] = charts.hypervolume_chart(record)
+    if points.curve_points(record):
+        found["chart-curves"] = charts.curves_chart(record)
+    return {name: charts.page_spec(chart) for name, chart in found.items()}
+
+
+def _cards(record: StudyRecord) -> list[dict[str, str]]:
+    """The key figures at the top: title, the figure, and the line below it."""
+    facts, name = record.facts, record.facts.score_name
+    best, elbow = figures.near_dense(record.front, facts.dense), figures.knee(record.front)
+    dense = f"{text.whole(facts.dense.params)} parameters, {text.score(facts.dense.score_test, name)} on test"
+    finalists = len(figures.finalists(record))
+    work = f"in {text.duration(sum(record.seconds.values()))}; " + (
+        f"{text.counted(finalists, 'finalist')}, " if finalists else ""
+    )
+    return [
+        {"title": f"Dense {name}", "figure": text.score(facts.dense.score_validation, name), "line": _together(dense)},
+        _trial_card(record, f"Within {text.margin(figures.NEAR, name)} of dense", best),
+        _trial_card(record, "Knee of the front", elbow),
+        {"title": "Trials", "figure": f"{len(record.trials):,}", "line": f"{work}{len(record.front)} on the front"},
+    ]
+
+
+def _trial_card(record: StudyRecord, title: str, trial: TrialRecord | None) -> dict[str, str]:
+    if trial is None:
+        return {"title": title, "figure": text.NOTHING, "line": "no model yet"}
+    name = record.facts.score_name
+    test = f", {text.score(trial.finalist.score_test, name)} on test" if trial.finalist else ""
+    line = f"smaller, trial {trial.number}: {text.score(trial.score_validation, name)} on validation{test}"
+    return {"title": title, "figure": text.ratio(trial.ratio), "line": _together(line)}
+
+
+def _together(words: str) -> str:
+    """The words with their per cent signs tied to the numbers, so that no line begins with one."""
+    return words.replace(" %", "\N{NO-BREAK SPACE}%")
+
+
+def _dense(record: StudyRecord) -> dict[str, str]:
+    dense, name = record.facts.dense, record.facts.score_name
+    return {
+        "ratio": text.ratio(1),
+        "params": text.whole(dense.params),
+        "macs": text.whole(dense.macs),
+        "validation": text.score(dense.score_validation, name),
+        "test": text.score(dense.score_test, name),
+        "latency": text.milliseconds(figures.known(dense.latency_ms)),
+    }
+
+
+def _rank_rows(record: StudyRecord) -> list[dict[str, Any]]:
+    """One row a layer: its VBMF ranks, and what each trial of the front makes of it."""
+    rows = []
+    for layer in record.facts.layers:
+        chosen = [trial.plan[layer.name] for trial in record.front]
+        largest = max((_mean_rank(value) for value in chosen), default=0)
+        cells = [_rank_cell(value, largest) for value in chosen]
+        rows.append({"name": layer.name, "vbmf": _vbmf(layer), "cells": cells})
+    return rows
+
+
+def _rank_cell(value: Factorization, largest: float) -> dict[str, str]:
+    """The cell's text and shade; a square root keeps small ranks apart."""
+    if isinstance(value, Dense):
+        return {"title": "dense", "ranks": "", "method": "dense", "depth": "1"}
+    depth = 0.15 + 0.85 * math.sqrt(_mean_rank(value) / largest)
+    ranks = "x".join(map(str, value.ranks))
+    return {"title": value.title, "ranks": ranks, "method": value.method, "depth": f"{depth:.2f}"}
+
+
+def _mean_rank(value: Factorization) -> float:
+    return math.prod(value.ranks) ** (1 / len(value.ranks)) if value.ranks else 0.0
+
+
+def _vbmf(layer: LayerFacts) -> str:
+    return " x ".join(text.NOTHING if rank is None else str(rank) for rank in layer.vbmf)
+
+
+def _layer(layer: LayerFacts, dense_params: int) -> dict[str, str]:
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "shape": " x ".join(map(str, layer.weight)),
+        "params": text.whole(layer.params),
+        "share": text.share(layer.params / dense_params),
+        "macs": text.whole(layer.macs),
+        "vbmf": _vbmf(layer),
+    }
+
+
+def _correlations(record: StudyRecord) -> list[dict[str, str]]:
+    last = max((rung.epochs for trial in record.trials for rung in trial.curve), default=0)
+    return [
+        *_correlation_rows(figures.rung_correlations(record), f"score after {last:g} epochs"),
+        *_correlation_rows(figures.finalist_correlations(record), "score as a finalist"),
+    ]
+
+
+def _correlation_rows(found: Sequence[figures.Correlation], target: str) -> list[dict[str, str]]:
+    return [
+        {
+            "rung": f"{entry.epochs:g}",
+            "target": target,
+            "trials": str(entry.trials),
+            "value": f"{entry.value:.2f}",
+        }
+        for entry in found
+    ]

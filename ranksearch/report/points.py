@@ -1,0 +1,174 @@
+"""The data behind the charts: rows with a position, the kind of mark, and the texts of the tooltip."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ranksearch.plan import Plan
+from ranksearch.record import Outcome, StudyRecord, TrialRecord, front_of
+from ranksearch.report import figures, text
+
+TRIAL, STOPPED, VBMF, DENSE = "trial", "stopped trial", "VBMF one-shot", "dense model"
+FINALIST, FRONT, TEST, SEARCH = "finalist", "front", "test score of finalist", "finished trial"
+
+
+@dataclass(frozen=True)
+class Window:
+    """What the front's chart shows: scores `low..high` and `ratios`; `below` trials lie under it."""
+
+    low: float
+    high: float
+    ratios: tuple[float, float]
+    below: int
+
+
+def window(record: StudyRecord) -> Window:
+    """The readable part: scores from `REACH` below the dense one upwards, deeper only if the whole front lies there.
+
+    One trial at chance level would otherwise squash the differences that matter into a few pixels.
+    """
+    rows = front_points(record)
+    scores = [row["score"] for row in rows]
+    best = max((trial.score_validation or 0.0 for trial in record.front), default=record.facts.dense.score_validation)
+    floor = min(record.facts.dense.score_validation, best) - figures.REACH
+    pad = 0.05 * (max(scores) - max(min(scores), floor)) + 0.002
+    band = record.facts.dense.score_validation - 1.5 * figures.NEAR
+    low = max(floor, min(min(scores) - pad, band))
+    ratios = [row["ratio"] for row in rows]
+    below = {row["trial"] for row in rows} - {row["trial"] for row in rows if row["score"] >= low}
+    return Window(low, max(scores) + pad, (min(ratios) * 0.92, max(max(ratios) * 1.12, 2.0)), len(below))
+
+
+def front_points(record: StudyRecord) -> list[dict[str, Any]]:
+    """Every mark of the front's chart, drawn in this order: the later stands on top."""
+    front = {trial.number for trial in record.front}
+    finalists = figures.finalists(record)
+    rows = [_point(record, t, t.score, kind=_kind(t)) for t in record.trials if t.curve and t.score is not None]
+    rows.sort(key=lambda row: row["kind"] == VBMF)
+    for trial in finalists or record.front:
+        kind = FRONT if trial.number in front else FINALIST
+        rows.append(_point(record, trial, trial.score_validation, kind=kind))
+    rows += [_point(record, t, t.finalist.score_test, kind=TEST) for t in finalists if t.finalist]
+    return [row for row in rows if row["score"] is not None] + [_dense_point(record)]
+
+
+def front_line(record: StudyRecord) -> list[dict[str, Any]]:
+    """The front as a line."""
+    return [{"ratio": trial.ratio, "score": trial.score_validation} for trial in record.front]
+
+
+def front_labels(record: StudyRecord) -> list[dict[str, Any]]:
+    """The two points of the front that the report names: the knee, and the smallest model near the dense one."""
+    elbow, near = figures.knee(record.front), figures.near_dense(record.front, record.facts.dense)
+    labels = {trial.number: (trial, text.ratio(trial.ratio)) for trial in (near,) if trial}
+    labels |= {trial.number: (trial, f"{text.ratio(trial.ratio)}, knee") for trial in (elbow,) if trial}
+    return [{"ratio": t.ratio, "score": t.score_validation, "text": label} for t, label in labels.values()]
+
+
+def search_line(record: StudyRecord) -> list[dict[str, Any]]:
+    """The front by the search's own scores; empty while it is the front itself, before there are finalists."""
+    if not figures.finalists(record):
+        return []
+    searched = [replace(trial, finalist=None) for trial in record.trials]
+    return [{"ratio": trial.ratio, "score": trial.score} for trial in front_of(searched)]
+
+
+def hypervolume_points(record: StudyRecord) -> list[dict[str, Any]]:
+    """The hypervolume after each trial, and whether that trial raised it."""
+    before, rows = 0.0, []
+    for trial, value in figures.hypervolumes(record):
+        rows.append(
+            {
+                "trial": trial.number,
+                "origin": trial.origin,
+                "hypervolume": value,
+                "raised": value > before,
+                "plan": plan_lines(trial.plan),
+            }
+        )
+        before = value
+    return rows
+
+
+def curve_points(record: StudyRecord) -> list[dict[str, Any]]:
+    """Every rung of every trial, and of every finalist's longer fine-tuning."""
+    rows = []
+    for trial in record.trials:
+        kind = SEARCH if trial.outcome is Outcome.DONE else STOPPED
+        rows += _curve(record, trial, trial.curve, kind=kind)
+        if trial.finalist:
+            rows += _curve(record, trial, trial.finalist.curve, kind=FINALIST)
+    return rows
+
+
+def curve_domain(record: StudyRecord) -> tuple[float, float]:
+    """The scores that the curves' chart shows: three times as deep as the front's, for curves start low."""
+    scores = [row["score"] for row in curve_points(record)]
+    low = max(min(scores), min(max(scores), record.facts.dense.score_validation) - 3 * figures.REACH)
+    pad = 0.04 * (max(scores) - low) + 0.001
+    return low - pad, max(scores) + pad
+
+
+def plan_lines(plan: Plan) -> str:
+    """The plan with one layer a line."""
+    return "\n".join(f"{name}: {value}" for name, value in plan) or "dense"
+
+
+def _kind(trial: TrialRecord) -> str:
+    if trial.origin.startswith("vbmf"):
+        return VBMF
+    return TRIAL if trial.outcome is Outcome.DONE else STOPPED
+
+
+def _point(record: StudyRecord, trial: TrialRecord, score: float | None, *, kind: str) -> dict[str, Any]:
+    name = record.facts.score_name
+    return {
+        "kind": kind,
+        "ratio": trial.ratio,
+        "score": figures.known(score),
+        "trial": str(trial.number),
+        "origin": trial.origin,
+        "outcome": trial.outcome.value.partition(":")[0],
+        "ratio_text": text.ratio(trial.ratio),
+        "params": text.whole(trial.params),
+        "macs": text.whole(trial.macs),
+        "validation": text.score(trial.score if kind in (TRIAL, STOPPED, VBMF) else trial.score_validation, name),
+        "test": text.score(trial.finalist.score_test if trial.finalist else None, name),
+        "plan": plan_lines(trial.plan),
+    }
+
+
+def _dense_point(record: StudyRecord) -> dict[str, Any]:
+    dense, name = record.facts.dense, record.facts.score_name
+    return {
+        "kind": DENSE,
+        "ratio": 1.0,
+        "score": dense.score_validation,
+        "trial": text.NOTHING,
+        "origin": DENSE,
+        "outcome": text.NOTHING,
+        "ratio_text": text.ratio(1.0),
+        "params": text.whole(dense.params),
+        "macs": text.whole(dense.macs),
+        "validation": text.score(dense.score_validation, name),
+        "test": text.score(dense.score_test, name),
+        "plan": "dense",
+    }
+
+
+def _curve(record: StudyRecord, trial: TrialRecord, curve: Sequence[Any], *, kind: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "line": f"{trial.number} {kind}",
+            "kind": kind,
+            "trial": trial.number,
+            "origin": trial.origin,
+            "epochs": rung.epochs,
+            "score": rung.score,
+            "text": text.score(rung.score, record.facts.score_name),
+        }
+        for rung in curve
+        if figures.known(rung.score) is not None
+    ]

@@ -1,0 +1,122 @@
+"""What the page and the Markdown file say in words: the headline, the front as lines of text, outcomes, settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ranksearch.plan import Plan
+from ranksearch.record import Outcome, StudyRecord, TrialRecord
+from ranksearch.report import figures, text
+
+
+@dataclass(frozen=True)
+class FrontLine:
+    """One trial of the front as text; `near` marks the smallest model near the dense one."""
+
+    trial: int
+    ratio: str
+    params: str
+    macs: str
+    macs_ratio: str
+    validation: str
+    validation_difference: str
+    test: str
+    test_difference: str
+    latency: str
+    epochs: str
+    origin: str
+    plan: Plan
+    knee: bool
+    near: bool
+
+
+def headline(record: StudyRecord) -> str:
+    """One sentence: the smallest model near the dense one, or why there is none yet."""
+    facts, name = record.facts, record.facts.score_name
+    near = text.margin(figures.NEAR, name)
+    if not record.front:
+        return "No trial has finished yet."
+    best = figures.near_dense(record.front, facts.dense)
+    if best is None:
+        top = max(trial.score_validation or 0.0 for trial in record.front)
+        return (
+            f"No model is within {near} of the dense net yet: the best of the front reaches {text.score(top, name)} "
+            f"{name} on validation, the dense net {text.score(facts.dense.score_validation, name)}."
+        )
+    return (
+        f"The smallest model within {near} of the dense net is trial {best.number}: {text.ratio(best.ratio)} smaller "
+        f"({text.whole(best.params)} parameters instead of {text.whole(facts.dense.params)}), {_scores(record, best)}."
+    )
+
+
+def front_lines(record: StudyRecord) -> list[FrontLine]:
+    """The front by rising compression ratio."""
+    elbow, near = figures.knee(record.front), figures.near_dense(record.front, record.facts.dense)
+    return [_line(record, trial, knee=trial is elbow, near=trial is near) for trial in record.front]
+
+
+def effort(record: StudyRecord) -> str:
+    """How much work stands behind the front: `45 trials, 8 of them finalists, in 11 min 49 s`."""
+    finalists = len(figures.finalists(record))
+    parts = [text.counted(len(record.trials), "trial")]
+    parts += [f"{finalists} of them finalists"] if finalists else []
+    return ", ".join(parts) + f", in {text.duration(sum(record.seconds.values()))}"
+
+
+def unfinished(record: StudyRecord) -> list[tuple[str, list[TrialRecord]]]:
+    """The trials that did not finish, by outcome; with each the sentence that says what to do about it."""
+    groups = [(outcome, [t for t in record.trials if t.outcome is outcome]) for outcome in Outcome]
+    return [(outcome.value, trials) for outcome, trials in groups if outcome is not Outcome.DONE and trials]
+
+
+def settings(spec: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The resolved settings as pairs (`section.key`, value as JSON)."""
+    return list(_flat(spec, ""))
+
+
+def _flat(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    for key, value in section.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _scores(record: StudyRecord, trial: TrialRecord) -> str:
+    dense, name = record.facts.dense, record.facts.score_name
+    validation = f"{text.score(trial.score_validation, name)} {name} on validation"
+    if trial.finalist is None:
+        return f"{validation} (dense {text.score(dense.score_validation, name)})"
+    test = text.score(trial.finalist.score_test, name)
+    return (
+        f"{validation} (dense {text.score(dense.score_validation, name)}) "
+        f"and {test} on test (dense {text.score(dense.score_test, name)})"
+    )
+
+
+def _line(record: StudyRecord, trial: TrialRecord, *, knee: bool, near: bool) -> FrontLine:
+    dense, name, final = record.facts.dense, record.facts.score_name, trial.finalist
+    return FrontLine(
+        trial=trial.number,
+        ratio=text.ratio(trial.ratio),
+        params=text.whole(trial.params),
+        macs=text.whole(trial.macs),
+        macs_ratio=text.ratio(dense.macs / trial.macs),
+        validation=text.score(trial.score_validation, name),
+        validation_difference=_difference(trial.score_validation, dense.score_validation, name),
+        test=text.score(final.score_test if final else None, name),
+        test_difference=_difference(final.score_test if final else None, dense.score_test, name),
+        latency=text.milliseconds(figures.known(final.latency_ms if final else None)),
+        epochs=f"{figures.epochs_of(trial):g}",
+        origin=trial.origin,
+        plan=trial.plan,
+        knee=knee,
+        near=near,
+    )
+
+
+def _difference(score: float | None, dense: float, name: str) -> str:
+    return "" if score is None else text.difference(score - dense, name)

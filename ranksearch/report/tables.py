@@ -1,0 +1,122 @@
+"""The study as rows: `front.json`, `front.csv` and `trials.csv`, with every number as it was measured."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ranksearch.record import StudyRecord, TrialRecord
+from ranksearch.report import figures
+
+_TRIAL_COLUMNS = (
+    "trial", "index", "origin", "outcome", "score", "ratio", "params", "macs", "seconds", "seed", "epochs",
+    "plan_text", "finalist_score_validation", "finalist_score_test", "finalist_epochs", "finalist_latency_ms",
+)  # fmt: skip
+
+_FRONT_COLUMNS = (
+    "trial", "score_validation", "score_test", "ratio", "params", "macs", "plan", "plan_text", "origin", "epochs",
+    "latency_ms", "knee",
+)  # fmt: skip
+
+
+def front_json(record: StudyRecord) -> str:
+    """The front, the dense model and how both were made, as indented JSON."""
+    facts = record.facts
+    content = {
+        "name": facts.name,
+        "front": front_rows(record),
+        "dense": dense_row(record),
+        "versions": dict(facts.versions),
+        "seed": facts.seed,
+        "seconds": seconds_row(record),
+        "score_name": facts.score_name,
+        "machine": facts.machine,
+        "command": facts.command,
+    }
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+def front_csv(record: StudyRecord) -> str:
+    """The front as a flat table; the plan is one cell of JSON."""
+    rows = [row | {"plan": json.dumps(row["plan"])} for row in front_rows(record)]
+    return _csv(_FRONT_COLUMNS, rows)
+
+
+def trials_csv(record: StudyRecord) -> str:
+    """Every trial, the ones that did not finish included."""
+    return _csv(_TRIAL_COLUMNS, [trial_row(trial) for trial in record.trials])
+
+
+def front_rows(record: StudyRecord) -> list[dict[str, Any]]:
+    """The front by rising ratio, one row a trial; `knee` is true on exactly one row."""
+    front = record.front
+    elbow = figures.knee(front)
+    return [_front_row(trial) | {"knee": trial is elbow} for trial in front]
+
+
+def dense_row(record: StudyRecord) -> dict[str, Any]:
+    """The dense model in the words of the front's rows."""
+    dense = record.facts.dense
+    return {
+        "params": dense.params,
+        "macs": dense.macs,
+        "score_validation": figures.known(dense.score_validation),
+        "score_test": figures.known(dense.score_test),
+        "latency_ms": figures.known(dense.latency_ms),
+    }
+
+
+def seconds_row(record: StudyRecord) -> dict[str, float]:
+    """The seconds of each stage, and their `total`."""
+    return dict(record.seconds) | {"total": sum(record.seconds.values())}
+
+
+def trial_row(trial: TrialRecord) -> dict[str, Any]:
+    """One trial; finalist columns are None for a trial that is none."""
+    final = trial.finalist
+    return {
+        "trial": trial.number,
+        "index": trial.index,
+        "origin": trial.origin,
+        "outcome": trial.outcome.value,
+        "score": figures.known(trial.score),
+        "ratio": trial.ratio,
+        "params": trial.params,
+        "macs": trial.macs,
+        "seconds": trial.seconds,
+        "seed": trial.seed,
+        "epochs": max((rung.epochs for rung in trial.curve), default=0),
+        "plan_text": str(trial.plan),
+        "finalist_score_validation": final and final.score_validation,
+        "finalist_score_test": final and final.score_test,
+        "finalist_epochs": final and figures.epochs_of(trial),
+        "finalist_latency_ms": final and figures.known(final.latency_ms),
+    }
+
+
+def _front_row(trial: TrialRecord) -> dict[str, Any]:
+    final = trial.finalist
+    return {
+        "trial": trial.number,
+        "score_validation": trial.score_validation,
+        "score_test": final and figures.known(final.score_test),
+        "ratio": trial.ratio,
+        "params": trial.params,
+        "macs": trial.macs,
+        "plan": trial.plan.to_dict()["layers"],
+        "plan_text": str(trial.plan),
+        "origin": trial.origin,
+        "epochs": figures.epochs_of(trial),
+        "latency_ms": final and figures.known(final.latency_ms),
+    }
+
+
+def _csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

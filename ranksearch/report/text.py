@@ -1,0 +1,81 @@
+"""Numbers as people read them: 1,180,160; 97.8 %; 55.3x; 3 min 20 s. One function for each kind of number."""
+
+from __future__ import annotations
+
+NOTHING = "\N{EN DASH}"
+"""What stands where there is no number."""
+
+_MINUS = "\N{MINUS SIGN}"
+
+
+def whole(number: float) -> str:
+    """A count with thousands separated: `1,180,160`."""
+    return f"{round(number):,}"
+
+
+def ratio(number: float) -> str:
+    """A ratio with about three digits: `55.3x`, `1,240x`."""
+    return f"{number:.2f}x" if number < 10 else f"{number:.1f}x" if number < 1000 else f"{number:,.0f}x"
+
+
+def percent(fraction: float) -> str:
+    """A fraction as per cent with one decimal: `97.8 %`."""
+    return f"{100 * fraction:.1f} %"
+
+
+def share(part: float) -> str:
+    """A part of 1 as per cent that tells little from nothing: `94.3 %`, `<0.1 %`."""
+    return "<0.1 %" if 0 < part < 0.0005 else percent(part)
+
+
+def is_percent(score_name: str) -> bool:
+    """Whether a score of this name is read as per cent; every other score is shown as it is, with four decimals."""
+    return score_name == "accuracy"
+
+
+def score(value: float | None, score_name: str) -> str:
+    """A score: `97.8 %` for accuracy, `0.9731` for any other."""
+    if value is None:
+        return NOTHING
+    return percent(value) if is_percent(score_name) else _signed(f"{value:.4f}")
+
+
+def difference(value: float, score_name: str) -> str:
+    """The difference of two scores, signed: points with one decimal for accuracy, else four decimals."""
+    return _signed(f"{100 * value:+.1f}" if is_percent(score_name) else f"{value:+.4f}")
+
+
+def margin(width: float, score_name: str) -> str:
+    """A distance between scores in words: `one point`, `10 points`; a plain number for scores other than accuracy."""
+    if not is_percent(score_name):
+        return f"{width:g}"
+    points = f"{100 * width:g}"
+    return "one point" if points == "1" else f"{points} points"
+
+
+def milliseconds(value: float | None) -> str:
+    """A latency with three digits: `0.420 ms`."""
+    return NOTHING if value is None else f"{value:#.3g} ms" if value < 99.5 else f"{value:,.0f} ms"
+
+
+def duration(seconds: float) -> str:
+    """A time in its two largest units: `0.4 s`, `3 min 20 s`, `2 h 5 min`."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours:,} h {minutes} min"
+
+
+def counted(number: int, thing: str) -> str:
+    """`1 trial`, `45 trials`."""
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+
+
+def _signed(number: str) -> str:
+    """`-0.0` becomes `0.0`, and a hyphen in front a true minus sign, which is as wide as the plus."""
+    if not float(number):
+        return number.lstrip("+-")
+    return number.replace("-", _MINUS, 1)

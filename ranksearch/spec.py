@@ -1,0 +1,284 @@
+"""A study on paper: strict TOML -> one frozen value, every key checked before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from ranksearch.errors import SpecError, nearest
+from ranksearch.plan import KINDS
+
+SAMPLERS = ("tpe", "nsga2", "random")
+METHODS = tuple(name for name in KINDS if name != "dense")
+
+
+def _checked(rule: str, holds: Callable[[Any], bool], **kwargs: Any) -> Any:
+    return field(metadata={"rule": rule, "holds": holds}, **kwargs)
+
+
+def _at_least(low: float, **kwargs: Any) -> Any:
+    return _checked(f"at least {low}", lambda value: value >= low, **kwargs)
+
+
+def _positive(**kwargs: Any) -> Any:
+    return _checked("above 0", lambda value: value > 0, **kwargs)
+
+
+def _reference(**kwargs: Any) -> Any:
+    return _checked("'package.module:name'", lambda value: bool(re.fullmatch(r"[\w.]+:[\w.]+", value)), **kwargs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    """What is compressed and how it is judged; every reference is `package.module:name`."""
+
+    model: str = _reference()
+    """A callable that gives the dense model, an `nn.Module`."""
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    data: str = _reference()
+    """A callable that gives `ranksearch.data.Splits`."""
+    data_args: Mapping[str, Any] = field(default_factory=dict)
+    loss: str = _reference(default="torch.nn.functional:cross_entropy")
+    score: str = _reference(default="ranksearch.tasks:accuracy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSpec:
+    """One way to train, as `ranksearch.training.Recipe` says."""
+
+    epochs: int = _at_least(0)
+    batch_size: int = _at_least(1, default=64)
+    learning_rate: float = _positive(default=1e-3)
+    weight_decay: float = _at_least(0, default=1e-4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseSpec(TrainSpec):
+    """How the dense model comes by its weights: a file of them, training, or both; neither if the model has them."""
+
+    weights: str = ""
+    """A state dict in a .safetensors or .pt file; relative to the folder the command runs in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalistSpec(TrainSpec):
+    """The trials of the front that are fine-tuned for longer, from their decomposed weights, and then tested."""
+
+    count: int = _at_least(1, default=10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpaceSpec:
+    """What the search may choose from, for which layers."""
+
+    methods: tuple[str, ...] = _checked("at least one method", bool, default=("tucker2", "cp", "svd"))
+    layers: tuple[str, ...] = ()
+    """Only these layers; all that can be decomposed where it is empty."""
+    skip: tuple[str, ...] = ()
+    """Not these layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSpec:
+    """How long to search, and who proposes."""
+
+    sampler: str = _checked(f"one of {', '.join(SAMPLERS)}", lambda value: value in SAMPLERS, default="tpe")
+    trials: int = _at_least(1, default=60)
+    minutes: float | None = _positive(default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySpec:
+    """A whole study. Equal values give equal studies."""
+
+    name: str = _checked("letters, digits, '.', '_' or '-'", lambda value: bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*", value)))
+    about: str = ""
+    seed: int = _at_least(0, default=0)
+    task: TaskSpec
+    dense: DenseSpec
+    space: SpaceSpec = field(default_factory=SpaceSpec)
+    search: SearchSpec = field(default_factory=SearchSpec)
+    finetune: TrainSpec
+    finalists: FinalistSpec
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain TOML values; what is not set is left out."""
+        return _plain(self)
+
+    def to_toml(self) -> str:
+        """The spec as resolved: every key, defaults and overrides included."""
+        return tomli_w.dumps(self.to_dict())
+
+    def identity(self) -> dict[str, Any]:
+        """What makes results comparable: all but the budget and the wording. Flat, `section.key` -> value."""
+        flat: dict[str, Any] = {}
+        for key, value in self.to_dict().items():
+            flat |= {f"{key}.{inner}": entry for inner, entry in value.items()} if isinstance(value, dict) else {key: value}
+        free = {"about", "search.trials", "search.minutes", "finalists.count"}
+        return {key: value for key, value in flat.items() if key not in free}
+
+
+def parse_spec(text: str, *, source: str, overrides: Sequence[str] = ()) -> StudySpec:
+    """The study that TOML `text` describes, with `section.key=value` overrides on top.
+
+    Raises:
+        SpecError: not TOML, an unknown or missing key, a value of another type or out of range.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"A study file must be TOML, but {source} is not: {error}.") from None
+    for override in overrides:
+        _override(data, override)
+    spec: StudySpec = _section(StudySpec, data, source=source, path="")
+    for method in spec.space.methods:
+        if method not in METHODS:
+            raise SpecError(f"space.methods must name methods, but {method!r} is none.{nearest(method, METHODS)}")
+    return spec
+
+
+def load_spec(source: str, *, overrides: Sequence[str] = ()) -> StudySpec:
+    """The built-in study of that name, or the study in that file.
+
+    Raises:
+        SpecError: neither a built-in study nor a readable file; and as `parse_spec` does.
+    """
+    path = Path(source)
+    if source in builtin_studies():
+        path = builtin_studies()[source]
+    elif path.suffix != ".toml" and not path.exists():
+        raise SpecError(
+            f"A study is a built-in name or a .toml file, but {source!r} is neither.{nearest(source, builtin_studies())}"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise SpecError(f"The study file {source} cannot be read: {reason}; check the path.") from None
+    return parse_spec(text, source=source, overrides=overrides)
+
+
+def builtin_studies() -> dict[str, Path]:
+    """The studies that come with the package, by name."""
+    inside = Path(__file__).parent / "studies"
+    # In a checkout the studies stand beside the package; the wheel carries them inside it.
+    folder = inside if inside.is_dir() else Path(__file__).parents[1] / "studies"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def resolve(reference: str, *, key: str) -> Callable[..., Any]:
+    """What `package.module:name` names.
+
+    Raises:
+        SpecError: the module cannot be imported, has no such name, or the name is not callable.
+    """
+    module_name, _, name = reference.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise SpecError(
+            f"{key} must be importable, but {reference!r} is not: {error}; check the spelling, install the package, or "
+            "run from the folder that holds it."
+        ) from None
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise SpecError(f"{key}: module {module_name!r} has no {name!r}.{nearest(name, _public(found))}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise SpecError(f"{key} must name something callable, but {reference!r} is a {type(found).__name__}.")
+    return typing.cast(Callable[..., Any], found)
+
+
+def _public(module: Any) -> Iterable[str]:
+    return [name for name in vars(module) if not name.startswith("_")][:30]
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise SpecError(f"An override must read section.key=value, but got {override!r}.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string, as a shell user means it
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise SpecError(f"An override must read section.key=value, but {section!r} of {override!r} is no section.")
+    data[last] = value
+
+
+def _section(cls: type[Any], data: Any, *, source: str, path: str) -> Any:
+    if not isinstance(data, dict):
+        raise SpecError(f"{source}: {path.rstrip('.')} must be a section, but got {data!r}.")
+    hints, entries = typing.get_type_hints(cls), {entry.name: entry for entry in dataclasses.fields(cls)}
+    for key in data:
+        if key not in entries:
+            raise SpecError(f"{source}: {path}{key} is not a key of a study.{nearest(key, entries)}")
+    values = {}
+    for name, entry in entries.items():
+        required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+        if name in data:
+            values[name] = _value(hints[name], data[name], entry, source=source, path=f"{path}{name}")
+        elif dataclasses.is_dataclass(hints[name]) and required:
+            values[name] = _section(typing.cast(type, hints[name]), {}, source=source, path=f"{path}{name}.")
+        elif required:
+            raise SpecError(f"{source}: {path}{name} must be set, but is missing.")
+    return cls(**values)
+
+
+def _value(kind: Any, given: Any, entry: dataclasses.Field[Any], *, source: str, path: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _section(typing.cast(type, kind), given, source=source, path=f"{path}.")
+    value = _typed(kind, given)
+    if value is None:
+        raise SpecError(f"{source}: {path} must be {_words(kind)}, but got {given!r}.")
+    if not entry.metadata.get("holds", lambda _: True)(value):
+        hint = nearest(value, SAMPLERS) if path == "search.sampler" else ""
+        raise SpecError(f"{source}: {path} must be {entry.metadata['rule']}, but got {given!r}.{hint}")
+    return value
+
+
+def _typed(kind: Any, given: Any) -> Any:
+    """`given` as the field's type, None where it is of another."""
+    if isinstance(kind, types.UnionType):
+        kind = next(option for option in typing.get_args(kind) if option is not type(None))
+    origin = typing.get_origin(kind)
+    if kind is float and isinstance(given, int | float) and not isinstance(given, bool):
+        return float(given)
+    if kind is int and isinstance(given, int) and not isinstance(given, bool):
+        return given
+    if kind is str and isinstance(given, str):
+        return given
+    if origin is tuple and isinstance(given, list) and all(isinstance(item, str) for item in given):
+        return tuple(given)
+    if origin is not tuple and origin is not None and isinstance(given, dict):
+        return given
+    return None
+
+
+def _words(kind: Any) -> str:
+    if isinstance(kind, types.UnionType):
+        kind = next(option for option in typing.get_args(kind) if option is not type(None))
+    names = {int: "a whole number", float: "a number", str: "a string"}
+    return names.get(kind) or ("a list of strings" if typing.get_origin(kind) is tuple else "a table")
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        pairs = ((entry.name, getattr(value, entry.name)) for entry in dataclasses.fields(value))
+        return {name: _plain(entry) for name, entry in pairs if entry is not None}
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,51 @@
+"""VBMF as the prior: the plans that one variational Bayes estimate per layer suggests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ranksearch.factorization import Method
+from ranksearch.layers import Layer
+from ranksearch.plan import Dense, Factorization, Plan
+from ranksearch.profile import Profile
+from ranksearch.strategy.space import Axis, Space
+
+WEAKENINGS = (1.0, 0.5, 2.0, 0.25)
+"""Factors on the VBMF ranks that are tried first. Trained weights are no low-rank matrix plus white noise, so the
+estimate is good to about a factor of two (Kim et al. 2016 use it as it is)."""
+
+
+def vbmf_plans(space: Space, profile: Profile) -> Iterator[tuple[str, Plan]]:
+    """First trials: every layer at its VBMF ranks times a weakening, all by one method where it applies.
+
+    Gives pairs (origin, plan), such as ("vbmf cp x0.5", plan), the one-shot plans at x1 first; equal plans only once.
+    """
+    methods = {method.kind.method: method for axis in space.axes for method in axis.methods}
+    # A decomposition that suits the most layers leads; SVD only ever serves those that the leader cannot store.
+    leaders: list[str] = [name for name in ("tucker2", "cp", "cp4", "spatial") if name in methods] or ["svd"]
+    seen = set()
+    for weakening in WEAKENINGS:
+        for leader in leaders:
+            plan = Plan.of({a.layer.name: vbmf_factorization(a, profile, leader, weakening) for a in space.axes})
+            if plan not in seen and plan.layers:
+                seen.add(plan)
+                yield f"vbmf {leader} x{weakening:g}", plan
+
+
+def vbmf_factorization(axis: Axis, profile: Profile, leader: str, weakening: float) -> Factorization:
+    """The leading method, or else the first that applies, at the VBMF ranks times the weakening; dense if it would grow."""
+    method = next((m for m in axis.methods if m.kind.method == leader), axis.methods[0])
+    ranks = at_vbmf(method, axis.layer, profile.layers[axis.layer.name].vbmf, weakening)
+    return method.value(axis.layer, ranks) if ranks and method.pays(axis.layer, ranks) else Dense()
+
+
+def at_vbmf(
+    method: Method, layer: Layer, estimate: tuple[int | None, int | None], weakening: float = 1.0
+) -> tuple[int, ...] | None:
+    """The method's ranks at the estimates of the input and output unfolding; None where neither found a signal."""
+    known = [rank for rank in estimate if rank]
+    if not known:
+        return None
+    rank_in, rank_out = (rank or max(known) for rank in estimate)
+    wanted, limits = method.from_vbmf(rank_in, rank_out), method.limits(layer.weight)
+    return tuple(min(limit, max(1, round(rank * weakening))) for rank, limit in zip(wanted, limits, strict=True))

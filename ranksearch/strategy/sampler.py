@@ -1,0 +1,21 @@
+"""Who proposes the next trial: Optuna's multi-objective samplers."""
+
+from __future__ import annotations
+
+from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+
+
+def make_sampler(name: str, *, seed: int) -> BaseSampler:
+    """The sampler of that name, fresh. Its state is a function of the study's record and of `seed`.
+
+    A study makes a new one before each ask, seeded with its own seed and the trial's index: a resumed study then goes on
+    as an uninterrupted one would.
+    """
+    match name:
+        case "tpe":
+            # Constant liar: with several workers, running trials count as bad ones, so that proposals spread.
+            return TPESampler(multivariate=True, constant_liar=True, n_startup_trials=8, seed=seed)
+        case "nsga2":
+            return NSGAIISampler(population_size=20, seed=seed)
+        case _:
+            return RandomSampler(seed=seed)

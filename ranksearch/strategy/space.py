@@ -1,0 +1,132 @@
+"""Axes of the search: per layer one method and static, normalised levels of rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+
+from ranksearch.errors import PlanError, SpecError, nearest
+from ranksearch.factorization import METHODS, Method
+from ranksearch.layers import Inventory, Layer
+from ranksearch.plan import Dense, Factorization, Plan
+
+DENSE = Dense.method
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One layer and the methods that can make it smaller.
+
+    A level in 0..1 is a rank on a log scale between 1 and the method's limit, so a level means about the same
+    compression under every method. Tucker-2 takes a second level, for its input rank.
+    """
+
+    layer: Layer
+    methods: tuple[Method, ...]
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Optuna's distributions, by parameter name; the same for every trial."""
+        name = self.layer.name
+        names = [DENSE, *(method.kind.method for method in self.methods)]
+        found: dict[str, BaseDistribution] = {
+            f"{name}.method": CategoricalDistribution(names),
+            f"{name}.level": FloatDistribution(0.0, 1.0),
+        }
+        if any(len(method.kind.rank_names()) > 1 for method in self.methods):
+            found[f"{name}.level_in"] = FloatDistribution(0.0, 1.0)
+        return found
+
+    def factorization(self, params: Mapping[str, Any]) -> Factorization:
+        """What these parameters choose for the layer; dense where the ranks would not make it smaller."""
+        name = self.layer.name
+        method = next((m for m in self.methods if m.kind.method == params[f"{name}.method"]), None)
+        if method is None:
+            return Dense()
+        limits = method.limits(self.layer.weight)
+        levels = [params[f"{name}.level"]] if len(limits) == 1 else [params[f"{name}.level_in"], params[f"{name}.level"]]
+        ranks = tuple(rank_at(level, limit) for level, limit in zip(levels, limits, strict=True))
+        return method.value(self.layer, ranks) if method.pays(self.layer, ranks) else Dense()
+
+    def params(self, value: Factorization) -> dict[str, Any]:
+        """The parameters that choose `value`."""
+        name = self.layer.name
+        defaults = {key: 0.5 for key in self.distributions() if not key.endswith(".method")}
+        if isinstance(value, Dense):
+            return defaults | {f"{name}.method": DENSE}
+        method = METHODS[type(value)]
+        if method not in self.methods:
+            raise PlanError(f"Layer {name!r} may not be stored as {value.title} in this study; add it to space.methods.")
+        levels = [level_of(r, limit) for r, limit in zip(value.ranks, method.limits(self.layer.weight), strict=True)]
+        keys = [f"{name}.level"] if len(levels) == 1 else [f"{name}.level_in", f"{name}.level"]
+        return defaults | {f"{name}.method": value.method} | dict(zip(keys, levels, strict=True))
+
+
+@dataclass(frozen=True)
+class Space:
+    """All axes of a study, in call order of the layers."""
+
+    axes: tuple[Axis, ...]
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Optuna's distributions of every axis."""
+        return {name: kind for axis in self.axes for name, kind in axis.distributions().items()}
+
+    def plan(self, params: Mapping[str, Any]) -> Plan:
+        """The plan that a trial's parameters choose."""
+        return Plan.of({axis.layer.name: axis.factorization(params) for axis in self.axes})
+
+    def params(self, plan: Plan) -> dict[str, Any]:
+        """Parameters that choose `plan`: the inverse of `plan` for plans inside the space."""
+        return {key: value for axis in self.axes for key, value in axis.params(plan[axis.layer.name]).items()}
+
+
+def make_space(inventory: Inventory, methods: Sequence[str], *, layers: Sequence[str] = (), skip: Sequence[str] = ()) -> Space:
+    """The axes of the layers that at least one of the methods makes smaller.
+
+    Args:
+        inventory: the model's layers.
+        methods: names of the methods to choose from.
+        layers: only these layers; all where it is empty.
+        skip: not these.
+
+    Raises:
+        SpecError: a name is no layer that can be decomposed, or no layer is left.
+    """
+    known = [layer.name for layer in inventory.layers]
+    for key, names in (("space.layers", layers), ("space.skip", skip)):
+        for name in names:
+            if name not in known:
+                reason = inventory.skipped.get(name)
+                hint = f" ({reason})." if reason else nearest(name, known)
+                raise SpecError(f"{key} must name layers that can be decomposed, but {name!r} is none.{hint}")
+    chosen = [m for kind, m in METHODS.items() if kind.method in methods]
+    axes = []
+    for layer in inventory.layers:
+        if (not layers or layer.name in layers) and layer.name not in skip:
+            fitting = tuple(method for method in chosen if applies(method, layer))
+            if fitting:
+                axes.append(Axis(layer, fitting))
+    if not axes:
+        raise SpecError(f"The search needs a layer to decompose, but {', '.join(methods)} make none of {known} smaller.")
+    return Space(tuple(axes))
+
+
+def applies(method: Method, layer: Layer) -> bool:
+    """Whether the method can store this layer and makes it smaller at some rank."""
+    linear = layer.kind == "Linear"
+    suits = method.applies(layer.weight, linear=linear)
+    return suits and method.pays(layer, (1,) * len(method.kind.rank_names()))
+
+
+def rank_at(level: float, limit: int) -> int:
+    """The rank at a level of 0..1 between 1 and `limit`, on a log scale."""
+    return min(limit, max(1, round(math.exp(level * math.log(limit)))))
+
+
+def level_of(rank: int, limit: int) -> float:
+    """The level of a rank: the inverse of `rank_at`; a rank above the limit has the level 1."""
+    return min(1.0, math.log(rank) / math.log(limit)) if limit > 1 else 0.0

@@ -1,0 +1,84 @@
+"""Evaluate one plan: copy the dense model, factorize it, fine-tune it, score it. Runs inside a worker."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ranksearch import training
+from ranksearch.export import weights_of
+from ranksearch.plan import Plan
+from ranksearch.profile import Profile
+from ranksearch.record import Outcome, Rung
+from ranksearch.surgery import factorize_
+from ranksearch.tasks import Task
+from ranksearch.training import Diverged, Recipe
+
+
+@dataclass(frozen=True)
+class Job:
+    """One plan to evaluate. `key` tells jobs apart; a finalist is also scored on the test split and keeps its weights."""
+
+    key: int
+    plan: Plan
+    seed: int
+    finalist: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a job ended. `curve` holds every rung that was reached; `weights` are safetensors bytes."""
+
+    outcome: Outcome
+    curve: tuple[Rung, ...] = ()
+    seconds: float = 0.0
+    score_test: float | None = None
+    weights: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """All that the trials of a study share; made once, sent once to each worker."""
+
+    task: Task
+    profile: Profile
+    finetune: Recipe
+    finalists: Recipe
+    device: str
+
+    def __call__(self, job: Job) -> Iterator[Rung | Answer]:
+        """Evaluate a job: a rung after each epoch (the first without training), then the answer, always last."""
+        start, curve = time.perf_counter(), list[Rung]()
+        try:
+            model = self.compressed(job.plan)
+            for rung in self._rungs(model, job):
+                curve.append(rung)
+                yield rung
+            outcome = Outcome.DONE
+        except Diverged:
+            outcome = Outcome.DIVERGED
+        except torch.OutOfMemoryError:
+            outcome = Outcome.OUT_OF_MEMORY
+        if outcome is not Outcome.DONE or not job.finalist:
+            yield Answer(outcome, tuple(curve), time.perf_counter() - start)
+            return
+        test = training.score(model, self.task, self.task.data.test, device=torch.device(self.device))
+        yield Answer(outcome, tuple(curve), time.perf_counter() - start, test, weights_of(model))
+
+    def compressed(self, plan: Plan) -> nn.Module:
+        """The dense model with the plan applied to it, before any fine-tuning."""
+        model = copy.deepcopy(self.task.model)
+        return factorize_(model, plan, factors=self.profile.factors(plan)).to(self.device)
+
+    def _rungs(self, model: nn.Module, job: Job) -> Iterator[Rung]:
+        device = torch.device(self.device)
+        recipe = self.finalists if job.finalist else self.finetune
+        training.recalibrate(model, self.task, device=device)
+        yield Rung(0, training.score(model, self.task, self.task.data.validation, device=device))
+        for epoch in training.fit(model, self.task, recipe, seed=job.seed, device=device):
+            yield Rung(epoch, training.score(model, self.task, self.task.data.validation, device=device))

@@ -1,0 +1,427 @@
+"""`run_study`: one straight line from a study file to a front, a report and models to take home."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import optuna
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from ranksearch import folder, record, training
+from ranksearch.console import Look, Silent, View
+from ranksearch.data import check_splits, example
+from ranksearch.engines import local
+from ranksearch.errors import ModelError, StudyError
+from ranksearch.export import load_model, save_model, weights_of
+from ranksearch.files import write_whole
+from ranksearch.layers import Inventory, inventory
+from ranksearch.profile import Profile, kernel, profile, vbmf_ranks
+from ranksearch.record import DenseFacts, Finalist, LayerFacts, Outcome, Rung, StudyFacts, StudyRecord, TrialRecord
+from ranksearch.report import write_report
+from ranksearch.spec import DenseSpec, FinalistSpec, SearchSpec, SpaceSpec, StudySpec, TaskSpec, TrainSpec, parse_spec
+from ranksearch.strategy.finalists import choose_finalists
+from ranksearch.strategy.ledger import Ledger
+from ranksearch.strategy.prior import at_vbmf, vbmf_plans
+from ranksearch.strategy.space import Space, make_space
+from ranksearch.strategy.trial import Answer, Evaluator, Job
+from ranksearch.tasks import Task, check_outputs, load_task
+from ranksearch.training import Recipe
+
+S = TypeVar("S", bound=TrainSpec)
+
+PACKAGES = ("ranksearch", "torch", "torchvision", "optuna", "tensorly", "scikit-learn", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a run may change without making another study."""
+
+    workers: int | None = None
+    """Processes; as many as there are cores by default, 0 runs the trials in this process."""
+    device: str = "auto"
+    storage: str | None = None
+    """An Optuna database address; the folder's own SQLite file by default."""
+    fresh: bool = False
+    """Start over: what the folder and the storage hold of the study is deleted."""
+    command: str = "ranksearch.search(...)"
+    """What makes the study again, for the report."""
+
+
+def run_study(
+    spec: StudySpec, out: Path, options: Options | None = None, *, task: Task | None = None, view: View | None = None
+) -> StudyRecord:
+    """Run a study, or go on with it where an earlier run stopped, and write its folder.
+
+    Args:
+        spec: the study.
+        out: its folder, made if it is not there.
+        options: how to run it.
+        task: model and data, where they do not come from `spec.task`.
+        view: what is told while it runs.
+
+    Returns:
+        The whole record; its `front` is what the user chooses from.
+
+    Raises:
+        RankSearchError: bad input, before anything is written.
+        KeyboardInterrupt: passed on after the running trials were queued again and a report was written.
+    """
+    options, view = options or Options(), view or Silent()
+    device = choose_device(options.device)
+    task = task or load_task(spec)
+    check_splits(task.data)
+    found = inventory(task.model, example(task.data.train))
+    check_outputs(task, task.model(example(task.data.train)))
+    space = make_space(found, spec.space.methods, layers=spec.space.layers, skip=spec.space.skip)
+    if options.storage:
+        folder.check_storage(options.storage)
+    with folder.claimed(out, spec, fresh=options.fresh), view:
+        url = folder.storage_url(out, options.storage)
+        if options.fresh:
+            folder.delete_study(spec.name, url)
+        study = folder.open_study(spec.name, url, create=True)
+        folder.write_spec(out, spec, options.storage)
+        run = _Run(spec, out, options, device, task, found, space, study, view)
+        try:
+            run.straight_on()
+        except KeyboardInterrupt:
+            run.stopped()
+            raise
+        return record.read_study(study)
+
+
+def search(
+    task: Task,
+    *,
+    out: str | Path = "runs/search",
+    methods: Sequence[str] = ("tucker2", "cp", "svd"),
+    layers: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    sampler: str = "tpe",
+    trials: int = 60,
+    minutes: float | None = None,
+    finetune: Recipe | None = None,
+    finalists: Recipe | None = None,
+    finalist_count: int = 10,
+    seed: int = 0,
+    options: Options | None = None,
+    view: View | None = None,
+) -> StudyRecord:
+    """Search for the front of a trained model, from Python; `ranksearch study` is the same from a file.
+
+    Args:
+        task: the trained model, its data, its loss and score.
+        out: the study's folder; the same call goes on where an earlier one stopped.
+        methods: what to choose from: tucker2, cp, cp4, spatial, svd.
+        layers: only these layers; all that can be decomposed where it is empty.
+        skip: not these layers.
+        sampler: who proposes: tpe, nsga2 or random.
+        trials: finished trials in all.
+        minutes: ask for no more trials after so long.
+        finetune: how each trial is trained; three epochs by default.
+        finalists: how each finalist is trained; twelve epochs by default.
+        finalist_count: how many trials of the front become finalists.
+        seed: of everything random.
+        options: workers, device, storage.
+        view: what is told while it runs; nothing by default.
+
+    Returns:
+        The study's record; `record.front` are the trials to choose from, `load_model(task.model, out / "models" /
+        str(trial.number))` takes one home.
+
+    Raises:
+        RankSearchError: bad input, before anything is written.
+    """
+    kind = type(task.model)
+    spec = StudySpec(
+        name=Path(out).name,
+        seed=seed,
+        task=TaskSpec(model=f"{kind.__module__}:{kind.__qualname__}", data="ranksearch.data:Splits"),
+        dense=DenseSpec(epochs=0),
+        space=SpaceSpec(methods=tuple(methods), layers=tuple(layers), skip=tuple(skip)),
+        search=SearchSpec(sampler=sampler, trials=trials, minutes=minutes),
+        finetune=_train_spec(TrainSpec, finetune or Recipe(epochs=3)),
+        finalists=_train_spec(FinalistSpec, finalists or Recipe(epochs=12), count=finalist_count),
+    )
+    # By way of its text, so that what Python gives is checked as strictly as a study file.
+    return run_study(parse_spec(spec.to_toml(), source="search()"), Path(out), options, task=task, view=view)
+
+
+def look(spec: StudySpec, out: Path) -> Look:
+    """The layers of a study's model, their VBMF ranks, and what each method would cost there; writes nothing.
+
+    The dense weights are those in the study's folder `out`, or those of `dense.weights`, or the initial ones.
+    """
+    task = load_task(spec)
+    given = Path(spec.dense.weights) if spec.dense.weights else None
+    trained = _load_into(task.model, out / folder.DENSE) or (given is not None and _load_into(task.model, given))
+    found = inventory(task.model, example(task.data.train))
+    space = make_space(found, spec.space.methods, layers=spec.space.layers, skip=spec.space.skip)
+    vbmf = {layer.name: vbmf_ranks(kernel(task.model, layer)) for layer in found.layers}
+    costs = {}
+    for axis in space.axes:
+        suggested = ((method, at_vbmf(method, axis.layer, vbmf[axis.layer.name])) for method in axis.methods)
+        costs[axis.layer.name] = tuple(
+            (str(method.value(axis.layer, ranks)), method.params(axis.layer, ranks)) for method, ranks in suggested if ranks
+        )
+    return Look(
+        layers=_layer_facts(found, vbmf), skipped=found.skipped, params=found.params, macs=found.macs, costs=costs,
+        trained=trained,
+    )  # fmt: skip
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is a GPU; raises `StudyError` for `cuda` where there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise StudyError("A CUDA device must be there for --device cuda, but torch finds none; use --device cpu.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+class _Run:
+    """One run of one study: what the steps of the straight line share."""
+
+    def __init__(
+        self, spec: StudySpec, out: Path, options: Options, device: torch.device, task: Task, found: Inventory,
+        space: Space, study: optuna.Study, view: View,
+    ) -> None:  # fmt: skip
+        self.spec, self.out, self.options, self.device, self.task = spec, out, options, device, task
+        self.inventory, self.space, self.study, self.view = found, space, study, view
+        self.example = example(task.data.train).to(device)
+        self.workers = options.workers if options.workers is not None else (os.cpu_count() or 1)
+        self.seconds: dict[str, float] = dict(study.user_attrs.get("ranksearch:seconds", {}))
+        self.ledger: Ledger | None = None
+
+    def straight_on(self) -> None:
+        self.dense()
+        layers = self.profile()
+        self.facts(layers)
+        self.search(layers)
+        self.finalists(layers)
+        self.report()
+
+    def dense(self) -> None:
+        """The dense model's weights: from an earlier run, or from the spec's file and training."""
+        path = self.out / folder.DENSE
+        with self.stage("dense"):
+            if not _load_into(self.task.model, path):
+                _train_dense(self.task, self.spec, self.device, self.view)
+                write_whole(path, weights_of(self.task.model))
+        self.task.model.to(self.device).eval()
+        # Trained weights can hold what initial ones did not: NaN, most of all.
+        self.inventory = inventory(self.task.model, self.example)
+
+    def profile(self) -> Profile:
+        """Every candidate's factors and the VBMF ranks."""
+        methods = {axis.layer.name: axis.methods for axis in self.space.axes}
+        self.view.stage("profiling layers", len(self.inventory.layers))
+        with self.stage("profile"):
+            return profile(
+                self.task.model, self.inventory, methods,
+                cache=self.out / "profile", seed=self.spec.seed, on_layer=self.view.step,
+            )  # fmt: skip
+
+    def facts(self, layers: Profile) -> None:
+        """The study's facts into its storage, once; later runs check that they go on with the same dense model."""
+        digest = hashlib.sha256((self.out / folder.DENSE).read_bytes()).hexdigest()
+        known = self.study.user_attrs.get("ranksearch:dense")
+        if known not in (None, digest):
+            raise StudyError(
+                f"The study {self.spec.name!r} in this storage was made from another dense model; choose another name or "
+                "--storage, or --fresh to start over."
+            )
+        if not record.has_facts(self.study):
+            record.write_facts(self.study, self._facts(layers))
+            self.study.set_user_attr("ranksearch:dense", digest)
+        self.view.facts(record.read_facts(self.study))
+
+    def search(self, layers: Profile) -> None:
+        """Ask, evaluate, tell, until the budget is spent."""
+        firsts = list(vbmf_plans(self.space, layers))
+        ledger = self.ledger = Ledger(
+            self.study, self.space, self.inventory, firsts, sampler=self.spec.search.sampler, seed=self.spec.seed
+        )
+        ledger.recover()
+        trials, minutes = self.spec.search.trials, self.spec.search.minutes
+        self.view.stage("trials", trials, min(trials, ledger.finished()))
+        before, start = self.seconds.get("trials", 0.0), time.monotonic()
+
+        def spent() -> bool:
+            return minutes is not None and before + time.monotonic() - start >= minutes * 60
+
+        def on_message(job: Job, message: Rung | Answer) -> None:
+            if isinstance(message, Answer):
+                found = ledger.receive(job, message)
+                self.view.trial(found, ledger.records())
+
+        with self.stage("trials"):
+            self.run_jobs(ledger.jobs(trials), self.evaluator(layers), on_message, spent)
+
+    def finalists(self, layers: Profile) -> None:
+        """Fine-tune the best trials for longer, score them on the test split, keep their weights, time them."""
+        trials = record.read_trials(self.study)
+        dense = record.read_facts(self.study).dense
+        chosen = choose_finalists(trials, dense.score_validation, self.spec.finalists.count)
+        waiting = [t for t in chosen if not (t.finalist and (self.out / "models" / str(t.number)).is_dir())]
+        by_number = {trial.number: trial for trial in trials}
+        self.view.stage("finalists", len(chosen), len(chosen) - len(waiting))
+
+        def on_message(job: Job, message: Rung | Answer) -> None:
+            if isinstance(message, Answer):
+                self._finalist(by_number[job.key], message)
+
+        jobs = (Job(trial.number, trial.plan, trial.seed, finalist=True) for trial in waiting)
+        with self.stage("finalists"):
+            self.run_jobs(jobs, self.evaluator(layers), on_message, lambda: False)
+            if waiting:
+                self._latencies()
+
+    def report(self) -> None:
+        """The report, from the storage alone."""
+        write_report(record.read_study(self.study), self.out)
+
+    def stopped(self) -> None:
+        """After Ctrl-C: nothing is left running, and the report shows what there is."""
+        if self.ledger:
+            self.ledger.recover()
+        if record.has_facts(self.study):
+            self.report()
+
+    # --- details ---
+
+    def run_jobs(
+        self, jobs: Iterator[Job], evaluate: Evaluator, on_message: local.OnMessage, should_stop: Callable[[], bool]
+    ) -> None:
+        local.run(jobs, evaluate, workers=self.workers, on_message=on_message, should_stop=should_stop)
+
+    def evaluator(self, layers: Profile) -> Evaluator:
+        task = replace(self.task, model=self.task.model.cpu())
+        return Evaluator(task, layers, _recipe(self.spec.finetune), _recipe(self.spec.finalists), self.device.type)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Adds the seconds that a stage takes to those of earlier runs."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+            record.write_seconds(self.study, self.seconds)
+
+    def _facts(self, layers: Profile) -> StudyFacts:
+        task, found = self.task, self.inventory
+        task.model.to(self.device)
+        dense = DenseFacts(
+            params=found.params,
+            macs=found.macs,
+            score_validation=training.score(task.model, task, task.data.validation, device=self.device),
+            score_test=training.score(task.model, task, task.data.test, device=self.device),
+            latency_ms=training.latencies_ms([task.model], self.example)[0],
+        )
+        return StudyFacts(
+            name=self.spec.name,
+            seed=self.spec.seed,
+            spec=self.spec.to_dict(),
+            score_name=task.score_name,
+            dense=dense,
+            layers=_layer_facts(found, {name: layer.vbmf for name, layer in layers.layers.items()}),
+            skipped=dict(found.skipped),
+            versions={"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES},
+            machine=f"{platform.machine()}, {os.cpu_count()} cores, device {self.device.type}, {self.workers} workers of "
+            f"{local.threads_for(self.workers)} threads",
+            command=self.options.command,
+            data=task.data.about,
+        )  # fmt: skip
+
+    def _finalist(self, trial: TrialRecord, answer: Answer) -> None:
+        if answer.outcome is not Outcome.DONE:
+            self.view.step(f"trial {trial.number}: {answer.outcome.value}")
+            return
+        assert answer.score_test is not None
+        assert answer.weights is not None
+        save_model(self.out / "models" / str(trial.number), trial.plan, answer.weights)
+        finalist = Finalist(
+            score_validation=answer.curve[-1].score, score_test=answer.score_test, curve=answer.curve,
+            seconds=answer.seconds, latency_ms=None,
+        )  # fmt: skip
+        record.write_finalist(self.study, trial.number, finalist)
+        self.view.trial(replace(trial, finalist=finalist), record.read_trials(self.study))
+
+    def _latencies(self) -> None:
+        """Milliseconds of the dense model and of every finalist, taken in turn in one go, so that they compare."""
+        trials = [trial for trial in record.read_trials(self.study) if trial.finalist]
+        folders = [self.out / "models" / str(trial.number) for trial in trials]
+        models = [load_model(self.task.model.cpu(), path).to(self.device) for path in folders]
+        dense, *times = training.latencies_ms([self.task.model.to(self.device), *models], self.example)
+        for trial, latency in zip(trials, times, strict=True):
+            assert trial.finalist is not None
+            record.write_finalist(self.study, trial.number, replace(trial.finalist, latency_ms=latency))
+        facts = record.read_facts(self.study)
+        record.write_facts(self.study, replace(facts, dense=replace(facts.dense, latency_ms=dense)))
+
+
+def _train_dense(task: Task, spec: StudySpec, device: torch.device, view: View) -> None:
+    if spec.dense.weights and not _load_into(task.model, Path(spec.dense.weights)):
+        raise ModelError(f"dense.weights must be a state dict of the model, but {spec.dense.weights} does not exist.")
+    if not spec.dense.epochs:
+        return
+    view.stage("training the dense net", spec.dense.epochs)
+    task.model.to(device)
+    try:
+        for _ in training.fit(task.model, task, _recipe(spec.dense), seed=spec.seed, device=device):
+            view.step()
+    except training.Diverged:
+        raise ModelError(
+            f"The dense net must train, but its loss became NaN or infinite at learning rate {spec.dense.learning_rate}; "
+            "lower dense.learning_rate."
+        ) from None
+
+
+def _layer_facts(found: Inventory, vbmf: Mapping[str, tuple[int | None, int | None]]) -> tuple[LayerFacts, ...]:
+    return tuple(
+        LayerFacts(
+            name=layer.name, kind=layer.kind, weight=layer.weight, params=layer.params, macs=layer.macs,
+            vbmf=vbmf[layer.name],
+        )
+        for layer in found.layers
+    )  # fmt: skip
+
+
+def _train_spec(kind: type[S], recipe: Recipe, **more: int) -> S:
+    return kind(**dataclasses.asdict(recipe), **more)
+
+
+def _recipe(spec: TrainSpec) -> Recipe:
+    return Recipe(spec.epochs, spec.batch_size, spec.learning_rate, spec.weight_decay)
+
+
+def _load_into(model: nn.Module, path: Path) -> bool:
+    """Load a state dict into the model; False where there is no such file.
+
+    Raises:
+        ModelError: the file is no state dict, or not one of this model.
+    """
+    if not path.exists():
+        return False
+    try:
+        if path.suffix == ".safetensors":
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state)
+    except (SafetensorError, RuntimeError, TypeError, AttributeError, OSError, EOFError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(f"{path} must be a state dict of the model, but cannot be loaded: {first}") from error
+    return True

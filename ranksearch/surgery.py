@@ -1,0 +1,115 @@
+"""`factorize_(model, plan)`: the one verb that changes a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ranksearch.errors import PlanError, nearest
+from ranksearch.factorization import METHODS, Shape
+from ranksearch.layers import CONVOLUTIONS
+from ranksearch.plan import Factorization, Plan
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def factorize_(
+    model: M,
+    plan: Plan | Mapping[str, Factorization],
+    *,
+    factors: Mapping[str, Sequence[Tensor]] | None = None,
+    seed: int = 0,
+) -> M:
+    """Replace, in place, each layer that `plan` names by the plain torch modules of its factorization.
+
+    All or nothing: every new module is made before the first is put in. Device, dtype, `requires_grad` and mode of a
+    layer pass to its replacement; the rest of the model is not touched.
+
+    Args:
+        model: any module; layers are named as in `model.named_modules()`.
+        plan: what to store each layer as; a layer not named stays dense.
+        factors: factors already computed, by layer; the others are decomposed here.
+        seed: of the random starts that CP uses.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        PlanError: the plan names a layer that is not there or cannot be factorized as it says, a rank is above its
+            bound, or a weight holds NaN or infinity. The model is then as it was.
+    """
+    wanted = plan if isinstance(plan, Plan) else Plan.of(plan)
+    modules = dict(model.named_modules())
+    replacements = {}
+    for name, value in wanted:
+        if name not in modules or not name:
+            raise PlanError(f"A plan must name layers of the model, but {name!r} is none.{nearest(name, _layers(model))}")
+        module = modules[name]
+        kernel = kernel_of(name, module, value)
+        method = METHODS[type(value)]
+        given = (factors or {}).get(name)
+        if given is None:
+            given = method.factors(kernel, method.prepare(kernel, [value.ranks], seed), value.ranks, seed)
+        _check_shapes(name, value, tuple(kernel.shape), given)
+        replacements[name] = method.build(module, tuple(kernel.shape), given)
+    for name, module in replacements.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+    return model
+
+
+def skeleton_(model: M, plan: Plan) -> M:
+    """Give `model` the structure of `plan` with zeros for factors, for saved weights to be loaded into."""
+    modules = dict(model.named_modules())
+    factors = {}
+    for name, value in plan:
+        if name in modules:
+            shape = tuple(kernel_of(name, modules[name], value).shape)
+            factors[name] = [torch.zeros(s) for s in METHODS[type(value)].factor_shapes(shape, value.ranks)]
+    return factorize_(model, plan, factors=factors)
+
+
+def kernel_of(name: str, module: nn.Module, value: Factorization) -> Tensor:
+    """The weight of a layer as the kernel (out, in, *kernel) that `value` decomposes, in float32 or better.
+
+    Raises:
+        PlanError: the layer is of another type or grouped, its weight is not finite, or `value` does not suit its shape.
+    """
+    if not isinstance(module, (*CONVOLUTIONS, nn.Linear)):
+        raise PlanError(f"Layer {name!r} must be a Conv1d, Conv2d, Conv3d or Linear, but is a {type(module).__name__}.")
+    if isinstance(module, CONVOLUTIONS) and module.groups > 1:
+        raise PlanError(f"Layer {name!r} has {module.groups} groups; only convolutions of one group are factorized.")
+    weight = module.weight.detach()
+    if not torch.isfinite(weight).all():
+        raise PlanError(f"Weights must be finite, but layer {name!r} holds NaN or infinity; load or train it again.")
+    weight = weight if weight.dtype == torch.float64 else weight.float()
+    if value.kernel is not None:
+        if not isinstance(module, nn.Linear) or module.in_features % math.prod(value.kernel):
+            raise PlanError(
+                f"Layer {name!r} of shape {tuple(weight.shape)} is not fully connected behind a map of size "
+                f"{value.kernel}; the plan was made for another model or input size."
+            )
+        weight = weight.reshape(len(weight), -1, *value.kernel)
+    method, shape = METHODS[type(value)], tuple(weight.shape)
+    if not method.applies(shape, linear=isinstance(module, nn.Linear)):
+        hint = "; name the map its input is flattened from, as in CP(16, kernel=(6, 6))" if len(shape) == 2 else ""
+        raise PlanError(f"Layer {name!r} of shape {shape} cannot be stored as {value.title}{hint}.")
+    for field, rank, bound in zip(value.rank_names(), value.ranks, method.bounds(shape), strict=True):
+        if rank > bound:
+            raise PlanError(f"Layer {name!r}: {field} of {value.title} must be at most {bound}, but got {rank}.")
+    return weight
+
+
+def _check_shapes(name: str, value: Factorization, shape: Shape, factors: Sequence[Tensor]) -> None:
+    wanted = METHODS[type(value)].factor_shapes(shape, value.ranks)
+    got = tuple(tuple(factor.shape) for factor in factors)
+    if got != wanted:
+        raise PlanError(f"Layer {name!r}: the factors of {value} must have shapes {wanted}, but have {got}.")
+
+
+def _layers(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, (*CONVOLUTIONS, nn.Linear))]

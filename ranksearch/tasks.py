@@ -1,0 +1,80 @@
+"""What is searched: a model, its data, a loss and a score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ranksearch.data import Splits
+from ranksearch.errors import DataError, ModelError, SpecError
+from ranksearch.spec import StudySpec, resolve
+
+Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""(outputs, targets) -> a scalar to be minimised."""
+Score: TypeAlias = Callable[[Tensor, Tensor], float]
+"""(outputs, targets) of a whole split -> a number, higher is better."""
+
+
+def accuracy(outputs: Tensor, targets: Tensor) -> float:
+    """Share of inputs whose largest output, of (inputs, classes), is the target's."""
+    return float((outputs.argmax(1) == targets).float().mean())
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model to compress and how to judge it. Classification by default; any loss and score make another task."""
+
+    model: nn.Module
+    data: Splits
+    loss: Loss = F.cross_entropy
+    score: Score = accuracy
+
+    @property
+    def score_name(self) -> str:
+        """What the score is called in reports."""
+        return getattr(self.score, "__name__", "score")
+
+
+def check_outputs(task: Task, outputs: Tensor) -> None:
+    """Refuse a classifier whose outputs do not fit the classes.
+
+    Raises:
+        ModelError: the data has classes and the outputs are not (batch, classes).
+    """
+    classes = task.data.classes
+    if task.score is accuracy and classes is not None and (outputs.dim() != 2 or outputs.shape[1] < classes):
+        raise ModelError(
+            f"The model must give {classes} outputs an input, one a class, but gives shape {tuple(outputs.shape[1:])}; "
+            "check its arguments against the data."
+        )
+
+
+def load_task(spec: StudySpec) -> Task:
+    """The task that a spec names.
+
+    Raises:
+        SpecError: a reference cannot be used, or does not take its arguments.
+        ModelError, DataError: it does not give a module, or splits.
+    """
+    about = spec.task
+    torch.manual_seed(spec.seed)  # of the initial weights
+    model = _call(about.model, about.model_args, "task.model")
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"task.model must give an nn.Module, but {about.model!r} gave a {type(model).__name__}.")
+    data = _call(about.data, about.data_args, "task.data")
+    if not isinstance(data, Splits):
+        raise DataError(f"task.data must give ranksearch.data.Splits, but {about.data!r} gave a {type(data).__name__}.")
+    return Task(model, data, resolve(about.loss, key="task.loss"), resolve(about.score, key="task.score"))
+
+
+def _call(reference: str, arguments: Mapping[str, Any], key: str) -> Any:
+    target = resolve(reference, key=key)
+    try:
+        return target(**arguments)
+    except TypeError as error:
+        raise SpecError(f"{key}: {reference} must take the arguments {dict(arguments)}, but: {error}.") from error

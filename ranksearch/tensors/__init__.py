@@ -1,0 +1,1 @@
+"""Tensor mathematics: tensors in, tensors out, no modules."""

@@ -1,0 +1,219 @@
+"""Alternating least squares (ALS) for CP: accelerated, and unable to degenerate. `ranksearch.tensors.cp` is its door.
+
+Everything here works on a tensor of norm one, compressed by an HOSVD of its modes, and on rank-one terms kept as unit
+vectors and weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ranksearch.tensors.matrix import principal, unfold
+
+_NEWTON_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Rank-one terms: row r of every mode is a unit vector, or zero for an empty term; `weights` are their norms."""
+
+    rows: tuple[Float[Tensor, "rank dim"], ...]
+    weights: Float[Tensor, " rank"]
+    error: float = math.inf
+    sweeps: int = 0
+
+    @property
+    def degeneracy(self) -> float:
+        """Sum of the squared norms of the terms, relative to the tensor's, which is one."""
+        return float(self.weights.double().square().sum())
+
+    def largest(self, rank: int) -> Terms:
+        """The `rank` terms of largest norm, falling, filled up with empty terms; error and sweeps start anew."""
+        order = self.weights.argsort(descending=True, stable=True)[:rank]
+        empty = max(rank - len(self.weights), 0)
+        pad = torch.nn.functional.pad
+        rows = tuple(pad(row[order], (0, 0, 0, empty)) for row in self.rows)
+        return Terms(rows, pad(self.weights[order], (0, empty)))
+
+    def shaken(self, amount: float, generator: torch.Generator) -> Terms:
+        """The same terms with noise of about norm `amount` added to their unit vectors."""
+        rows = []
+        for row in self.rows:
+            # Drawn on the CPU in float64, so that one seed means one start on every device and for every type.
+            noise = torch.randn(row.shape, generator=generator, dtype=torch.float64).to(row)
+            rows.append(unit(row + amount / math.sqrt(row.shape[1]) * noise)[0])
+        return Terms(tuple(rows), self.weights)
+
+    def beyond(self, older: Terms, momentum: float) -> Terms:
+        """These terms moved on by `momentum` times the way from `older` to here."""
+        rows = tuple(unit(now + momentum * (now - then))[0] for now, then in zip(self.rows, older.rows, strict=True))
+        return replace(self, rows=rows)
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A tensor as `norm` times a core of norm one, multiplied by an orthonormal basis in every mode."""
+
+    core: Float[Tensor, "*core_dims"]
+    bases: tuple[Float[Tensor, "dim core_dim"], ...]
+    norm: float
+
+    @classmethod
+    def of(cls, tensor: Float[Tensor, "*dims"]) -> Compressed:
+        """HOSVD of every mode of a tensor that is not zero.
+
+        Only slices below the rounding of the tensor's own type are left out, which makes low-rank tensors and modes
+        longer than the product of all others cheap, and leaves the error of every CP as it is.
+        """
+        norm = float(tensor.double().norm())
+        core, bases = tensor.double() / norm, []
+        for mode in range(tensor.ndim):
+            basis = principal(unfold(core, mode))[0]
+            turned = basis.T @ unfold(core, mode)
+            kept = turned.norm(dim=1) > 2 * torch.finfo(tensor.dtype).eps
+            rest = [size for other, size in enumerate(core.shape) if other != mode]
+            core = turned[kept].reshape(-1, *rest).movedim(0, mode)
+            bases.append(basis[:, kept].to(tensor.dtype))
+        return cls(core.to(tensor.dtype).contiguous(), tuple(bases), norm)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How long to sweep, and how large the terms may become: see `ranksearch.tensors.cp.cp_als`."""
+
+    sweeps: int
+    tolerance: float
+    ridge: float
+    max_degeneracy: float
+
+
+def unit(rows: Float[Tensor, "rank dim"]) -> tuple[Float[Tensor, "rank dim"], Float[Tensor, " rank"]]:
+    """Rows of norm one, zero rows as they are; and the norms."""
+    norms = rows.norm(dim=1)
+    return rows / norms.clamp_min(torch.finfo(rows.dtype).tiny)[:, None], norms
+
+
+def khatri_rao(rows: Sequence[Float[Tensor, "rank dim"]]) -> Float[Tensor, "rank product"]:
+    """Kronecker product term by term; the last mode runs fastest."""
+    product = rows[0]
+    for row in rows[1:]:
+        product = (product[:, :, None] * row[:, None, :]).flatten(1)
+    return product
+
+
+def slice_terms(core: Float[Tensor, "*dims"], rank: int) -> Terms:
+    """The `rank` largest terms of the SVDs of all slices of the core along its modes but the two largest.
+
+    These terms are orthogonal to each other, so their sum cannot degenerate, and at the product of all sizes but the
+    largest they are the core itself.
+    """
+    *small, short, long = sorted(range(core.ndim), key=lambda mode: core.shape[mode])
+    slices = core.permute(*small, short, long).reshape(-1, core.shape[short], core.shape[long])
+    left, singular, right = torch.linalg.svd(slices, full_matrices=False)
+    weights, order = singular.flatten().sort(descending=True, stable=True)
+    place, which = order[:rank] // singular.shape[1], order[:rank] % singular.shape[1]
+    rows = {short: left[place, :, which], long: right[place, which, :]}
+    for mode in reversed(small):
+        rows[mode] = torch.nn.functional.one_hot(place % core.shape[mode], core.shape[mode]).to(core.dtype)
+        place = place // core.shape[mode]
+    return Terms(tuple(rows[mode] for mode in range(core.ndim)), weights[:rank]).largest(rank)
+
+
+def run(core: Float[Tensor, "*dims"], start: Terms, rule: Rule) -> Terms:
+    """Sweep until one sweep lowers the error by less than `tolerance` of itself; no sweep that is kept raises it.
+
+    Nesterov's momentum between sweeps, dropped whenever it overshoots (Mitchell, Ye and De Sterck 2020, "Nesterov
+    acceleration of alternating least squares for canonical tensor decomposition").
+    """
+    older = last = sweep(core, start, rule)
+    age, done = 1, 1
+    while done < rule.sweeps:
+        momentum = (age - 1) / (age + 2)
+        tried = sweep(core, last.beyond(older, momentum), rule)
+        done += 1
+        gain = last.error - tried.error
+        if gain >= 0:
+            older, last = last, tried
+        if gain > rule.tolerance * last.error:
+            age += 1
+        elif momentum == 0:
+            break
+        else:
+            # Too far, or on the crest before it: only a sweep without momentum can tell that the fit has converged.
+            older, age = last, 1
+    return replace(last, sweeps=done)
+
+
+def sweep(core: Float[Tensor, "*dims"], terms: Terms, rule: Rule) -> Terms:
+    """Update every mode once, the longest first, and measure the error without a reconstruction."""
+    long = max(range(core.ndim), key=lambda mode: core.shape[mode])
+    rest = [mode for mode in range(core.ndim) if mode != long]
+    matrix = unfold(core, long)
+    rows, grams = list(terms.rows), [_gram(row) for row in terms.rows]
+    projection, weights = khatri_rao([rows[mode] for mode in rest]) @ matrix.T, terms.weights
+    partial = None
+    for mode in (long, *rest):
+        if mode != long:
+            # One more product with the whole tensor serves all the shorter modes.
+            partial = (rows[long] @ matrix).unflatten(1, [core.shape[m] for m in rest]) if partial is None else partial
+            projection = _contract(partial, [rows[other] for other in rest], rest.index(mode))
+        others = _product(grams[:mode] + grams[mode + 1 :])
+        rows[mode], weights = unit(solve(others, projection.double(), rule).to(core.dtype))
+        grams[mode] = _gram(rows[mode])
+    scaled = weights.double()
+    inner = float(scaled @ (projection * rows[rest[-1]]).sum(1).double())
+    squared = 1 - 2 * inner + float(scaled @ _product(grams) @ scaled)
+    return Terms(tuple(rows), weights, math.sqrt(max(squared, 0.0)))
+
+
+def solve(gram: Float[Tensor, "rank rank"], right: Float[Tensor, "rank dim"], rule: Rule) -> Float[Tensor, "rank dim"]:
+    """One mode's normal equations, `(gram + ridge I) x = right`, with the ridge raised until `|x|^2 <= max_degeneracy`.
+
+    As the other modes hold unit vectors, |x|^2 is the sum of the squared norms of the terms: the result has the least
+    error of all that keep to the bound. The ridge is the root of the secular equation |x|^2 = max_degeneracy, found by
+    Newton's method as in trust regions (Conn, Gould and Toint 2000, section 7.3). All in float64.
+    """
+    damped = gram + rule.ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    triangle, failed = torch.linalg.cholesky_ex(damped)
+    if not int(failed):
+        solution = torch.cholesky_solve(right, triangle)
+        if float(solution.square().sum()) <= rule.max_degeneracy:
+            return solution
+    values, vectors = torch.linalg.eigh(gram)
+    turned = vectors.T @ right
+    energy, values = turned.square().sum(1), values.clamp_min(0)
+    ridge = max(rule.ridge, float(values[-1]) * len(values) * torch.finfo(values.dtype).eps)
+    for _ in range(_NEWTON_STEPS):
+        length = float((energy / (values + ridge).square()).sum())
+        if length <= rule.max_degeneracy * (1 + 1e-9):
+            break
+        slope = float((energy / (values + ridge).pow(3)).sum())
+        ridge += (math.sqrt(length / rule.max_degeneracy) - 1) * length / slope
+    return vectors @ (turned / (values + ridge)[:, None])
+
+
+def _gram(row: Tensor) -> Tensor:
+    # In float64: the normal equations of nearly parallel terms lose twice the digits of the vectors.
+    return row.double() @ row.double().T
+
+
+def _product(grams: list[Tensor]) -> Tensor:
+    result = grams[0]
+    for gram in grams[1:]:
+        result = result * gram
+    return result
+
+
+def _contract(partial: Tensor, rows: list[Tensor], kept: int) -> Tensor:
+    """Contract every mode of `partial` (rank, dims) but `kept` with its rows, term by term."""
+    for position in reversed(range(len(rows))):
+        if position != kept:
+            moved = partial.movedim(position + 1, -1)
+            partial = (moved.flatten(1, -2) @ rows[position][:, :, None]).reshape(moved.shape[:-1])
+    return partial

@@ -1,0 +1,90 @@
+"""Matrices: unfoldings, eigenvectors of Gram matrices, and the truncated SVD with the error of every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def floating(tensor: Tensor) -> Tensor:
+    """`tensor` detached, in float64 if it is that, otherwise in float32; on its own device.
+
+    Raises:
+        ValueError: it holds NaN or infinity.
+    """
+    values = tensor.detach()
+    values = values if values.dtype == torch.float64 else values.to(torch.float32)
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError("A tensor to decompose must be finite, but it holds NaN or infinity.")
+    return values
+
+
+def check_rank(name: str, rank: int, largest: int) -> None:
+    """Raise `ValueError` unless `1 <= rank <= largest`."""
+    if not 1 <= rank <= largest:
+        raise ValueError(f"`1 <= {name} <= {largest}` must hold, but got {name}={rank}.")
+
+
+def unfold(tensor: Float[Tensor, "*dims"], mode: int) -> Float[Tensor, "d_mode rest"]:
+    """The matrix whose rows are the slices of `tensor` along `mode`; the other modes keep their order."""
+    return tensor.movedim(mode, 0).flatten(1)
+
+
+def signed(columns: Float[Tensor, "m r"]) -> Float[Tensor, " r"]:
+    """The signs that make the entry of largest magnitude in every column positive."""
+    peaks = columns.gather(0, columns.abs().argmax(0, keepdim=True)).squeeze(0)
+    return torch.where(peaks < 0, -1.0, 1.0).to(columns.dtype)
+
+
+def principal(unfolding: Float[Tensor, "m n"]) -> tuple[Float[Tensor, "m r"], Float[Tensor, " r"]]:
+    """Left singular vectors and squared singular values of `unfolding`, falling, in float64; `r = min(m, n)`.
+
+    They are the eigenvectors and eigenvalues of the m x m Gram matrix, far cheaper than an SVD of a long unfolding. The
+    vectors are orthonormal to float64; values below 1e-15 of the largest are rounding and may be zero.
+    """
+    rows = unfolding.double()
+    values, vectors = torch.linalg.eigh(rows @ rows.T)
+    keep = min(rows.shape)
+    vectors = vectors.flip(1)[:, :keep]
+    return vectors * signed(vectors), values.flip(0)[:keep].clamp_min(0)
+
+
+@dataclass(frozen=True)
+class SVDFactors:
+    """A thin SVD, `left @ diag(singular) @ right`, singular values falling; `r = min(m, n)`."""
+
+    left: Float[Tensor, "m r"]
+    singular: Float[Tensor, " r"]
+    right: Float[Tensor, "r n"]
+
+    def at(self, rank: int) -> tuple[Float[Tensor, "m rank"], Float[Tensor, "rank n"]]:
+        """The best approximation of this rank (Eckart and Young 1936) as two factors of equal norm.
+
+        Raises:
+            ValueError: `rank` is not in 1..r.
+        """
+        check_rank("rank", rank, len(self.singular))
+        root = self.singular[:rank].sqrt()
+        return self.left[:, :rank] * root, root[:, None] * self.right[:rank]
+
+    def errors(self) -> Float[Tensor, " r"]:
+        """Relative Frobenius error of every rank 1..r, float64: the root of the discarded energy, summed and never
+        subtracted, so that small errors keep their digits."""
+        energy = self.singular.double().square()
+        tail = energy.flip(0).cumsum(0).flip(0)
+        left_out = torch.cat([tail[1:], tail.new_zeros(1)])
+        return (left_out / tail[0].clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+
+
+def svd(matrix: Float[Tensor, "m n"]) -> SVDFactors:
+    """Thin SVD; of each pair of singular vectors the left one has a positive entry of largest magnitude.
+
+    Raises:
+        ValueError: the matrix holds NaN or infinity.
+    """
+    left, singular, right = torch.linalg.svd(floating(matrix), full_matrices=False)
+    signs = signed(left)
+    return SVDFactors(left * signs, singular, signs[:, None] * right)

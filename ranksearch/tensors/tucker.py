@@ -1,0 +1,94 @@
+"""Tucker-2 of a convolution kernel `(out, in, k)`, spatial modes merged: one HOSVD serves every pair of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ranksearch.tensors.matrix import check_rank, floating, principal, signed, unfold
+
+
+@dataclass(frozen=True)
+class HOSVD:
+    """`kernel[o, i, k] = sum_pq u_out[o, p] u_in[i, q] core[p, q, k]`, both bases orthonormal, by falling energy.
+
+    out' = min(out, in * k) and in' = min(in, out * k), so nothing of the kernel is lost.
+    """
+
+    core: Float[Tensor, "out_rank in_rank k"]
+    u_out: Float[Tensor, "out out_rank"]
+    u_in: Float[Tensor, "in in_rank"]
+
+    def at(self, rank_in: int, rank_out: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Core (rank_out, rank_in, k), u_out (out, rank_out), u_in (in, rank_in): a slice, so the ranks are nested.
+
+        Raises:
+            ValueError: a rank is not in 1..in' or 1..out'.
+        """
+        check_rank("rank_in", rank_in, self.core.shape[1])
+        check_rank("rank_out", rank_out, self.core.shape[0])
+        return self.core[:rank_out, :rank_in], self.u_out[:, :rank_out], self.u_in[:, :rank_in]
+
+    def errors(self) -> Float[Tensor, "in_rank out_rank"]:
+        """Relative Frobenius error of every pair, float64: entry [i - 1, o - 1] belongs to rank_in=i, rank_out=o.
+
+        The root of the core's energy outside the slice, which is summed and never subtracted, so that small errors
+        keep their digits.
+        """
+        energy = self.core.double().square().sum(2)
+        rows_out = _after(energy.sum(1), 0)[:, None]
+        columns_out = _after(energy.cumsum(0), 1)
+        total = energy.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        return ((rows_out + columns_out) / total).sqrt().T
+
+
+def hosvd(kernel: Float[Tensor, "out in_ k"]) -> HOSVD:
+    """Truncatable HOSVD of the first two modes (De Lathauwer et al. 2000), from two Gram matrices in float64.
+
+    Raises:
+        ValueError: the kernel has not three modes, or holds NaN or infinity.
+    """
+    values = _three_modes(kernel)
+    u_out, u_in = (principal(unfold(values, mode))[0].to(values.dtype) for mode in (0, 1))
+    return HOSVD(_core(values, u_out, u_in), u_out, u_in)
+
+
+def hooi(kernel: Float[Tensor, "out in_ k"], rank_in: int, rank_out: int, *, sweeps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Core (rank_out, rank_in, k), u_out (out, rank_out), u_in (in, rank_in), refined by `sweeps` of HOOI.
+
+    Starts from the HOSVD, and no sweep raises the error (De Lathauwer et al. 2000b).
+
+    Raises:
+        ValueError: a rank is out of range, or the kernel is not three finite modes.
+    """
+    values = _three_modes(kernel)
+    _, u_out, u_in = hosvd(values).at(rank_in, rank_out)
+    for _ in range(sweeps):
+        u_out = _leading(torch.einsum("oik,iq->oqk", values, u_in), 0, rank_out)
+        u_in = _leading(torch.einsum("oik,op->pik", values, u_out), 1, rank_in)
+    return _core(values, u_out, u_in), u_out, u_in
+
+
+def _three_modes(kernel: Tensor) -> Tensor:
+    if kernel.ndim != 3:
+        raise ValueError(f"A kernel must have the three modes (out, in, k), but got shape {tuple(kernel.shape)}.")
+    return floating(kernel)
+
+
+def _core(kernel: Tensor, u_out: Tensor, u_in: Tensor) -> Tensor:
+    return torch.einsum("oik,op,iq->pqk", kernel, u_out, u_in)
+
+
+def _leading(tensor: Tensor, mode: int, rank: int) -> Tensor:
+    rows = unfold(tensor, mode).double()
+    vectors = torch.linalg.eigh(rows @ rows.T).eigenvectors.flip(1)[:, :rank]
+    return (vectors * signed(vectors)).to(tensor.dtype)
+
+
+def _after(values: Tensor, dim: int) -> Tensor:
+    """Sum of everything behind each entry along `dim`."""
+    behind = values.flip(dim).cumsum(dim).flip(dim)
+    return torch.cat([behind.narrow(dim, 1, behind.shape[dim] - 1), torch.zeros_like(behind.narrow(dim, 0, 1))], dim)

@@ -1,0 +1,117 @@
+"""Rank of a noisy matrix by empirical variational Bayes, the analytic global solution."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ranksearch.tensors.matrix import floating
+
+# Points of the search for the noise variance, and how often it narrows to the two intervals around the best one.
+_GRID, _ZOOMS = 65, 6
+# Below this part of the largest eigenvalue, those of a Gram matrix in float64 may be rounding.
+_SAFE = 1e-12
+
+
+@dataclass(frozen=True)
+class VBMFEstimate:
+    """What a matrix holds above its noise.
+
+    `rank` 0 means that no low-rank signal stands out of the noise. `noise_variance` is that of one entry, in the units
+    of the matrix squared. `spectrum` holds the shrunk singular values of the signal, falling, in float64.
+    """
+
+    rank: int
+    noise_variance: float
+    spectrum: Float[Tensor, " rank"]
+
+
+def vbmf(matrix: Float[Tensor, "m n"], *, noise_variance: float | None = None) -> VBMFEstimate:
+    """Empirical variational Bayesian matrix factorization, its global solution in closed form.
+
+    Nakajima, Sugiyama, Babacan, Tomioka, "Global analytic solution of fully-observed variational Bayesian matrix
+    factorization", JMLR 14 (2013). The noise variance is estimated unless given. The rank does not change with the
+    scale of the matrix or under transposition. Rows and columns of zeros, such as dead channels, are left out; a single
+    row or column always has rank 0, as nothing in it tells signal from noise.
+
+    Raises:
+        ValueError: not a matrix, NaN or infinity in it, or a noise variance that is not positive.
+    """
+    if matrix.ndim != 2:
+        raise ValueError(f"VBMF needs a matrix, but got shape {tuple(matrix.shape)}.")
+    if noise_variance is not None and not noise_variance > 0:
+        raise ValueError(f"`noise_variance > 0` must hold, but got {noise_variance}.")
+    finite = floating(matrix)
+    rounding = torch.finfo(finite.dtype).eps
+    values = _alive(finite.double(), rounding)
+    if not values.numel():
+        return VBMFEstimate(0, 0.0, values.new_zeros(0))
+    scale = float(values.square().mean().sqrt())
+    values = (values if values.shape[0] <= values.shape[1] else values.T) / scale
+    model = _Model(*values.shape, rounding)
+    given = None if noise_variance is None else noise_variance / scale**2
+    energy = torch.linalg.eigvalsh(values @ values.T).flip(0).clamp_min(0) / model.long
+    variance = given or model.noise(energy)
+    if variance < _SAFE * float(energy[0]):
+        energy = torch.linalg.svdvals(values).square() / model.long
+        variance = given or model.noise(energy)
+    kept = energy[energy > model.threshold * variance]
+    return VBMFEstimate(len(kept), variance * scale**2, model.shrink(kept, variance) * scale)
+
+
+def _alive(matrix: Tensor, rounding: float) -> Tensor:
+    """The matrix without its rows and columns of zeros: free of noise, they would pass the noise of the others as signal."""
+    for _ in range(2):
+        norms = matrix.norm(dim=1)
+        matrix = matrix[norms > rounding * norms.max()].T if matrix.numel() else matrix.T
+    return matrix
+
+
+class _Model:
+    """Constants of an L x M matrix, L <= M, for squared singular values divided by M ("energy", gamma^2 / M)."""
+
+    def __init__(self, short: int, long: int, rounding: float) -> None:
+        self.short, self.long, self.rounding = short, long, rounding
+        self.alpha = short / long
+        # The paper's approximation of the tau at which a component lowers the free energy no longer: the zero of
+        # phi(tau) + phi(tau / alpha), phi(z) = log(z + 1) / z - 1 / 2. It is exact for alpha = 1.
+        tau = 2.5129 * math.sqrt(self.alpha)
+        self.threshold = (1 + tau) * (1 + self.alpha / tau)
+
+    def noise(self, energy: Tensor) -> float:
+        """The noise variance that minimises the free energy, between the paper's bounds, searched on a log scale."""
+        largest_rank = math.ceil(self.short / (1 + self.alpha)) - 1
+        upper = float(energy.mean())
+        lower = max(float(energy[largest_rank]) / self.threshold, float(energy[largest_rank:].mean()))
+        # A matrix of exactly low rank has no noise: the rest of its spectrum is the rounding of its entries, not white.
+        lower = max(lower, float(energy[0]) * (8 * self.rounding) ** 2)
+        if lower >= upper:
+            return upper
+        # The free energy can have several minima: a grid over all of it, then finer ones around the best point.
+        ends = math.log(lower), math.log(upper)
+        for _ in range(_ZOOMS):
+            grid = torch.linspace(*ends, _GRID, dtype=energy.dtype, device=energy.device)
+            best = int(self.free_energy(energy, grid.exp()).argmin())
+            ends = float(grid[max(best - 1, 0)]), float(grid[min(best + 1, _GRID - 1)])
+        return math.exp(float(grid[best]))
+
+    def free_energy(self, energy: Float[Tensor, " short"], variance: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """The free energy per column for each noise variance, without the terms that do not depend on it."""
+        x = energy / variance[:, None]
+        tau = self._tau(x.clamp_min(self.threshold))
+        signal = (tau + 1).log() + self.alpha * (tau / self.alpha + 1).log() - tau
+        return (x + signal.where(x > self.threshold, 0.0)).sum(1) + self.short * variance.log()
+
+    def shrink(self, energy: Tensor, variance: float) -> Tensor:
+        """Shrunk singular values of the signal."""
+        ratio = (1 + self.alpha) * variance / energy
+        root = ((1 - ratio).square() - 4 * self.alpha * (variance / energy).square()).clamp_min(0).sqrt()
+        return (energy * self.long).sqrt() / 2 * (1 - ratio + root)
+
+    def _tau(self, x: Tensor) -> Tensor:
+        lead = x - (1 + self.alpha)
+        return (lead + (lead.square() - 4 * self.alpha).clamp_min(0).sqrt()) / 2

@@ -1,0 +1,132 @@
+"""Fitting, scoring, and recalibrating a model on a task."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ranksearch.data import batches, size
+from ranksearch.tasks import Task
+
+EVALUATION_BATCH = 256
+CLIP_NORM = 5.0
+"""A gradient norm far above what healthy training shows here (below 3); it stops the one step that ruins a CP net."""
+WARM_UP = 0.15
+"""Share of the steps over which the learning rate rises; decomposed weights are badly scaled for a full first step."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: AdamW, learning rate rising over the first 15 % of the steps and falling to zero as a cosine."""
+
+    epochs: int
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+
+
+class Diverged(Exception):
+    """The loss became NaN or infinite."""
+
+
+def fit(model: nn.Module, task: Task, recipe: Recipe, *, seed: int, device: torch.device) -> Iterator[int]:
+    """Train `model` in place, yielding the number of epochs done after each; the caller may score it or stop.
+
+    The shuffling, and whatever the model draws (dropout), follow `seed` alone.
+
+    Raises:
+        Diverged: the loss became NaN or infinite.
+    """
+    order = torch.Generator().manual_seed(seed)
+    steps = math.ceil(size(task.data.train) / recipe.batch_size) * recipe.epochs
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    torch.manual_seed(seed)
+    for epoch in range(1, recipe.epochs + 1):
+        model.train()
+        for inputs, targets in batches(task.data.train, recipe.batch_size, generator=order):
+            loss = task.loss(model(inputs.to(device)), targets.to(device))
+            if not torch.isfinite(loss):
+                raise Diverged
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+            optimizer.step()
+            schedule.step()
+        yield epoch
+
+
+def _rate(step: int, steps: int) -> float:
+    warm = max(1, round(steps * WARM_UP))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+@torch.no_grad()
+def score(model: nn.Module, task: Task, split: Dataset[Any], *, device: torch.device) -> float:
+    """The task's score of `model` on a whole split."""
+    outputs, targets = predict(model, split, device=device)
+    value = float(task.score(outputs, targets))
+    return value if math.isfinite(value) else -math.inf
+
+
+@torch.no_grad()
+def predict(model: nn.Module, split: Dataset[Any], *, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Outputs and targets of a whole split, in order, on the CPU."""
+    model.eval()
+    pairs = [(model(inputs.to(device)).cpu(), targets) for inputs, targets in batches(split, EVALUATION_BATCH)]
+    return torch.cat([outputs for outputs, _ in pairs]), torch.cat([targets for _, targets in pairs])
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, task: Task, *, device: torch.device, inputs: int = 2048) -> None:
+    """Measure the statistics of normalisation layers again, on the first `inputs` of the training split.
+
+    A decomposed layer shifts what the next normalisation sees; a score without this says little (EagleEye, ECCV 2020).
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over the batches
+        norm.train()
+    seen = 0
+    for batch, _ in batches(task.data.train, EVALUATION_BATCH):
+        model(batch.to(device))
+        seen += len(batch)
+        if seen >= inputs:
+            break
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+@torch.no_grad()
+def latencies_ms(models: list[nn.Module], example: Tensor, *, repeats: int = 30) -> list[float]:
+    """Median milliseconds of one pass over `example`, for each model, on the example's device.
+
+    The models run in turn, round after round, so that they compare even where the machine's speed drifts.
+    """
+    times: list[list[float]] = [[] for _ in models]
+    for model in models:
+        model.eval()
+        model(example)
+    for _ in range(repeats):
+        for model, taken in zip(models, times, strict=True):
+            start = time.perf_counter()
+            model(example)
+            if example.is_cuda:
+                torch.cuda.synchronize()
+            taken.append((time.perf_counter() - start) * 1e3)
+    return [statistics.median(taken) for taken in times]

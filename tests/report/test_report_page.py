@@ -1,0 +1,112 @@
+"""Laws of the page: it stands alone, names nothing it does not escape, and says what the record holds."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+from report_study import study_record
+
+from ranksearch.plan import Plan
+from ranksearch.record import Outcome
+
+NASTY = "</script><script>alert(1)</script><b>&`|\"'"
+
+
+def nasty_record():
+    """The study with a hostile text in each place where a user's text can stand."""
+    record = study_record()
+    facts = record.facts
+    layers = tuple(replace(layer, name=layer.name + NASTY) for layer in facts.layers)
+    facts = replace(
+        facts, name=NASTY, spec={NASTY: {NASTY: NASTY}}, layers=layers, skipped={NASTY: NASTY}, versions={NASTY: NASTY},
+        machine=NASTY, command=NASTY, data=NASTY,
+    )  # fmt: skip
+    trials = tuple(
+        replace(t, origin=t.origin + NASTY, plan=Plan.of({name + NASTY: value for name, value in t.plan}))
+        for t in record.trials
+    )
+    return replace(record, facts=facts, trials=trials, seconds={NASTY: 1.0})
+
+
+def test_the_page_asks_nothing_of_the_network(report):
+    for tag, attrs in report.page.tags:
+        assert tag not in ("img", "iframe", "object", "embed", "base")
+        for name in ("src", "href", "action", "srcset"):
+            assert not re.match(r"(\w+:)?//", attrs.get(name) or ""), (tag, attrs)
+    (policy,) = [attrs["content"] for _, attrs in report.page.tags if "http-equiv" in attrs]
+    assert policy.startswith("default-src 'none';")
+    style = re.findall(r"<style>(.*?)</style>", report.text("report.html"), re.DOTALL)
+    assert not re.search(r"url\(|@import", "".join(style))
+
+
+def test_every_link_leads_to_a_section_or_a_file(report):
+    ids = {attrs.get("id") for _, attrs in report.page.tags}
+    for href in [attrs["href"] or "" for tag, attrs in report.page.tags if tag == "a"]:
+        assert href[1:] in ids if href.startswith("#") else (report.folder / href).is_file()
+
+
+def test_every_chart_has_its_place(report):
+    ids = {attrs.get("id") for _, attrs in report.page.tags}
+    assert set(report.page.charts) == {"chart-front", "chart-hypervolume", "chart-curves"} <= ids
+
+
+def test_nasty_names_are_escaped(report, written):
+    nasty = written(nasty_record())
+    assert len(nasty.page.scripted) == len(report.page.scripted) == 3
+    assert not any(script.strip() == "alert(1)" for script in nasty.page.scripts)
+    assert "b" not in {tag for tag, _ in nasty.page.tags} - {tag for tag, _ in report.page.tags}
+    assert nasty.page.text.count(NASTY) > 20
+    rows = [row for layer in nasty.page.charts["chart-front"]["layer"] for row in layer.get("data", {}).get("values", [])]
+    assert any(f"conv1{NASTY}" in row.get("plan", "") for row in rows)
+
+
+def test_nasty_names_are_escaped_in_markdown(report, written):
+    words = written(nasty_record()).text("report.md")
+    prose = "\n".join(line for line in words.splitlines() if not line.startswith("    "))
+    assert not re.search(r"(?<!\\)<", prose)
+    columns = {len(re.findall(r"(?<!\\)\|", line)) for line in prose.splitlines() if "trial" in line and line[0] == "|"}
+    assert columns == {11}
+
+
+def test_the_page_names_every_layer_and_reason(report):
+    facts = report.record.facts
+    for layer in facts.layers:
+        assert layer.name in report.page.text
+        assert " x ".join(map(str, layer.weight)) in report.page.text
+    for name, reason in facts.skipped.items():
+        assert name in report.page.text
+        assert reason in report.page.text
+
+
+def test_the_page_says_how_trials_failed(report):
+    for outcome in set(Outcome) - {Outcome.DONE}:
+        assert outcome.value in report.page.text
+
+
+def test_the_page_marks_the_knee(report):
+    (knee,) = [row for row in report.json["front"] if row["knee"]]
+    assert f"{knee['trial']} knee" in report.page.text
+
+
+def test_another_score_is_no_percentage(written):
+    record = study_record()
+    facts = replace(record.facts, score_name="1 - AUC")
+    report = written(replace(record, facts=facts))
+    assert f"{facts.dense.score_validation:.4f}" in report.page.text
+    assert "98.6 %" not in report.page.text
+    assert "within 0.01 of the dense net" in report.text("report.md")
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.2])
+def test_the_headline_names_the_smallest_model_near_dense(written, drop):
+    record = study_record()
+    dense = record.facts.dense
+    record = replace(record, facts=replace(record.facts, dense=replace(dense, score_validation=0.986 + drop)))
+    near = [t for t in record.front if (t.score_validation or 0) >= 0.976 + drop]
+    words = written(record).text("report.md").replace("\\", "")
+    if near:
+        assert f"within one point of the dense net is trial {near[-1].number}:" in words
+    else:
+        assert "No model is within one point of the dense net yet" in words

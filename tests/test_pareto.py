@@ -1,0 +1,55 @@
+"""Laws of the front: it equals brute force, and its hypervolume equals a sampled area."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ranksearch import pareto
+
+points = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=25)
+
+
+def dominates(a, b):
+    return all(x >= y for x, y in zip(a, b, strict=True)) and a != b
+
+
+@given(points)
+def test_the_front_equals_brute_force(cloud):
+    chosen = [cloud[i] for i in pareto.front(cloud)]
+    assert len(set(chosen)) == len(chosen)
+    assert set(chosen) == {p for p in cloud if not any(dominates(q, p) for q in cloud)}
+    assert [p[1] for p in chosen] == sorted(p[1] for p in chosen)
+
+
+@given(points.filter(bool))
+def test_ranks_peel_fronts(cloud):
+    found = pareto.ranks(cloud)
+    assert set(np.flatnonzero(found == 0)) == set(pareto.front(cloud))
+    for i, p in enumerate(cloud):
+        for j, q in enumerate(cloud):
+            if dominates(q, p):
+                assert found[j] < found[i]
+
+
+@given(points)
+def test_hypervolume_counts_the_cells_below_the_front(cloud):
+    cells = sum(any(x > i and y > j for x, y in cloud) for i in range(6) for j in range(6))
+    assert pareto.hypervolume(cloud, (0, 0)) == pytest.approx(cells)
+
+
+def test_hypervolume_ignores_what_is_below_the_reference():
+    assert pareto.hypervolume([(1, 5), (5, 1)], (2, 2)) == 0.0
+
+
+def test_knee_is_the_elbow():
+    assert pareto.knee([(1.0, 1.0), (0.95, 9.0), (0.2, 10.0), (0.5, 5.0)]) == 1
+
+
+def test_knee_of_two_points_is_the_best_score():
+    assert pareto.knee([(0.5, 9.0), (0.9, 1.0)]) == 1
+
+
+def test_knee_needs_a_point():
+    with pytest.raises(ValueError, match="a knee needs at least one point"):
+        pareto.knee([])
