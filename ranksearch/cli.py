@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from ranksearch.errors import RankSearchError
 
 if TYPE_CHECKING:
     import optuna
+    from rich.console import Console
 
 INTERRUPTED = 130
 
@@ -113,13 +115,13 @@ def _study(options: argparse.Namespace, command: str) -> int:
     if options.workers is not None and options.workers < 0:
         raise RankSearchError(f"--workers must be at least 0, but got {options.workers}.")
     import optuna
-    from rich.console import Console
 
     from ranksearch import console as views
     from ranksearch.study import Options, run_study
 
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    screen = Console()
+    screen = _screen()
     view = views.Terminal(screen) if screen.is_terminal else views.Plain(screen)
     run = Options(
         workers=options.workers,
@@ -139,7 +141,6 @@ def _study(options: argparse.Namespace, command: str) -> int:
 
 
 def _studies(options: argparse.Namespace, command: str) -> int:
-    from rich.console import Console
     from rich.table import Table
 
     from ranksearch.spec import builtin_studies, load_spec
@@ -149,23 +150,29 @@ def _studies(options: argparse.Namespace, command: str) -> int:
     table.add_column("what it is")
     for name in builtin_studies():
         table.add_row(name, load_spec(name).about)
-    Console().print(table)
+    _screen().print(table)
     return 0
 
 
 def _layers(options: argparse.Namespace, command: str) -> int:
-    from rich.console import Console
-
     from ranksearch import console as views
     from ranksearch.spec import load_spec
     from ranksearch.study import look
 
     spec = load_spec(options.source, overrides=_all_overrides(options))
     found = look(spec, options.out or Path("runs") / spec.name)
-    screen = Console()
+    screen = _screen()
     screen.print(views.layers_table(found))
     screen.print(views.layers_words(found), markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def _screen() -> Console:
+    """The standard output; wide off a terminal, where nothing else tells how long a line may be."""
+    from rich.console import Console
+
+    screen = Console()
+    return screen if screen.is_terminal else Console(width=180)
 
 
 def _report(options: argparse.Namespace, command: str) -> int:

@@ -181,8 +181,8 @@ def front_table(front: Sequence[TrialRecord], facts: StudyFacts, *, most: int | 
     """The front as a table beside the dense model, by rising ratio; at most so many rows, the largest ratios dropped."""
     table = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for heading in ("trial", "ratio", "parameters", "MACs", "validation", "test"):
-        table.add_column(heading, justify="right")
-    table.add_column("plan", overflow="ellipsis", no_wrap=True)
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("plan", overflow="ellipsis", no_wrap=bool(most))  # one line a row while there is little room
     dense = facts.dense
     scores = (score_text(score, facts.score_name) for score in (dense.score_validation, dense.score_test))
     table.add_row("dense", "1.0x", f"{dense.params:,}", f"{dense.macs:,}", *scores, "", style="dim")
@@ -229,7 +229,7 @@ def layers_table(look: Look) -> Table:
     table.add_column("layer")
     table.add_column("kernel (out, in, *size)")
     for heading in ("parameters", "share", "MACs", "share", "VBMF in", "out"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("parameters at the VBMF ranks")
     for layer in look.layers:
         costs = [f"{text}: {params:,} ({layer.params / params:.1f}x)" for text, params in look.costs.get(layer.name, ())]

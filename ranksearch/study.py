@@ -378,7 +378,7 @@ def _train_dense(task: Task, spec: StudySpec, device: torch.device, view: View) 
     if not spec.dense.epochs:
         return
     view.stage("training the dense net", spec.dense.epochs)
-    task.model.to(device)
+    training.place(task.model, device)
     try:
         for _ in training.fit(task.model, task, _recipe(spec.dense), seed=spec.seed, device=device):
             view.step()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import altair as alt
@@ -34,37 +35,52 @@ _LOOKS = {
 }
 
 
-def front_chart(record: StudyRecord) -> alt.LayerChart:
+@dataclass(frozen=True)
+class Drawing:
+    """A chart and, by name, the rows it draws: apart, because Altair copies and checks every row it is given many times."""
+
+    chart: alt.LayerChart
+    rows: Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def front_chart(record: StudyRecord) -> Drawing:
     """Validation score against compression ratio on a logarithmic axis: trials, front, test scores, the dense model."""
     window = points.window(record)
-    rows = [row for row in points.front_points(record) if row["score"] >= window.low]
-    labels = [row for row in points.front_labels(record) if row["score"] >= window.low]
+    dense = record.facts.dense.score_validation
+    rows = {
+        "points": [row for row in points.front_points(record) if row["score"] >= window.low],
+        "labels": [row for row in points.front_labels(record) if row["score"] >= window.low],
+        "front": points.front_line(record),
+        "search": points.search_line(record),
+        "near": [{"score": dense, "low": dense - figures.NEAR}],
+    }
     x = alt.X("ratio:Q", scale=alt.Scale(type="log", domain=window.ratios, nice=False), axis=_ratio_axis(window.ratios))
     y = _score_y(record, (window.low, window.high))
     line: dict[str, Any] = {"interpolate": "step-before", "clip": True, "stroke": BLUE}
     layers = [
-        _near_band(record, window),
-        _chart(points.search_line(record)).mark_line(**line, strokeWidth=1, opacity=0.35, strokeDash=[4, 3]).encode(x, y),
-        _chart(points.front_line(record)).mark_line(**line, strokeWidth=2).encode(x, y),
-        _chart(rows).mark_point(strokeWidth=1.6).encode(x, y, tooltip=_tooltip(record), **_kind_channels(rows)),
-        _chart(labels).mark_text(**_LABEL).encode(x, y, text="text:N"),
+        _chart("near").mark_rect(fill=BLUE, opacity=0.07).encode(y, y2="low:Q"),
+        _chart("near").mark_rule(stroke=GREY, strokeDash=[2, 3]).encode(y),
+        _chart("search").mark_line(**line, strokeWidth=1, opacity=0.35, strokeDash=[4, 3]).encode(x, y),
+        _chart("front").mark_line(**line, strokeWidth=2).encode(x, y),
+        _chart("points").mark_point(strokeWidth=1.6).encode(x, y, tooltip=_tooltip(record), **_looks_by_kind(rows["points"])),
+        _chart("labels").mark_text(**_LABEL).encode(x, y, text="text:N"),
     ]
-    return alt.LayerChart(layer=layers).properties(height=400)
+    return Drawing(alt.LayerChart(layer=layers).properties(height=400), rows)
 
 
-def hypervolume_chart(record: StudyRecord) -> alt.LayerChart:
+def hypervolume_chart(record: StudyRecord) -> Drawing:
     """Hypervolume of the search's front after each trial; a mark where a trial raised it."""
     rows = points.hypervolume_points(record)
     x = alt.X("trial:Q", title="trial", axis=alt.Axis(tickMinStep=1, format="d"))
     y = alt.Y("hypervolume:Q", title="hypervolume", axis=alt.Axis(tickCount=5))
     tooltip = ["trial:Q", "origin:N", alt.Tooltip("hypervolume:Q", format=".4f"), "plan:N"]
-    line = _chart(rows).mark_line(interpolate="step-after", stroke=BLUE, strokeWidth=2).encode(x, y)
-    raised = [row for row in rows if row["raised"]]
-    marks = _chart(raised).mark_point(filled=True, size=45, fill=BLUE, opacity=1).encode(x, y, tooltip=tooltip)
-    return alt.LayerChart(layer=[line, marks]).properties(height=220)
+    line = _chart("all").mark_line(interpolate="step-after", stroke=BLUE, strokeWidth=2).encode(x, y)
+    marks = _chart("raised").mark_point(filled=True, size=45, fill=BLUE, opacity=1).encode(x, y, tooltip=tooltip)
+    chart = alt.LayerChart(layer=[line, marks]).properties(height=220)
+    return Drawing(chart, {"all": rows, "raised": [row for row in rows if row["raised"]]})
 
 
-def curves_chart(record: StudyRecord) -> alt.LayerChart:
+def curves_chart(record: StudyRecord) -> Drawing:
     """Score against epochs of fine-tuning, one line a trial; finalists start again from their decomposed weights."""
     rows = points.curve_points(record)
     looks = {points.SEARCH: (GREY, 0.6), points.STOPPED: (ORANGE, 0.45), points.FINALIST: (BLUE, 0.95)}
@@ -80,39 +96,31 @@ def curves_chart(record: StudyRecord) -> alt.LayerChart:
     )
     opacities = alt.Scale(type="ordinal", domain=present, range=[looks[kind][1] for kind in present])
     fade = alt.Opacity("kind:N", sort=present, scale=opacities, legend=_legend())
-    base = _chart(rows)
+    base = _chart("rungs")
     lines = base.mark_line(strokeWidth=1.3, clip=True).encode(x, y, color=colour, opacity=fade, detail="line:N")
     tooltip = ["trial:N", "origin:N", alt.Tooltip("epochs:Q", format="~g"), alt.Tooltip("text:N", title="score")]
     dots = base.mark_point(filled=True, size=28, clip=True).encode(x, y, color=colour, opacity=fade, tooltip=tooltip)
-    return alt.LayerChart(layer=[lines, dots]).properties(height=260)
+    return Drawing(alt.LayerChart(layer=[lines, dots]).properties(height=260), {"rungs": rows})
 
 
-def page_spec(chart: alt.LayerChart) -> dict[str, Any]:
+def page_spec(drawing: Drawing) -> dict[str, Any]:
     """The chart as Vega-Lite that fills the width it is given."""
-    return _configured(chart.properties(width="container"), background=_CLEAR).to_dict()
+    return _spec(drawing.chart.properties(width="container"), drawing.rows, background=_CLEAR)
 
 
-def png(chart: alt.LayerChart, *, title: str, subtitle: str) -> bytes:
+def png(drawing: Drawing, *, title: str, subtitle: str) -> bytes:
     """The chart as a picture, about 900 pixels wide at twice the resolution."""
     heading = alt.TitleParams(title, subtitle=subtitle, anchor="start", offset=14, fontSize=15, subtitleColor="#6b7280")
-    spec = _configured(chart.properties(width=820, title=heading), background="white").to_dict()
+    spec = _spec(drawing.chart.properties(width=820, title=heading), drawing.rows, background="white")
     return vl_convert.vegalite_to_png(json.dumps(spec), scale=2)
 
 
-def _chart(rows: Sequence[dict[str, Any]]) -> alt.Chart:
-    return alt.Chart(alt.Data(values=list(rows)))
+def _chart(rows: str) -> alt.Chart:
+    """A chart of the rows that its `Drawing` keeps under this name."""
+    return alt.Chart(alt.NamedData(name=rows))
 
 
-def _near_band(record: StudyRecord, window: points.Window) -> alt.LayerChart:
-    """The dense score as a rule across the chart, and the band of scores that count as near it."""
-    score = record.facts.dense.score_validation
-    rows = [{"score": score, "low": max(score - figures.NEAR, window.low)}]
-    y = alt.Y("score:Q", title=None)
-    band = _chart(rows).mark_rect(fill=BLUE, opacity=0.07).encode(y, y2="low:Q")
-    return alt.LayerChart(layer=[band, _chart(rows).mark_rule(stroke=GREY, strokeDash=[2, 3]).encode(y)])
-
-
-def _kind_channels(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _looks_by_kind(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Fill, stroke, shape, size and opacity by kind of point; one legend for all, naming only what the chart shows."""
     present = [kind for kind in _LOOKS if any(row["kind"] == kind for row in rows)]
     return {
@@ -158,8 +166,9 @@ def _score_y(record: StudyRecord, domain: tuple[float, float]) -> alt.Y:
     return alt.Y("score:Q", title=f"validation {name}", scale=scale, axis=axis)
 
 
-def _configured(chart: alt.LayerChart, *, background: str) -> alt.LayerChart:
-    return (
+def _spec(chart: alt.LayerChart, rows: Mapping[str, Any], *, background: str) -> dict[str, Any]:
+    """The chart in the report's style, with its rows, as a Vega-Lite specification."""
+    styled = (
         chart.configure(font=FONT, background=background, padding={"left": 4, "right": 12, "top": 8, "bottom": 4})
         .configure_view(stroke=None)
         .configure_axis(
@@ -168,3 +177,4 @@ def _configured(chart: alt.LayerChart, *, background: str) -> alt.LayerChart:
         )
         .configure_legend(labelColor="#4b5563", labelFontSize=11.5, symbolSize=70, columnPadding=14)
     )  # fmt: skip
+    return styled.to_dict() | {"datasets": dict(rows)}

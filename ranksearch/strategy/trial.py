@@ -73,7 +73,7 @@ class Evaluator:
     def compressed(self, plan: Plan) -> nn.Module:
         """The dense model with the plan applied to it, before any fine-tuning."""
         model = copy.deepcopy(self.task.model)
-        return factorize_(model, plan, factors=self.profile.factors(plan)).to(self.device)
+        return training.place(factorize_(model, plan, factors=self.profile.factors(plan)), torch.device(self.device))
 
     def _rungs(self, model: nn.Module, job: Job) -> Iterator[Rung]:
         device = torch.device(self.device)

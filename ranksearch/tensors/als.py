@@ -41,6 +41,11 @@ class Terms:
         rows = tuple(pad(row[order], (0, 0, 0, empty)) for row in self.rows)
         return Terms(rows, pad(self.weights[order], (0, empty)))
 
+    def first(self, rank: int) -> Terms:
+        """The first `rank` of terms that are orthogonal to each other, with the error of leaving out the others."""
+        left_out = float(self.weights[rank:].double().norm())
+        return replace(self.largest(rank), error=math.hypot(self.error, left_out))
+
     def shaken(self, amount: float, generator: torch.Generator) -> Terms:
         """The same terms with noise of about norm `amount` added to their unit vectors."""
         rows = []
@@ -108,10 +113,10 @@ def khatri_rao(rows: Sequence[Float[Tensor, "rank dim"]]) -> Float[Tensor, "rank
 
 
 def slice_terms(core: Float[Tensor, "*dims"], rank: int) -> Terms:
-    """The `rank` largest terms of the SVDs of all slices of the core along its modes but the two largest.
+    """The `rank` largest terms of the SVDs of all slices along the modes but the two largest, with their error.
 
-    These terms are orthogonal to each other, so their sum cannot degenerate, and at the product of all sizes but the
-    largest they are the core itself.
+    These terms are orthogonal to each other: their sum cannot degenerate, its error is the root of what it leaves out,
+    and at the product of all sizes but the largest it is the core itself.
     """
     *small, short, long = sorted(range(core.ndim), key=lambda mode: core.shape[mode])
     slices = core.permute(*small, short, long).reshape(-1, core.shape[short], core.shape[long])
@@ -122,7 +127,8 @@ def slice_terms(core: Float[Tensor, "*dims"], rank: int) -> Terms:
     for mode in reversed(small):
         rows[mode] = torch.nn.functional.one_hot(place % core.shape[mode], core.shape[mode]).to(core.dtype)
         place = place // core.shape[mode]
-    return Terms(tuple(rows[mode] for mode in range(core.ndim)), weights[:rank]).largest(rank)
+    left_out = float(weights[rank:].double().norm())
+    return Terms(tuple(rows[mode] for mode in range(core.ndim)), weights[:rank], left_out).first(rank)
 
 
 def run(core: Float[Tensor, "*dims"], start: Terms, rule: Rule) -> Terms:

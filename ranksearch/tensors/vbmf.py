@@ -52,7 +52,8 @@ def vbmf(matrix: Float[Tensor, "m n"], *, noise_variance: float | None = None) -
         return VBMFEstimate(0, 0.0, values.new_zeros(0))
     scale = float(values.square().mean().sqrt())
     values = (values if values.shape[0] <= values.shape[1] else values.T) / scale
-    model = _Model(*values.shape, rounding)
+    short, long = values.shape
+    model = _Model(short, long, rounding)
     given = None if noise_variance is None else noise_variance / scale**2
     energy = torch.linalg.eigvalsh(values @ values.T).flip(0).clamp_min(0) / model.long
     variance = given or model.noise(energy)
@@ -64,7 +65,7 @@ def vbmf(matrix: Float[Tensor, "m n"], *, noise_variance: float | None = None) -
 
 
 def _alive(matrix: Tensor, rounding: float) -> Tensor:
-    """The matrix without its rows and columns of zeros: free of noise, they would pass the noise of the others as signal."""
+    """The matrix without rows and columns of zeros: they hold no noise, and make that of the others look like signal."""
     for _ in range(2):
         norms = matrix.norm(dim=1)
         matrix = matrix[norms > rounding * norms.max()].T if matrix.numel() else matrix.T

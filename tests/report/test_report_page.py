@@ -58,8 +58,8 @@ def test_nasty_names_are_escaped(report, written):
     assert not any(script.strip() == "alert(1)" for script in nasty.page.scripts)
     assert "b" not in {tag for tag, _ in nasty.page.tags} - {tag for tag, _ in report.page.tags}
     assert nasty.page.text.count(NASTY) > 20
-    rows = [row for layer in nasty.page.charts["chart-front"]["layer"] for row in layer.get("data", {}).get("values", [])]
-    assert any(f"conv1{NASTY}" in row.get("plan", "") for row in rows)
+    rows = nasty.page.charts["chart-front"]["datasets"]["points"]
+    assert any(f"conv1{NASTY}" in row["plan"] for row in rows)
 
 
 def test_nasty_names_are_escaped_in_markdown(report, written):

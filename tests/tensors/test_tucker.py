@@ -1,5 +1,7 @@
 """Laws of Tucker-2: full ranks are the kernel, ranks are nested, every reported error is the measured one."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -79,7 +81,7 @@ def test_no_sweep_of_hooi_raises_the_error(shape, seed):
     i, o = (fit.core.shape[1] + 1) // 2, (fit.core.shape[0] + 1) // 2
     errors = [error(fit.at(i, o), kernel)] + [error(hooi(kernel, i, o, sweeps=n), kernel) for n in (0, 1, 2, 5)]
     assert errors[0] == pytest.approx(errors[1], abs=1e-12)
-    assert all(after <= before + 1e-12 for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after <= before + 1e-12 for before, after in pairwise(errors))
 
 
 def test_hooi_finds_a_planted_core():

@@ -1,0 +1,106 @@
+"""Small models and data for tests; study files name them as `tests.nets:small`."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import OrderedDict
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from ranksearch.data import Splits, digits
+
+SMALL = """
+name = "small"
+seed = 0
+
+[task]
+model = "tests.nets:small"
+data = "tests.nets:few_digits"
+
+[dense]
+epochs = 2
+
+[search]
+trials = 8
+
+[finetune]
+epochs = 1
+
+[finalists]
+count = 3
+epochs = 1
+"""
+
+
+def small(classes: int = 10) -> nn.Sequential:
+    """A LeNet in little, for digits of 8x8: two convolutions and a fully connected layer behind the flatten."""
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(1, 8, 3, padding=1),
+            norm1=nn.BatchNorm2d(8),
+            relu1=nn.ReLU(),
+            conv2=nn.Conv2d(8, 16, 3, padding=1),
+            relu2=nn.ReLU(),
+            pool=nn.MaxPool2d(2),
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(16 * 4 * 4, 32),
+            relu3=nn.ReLU(),
+            fc2=nn.Linear(32, classes),
+        )
+    )
+
+
+def few_digits(count: int = 200) -> Splits:
+    """Digits as they are, 8x8, `count` for training and 100 each for validation and test."""
+    whole = digits(size=8)
+
+    def first(split: TensorDataset, many: int) -> TensorDataset:
+        return TensorDataset(*(tensor[:many] for tensor in split.tensors))
+
+    return Splits(first(whole.train, count), first(whole.validation, 100), first(whole.test, 100), 10, "a few digits")
+
+
+class Deadly(nn.Module):
+    """Kills its own process when it is trained in a worker, while the file named by DEADLY is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = small()
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        path = os.environ.get("DEADLY", "")
+        if self.training and path and os.path.exists(path):  # noqa: PTH110
+            os.unlink(path)  # noqa: PTH108
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.net(inputs)
+
+
+def deadly() -> Deadly:
+    return Deadly()
+
+
+def not_a_number() -> nn.Module:
+    model = small()
+    with torch.no_grad():
+        model.conv1.weight[0, 0, 0, 0] = float("nan")
+    return model
+
+
+def nothing_to_decompose() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.ReLU())
+
+
+def not_a_model() -> int:
+    return 3
+
+
+def wrong_labels() -> Splits:
+    good = few_digits()
+    inputs, targets = good.validation.tensors
+    return Splits(good.train, TensorDataset(inputs, targets + 1), good.test, 10, "labels 1..10")
+
+
+NUMBER = 3

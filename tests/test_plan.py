@@ -1,0 +1,77 @@
+"""Plans: their JSON gives them back, and nonsense is refused in one sentence."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ranksearch.errors import PlanError
+from ranksearch.plan import CP, CP4, KINDS, SVD, Dense, Plan, Spatial, Tucker2
+
+rank = st.integers(1, 500)
+kernel = st.none() | st.tuples(rank, rank)
+values = st.one_of(
+    st.builds(SVD, rank),
+    st.builds(Spatial, rank),
+    st.builds(Tucker2, rank, rank, kernel=kernel),
+    st.builds(CP, rank, kernel=kernel),
+    st.builds(CP4, rank),
+    st.just(Dense()),
+)
+plans = st.dictionaries(st.text(min_size=1, max_size=8), values, max_size=6).map(Plan.of)
+
+
+@given(plans)
+def test_json_gives_the_plan_back(plan):
+    assert Plan.from_json(plan.to_json()) == plan
+    assert hash(Plan.from_dict(plan.to_dict())) == hash(plan)
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=3), values, min_size=1))
+def test_order_and_dense_layers_make_no_difference(layers):
+    assert Plan.of(layers) == Plan.of(dict(reversed(layers.items())))
+    assert all(Plan.of(layers)[name] == value for name, value in layers.items())
+    assert Plan.of(layers)["a layer of no plan"] == Dense()
+
+
+def test_a_plan_reads_as_text():
+    assert str(Plan.of({"fc": CP(16, kernel=(6, 6)), "conv": Tucker2(4, 8)})) == "conv Tucker-2 4x8, fc CP 16"
+    assert str(Plan()) == "dense"
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, True, "8"])
+def test_ranks_are_positive_whole_numbers(bad):
+    with pytest.raises(PlanError, match=r"A rank must be a whole number of at least 1, but cp got rank="):
+        CP(bad)
+
+
+def test_kernels_are_positive_whole_numbers():
+    with pytest.raises(PlanError, match=r"A kernel must be whole numbers of at least 1, but cp got kernel=\(0, 6\)"):
+        CP(4, kernel=(0, 6))
+
+
+def entry(**layer):
+    return json.dumps({"format": "ranksearch-plan/1", "layers": {"conv": layer}})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "A plan must be JSON, but line 1 is not"),
+        ("[]", 'A plan needs "format": "ranksearch-plan/1" and a "layers" object, but got \'list\''),
+        ('{"format": "other/9", "layers": {}}', "but got 'other/9'"),
+        (entry(method="tuker2", rank_in=1, rank_out=1), "Layer 'conv' names the method 'tuker2', which is none. Did you mean 'tucker2'"),
+        (entry(method="cp"), "Layer 'conv': method 'cp' takes rank, but got none"),
+        (entry(method="cp", rank=3, extra=1), "Layer 'conv': method 'cp' takes rank, but got extra, rank"),
+        (entry(method="cp", rank=0), "A rank must be a whole number of at least 1, but cp got rank=0"),
+    ],
+)
+def test_nonsense_is_refused(text, message):
+    with pytest.raises(PlanError) as caught:
+        Plan.from_json(text)
+    assert message in str(caught.value)
+
+
+def test_every_kind_has_its_own_method_name():
+    assert all(kind.method == name for name, kind in KINDS.items())

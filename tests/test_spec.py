@@ -1,0 +1,98 @@
+"""Study files: every key checked, every message one sentence with the rule, the value and the fix."""
+
+import re
+
+import pytest
+
+from ranksearch.errors import SpecError
+from ranksearch.spec import builtin_studies, load_spec, parse_spec, resolve
+from tests.nets import SMALL
+
+
+def parse(text=SMALL, *overrides):
+    return parse_spec(text, source="study.toml", overrides=overrides)
+
+
+def test_what_is_resolved_gives_the_same_study():
+    spec = parse(SMALL, "space.skip=['conv1']", "search.minutes=2", "task.model_args.classes=10")
+    assert parse_spec(spec.to_toml(), source="again") == spec
+
+
+@pytest.mark.parametrize("name", builtin_studies())
+def test_builtin_studies_are_valid_and_named_as_their_file(name):
+    spec = load_spec(name)
+    assert spec.name == name
+    assert spec.about
+
+
+def test_overrides_take_toml_values_and_bare_words():
+    spec = parse(SMALL, "search.trials=11", "finetune.learning_rate=0.5", "search.sampler=nsga2", "space.methods=['cp']")
+    assert (spec.search.trials, spec.finetune.learning_rate, spec.search.sampler) == (11, 0.5, "nsga2")
+    assert spec.space.methods == ("cp",)
+
+
+def test_the_budget_is_not_part_of_a_studys_identity():
+    assert parse(SMALL, "search.trials=99", "search.minutes=1").identity() == parse().identity()
+    assert parse(SMALL, "finetune.epochs=9").identity() != parse().identity()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("serach.trials=3", "study.toml: serach is not a key of a study. Did you mean 'search'?"),
+        ("search.trails=3", "study.toml: search.trails is not a key of a study. Did you mean 'trials'?"),
+        ("search.trials=0", "study.toml: search.trials must be at least 1, but got 0."),
+        ("search.trials='many'", "study.toml: search.trials must be a whole number, but got 'many'."),
+        ("search.minutes=0", "study.toml: search.minutes must be above 0, but got 0."),
+        ("search.sampler=tpee", "study.toml: search.sampler must be one of tpe, nsga2, random, but got 'tpee'. Did you mean 'tpe'?"),
+        ("space.methods=['tucker']", "space.methods must name methods, but 'tucker' is none. Did you mean 'tucker2'?"),
+        ("space.methods=[]", "study.toml: space.methods must be at least one method, but got []."),
+        ("space.skip='conv1'", "study.toml: space.skip must be a list of strings, but got 'conv1'."),
+        ("finetune.learning_rate=-1", "study.toml: finetune.learning_rate must be above 0, but got -1."),
+        ("task.model=lenet", "study.toml: task.model must be 'package.module:name', but got 'lenet'."),
+        ("task.model_args=3", "study.toml: task.model_args must be a table, but got 3."),
+        ("dense=3", "study.toml: dense must be a section, but got 3."),
+        ("name='a/b'", "study.toml: name must be letters, digits, '.', '_' or '-', but got 'a/b'."),
+        ("seed", "An override must read section.key=value, but got 'seed'."),
+        ("name.x=3", "An override must read section.key=value, but 'name' of 'name.x=3' is no section."),
+    ],
+)
+def test_bad_values(override, message):
+    with pytest.raises(SpecError, match=f"^{re.escape(message)}$"):
+        parse(SMALL, override)
+
+
+def test_a_missing_key():
+    with pytest.raises(SpecError, match=r"^study.toml: task.model must be set, but is missing.$"):
+        parse('name = "x"')
+
+
+def test_not_toml():
+    with pytest.raises(SpecError, match=r"^A study file must be TOML, but study.toml is not: .*line 1"):
+        parse("name = lenet = 3")
+
+
+def test_unknown_study():
+    with pytest.raises(SpecError, match=r"^A study is a built-in name or a .toml file, but 'lennet' is neither. Did you mean 'lenet'\?"):
+        load_spec("lennet")
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(SpecError, match=r"^The study file .*none.toml cannot be read: No such file or directory; check the path."):
+        load_spec(str(tmp_path / "none.toml"))
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SpecError, match="cannot be read: it is not UTF-8 text"):
+        load_spec(str(tmp_path / "bytes.toml"))
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("no_such_package.nets:make", "task.model must be importable, but 'no_such_package.nets:make' is not: No module named"),
+        ("tests.nets:smal", "task.model: module 'tests.nets' has no 'smal'. Did you mean 'small'?"),
+        ("tests.nets:NUMBER", "task.model must name something callable, but 'tests.nets:NUMBER' is a int."),
+    ],
+)
+def test_bad_references(reference, message):
+    with pytest.raises(SpecError, match=f"^{re.escape(message)}"):
+        resolve(reference, key="task.model")
