@@ -6,7 +6,6 @@ import argparse
 import os
 import shlex
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -119,7 +118,6 @@ def _study(options: argparse.Namespace, command: str) -> int:
     from ranksearch import console as views
     from ranksearch.study import Options, run_study
 
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     screen = _screen()
     view = views.Terminal(screen) if screen.is_terminal else views.Plain(screen)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-import onnxruntime
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -96,6 +95,8 @@ def export_plan(model: nn.Module, dense: nn.Module, plan: Plan, inputs: Tensor, 
 
 def export_onnx(model: nn.Module, inputs: Tensor, target: Path) -> float:
     """Write an ONNX file with a free batch size; returns the largest difference in onnxruntime."""
+    import onnxruntime  # here, since workers never need it
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter deprecates its own internals aloud
         program = torch.onnx.export(

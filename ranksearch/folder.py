@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -94,7 +95,10 @@ def open_study(name: str, url: str, *, create: bool) -> optuna.Study:
             raise StudyError(f"The storage {shown} holds no study {name!r}; run `ranksearch study` first.") from None
     study = optuna.create_study(study_name=name, storage=storage, directions=["maximize", "maximize"], load_if_exists=True)
     if not study.metric_names:
-        study.set_metric_names(["validation score", "log10 ratio"])
+        with warnings.catch_warnings():
+            # Marked experimental in Optuna since 3.2; it only names the axes of optuna-dashboard.
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(["validation score", "log10 ratio"])
     return study
 
 

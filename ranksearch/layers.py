@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +25,10 @@ class Layer:
     """One decomposable module of the dense model at the study's input size.
 
     `weight` is the kernel's shape (out, in, *kernel); (out, in) for a fully connected layer. `in_size` and `out_size`
-    are the spatial sizes before and after, () for a fully connected layer, `calls` the positions that one is applied
-    to. A fully connected layer behind a flatten has `flattened` set: its weight is seen as a kernel that covers the
-    whole map, as the thesis does, and its sizes are those of that convolution.
+    are the spatial sizes before and after, () for a fully connected layer, `calls` how often it is applied to one
+    input: to each position, or to each part of an input whose parts the model folds into the batch. A fully connected
+    layer behind a flatten has `flattened` set: its weight is seen as a kernel that covers the whole map, as the thesis
+    does, and its sizes are those of that convolution.
     """
 
     name: str
@@ -107,7 +108,7 @@ def inventory(model: nn.Module, example: Tensor) -> Inventory:
             skipped[name] = reason
     for name in watch.order:
         if name not in skipped:
-            layers.append(_describe(name, watch.candidates[name], *watch.shapes[name], watch.maps.get(name)))
+            layers.append(_describe(name, watch.candidates[name], *watch.shapes[name], watch.maps.get(name), len(example)))
     if not layers:
         why = "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) or "it holds no Conv or Linear module"
         raise ModelError(f"The model must have a decomposable layer, but has none ({why}).")
@@ -116,6 +117,8 @@ def inventory(model: nn.Module, example: Tensor) -> Inventory:
 
 def _check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise ModelError(f"Weights must be there, but {name!r} has no shape yet; run the model once on its data first.")
         if not torch.isfinite(parameter).all():
             raise ModelError(f"Weights must be finite, but {name!r} holds NaN or infinity; load or train the model again.")
 
@@ -123,7 +126,11 @@ def _check_weights(model: nn.Module) -> None:
 def _why_not(name: str, module: nn.Module, watch: _Watch) -> str | None:
     if not isinstance(module, (*CONVOLUTIONS, nn.Linear)):
         return f"{type(module).__name__} is not supported"
-    if parametrize.is_parametrized(module):
+    if not name:
+        return "it is the model itself; put it into an nn.Sequential"
+    if not runs_as_torch(module):
+        return f"{type(module).__name__} has a forward of its own"
+    if parametrize.is_parametrized(module) or not isinstance(module.weight, nn.Parameter):
         return "its weight is parametrised; remove the parametrisation first"
     if module.weight.is_complex():
         return "its weight is complex"
@@ -134,22 +141,29 @@ def _why_not(name: str, module: nn.Module, watch: _Watch) -> str | None:
         return "it is never called by the forward pass" if calls == 0 else f"it is called {calls} times in one pass"
     if isinstance(module, CONVOLUTIONS) and module.groups > 1:
         return "it is depthwise" if module.groups == module.in_channels else f"it has {module.groups} groups"
-    if isinstance(module, CONVOLUTIONS) and len(watch.shapes[name][0]) != module.weight.dim():
+    dims = len(watch.shapes[name][0])
+    if dims != module.weight.dim() if isinstance(module, CONVOLUTIONS) else dims < 2:
         return "it is called without a batch dimension"
     return None
 
 
 def _describe(
-    name: str, module: nn.Module, inputs: tuple[int, ...], outputs: tuple[int, ...], flat: tuple[int, ...] | None
+    name: str,
+    module: nn.Module,
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+    flat: tuple[int, ...] | None,
+    batch: int,
 ) -> Layer:
     assert isinstance(module, (*CONVOLUTIONS, nn.Linear))
     kind, bias, weight = type(module).__name__, module.bias is not None, tuple(module.weight.shape)
     if isinstance(module, CONVOLUTIONS):
-        return Layer(name, kind, weight, bias, inputs[2:], outputs[2:])
-    if flat and math.prod(flat[1:]) > 1:
+        return Layer(name, kind, weight, bias, inputs[2:], outputs[2:], calls=outputs[0] // batch)
+    # torch has no convolution over more than three dimensions, so a larger map stays a row of features.
+    if flat and math.prod(flat[1:]) > 1 and len(flat) - 1 <= len(CONVOLUTIONS):
         whole = (1,) * len(flat[1:])
-        return Layer(name, kind, (weight[0], *flat), bias, flat[1:], whole, flattened=True)
-    return Layer(name, kind, weight, bias, calls=math.prod(outputs[1:-1]))
+        return Layer(name, kind, (weight[0], *flat), bias, flat[1:], whole, calls=outputs[0] // batch, flattened=True)
+    return Layer(name, kind, weight, bias, calls=math.prod(outputs[:-1]) // batch)
 
 
 class _Watch:
@@ -157,13 +171,7 @@ class _Watch:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        # A class name is how quantised and lazily or transposed convolutions are told from what never had a kernel.
-        self.candidates = {
-            name: module
-            for name, module in model.named_modules()
-            if (any(word in type(module).__name__ for word in ("Conv", "Linear")) and not list(module.children()))
-            or isinstance(module, (*CONVOLUTIONS, nn.Linear))
-        }
+        self.candidates = {name: module for name, module in model.named_modules() if _is_candidate(module)}
         self.owners: dict[int, set[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self.owners.setdefault(id(parameter), set()).add(name)
@@ -176,7 +184,7 @@ class _Watch:
         flattened = _Flattened()
         handles = []
         for name, module in self.candidates.items():
-            handles.append(module.register_forward_hook(self._hook(name, flattened)))
+            handles.append(module.register_forward_hook(self._hook(name, flattened), with_kwargs=True))
         counter = FlopCounterMode(display=False)
         try:
             with _evaluating(self.model), torch.no_grad(), counter, flattened:
@@ -186,14 +194,35 @@ class _Watch:
                 handle.remove()
         return int(counter.get_total_flops()) // 2
 
-    def _hook(self, name: str, flattened: _Flattened) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _hook(self, name: str, flattened: _Flattened) -> Callable[[nn.Module, tuple[Any, ...], Any, Any], None]:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
             self.order.append(name)
-            self.shapes[name] = (tuple(args[0].shape), tuple(output.shape))
-            if (source := flattened.source(args[0])) is not None:
-                self.maps[name] = source
+            given = _subject(args, kwargs)
+            if isinstance(given, Tensor) and isinstance(output, Tensor):
+                self.shapes[name] = (tuple(given.shape), tuple(output.shape))
+                if (source := flattened.source(given)) is not None:
+                    self.maps[name] = source
 
         return note
+
+
+def runs_as_torch(module: nn.Module) -> bool:
+    """Whether a Conv or Linear computes what torch's own does; a subclass may standardise its weights, or pad by itself."""
+    base = next(kind for kind in (*CONVOLUTIONS, nn.Linear) if isinstance(module, kind))
+    return all(getattr(type(module), name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward"))
+
+
+def _is_candidate(module: nn.Module) -> bool:
+    # A class name is how quantised and lazily or transposed convolutions are told from what never had a kernel. Quantised
+    # ones keep their weights in a child.
+    name, inner = type(module).__name__, {type(child).__name__ for child in module.children()}
+    named = ("Conv" in name or "Linear" in name) and "PackedParams" not in name
+    return isinstance(module, (*CONVOLUTIONS, nn.Linear)) or (named and all("PackedParams" in child for child in inner))
+
+
+def _subject(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Any:
+    """The tensor that a function or module is about: its first argument, which torch calls `input`."""
+    return args[0] if args else (kwargs or {}).get("input")
 
 
 class _Flattened(TorchFunctionMode):
@@ -223,25 +252,31 @@ class _Flattened(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in self.FLATTEN:
-            before = args[0]
+            before = _subject(args, kwargs)
             if before.dim() > 2 and result.dim() == 2 and result.shape[0] == before.shape[0]:
                 self._sources[id(result)] = (result, tuple(before.shape[1:]))
-        elif func in self.ELEMENTWISE and (known := self._sources.get(id(args[0]))):
+        elif func in self.ELEMENTWISE and (known := self._sources.get(id(_subject(args, kwargs)))):
             self._sources[id(result)] = (result, known[1])
         return result
 
 
 class _evaluating:
-    """Eval mode for a while; each module gets its own mode back, since a model may hold frozen parts."""
+    """Eval mode for a while; each module gets its own mode back, since a model may hold frozen parts.
+
+    Attention runs without its fused form for inference, whose work torch's counter does not see.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._modes = {module: module.training for module in model.modules()}
         self._model = model
+        self._fused = torch.backends.mha.get_fastpath_enabled()
 
     def __enter__(self) -> None:
+        torch.backends.mha.set_fastpath_enabled(False)
         self._model.eval()
 
     def __exit__(self, *exc: object) -> None:
+        torch.backends.mha.set_fastpath_enabled(self._fused)
         for module, training in self._modes.items():
             module.training = training
 

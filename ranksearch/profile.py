@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ranksearch.factorization import METHODS, Method, Prepared
@@ -22,6 +23,9 @@ from ranksearch.tensors.vbmf import vbmf
 
 LEVELS = 10
 """Ranks a mode that a profile looks at, evenly spaced on a log scale."""
+
+DIGEST = "ranksearch-profile"
+"""Where a cached file's header holds the digest of what it was made from."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,9 @@ class LayerProfile:
     def error(self, value: Factorization) -> float:
         """The relative error (Frobenius) of the kernel that the factors of `value` stand for."""
         rebuilt = METHODS[type(value)].reconstruct(self.factors(value), tuple(self.kernel.shape))
-        return float(torch.linalg.vector_norm(rebuilt - self.kernel) / torch.linalg.vector_norm(self.kernel))
+        norm = torch.linalg.vector_norm(self.kernel)
+        # A kernel of zeros is exact at every rank.
+        return float(torch.linalg.vector_norm(rebuilt - self.kernel) / norm) if norm else 0.0
 
     def candidates(self) -> Iterator[Candidate]:
         """Every prepared method at every level of rank that is smaller than the dense layer."""
@@ -105,12 +111,13 @@ def profile(
     for layer in inventory.layers:
         weight = kernel(model, layer)
         wanted = {method.kind.method: method for method in methods.get(layer.name, ())}
-        path = cache / f"{layer.name}-{_digest(weight, wanted, seed)}.safetensors" if cache else None
-        tensors = _read(path) if path else None
+        digest = _digest(weight, wanted, seed)
+        path = cache / f"{_as_file_name(layer.name)}-{digest}.safetensors" if cache else None
+        tensors = _read(path, digest) if path else None
         if tensors is None:
             tensors = _prepare(layer, weight, wanted, seed)
             if path:
-                write_whole(path, safetensors.torch.save(tensors))
+                write_whole(path, safetensors.torch.save(tensors, {DIGEST: digest}))
         prepared = {
             name: {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
             for name in wanted
@@ -152,11 +159,19 @@ def _digest(kernel: Tensor, methods: Mapping[str, Method], seed: int) -> str:
     return hashlib.sha256(about.encode() + kernel.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
-def _read(path: Path) -> dict[str, Tensor] | None:
+def _as_file_name(layer: str) -> str:
+    # Only for the reader of the folder; the digest tells layers apart. A file's name may not be much longer.
+    return re.sub(r"[^\w.-]", "_", layer)[-100:]
+
+
+def _read(path: Path, digest: str) -> dict[str, Tensor] | None:
     try:
-        return safetensors.torch.load_file(path)
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get(DIGEST) == digest:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (FileNotFoundError, SafetensorError):
-        return None
+        pass
+    return None
 
 
 def _ranks(stored: Tensor) -> tuple[int | None, int | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -15,16 +16,14 @@ from pathlib import Path
 from typing import TypeVar
 
 import optuna
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from torch import nn
 
 from ranksearch import folder, record, training
 from ranksearch.console import Look, Silent, View
 from ranksearch.data import check_splits, example
+from ranksearch.dense import load_weights, recipe, train_dense
 from ranksearch.engines import local
-from ranksearch.errors import ModelError, StudyError
+from ranksearch.errors import StudyError
 from ranksearch.export import load_model, save_model, weights_of
 from ranksearch.files import write_whole
 from ranksearch.layers import Inventory, inventory
@@ -81,10 +80,10 @@ def run_study(
     """
     options, view = options or Options(), view or Silent()
     device = choose_device(options.device)
-    task = task or load_task(spec)
+    given, task = task is not None, task or load_task(spec)
     check_splits(task.data)
     found = inventory(task.model, example(task.data.train))
-    check_outputs(task, task.model(example(task.data.train)))
+    check_outputs(task)
     space = make_space(found, spec.space.methods, layers=spec.space.layers, skip=spec.space.skip)
     if options.storage:
         folder.check_storage(options.storage)
@@ -94,7 +93,7 @@ def run_study(
             folder.delete_study(spec.name, url)
         study = folder.open_study(spec.name, url, create=True)
         folder.write_spec(out, spec, options.storage)
-        run = _Run(spec, out, options, device, task, found, space, study, view)
+        run = _Run(spec, out, options, device, task, given, found, space, study, view)
         try:
             run.straight_on()
         except KeyboardInterrupt:
@@ -157,7 +156,8 @@ def search(
         finalists=_train_spec(FinalistSpec, finalists or Recipe(epochs=12), count=finalist_count),
     )
     # By way of its text, so that what Python gives is checked as strictly as a study file.
-    return run_study(parse_spec(spec.to_toml(), source="search()"), Path(out), options, task=task, view=view)
+    spec = parse_spec(spec.to_toml(), source="search()")
+    return run_study(spec, Path(out), options, task=replace(task, model=copy.deepcopy(task.model)), view=view)
 
 
 def look(spec: StudySpec, out: Path) -> Look:
@@ -167,7 +167,7 @@ def look(spec: StudySpec, out: Path) -> Look:
     """
     task = load_task(spec)
     given = Path(spec.dense.weights) if spec.dense.weights else None
-    trained = _load_into(task.model, out / folder.DENSE) or (given is not None and _load_into(task.model, given))
+    trained = load_weights(task.model, out / folder.DENSE) or (given is not None and load_weights(task.model, given))
     found = inventory(task.model, example(task.data.train))
     space = make_space(found, spec.space.methods, layers=spec.space.layers, skip=spec.space.skip)
     vbmf = {layer.name: vbmf_ranks(kernel(task.model, layer)) for layer in found.layers}
@@ -194,9 +194,10 @@ class _Run:
     """One run of one study: what the steps of the straight line share."""
 
     def __init__(
-        self, spec: StudySpec, out: Path, options: Options, device: torch.device, task: Task, found: Inventory,
-        space: Space, study: optuna.Study, view: View,
+        self, spec: StudySpec, out: Path, options: Options, device: torch.device, task: Task, given: bool,
+        found: Inventory, space: Space, study: optuna.Study, view: View,
     ) -> None:  # fmt: skip
+        self.given = given
         self.spec, self.out, self.options, self.device, self.task = spec, out, options, device, task
         self.inventory, self.space, self.study, self.view = found, space, study, view
         self.example = example(task.data.train).to(device)
@@ -216,9 +217,13 @@ class _Run:
         """The dense model's weights: from an earlier run, or from the spec's file and training."""
         path = self.out / folder.DENSE
         with self.stage("dense"):
-            if not _load_into(self.task.model, path):
-                _train_dense(self.task, self.spec, self.device, self.view)
-                write_whole(path, weights_of(self.task.model))
+            # A model given from Python is what it is; the folder's weights are those of an earlier one.
+            if self.given or not load_weights(self.task.model, path):
+                train_dense(self.task, self.spec, self.device, self.view)
+            weights = weights_of(self.task.model)
+            self._check_dense(hashlib.sha256(weights).hexdigest())
+            if not path.exists():
+                write_whole(path, weights)
         self.task.model.to(self.device).eval()
         # Trained weights can hold what initial ones did not: NaN, most of all.
         self.inventory = inventory(self.task.model, self.example)
@@ -234,18 +239,11 @@ class _Run:
             )  # fmt: skip
 
     def facts(self, layers: Profile) -> None:
-        """The study's facts into its storage, once; later runs check that they go on with the same dense model."""
-        digest = hashlib.sha256((self.out / folder.DENSE).read_bytes()).hexdigest()
-        known = self.study.user_attrs.get("ranksearch:dense")
-        if known not in (None, digest):
-            raise StudyError(
-                f"The study {self.spec.name!r} in this storage was made from another dense model; choose another name or "
-                "--storage, or --fresh to start over."
-            )
-        if not record.has_facts(self.study):
-            record.write_facts(self.study, self._facts(layers))
-            self.study.set_user_attr("ranksearch:dense", digest)
-        self.view.facts(record.read_facts(self.study))
+        """The study's facts into its storage; what the dense model is is measured once."""
+        known = record.read_facts(self.study) if record.has_facts(self.study) else self._facts(layers)
+        facts = replace(known, spec=self.spec.to_dict(), command=self.options.command)
+        record.write_facts(self.study, facts)
+        self.view.facts(facts)
 
     def search(self, layers: Profile) -> None:
         """Ask, evaluate, tell, until the budget is spent."""
@@ -308,7 +306,7 @@ class _Run:
 
     def evaluator(self, layers: Profile) -> Evaluator:
         task = replace(self.task, model=self.task.model.cpu())
-        return Evaluator(task, layers, _recipe(self.spec.finetune), _recipe(self.spec.finalists), self.device.type)
+        return Evaluator(task, layers, recipe(self.spec.finetune), recipe(self.spec.finalists), self.device.type)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -319,6 +317,17 @@ class _Run:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
             record.write_seconds(self.study, self.seconds)
+
+    def _check_dense(self, digest: str) -> None:
+        """Go on only with the dense model that the study was begun with."""
+        known = self.study.user_attrs.get("ranksearch:dense")
+        if known is None:
+            self.study.set_user_attr("ranksearch:dense", digest)
+        elif known != digest:
+            raise StudyError(
+                f"The study {self.spec.name!r} in this storage was made from another dense model; choose another name or "
+                "--storage, or --fresh to start over."
+            )
 
     def _facts(self, layers: Profile) -> StudyFacts:
         task, found = self.task, self.inventory
@@ -372,23 +381,6 @@ class _Run:
         record.write_facts(self.study, replace(facts, dense=replace(facts.dense, latency_ms=dense)))
 
 
-def _train_dense(task: Task, spec: StudySpec, device: torch.device, view: View) -> None:
-    if spec.dense.weights and not _load_into(task.model, Path(spec.dense.weights)):
-        raise ModelError(f"dense.weights must be a state dict of the model, but {spec.dense.weights} does not exist.")
-    if not spec.dense.epochs:
-        return
-    view.stage("training the dense net", spec.dense.epochs)
-    training.place(task.model, device)
-    try:
-        for _ in training.fit(task.model, task, _recipe(spec.dense), seed=spec.seed, device=device):
-            view.step()
-    except training.Diverged:
-        raise ModelError(
-            f"The dense net must train, but its loss became NaN or infinite at learning rate {spec.dense.learning_rate}; "
-            "lower dense.learning_rate."
-        ) from None
-
-
 def _layer_facts(found: Inventory, vbmf: Mapping[str, tuple[int | None, int | None]]) -> tuple[LayerFacts, ...]:
     return tuple(
         LayerFacts(
@@ -401,27 +393,3 @@ def _layer_facts(found: Inventory, vbmf: Mapping[str, tuple[int | None, int | No
 
 def _train_spec(kind: type[S], recipe: Recipe, **more: int) -> S:
     return kind(**dataclasses.asdict(recipe), **more)
-
-
-def _recipe(spec: TrainSpec) -> Recipe:
-    return Recipe(spec.epochs, spec.batch_size, spec.learning_rate, spec.weight_decay)
-
-
-def _load_into(model: nn.Module, path: Path) -> bool:
-    """Load a state dict into the model; False where there is no such file.
-
-    Raises:
-        ModelError: the file is no state dict, or not one of this model.
-    """
-    if not path.exists():
-        return False
-    try:
-        if path.suffix == ".safetensors":
-            state = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state)
-    except (SafetensorError, RuntimeError, TypeError, AttributeError, OSError, EOFError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ModelError(f"{path} must be a state dict of the model, but cannot be loaded: {first}") from error
-    return True

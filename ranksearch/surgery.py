@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ranksearch.errors import PlanError, nearest
 from ranksearch.factorization import METHODS, Shape
-from ranksearch.layers import CONVOLUTIONS
+from ranksearch.layers import CONVOLUTIONS, runs_as_torch
 from ranksearch.plan import Factorization, Plan
 
 M = TypeVar("M", bound=nn.Module)
@@ -77,18 +77,24 @@ def kernel_of(name: str, module: nn.Module, value: Factorization) -> Tensor:
     """The weight of a layer as the kernel (out, in, *kernel) that `value` decomposes, in float32 or better.
 
     Raises:
-        PlanError: the layer is of another type or grouped, its weight is not finite, or `value` does not suit its shape.
+        PlanError: the layer is of another type or grouped, its weight is not real and finite, or `value` does not suit
+            its shape.
     """
     if not isinstance(module, (*CONVOLUTIONS, nn.Linear)):
         raise PlanError(f"Layer {name!r} must be a Conv1d, Conv2d, Conv3d or Linear, but is a {type(module).__name__}.")
     if isinstance(module, CONVOLUTIONS) and module.groups > 1:
         raise PlanError(f"Layer {name!r} has {module.groups} groups; only convolutions of one group are factorized.")
+    if not runs_as_torch(module):
+        raise PlanError(f"Layer {name!r} must compute what torch's does, but {type(module).__name__} has a forward of its own.")
     weight = module.weight.detach()
+    if not weight.is_floating_point():
+        raise PlanError(f"Layer {name!r} must have real weights, but they are {weight.dtype}; leave it out of the plan.")
     if not torch.isfinite(weight).all():
         raise PlanError(f"Weights must be finite, but layer {name!r} holds NaN or infinity; load or train it again.")
     weight = weight if weight.dtype == torch.float64 else weight.float()
     if value.kernel is not None:
-        if not isinstance(module, nn.Linear) or module.in_features % math.prod(value.kernel):
+        fits = len(value.kernel) <= len(CONVOLUTIONS) and weight[0].numel() % math.prod(value.kernel) == 0
+        if not isinstance(module, nn.Linear) or not fits:
             raise PlanError(
                 f"Layer {name!r} of shape {tuple(weight.shape)} is not fully connected behind a map of size "
                 f"{value.kernel}; the plan was made for another model or input size."

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ranksearch.data import Splits
+from ranksearch.data import Splits, example
 from ranksearch.errors import DataError, ModelError, SpecError
 from ranksearch.spec import StudySpec, resolve
 
@@ -40,13 +40,15 @@ class Task:
         return getattr(self.score, "__name__", "score")
 
 
-def check_outputs(task: Task, outputs: Tensor) -> None:
-    """Refuse a classifier whose outputs do not fit the classes.
+def check_outputs(task: Task) -> None:
+    """Refuse a classifier whose outputs do not fit the classes. Leaves the model in eval mode.
 
     Raises:
         ModelError: the data has classes and the outputs are not (batch, classes).
     """
     classes = task.data.classes
+    with torch.no_grad():
+        outputs = task.model.eval()(example(task.data.train))
     if task.score is accuracy and classes is not None and (outputs.dim() != 2 or outputs.shape[1] < classes):
         raise ModelError(
             f"The model must give {classes} outputs an input, one a class, but gives shape {tuple(outputs.shape[1:])}; "

@@ -21,7 +21,9 @@ model = "tests.nets:small"
 data = "tests.nets:few_digits"
 
 [dense]
-epochs = 2
+epochs = 12
+learning_rate = 1e-2
+batch_size = 32
 
 [search]
 trials = 8

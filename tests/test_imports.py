@@ -23,6 +23,7 @@ FLOORS = [
     ["data", "models"],
     ["tasks"],
     ["training"],
+    ["dense"],
     ["export"],
     ["strategy"],
     ["engines"],
@@ -68,7 +69,9 @@ def test_a_file_imports_only_from_floors_above(path):
 
 def test_every_module_stands_on_a_floor():
     known = {name for names in FLOORS for name in names}
-    found = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    found = {
+        path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
     assert found - {"__init__"} == known
 
 

@@ -61,7 +61,10 @@ def entry(**layer):
         ("{", "A plan must be JSON, but line 1 is not"),
         ("[]", 'A plan needs "format": "ranksearch-plan/1" and a "layers" object, but got \'list\''),
         ('{"format": "other/9", "layers": {}}', "but got 'other/9'"),
-        (entry(method="tuker2", rank_in=1, rank_out=1), "Layer 'conv' names the method 'tuker2', which is none. Did you mean 'tucker2'"),
+        (
+            entry(method="tuker2", rank_in=1, rank_out=1),
+            "Layer 'conv' names the method 'tuker2', which is none. Did you mean 'tucker2'",
+        ),
         (entry(method="cp"), "Layer 'conv': method 'cp' takes rank, but got none"),
         (entry(method="cp", rank=3, extra=1), "Layer 'conv': method 'cp' takes rank, but got extra, rank"),
         (entry(method="cp", rank=0), "A rank must be a whole number of at least 1, but cp got rank=0"),

@@ -44,7 +44,10 @@ def test_the_budget_is_not_part_of_a_studys_identity():
         ("search.trials=0", "study.toml: search.trials must be at least 1, but got 0."),
         ("search.trials='many'", "study.toml: search.trials must be a whole number, but got 'many'."),
         ("search.minutes=0", "study.toml: search.minutes must be above 0, but got 0."),
-        ("search.sampler=tpee", "study.toml: search.sampler must be one of tpe, nsga2, random, but got 'tpee'. Did you mean 'tpe'?"),
+        (
+            "search.sampler=tpee",
+            "study.toml: search.sampler must be one of tpe, nsga2, random, but got 'tpee'. Did you mean 'tpe'?",
+        ),
         ("space.methods=['tucker']", "space.methods must name methods, but 'tucker' is none. Did you mean 'tucker2'?"),
         ("space.methods=[]", "study.toml: space.methods must be at least one method, but got []."),
         ("space.skip='conv1'", "study.toml: space.skip must be a list of strings, but got 'conv1'."),
@@ -73,12 +76,16 @@ def test_not_toml():
 
 
 def test_unknown_study():
-    with pytest.raises(SpecError, match=r"^A study is a built-in name or a .toml file, but 'lennet' is neither. Did you mean 'lenet'\?"):
+    with pytest.raises(
+        SpecError, match=r"^A study is a built-in name or a .toml file, but 'lennet' is neither. Did you mean 'lenet'\?"
+    ):
         load_spec("lennet")
 
 
 def test_unreadable_files(tmp_path):
-    with pytest.raises(SpecError, match=r"^The study file .*none.toml cannot be read: No such file or directory; check the path."):
+    with pytest.raises(
+        SpecError, match=r"^The study file .*none.toml cannot be read: No such file or directory; check the path."
+    ):
         load_spec(str(tmp_path / "none.toml"))
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SpecError, match="cannot be read: it is not UTF-8 text"):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch.utils.data import TensorDataset
 
 from ranksearch.data.splits import Splits
@@ -19,6 +17,10 @@ def digits(*, size: int = 32) -> Splits:
 
     Stratified by class, the same in every run.
     """
+    # Here, since it takes over a second to import, in every worker, whatever data the study has.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     raw = load_digits()
     images = torch.from_numpy(raw.images).float().unsqueeze(1) / 16
     images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False) * 2 - 1

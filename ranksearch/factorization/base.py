@@ -22,6 +22,9 @@ Shape: TypeAlias = tuple[int, ...]
 Prepared: TypeAlias = Mapping[str, Tensor]
 """What one layer's decomposition needs so that every rank is cheap; plain tensors by name, so that it can be stored."""
 
+NOWHERE = "meta"
+"""The device parts are made on: no initial values are drawn, which would move torch's global random state."""
+
 
 class Method(abc.ABC):
     """One decomposition. Stateless; shapes are the kernel's (out, in, *kernel), factors come in the order they apply."""
@@ -50,7 +53,7 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def positions(self, layer: Layer) -> tuple[int, ...]:
-        """How many positions each factor is applied to for one input."""
+        """How many positions each factor is applied to in one of the layer's calls."""
 
     @abc.abstractmethod
     def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int) -> Prepared:
@@ -72,7 +75,8 @@ class Method(abc.ABC):
 
     def value(self, layer: Layer, ranks: tuple[int, ...]) -> Factorization:
         """The plan's value for this layer at these ranks."""
-        as_kernel = layer.flattened and len(self.factor_shapes(layer.weight, ranks)) > 2
+        matrix = (layer.weight[0], math.prod(layer.weight[1:]))
+        as_kernel = layer.flattened and not self.applies(matrix, linear=True)
         return self.kind(*ranks, kernel=layer.kernel if as_kernel else None)
 
     def params(self, layer: Layer, ranks: tuple[int, ...]) -> int:
@@ -83,7 +87,7 @@ class Method(abc.ABC):
     def macs(self, layer: Layer, ranks: tuple[int, ...]) -> int:
         """Multiply-accumulates of the factorized layer for one input."""
         shapes, positions = self.factor_shapes(layer.weight, ranks), self.positions(layer)
-        return sum(math.prod(shape) * count for shape, count in zip(shapes, positions, strict=True))
+        return sum(math.prod(shape) * count for shape, count in zip(shapes, positions, strict=True)) * layer.calls
 
     def pays(self, layer: Layer, ranks: tuple[int, ...]) -> bool:
         """Whether the factorized layer has fewer parameters than the dense one. A layer never grows."""
@@ -96,7 +100,7 @@ def stack(
     """The parts as one `nn.Sequential`, weights filled in, on the device and in the dtype of `module`.
 
     A fully connected `module` is entered and left as one: the map is unflattened before and flattened after. `bias`
-    goes to the last part.
+    goes to the last part. The parts come from `pointwise` and `spatial`, without memory.
     """
     kernel = module.weight
     assert isinstance(kernel, Tensor)
@@ -105,27 +109,28 @@ def stack(
     if as_kernel:
         steps["unflatten"] = nn.Unflatten(1, weight[1:])
     for name, part, values in parts:
+        # In the final dtype before the values come, which would otherwise be rounded to the default one.
+        steps[name] = part.to(kernel.dtype).to_empty(device=kernel.device).requires_grad_(kernel.requires_grad)
         assert isinstance(part.weight, Tensor)
         with torch.no_grad():
             part.weight.copy_(values.reshape(part.weight.shape))
-        steps[name] = part
     if bias is not None:
         last = parts[-1][1]
         assert isinstance(last.bias, Tensor)
         with torch.no_grad():
             last.bias.copy_(bias)
+        last.bias.requires_grad_(bias.requires_grad)
     if as_kernel:
         steps["flatten"] = nn.Flatten()
-    built = nn.Sequential(steps).to(device=kernel.device, dtype=kernel.dtype).train(module.training)
-    return built.requires_grad_(kernel.requires_grad)
+    return nn.Sequential(steps).train(module.training)
 
 
 def pointwise(module: nn.Module, weight: Shape, in_channels: int, out_channels: int, *, bias: bool = False) -> nn.Module:
     """A 1x1 convolution of as many dimensions as the kernel has; a Linear where it has none."""
     dims = len(weight) - 2
     if dims == 0:
-        return nn.Linear(in_channels, out_channels, bias=bias)
-    return CONVOLUTIONS[dims - 1](in_channels, out_channels, 1, bias=bias)
+        return nn.Linear(in_channels, out_channels, bias=bias, device=NOWHERE)
+    return CONVOLUTIONS[dims - 1](in_channels, out_channels, 1, bias=bias, device=NOWHERE)
 
 
 def spatial(module: nn.Module, weight: Shape, channels: tuple[int, int], *, axes: Sequence[int], groups: int = 1,
@@ -153,4 +158,5 @@ def spatial(module: nn.Module, weight: Shape, channels: tuple[int, int], *, axes
         groups=groups,
         bias=bias,
         padding_mode=conv.padding_mode if conv else "zeros",
+        device=NOWHERE,
     )

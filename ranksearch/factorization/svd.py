@@ -37,8 +37,8 @@ class SVDMethod(Method):
 
     def positions(self, layer: Layer) -> tuple[int, ...]:
         # A stride stands in the first convolution, so both run at the output's resolution.
-        count = math.prod(layer.out_size) * layer.calls
-        return count, count
+        after = math.prod(layer.out_size)
+        return after, after
 
     def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int) -> Prepared:
         found = svd(kernel.flatten(1))

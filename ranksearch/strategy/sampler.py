@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 
 
@@ -13,8 +16,11 @@ def make_sampler(name: str, *, seed: int) -> BaseSampler:
     """
     match name:
         case "tpe":
-            # Constant liar: with several workers, running trials count as bad ones, so that proposals spread.
-            return TPESampler(multivariate=True, constant_liar=True, n_startup_trials=8, seed=seed)
+            with warnings.catch_warnings():
+                # Both options are marked experimental in Optuna since 2.2 and 2.8.
+                warnings.simplefilter("ignore", ExperimentalWarning)
+                # Constant liar: with several workers, running trials count as bad ones, so that proposals spread.
+                return TPESampler(multivariate=True, constant_liar=True, n_startup_trials=8, seed=seed)
         case "nsga2":
             return NSGAIISampler(population_size=20, seed=seed)
         case _:

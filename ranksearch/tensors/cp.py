@@ -8,14 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
-from tensorly.cp_tensor import CPTensor
 from torch import Tensor
 
 from ranksearch.tensors.als import Compressed, Rule, Terms, khatri_rao, run, slice_terms, unit
 from ranksearch.tensors.matrix import floating
+
+if TYPE_CHECKING:
+    from tensorly.cp_tensor import CPTensor
 
 # Relative to the diagonal of the normal equations, which is one: enough for float32, and below its effect on the error.
 RIDGE = 1e-6
@@ -43,6 +46,9 @@ class CPFit:
 
     def to_tensorly(self) -> CPTensor:
         """The same terms as a TensorLy CP tensor with unit weights; its functions need TensorLy's torch backend."""
+        # Here, since it takes half a second to import, in every worker.
+        from tensorly.cp_tensor import CPTensor
+
         return CPTensor((torch.ones_like(self.factors[0][0]), list(self.factors)))
 
 

@@ -1,0 +1,39 @@
+"""What many tests share: a small trained task, and one small finished study."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ranksearch import training
+from ranksearch.spec import parse_spec
+from ranksearch.study import Options, run_study
+from ranksearch.tasks import Task
+from tests import nets
+
+torch.set_num_threads(1)
+
+
+def small_spec(*overrides):
+    """The small study of `tests.nets`, with overrides."""
+    return parse_spec(nets.SMALL, source="small.toml", overrides=overrides)
+
+
+@pytest.fixture(scope="session")
+def trained() -> Task:
+    """The small net, trained for a few epochs; tests copy its model before they change it."""
+    torch.manual_seed(0)
+    task = Task(nets.small(), nets.few_digits())
+    for _ in training.fit(task.model, task, training.Recipe(4), seed=0, device=torch.device("cpu")):
+        pass
+    task.model.eval()
+    return task
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> tuple[Path, object]:
+    """The folder and the record of one finished small study; not to be changed."""
+    folder = tmp_path_factory.mktemp("finished") / "small"
+    return folder, run_study(small_spec(), folder, Options(workers=0))

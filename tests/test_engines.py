@@ -1,0 +1,135 @@
+"""The contract of an engine: every job is answered once, whatever happens to its worker."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ranksearch.engines import local
+from ranksearch.errors import PlanError, StudyError
+from ranksearch.plan import Plan
+from ranksearch.record import Outcome, Rung
+from ranksearch.strategy.trial import Answer, Job
+
+
+@dataclass(frozen=True)
+class Work:
+    """Answers with twice the seed; misbehaves at some seeds, each time or as long as a file is there."""
+
+    dies_at: int = -1
+    always: bool = False
+    raises_at: int = -1
+    mark: str = ""
+
+    def __call__(self, job):
+        yield Rung(0, float(job.seed))
+        if job.seed == self.dies_at and (self.always or Path(self.mark).exists()):
+            if not self.always:
+                Path(self.mark).unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if job.seed == self.raises_at:
+            raise PlanError("no such layer")
+        yield Answer(Outcome.DONE, (Rung(0, float(job.seed)), Rung(1, 2.0 * job.seed)))
+
+
+def jobs(count):
+    return iter([Job(key, Plan(), seed=key) for key in range(count)])
+
+
+def collect(work, count, workers, should_stop=lambda: False):
+    found = []
+    local.run(jobs(count), work, workers=workers, on_message=lambda job, m: found.append((job.key, m)), should_stop=should_stop)
+    return found
+
+
+def answers(found):
+    return sorted((key, message.outcome.name, message.curve) for key, message in found if isinstance(message, Answer))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_every_job_is_answered_once_after_its_rungs(workers):
+    found = collect(Work(), 5, workers)
+    assert answers(found) == [(key, "DONE", (Rung(0, key), Rung(1, 2.0 * key))) for key in range(5)]
+    for key in range(5):
+        assert [type(message) for k, message in found if k == key] == [Rung, Answer]
+
+
+def test_a_job_is_drawn_only_when_a_worker_is_free():
+    drawn, open_jobs, most = [], set(), []
+
+    def lazily():
+        for job in jobs(6):
+            drawn.append(job.key)
+            open_jobs.add(job.key)
+            most.append(len(open_jobs))
+            yield job
+
+    def on_message(job, message):
+        if isinstance(message, Answer):
+            open_jobs.remove(job.key)
+
+    local.run(lazily(), Work(), workers=2, on_message=on_message, should_stop=lambda: False)
+    assert drawn == list(range(6))
+    assert max(most) == 2
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_dead_worker_loses_its_job_and_no_other(workers, tmp_path):
+    mark = tmp_path / "mark"
+    mark.touch()
+    found = answers(collect(Work(dies_at=1, mark=str(mark)), 4, workers))
+    assert [(key, outcome) for key, outcome, _ in found] == [(0, "DONE"), (1, "WORKER_LOST"), (2, "DONE"), (3, "DONE")]
+
+
+def test_workers_that_keep_dying_end_the_run():
+    def always():
+        while True:
+            yield Job(0, Plan(), seed=7)
+
+    with pytest.raises(StudyError, match=r"Workers must outlive their trials, but 3 in a row .*last exit code -9.*--workers 0"):
+        local.run(always(), Work(dies_at=7, always=True), workers=1, on_message=lambda job, m: None, should_stop=lambda: False)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bug_is_raised_where_the_user_sees_it(workers):
+    with pytest.raises(PlanError, match="no such layer"):
+        collect(Work(raises_at=2), 4, workers)
+
+
+def test_a_bug_in_a_worker_carries_its_traceback():
+    with pytest.raises(PlanError, match="no such layer") as caught:
+        collect(Work(raises_at=0), 1, 1)
+    assert "in a worker" in str(caught.value.__cause__)
+    assert "__call__" in str(caught.value.__cause__)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_is_drawn_after_the_stop(workers):
+    done = []
+
+    def on_message(job, message):
+        if isinstance(message, Answer):
+            done.append(job.key)
+
+    local.run(jobs(50), Work(), workers=workers, on_message=on_message, should_stop=lambda: len(done) >= 3)
+    assert done == [0, 1, 2]
+
+
+def test_no_worker_outlives_the_run():
+    import multiprocessing
+
+    collect(Work(), 3, 2)
+    deadline = time.monotonic() + 5
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert multiprocessing.active_children() == []
+
+
+def test_workers_fill_the_cores_with_one_thread_each(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert [local.threads_for(workers) for workers in (1, 2, 3, 8, 20)] == [8, 4, 2, 1, 1]

@@ -1,0 +1,302 @@
+"""One contract for every factorization and geometry: exact at full rank, its cost the counted one, its modules its kernel."""
+
+import copy
+import itertools
+from collections import OrderedDict
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ranksearch.factorization import METHODS
+from ranksearch.layers import inventory
+from ranksearch.profile import rank_grid
+from ranksearch.surgery import factorize_, kernel_of
+
+PLAIN = {nn.Sequential, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Unflatten, nn.Flatten}
+laws = settings(max_examples=25, deadline=None)
+# Each convolution of even kernel says once in a process that it pads one side more; that is what 'same' means.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+
+
+class Frames(nn.Module):
+    """Applies a convolution to each frame of a (batch, frames, channels, height, width) input."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, inputs):
+        frames = self.layer(inputs.flatten(0, 1))
+        return frames.reshape(*inputs.shape[:2], *frames.shape[1:])
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def alone(layer):
+    return nn.Sequential(OrderedDict(layer=layer))
+
+
+def behind_flatten(*size, out=6, bias=True):
+    layer = nn.Linear(int(torch.Size(size).numel()), out, bias=bias)
+    return nn.Sequential(OrderedDict(flatten=nn.Flatten(), layer=layer)), size
+
+
+KERNEL_1D, KERNEL_2D, KERNEL_3D = {"tucker2", "cp"}, {"spatial", "tucker2", "cp", "cp4"}, {"tucker2", "cp"}
+CONV1D, CONV2D, CONV3D, SAME = (4, 11), (4, 9, 8), (3, 6, 7, 5), {"padding": "same"}
+# id: (model, size of one input, methods that can store its layer)
+GEOMETRIES = {
+    "conv1d": (alone(nn.Conv1d(4, 6, 3)), CONV1D, KERNEL_1D),
+    "conv1d strided": (alone(nn.Conv1d(4, 6, 5, stride=2, padding=3, dilation=2, bias=False)), CONV1D, KERNEL_1D),
+    "conv1d circular": (alone(nn.Conv1d(4, 6, 3, padding=2, padding_mode="circular")), CONV1D, KERNEL_1D),
+    "conv1d 1": (alone(nn.Conv1d(4, 6, 1, stride=3)), CONV1D, {"svd"}),
+    "conv2d": (alone(nn.Conv2d(4, 6, 3, padding=1)), CONV2D, KERNEL_2D),
+    "conv2d no bias": (alone(nn.Conv2d(4, 6, 3, bias=False)), CONV2D, KERNEL_2D),
+    "conv2d one input": (alone(nn.Conv2d(1, 6, 3)), (1, 9, 8), KERNEL_2D),
+    "conv2d one output": (alone(nn.Conv2d(4, 1, 3)), CONV2D, KERNEL_2D),
+    "conv2d asymmetric stride": (alone(nn.Conv2d(4, 6, 3, stride=(2, 1), padding=(0, 2))), CONV2D, KERNEL_2D),
+    "conv2d asymmetric dilation": (alone(nn.Conv2d(4, 6, 3, dilation=(1, 3), padding=(1, 3))), CONV2D, KERNEL_2D),
+    "conv2d 3x5": (alone(nn.Conv2d(4, 6, (3, 5), stride=(1, 2), padding=(1, 0))), CONV2D, KERNEL_2D),
+    "conv2d 1x3": (alone(nn.Conv2d(4, 6, (1, 3), padding=(0, 1))), CONV2D, {"tucker2", "cp"}),
+    "conv2d same": (alone(nn.Conv2d(4, 6, (3, 5), **SAME, dilation=(2, 1))), CONV2D, KERNEL_2D),
+    "conv2d same even": (alone(nn.Conv2d(4, 6, (2, 4), **SAME)), CONV2D, KERNEL_2D),
+    "conv2d same reflect": (alone(nn.Conv2d(4, 6, (2, 3), **SAME, padding_mode="reflect")), CONV2D, KERNEL_2D),
+    "conv2d valid": (alone(nn.Conv2d(4, 6, 3, padding="valid")), CONV2D, KERNEL_2D),
+    "conv2d reflect": (alone(nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode="reflect")), CONV2D, KERNEL_2D),
+    "conv2d replicate": (alone(nn.Conv2d(4, 6, 3, stride=2, padding=2, padding_mode="replicate")), CONV2D, KERNEL_2D),
+    "conv2d circular": (alone(nn.Conv2d(4, 6, 3, padding=(2, 1), padding_mode="circular")), CONV2D, KERNEL_2D),
+    "conv2d 1x1": (alone(nn.Conv2d(4, 6, 1, bias=False)), CONV2D, {"svd"}),
+    "conv2d 1x1 strided": (alone(nn.Conv2d(4, 6, 1, stride=(2, 3), padding=1)), CONV2D, {"svd"}),
+    "conv2d of frames": (Frames(nn.Conv2d(4, 6, 3)), (5, *CONV2D), KERNEL_2D),
+    "conv3d": (alone(nn.Conv3d(3, 5, (3, 2, 1), stride=(1, 2, 1), padding=(1, 0, 1))), CONV3D, KERNEL_3D),
+    "conv3d replicate": (alone(nn.Conv3d(3, 5, 3, padding=1, padding_mode="replicate", bias=False)), CONV3D, KERNEL_3D),
+    "conv3d 1": (alone(nn.Conv3d(3, 5, 1)), CONV3D, {"svd"}),
+    "linear": (alone(nn.Linear(9, 6)), (9,), {"svd"}),
+    "linear no bias": (alone(nn.Linear(5, 8, bias=False)), (5,), {"svd"}),
+    "linear of positions": (alone(nn.Linear(9, 6)), (7, 9), {"svd"}),
+    "linear of a grid": (alone(nn.Linear(4, 6)), (3, 5, 4), {"svd"}),
+    "linear behind a map": (*behind_flatten(4, 3, 5), {"svd"} | KERNEL_2D),
+    "linear behind a sequence": (*behind_flatten(4, 5, bias=False), {"svd"} | KERNEL_1D),
+    "linear behind a volume": (*behind_flatten(3, 2, 3, 2), {"svd"} | KERNEL_3D),
+    "linear behind a column": (*behind_flatten(4, 5, 1), {"svd", "tucker2", "cp"}),
+    "linear behind a point": (*behind_flatten(4, 1, 1), {"svd"}),
+}
+BY_NAME = {kind.method: method for kind, method in METHODS.items()}
+PAIRS = [(geometry, name) for geometry, (*_, names) in GEOMETRIES.items() for name in sorted(names)]
+contract = pytest.mark.parametrize(("geometry", "name"), PAIRS)
+
+
+def fitting(layer):
+    return [method for method in METHODS.values() if method.applies(layer.weight, linear=layer.kind == "Linear")]
+
+
+def prepared(model, size, seed=0):
+    """The model in float64 with fixed weights, one input, and the layer called `layer`."""
+    model = copy.deepcopy(model).double()
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            parameter.copy_(normal(*parameter.shape, seed=seed + number))
+    inputs = normal(1, *size, seed=seed + 9)
+    return model, inputs, inventory(model, inputs)["layer"]
+
+
+def given_geometry(geometry):
+    model, size, _ = GEOMETRIES[geometry]
+    return prepared(model, size)
+
+
+def factorized(model, layer, method, ranks, seed=0):
+    return factorize_(copy.deepcopy(model), {"layer": method.value(layer, ranks)}, seed=seed)
+
+
+def assert_close(got, wanted):
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-8 * float(wanted.detach().abs().max()))
+
+
+def some_ranks(method, layer):
+    """Rank 1, halves and the full rank, in all combinations."""
+    return list(itertools.product(*(sorted({1, (bound + 1) // 2, bound}) for bound in method.bounds(layer.weight))))
+
+
+def factors_of(model, layer, method, ranks, seed=0):
+    kernel = kernel_of("layer", model.layer, method.value(layer, ranks)).reshape(layer.weight)
+    return kernel, method.factors(kernel, method.prepare(kernel, [ranks], seed), ranks, seed)
+
+
+def counted_macs(model, inputs):
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(inputs)
+    flops = counter.get_total_flops()
+    assert flops % 2 == 0
+    return flops // 2
+
+
+def check_identity(model, inputs, layer, method):
+    """At full rank the module is the dense layer; for more than one input too."""
+    several = torch.cat([inputs, normal(*inputs.shape, seed=5)])
+    full = factorized(model, layer, method, method.bounds(layer.weight))
+    assert_close(full(several), model(several))
+
+
+def check_costs(model, inputs, layer, method):
+    """Parameters and multiply-accumulates by formula are those of the modules."""
+    for ranks in some_ranks(method, layer):
+        built = factorized(model, layer, method, ranks)
+        params = sum(parameter.numel() for parameter in built.layer.parameters())
+        assert method.params(layer, ranks) == params
+        assert method.macs(layer, ranks) == counted_macs(built, inputs)
+        assert method.pays(layer, ranks) == (params < sum(parameter.numel() for parameter in model.layer.parameters()))
+
+
+def check_reconstruction(model, inputs, layer, method):
+    """The modules compute what the dense layer would with the reconstructed kernel, and the factors have their shapes."""
+    for ranks in some_ranks(method, layer):
+        kernel, factors = factors_of(model, layer, method, ranks)
+        assert tuple(tuple(factor.shape) for factor in factors) == method.factor_shapes(layer.weight, ranks)
+        rebuilt = method.reconstruct(factors, layer.weight)
+        assert rebuilt.shape == kernel.shape
+        dense = copy.deepcopy(model)
+        with torch.no_grad():
+            dense.layer.weight.copy_(rebuilt.reshape(dense.layer.weight.shape))
+        assert_close(factorized(model, layer, method, ranks)(inputs), dense(inputs))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_methods_suit_the_shapes_they_are_for(geometry):
+    *_, layer = given_geometry(geometry)
+    assert {method.kind.method for method in fitting(layer)} == GEOMETRIES[geometry][2]
+
+
+@contract
+def test_full_rank_is_the_layer(geometry, name):
+    check_identity(*given_geometry(geometry), BY_NAME[name])
+
+
+@contract
+def test_costs_are_the_counted_ones(geometry, name):
+    check_costs(*given_geometry(geometry), BY_NAME[name])
+
+
+@contract
+def test_modules_compute_the_reconstructed_kernel(geometry, name):
+    check_reconstruction(*given_geometry(geometry), BY_NAME[name])
+
+
+@st.composite
+def convolutions(draw):
+    """A convolution of 1 to 3 dimensions with any settings that torch accepts, and the size of an input it fits."""
+    dims = draw(st.integers(1, 3))
+
+    def each(low, high):
+        return tuple(draw(st.lists(st.integers(low, high), min_size=dims, max_size=dims)))
+
+    kernel, dilation, mode = each(1, 4), each(1, 2), draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+    padding = draw(st.sampled_from(["same", "valid"]) | st.just(0)) or each(0, 2)
+    stride = (1,) * dims if padding == "same" else each(1, 3)
+    # Larger than every kernel, and than what reflected and circular padding take from it.
+    size = tuple(d * (k - 1) + 2 + more for d, k, more in zip(dilation, kernel, each(1, 2), strict=True))
+    channels, out = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](
+        channels, out, kernel, stride, padding, dilation, bias=draw(st.booleans()), padding_mode=mode
+    )
+    return alone(layer), (channels, *size)
+
+
+@laws
+@given(convolutions(), st.integers(0, 1000))
+def test_the_contract_holds_for_any_convolution(geometry, seed):
+    model, inputs, layer = prepared(*geometry, seed=seed)
+    methods = fitting(layer)
+    assert methods
+    for method in methods:
+        check_identity(model, inputs, layer, method)
+        check_costs(model, inputs, layer, method)
+        check_reconstruction(model, inputs, layer, method)
+
+
+@contract
+def test_only_plain_modules_come_out(geometry, name):
+    model, _, layer = given_geometry(geometry)
+    built = factorized(model, layer, BY_NAME[name], (1,) * len(BY_NAME[name].bounds(layer.weight)))
+    assert {type(module) for module in built.layer.modules()} <= PLAIN
+    assert len(list(built.layer.parameters())) > len(list(model.layer.parameters()))
+
+
+@contract
+def test_limits_lie_within_bounds(geometry, name):
+    *_, layer = given_geometry(geometry)
+    limits, bounds = BY_NAME[name].limits(layer.weight), BY_NAME[name].bounds(layer.weight)
+    assert len(limits) == len(bounds) == len(BY_NAME[name].kind.rank_names())
+    assert all(1 <= limit <= bound for limit, bound in zip(limits, bounds, strict=True))
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_a_layer_never_grows(name):
+    method = BY_NAME[name]
+    *_, layer = given_geometry("linear behind a map")
+    grid = rank_grid(method, layer)
+    assert grid
+    assert all(method.params(layer, ranks) < layer.params for ranks in grid)
+    assert not method.pays(layer, method.bounds(layer.weight))
+
+
+@pytest.mark.parametrize("name", ["svd", "spatial", "tucker2"])
+@settings(max_examples=12, deadline=None)
+@given(st.tuples(*[st.integers(1, 5)] * 2, *[st.integers(2, 4)] * 2), st.integers(0, 1000))
+def test_errors_fall_as_ranks_grow(name, shape, seed):
+    method, kernel = BY_NAME[name], normal(*shape, seed=seed)
+    ready = method.prepare(kernel, [], 0)
+
+    def error(ranks):
+        return float((method.reconstruct(method.factors(kernel, ready, ranks, 0), shape) - kernel).norm() / kernel.norm())
+
+    bounds = method.bounds(shape)
+    errors = {ranks: error(ranks) for ranks in itertools.product(*(range(1, bound + 1) for bound in bounds))}
+    assert errors[bounds] < 1e-12
+    for ranks, found in errors.items():
+        for axis in range(len(ranks)):
+            above = (*ranks[:axis], ranks[axis] + 1, *ranks[axis + 1 :])
+            assert errors.get(above, 0) <= found + 1e-12
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_one_seed_one_result(name):
+    model, _, layer = given_geometry("linear behind a map")
+    ranks = (3,) * len(BY_NAME[name].bounds(layer.weight))
+    (_, one), (_, same), (_, other) = (factors_of(model, layer, BY_NAME[name], ranks, seed) for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+    # Of CP alone there is no closed form, so it alone starts at random.
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)) == (name not in ("cp", "cp4"))
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_the_global_random_state_is_neither_read_nor_moved(name):
+    model, inputs, layer = given_geometry("linear behind a map")
+    ranks = (2,) * len(BY_NAME[name].bounds(layer.weight))
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    one = factorized(model, layer, BY_NAME[name], ranks)(inputs)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(factorized(model, layer, BY_NAME[name], ranks)(inputs), one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", BY_NAME)
+def test_half_precision_is_decomposed_in_float32_and_comes_back(name, dtype):
+    model, _, layer = given_geometry("linear behind a map")
+    half = model.to(dtype)
+    wide = copy.deepcopy(half).float()
+    ranks = (2,) * len(BY_NAME[name].bounds(layer.weight))
+    assert {factor.dtype for factor in factors_of(half, layer, BY_NAME[name], ranks)[1]} == {torch.float32}
+    got = factorized(half, layer, BY_NAME[name], ranks).state_dict()
+    wanted = factorized(wide, layer, BY_NAME[name], ranks).state_dict()
+    assert got.keys() == wanted.keys()
+    for key, value in got.items():
+        assert value.dtype == dtype
+        assert torch.equal(value, wanted[key].to(dtype))

@@ -1,0 +1,311 @@
+"""A whole study: a killed and resumed one equals an uninterrupted one, and nothing is lost or half written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+
+import ranksearch
+from ranksearch import folder
+from ranksearch.errors import ModelError, StudyError
+from ranksearch.export import load_model
+from ranksearch.record import Outcome, read_trials
+from ranksearch.report import write_report
+from ranksearch.study import Options, run_study
+from ranksearch.training import predict
+from tests import nets
+from tests.conftest import small_spec
+
+ROOT = Path(__file__).parents[1]
+
+
+def essence(trials):
+    """What must not depend on where a run was interrupted: all but seconds, latency and Optuna's numbers."""
+    return [
+        (
+            trial.index, trial.origin, trial.plan, trial.outcome, trial.params, trial.macs, trial.score, trial.curve, trial.seed,
+            trial.finalist and (trial.finalist.score_validation, trial.finalist.score_test, trial.finalist.curve),
+        )
+        for trial in trials
+        if trial.outcome is not Outcome.WORKER_LOST
+    ]  # fmt: skip
+
+
+def stored(out):
+    return folder.open_study("small", folder.storage_url(out, None), create=False)
+
+
+def test_the_folder_holds_what_is_promised(finished):
+    out, record = finished
+    names = {path.name for path in out.iterdir()}
+    assert names >= {
+        "study.db", "spec.toml", "dense.safetensors", "profile", "models",
+        "report.html", "report.md", "front.csv", "front.json", "front.png", "trials.csv",
+    }  # fmt: skip
+    front = json.loads((out / "front.json").read_text())
+    assert [point["trial"] for point in front["front"]] == [trial.number for trial in record.front]
+    for point in front["front"]:
+        assert {"trial", "score_validation", "score_test", "ratio", "params", "macs", "plan"} <= set(point)
+        assert point["score_test"] is not None
+        assert point["ratio"] == pytest.approx(front["dense"]["params"] / point["params"])
+    assert {"dense", "versions", "seed", "seconds"} <= set(front)
+    assert len(record.trials) == 8
+    assert sum(trial.finalist is not None for trial in record.trials) == 3
+
+
+def test_the_first_trials_are_the_vbmf_plans(finished):
+    _, record = finished
+    assert record.trials[0].origin == "vbmf tucker2 x1"
+    assert record.trials[1].origin == "vbmf cp x1"
+
+
+def test_trials_are_plain_optuna_trials(finished):
+    out, record = finished
+    study = optuna.load_study(study_name="small", storage=f"sqlite:///{out / 'study.db'}")
+    done = [trial for trial in study.trials if trial.state is optuna.trial.TrialState.COMPLETE]
+    assert [(t.number, t.values[0]) for t in done] == [(t.number, t.score) for t in record.trials if t.score is not None]
+    assert study.directions == [optuna.study.StudyDirection.MAXIMIZE] * 2
+
+
+def test_a_finalists_files_give_its_outputs_and_its_scores(finished):
+    out, record = finished
+    data = nets.few_digits()
+    for trial in (trial for trial in record.trials if trial.finalist):
+        model = load_model(nets.small(), out / "models" / str(trial.number))
+        assert sum(p.numel() for p in model.parameters()) == trial.params
+        outputs, targets = predict(model, data.test, device=torch.device("cpu"))
+        assert float((outputs.argmax(1) == targets).float().mean()) == pytest.approx(trial.finalist.score_test)
+
+
+def test_resumed_equals_uninterrupted(finished, tmp_path):
+    """Ten times over: stop after each trial in turn, and go on with the same command."""
+    _, whole = finished
+    out = tmp_path / "small"
+    for trials in range(1, 9):
+        record = run_study(small_spec(f"search.trials={trials}", "finalists.count=3"), out, Options(workers=0))
+    searched = [replace(trial, finalist=None) for trial in record.trials]
+    assert essence(searched) == essence(replace(trial, finalist=None) for trial in whole.trials)
+
+
+def test_an_orphan_is_queued_again_in_its_place(finished, tmp_path):
+    """What SIGKILL leaves: a trial that runs in the storage and nowhere else, its parameters asked for or half asked for."""
+    _, whole = finished
+    for stop_at in (2, 6):
+        out = tmp_path / str(stop_at) / "small"
+        run_study(small_spec(f"search.trials={stop_at}"), out, Options(workers=0))
+        orphan(out, stop_at)
+        record = run_study(small_spec(), out, Options(workers=0))
+        assert essence(replace(t, finalist=None) for t in record.trials) == essence(
+            replace(t, finalist=None) for t in whole.trials
+        )
+        states = [trial.state.name for trial in stored(out).trials]
+        assert states.count("FAIL") == 1
+        assert states.count("COMPLETE") + states.count("PRUNED") == 8
+        assert "RUNNING" not in states
+        assert "WAITING" not in states
+
+
+def orphan(out, stop_at):
+    """Ask for the next trial as the ledger does, and tell nothing."""
+    from ranksearch.data import example
+    from ranksearch.layers import inventory
+    from ranksearch.profile import profile
+    from ranksearch.strategy.ledger import Ledger
+    from ranksearch.strategy.prior import vbmf_plans
+    from ranksearch.strategy.space import make_space
+
+    data, model = nets.few_digits(), nets.small()
+    from safetensors.torch import load_file
+
+    model.load_state_dict(load_file(out / "dense.safetensors"))
+    found = inventory(model, example(data.train))
+    space = make_space(found, small_spec().space.methods)
+    layers = profile(model, found, {axis.layer.name: axis.methods for axis in space.axes}, cache=out / "profile")
+    ledger = Ledger(stored(out), space, found, list(vbmf_plans(space, layers)), sampler="tpe", seed=0)
+    next(ledger.jobs(stop_at + 1))
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from ranksearch.study import Options, run_study
+from tests.conftest import small_spec
+run_study(small_spec("search.trials=14"), Path(sys.argv[1]), Options(workers=int(sys.argv[2])))
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sigkill_loses_no_completed_trial(tmp_path, workers):
+    out = tmp_path / "small"
+    command = [sys.executable, "-c", SCRIPT, str(out), str(workers)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    seen = []
+    for kill_after in (1, 5, 9):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        wait_for(lambda many=kill_after: finished_trials(out) >= many, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+        seen.append(essence(read_trials(stored(out))))
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    record = read_trials(stored(out))
+    for before in seen:
+        now = {trial[0]: trial[:9] for trial in essence(record)}
+        assert all(now[trial[0]] == trial[:9] for trial in before)
+    indices = [trial.index for trial in record if trial.outcome is not Outcome.WORKER_LOST]
+    assert sorted(indices) == list(range(14))
+
+
+def finished_trials(out):
+    if not (out / "study.db").exists():
+        return 0
+    try:
+        return len(read_trials(stored(out)))
+    except StudyError:
+        return 0  # not made yet, or just being written
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline, "the study made no progress"
+        time.sleep(0.05)
+
+
+def test_a_worker_that_dies_loses_its_trial_and_not_the_study(tmp_path, monkeypatch):
+    mark = tmp_path / "deadly"
+    monkeypatch.setenv("DEADLY", str(mark))
+    spec = small_spec("task.model=tests.nets:deadly", "search.trials=4", "finalists.count=1")
+    out = tmp_path / "small"
+    run_study(replace(spec, search=replace(spec.search, trials=1)), out, Options(workers=1))
+    mark.touch()
+    record = run_study(spec, out, Options(workers=1))
+    outcomes = [trial.outcome for trial in record.trials]
+    assert outcomes.count(Outcome.WORKER_LOST) == 1
+    assert outcomes.count(Outcome.DONE) == 4
+    assert sorted(t.index for t in record.trials if t.outcome is Outcome.DONE) == [0, 1, 2, 3]
+
+
+def test_ctrl_c_leaves_nothing_running(tmp_path, monkeypatch):
+    from ranksearch.console import Silent
+
+    class Impatient(Silent):
+        def trial(self, record, trials):
+            if len(trials) == 3:
+                raise KeyboardInterrupt
+
+    out = tmp_path / "small"
+    with pytest.raises(KeyboardInterrupt):
+        run_study(small_spec(), out, Options(workers=2), view=Impatient())
+    states = [trial.state.name for trial in stored(out).trials]
+    assert "RUNNING" not in states
+    assert (out / "report.html").exists()
+    record = run_study(small_spec(), out, Options(workers=2))
+    assert sorted(t.index for t in record.trials if t.outcome is Outcome.DONE) == list(range(8))
+
+
+def test_minutes_end_the_search(tmp_path):
+    record = run_study(small_spec("search.trials=1000", "search.minutes=0.02"), tmp_path / "small", Options(workers=0))
+    assert 1 <= len(record.trials) < 200
+
+
+def test_another_seed_gives_other_plans(finished, tmp_path):
+    _, record = finished
+    other = run_study(small_spec("seed=1"), tmp_path / "small", Options(workers=0))
+    assert [t.plan for t in other.trials] != [t.plan for t in record.trials]
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "random"])
+def test_every_sampler_serves(sampler, tmp_path):
+    spec = small_spec(f"search.sampler={sampler}", "search.trials=10", "finalists.count=1")
+    record = run_study(spec, tmp_path / "small", Options(workers=0))
+    assert [trial.origin for trial in record.trials][-1] == sampler
+
+
+def test_a_diverged_trial_is_a_record(tmp_path):
+    spec = small_spec("finetune.learning_rate=1e30", "search.trials=3", "finalists.learning_rate=1e30")
+    record = run_study(spec, tmp_path / "small", Options(workers=0))
+    assert {trial.outcome for trial in record.trials} == {Outcome.DIVERGED}
+    assert record.front == []
+    assert stored(tmp_path / "small").trials[0].state is optuna.trial.TrialState.PRUNED
+
+
+def test_from_python(trained, tmp_path):
+    record = ranksearch.search(
+        trained, out=tmp_path / "mine", trials=3, finetune=ranksearch.Recipe(1), finalists=ranksearch.Recipe(1),
+        finalist_count=1, options=ranksearch.Options(workers=1),
+    )  # fmt: skip
+    best = record.front[0]
+    model = ranksearch.load_model(trained.model, tmp_path / "mine" / "models" / str(best.number))
+    assert sum(p.numel() for p in model.parameters()) == best.params
+    again = ranksearch.search(
+        trained, out=tmp_path / "mine", trials=3, finetune=ranksearch.Recipe(1), finalists=ranksearch.Recipe(1),
+        finalist_count=1, options=ranksearch.Options(workers=0),
+    )  # fmt: skip
+    assert essence(again.trials) == essence(record.trials)
+
+
+def test_the_users_model_is_not_changed(trained, tmp_path):
+    before = {name: tensor.clone() for name, tensor in trained.model.state_dict().items()}
+    ranksearch.search(
+        trained, out=tmp_path / "mine", trials=2, finetune=ranksearch.Recipe(1), finalists=ranksearch.Recipe(1),
+        finalist_count=1, options=ranksearch.Options(workers=0),
+    )  # fmt: skip
+    after = trained.model.state_dict()
+    assert set(before) == set(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_another_dense_model_is_another_study(trained, tmp_path):
+    def go(task):
+        return ranksearch.search(
+            task, out=tmp_path / "mine", trials=1, finetune=ranksearch.Recipe(1), finalists=ranksearch.Recipe(1),
+            finalist_count=1, options=ranksearch.Options(workers=0),
+        )  # fmt: skip
+
+    go(trained)
+    torch.manual_seed(9)
+    with pytest.raises(StudyError, match="made from another dense model; choose another name or --storage, or --fresh"):
+        go(replace(trained, model=nets.small()))
+
+
+def test_the_report_is_made_again_from_the_storage(finished, tmp_path):
+    out, record = finished
+    write_report(record, tmp_path)
+    for name in ("front.json", "front.csv", "trials.csv", "report.md", "report.html"):
+        assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_a_dense_net_that_diverges(tmp_path):
+    with pytest.raises(ModelError, match="The dense net must train, but its loss became NaN or infinite at learning rate"):
+        run_study(small_spec("dense.learning_rate=1e30"), tmp_path / "small", Options(workers=0))
+
+
+def test_given_dense_weights_are_used(finished, tmp_path):
+    out, record = finished
+    spec = small_spec("dense.epochs=0", f"dense.weights='{out / 'dense.safetensors'}'", "search.trials=1", "finalists.count=1")
+    again = run_study(spec, tmp_path / "small", Options(workers=0))
+    assert again.facts.dense.score_test == record.facts.dense.score_test
+
+
+def test_given_dense_weights_must_fit(tmp_path):
+    spec = small_spec("dense.weights=nowhere.pt")
+    with pytest.raises(ModelError, match=r"dense.weights must be a state dict of the model, but nowhere.pt does not exist"):
+        run_study(spec, tmp_path / "small", Options(workers=0))
+    (tmp_path / "bad.pt").write_bytes(b"nonsense")
+    with pytest.raises(ModelError, match=r"bad.pt must be a state dict of the model, but cannot be loaded"):
+        run_study(small_spec(f"dense.weights='{tmp_path / 'bad.pt'}'"), tmp_path / "two", Options(workers=0))
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(ModelError, match=r"other.pt must be a state dict of the model, but cannot be loaded"):
+        run_study(small_spec(f"dense.weights='{tmp_path / 'other.pt'}'"), tmp_path / "three", Options(workers=0))
