@@ -146,5 +146,6 @@ def _empty(folder: Path) -> None:
 
 
 def _masked(url: str) -> str:
-    head, at, tail = url.rpartition("@")
-    return f"{head.split('://')[0]}://***@{tail}" if at else url
+    """An address that is none may hold a password all the same: all before the last @ is left out."""
+    _, at, tail = url.rpartition("@")
+    return f"***@{tail}" if at else url

@@ -80,10 +80,8 @@ def count_params(model: nn.Module) -> int:
 
 def count_macs(model: nn.Module, example: Tensor) -> int:
     """Multiply-accumulates of `model` for the batch `example`, counted by torch while it runs (in eval mode)."""
-    counter = FlopCounterMode(display=False)
-    with _evaluating(model), torch.no_grad(), counter:
-        model(example)
-    return int(counter.get_total_flops()) // 2
+    # Watched like an inventory: attention then does without its fused form for inference, whose work is not counted.
+    return _Watch(model).run(example)
 
 
 def inventory(model: nn.Module, example: Tensor) -> Inventory:
@@ -110,7 +108,8 @@ def inventory(model: nn.Module, example: Tensor) -> Inventory:
         if name not in skipped:
             layers.append(_describe(name, watch.candidates[name], *watch.shapes[name], watch.maps.get(name), len(example)))
     if not layers:
-        why = "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) or "it holds no Conv or Linear module"
+        reasons = (f"{name or type(model).__name__}: {reason}" for name, reason in skipped.items())
+        why = "; ".join(reasons) or "it holds no Conv or Linear module"
         raise ModelError(f"The model must have a decomposable layer, but has none ({why}).")
     return Inventory(tuple(layers), skipped, count_params(model), macs // len(example))
 
@@ -261,22 +260,16 @@ class _Flattened(TorchFunctionMode):
 
 
 class _evaluating:
-    """Eval mode for a while; each module gets its own mode back, since a model may hold frozen parts.
-
-    Attention runs without its fused form for inference, whose work torch's counter does not see.
-    """
+    """Eval mode for a while; each module gets its own mode back, since a model may hold frozen parts."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modes = {module: module.training for module in model.modules()}
         self._model = model
-        self._fused = torch.backends.mha.get_fastpath_enabled()
 
     def __enter__(self) -> None:
-        torch.backends.mha.set_fastpath_enabled(False)
         self._model.eval()
 
     def __exit__(self, *exc: object) -> None:
-        torch.backends.mha.set_fastpath_enabled(self._fused)
         for module, training in self._modes.items():
             module.training = training
 

@@ -118,4 +118,4 @@ def _check_shapes(name: str, value: Factorization, shape: Shape, factors: Sequen
 
 
 def _layers(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, (*CONVOLUTIONS, nn.Linear))]
+    return [name for name, module in model.named_modules() if name and isinstance(module, (*CONVOLUTIONS, nn.Linear))]

@@ -51,18 +51,20 @@ def fit(model: nn.Module, task: Task, recipe: Recipe, *, seed: int, device: torc
     steps = math.ceil(size(task.data.train) / recipe.batch_size) * recipe.epochs
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    torch.manual_seed(seed)
     for epoch in range(1, recipe.epochs + 1):
-        model.train()
-        for inputs, targets in batches(task.data.train, recipe.batch_size, generator=order):
-            loss = task.loss(model(inputs.to(device)), targets.to(device))
-            if not torch.isfinite(loss):
-                raise Diverged
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-            optimizer.step()
-            schedule.step()
+        # The caller's random numbers are its own: an epoch neither follows them nor moves them on.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed + epoch)
+            model.train()
+            for inputs, targets in batches(task.data.train, recipe.batch_size, generator=order):
+                loss = task.loss(model(inputs.to(device)), targets.to(device))
+                if not torch.isfinite(loss):
+                    raise Diverged
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+                optimizer.step()
+                schedule.step()
         yield epoch
 
 

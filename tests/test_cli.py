@@ -1,0 +1,241 @@
+"""The command line as a user meets it: what it prints, its exit codes, and one sentence for every kind of bad input."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from ranksearch.cli import main
+from tests import nets
+
+
+@pytest.fixture
+def study_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "small.toml"
+    path.write_text(nets.SMALL)
+    return path
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"}
+
+
+def refuse(capsys, *arguments):
+    """Run a command that must be refused; its one sentence."""
+    assert main([str(a) for a in arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("ranksearch: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err.removeprefix("ranksearch: ").rstrip("\n")
+
+
+def test_a_study_from_start_to_export(study_file, tmp_path, capsys):
+    command = ["study", str(study_file), "--trials", "4", "--workers", "0", "--set", "finalists.count=2", "--seed", "3"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert len(re.findall(r"^trial \d+ \[", out, re.MULTILINE)) == 4
+    assert len(re.findall(r"^finalist \d+ \[", out, re.MULTILINE)) == 2
+    assert "ranksearch export runs/small --knee" in out
+    folder = tmp_path / "runs" / "small"
+    front = json.loads((folder / "front.json").read_text())
+    assert front["seed"] == 3
+    assert front["command"].startswith("ranksearch study ")
+
+    assert main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "report.html")
+
+    number = front["front"][0]["trial"]
+    assert main(["export", str(folder), "--trial", str(number), "--to", str(tmp_path / "mine")]) == 0
+    assert f"trial {number}," in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"plan.json", "weights.safetensors"}
+    assert main(command) == 0
+    assert "4 of them done before" in capsys.readouterr().out
+
+
+def test_layers_lists_shapes_and_costs_and_writes_nothing(study_file, tmp_path, capsys):
+    assert main(["layers", str(study_file)]) == 0
+    out = capsys.readouterr().out
+    for words in ("conv1", "16x8x3x3", "32x16x4x4, flattened", "not trained yet"):
+        assert words in out
+    assert {path.name for path in tmp_path.iterdir()} == {"small.toml"}
+
+
+def test_layers_of_a_finished_study_shows_what_methods_cost(finished, study_file, capsys):
+    assert main(["layers", str(study_file), "--out", str(finished[0])]) == 0
+    out = capsys.readouterr().out
+    assert "not trained yet" not in out
+    assert re.search(r"Tucker-2 \d+x\d+: [\d,]+ \(\d+\.\dx\)", out)
+
+
+def test_studies_names_the_built_in_ones(capsys):
+    assert main(["studies"]) == 0
+    assert re.search(r"^lenet\s+The thesis's LeNet", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("choice", [["--knee"], ["--min-score", "0.1"], ["--min-ratio", "1"]])
+def test_export_chooses_from_the_front(finished, capsys, tmp_path, choice, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, record = finished
+    assert main(["export", str(folder), *choice, "--to", str(tmp_path / "model")]) == 0
+    number = int(re.search(r"trial (\d+),", capsys.readouterr().out)[1])
+    assert number in {trial.number for trial in record.front}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["study", "lennet"], "A study is a built-in name or a .toml file, but 'lennet' is neither. Did you mean 'lenet'?"),
+        (["study", "missing.toml"], "The study file missing.toml cannot be read: No such file or directory; check the path."),
+        (["study", "small.toml", "--set", "search.trails=3"], "small.toml: search.trails is not a key of a study. Did you mean"),
+        (["study", "small.toml", "--trials", "0"], "small.toml: search.trials must be at least 1, but got 0."),
+        (["study", "small.toml", "--minutes", "-1"], "small.toml: search.minutes must be above 0, but got -1.0."),
+        (["study", "small.toml", "--seed", "-1"], "small.toml: seed must be at least 0, but got -1."),
+        (["study", "small.toml", "--workers", "-1"], "--workers must be at least 0, but got -1."),
+        (["study", "small.toml", "--set", "space.methods=['tuker2']"], "space.methods must name methods, but 'tuker2' is none."),
+        (["study", "small.toml", "--set", "space.skip=['conv9']"], "space.skip must name layers that can be decomposed, but"),
+        (["study", "small.toml", "--set", "space.layers=['norm1']"], "space.layers must name layers that can be decomposed, but"),
+        (["study", "small.toml", "--set", "task.model=tests.nets:smal"], "task.model: module 'tests.nets' has no 'smal'. Did you"),
+        (["study", "small.toml", "--set", "task.model=nowhere:net"], "task.model must be importable, but 'nowhere:net' is not"),
+        (["study", "small.toml", "--set", "task.model=tests.nets:NUMBER"], "task.model must name something callable, but"),
+        (["study", "small.toml", "--set", "task.model=tests.nets:not_a_model"], "task.model must give an nn.Module, but"),
+        (["study", "small.toml", "--set", "task.model=tests.nets:not_a_number"], "Weights must be finite, but 'conv1.weight' holds"),
+        (["study", "small.toml", "--set", "task.model=tests.nets:nothing_to_decompose"], "The model must have a decomposable layer"),
+        (["study", "small.toml", "--set", "task.model_args.clases=3"], "task.model: tests.nets:small must take the arguments"),
+        (["study", "small.toml", "--set", "task.model_args.classes=3"], "The model must give 10 outputs an input, one a class, but"),
+        (["study", "small.toml", "--set", "task.model=ranksearch.models:lenet"], "The model must accept one input of shape (1, 1, 8, 8)"),
+        (["study", "small.toml", "--set", "task.data=tests.nets:wrong_labels"], "Targets must lie in 0..9, but split 'validation' holds"),
+        (["study", "small.toml", "--set", "task.data=tests.nets:small"], "task.data must give ranksearch.data.Splits, but"),
+        (["study", "small.toml", "--storage", "nonsense"], "A storage must be a database URL such as sqlite:///study.db, but got"),
+        (["study", "small.toml", "--storage", "sqlite:////no/such/folder/x.db"], "The storage sqlite:////no/such/folder/x.db cannot be"),
+        (["study", "small.toml", "--storage", "oracel://u:secret@host/db"], "The storage oracel://u:***@host/db cannot be used:"),
+        (["layers", "lennet"], "A study is a built-in name or a .toml file, but 'lennet' is neither."),
+        (["report", "."], "A study's folder must hold spec.toml, but . does not; name a folder under runs/."),
+        (["export", ".", "--knee"], "A study's folder must hold spec.toml, but . does not; name a folder under runs/."),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(study_file, tmp_path, capsys, arguments, message):
+    before = snapshot(tmp_path)
+    assert refuse(capsys, *arguments).startswith(message)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="there is a GPU")
+def test_a_gpu_that_is_not_there(study_file, capsys):
+    assert refuse(capsys, "study", "small.toml", "--device", "cuda").startswith("A CUDA device must be there for --device cuda")
+
+
+def test_the_password_of_a_storage_is_never_shown(study_file, capsys):
+    for url in ("oracel://user:s3cret@host/db", "not a url:s3cret@host", "sqlite://user:s3cret@/x"):
+        assert "s3cret" not in refuse(capsys, "study", "small.toml", "--storage", url)
+
+
+def test_a_file_that_is_not_toml(study_file, capsys):
+    study_file.write_text("name = = 3")
+    assert refuse(capsys, "study", "small.toml").startswith("A study file must be TOML, but small.toml is not:")
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished study, to be misused."""
+    return shutil.copytree(finished[0], tmp_path / "runs" / "small")
+
+
+def test_a_folder_of_another_study_is_left_alone(copied, study_file, capsys):
+    before = snapshot(copied)
+    told = refuse(capsys, "study", "small.toml", "--set", "finetune.epochs=2")
+    assert told == (
+        "The folder runs/small holds another study (finetune.epochs is 1 there and 2 here); choose another --out, or --fresh to "
+        "start over."
+    )
+    assert snapshot(copied) == before
+
+
+def test_a_folder_with_other_files_is_left_alone(study_file, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    told = refuse(capsys, "study", "small.toml", "--out", tmp_path / "mine", "--fresh")
+    assert told.startswith("The output folder must be a study's or empty, but")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_an_output_that_is_a_file(study_file, capsys):
+    assert refuse(capsys, "study", "small.toml", "--out", "small.toml").startswith("The output must be a folder, but small.toml is")
+
+
+def test_a_folder_in_use(copied, study_file, capsys):
+    import filelock
+
+    with filelock.FileLock(copied / ".lock"):
+        told = refuse(capsys, "study", "small.toml")
+    assert told == "One run at a time may use a folder, but runs/small is in use; wait for it or choose another --out."
+
+
+def test_fresh_does_not_empty_the_folder_when_the_storage_is_out_of_reach(copied, study_file, capsys):
+    before = snapshot(copied)
+    refuse(capsys, "study", "small.toml", "--fresh", "--storage", "sqlite:////no/such/folder/x.db")
+    assert snapshot(copied) == before
+
+
+def test_fresh_starts_over(copied, study_file, capsys):
+    assert main(["study", "small.toml", "--fresh", "--trials", "2", "--workers", "0", "--set", "finetune.epochs=2"]) == 0
+    rows = (copied / "trials.csv").read_text().splitlines()
+    assert len(rows) == 3
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (["--trial", "999"], "Only finalists keep their weights, but trial 999 is none; they are"),
+        (["--min-score", "1.1"], "A model with a score of at least 1.1 is asked for, but the best has"),
+        (["--min-ratio", "1e6"], "A ratio of at least 1e+06 is asked for, but the smallest model has"),
+    ],
+)
+def test_exports_that_cannot_be(finished, capsys, choice, message):
+    assert refuse(capsys, "export", finished[0], *choice).startswith(message)
+
+
+def test_an_export_of_damaged_weights(copied, capsys, finished):
+    number = finished[1].front[0].number
+    weights = copied / "models" / str(number) / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    told = refuse(capsys, "export", copied, "--trial", number)
+    assert re.search(r"The weights in .* are damaged \(.*\); run the study again\.", told)
+
+
+def test_a_report_without_its_storage(copied, capsys):
+    (copied / "study.db").unlink()
+    assert "study.db does not exist; run `ranksearch study` first, or give --storage." in refuse(capsys, "report", copied)
+    (copied / "study.db").write_bytes(b"this is no database" * 100)
+    assert "cannot be used:" in refuse(capsys, "report", copied)
+
+
+def test_a_report_of_another_optuna_study(copied, capsys):
+    import optuna
+
+    (copied / "study.db").unlink()
+    optuna.create_study(study_name="other", storage=f"sqlite:///{copied / 'study.db'}")
+    assert "holds no study 'small'; run `ranksearch study` first." in refuse(capsys, "report", copied)
+    optuna.create_study(study_name="small", storage=f"sqlite:///{copied / 'study.db'}")
+    assert "Study 'small' holds no ranksearch record yet" in refuse(capsys, "report", copied)
+
+
+def test_a_bug_is_a_traceback(study_file, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("ranksearch.spec.load_spec", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(["study", "small.toml"])
+
+
+def test_report_does_not_import_torch(finished):
+    code = f"import sys; from ranksearch.cli import main; main(['report', {str(finished[0])!r}]); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"

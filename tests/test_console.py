@@ -1,0 +1,75 @@
+"""What the screen shows."""
+
+from __future__ import annotations
+
+import io
+import re
+
+from rich.console import Console
+
+from ranksearch import console
+from ranksearch.record import Outcome
+from tests.test_strategy import trial
+
+
+def printed(renderable, width=100):
+    out = io.StringIO()
+    Console(file=out, width=width).print(renderable)
+    return out.getvalue()
+
+
+def test_the_front_stands_beside_the_dense_model(finished):
+    _, record = finished
+    text = printed(console.front_table(record.front, record.facts, title="the front"), width=180)
+    assert "dense" in text
+    for point in record.front:
+        assert re.search(rf"^ *{point.number} +{point.ratio:.1f}x +{point.params:,}", text, re.MULTILINE)
+        assert str(point.plan) in text
+
+
+def test_figures_survive_a_narrow_screen(finished):
+    _, record = finished
+    text = printed(console.front_table(record.front, record.facts), width=72)
+    for point in record.front:
+        assert f"{point.params:,}" in text
+
+
+def test_a_live_view_draws_progress_and_front(finished):
+    _, record = finished
+    out = io.StringIO()
+    screen = Console(file=out, force_terminal=True, width=120, height=40)
+    with console.Terminal(screen) as view:
+        view.stage("training the dense net", 2)
+        view.step()
+        view.step()
+        view.facts(record.facts)
+        view.stage("trials", 8, 2)
+        view.trial(record.trials[0], record.trials[:1])
+        view._live.refresh()
+    text = out.getvalue()
+    for words in ("training the dense net", "3/8", "left", "front so far", f"trial {record.trials[0].number}:"):
+        assert words in text
+
+
+def test_plain_lines_for_every_kind_of_trial(finished):
+    _, record = finished
+    out = io.StringIO()
+    view = console.Plain(Console(file=out, width=200))
+    view.stage("trials", 8, 3)
+    view.facts(record.facts)
+    lost = trial(9, None, 1.0, Outcome.DIVERGED)
+    done = next(t for t in record.trials if t.finalist)
+    view.trial(done, record.trials)
+    view.trial(lost, record.trials)
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "trials: 8 steps, 3 of them done before"
+    assert lines[1].startswith("dense: ")
+    assert lines[2].startswith(f"finalist {done.number} [{done.origin}] {done.ratio:.1f}x, ")
+    assert lines[3] == "trial 9 [tpe] diverged, 0.0 s: dense"
+
+
+def test_scores_and_clocks_for_people():
+    assert console.score_text(0.9777, "accuracy") == "97.8 %"
+    assert console.score_text(0.87654, "one_minus_auc") == "0.8765"
+    assert console.score_text(None, "accuracy") == "-"
+    assert [console.clock(s) for s in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]

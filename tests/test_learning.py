@@ -1,0 +1,169 @@
+"""Data, tasks and training: seeds that are used, splits that are checked, statistics that are measured again."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+from ranksearch import training
+from ranksearch.data import Splits, batches, check_splits, digits, example, size
+from ranksearch.errors import DataError, ModelError
+from ranksearch.models import lenet
+from ranksearch.tasks import Task, accuracy, check_outputs
+from tests import nets
+
+CPU = torch.device("cpu")
+
+
+def test_digits_are_split_once_for_all():
+    first, second = digits(), digits()
+    assert [size(part) for part in (first.train, first.validation, first.test)] == [1077, 360, 360]
+    assert example(first.train).shape == (1, 1, 32, 32)
+    for one, two in zip(
+        (first.train, first.validation, first.test), (second.train, second.validation, second.test), strict=True
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(one.tensors, two.tensors, strict=True))
+    images = torch.cat([part.tensors[0].flatten(1) for part in (first.train, first.validation, first.test)])
+    assert len(images) == 1797
+    labels = torch.bincount(first.test.tensors[1])
+    assert labels.min() >= 34
+
+
+def test_the_thesiss_parameter_count():
+    assert sum(p.numel() for p in lenet().parameters()) == 1_250_858
+
+
+class Plain(Dataset):
+    """A map-style data set that is no TensorDataset."""
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        return torch.full((2,), float(index)), index % 3
+
+
+@pytest.mark.parametrize("split", [Plain(), TensorDataset(torch.arange(14.0).reshape(7, 2), torch.arange(7))])
+def test_batches_hold_every_input_once(split):
+    for generator in (None, torch.Generator().manual_seed(1)):
+        seen = torch.cat([targets for _, targets in batches(split, 3, generator=generator)])
+        assert sorted(seen.tolist()) == sorted(targets for _, targets in (split[i] for i in range(7)))
+
+
+def test_batches_follow_the_generator():
+    split = TensorDataset(torch.arange(50.0), torch.arange(50))
+
+    def order(seed):
+        return torch.cat([t for _, t in batches(split, 8, generator=torch.Generator().manual_seed(seed))])
+
+    assert torch.equal(order(1), order(1))
+    assert not torch.equal(order(1), order(2))
+
+
+def splits(inputs=None, targets=None, classes=10):
+    good = TensorDataset(torch.zeros(4, 2), torch.arange(4))
+    inputs = torch.zeros(4, 2) if inputs is None else inputs
+    return Splits(good, TensorDataset(inputs, torch.arange(4) if targets is None else targets), good, classes, "")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (splits(torch.zeros(0, 2), torch.zeros(0).long()), "Each split must hold at least one input, but 'validation' is empty"),
+        (splits(torch.full((4, 2), float("nan"))), "Inputs must be finite, but split 'validation' holds NaN or infinity"),
+        (splits(targets=torch.tensor([0, 1, 2, 10])), r"Targets must lie in 0\.\.9, but split 'validation' holds 10; mend"),
+        (splits(targets=torch.tensor([0, 1, -2, 3])), r"Targets must lie in 0\.\.9, but split 'validation' holds -2; mend"),
+        (splits(targets=torch.zeros(4)), "Targets must be whole class numbers, one an input, but split 'validation' holds torch.float32"),
+    ],
+)  # fmt: skip
+def test_data_that_is_refused(data, message):
+    with pytest.raises(DataError, match=message):
+        check_splits(data)
+
+
+def test_targets_of_any_kind_without_classes():
+    check_splits(splits(targets=torch.rand(4, 5), classes=None))
+
+
+def test_a_classifier_with_too_few_outputs():
+    with pytest.raises(ModelError, match=r"The model must give 10 outputs an input, one a class, but gives shape \(4,\)"):
+        check_outputs(Task(nets.small(classes=4), nets.few_digits()))
+
+
+def test_accuracy():
+    assert accuracy(torch.eye(4), torch.tensor([0, 1, 2, 0])) == 0.75
+
+
+def test_a_seed_decides_everything():
+    def weights(seed):
+        torch.manual_seed(0)
+        task = Task(lenet(channels=1), nets_32())
+        for _ in training.fit(task.model, task, training.Recipe(1, batch_size=16), seed=seed, device=CPU):
+            torch.rand(3)  # what the caller draws in between makes no difference to the next run
+        return torch.cat([p.detach().flatten() for p in task.model.parameters()])
+
+    first = weights(1)
+    assert torch.equal(first, weights(1))
+    assert not torch.equal(first, weights(2))
+
+
+def nets_32():
+    data = digits()
+
+    def few(split):
+        return TensorDataset(*(tensor[:48] for tensor in split.tensors))
+
+    return Splits(few(data.train), few(data.validation), few(data.test), 10, "")
+
+
+def test_fitting_leaves_the_callers_random_numbers_alone(trained):
+    task = Task(copy.deepcopy(trained.model), trained.data)
+    torch.manual_seed(5)
+    expected = torch.rand(4)
+    torch.manual_seed(5)
+    for _ in training.fit(task.model, task, training.Recipe(1), seed=0, device=CPU):
+        pass
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_fitting_learns(trained):
+    task = Task(nets.small(), trained.data)
+    before = training.score(task.model, task, task.data.validation, device=CPU)
+    for _ in training.fit(task.model, task, training.Recipe(3, learning_rate=1e-2), seed=0, device=CPU):
+        pass
+    assert training.score(task.model, task, task.data.validation, device=CPU) > before + 0.2
+
+
+def test_divergence_is_told():
+    task = Task(nets.small(), nets.few_digits())
+    with pytest.raises(training.Diverged):
+        list(training.fit(task.model, task, training.Recipe(2, learning_rate=1e30), seed=0, device=CPU))
+
+
+def test_recalibration_measures_the_statistics_of_the_training_split(trained):
+    model = copy.deepcopy(trained.model)
+    norm = model.norm1
+    norm.running_mean.fill_(100.0)
+    momentum = norm.momentum
+    training.recalibrate(model, trained, device=CPU)
+    with torch.no_grad():
+        maps = model.conv1(trained.data.train.tensors[0])
+    torch.testing.assert_close(norm.running_mean, maps.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert norm.momentum == momentum
+
+
+def test_recalibration_without_normalisation_changes_nothing(trained):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    before = copy.deepcopy(model.state_dict())
+    training.recalibrate(model, trained, device=CPU)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_latencies_are_measured_for_each_model(trained):
+    times = training.latencies_ms([trained.model, nn.Flatten()], example(trained.data.train), repeats=3)
+    assert len(times) == 2
+    assert all(time > 0 for time in times)

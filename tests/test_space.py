@@ -1,0 +1,217 @@
+"""Parameters and plans are two names of one thing, over one static space."""
+
+import itertools
+import re
+
+import optuna
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from torch import nn
+
+from ranksearch.errors import PlanError, SpecError
+from ranksearch.factorization import METHODS
+from ranksearch.layers import count_params, inventory
+from ranksearch.plan import CP, KINDS, SVD, Dense, Plan, Spatial, Tucker2
+from ranksearch.strategy.space import level_of, make_space, rank_at
+from ranksearch.surgery import skeleton_
+from tests.nets import small
+
+EXAMPLE = torch.ones(1, 1, 8, 8)
+ALL = tuple(kind.method for kind in METHODS)
+INVENTORY = inventory(small(), EXAMPLE)
+SPACE = make_space(INVENTORY, ALL)
+AXES = {axis.layer.name: axis for axis in SPACE.axes}
+laws = settings(max_examples=60, deadline=None)
+
+
+def inside(axis):
+    """Every value that the axis can choose."""
+    yield Dense()
+    for method in axis.methods:
+        limits = method.limits(axis.layer.weight)
+        for ranks in itertools.product(*(range(1, limit + 1) for limit in limits)):
+            if method.pays(axis.layer, ranks):
+                yield method.value(axis.layer, ranks)
+
+
+VALUES = {name: list(inside(axis)) for name, axis in AXES.items()}
+plans = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in VALUES.items()}).map(Plan.of)
+params = st.fixed_dictionaries(
+    {
+        name: st.sampled_from(kind.choices) if isinstance(kind, CategoricalDistribution) else st.floats(kind.low, kind.high)
+        for name, kind in SPACE.distributions().items()
+    }
+)
+
+
+# --- levels and ranks ---
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 64, 100, 511, 4096])
+def test_every_rank_has_a_level_that_gives_it_back(limit):
+    levels = [level_of(rank, limit) for rank in range(1, limit + 1)]
+    assert [rank_at(level, limit) for level in levels] == list(range(1, limit + 1))
+    assert levels == sorted(levels)
+    assert levels[0] == 0
+    assert levels[-1] == (1 if limit > 1 else 0)
+
+
+@laws
+@given(st.floats(0, 1), st.floats(0, 1), st.integers(1, 5000))
+def test_ranks_rise_with_levels_and_stay_within_the_limit(one, other, limit):
+    low, high = sorted((one, other))
+    assert 1 <= rank_at(low, limit) <= rank_at(high, limit) <= limit
+    assert (rank_at(0, limit), rank_at(1, limit)) == (1, limit)
+
+
+@given(st.integers(1, 500), st.integers(1, 500))
+def test_a_rank_above_the_limit_has_the_highest_level(limit, more):
+    assert rank_at(level_of(limit + more, limit), limit) == limit
+
+
+# --- plans and parameters ---
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_every_value_inside_is_chosen_by_its_parameters(name):
+    axis = AXES[name]
+    assert {type(value).method for value in VALUES[name]} == {"dense", *(method.kind.method for method in axis.methods)}
+    for value in VALUES[name]:
+        assert axis.factorization(axis.params(value)) == value
+
+
+@laws
+@given(plans)
+def test_a_plan_is_chosen_by_its_parameters(plan):
+    found = SPACE.params(plan)
+    assert SPACE.plan(found) == plan
+    assert found.keys() == SPACE.distributions().keys()
+    for name, kind in SPACE.distributions().items():
+        assert kind._contains(kind.to_internal_repr(found[name]))
+
+
+@laws
+@given(params)
+def test_any_parameters_choose_a_plan_inside(chosen):
+    plan = SPACE.plan(chosen)
+    assert all(plan[name] in VALUES[name] for name in AXES)
+    assert SPACE.plan(SPACE.params(plan)) == plan
+
+
+@laws
+@given(params)
+def test_any_parameters_choose_a_model_that_can_be_built_at_the_cost_promised(chosen):
+    plan = SPACE.plan(chosen)
+    model = skeleton_(small(), plan)
+    saved = {name: INVENTORY[name].params - METHODS[type(value)].params(INVENTORY[name], value.ranks) for name, value in plan}
+    assert all(more > 0 for more in saved.values())
+    assert count_params(model) == INVENTORY.params - sum(saved.values())
+    assert model.eval()(EXAMPLE).shape == (1, 10)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_ranks_that_do_not_pay_are_dense(method):
+    axis = AXES["fc1"]
+    full = {"fc1.method": method, "fc1.level": 1.0, "fc1.level_in": 1.0}
+    least = {"fc1.method": method, "fc1.level": 0.0, "fc1.level_in": 0.0}
+    pays = METHODS[KINDS[method]].pays(axis.layer, METHODS[KINDS[method]].limits(axis.layer.weight))
+    assert (axis.factorization(full) != Dense()) == pays
+    assert set(axis.factorization(least).ranks) == {1}
+
+
+def test_the_two_levels_of_tucker_are_not_mixed_up():
+    chosen = {"conv2.method": "tucker2", "conv2.level": 1.0, "conv2.level_in": 0.0}
+    assert AXES["conv2"].factorization(chosen) == Tucker2(rank_in=1, rank_out=16)
+
+
+# --- the space ---
+
+
+def test_distributions_are_static():
+    wanted = SPACE.distributions()
+    torch.manual_seed(7)
+    again = make_space(inventory(small(), EXAMPLE), ALL).distributions()
+    assert list(again.items()) == list(wanted.items())
+    for name, kind in wanted.items():
+        layer, _, what = name.rpartition(".")
+        if what == "method":
+            assert kind == CategoricalDistribution(["dense", *(method.kind.method for method in AXES[layer].methods)])
+        else:
+            assert kind == FloatDistribution(0.0, 1.0)
+            assert what in ("level", "level_in")
+
+
+def test_optuna_samples_the_space():
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    found = set()
+    for _ in range(20):
+        trial = study.ask(SPACE.distributions())
+        found.add(SPACE.plan(trial.params))
+    assert len(found) > 10
+
+
+def test_layers_come_in_call_order_with_the_methods_that_pay():
+    assert list(AXES) == ["conv1", "conv2", "fc1", "fc2"]
+    for name, axis in AXES.items():
+        for method in METHODS.values():
+            suits = method.applies(axis.layer.weight, linear=axis.layer.kind == "Linear")
+            pays = suits and method.pays(axis.layer, (1,) * len(method.kind.rank_names()))
+            assert (method in axis.methods) == pays, (name, method.kind.method)
+
+
+def test_only_tucker_has_a_second_level():
+    assert "conv2.level_in" in make_space(INVENTORY, ["cp", "tucker2"]).distributions()
+    assert make_space(INVENTORY, ["cp"]).distributions().keys() == {
+        f"{name}.{what}" for name in ("conv1", "conv2", "fc1") for what in ("method", "level")
+    }
+
+
+def test_layers_can_be_chosen_and_skipped():
+    def names(**options):
+        return [axis.layer.name for axis in make_space(INVENTORY, ALL, **options).axes]
+
+    assert names(layers=["fc2", "conv1"]) == ["conv1", "fc2"]
+    assert names(skip=["fc2", "conv1"]) == ["conv2", "fc1"]
+    assert names(layers=["fc2", "conv1"], skip=["conv1"]) == ["fc2"]
+    assert names(skip=[]) == names(layers=[]) == list(AXES)
+
+
+# --- messages ---
+
+
+def grouped():
+    return inventory(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, groups=4)), EXAMPLE)
+
+
+@pytest.mark.parametrize("key", ["layers", "skip"])
+@pytest.mark.parametrize(
+    ("found", "name", "rest"),
+    [
+        (INVENTORY, "conv3", "but 'conv3' is none. Did you mean 'conv2'?"),
+        (INVENTORY, "x", "but 'x' is none. Valid: conv1, conv2, fc1, fc2."),
+        (grouped(), "1", "but '1' is none. (it is depthwise)."),
+    ],
+)
+def test_a_name_that_is_no_layer_is_refused(key, found, name, rest):
+    message = f"space.{key} must name layers that can be decomposed, {rest}"
+    with pytest.raises(SpecError, match=f"^{re.escape(message)}$"):
+        make_space(found, ALL, **{key: [name]})
+
+
+def test_a_space_of_nothing_is_refused():
+    message = "The search needs a layer to decompose, but svd, spatial make none of ['0'] smaller."
+    with pytest.raises(SpecError, match=f"^{re.escape(message)}$"):
+        make_space(inventory(nn.Sequential(nn.Conv2d(1, 2, (1, 3))), EXAMPLE), ["svd", "spatial"])
+    with pytest.raises(SpecError, match=r"^The search needs a layer to decompose"):
+        make_space(INVENTORY, ALL, layers=["fc2"], skip=["fc2"])
+
+
+@pytest.mark.parametrize("value", [Spatial(1), CP(1)])
+def test_a_value_of_another_method_is_refused(value):
+    message = f"Layer 'fc1' may not be stored as {value.title} in this study; add it to space.methods."
+    with pytest.raises(PlanError, match=f"^{re.escape(message)}$"):
+        make_space(INVENTORY, ["svd"]).params(Plan.of({"fc1": value}))
+    assert make_space(INVENTORY, ["svd"]).plan(make_space(INVENTORY, ["svd"]).params(Plan.of({"fc1": SVD(3)})))

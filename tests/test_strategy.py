@@ -1,0 +1,139 @@
+"""Where the search starts and what it keeps: VBMF plans, samplers, finalists."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ranksearch import pareto
+from ranksearch.data import example
+from ranksearch.errors import StudyError
+from ranksearch.factorization import METHODS
+from ranksearch.layers import inventory
+from ranksearch.plan import CP, Dense, Plan, Tucker2
+from ranksearch.profile import profile
+from ranksearch.record import Finalist, Outcome, Rung, TrialRecord, choose, front_of
+from ranksearch.strategy.finalists import WORTH, choose_finalists
+from ranksearch.strategy.prior import at_vbmf, vbmf_plans
+from ranksearch.strategy.space import make_space
+
+
+def trial(number, score, ratio, outcome=Outcome.DONE, finalist=None):
+    return TrialRecord(
+        number=number, index=number, origin="tpe", plan=Plan(), outcome=outcome, params=100, macs=100, ratio=ratio,
+        score=score, finalist=finalist,
+    )  # fmt: skip
+
+
+def finalist(validation, test=0.5):
+    return Finalist(score_validation=validation, score_test=test, curve=(Rung(0, validation),), seconds=1.0)
+
+
+@pytest.fixture(scope="module")
+def start(trained):
+    found = inventory(trained.model, example(trained.data.train))
+    space = make_space(found, ("tucker2", "cp", "svd"))
+    layers = profile(trained.model, found, {axis.layer.name: axis.methods for axis in space.axes})
+    return space, layers
+
+
+def test_vbmf_plans_are_inside_the_space_and_differ(start):
+    space, layers = start
+    plans = list(vbmf_plans(space, layers))
+    assert len({plan for _, plan in plans}) == len(plans) >= 4
+    for _, plan in plans:
+        assert plan.layers
+        assert space.plan(space.params(plan)) == plan
+
+
+def test_the_first_plan_is_the_one_shot_tucker_of_kim(start):
+    space, layers = start
+    origin, plan = next(vbmf_plans(space, layers))
+    assert origin == "vbmf tucker2 x1"
+    for axis in space.axes:
+        value, (rank_in, rank_out) = plan[axis.layer.name], layers.layers[axis.layer.name].vbmf
+        if isinstance(value, Tucker2) and rank_in and rank_out:
+            assert (value.rank_in, value.rank_out) == (rank_in, rank_out)
+    assert any(isinstance(value, Tucker2) for _, value in plan)
+
+
+def test_cp_takes_the_larger_estimate_as_the_thesis_does(start):
+    space, layers = start
+    _, plan = next((origin, plan) for origin, plan in vbmf_plans(space, layers) if origin == "vbmf cp x1")
+    found = [(name, value) for name, value in plan if isinstance(value, CP)]
+    assert found
+    for name, value in found:
+        assert value.rank == max(rank or 0 for rank in layers.layers[name].vbmf)
+
+
+def test_a_layer_without_an_estimate_has_no_ranks(start):
+    space, _ = start
+    axis = space.axes[0]
+    assert at_vbmf(axis.methods[0], axis.layer, (None, None)) is None
+    (rank,) = at_vbmf(METHODS[CP], axis.layer, (None, 3))
+    assert rank == 3
+
+
+clouds = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20)), min_size=1, max_size=25)
+
+
+@given(clouds, st.integers(1, 8))
+def test_finalists_are_the_front_first(cloud, count):
+    trials = [trial(i, 0.9 + score / 200, 1.0 + ratio) for i, (score, ratio) in enumerate(cloud)]
+    chosen = choose_finalists(trials, dense_score=0.95, count=count)
+    points = [(t.score, math.log10(t.ratio)) for t in trials]
+    front = {trials[i].number for i in pareto.front(points)}
+    numbers = {t.number for t in chosen}
+    assert len(numbers) == len(chosen) == min(count, len(trials))
+    assert numbers <= front if len(front) >= count else front <= numbers
+    assert [t.ratio for t in chosen] == sorted(t.ratio for t in chosen)
+
+
+def test_what_lost_too_much_is_no_finalist_while_there_is_better():
+    good, bad = trial(0, 0.95, 10.0), trial(1, 0.96 - WORTH - 0.01, 1000.0)
+    assert choose_finalists([good, bad], dense_score=0.96, count=2) == [good]
+    assert choose_finalists([bad], dense_score=0.96, count=2) == [bad]
+
+
+def test_only_trials_that_are_done_become_finalists():
+    trials = [trial(0, None, 10.0, Outcome.DIVERGED), trial(1, None, 1.0, Outcome.NOT_SMALLER)]
+    assert choose_finalists(trials, dense_score=0.9, count=3) == []
+
+
+def test_the_front_is_of_finalists_once_there_are_any():
+    short = trial(0, 0.99, 50.0)
+    long = trial(1, 0.95, 20.0, finalist=finalist(0.97))
+    assert front_of([short]) == [short]
+    assert front_of([short, long]) == [long]
+
+
+def front():
+    scores, ratios = (0.97, 0.965, 0.80), (10.0, 60.0, 100.0)
+    return [trial(i, s - 0.01, r, finalist=finalist(s)) for i, (s, r) in enumerate(zip(scores, ratios, strict=True))]
+
+
+@pytest.mark.parametrize(
+    ("wish", "number"),
+    [({}, 1), ({"number": 2}, 2), ({"min_score": 0.9}, 1), ({"min_score": 0.969}, 0), ({"min_ratio": 20}, 1), ({"min_ratio": 61}, 2)],
+)  # fmt: skip
+def test_choosing(wish, number):
+    assert choose(front(), **wish).number == number
+
+
+def test_choosing_before_there_is_a_finalist():
+    with pytest.raises(StudyError, match="A model must be a finalist to be taken home, but there are none yet"):
+        choose([replace(t, finalist=None) for t in front()])
+
+
+def test_a_plan_outside_the_space_is_refused(start):
+    space, _ = start
+    from ranksearch.errors import PlanError
+    from ranksearch.plan import CP4
+
+    with pytest.raises(PlanError, match="Layer 'conv1' may not be stored as CP-4 in this study; add it to space.methods"):
+        space.params(Plan.of({"conv1": CP4(2)}))
+    assert space.plan(space.params(Plan()))["conv1"] == Dense()
