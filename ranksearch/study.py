@@ -33,7 +33,7 @@ from ranksearch.report import write_report
 from ranksearch.spec import DenseSpec, FinalistSpec, SearchSpec, SpaceSpec, StudySpec, TaskSpec, TrainSpec, parse_spec
 from ranksearch.strategy.finalists import choose_finalists
 from ranksearch.strategy.ledger import Ledger
-from ranksearch.strategy.prior import at_vbmf, vbmf_plans
+from ranksearch.strategy.prior import at_vbmf, quarter, vbmf_plans
 from ranksearch.strategy.space import Space, make_space
 from ranksearch.strategy.trial import Answer, Evaluator, Job
 from ranksearch.tasks import Task, check_outputs, load_task
@@ -173,10 +173,9 @@ def look(spec: StudySpec, out: Path) -> Look:
     vbmf = {layer.name: vbmf_ranks(kernel(task.model, layer)) for layer in found.layers}
     costs = {}
     for axis in space.axes:
-        suggested = ((method, at_vbmf(method, axis.layer, vbmf[axis.layer.name])) for method in axis.methods)
-        costs[axis.layer.name] = tuple(
-            (str(method.value(axis.layer, ranks)), method.params(axis.layer, ranks)) for method, ranks in suggested if ranks
-        )
+        layer, estimate = axis.layer, vbmf[axis.layer.name]
+        suggested = [(m, at_vbmf(m, layer, estimate) or quarter(m, layer)) for m in axis.methods]
+        costs[layer.name] = tuple((str(m.value(layer, ranks)), m.params(layer, ranks)) for m, ranks in suggested)
     return Look(
         layers=_layer_facts(found, vbmf), skipped=found.skipped, params=found.params, macs=found.macs, costs=costs,
         trained=trained,

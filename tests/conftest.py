@@ -26,7 +26,9 @@ def trained() -> Task:
     """The small net, trained for a few epochs; tests copy its model before they change it."""
     torch.manual_seed(0)
     task = Task(nets.small(), nets.few_digits())
-    for _ in training.fit(task.model, task, training.Recipe(12, batch_size=32, learning_rate=1e-2), seed=0, device=torch.device("cpu")):
+    for _ in training.fit(
+        task.model, task, training.Recipe(12, batch_size=32, learning_rate=1e-2), seed=0, device=torch.device("cpu")
+    ):
         pass
     task.model.eval()
     return task

@@ -166,7 +166,9 @@ def test_a_folder_with_other_files_is_left_alone(study_file, tmp_path, capsys):
 
 
 def test_an_output_that_is_a_file(study_file, capsys):
-    assert refuse(capsys, "study", "small.toml", "--out", "small.toml").startswith("The output must be a folder, but small.toml is")
+    assert refuse(capsys, "study", "small.toml", "--out", "small.toml").startswith(
+        "The output must be a folder, but small.toml is"
+    )
 
 
 def test_a_folder_in_use(copied, study_file, capsys):

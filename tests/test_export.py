@@ -52,7 +52,9 @@ def test_onnx_takes_any_batch(compressed, inputs, tmp_path):
 def test_an_export_that_differs_is_not_kept(compressed, inputs, tmp_path, monkeypatch):
     monkeypatch.setattr("ranksearch.export.TOLERANCE", -1.0)
     for form in ("onnx", "pt2"):
-        with pytest.raises(StudyError, match="The exported model's outputs must equal the trial's, but differ by .*nothing was kept"):
+        with pytest.raises(
+            StudyError, match=r"The exported model's outputs must equal the trial's, but differ by .*nothing was kept"
+        ):
             export_model(compressed, nets.small(), PLAN, inputs, tmp_path / form, form=form)
         assert not (tmp_path / form).exists()
 
@@ -64,7 +66,7 @@ def test_folders_without_a_model(tmp_path):
 
 def test_a_model_of_another_dense_class(compressed, tmp_path):
     save_model(tmp_path, PLAN, weights_of(compressed))
-    with pytest.raises(StudyError, match="must be of the given dense model, but are not: .*size mismatch"):
+    with pytest.raises(StudyError, match=r"must be of the given dense model, but are not: .*size mismatch"):
         load_model(nets.small(classes=20), tmp_path)
     with pytest.raises(PlanError, match="A plan must name layers of the model, but 'conv1' is none"):
         load_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), tmp_path)

@@ -78,6 +78,7 @@ GEOMETRIES = {
     "conv3d 1": (alone(nn.Conv3d(3, 5, 1)), CONV3D, {"svd"}),
     "linear": (alone(nn.Linear(9, 6)), (9,), {"svd"}),
     "linear no bias": (alone(nn.Linear(5, 8, bias=False)), (5,), {"svd"}),
+    "linear as large as its SVD of half the rank": (alone(nn.Linear(4, 4)), (4,), {"svd"}),
     "linear of positions": (alone(nn.Linear(9, 6)), (7, 9), {"svd"}),
     "linear of a grid": (alone(nn.Linear(4, 6)), (3, 5, 4), {"svd"}),
     "linear behind a map": (*behind_flatten(4, 3, 5), {"svd"} | KERNEL_2D),

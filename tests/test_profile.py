@@ -110,6 +110,17 @@ def test_a_seed_is_used():
     assert torch.equal(one.factors(plan.Tucker2(2, 3))[0], other.factors(plan.Tucker2(2, 3))[0])
 
 
+def test_a_rank_above_all_that_were_prepared_is_fitted_from_the_seed():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3))
+    one, same, other = (made(model, seed=seed).layers["0"] for seed in (1, 1, 2))
+    value = plan.CP(21)
+    assert value in set(values(one, every=True))
+    assert max(candidate.value.ranks for candidate in one.candidates() if candidate.value.method == "cp") < value.ranks
+    assert all(torch.equal(a, b) for a, b in zip(one.factors(value), same.factors(value), strict=True))
+    assert not torch.equal(one.factors(value)[0], other.factors(value)[0])
+
+
 def test_factors_do_not_depend_on_which_were_asked_before():
     one, other = made(), made()
     for name, layer in one.layers.items():

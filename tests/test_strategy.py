@@ -134,6 +134,6 @@ def test_a_plan_outside_the_space_is_refused(start):
     from ranksearch.errors import PlanError
     from ranksearch.plan import CP4
 
-    with pytest.raises(PlanError, match="Layer 'conv1' may not be stored as CP-4 in this study; add it to space.methods"):
+    with pytest.raises(PlanError, match=r"Layer 'conv1' may not be stored as CP-4 in this study; add it to space.methods"):
         space.params(Plan.of({"conv1": CP4(2)}))
     assert space.plan(space.params(Plan()))["conv1"] == Dense()

@@ -49,3 +49,8 @@ def at_vbmf(
     rank_in, rank_out = (rank or max(known) for rank in estimate)
     wanted, limits = method.from_vbmf(rank_in, rank_out), method.limits(layer.weight)
     return tuple(min(limit, max(1, round(rank * weakening))) for rank, limit in zip(wanted, limits, strict=True))
+
+
+def quarter(method: Method, layer: Layer) -> tuple[int, ...]:
+    """The method's ranks at a quarter of its limits: what to show where VBMF finds no signal."""
+    return tuple(max(1, limit // 4) for limit in method.limits(layer.weight))
