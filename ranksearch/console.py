@@ -131,7 +131,7 @@ class _TimeLeft(TimeRemainingColumn):
 
     def render(self, task: Task) -> Text:
         if task.finished:
-            return Text(f"{clock(task.elapsed or 0)} taken", style="progress.elapsed")
+            return Text(f"{clock(task.finished_time or 0)} taken", style="progress.elapsed")
         done = task.completed - task.fields["before"]
         if task.elapsed is None or done <= 0 or task.total is None:
             return Text("-:-- left", style="progress.remaining")
@@ -181,7 +181,7 @@ def front_table(front: Sequence[TrialRecord], facts: StudyFacts, *, most: int | 
     """The front as a table beside the dense model, by rising ratio; at most so many rows, the largest ratios dropped."""
     table = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for heading in ("trial", "ratio", "parameters", "MACs", "validation", "test"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", no_wrap=True, min_width=min(10, len(heading) + 6))
     table.add_column("plan", overflow="ellipsis", no_wrap=bool(most))  # one line a row while there is little room
     dense = facts.dense
     scores = (score_text(score, facts.score_name) for score in (dense.score_validation, dense.score_test))

@@ -24,7 +24,7 @@ class Outcome(enum.Enum):
     DIVERGED = "diverged: the loss became NaN or infinite; a lower finetune.learning_rate helps"
     NOT_SMALLER = "not smaller than dense: the plan saves no parameters, so it was not trained"
     OUT_OF_MEMORY = "out of memory: a smaller finetune.batch_size or fewer --workers help"
-    WORKER_LOST = "worker lost: its process ended before the trial did; its parameters are queued again"
+    WORKER_LOST = "worker lost: its process ended before the trial did, most often for lack of memory; fewer --workers help"
 
     @property
     def state(self) -> TrialState:

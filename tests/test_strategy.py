@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from ranksearch import pareto
 from ranksearch.data import example
-from ranksearch.errors import StudyError
+from ranksearch.errors import PlanError, StudyError
 from ranksearch.factorization import METHODS
 from ranksearch.layers import inventory
-from ranksearch.plan import CP, Dense, Plan, Tucker2
+from ranksearch.plan import CP, CP4, Dense, Plan, Tucker2
 from ranksearch.profile import profile
 from ranksearch.record import Finalist, Outcome, Rung, TrialRecord, choose, front_of
 from ranksearch.strategy.finalists import WORTH, choose_finalists
@@ -131,9 +131,6 @@ def test_choosing_before_there_is_a_finalist():
 
 def test_a_plan_outside_the_space_is_refused(start):
     space, _ = start
-    from ranksearch.errors import PlanError
-    from ranksearch.plan import CP4
-
     with pytest.raises(PlanError, match=r"Layer 'conv1' may not be stored as CP-4 in this study; add it to space.methods"):
         space.params(Plan.of({"conv1": CP4(2)}))
     assert space.plan(space.params(Plan()))["conv1"] == Dense()

@@ -14,13 +14,22 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import ranksearch
 from ranksearch import folder
+from ranksearch.console import Silent
+from ranksearch.data import example
 from ranksearch.errors import ModelError, StudyError
 from ranksearch.export import load_model
-from ranksearch.record import Outcome, read_trials
+from ranksearch.layers import inventory
+from ranksearch.profile import profile
+from ranksearch.record import Outcome, Rung, read_trials
 from ranksearch.report import write_report
+from ranksearch.strategy.ledger import Ledger
+from ranksearch.strategy.prior import vbmf_plans
+from ranksearch.strategy.space import make_space
+from ranksearch.strategy.trial import Answer
 from ranksearch.study import Options, run_study
 from ranksearch.training import predict
 from tests import nets
@@ -88,7 +97,7 @@ def test_a_finalists_files_give_its_outputs_and_its_scores(finished):
 
 
 def test_resumed_equals_uninterrupted(finished, tmp_path):
-    """Ten times over: stop after each trial in turn, and go on with the same command."""
+    """Stop after each trial in turn, and go on with the same command."""
     _, whole = finished
     out = tmp_path / "small"
     for trials in range(1, 9):
@@ -115,24 +124,29 @@ def test_an_orphan_is_queued_again_in_its_place(finished, tmp_path):
         assert "WAITING" not in states
 
 
-def orphan(out, stop_at):
-    """Ask for the next trial as the ledger does, and tell nothing."""
-    from ranksearch.data import example
-    from ranksearch.layers import inventory
-    from ranksearch.profile import profile
-    from ranksearch.strategy.ledger import Ledger
-    from ranksearch.strategy.prior import vbmf_plans
-    from ranksearch.strategy.space import make_space
-
+def ledger_of(study, dense=None, cache=None):
+    """The ledger that a run of the small study has."""
     data, model = nets.few_digits(), nets.small()
-    from safetensors.torch import load_file
-
-    model.load_state_dict(load_file(out / "dense.safetensors"))
+    if dense:
+        model.load_state_dict(load_file(dense))
     found = inventory(model, example(data.train))
     space = make_space(found, small_spec().space.methods)
-    layers = profile(model, found, {axis.layer.name: axis.methods for axis in space.axes}, cache=out / "profile")
-    ledger = Ledger(stored(out), space, found, list(vbmf_plans(space, layers)), sampler="tpe", seed=0)
-    next(ledger.jobs(stop_at + 1))
+    layers = profile(model, found, {axis.layer.name: axis.methods for axis in space.axes}, cache=cache)
+    return Ledger(study, space, found, list(vbmf_plans(space, layers)), sampler="tpe", seed=0)
+
+
+def orphan(out, stop_at):
+    """Ask for the next trial as a run does, and tell nothing."""
+    next(ledger_of(stored(out), out / "dense.safetensors", out / "profile").jobs(stop_at + 1))
+
+
+def test_a_plan_that_keeps_losing_its_worker_is_given_up():
+    ledger = ledger_of(optuna.create_study(directions=["maximize", "maximize"]))
+    indices = []
+    for job in ledger.jobs(2):
+        found = ledger.receive(job, Answer(Outcome.WORKER_LOST if len(indices) < 3 else Outcome.DONE, (Rung(0, 0.5),)))
+        indices.append(found.index)
+    assert indices == [0, 0, 0, 1, 2]
 
 
 SCRIPT = """
@@ -197,8 +211,6 @@ def test_a_worker_that_dies_loses_its_trial_and_not_the_study(tmp_path, monkeypa
 
 
 def test_ctrl_c_leaves_nothing_running(tmp_path, monkeypatch):
-    from ranksearch.console import Silent
-
     class Impatient(Silent):
         def trial(self, record, trials):
             if len(trials) == 3:

@@ -21,6 +21,8 @@ from ranksearch.strategy.sampler import make_sampler
 from ranksearch.strategy.space import Space
 from ranksearch.strategy.trial import Answer, Job
 
+MAX_TRIES = 3
+"""A plan whose worker was lost so often is not tried again: by then the plan is the cause."""
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -73,12 +75,12 @@ class Ledger:
             yield Job(trial.number, plan, self.seed_of(index))
 
     def receive(self, job: Job, answer: Answer) -> TrialRecord:
-        """Tell Optuna the answer to a job, and queue it again if its worker was lost."""
+        """Tell Optuna the answer to a job, and queue it again if its worker was lost, a bounded number of times."""
         trial = self._running.pop(job.key)
         place = read_asked(trial)
         assert place is not None, "a job's trial was asked for"
         record = self._tell(trial, *place, job.plan, answer)
-        if answer.outcome is Outcome.WORKER_LOST:
+        if answer.outcome is Outcome.WORKER_LOST and self._losses(record.index) < MAX_TRIES:
             self._queue_again(place, trial.params)
         return record
 
@@ -124,6 +126,9 @@ class Ledger:
         values = [record.score, math.log10(record.ratio)] if record.score is not None else None
         self.study.tell(trial, values, state=record.outcome.state)
         return record
+
+    def _losses(self, index: int) -> int:
+        return sum(record.index == index and record.outcome is Outcome.WORKER_LOST for record in self.records())
 
     def _queue_again(self, place: tuple[int, str] | None, params: Mapping[str, Any]) -> None:
         # Killed before it was wholly asked for: it has no place yet, and asking again proposes the same.
