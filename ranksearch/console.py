@@ -218,7 +218,7 @@ class Look:
     params: int
     macs: int
     costs: Mapping[str, tuple[tuple[str, int], ...]]
-    """By layer: each method at its VBMF ranks, or a quarter of full rank where there are none, such as "CP 16", and the
+    """By layer: each method at its VBMF ranks, or a quarter of the largest where there are none, such as "CP 16", and the
     parameters that it would leave."""
     trained: bool
     """Whether the VBMF ranks are of trained weights."""
@@ -231,7 +231,7 @@ def layers_table(look: Look) -> Table:
     table.add_column("kernel (out, in, *size)")
     for heading in ("parameters", "share", "MACs", "share", "VBMF in", "out"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("parameters at the VBMF ranks, or a quarter of full rank")
+    table.add_column("parameters at the VBMF ranks, or a quarter of the largest")
     for layer in look.layers:
         costs = [f"{text}: {params:,} ({layer.params / params:.1f}x)" for text, params in look.costs.get(layer.name, ())]
         table.add_row(

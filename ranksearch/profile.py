@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ranksearch.factorization import METHODS, Method, Prepared
 from ranksearch.files import write_whole
 from ranksearch.layers import Inventory, Layer
-from ranksearch.plan import Factorization, Plan
+from ranksearch.plan import KINDS, Factorization, Plan
 from ranksearch.tensors.matrix import unfold
 from ranksearch.tensors.vbmf import vbmf
 
@@ -62,12 +62,12 @@ class LayerProfile:
 
     def candidates(self) -> Iterator[Candidate]:
         """Every prepared method at every level of rank that is smaller than the dense layer."""
-        for name in self.prepared:
-            method = next(m for kind, m in METHODS.items() if kind.method == name)
-            for ranks in rank_grid(method, self.layer):
-                value = method.value(self.layer, ranks)
+        for name, prepared in self.prepared.items():
+            method = METHODS[KINDS[name]]
+            grid = rank_grid(method, self.layer)
+            for ranks, error in zip(grid, method.errors(prepared, grid), strict=True):
                 params, macs = method.params(self.layer, ranks), method.macs(self.layer, ranks)
-                yield Candidate(value, self.error(value), params, macs)
+                yield Candidate(method.value(self.layer, ranks), error, params, macs)
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Profile:
 
 
 def rank_grid(method: Method, layer: Layer) -> list[tuple[int, ...]]:
-    """The levels of rank of one method that pay: log-spaced from 1 to its limit, every pair for two ranks."""
-    axes = [_log_spaced(limit) for limit in method.limits(layer.weight)]
+    """The levels of rank of one method that pay: log-spaced from 1 to its largest, every pair for two ranks."""
+    axes = [_log_spaced(limit) for limit in method.most(layer)]
     pairs = [(a,) for a in axes[0]] if len(axes) == 1 else [(a, b) for a in axes[0] for b in axes[1]]
     return [ranks for ranks in pairs if method.pays(layer, ranks)]
 
@@ -155,7 +155,7 @@ def kernel(model: nn.Module, layer: Layer) -> Tensor:
 
 def _digest(kernel: Tensor, methods: Mapping[str, Method], seed: int) -> str:
     # The algorithms' own version stands in the hash, so that a cache of an older release is not read.
-    about = f"1|{sorted(methods)}|{seed}|{LEVELS}|{tuple(kernel.shape)}|{kernel.dtype}"
+    about = f"2|{sorted(methods)}|{seed}|{LEVELS}|{tuple(kernel.shape)}|{kernel.dtype}"
     return hashlib.sha256(about.encode() + kernel.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 

@@ -110,15 +110,12 @@ def test_a_seed_is_used():
     assert torch.equal(one.factors(plan.Tucker2(2, 3))[0], other.factors(plan.Tucker2(2, 3))[0])
 
 
-def test_a_rank_above_all_that_were_prepared_is_fitted_from_the_seed():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 64, 3))
-    one, same, other = (made(model, seed=seed).layers["0"] for seed in (1, 1, 2))
-    value = plan.CP(21)
-    assert value in set(values(one, every=True))
-    assert max(candidate.value.ranks for candidate in one.candidates() if candidate.value.method == "cp") < value.ranks
-    assert all(torch.equal(a, b) for a, b in zip(one.factors(value), same.factors(value), strict=True))
-    assert not torch.equal(one.factors(value)[0], other.factors(value)[0])
+def test_the_largest_rank_that_pays_is_prepared():
+    for layer in made().layers.values():
+        for name in layer.prepared:
+            method = METHODS[plan.KINDS[name]]
+            prepared = [candidate.value.ranks for candidate in layer.candidates() if candidate.value.method == name]
+            assert tuple(map(max, zip(*prepared, strict=True))) == method.most(layer.layer)
 
 
 def test_factors_do_not_depend_on_which_were_asked_before():
@@ -177,7 +174,7 @@ def test_the_grid_pays_and_spans_the_limits():
     model = net()
     for layer in inventory(model, EXAMPLE).layers:
         for method in suiting(inventory(model, EXAMPLE))[layer.name]:
-            grid, limits = rank_grid(method, layer), method.limits(layer.weight)
+            grid, limits = rank_grid(method, layer), method.most(layer)
             assert grid[0] == (1,) * len(limits)
             assert len(set(grid)) == len(grid) <= LEVELS ** len(limits)
             assert all(method.pays(layer, ranks) for ranks in grid)

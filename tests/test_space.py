@@ -31,7 +31,7 @@ def inside(axis):
     """Every value that the axis can choose."""
     yield Dense()
     for method in axis.methods:
-        limits = method.limits(axis.layer.weight)
+        limits = method.most(axis.layer)
         for ranks in itertools.product(*(range(1, limit + 1) for limit in limits)):
             if method.pays(axis.layer, ranks):
                 yield method.value(axis.layer, ranks)
@@ -117,7 +117,7 @@ def test_ranks_that_do_not_pay_are_dense(method):
     axis = AXES["fc1"]
     full = {"fc1.method": method, "fc1.level": 1.0, "fc1.level_in": 1.0}
     least = {"fc1.method": method, "fc1.level": 0.0, "fc1.level_in": 0.0}
-    pays = METHODS[KINDS[method]].pays(axis.layer, METHODS[KINDS[method]].limits(axis.layer.weight))
+    pays = METHODS[KINDS[method]].pays(axis.layer, METHODS[KINDS[method]].most(axis.layer))
     assert (axis.factorization(full) != Dense()) == pays
     assert set(axis.factorization(least).ranks) == {1}
 

@@ -7,6 +7,7 @@ multiply-accumulates and the empty structure that weights are loaded into all fo
 from __future__ import annotations
 
 import abc
+import bisect
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,7 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def limits(self, weight: Shape) -> tuple[int, ...]:
-        """The largest ranks that a search looks at."""
+        """The largest ranks that are worth a look, whatever they cost."""
 
     @abc.abstractmethod
     def from_vbmf(self, rank_in: int, rank_out: int) -> tuple[int, ...]:
@@ -62,6 +63,10 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def factors(self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int) -> tuple[Tensor, ...]:
         """The factors at `ranks`; a pure function of its arguments."""
+
+    @abc.abstractmethod
+    def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
+        """The relative errors (Frobenius) of the kernel at some of the prepared ranks, without rebuilding it."""
 
     @abc.abstractmethod
     def reconstruct(self, factors: Sequence[Tensor], weight: Shape) -> Tensor:
@@ -88,6 +93,19 @@ class Method(abc.ABC):
         """Multiply-accumulates of the factorized layer for one input."""
         shapes, positions = self.factor_shapes(layer.weight, ranks), self.positions(layer)
         return sum(math.prod(shape) * count for shape, count in zip(shapes, positions, strict=True)) * layer.calls
+
+    def most(self, layer: Layer) -> tuple[int, ...]:
+        """The largest rank of each kind that still pays while the others are 1; the top of a search's range."""
+        limits = self.limits(layer.weight)
+
+        def grows(axis: int, rank: int) -> bool:
+            return not self.pays(layer, tuple(rank if i == axis else 1 for i in range(len(limits))))
+
+        # The cost rises with the rank, so the first rank that does not pay can be bisected for.
+        return tuple(
+            max(1, bisect.bisect_left(range(1, limit + 1), True, key=lambda rank, axis=axis: grows(axis, rank)))
+            for axis, limit in enumerate(limits)
+        )
 
     def pays(self, layer: Layer, ranks: tuple[int, ...]) -> bool:
         """Whether the factorized layer has fewer parameters than the dense one. A layer never grows."""

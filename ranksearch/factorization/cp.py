@@ -47,6 +47,9 @@ class CPMethod(Method):
         out, into, modes = factors_at(kernel.flatten(2), prepared, ranks[0], seed)
         return into.T, modes.T.reshape(-1, *kernel.shape[2:]), out
 
+    def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
+        return [float(prepared[f"{rank}.error"]) for (rank,) in ranks]
+
     def reconstruct(self, factors: Sequence[Tensor], weight: Shape) -> Tensor:
         reduce, depthwise, expand = factors
         return reconstruct((expand, reduce.T, depthwise.flatten(1).T)).reshape(weight)
@@ -65,17 +68,16 @@ class CPMethod(Method):
 
 
 def prepare_path(tensor: Tensor, ranks: Sequence[tuple[int, ...]], seed: int) -> dict[str, Tensor]:
-    """CP fits at all `ranks`, warm-started downwards, as tensors named `<rank>.<mode>`."""
+    """CP fits at all `ranks`, warm-started downwards, as tensors named `<rank>.<mode>` and `<rank>.error`."""
     fits = cp_path(tensor, sorted({rank for (rank,) in ranks}), seed=seed)
-    return {f"{rank}.{mode}": factor for rank, fit in fits.items() for mode, factor in enumerate(fit.factors)}
+    factors = {f"{rank}.{mode}": factor for rank, fit in fits.items() for mode, factor in enumerate(fit.factors)}
+    return factors | {f"{rank}.error": torch.tensor(fit.error, dtype=torch.float64) for rank, fit in fits.items()}
 
 
 def factors_at(tensor: Tensor, prepared: Prepared, rank: int, seed: int) -> tuple[Tensor, ...]:
-    """The CP factors at any rank: as prepared, or fitted from the largest terms of the next larger prepared rank."""
-    known = sorted({int(name.split(".")[0]) for name in prepared})
-    above = next((r for r in known if r >= rank), None)
-    if above is None:
-        return cp_als(tensor, rank, seed=seed).factors
+    """The CP factors at any rank up to the largest prepared one: as prepared, or fitted from the largest terms of the
+    next larger prepared rank."""
+    above = min(known for known in (int(name.split(".")[0]) for name in prepared) if known >= rank)
     start = tuple(prepared[f"{above}.{mode}"] for mode in range(tensor.dim()))
     if above == rank:
         return start

@@ -49,6 +49,9 @@ class CP4Method(Method):
         out, into, high, wide = factors_at(kernel, prepared, ranks[0], seed)
         return into.T, high.T, wide.T, out
 
+    def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
+        return [float(prepared[f"{rank}.error"]) for (rank,) in ranks]
+
     def reconstruct(self, factors: Sequence[Tensor], weight: Shape) -> Tensor:
         reduce, high, wide, expand = factors
         return reconstruct((expand, reduce.T, high.T, wide.T))

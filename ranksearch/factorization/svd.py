@@ -48,6 +48,10 @@ class SVDMethod(Method):
         left, right = SVDFactors(prepared["left"], prepared["singular"], prepared["right"]).at(ranks[0])
         return right, left
 
+    def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
+        every = SVDFactors(prepared["left"], prepared["singular"], prepared["right"]).errors().tolist()
+        return [every[rank - 1] for (rank,) in ranks]
+
     def reconstruct(self, factors: Sequence[Tensor], weight: Shape) -> Tensor:
         first, second = factors
         return (second @ first).reshape(weight)

@@ -48,6 +48,10 @@ class Tucker2Method(Method):
         core, u_out, u_in = HOSVD(prepared["core"], prepared["u_out"], prepared["u_in"]).at(*ranks)
         return u_in.T, core.reshape(*core.shape[:2], *kernel.shape[2:]), u_out
 
+    def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
+        every = HOSVD(prepared["core"], prepared["u_out"], prepared["u_in"]).errors().tolist()
+        return [every[rank_in - 1][rank_out - 1] for rank_in, rank_out in ranks]
+
     def reconstruct(self, factors: Sequence[Tensor], weight: Shape) -> Tensor:
         reduce, core, expand = factors
         return torch.einsum("or,rsk,si->oik", expand, core.flatten(2), reduce).reshape(weight)

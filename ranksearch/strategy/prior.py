@@ -47,10 +47,10 @@ def at_vbmf(
     if not known:
         return None
     rank_in, rank_out = (rank or max(known) for rank in estimate)
-    wanted, limits = method.from_vbmf(rank_in, rank_out), method.limits(layer.weight)
+    wanted, limits = method.from_vbmf(rank_in, rank_out), method.most(layer)
     return tuple(min(limit, max(1, round(rank * weakening))) for rank, limit in zip(wanted, limits, strict=True))
 
 
 def quarter(method: Method, layer: Layer) -> tuple[int, ...]:
-    """The method's ranks at a quarter of its limits: what to show where VBMF finds no signal."""
-    return tuple(max(1, limit // 4) for limit in method.limits(layer.weight))
+    """A quarter of the method's largest ranks: what to show where VBMF finds no signal."""
+    return tuple(max(1, rank // 4) for rank in method.most(layer))

@@ -21,7 +21,7 @@ DENSE = Dense.method
 class Axis:
     """One layer and the methods that can make it smaller.
 
-    A level in 0..1 is a rank on a log scale between 1 and the method's limit, so a level means about the same
+    A level in 0..1 is a rank on a log scale between 1 and the largest that pays, so a level means about the same
     compression under every method. Tucker-2 takes a second level, for its input rank.
     """
 
@@ -46,7 +46,7 @@ class Axis:
         method = next((m for m in self.methods if m.kind.method == params[f"{name}.method"]), None)
         if method is None:
             return Dense()
-        limits = method.limits(self.layer.weight)
+        limits = method.most(self.layer)
         levels = [params[f"{name}.level"]] if len(limits) == 1 else [params[f"{name}.level_in"], params[f"{name}.level"]]
         ranks = tuple(rank_at(level, limit) for level, limit in zip(levels, limits, strict=True))
         return method.value(self.layer, ranks) if method.pays(self.layer, ranks) else Dense()
@@ -60,7 +60,7 @@ class Axis:
         method = METHODS[type(value)]
         if method not in self.methods:
             raise PlanError(f"Layer {name!r} may not be stored as {value.title} in this study; add it to space.methods.")
-        levels = [level_of(r, limit) for r, limit in zip(value.ranks, method.limits(self.layer.weight), strict=True)]
+        levels = [level_of(r, limit) for r, limit in zip(value.ranks, method.most(self.layer), strict=True)]
         keys = [f"{name}.level"] if len(levels) == 1 else [f"{name}.level_in", f"{name}.level"]
         return defaults | {f"{name}.method": value.method} | dict(zip(keys, levels, strict=True))
 
