@@ -31,7 +31,7 @@ from ranksearch.profile import Profile, kernel, profile, vbmf_ranks
 from ranksearch.record import DenseFacts, Finalist, LayerFacts, Outcome, Rung, StudyFacts, StudyRecord, TrialRecord
 from ranksearch.report import write_report
 from ranksearch.spec import DenseSpec, FinalistSpec, SearchSpec, SpaceSpec, StudySpec, TaskSpec, TrainSpec, parse_spec
-from ranksearch.strategy.finalists import choose_finalists
+from ranksearch.strategy.finalists import WORTH, choose_finalists
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import at_vbmf, quarter, vbmf_plans
 from ranksearch.strategy.space import Space, make_space
@@ -248,8 +248,9 @@ class _Run:
         """Ask, evaluate, tell, until the budget is spent."""
         firsts = list(vbmf_plans(self.space, layers))
         ledger = self.ledger = Ledger(
-            self.study, self.space, self.inventory, firsts, sampler=self.spec.search.sampler, seed=self.spec.seed
-        )
+            self.study, self.space, self.inventory, firsts, sampler=self.spec.search.sampler, seed=self.spec.seed,
+            floor=record.read_facts(self.study).dense.score_validation - WORTH,
+        )  # fmt: skip
         ledger.recover()
         trials, minutes = self.spec.search.trials, self.spec.search.minutes
         self.view.stage("trials", trials, min(trials, ledger.finished()))

@@ -26,6 +26,7 @@ from ranksearch.layers import inventory
 from ranksearch.profile import profile
 from ranksearch.record import Outcome, Rung, read_trials
 from ranksearch.report import write_report
+from ranksearch.strategy.finalists import WORTH
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import vbmf_plans
 from ranksearch.strategy.space import make_space
@@ -76,6 +77,18 @@ def test_the_first_trials_are_the_vbmf_plans(finished):
     _, record = finished
     assert record.trials[0].origin == "vbmf tucker2 x1"
     assert record.trials[1].origin == "vbmf cp x1"
+
+
+def test_trials_that_lost_too_much_are_marked_infeasible(finished):
+    out, record = finished
+    floor = record.facts.dense.score_validation - WORTH
+    by_number = {trial.number: trial for trial in record.trials}
+    checked = 0
+    for trial in stored(out).trials:
+        if by_number[trial.number].score is not None:
+            assert trial.constraints == {"worth taking home": pytest.approx(floor - by_number[trial.number].score)}
+            checked += 1
+    assert checked
 
 
 def test_trials_are_plain_optuna_trials(finished):
@@ -132,7 +145,7 @@ def ledger_of(study, dense=None, cache=None):
     found = inventory(model, example(data.train))
     space = make_space(found, small_spec().space.methods)
     layers = profile(model, found, {axis.layer.name: axis.methods for axis in space.axes}, cache=cache)
-    return Ledger(study, space, found, list(vbmf_plans(space, layers)), sampler="tpe", seed=0)
+    return Ledger(study, space, found, list(vbmf_plans(space, layers)), sampler="tpe", seed=0, floor=0.5)
 
 
 def orphan(out, stop_at):

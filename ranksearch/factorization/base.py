@@ -97,19 +97,18 @@ class Method(abc.ABC):
     def most(self, layer: Layer) -> tuple[int, ...]:
         """The largest rank of each kind that still pays while the others are 1; the top of a search's range."""
         limits = self.limits(layer.weight)
-
-        def grows(axis: int, rank: int) -> bool:
-            return not self.pays(layer, tuple(rank if i == axis else 1 for i in range(len(limits))))
-
-        # The cost rises with the rank, so the first rank that does not pay can be bisected for.
-        return tuple(
-            max(1, bisect.bisect_left(range(1, limit + 1), True, key=lambda rank, axis=axis: grows(axis, rank)))
-            for axis, limit in enumerate(limits)
-        )
+        return tuple(self._most(layer, axis, limits) for axis in range(len(limits)))
 
     def pays(self, layer: Layer, ranks: tuple[int, ...]) -> bool:
         """Whether the factorized layer has fewer parameters than the dense one. A layer never grows."""
         return self.params(layer, ranks) < layer.params
+
+    def _most(self, layer: Layer, axis: int, limits: tuple[int, ...]) -> int:
+        def grows(rank: int) -> bool:
+            return not self.pays(layer, tuple(rank if i == axis else 1 for i in range(len(limits))))
+
+        # The cost rises with the rank, so the first rank that does not pay can be bisected for.
+        return max(1, bisect.bisect_left(range(1, limits[axis] + 1), True, key=grows))
 
 
 def stack(

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from ranksearch import pareto
 from ranksearch.record import Outcome, TrialRecord
 
-WORTH = 0.10
-"""How far below the dense score a trial may lie and still be worth a long fine-tuning, if there are better ones."""
+WORTH = 0.15
+"""How far below the dense score a trial may lie and still be worth taking home: a long fine-tuning gains some points."""
 
 
 def choose_finalists(trials: Sequence[TrialRecord], dense_score: float, count: int) -> list[TrialRecord]:

@@ -38,10 +38,12 @@ class Ledger:
         *,
         sampler: str,
         seed: int,
+        floor: float,
     ) -> None:
+        """`floor` is the score below which a trial is not worth taking home; samplers then look elsewhere."""
         self.study = study
         self._space, self._inventory, self._firsts = space, inventory, firsts
-        self._sampler, self._seed = sampler, seed
+        self._sampler, self._seed, self._floor = sampler, seed, floor
         self._distributions = space.distributions()
         self._running: dict[int, optuna.Trial] = {}
 
@@ -123,6 +125,9 @@ class Ledger:
         )
         for key, value in attributes(record).items():
             trial.set_user_attr(key, value)
+        if record.score is not None:
+            # Without it a sampler spends half its trials on ever smaller models that know nothing.
+            trial.set_constraint("worth taking home", self._floor - record.score)
         values = [record.score, math.log10(record.ratio)] if record.score is not None else None
         self.study.tell(trial, values, state=record.outcome.state)
         return record
