@@ -119,7 +119,7 @@ def _study(options: argparse.Namespace, command: str) -> int:
     import optuna
 
     from ranksearch import console as views
-    from ranksearch.study import Options, run_study
+    from ranksearch.study import Options, Stopped, run_study
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     screen = _screen()
@@ -133,7 +133,10 @@ def _study(options: argparse.Namespace, command: str) -> int:
     )
     try:
         found = run_study(spec, out, run, view=view)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        # Before the study's folder was claimed it is a plain one.
+        if isinstance(stop, Stopped) and stop.record:
+            screen.print(views.front_table(stop.record.front, stop.record.facts, title="the front so far"))
         screen.print(f"\nStopped. Go on with:  {command.replace(' --fresh', '')}", markup=False, highlight=False)
         return INTERRUPTED
     screen.print(views.front_table(found.front, found.facts, title="the front"))

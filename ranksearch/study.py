@@ -59,6 +59,14 @@ class Options:
     """What makes the study again, for the report."""
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, with the record so far; None where it came before the first trial."""
+
+    def __init__(self, found: StudyRecord | None) -> None:
+        super().__init__()
+        self.record = found
+
+
 def run_study(
     spec: StudySpec, out: Path, options: Options | None = None, *, task: Task | None = None, view: View | None = None
 ) -> StudyRecord:
@@ -76,7 +84,7 @@ def run_study(
 
     Raises:
         RankSearchError: bad input, before anything is written.
-        KeyboardInterrupt: passed on after the running trials were queued again and a report was written.
+        Stopped: Ctrl-C; the running trials were queued again and a report was written.
     """
     options, view = options or Options(), view or Silent()
     device = choose_device(options.device)
@@ -97,8 +105,7 @@ def run_study(
         try:
             run.straight_on()
         except KeyboardInterrupt:
-            run.stopped()
-            raise
+            raise Stopped(run.stopped()) from None
         return record.read_study(study)
 
 
@@ -290,12 +297,14 @@ class _Run:
         """The report, from the storage alone."""
         write_report(record.read_study(self.study), self.out)
 
-    def stopped(self) -> None:
-        """After Ctrl-C: nothing is left running, and the report shows what there is."""
+    def stopped(self) -> StudyRecord | None:
+        """After Ctrl-C: nothing is left running, and the report shows what there is; None before the facts are known."""
         if self.ledger:
             self.ledger.recover()
-        if record.has_facts(self.study):
-            self.report()
+        if not record.has_facts(self.study):
+            return None
+        self.report()
+        return record.read_study(self.study)
 
     # --- details ---
 

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from ranksearch.cli import main
+from ranksearch.console import Plain
 from tests import nets
 
 
@@ -77,6 +78,21 @@ def test_layers_of_a_finished_study_shows_what_methods_cost(finished, study_file
 def test_studies_names_the_built_in_ones(capsys):
     assert main(["studies"]) == 0
     assert re.search(r"^lenet\s+The thesis's LeNet", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_ctrl_c_prints_the_front_so_far_and_how_to_go_on(study_file, capsys, monkeypatch):
+    before = Plain.trial
+
+    def impatient(self, record, trials):
+        before(self, record, trials)
+        if len(trials) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Plain, "trial", impatient)
+    assert main(["study", "small.toml", "--workers", "0", "--fresh", "--seed", "1"]) == 130
+    out = capsys.readouterr().out
+    assert "the front so far" in out
+    assert out.endswith("Stopped. Go on with:  ranksearch study small.toml --workers 0 --seed 1\n")
 
 
 @pytest.mark.parametrize("choice", [["--knee"], ["--min-score", "0.1"], ["--min-ratio", "1"]])

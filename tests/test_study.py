@@ -31,7 +31,7 @@ from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import vbmf_plans
 from ranksearch.strategy.space import make_space
 from ranksearch.strategy.trial import Answer
-from ranksearch.study import Options, run_study
+from ranksearch.study import Options, Stopped, run_study
 from ranksearch.training import predict
 from tests import nets
 from tests.conftest import small_spec
@@ -165,7 +165,7 @@ def test_a_plan_that_keeps_losing_its_worker_is_given_up():
 SCRIPT = """
 import sys
 from pathlib import Path
-from ranksearch.study import Options, run_study
+from ranksearch.study import Options, Stopped, run_study
 from tests.conftest import small_spec
 run_study(small_spec("search.trials=14"), Path(sys.argv[1]), Options(workers=2))
 """
@@ -230,8 +230,9 @@ def test_ctrl_c_leaves_nothing_running(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
 
     out = tmp_path / "small"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped) as caught:
         run_study(small_spec(), out, Options(workers=2), view=Impatient())
+    assert len(caught.value.record.trials) == 3
     states = [trial.state.name for trial in stored(out).trials]
     assert "RUNNING" not in states
     assert (out / "report.html").exists()
