@@ -8,9 +8,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ranksearch.errors import RankSearchError
+from ranksearch.errors import RankSearchError, StudyError
 
 if TYPE_CHECKING:
     import optuna
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A user's `package.module:name` is looked for in the folder the command runs in, as `python -m` does.
     sys.path.insert(0, str(Path.cwd()))
     try:
-        return int(options.run(options, shlex.join(["ranksearch", *given])) or 0)
+        return int(options.run(options, given) or 0)
     except RankSearchError as error:
         sys.stderr.write(f"ranksearch: {error}\n")
         return 2
@@ -36,12 +36,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes whole options only: a command that is shown again must say what it does."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="ranksearch",
         description="Finds, layer by layer, the tensor decomposition and rank that make a trained CNN many times smaller.",
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
     study = commands.add_parser("study", help="run a study, or go on with it", description="Run a study, or go on with it.")
     study.add_argument("source", metavar="NAME|FILE", help="a built-in study, or a TOML file")
@@ -106,13 +113,11 @@ def _all_overrides(options: argparse.Namespace) -> list[str]:
     return [*options.overrides, *(f"{key}={value}" for key, value in given if value is not None)]
 
 
-def _study(options: argparse.Namespace, command: str) -> int:
+def _study(options: argparse.Namespace, given: list[str]) -> int:
     from ranksearch.spec import load_spec
 
     spec = load_spec(options.source, overrides=_all_overrides(options))
     out = options.out or Path("runs") / spec.name
-    if options.workers is not None and options.workers < 0:
-        raise RankSearchError(f"--workers must be at least 0, but got {options.workers}.")
     # Read by OpenMP when torch loads. Threads that sleep at a barrier instead of spinning cost nothing on a quiet machine,
     # and keep the training of the dense net from slowing down threefold when one other process runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -124,6 +129,7 @@ def _study(options: argparse.Namespace, command: str) -> int:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     screen = _screen()
     view = views.Terminal(screen) if screen.is_terminal else views.Plain(screen)
+    command = _shown(given, options.storage)
     run = Options(
         workers=options.workers,
         device=options.device,
@@ -137,14 +143,15 @@ def _study(options: argparse.Namespace, command: str) -> int:
         # Before the study's folder was claimed it is a plain one.
         if isinstance(stop, Stopped) and stop.record:
             screen.print(views.front_table(stop.record.front, stop.record.facts, title="the front so far"))
-        screen.print(f"\nStopped. Go on with:  {command.replace(' --fresh', '')}", markup=False, highlight=False)
+        again = _shown([word for word in given if word != "--fresh"], options.storage)
+        screen.print(f"\nStopped. Go on with:  {again}", markup=False, highlight=False, soft_wrap=True)
         return INTERRUPTED
     screen.print(views.front_table(found.front, found.facts, title="the front"))
-    screen.print(views.final_words(found, out), markup=False, highlight=False, soft_wrap=True)
+    screen.print(views.final_words(out, _shown([], options.storage)), markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
-def _studies(options: argparse.Namespace, command: str) -> int:
+def _studies(options: argparse.Namespace, given: list[str]) -> int:
     from rich.table import Table
 
     from ranksearch.spec import builtin_studies, load_spec
@@ -158,7 +165,7 @@ def _studies(options: argparse.Namespace, command: str) -> int:
     return 0
 
 
-def _layers(options: argparse.Namespace, command: str) -> int:
+def _layers(options: argparse.Namespace, given: list[str]) -> int:
     from ranksearch import console as views
     from ranksearch.spec import load_spec
     from ranksearch.study import look
@@ -171,6 +178,16 @@ def _layers(options: argparse.Namespace, command: str) -> int:
     return 0
 
 
+def _shown(given: Sequence[str], storage: str | None) -> str:
+    """A command as it may be shown and kept: without the storage's password."""
+    from ranksearch.folder import masked
+
+    if not given:
+        return f" --storage {shlex.quote(masked(storage))}" if storage else ""
+    words = (word.replace(storage, masked(storage)) if storage else word for word in given)
+    return shlex.join(["ranksearch", *words])
+
+
 def _screen() -> Console:
     """The standard output; wide off a terminal, where nothing else tells how long a line may be."""
     from rich.console import Console
@@ -179,15 +196,20 @@ def _screen() -> Console:
     return screen if screen.is_terminal else Console(width=180)
 
 
-def _report(options: argparse.Namespace, command: str) -> int:
+def _report(options: argparse.Namespace, given: list[str]) -> int:
     from ranksearch.record import read_study
     from ranksearch.report import write_report
 
-    sys.stdout.write(f"{write_report(read_study(_stored(options)), options.folder)}\n")
+    record = read_study(_stored(options))
+    try:
+        page = write_report(record, options.folder)
+    except OSError as error:
+        raise StudyError(f"The report in {options.folder} cannot be written: {error.strerror}.") from None
+    sys.stdout.write(f"{page}\n")
     return 0
 
 
-def _export(options: argparse.Namespace, command: str) -> int:
+def _export(options: argparse.Namespace, given: list[str]) -> int:
     from ranksearch import folder
     from ranksearch.record import choose, read_study
 
@@ -197,14 +219,19 @@ def _export(options: argparse.Namespace, command: str) -> int:
 
     from ranksearch.data import batches
     from ranksearch.export import export_model, load_model
-    from ranksearch.tasks import load_task
+    from ranksearch.tasks import FROM_PYTHON, load_task
 
+    if spec.task.model == FROM_PYTHON:
+        raise StudyError("This study was made from Python, which alone has the dense model; use ranksearch.load_model there.")
     task = load_task(spec)
     model = load_model(task.model, options.folder / "models" / str(trial.number))
     inputs = next(batches(task.data.validation, 64))[0]
     suffix = "" if options.format == "plan" else f".{options.format}"
     target = options.to or options.folder / "export" / f"{trial.number}{suffix}"
-    difference = export_model(model, task.model, trial.plan, inputs, target, form=options.format)
+    try:
+        difference = export_model(model, task.model, trial.plan, inputs, target, form=options.format)
+    except OSError as error:
+        raise StudyError(f"The export to {target} cannot be written: {error.strerror}; choose another --to.") from None
     sys.stdout.write(
         f"{target}\ntrial {trial.number}, {trial.ratio:.1f}x smaller than dense; largest difference of outputs on "
         f"{len(inputs)} real inputs after reloading: {difference:.1e}\n"

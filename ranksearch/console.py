@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID,
 from rich.table import Table
 from rich.text import Text
 
-from ranksearch.record import DenseFacts, LayerFacts, Outcome, StudyFacts, StudyRecord, TrialRecord, front_of
+from ranksearch.record import DenseFacts, LayerFacts, Outcome, StudyFacts, TrialRecord, front_of
 
 
 class View(abc.ABC):
@@ -200,12 +200,12 @@ def front_table(front: Sequence[TrialRecord], facts: StudyFacts, *, most: int | 
     return table
 
 
-def final_words(record: StudyRecord, folder: Path) -> str:
-    """Where things are, and what to do next."""
+def final_words(folder: Path, storage: str) -> str:
+    """Where things are, and what to do next; `storage` is the option that names it, if it is not the folder's own."""
     return (
         f"report  {folder / 'report.html'}\n"
         f"models  {folder / 'models'}\n"
-        f"take one home:  ranksearch export {folder} --knee --format onnx"
+        f"take one home:  ranksearch export {folder} --knee --format onnx{storage}"
     )
 
 

@@ -19,13 +19,11 @@ from ranksearch.training import Recipe
 
 
 def train_dense(task: Task, spec: StudySpec, device: torch.device, view: View) -> None:
-    """Give the dense model the weights that `spec.dense` says: those of a file, trained ones, or the first trained on.
+    """Train the dense model from the weights it has, as `spec.dense` says.
 
     Raises:
-        ModelError: the file is not there or not of this model, or the loss became NaN or infinite.
+        ModelError: the loss became NaN or infinite.
     """
-    if spec.dense.weights and not load_weights(task.model, Path(spec.dense.weights)):
-        raise ModelError(f"dense.weights must be a state dict of the model, but {spec.dense.weights} does not exist.")
     if not spec.dense.epochs:
         return
     view.stage("training the dense net", spec.dense.epochs)
@@ -63,3 +61,9 @@ def load_weights(model: nn.Module, path: Path) -> bool:
         first = str(error).strip().splitlines()[0]
         raise ModelError(f"{path} must be a state dict of the model, but cannot be loaded: {first}") from error
     return True
+
+
+def load_given(model: nn.Module, path: Path) -> None:
+    """Load the weights that a study file names; raises `ModelError` as `load_weights` does, and where there is no file."""
+    if not load_weights(model, path):
+        raise ModelError(f"dense.weights must be a state dict of the model, but {path} does not exist.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -38,13 +39,14 @@ def save_model(folder: Path, plan: Plan, weights: bytes) -> None:
     write_whole(folder / PLAN, plan.to_json())
 
 
-def load_model(dense: M, folder: Path) -> M:
+def load_model(dense: M, folder: str | Path) -> M:
     """The compressed model that a folder holds, built on a copy of the dense model; its weights do not matter.
 
     Raises:
         StudyError: the folder holds no model, a damaged one, or one of another dense model.
         PlanError: its plan does not fit `dense`.
     """
+    folder = Path(folder)
     try:
         plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
         state = safetensors.torch.load_file(folder / WEIGHTS)
@@ -89,8 +91,12 @@ def export_model(model: nn.Module, dense: nn.Module, plan: Plan, inputs: Tensor,
 
 def export_plan(model: nn.Module, dense: nn.Module, plan: Plan, inputs: Tensor, target: Path) -> float:
     """Write plan and weights into the folder `target`; returns the largest difference after reloading."""
-    save_model(target, plan, weights_of(model))
-    return _compare(model, load_model(dense, target), inputs)
+    weights = weights_of(model)
+    with tempfile.TemporaryDirectory() as beside:
+        save_model(Path(beside), plan, weights)
+        difference = _compare(model, load_model(dense, beside), inputs)
+    save_model(target, plan, weights)
+    return difference
 
 
 def export_onnx(model: nn.Module, inputs: Tensor, target: Path) -> float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import filelock
 import optuna
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from ranksearch.errors import StudyError
@@ -18,6 +19,10 @@ from ranksearch.files import write_whole
 from ranksearch.spec import StudySpec, parse_spec
 
 SPEC, DATABASE, DENSE = "spec.toml", "study.db", "dense.safetensors"
+OURS = ("study.db*", DENSE, "profile", "models", "report.html", "report.md", "front.*", "trials.csv", SPEC)
+"""All that a study writes into its folder, and all that `--fresh` deletes; the spec goes last, since it marks the folder."""
+MARK = "# Written by ranksearch: the study of this folder, as resolved."
+IDENTITY = "ranksearch:identity"
 
 
 @contextmanager
@@ -29,8 +34,9 @@ def claimed(folder: Path, spec: StudySpec, *, fresh: bool) -> Iterator[None]:
     """
     if folder.exists() and not folder.is_dir():
         raise StudyError(f"The output must be a folder, but {folder} is a file; choose another --out.")
-    found = read_spec(folder) if (folder / SPEC).exists() else None
-    if found is None and folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
+    found = read_spec(folder) if _is_a_studys(folder) else None
+    # Hidden files are the lock, and what a killed run was about to write.
+    if found is None and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise StudyError(f"The output folder must be a study's or empty, but {folder} holds other files; choose another --out.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +50,7 @@ def claimed(folder: Path, spec: StudySpec, *, fresh: bool) -> Iterator[None]:
         raise StudyError(f"The output folder {folder} cannot be written: {error.strerror}; choose another --out.") from None
     try:
         if found is not None and not fresh:
-            _same_study(folder, found, spec)
+            _same_study(f"The folder {folder}", found.identity(), spec)
         if fresh:
             _empty(folder)
         yield
@@ -68,13 +74,14 @@ def read_spec(folder: Path) -> StudySpec:
 
 def write_spec(folder: Path, spec: StudySpec, storage: str | None) -> None:
     """Keep the resolved spec, and the storage's address (without its password) where it is not the folder's own."""
-    note = f"# storage: {make_url(storage).render_as_string(hide_password=True)}\n" if storage else ""
-    write_whole(folder / SPEC, note + spec.to_toml())
+    note = f"# storage: {masked(storage)}\n" if storage else ""
+    write_whole(folder / SPEC, f"{MARK}\n{note}{spec.to_toml()}")
 
 
 def storage_url(folder: Path, storage: str | None) -> str:
     """The address of the study's Optuna storage: the one given, or the SQLite file in its folder."""
-    return storage or f"sqlite:///{folder / DATABASE}"
+    # Not by pasting text together: a folder's name may hold what an address would read as its options.
+    return storage or URL.create("sqlite", database=str(folder / DATABASE)).render_as_string()
 
 
 def open_study(name: str, url: str, *, create: bool) -> optuna.Study:
@@ -83,7 +90,7 @@ def open_study(name: str, url: str, *, create: bool) -> optuna.Study:
     Raises:
         StudyError: the storage cannot be reached, is no Optuna storage, or has no such study.
     """
-    address = make_url(url)
+    address = _address(url)
     if not create and address.drivername == "sqlite" and not Path(address.database or "").exists():
         raise StudyError(f"The storage {address.database} does not exist; run `ranksearch study` first, or give --storage.")
     storage = check_storage(url)
@@ -91,8 +98,7 @@ def open_study(name: str, url: str, *, create: bool) -> optuna.Study:
         try:
             return optuna.load_study(study_name=name, storage=storage)
         except KeyError:
-            shown = address.render_as_string(hide_password=True)
-            raise StudyError(f"The storage {shown} holds no study {name!r}; run `ranksearch study` first.") from None
+            raise StudyError(f"The storage {masked(url)} holds no study {name!r}; run `ranksearch study` first.") from None
     study = optuna.create_study(study_name=name, storage=storage, directions=["maximize", "maximize"], load_if_exists=True)
     if not study.metric_names:
         with warnings.catch_warnings():
@@ -108,11 +114,7 @@ def check_storage(url: str) -> optuna.storages.RDBStorage:
     Raises:
         StudyError: the address is none, or the storage cannot be reached or is no Optuna storage. Never shows a password.
     """
-    try:
-        address = make_url(url)
-    except ArgumentError:
-        raise StudyError(f"A storage must be a database URL such as sqlite:///study.db, but got {_masked(url)!r}.") from None
-    shown = address.render_as_string(hide_password=True)
+    address = _address(url)
     try:
         return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
     except ImportError as error:
@@ -120,7 +122,7 @@ def check_storage(url: str) -> optuna.storages.RDBStorage:
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
     reason = reason.replace(str(address.password), "***") if address.password else reason
-    raise StudyError(f"The storage {shown} cannot be used: {reason}; check its address, and that it is up.")
+    raise StudyError(f"The storage {masked(url)} cannot be used: {reason}; check its address, and that it is up.")
 
 
 def delete_study(name: str, url: str) -> None:
@@ -129,23 +131,55 @@ def delete_study(name: str, url: str) -> None:
         optuna.delete_study(study_name=name, storage=url)
 
 
-def _same_study(folder: Path, found: StudySpec, spec: StudySpec) -> None:
-    there, here = found.identity(), spec.identity()
+def own_study(study: optuna.Study, spec: StudySpec) -> None:
+    """Keep in the storage what the study is, or check that it is the same: folders may share a storage, not a study.
+
+    Raises:
+        StudyError: the storage's study of that name is another.
+    """
+    known = study.user_attrs.get(IDENTITY)
+    if known is None:
+        study.set_user_attr(IDENTITY, spec.identity())
+    else:
+        _same_study(f"The storage's study {spec.name!r}", known, spec)
+
+
+def masked(url: str) -> str:
+    """A storage's address without its password and its options, which may hold one too."""
+    try:
+        return make_url(url).set(query={}).render_as_string(hide_password=True)
+    except ArgumentError:
+        # What is no address may hold a password all the same: all before the last @ is left out.
+        _, at, tail = url.rpartition("@")
+        return f"***@{tail}" if at else url
+
+
+def _address(url: str) -> URL:
+    try:
+        return make_url(url)
+    except ArgumentError:
+        raise StudyError(f"A storage must be a database URL such as sqlite:///study.db, but got {masked(url)!r}.") from None
+
+
+def _same_study(place: str, there: Mapping[str, Any], spec: StudySpec) -> None:
+    here = spec.identity()
     for key in sorted({*there, *here}):
         if there.get(key) != here.get(key):
             raise StudyError(
-                f"The folder {folder} holds another study ({key} is {there.get(key)!r} there and {here.get(key)!r} here); "
-                "choose another --out, or --fresh to start over."
+                f"{place} is another study ({key} is {there.get(key)!r} there and {here.get(key)!r} here); "
+                "choose another --out or name, or --fresh to start over."
             )
 
 
+def _is_a_studys(folder: Path) -> bool:
+    """Whether a run of ours wrote the folder; a user's own spec.toml among other files is none of ours."""
+    try:
+        return (folder / SPEC).read_text(encoding="utf-8").startswith(MARK)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
 def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.name != ".lock":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _masked(url: str) -> str:
-    """An address that is none may hold a password all the same: all before the last @ is left out."""
-    _, at, tail = url.rpartition("@")
-    return f"***@{tail}" if at else url
+    for pattern in OURS:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

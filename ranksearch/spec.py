@@ -103,7 +103,7 @@ class StudySpec:
 
     name: str = _checked("letters, digits, '.', '_' or '-'", lambda value: bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*", value)))
     about: str = ""
-    seed: int = _at_least(0, default=0)
+    seed: int = _checked("between 0 and 2147483647", lambda value: 0 <= value < 2**31, default=0)
     task: TaskSpec
     dense: DenseSpec
     space: SpaceSpec = field(default_factory=SpaceSpec)

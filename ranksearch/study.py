@@ -6,14 +6,16 @@ import copy
 import dataclasses
 import hashlib
 import importlib.metadata
+import math
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import optuna
 import torch
@@ -21,9 +23,9 @@ import torch
 from ranksearch import folder, record, training
 from ranksearch.console import Look, Silent, View
 from ranksearch.data import check_splits, example
-from ranksearch.dense import load_weights, recipe, train_dense
+from ranksearch.dense import load_given, load_weights, recipe, train_dense
 from ranksearch.engines import local
-from ranksearch.errors import StudyError
+from ranksearch.errors import ModelError, StudyError
 from ranksearch.export import load_model, save_model, weights_of
 from ranksearch.files import write_whole
 from ranksearch.layers import Inventory, inventory
@@ -36,7 +38,7 @@ from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import at_vbmf, quarter, vbmf_plans
 from ranksearch.strategy.space import Space, make_space
 from ranksearch.strategy.trial import Answer, Evaluator, Job
-from ranksearch.tasks import Task, check_outputs, load_task
+from ranksearch.tasks import FROM_PYTHON, Task, check_outputs, load_task
 from ranksearch.training import Recipe
 
 S = TypeVar("S", bound=TrainSpec)
@@ -57,6 +59,12 @@ class Options:
     """Start over: what the folder and the storage hold of the study is deleted."""
     command: str = "ranksearch.search(...)"
     """What makes the study again, for the report."""
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 0:
+            raise StudyError(f"--workers must be at least 0, but got {self.workers}.")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise StudyError(f"--device must be auto, cpu or cuda, but got {self.device!r}.")
 
 
 class Stopped(KeyboardInterrupt):
@@ -93,14 +101,17 @@ def run_study(
     found = inventory(task.model, example(task.data.train))
     check_outputs(task)
     space = make_space(found, spec.space.methods, layers=spec.space.layers, skip=spec.space.skip)
+    if spec.dense.weights:
+        load_given(task.model, Path(spec.dense.weights))
     if options.storage:
         folder.check_storage(options.storage)
     with folder.claimed(out, spec, fresh=options.fresh), view:
         url = folder.storage_url(out, options.storage)
-        if options.fresh:
+        if options.fresh and options.storage:
             folder.delete_study(spec.name, url)
-        study = folder.open_study(spec.name, url, create=True)
         folder.write_spec(out, spec, options.storage)
+        study = folder.open_study(spec.name, url, create=True)
+        folder.own_study(study, spec)
         run = _Run(spec, out, options, device, task, given, found, space, study, view)
         try:
             run.straight_on()
@@ -151,11 +162,16 @@ def search(
     Raises:
         RankSearchError: bad input, before anything is written.
     """
-    kind = type(task.model)
     spec = StudySpec(
-        name=Path(out).name,
+        name=re.sub(r"[^\w.-]|^[^A-Za-z0-9]+", "-", Path(out).resolve().name).lstrip("-") or "search",
         seed=seed,
-        task=TaskSpec(model=f"{kind.__module__}:{kind.__qualname__}", data="ranksearch.data:Splits"),
+        task=TaskSpec(
+            model=FROM_PYTHON,
+            data=FROM_PYTHON,
+            data_args={"about": task.data.about},
+            score=f"python:{_word(task.score)}",
+            loss=f"python:{_word(task.loss)}",
+        ),
         dense=DenseSpec(epochs=0),
         space=SpaceSpec(methods=tuple(methods), layers=tuple(layers), skip=tuple(skip)),
         search=SearchSpec(sampler=sampler, trials=trials, minutes=minutes),
@@ -164,7 +180,7 @@ def search(
     )
     # By way of its text, so that what Python gives is checked as strictly as a study file.
     spec = parse_spec(spec.to_toml(), source="search()")
-    return run_study(spec, Path(out), options, task=replace(task, model=copy.deepcopy(task.model)), view=view)
+    return run_study(spec, Path(out), options, task=replace(task, model=copy.deepcopy(task.model).cpu()), view=view)
 
 
 def look(spec: StudySpec, out: Path) -> Look:
@@ -290,8 +306,7 @@ class _Run:
         jobs = (Job(trial.number, trial.plan, trial.seed, finalist=True) for trial in waiting)
         with self.stage("finalists"):
             self.run_jobs(jobs, self.evaluator(layers), on_message, lambda: False)
-            if waiting:
-                self._latencies()
+            self._latencies()
 
     def report(self) -> None:
         """The report, from the storage alone."""
@@ -341,10 +356,13 @@ class _Run:
     def _facts(self, layers: Profile) -> StudyFacts:
         task, found = self.task, self.inventory
         task.model.to(self.device)
+        score = training.score(task.model, task, task.data.validation, device=self.device)
+        if not math.isfinite(score):
+            raise ModelError(f"The score must be a number for the dense net, but {task.score_name} gave {score}; mend it.")
         dense = DenseFacts(
             params=found.params,
             macs=found.macs,
-            score_validation=training.score(task.model, task, task.data.validation, device=self.device),
+            score_validation=score,
             score_test=training.score(task.model, task, task.data.test, device=self.device),
             latency_ms=training.latencies_ms([task.model], self.example)[0],
         )
@@ -380,6 +398,8 @@ class _Run:
     def _latencies(self) -> None:
         """Milliseconds of the dense model and of every finalist, taken in turn in one go, so that they compare."""
         trials = [trial for trial in record.read_trials(self.study) if trial.finalist]
+        if all(trial.finalist and trial.finalist.latency_ms is not None for trial in trials):
+            return
         folders = [self.out / "models" / str(trial.number) for trial in trials]
         models = [load_model(self.task.model.cpu(), path).to(self.device) for path in folders]
         dense, *times = training.latencies_ms([self.task.model.to(self.device), *models], self.example)
@@ -402,3 +422,8 @@ def _layer_facts(found: Inventory, vbmf: Mapping[str, tuple[int | None, int | No
 
 def _train_spec(kind: type[S], recipe: Recipe, **more: int) -> S:
     return kind(**dataclasses.asdict(recipe), **more)
+
+
+def _word(function: Callable[..., Any]) -> str:
+    """A function's name as a reference takes it; `<lambda>` is none."""
+    return re.sub(r"\W+", "_", getattr(function, "__name__", type(function).__name__))

@@ -49,6 +49,9 @@ def factorize_(
         if name not in modules or not name:
             raise PlanError(f"A plan must name layers of the model, but {name!r} is none.{nearest(name, _layers(model))}")
         module = modules[name]
+        owners = [other for other, found in model.named_modules(remove_duplicate=False) if found is module]
+        if len(owners) > 1:
+            raise PlanError(f"A layer must have one name, but {name!r} is also {', '.join(o for o in owners if o != name)}.")
         kernel = kernel_of(name, module, value)
         method = METHODS[type(value)]
         given = (factors or {}).get(name)

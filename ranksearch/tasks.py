@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ranksearch.data import Splits, example
+from ranksearch.data import Splits, batches
 from ranksearch.errors import DataError, ModelError, SpecError
 from ranksearch.spec import StudySpec, resolve
 
@@ -23,6 +24,10 @@ Score: TypeAlias = Callable[[Tensor, Tensor], float]
 def accuracy(outputs: Tensor, targets: Tensor) -> float:
     """Share of inputs whose largest output, of (inputs, classes), is the target's."""
     return float((outputs.argmax(1) == targets).float().mean())
+
+
+FROM_PYTHON = "python:given"
+"""What stands in the spec of a study for a model and data that were given to `search`, not named in a file."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +52,25 @@ def check_outputs(task: Task) -> None:
         ModelError: the data has classes and the outputs are not (batch, classes).
     """
     classes = task.data.classes
+    inputs, targets = next(batches(task.data.train, 2))
     with torch.no_grad():
-        outputs = task.model.eval()(example(task.data.train))
+        outputs = task.model.eval()(inputs)
+    if not isinstance(outputs, Tensor):
+        raise ModelError(f"The model must give one tensor, but gives a {type(outputs).__name__}; wrap it.")
     if task.score is accuracy and classes is not None and (outputs.dim() != 2 or outputs.shape[1] < classes):
         raise ModelError(
             f"The model must give {classes} outputs an input, one a class, but gives shape {tuple(outputs.shape[1:])}; "
             "check its arguments against the data."
         )
+    for name, function in (("loss", task.loss), ("score", task.score)):
+        try:
+            float(function(outputs, targets))
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ModelError(
+                f"The {name} must give one number for outputs of shape {tuple(outputs.shape)} and targets of shape "
+                f"{tuple(targets.shape)}, but raised {type(error).__name__}: {first}"
+            ) from error
 
 
 def load_task(spec: StudySpec) -> Task:
@@ -77,6 +94,12 @@ def load_task(spec: StudySpec) -> Task:
 def _call(reference: str, arguments: Mapping[str, Any], key: str) -> Any:
     target = resolve(reference, key=key)
     try:
-        return target(**arguments)
+        inspect.signature(target).bind(**arguments)
     except TypeError as error:
-        raise SpecError(f"{key}: {reference} must take the arguments {dict(arguments)}, but: {error}.") from error
+        raise SpecError(f"{key}: {reference} must take the arguments {dict(arguments)}, but: {error}.") from None
+    try:
+        return target(**arguments)
+    except (OSError, ValueError) as error:
+        raise SpecError(
+            f"{key}: {reference} must succeed with {dict(arguments)}, but raised {type(error).__name__}: {error}"
+        ) from error

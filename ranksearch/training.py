@@ -84,8 +84,7 @@ def place(model: M, device: torch.device) -> M:
 def score(model: nn.Module, task: Task, split: Dataset[Any], *, device: torch.device) -> float:
     """The task's score of `model` on a whole split."""
     outputs, targets = predict(model, split, device=device)
-    value = float(task.score(outputs, targets))
-    return value if math.isfinite(value) else -math.inf
+    return float(task.score(outputs, targets))
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from ranksearch.cli import main
+import ranksearch
+from ranksearch.cli import _shown, main
 from ranksearch.console import Plain
 from tests import nets
 
@@ -112,7 +113,7 @@ def test_export_chooses_from_the_front(finished, capsys, tmp_path, choice, monke
         (["study", "small.toml", "--set", "search.trails=3"], "small.toml: search.trails is not a key of a study. Did you mean"),
         (["study", "small.toml", "--trials", "0"], "small.toml: search.trials must be at least 1, but got 0."),
         (["study", "small.toml", "--minutes", "-1"], "small.toml: search.minutes must be above 0, but got -1.0."),
-        (["study", "small.toml", "--seed", "-1"], "small.toml: seed must be at least 0, but got -1."),
+        (["study", "small.toml", "--seed", "-1"], "small.toml: seed must be between 0 and 2147483647, but got -1."),
         (["study", "small.toml", "--workers", "-1"], "--workers must be at least 0, but got -1."),
         (["study", "small.toml", "--set", "space.methods=['tuker2']"], "space.methods must name methods, but 'tuker2' is none."),
         (["study", "small.toml", "--set", "space.skip=['conv9']"], "space.skip must name layers that can be decomposed, but"),
@@ -128,6 +129,7 @@ def test_export_chooses_from_the_front(finished, capsys, tmp_path, choice, monke
         (["study", "small.toml", "--set", "task.model=ranksearch.models:lenet"], "The model must accept one input of shape (1, 1, 8, 8)"),
         (["study", "small.toml", "--set", "task.data=tests.nets:wrong_labels"], "Targets must lie in 0..9, but split 'validation' holds"),
         (["study", "small.toml", "--set", "task.data=tests.nets:small"], "task.data must give ranksearch.data.Splits, but"),
+        (["study", "small.toml", "--set", "task.model=tests.nets:raises"], "task.model: tests.nets:raises must succeed with {}, but raised"),
         (["study", "small.toml", "--storage", "nonsense"], "A storage must be a database URL such as sqlite:///study.db, but got"),
         (["study", "small.toml", "--storage", "sqlite:////no/such/folder/x.db"], "The storage sqlite:////no/such/folder/x.db cannot be"),
         (["study", "small.toml", "--storage", "oracel://u:secret@host/db"], "The storage oracel://u:***@host/db cannot be used:"),
@@ -167,8 +169,8 @@ def test_a_folder_of_another_study_is_left_alone(copied, study_file, capsys):
     before = snapshot(copied)
     told = refuse(capsys, "study", "small.toml", "--set", "finetune.epochs=2")
     assert told == (
-        "The folder runs/small holds another study (finetune.epochs is 1 there and 2 here); choose another --out, or --fresh to "
-        "start over."
+        "The folder runs/small is another study (finetune.epochs is 1 there and 2 here); choose another --out or name, or --fresh "
+        "to start over."
     )
     assert snapshot(copied) == before
 
@@ -179,6 +181,47 @@ def test_a_folder_with_other_files_is_left_alone(study_file, tmp_path, capsys):
     told = refuse(capsys, "study", "small.toml", "--out", tmp_path / "mine", "--fresh")
     assert told.startswith("The output folder must be a study's or empty, but")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_a_users_own_project_is_never_emptied(study_file, tmp_path, capsys):
+    (tmp_path / "spec.toml").write_text(nets.SMALL)
+    (tmp_path / "nets.py").write_text("mine = 1")
+    told = refuse(capsys, "study", "spec.toml", "--out", ".", "--fresh")
+    assert told.startswith("The output folder must be a study's or empty, but . holds other files")
+    assert (tmp_path / "nets.py").read_text() == "mine = 1"
+
+
+def test_fresh_deletes_only_what_a_study_wrote(copied, study_file):
+    (copied / "notes.txt").write_text("mine")
+    (copied / "linked").symlink_to(copied.parent)
+    assert main(["study", "small.toml", "--fresh", "--trials", "1", "--workers", "0"]) == 0
+    assert (copied / "notes.txt").read_text() == "mine"
+    assert (copied / "linked").is_symlink()
+    assert len((copied / "trials.csv").read_text().splitlines()) == 2
+
+
+def test_fresh_deletes_nothing_when_the_weights_are_missing(copied, study_file, capsys):
+    before = snapshot(copied)
+    told = refuse(capsys, "study", "small.toml", "--fresh", "--set", "dense.weights=nowhere.pt")
+    assert told == "dense.weights must be a state dict of the model, but nowhere.pt does not exist."
+    assert snapshot(copied) == before
+
+
+def test_a_command_is_shown_without_the_storages_password():
+    url = "postgresql://me:s3cret@host/db?password=s3cret"
+    for given in (["study", "lenet", "--storage", url], ["study", "lenet", f"--storage={url}"], []):
+        assert "s3cret" not in _shown(given, url)
+        assert "postgresql://me:***@host/db" in _shown(given, url)
+
+
+def test_a_study_made_from_python_is_not_exported_by_the_command_line(trained, tmp_path, capsys):
+    out = tmp_path / "mine"
+    ranksearch.search(
+        trained, out=out, trials=1, finetune=ranksearch.Recipe(1), finalists=ranksearch.Recipe(1),
+        options=ranksearch.Options(workers=0),
+    )  # fmt: skip
+    told = refuse(capsys, "export", out, "--knee")
+    assert told == "This study was made from Python, which alone has the dense model; use ranksearch.load_model there."
 
 
 def test_an_output_that_is_a_file(study_file, capsys):

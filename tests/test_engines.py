@@ -91,7 +91,7 @@ def test_workers_that_keep_dying_end_the_run():
         while True:
             yield Job(0, Plan(), seed=7)
 
-    with pytest.raises(StudyError, match=r"Workers must outlive their trials, but 3 in a row .*last exit code -9.*--workers 0"):
+    with pytest.raises(StudyError, match=r"Workers must outlive their trials, but 5 in a row .*last exit code -9.*--workers 0"):
         local.run(always(), Work(dies_at=7, always=True), workers=1, on_message=lambda job, m: None, should_stop=lambda: False)
 
 

@@ -37,7 +37,7 @@ def test_every_form_gives_the_same_outputs(form, compressed, inputs, tmp_path):
 def test_plan_and_weights_rebuild_on_the_plain_dense_class(compressed, inputs, tmp_path):
     save_model(tmp_path, PLAN, weights_of(compressed))
     torch.manual_seed(123)  # other initial weights than the trained ones
-    model = load_model(nets.small(), tmp_path)
+    model = load_model(nets.small(), str(tmp_path))
     assert torch.equal(model(inputs), compressed(inputs))
 
 
@@ -51,7 +51,7 @@ def test_onnx_takes_any_batch(compressed, inputs, tmp_path):
 
 def test_an_export_that_differs_is_not_kept(compressed, inputs, tmp_path, monkeypatch):
     monkeypatch.setattr("ranksearch.export.TOLERANCE", -1.0)
-    for form in ("onnx", "pt2"):
+    for form in ("plan", "onnx", "pt2"):
         with pytest.raises(
             StudyError, match=r"The exported model's outputs must equal the trial's, but differ by .*nothing was kept"
         ):

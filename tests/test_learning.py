@@ -50,8 +50,53 @@ class Plain(Dataset):
 @pytest.mark.parametrize("split", [Plain(), TensorDataset(torch.arange(14.0).reshape(7, 2), torch.arange(7))])
 def test_batches_hold_every_input_once(split):
     for generator in (None, torch.Generator().manual_seed(1)):
-        seen = torch.cat([targets for _, targets in batches(split, 3, generator=generator)])
+        seen = torch.cat([targets for _, targets in batches(split, 4, generator=generator)])
         assert sorted(seen.tolist()) == sorted(targets for _, targets in (split[i] for i in range(7)))
+
+
+def test_a_last_shuffled_batch_of_one_is_left_out():
+    split = TensorDataset(torch.arange(7.0), torch.arange(7))
+    generator = torch.Generator().manual_seed(0)
+    assert [len(targets) for _, targets in batches(split, 3, generator=generator)] == [3, 3]
+    assert [len(targets) for _, targets in batches(Plain(), 3, generator=generator)] == [3, 3]
+    assert [len(targets) for _, targets in batches(split, 3)] == [3, 3, 1]
+
+
+def test_a_subclass_keeps_its_own_items():
+    class Negated(TensorDataset):
+        def __getitem__(self, index):
+            inputs, targets = super().__getitem__(index)
+            return -inputs, targets
+
+    ((inputs, _),) = batches(Negated(torch.ones(3, 2), torch.arange(3)), 3)
+    assert torch.equal(inputs, -torch.ones(3, 2))
+
+
+def test_splits_that_are_no_pairs():
+    three = TensorDataset(torch.zeros(2), torch.zeros(2).long(), torch.zeros(2))
+    with pytest.raises(
+        DataError, match=r"A split must hold pairs \(input, target\) of tensors or numbers, but 'train' does not"
+    ):
+        check_splits(Splits(three, three, three, 10, ""))
+    with pytest.raises(DataError, match="Each split must be a map-style Dataset, but 'train' is a NoneType"):
+        check_splits(Splits(None, three, three, 10, ""))
+
+
+def test_a_loss_or_score_that_gives_no_number():
+    data = nets.few_digits()
+    with pytest.raises(ModelError, match=r"The loss must give one number for outputs of shape .* but raised"):
+        check_outputs(Task(nets.small(), data, loss=nn.CrossEntropyLoss))
+    with pytest.raises(ModelError, match=r"The score must give one number for outputs of shape .* but raised TypeError"):
+        check_outputs(Task(nets.small(), data, score=lambda outputs, targets: None))
+
+
+def test_a_model_that_gives_no_tensor():
+    class Pair(nn.Module):
+        def forward(self, inputs):
+            return inputs, inputs
+
+    with pytest.raises(ModelError, match="The model must give one tensor, but gives a tuple; wrap it"):
+        check_outputs(Task(Pair(), nets.few_digits()))
 
 
 def test_batches_follow_the_generator():

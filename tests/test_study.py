@@ -24,7 +24,7 @@ from ranksearch.errors import ModelError, StudyError
 from ranksearch.export import load_model
 from ranksearch.layers import inventory
 from ranksearch.profile import profile
-from ranksearch.record import Outcome, Rung, read_trials
+from ranksearch.record import Outcome, Rung, read_trials, write_finalist
 from ranksearch.report import write_report
 from ranksearch.strategy.finalists import WORTH
 from ranksearch.strategy.ledger import Ledger
@@ -32,6 +32,7 @@ from ranksearch.strategy.prior import vbmf_plans
 from ranksearch.strategy.space import make_space
 from ranksearch.strategy.trial import Answer
 from ranksearch.study import Options, Stopped, run_study
+from ranksearch.tasks import Task
 from ranksearch.training import predict
 from tests import nets
 from tests.conftest import small_spec
@@ -279,6 +280,85 @@ def test_from_python(trained, tmp_path):
         finalist_count=1, options=ranksearch.Options(workers=0),
     )  # fmt: skip
     assert essence(again.trials) == essence(record.trials)
+
+
+def test_any_model_and_folder_name_from_python(tmp_path):
+    class Local(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nets.small()
+
+        def forward(self, inputs):
+            return self.net(inputs)
+
+    task = Task(Local(), nets.few_digits(), loss=lambda outputs, targets: torch.nn.functional.cross_entropy(outputs, targets))
+    record = ranksearch.search(
+        task, out=tmp_path / "my runs?", trials=1, finetune=ranksearch.Recipe(1), finalists=ranksearch.Recipe(1),
+        options=ranksearch.Options(workers=0),
+    )  # fmt: skip
+    assert len(record.trials) == 1
+    assert (tmp_path / "my runs?" / "study.db").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["my runs?"]
+
+
+def test_another_score_is_another_study(trained, tmp_path):
+    def go(score):
+        return ranksearch.search(
+            replace(trained, score=score), out=tmp_path / "mine", trials=1, finetune=ranksearch.Recipe(1),
+            finalists=ranksearch.Recipe(1), options=ranksearch.Options(workers=0),
+        )  # fmt: skip
+
+    def other(outputs, targets):
+        return 0.5
+
+    go(trained.score)
+    with pytest.raises(StudyError, match=r"is another study .task.score is 'python:accuracy' there and 'python:other' here"):
+        go(other)
+
+
+def test_folders_may_share_a_storage_but_not_a_study(tmp_path):
+    options = Options(workers=0, storage=f"sqlite:///{tmp_path / 'shared.db'}")
+    run_study(small_spec("search.trials=1"), tmp_path / "a", options)
+    with pytest.raises(
+        StudyError, match=r"The storage's study 'small' is another study \(finetune.epochs is 1 there and 2 here\)"
+    ):
+        run_study(small_spec("search.trials=1", "finetune.epochs=2"), tmp_path / "b", options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers": -1}, "--workers must be at least 0, but got -1"),
+        ({"device": "cdua"}, "--device must be auto, cpu or cuda, but got 'cdua'"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(StudyError, match=message):
+        Options(**options)
+
+
+def test_a_score_that_is_no_number(trained, tmp_path):
+    scores = iter([0.5, 0.5, 0.5, float("nan")])  # the check, the dense net twice, the first trial
+    task = replace(trained, score=lambda outputs, targets: next(scores, 0.5))
+    record = ranksearch.search(
+        task, out=tmp_path / "mine", trials=2, finetune=ranksearch.Recipe(1), finalists=ranksearch.Recipe(1),
+        options=ranksearch.Options(workers=0),
+    )  # fmt: skip
+    assert [trial.outcome for trial in record.trials] == [Outcome.DIVERGED, Outcome.DONE]
+    with pytest.raises(ModelError, match="The score must be a number for the dense net, but <lambda> gave nan"):
+        ranksearch.search(
+            replace(trained, score=lambda o, t: float("nan")), out=tmp_path / "two", options=ranksearch.Options(workers=0)
+        )
+
+
+def test_latencies_lost_by_a_kill_are_measured_again(tmp_path):
+    out, spec = tmp_path / "small", small_spec("search.trials=2", "finalists.count=1")
+    record = run_study(spec, out, Options(workers=0))
+    number = next(trial.number for trial in record.trials if trial.finalist)
+    finalist = next(trial.finalist for trial in record.trials if trial.finalist)
+    write_finalist(stored(out), number, replace(finalist, latency_ms=None))
+    again = run_study(spec, out, Options(workers=0))
+    assert all(trial.finalist.latency_ms > 0 for trial in again.trials if trial.finalist)
 
 
 def test_the_users_model_is_not_changed(trained, tmp_path):

@@ -285,3 +285,11 @@ def test_factors_of_other_shapes_are_refused(wrong):
     message = f"Layer 'last': the factors of SVD 2 must have shapes ((2, 6), (3, 2)), but have {wrong}."
     with pytest.raises(PlanError, match=f"^{re.escape(message)}$"):
         factorize_(net(), {"last": SVD(2)}, factors={"last": [torch.zeros(shape) for shape in wrong]})
+
+
+def test_a_layer_under_two_names_is_refused():
+    shared = nn.Linear(8, 8)
+    model = nn.ModuleDict({"one": shared, "two": nn.Sequential(shared)})
+    with pytest.raises(PlanError, match=r"A layer must have one name, but 'one' is also two\.0\."):
+        factorize_(model, {"one": SVD(2)})
+    assert model["one"] is shared

@@ -39,18 +39,24 @@ def example(split: Dataset[Any]) -> Tensor:
     return next(batches(split, 1))[0]
 
 
-def batches(
-    split: Dataset[Any], batch_size: int, *, generator: torch.Generator | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(split: Dataset[Any], batch_size: int, *, generator: torch.Generator | None = None) -> Iterator[Any]:
     """Batches (inputs, targets) of a split: in order, or shuffled when a generator is given."""
     count = size(split)
-    if isinstance(split, TensorDataset):
-        inputs, targets = split.tensors
+    # Not of a subclass: its own __getitem__ may transform.
+    if type(split) is TensorDataset:
         order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
         for chosen in order.split(batch_size):
-            yield inputs[chosen], targets[chosen]
+            if not _lonely(chosen, count, generator):
+                yield tuple(tensor[chosen] for tensor in split.tensors)
     else:
-        yield from DataLoader(split, batch_size=batch_size, shuffle=generator is not None, generator=generator)
+        for found in DataLoader(split, batch_size=batch_size, shuffle=generator is not None, generator=generator):
+            if not _lonely(found[0], count, generator):
+                yield found
+
+
+def _lonely(batch: Tensor, count: int, generator: torch.Generator | None) -> bool:
+    """A last shuffled batch of one input: batch normalisation cannot train on it, and the next epoch leaves out another."""
+    return generator is not None and len(batch) == 1 and count > 1
 
 
 def check_splits(splits: Splits) -> None:
@@ -61,9 +67,14 @@ def check_splits(splits: Splits) -> None:
     """
     for name in ("train", "validation", "test"):
         split = getattr(splits, name)
+        if not isinstance(split, Dataset) or not hasattr(split, "__len__"):
+            raise DataError(f"Each split must be a map-style Dataset, but {name!r} is a {type(split).__name__}.")
         if size(split) == 0:
             raise DataError(f"Each split must hold at least one input, but {name!r} is empty.")
-        for inputs, targets in batches(split, 512):
+        for found in batches(split, 512):
+            if len(found) != 2 or not all(isinstance(part, Tensor) for part in found):
+                raise DataError(f"A split must hold pairs (input, target) of tensors or numbers, but {name!r} does not.")
+            inputs, targets = found
             if inputs.is_floating_point() and not torch.isfinite(inputs).all():
                 raise DataError(f"Inputs must be finite, but split {name!r} holds NaN or infinity.")
             if splits.classes is not None:

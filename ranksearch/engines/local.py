@@ -29,8 +29,8 @@ from ranksearch.strategy.trial import Answer, Job
 Evaluate: TypeAlias = Callable[[Job], Iterator[Rung | Answer]]
 OnMessage: TypeAlias = Callable[[Job, Rung | Answer], None]
 
-MAX_LOST = 3
-"""Workers lost in a row before the engine gives up: by then the cause is the machine or the model, not chance."""
+MAX_LOST = 5
+"""Workers lost in a row before the engine gives up: more than one plan is tried for, so the cause is not the plan."""
 
 
 def run(
@@ -53,11 +53,9 @@ def run(
         Exception: whatever `evaluate` raised, with the worker's traceback; the other workers are ended first.
     """
     if workers == 0:
-        for job in jobs:
+        while not should_stop() and (job := next(jobs, None)) is not None:
             for message in evaluate(job):
                 on_message(job, message)
-            if should_stop():
-                return
         return
     pool = _Pool(cloudpickle.dumps(evaluate), workers)
     try:

@@ -59,9 +59,10 @@ class Ledger:
         """Tell every trial that is left running FAIL and queue its parameters again; returns how many there were."""
         left = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         for trial in left:
-            self.study.tell(trial.number, state=TrialState.FAIL)
+            # Queued before it is told: a kill in between leaves it to be found again, not lost.
             # Parameters of a queued trial that were not all asked for yet stand in what it was queued with.
             self._queue_again(read_asked(trial), {**trial.system_attrs.get("fixed_params", {}), **trial.params})
+            self.study.tell(trial.number, state=TrialState.FAIL)
         self._running.clear()
         return len(left)
 
@@ -137,7 +138,8 @@ class Ledger:
 
     def _queue_again(self, place: tuple[int, str] | None, params: Mapping[str, Any]) -> None:
         # Killed before it was wholly asked for: it has no place yet, and asking again proposes the same.
-        if place is not None and set(self._distributions) <= set(params):
+        waiting = [read_asked(t) for t in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))]
+        if place is not None and place not in waiting and set(self._distributions) <= set(params):
             self.study.enqueue_trial(dict(params), user_attrs=asked(*place))
 
     def _params(self, plan: Plan) -> int:

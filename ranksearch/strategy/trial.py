@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ class Evaluator:
         try:
             model = self.compressed(job.plan)
             for rung in self._rungs(model, job):
+                if not math.isfinite(rung.score):
+                    raise Diverged
                 curve.append(rung)
                 yield rung
             outcome = Outcome.DONE
