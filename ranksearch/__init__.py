@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ranksearch.api import search as search
     from ranksearch.data import Splits as Splits
     from ranksearch.errors import RankSearchError as RankSearchError
     from ranksearch.export import load_model as load_model
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from ranksearch.plan import Spatial as Spatial
     from ranksearch.plan import Tucker2 as Tucker2
     from ranksearch.study import Options as Options
-    from ranksearch.study import search as search
     from ranksearch.surgery import factorize_ as factorize_
     from ranksearch.tasks import Task as Task
     from ranksearch.training import Recipe as Recipe
@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "api": ("search",),
     "data": ("Splits",),
     "errors": ("RankSearchError",),
     "export": ("load_model",),
     "layers": ("inventory",),
     "plan": ("CP", "CP4", "SVD", "Dense", "Plan", "Spatial", "Tucker2"),
-    "study": ("Options", "search"),
+    "study": ("Options",),
     "surgery": ("factorize_",),
     "tasks": ("Task",),
     "training": ("Recipe",),

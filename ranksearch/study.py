@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import hashlib
 import importlib.metadata
 import math
 import os
 import platform
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 import optuna
 import torch
@@ -32,16 +28,13 @@ from ranksearch.layers import Inventory, inventory
 from ranksearch.profile import Profile, kernel, profile, vbmf_ranks
 from ranksearch.record import DenseFacts, Finalist, LayerFacts, Outcome, Rung, StudyFacts, StudyRecord, TrialRecord
 from ranksearch.report import write_report
-from ranksearch.spec import DenseSpec, FinalistSpec, SearchSpec, SpaceSpec, StudySpec, TaskSpec, TrainSpec, parse_spec
+from ranksearch.spec import StudySpec
 from ranksearch.strategy.finalists import WORTH, choose_finalists
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import at_vbmf, quarter, vbmf_plans
 from ranksearch.strategy.space import Space, make_space
 from ranksearch.strategy.trial import Answer, Evaluator, Job
-from ranksearch.tasks import FROM_PYTHON, Task, check_outputs, load_task
-from ranksearch.training import Recipe
-
-S = TypeVar("S", bound=TrainSpec)
+from ranksearch.tasks import Task, check_outputs, load_task
 
 PACKAGES = ("ranksearch", "torch", "torchvision", "optuna", "tensorly", "scikit-learn", "numpy")
 
@@ -103,8 +96,10 @@ def run_study(
     space = make_space(found, spec.space.methods, layers=spec.space.layers, skip=spec.space.skip)
     if spec.dense.weights:
         load_given(task.model, Path(spec.dense.weights))
-    if options.storage:
+    if options.storage and options.fresh:
         folder.check_storage(options.storage)
+    elif options.storage:
+        folder.own_study(folder.open_study(spec.name, options.storage, create=True), spec)
     with folder.claimed(out, spec, fresh=options.fresh), view:
         url = folder.storage_url(out, options.storage)
         if options.fresh and options.storage:
@@ -118,69 +113,6 @@ def run_study(
         except KeyboardInterrupt:
             raise Stopped(run.stopped()) from None
         return record.read_study(study)
-
-
-def search(
-    task: Task,
-    *,
-    out: str | Path = "runs/search",
-    methods: Sequence[str] = ("tucker2", "cp", "svd"),
-    layers: Sequence[str] = (),
-    skip: Sequence[str] = (),
-    sampler: str = "tpe",
-    trials: int = 60,
-    minutes: float | None = None,
-    finetune: Recipe | None = None,
-    finalists: Recipe | None = None,
-    finalist_count: int = 10,
-    seed: int = 0,
-    options: Options | None = None,
-    view: View | None = None,
-) -> StudyRecord:
-    """Search for the front of a trained model, from Python; `ranksearch study` is the same from a file.
-
-    Args:
-        task: the trained model, its data, its loss and score.
-        out: the study's folder; the same call goes on where an earlier one stopped.
-        methods: what to choose from: tucker2, cp, cp4, spatial, svd.
-        layers: only these layers; all that can be decomposed where it is empty.
-        skip: not these layers.
-        sampler: who proposes: tpe, nsga2 or random.
-        trials: finished trials in all.
-        minutes: ask for no more trials after so long.
-        finetune: how each trial is trained; three epochs by default.
-        finalists: how each finalist is trained; twelve epochs by default.
-        finalist_count: how many trials of the front become finalists.
-        seed: of everything random.
-        options: workers, device, storage.
-        view: what is told while it runs; nothing by default.
-
-    Returns:
-        The study's record; `record.front` are the trials to choose from, `load_model(task.model, out / "models" /
-        str(trial.number))` takes one home.
-
-    Raises:
-        RankSearchError: bad input, before anything is written.
-    """
-    spec = StudySpec(
-        name=re.sub(r"[^\w.-]|^[^A-Za-z0-9]+", "-", Path(out).resolve().name).lstrip("-") or "search",
-        seed=seed,
-        task=TaskSpec(
-            model=FROM_PYTHON,
-            data=FROM_PYTHON,
-            data_args={"about": task.data.about},
-            score=f"python:{_word(task.score)}",
-            loss=f"python:{_word(task.loss)}",
-        ),
-        dense=DenseSpec(epochs=0),
-        space=SpaceSpec(methods=tuple(methods), layers=tuple(layers), skip=tuple(skip)),
-        search=SearchSpec(sampler=sampler, trials=trials, minutes=minutes),
-        finetune=_train_spec(TrainSpec, finetune or Recipe(epochs=3)),
-        finalists=_train_spec(FinalistSpec, finalists or Recipe(epochs=12), count=finalist_count),
-    )
-    # By way of its text, so that what Python gives is checked as strictly as a study file.
-    spec = parse_spec(spec.to_toml(), source="search()")
-    return run_study(spec, Path(out), options, task=replace(task, model=copy.deepcopy(task.model).cpu()), view=view)
 
 
 def look(spec: StudySpec, out: Path) -> Look:
@@ -418,12 +350,3 @@ def _layer_facts(found: Inventory, vbmf: Mapping[str, tuple[int | None, int | No
         )
         for layer in found.layers
     )  # fmt: skip
-
-
-def _train_spec(kind: type[S], recipe: Recipe, **more: int) -> S:
-    return kind(**dataclasses.asdict(recipe), **more)
-
-
-def _word(function: Callable[..., Any]) -> str:
-    """A function's name as a reference takes it; `<lambda>` is none."""
-    return re.sub(r"\W+", "_", getattr(function, "__name__", type(function).__name__))

@@ -29,6 +29,7 @@ FLOORS = [
     ["engines"],
     ["folder"],
     ["study"],
+    ["api"],
     ["cli"],
 ]
 DOORS = {"__init__.py", "cli.py"}

@@ -1,0 +1,92 @@
+"""The whole search from Python: `ranksearch.search(task, ...)`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ranksearch.console import View
+from ranksearch.record import StudyRecord
+from ranksearch.spec import DenseSpec, FinalistSpec, SearchSpec, SpaceSpec, StudySpec, TaskSpec, TrainSpec, parse_spec
+from ranksearch.study import Options, run_study
+from ranksearch.tasks import FROM_PYTHON, Task
+from ranksearch.training import Recipe
+
+S = TypeVar("S", bound=TrainSpec)
+
+
+def search(
+    task: Task,
+    *,
+    out: str | Path = "runs/search",
+    methods: Sequence[str] = ("tucker2", "cp", "svd"),
+    layers: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    sampler: str = "tpe",
+    trials: int = 60,
+    minutes: float | None = None,
+    finetune: Recipe | None = None,
+    finalists: Recipe | None = None,
+    finalist_count: int = 10,
+    seed: int = 0,
+    options: Options | None = None,
+    view: View | None = None,
+) -> StudyRecord:
+    """Search for the front of a trained model, from Python; `ranksearch study` is the same from a file.
+
+    Args:
+        task: the trained model, its data, its loss and score.
+        out: the study's folder; the same call goes on where an earlier one stopped.
+        methods: what to choose from: tucker2, cp, cp4, spatial, svd.
+        layers: only these layers; all that can be decomposed where it is empty.
+        skip: not these layers.
+        sampler: who proposes: tpe, nsga2 or random.
+        trials: finished trials in all.
+        minutes: ask for no more trials after so long.
+        finetune: how each trial is trained; three epochs by default.
+        finalists: how each finalist is trained; twelve epochs by default.
+        finalist_count: how many trials of the front become finalists.
+        seed: of everything random.
+        options: workers, device, storage.
+        view: what is told while it runs; nothing by default.
+
+    Returns:
+        The study's record; `record.front` are the trials to choose from, `load_model(task.model, out / "models" /
+        str(trial.number))` takes one home.
+
+    Raises:
+        RankSearchError: bad input, before anything is written.
+    """
+    spec = StudySpec(
+        name=re.sub(r"[^\w.-]|^[^A-Za-z0-9]+", "-", Path(out).resolve().name).lstrip("-") or "search",
+        seed=seed,
+        task=TaskSpec(
+            model=FROM_PYTHON,
+            data=FROM_PYTHON,
+            data_args={"about": task.data.about},
+            score=f"python:{_word(task.score)}",
+            loss=f"python:{_word(task.loss)}",
+        ),
+        dense=DenseSpec(epochs=0),
+        space=SpaceSpec(methods=tuple(methods), layers=tuple(layers), skip=tuple(skip)),
+        search=SearchSpec(sampler=sampler, trials=trials, minutes=minutes),
+        finetune=_train_spec(TrainSpec, finetune or Recipe(epochs=3)),
+        finalists=_train_spec(FinalistSpec, finalists or Recipe(epochs=12), count=finalist_count),
+    )
+    # By way of its text, so that what Python gives is checked as strictly as a study file.
+    spec = parse_spec(spec.to_toml(), source="search()")
+    return run_study(spec, Path(out), options, task=replace(task, model=copy.deepcopy(task.model).cpu()), view=view)
+
+
+def _train_spec(kind: type[S], recipe: Recipe, **more: int) -> S:
+    return kind(**dataclasses.asdict(recipe), **more)
+
+
+def _word(function: Callable[..., Any]) -> str:
+    """A function's name as a reference takes it; `<lambda>` is none."""
+    return re.sub(r"\W+", "_", getattr(function, "__name__", type(function).__name__))
