@@ -289,10 +289,10 @@ def test_a_report_of_another_optuna_study(copied, capsys):
 
 def test_a_bug_is_a_traceback(study_file, monkeypatch):
     def broken(*args, **kwargs):
-        raise ZeroDivisionError
+        raise ZeroDivisionError("a bug of ours")
 
     monkeypatch.setattr("ranksearch.spec.load_spec", broken)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError, match="a bug of ours"):
         main(["study", "small.toml"])
 
 

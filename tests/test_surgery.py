@@ -112,7 +112,7 @@ def test_all_or_nothing(name, value):
     model = net()
     modules, state = dict(model.named_modules()), copy.deepcopy(model.state_dict())
     good = {layer: value for layer, value in PLAN if layer != name}
-    with pytest.raises(PlanError):
+    with pytest.raises(PlanError, match=name):
         factorize_(model, {**good, name: value})
     assert dict(model.named_modules()) == modules
     assert_same_state(model, state)
