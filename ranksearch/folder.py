@@ -27,7 +27,7 @@ IDENTITY = "ranksearch:identity"
 
 @contextmanager
 def claimed(folder: Path, spec: StudySpec, *, fresh: bool) -> Iterator[None]:
-    """Hold the study's folder for this run; `fresh` empties it first.
+    """Hold the study's folder for this run; `fresh` first deletes what a study wrote there, and nothing else.
 
     Raises:
         StudyError: the folder is a file, holds something else or another study, cannot be written, or is in use.

@@ -21,7 +21,7 @@ class Outcome(enum.Enum):
 
     DONE = "done"
     STOPPED_EARLY = "stopped early: other trials of similar size were clearly better after as much fine-tuning"
-    DIVERGED = "diverged: the loss became NaN or infinite; a lower finetune.learning_rate helps"
+    DIVERGED = "diverged: the loss or the score became NaN or infinite; a lower finetune.learning_rate helps"
     NOT_SMALLER = "not smaller than dense: the plan saves no parameters, so it was not trained"
     OUT_OF_MEMORY = "out of memory: a smaller finetune.batch_size or fewer --workers help"
     WORKER_LOST = "worker lost: its process ended before the trial did, most often for lack of memory; fewer --workers help"

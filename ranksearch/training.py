@@ -36,7 +36,7 @@ class Recipe:
 
 
 class Diverged(Exception):
-    """The loss became NaN or infinite."""
+    """The loss, or the score, became NaN or infinite."""
 
 
 def fit(model: nn.Module, task: Task, recipe: Recipe, *, seed: int, device: torch.device) -> Iterator[int]:
@@ -59,7 +59,7 @@ def fit(model: nn.Module, task: Task, recipe: Recipe, *, seed: int, device: torc
             for inputs, targets in batches(task.data.train, recipe.batch_size, generator=order):
                 loss = task.loss(model(inputs.to(device)), targets.to(device))
                 if not torch.isfinite(loss):
-                    raise Diverged
+                    raise Diverged("the loss became NaN or infinite")
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)

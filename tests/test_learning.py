@@ -185,7 +185,7 @@ def test_fitting_learns(trained):
 
 def test_divergence_is_told():
     task = Task(nets.small(), nets.few_digits())
-    with pytest.raises(training.Diverged):
+    with pytest.raises(training.Diverged, match="the loss became NaN or infinite"):
         list(training.fit(task.model, task, training.Recipe(2, learning_rate=1e30), seed=0, device=CPU))
 
 

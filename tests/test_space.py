@@ -192,7 +192,7 @@ def grouped():
     [
         (INVENTORY, "conv3", "but 'conv3' is none. Did you mean 'conv2'?"),
         (INVENTORY, "x", "but 'x' is none. Valid: conv1, conv2, fc1, fc2."),
-        (grouped(), "1", "but '1' is none. (it is depthwise)."),
+        (grouped(), "1", "but '1' is none. Skipped: it is depthwise."),
     ],
 )
 def test_a_name_that_is_no_layer_is_refused(key, found, name, rest):

@@ -101,7 +101,7 @@ def make_space(inventory: Inventory, methods: Sequence[str], *, layers: Sequence
         for name in names:
             if name not in known:
                 reason = inventory.skipped.get(name)
-                hint = f" ({reason})." if reason else nearest(name, known)
+                hint = f" Skipped: {reason}." if reason else nearest(name, known)
                 raise SpecError(f"{key} must name layers that can be decomposed, but {name!r} is none.{hint}")
     chosen = [m for kind, m in METHODS.items() if kind.method in methods]
     axes = []

@@ -59,7 +59,7 @@ class Evaluator:
             model = self.compressed(job.plan)
             for rung in self._rungs(model, job):
                 if not math.isfinite(rung.score):
-                    raise Diverged
+                    raise Diverged("the score became NaN or infinite")
                 curve.append(rung)
                 yield rung
             outcome = Outcome.DONE
