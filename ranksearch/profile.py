@@ -155,7 +155,7 @@ def kernel(model: nn.Module, layer: Layer) -> Tensor:
 
 def _digest(kernel: Tensor, methods: Mapping[str, Method], seed: int) -> str:
     # The algorithms' own version stands in the hash, so that a cache of an older release is not read.
-    about = f"2|{sorted(methods)}|{seed}|{LEVELS}|{tuple(kernel.shape)}|{kernel.dtype}"
+    about = f"3|{sorted(methods)}|{seed}|{LEVELS}|{tuple(kernel.shape)}|{kernel.dtype}"
     return hashlib.sha256(about.encode() + kernel.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 

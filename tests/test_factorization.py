@@ -276,6 +276,33 @@ def test_errors_fall_as_ranks_grow(name, shape, seed):
 
 
 @pytest.mark.parametrize("name", BY_NAME)
+@settings(max_examples=12, deadline=None)
+@given(st.tuples(*[st.integers(1, 5)] * 2, *[st.integers(2, 4)] * 2), st.integers(0, 1000), st.integers(0, 3))
+def test_refining_keeps_the_ranks_and_raises_no_error(name, shape, seed, sweeps):
+    method, kernel = BY_NAME[name], normal(*shape, seed=seed)
+    ranks = tuple((bound + 1) // 2 for bound in method.bounds(shape))
+
+    def error(factors):
+        return float((method.reconstruct(factors, shape) - kernel).norm() / kernel.norm())
+
+    factors = method.factors(kernel, method.prepare(kernel, [ranks], 0), ranks, 0)
+    refined = method.refine(kernel, factors, sweeps, 0)
+    assert tuple(tuple(factor.shape) for factor in refined) == method.factor_shapes(shape, ranks)
+    assert error(refined) <= error(factors) * (1 + 1e-6) + 1e-12
+    if name in ("svd", "spatial"):
+        assert refined is factors
+
+
+@pytest.mark.parametrize("name", ["tucker2", "cp", "cp4"])
+def test_refining_lowers_the_error(name):
+    method, kernel = BY_NAME[name], normal(8, 7, 3, 3, seed=4)
+    ranks = (3,) * len(method.bounds(kernel.shape))
+    factors = method.factors(kernel, method.prepare(kernel, [ranks], 0), ranks, 0)
+    before, after = (method.reconstruct(f, kernel.shape) - kernel for f in (factors, method.refine(kernel, factors, 50, 0)))
+    assert after.norm() < before.norm()
+
+
+@pytest.mark.parametrize("name", BY_NAME)
 def test_one_seed_one_result(name):
     model, _, layer = given_geometry("linear behind a map")
     ranks = (3,) * len(BY_NAME[name].bounds(layer.weight))

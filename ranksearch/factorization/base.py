@@ -65,6 +65,10 @@ class Method(abc.ABC):
         """The factors at `ranks`; a pure function of its arguments."""
 
     @abc.abstractmethod
+    def refine(self, kernel: Tensor, factors: tuple[Tensor, ...], sweeps: int, seed: int) -> tuple[Tensor, ...]:
+        """Factors of the same ranks after `sweeps` more of alternating least squares; as they are where none are better."""
+
+    @abc.abstractmethod
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
         """The relative errors (Frobenius) of the kernel at some of the prepared ranks, without rebuilding it."""
 

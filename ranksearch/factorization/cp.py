@@ -13,6 +13,9 @@ from ranksearch.factorization.base import Method, Prepared, Shape, pointwise, sp
 from ranksearch.layers import Layer
 from ranksearch.tensors.cp import cp_als, cp_path, reconstruct
 
+# Sweeps for a rank between two prepared ones: the start is good, and this runs at the start of every trial.
+BETWEEN = 20
+
 
 class CPMethod(Method):
     """CP of the three-way tensor (out, in, kernel positions): as many terms as `rank`, fitted by ALS."""
@@ -47,6 +50,11 @@ class CPMethod(Method):
         out, into, modes = factors_at(kernel.flatten(2), prepared, ranks[0], seed)
         return into.T, modes.T.reshape(-1, *kernel.shape[2:]), out
 
+    def refine(self, kernel: Tensor, factors: tuple[Tensor, ...], sweeps: int, seed: int) -> tuple[Tensor, ...]:
+        reduce, depthwise, expand = factors
+        out, into, modes = continued(kernel.flatten(2), (expand, reduce.T, depthwise.flatten(1).T), sweeps, seed)
+        return into.T, modes.T.reshape(-1, *kernel.shape[2:]), out
+
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
         return [float(prepared[f"{rank}.error"]) for (rank,) in ranks]
 
@@ -68,10 +76,13 @@ class CPMethod(Method):
 
 
 def prepare_path(tensor: Tensor, ranks: Sequence[tuple[int, ...]], seed: int) -> dict[str, Tensor]:
-    """CP fits at all `ranks`, warm-started downwards, as tensors named `<rank>.<mode>` and `<rank>.error`."""
+    """CP fits at all `ranks`, warm-started downwards, as tensors `<rank>.<mode>`; with `<rank>.error` and `.degeneracy`."""
     fits = cp_path(tensor, sorted({rank for (rank,) in ranks}), seed=seed)
     factors = {f"{rank}.{mode}": factor for rank, fit in fits.items() for mode, factor in enumerate(fit.factors)}
-    return factors | {f"{rank}.error": torch.tensor(fit.error, dtype=torch.float64) for rank, fit in fits.items()}
+    for rank, fit in fits.items():
+        factors[f"{rank}.error"] = torch.tensor(fit.error, dtype=torch.float64)
+        factors[f"{rank}.degeneracy"] = torch.tensor(fit.degeneracy, dtype=torch.float64)
+    return factors
 
 
 def factors_at(tensor: Tensor, prepared: Prepared, rank: int, seed: int) -> tuple[Tensor, ...]:
@@ -82,4 +93,11 @@ def factors_at(tensor: Tensor, prepared: Prepared, rank: int, seed: int) -> tupl
     if above == rank:
         return start
     # Terms are kept sorted by falling norm, so the first ones are the largest.
-    return cp_als(tensor, rank, seed=seed, init=[factor[:, :rank] for factor in start], sweeps=30).factors
+    return continued(tensor, tuple(factor[:, :rank] for factor in start), BETWEEN, seed)
+
+
+def continued(tensor: Tensor, factors: Sequence[Tensor], sweeps: int, seed: int) -> tuple[Tensor, ...]:
+    """The CP factors after as many more sweeps, or fewer where they have converged."""
+    if not sweeps:
+        return tuple(factors)
+    return cp_als(tensor, factors[0].shape[1], seed=seed, init=factors, sweeps=sweeps).factors

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ranksearch import plan
 from ranksearch.factorization.base import Method, Prepared, Shape, pointwise, spatial, stack
-from ranksearch.factorization.cp import factors_at, prepare_path
+from ranksearch.factorization.cp import continued, factors_at, prepare_path
 from ranksearch.layers import Layer
 from ranksearch.tensors.cp import reconstruct
 
@@ -47,6 +47,11 @@ class CP4Method(Method):
 
     def factors(self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int) -> tuple[Tensor, ...]:
         out, into, high, wide = factors_at(kernel, prepared, ranks[0], seed)
+        return into.T, high.T, wide.T, out
+
+    def refine(self, kernel: Tensor, factors: tuple[Tensor, ...], sweeps: int, seed: int) -> tuple[Tensor, ...]:
+        reduce, high, wide, expand = factors
+        out, into, high, wide = continued(kernel, (expand, reduce.T, high.T, wide.T), sweeps, seed)
         return into.T, high.T, wide.T, out
 
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:

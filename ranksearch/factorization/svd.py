@@ -48,6 +48,9 @@ class SVDMethod(Method):
         left, right = SVDFactors(prepared["left"], prepared["singular"], prepared["right"]).at(ranks[0])
         return right, left
 
+    def refine(self, kernel: Tensor, factors: tuple[Tensor, ...], sweeps: int, seed: int) -> tuple[Tensor, ...]:
+        return factors
+
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
         every = SVDFactors(prepared["left"], prepared["singular"], prepared["right"]).errors().tolist()
         return [every[rank - 1] for (rank,) in ranks]

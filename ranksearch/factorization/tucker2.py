@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ranksearch import plan
 from ranksearch.factorization.base import Method, Prepared, Shape, pointwise, spatial, stack
 from ranksearch.layers import Layer
-from ranksearch.tensors.tucker import HOSVD, hosvd
+from ranksearch.tensors.tucker import HOSVD, hooi, hosvd
 
 
 class Tucker2Method(Method):
@@ -46,6 +46,10 @@ class Tucker2Method(Method):
 
     def factors(self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int) -> tuple[Tensor, ...]:
         core, u_out, u_in = HOSVD(prepared["core"], prepared["u_out"], prepared["u_in"]).at(*ranks)
+        return u_in.T, core.reshape(*core.shape[:2], *kernel.shape[2:]), u_out
+
+    def refine(self, kernel: Tensor, factors: tuple[Tensor, ...], sweeps: int, seed: int) -> tuple[Tensor, ...]:
+        core, u_out, u_in = hooi(kernel.flatten(2), factors[2], factors[0].T, sweeps=sweeps)
         return u_in.T, core.reshape(*core.shape[:2], *kernel.shape[2:]), u_out
 
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:

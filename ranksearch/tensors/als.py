@@ -17,6 +17,8 @@ from torch import Tensor
 from ranksearch.tensors.matrix import principal, unfold
 
 _NEWTON_STEPS = 50
+# A bound counts as reached from this part of it on: one factorization of the normal equations then mostly serves.
+_REACHED = 0.97
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Terms:
     weights: Float[Tensor, " rank"]
     error: float = math.inf
     sweeps: int = 0
+    ridges: tuple[float, ...] = ()
+    """The ridge that each mode's last update ended with: where the next search for it begins."""
 
     @property
     def degeneracy(self) -> float:
@@ -132,7 +136,7 @@ def slice_terms(core: Float[Tensor, "*dims"], rank: int) -> Terms:
 
 
 def run(core: Float[Tensor, "*dims"], start: Terms, rule: Rule) -> Terms:
-    """Sweep until one sweep lowers the error by less than `tolerance` of itself; no sweep that is kept raises it.
+    """Sweep until one sweep lowers the error by less than `tolerance`; no sweep that is kept raises it.
 
     Nesterov's momentum between sweeps, dropped whenever it overshoots (Mitchell, Ye and De Sterck 2020, "Nesterov
     acceleration of alternating least squares for canonical tensor decomposition").
@@ -146,7 +150,7 @@ def run(core: Float[Tensor, "*dims"], start: Terms, rule: Rule) -> Terms:
         gain = last.error - tried.error
         if gain >= 0:
             older, last = last, tried
-        if gain > rule.tolerance * last.error:
+        if gain > rule.tolerance:
             age += 1
         elif momentum == 0:
             break
@@ -162,51 +166,58 @@ def sweep(core: Float[Tensor, "*dims"], terms: Terms, rule: Rule) -> Terms:
     rest = [mode for mode in range(core.ndim) if mode != long]
     matrix = unfold(core, long)
     rows, grams = list(terms.rows), [_gram(row) for row in terms.rows]
-    projection, weights = khatri_rao([rows[mode] for mode in rest]) @ matrix.T, terms.weights
+    ridges, weights = list(terms.ridges or [0.0] * core.ndim), terms.weights
+    projection = khatri_rao([rows[mode] for mode in rest]) @ matrix.T
     partial = None
-    for mode in (long, *rest):
+    for mode, *later in ([long], *(rest[place:] for place in range(len(rest)))):
         if mode != long:
-            # One more product with the whole tensor serves all the shorter modes.
+            # One more product with the whole tensor serves all the shorter modes; each leaves it when it is done.
             partial = (rows[long] @ matrix).unflatten(1, [core.shape[m] for m in rest]) if partial is None else partial
-            projection = _contract(partial, [rows[other] for other in rest], rest.index(mode))
+            projection = _project(partial, [rows[other] for other in later])
         others = _product(grams[:mode] + grams[mode + 1 :])
-        rows[mode], weights = unit(solve(others, projection.double(), rule).to(core.dtype))
+        solution, ridges[mode] = solve(others, projection.double(), rule, ridges[mode])
+        rows[mode], weights = unit(solution.to(core.dtype))
         grams[mode] = _gram(rows[mode])
+        if later:
+            assert partial is not None
+            partial = torch.einsum("ri,ri...->r...", rows[mode], partial)
     scaled = weights.double()
     inner = float(scaled @ (projection * rows[rest[-1]]).sum(1).double())
     squared = 1 - 2 * inner + float(scaled @ _product(grams) @ scaled)
-    return Terms(tuple(rows), weights, math.sqrt(max(squared, 0.0)))
+    return Terms(tuple(rows), weights, math.sqrt(max(squared, 0.0)), ridges=tuple(ridges))
 
 
-def solve(gram: Float[Tensor, "rank rank"], right: Float[Tensor, "rank dim"], rule: Rule) -> Float[Tensor, "rank dim"]:
+def solve(
+    gram: Float[Tensor, "rank rank"], right: Float[Tensor, "rank dim"], rule: Rule, ridge: float = 0.0
+) -> tuple[Float[Tensor, "rank dim"], float]:
     """One mode's normal equations, `(gram + ridge I) x = right`, with the ridge raised until `|x|^2 <= max_degeneracy`.
 
     As the other modes hold unit vectors, |x|^2 is the sum of the squared norms of the terms: the result has the least
-    error of all that keep to the bound. The ridge is the root of the secular equation |x|^2 = max_degeneracy, found by
-    Newton's method as in trust regions (Conn, Gould and Toint 2000, section 7.3). All in float64.
+    error of all that keep to the bound (or to the few per cent less at which the search is content). The ridge is the
+    root of the secular equation |x|^2 = max_degeneracy, found by Newton's method as in trust regions (Conn, Gould and
+    Toint 2000, section 7.3), from the given one, and returned too. All in float64.
     """
-    damped = gram + rule.ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    triangle, failed = torch.linalg.cholesky_ex(damped)
-    if not int(failed):
-        solution = torch.cholesky_solve(right, triangle)
-        if float(solution.square().sum()) <= rule.max_degeneracy:
-            return solution
-    values, vectors = torch.linalg.eigh(gram)
-    turned = vectors.T @ right
-    energy, values = turned.square().sum(1), values.clamp_min(0)
-    ridge = max(rule.ridge, float(values[-1]) * len(values) * torch.finfo(values.dtype).eps)
+    least, bound = rule.ridge, rule.max_degeneracy
+    ridge = max(ridge, least)
     for _ in range(_NEWTON_STEPS):
-        length = float((energy / (values + ridge).square()).sum())
-        if length <= rule.max_degeneracy * (1 + 1e-9):
+        damped = gram.clone()
+        damped.diagonal().add_(ridge)
+        triangle, failed = torch.linalg.cholesky_ex(damped)
+        if int(failed):
+            ridge = least = max(10 * ridge, float(gram.trace()) * torch.finfo(gram.dtype).eps)
+            continue
+        solution = torch.cholesky_solve(right, triangle)
+        length = float(solution.square().sum())
+        if length <= bound and (ridge <= least or length >= _REACHED * bound):
             break
-        slope = float((energy / (values + ridge).pow(3)).sum())
-        ridge += (math.sqrt(length / rule.max_degeneracy) - 1) * length / slope
-    return vectors @ (turned / (values + ridge)[:, None])
+        slope = float(torch.linalg.solve_triangular(triangle, solution, upper=False).square().sum())
+        ridge = max(least, ridge + (math.sqrt(length / bound * 2 / (1 + _REACHED)) - 1) * length / slope)
+    return solution, ridge
 
 
 def _gram(row: Tensor) -> Tensor:
     # In float64: the normal equations of nearly parallel terms lose twice the digits of the vectors.
-    return row.double() @ row.double().T
+    return (row @ row.T).double()
 
 
 def _product(grams: list[Tensor]) -> Tensor:
@@ -216,10 +227,6 @@ def _product(grams: list[Tensor]) -> Tensor:
     return result
 
 
-def _contract(partial: Tensor, rows: list[Tensor], kept: int) -> Tensor:
-    """Contract every mode of `partial` (rank, dims) but `kept` with its rows, term by term."""
-    for position in reversed(range(len(rows))):
-        if position != kept:
-            moved = partial.movedim(position + 1, -1)
-            partial = (moved.flatten(1, -2) @ rows[position][:, :, None]).reshape(moved.shape[:-1])
-    return partial
+def _project(partial: Float[Tensor, "rank dim *others"], rows: list[Tensor]) -> Float[Tensor, "rank dim"]:
+    """Contract every mode of `partial` but the first with its rows, term by term."""
+    return (partial.flatten(2) @ khatri_rao(rows)[:, :, None]).squeeze(2) if rows else partial

@@ -26,7 +26,7 @@ RIDGE = 1e-6
 # Without a bound the terms reach several hundred times the tensor's energy.
 MAX_DEGENERACY = 10.0
 # Noise on the first start, relative to its unit vectors, and on the further ones.
-_NUDGE, _SHAKE = 0.1, 1.0
+_NUDGE, _SHAKE = 1.0, 1.0
 # Errors up to this many units of rounding are none.
 _NOTHING = 100
 
@@ -125,7 +125,7 @@ def cp_path(
     ranks: Iterable[int],
     *,
     seed: int = 0,
-    sweeps: int = 60,
+    sweeps: int = 20,
     tolerance: float = 1e-4,
     ridge: float = RIDGE,
     max_degeneracy: float = MAX_DEGENERACY,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ranksearch.tensors.matrix import check_rank, floating, principal, signed, unfold
+
+if TYPE_CHECKING:
+    from tensorly.tucker_tensor import TuckerTensor
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,15 @@ class HOSVD:
         check_rank("rank_in", rank_in, self.core.shape[1])
         check_rank("rank_out", rank_out, self.core.shape[0])
         return self.core[:rank_out, :rank_in], self.u_out[:, :rank_out], self.u_in[:, :rank_in]
+
+    def to_tensorly(self, rank_in: int, rank_out: int) -> TuckerTensor:
+        """The slice at these ranks as a TensorLy Tucker tensor with the identity for the third mode; its functions need
+        TensorLy's torch backend. Raises `ValueError` as `at`."""
+        # Here, since it takes half a second to import, in every worker.
+        from tensorly.tucker_tensor import TuckerTensor
+
+        core, u_out, u_in = self.at(rank_in, rank_out)
+        return TuckerTensor((core, [u_out, u_in, torch.eye(core.shape[2]).to(core)]))
 
     def errors(self) -> Float[Tensor, "in_rank out_rank"]:
         """Relative Frobenius error of every pair, float64: entry [i - 1, o - 1] belongs to rank_in=i, rank_out=o.
@@ -56,16 +69,18 @@ def hosvd(kernel: Float[Tensor, "out in_ k"]) -> HOSVD:
     return HOSVD(_core(values, u_out, u_in), u_out, u_in)
 
 
-def hooi(kernel: Float[Tensor, "out in_ k"], rank_in: int, rank_out: int, *, sweeps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Core (rank_out, rank_in, k), u_out (out, rank_out), u_in (in, rank_in), refined by `sweeps` of HOOI.
+def hooi(
+    kernel: Float[Tensor, "out in_ k"], u_out: Float[Tensor, "out rank_out"], u_in: Float[Tensor, "in_ rank_in"], *, sweeps: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Core (rank_out, rank_in, k), u_out and u_in after `sweeps` of HOOI (De Lathauwer et al. 2000b) from orthonormal bases.
 
-    Starts from the HOSVD, and no sweep raises the error (De Lathauwer et al. 2000b).
+    No sweep raises the error. From an HOSVD the first one gains nearly all that there is: see docs/benchmarks.md.
 
     Raises:
-        ValueError: a rank is out of range, or the kernel is not three finite modes.
+        ValueError: the kernel is not three finite modes.
     """
     values = _three_modes(kernel)
-    _, u_out, u_in = hosvd(values).at(rank_in, rank_out)
+    rank_out, rank_in = u_out.shape[1], u_in.shape[1]
     for _ in range(sweeps):
         u_out = _leading(torch.einsum("oik,iq->oqk", values, u_in), 0, rank_out)
         u_in = _leading(torch.einsum("oik,op->pik", values, u_out), 1, rank_in)

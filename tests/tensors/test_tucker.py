@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import pytest
+import tensorly
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -79,14 +80,14 @@ def test_no_sweep_of_hooi_raises_the_error(shape, seed):
     kernel = normal(*shape, seed=seed)
     fit = hosvd(kernel)
     i, o = (fit.core.shape[1] + 1) // 2, (fit.core.shape[0] + 1) // 2
-    errors = [error(fit.at(i, o), kernel)] + [error(hooi(kernel, i, o, sweeps=n), kernel) for n in (0, 1, 2, 5)]
+    errors = [error(fit.at(i, o), kernel)] + [error(hooi(kernel, *fit.at(i, o)[1:], sweeps=n), kernel) for n in (0, 1, 2, 5)]
     assert errors[0] == pytest.approx(errors[1], abs=1e-12)
     assert all(after <= before + 1e-12 for before, after in pairwise(errors))
 
 
 def test_hooi_finds_a_planted_core():
     kernel = rebuilt(normal(3, 2, 4, seed=1), normal(12, 3, seed=2), normal(8, 2, seed=3))
-    core, u_out, u_in = hooi(kernel, 2, 3, sweeps=1)
+    core, u_out, u_in = hooi(kernel, *hosvd(kernel).at(2, 3)[1:], sweeps=1)
     assert (core.shape, u_out.shape, u_in.shape) == ((3, 2, 4), (12, 3), (8, 2))
     assert error((core, u_out, u_in), kernel) < 1e-12
     assert float(hosvd(kernel).errors()[1, 2]) < 1e-12
@@ -120,7 +121,14 @@ def test_a_rank_outside_the_kernel_is_refused(ranks, message):
     with pytest.raises(ValueError, match=message):
         hosvd(normal(4, 3, 9)).at(*ranks)
     with pytest.raises(ValueError, match=message):
-        hooi(normal(4, 3, 9), *ranks, sweeps=1)
+        hosvd(normal(4, 3, 9)).to_tensorly(*ranks)
+
+
+def test_the_tensorly_form_is_the_same_tensor():
+    fit = hosvd(normal(5, 4, 3))
+    with tensorly.backend_context("pytorch"):
+        whole = tensorly.tucker_to_tensor(fit.to_tensorly(2, 3))
+    torch.testing.assert_close(whole, rebuilt(*fit.at(2, 3)))
 
 
 def test_a_kernel_has_three_modes():
