@@ -1,7 +1,7 @@
 """The decomposition core against tensorly, side by side in one run on the same weights.
 
-    python benchmarks/decompose.py            # about half an hour on two cores; prints the tables of docs/benchmarks.md
-    python benchmarks/decompose.py --quick    # LeNet and ResNet-18 with fewer of tensorly's ranks
+    python benchmarks/decompose.py --write         # about half an hour on two cores; makes the tables of docs/benchmarks.md
+    python benchmarks/decompose.py --nets LeNet    # minutes; prints them only
 
 Weights are untrained, given a decaying spectrum so that ranks mean something. Both sides run in float32 with the same
 number of threads, on the same rank grid (ten levels a mode), to the same stopping tolerance. Where tensorly's whole grid
@@ -11,37 +11,40 @@ would take hours, evenly spaced ranks of it are timed and the whole is extrapola
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import resource
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
+from multiprocessing import get_context
 from typing import TypeVar
 
 import numpy as np
 import tensorly as tl
 import torch
 import torchvision
+from pages import machine, row, said, table, write_section
 from tensorly.decomposition import parafac, partial_tucker
 from torch import Tensor, nn
 
 from ranksearch.factorization import METHODS
-from ranksearch.layers import Layer, inventory
+from ranksearch.layers import Inventory, inventory
 from ranksearch.models import lenet
-from ranksearch.plan import CP, Tucker2
+from ranksearch.plan import CP, CP4, Tucker2
 from ranksearch.profile import kernel, profile, rank_grid
 from ranksearch.strategy.space import applies
-from ranksearch.tensors.cp import cp_als, reconstruct
-from ranksearch.tensors.tucker import HOSVD, hosvd
+from ranksearch.tensors.cp import cp_path, reconstruct
+from ranksearch.tensors.tucker import HOSVD, hooi, hosvd
 from ranksearch.tensors.vbmf import vbmf
 
 T = TypeVar("T")
 DECAY = 0.7
 """Singular values of every unfolding fall about as k^-0.7, as those of trained networks do."""
 TOLERANCE, SWEEPS = 1e-4, 60
+"""Tensorly's, for both of its decompositions; ours stops at the same tolerance, or after the sweeps of a profile."""
+SAMPLES = {"LeNet": 100, "NIN": 12, "ResNet-18": 4, "ResNet-50": 4}
+"""Rank pairs a layer that `partial_tucker` is timed at; a hundred are all."""
 
 NIN = ((192, 3, 5), (160, 192, 1), (96, 160, 1), (192, 96, 5), (192, 192, 1), (192, 192, 1), (192, 192, 3), (192, 192, 1),
        (192, 192, 1), (10, 192, 1))  # fmt: skip
@@ -62,37 +65,38 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 @dataclass(frozen=True)
-class Timed:
-    """Seconds on each side, the worst ratio of errors (ours / tensorly's), and how much of tensorly's grid was timed."""
+class Row:
+    """One net or kernel: seconds on each side, extrapolated from `sampled` of `whole` fits, and ratios of errors, ours /
+    tensorly's, at the sampled ones."""
 
+    name: str
     ours: float
     theirs: float
-    worst: float
+    ratios: tuple[float, ...]
     sampled: int
     whole: int
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two nets, fewer of tensorly's ranks")
-    parser.add_argument("--nets", nargs="+", choices=NETS, help="only these")
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS), help="only these")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
     options = parser.parse_args()
     tl.set_backend("pytorch")
     warnings.filterwarnings("ignore")
-    names = options.nets or (["LeNet", "ResNet-18"] if options.quick else list(NETS))
-    versions = f"torch {torch.__version__}, tensorly {version('tensorly')}, Python {platform.python_version()}"
-    print(f"{versions}, {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads\n")
-    vbmf_table()
-    for name in names:
-        make, shape = NETS[name]
-        torch.manual_seed(0)
-        model = make().eval()
-        decay_(model)
-        found = inventory(model, torch.zeros(shape))
-        print(f"\n### {name}: {found.params:,} parameters, {len(found.layers)} layers\n", flush=True)
-        tucker_table(model, found.layers, samples=3 if options.quick else 6)
-        cp_table(model, found.layers)
-        profile_line(model, found)
+    parts = [machine("torch", "tensorly"), vbmf_line(), "", *profile_table(options.nets), "", *tucker_table(options.nets), ""]
+    parts += cp_table(options.nets)
+    if options.write:
+        write_section("decompose", "python benchmarks/decompose.py --write", "\n".join(parts))
+
+
+def built(name: str) -> tuple[nn.Module, Inventory]:
+    """The net with a decaying spectrum, and its layers."""
+    make, shape = NETS[name]
+    torch.manual_seed(0)
+    model = make().eval()
+    decay_(model)
+    return model, inventory(model, torch.zeros(shape))
 
 
 def decay_(model: nn.Module) -> None:
@@ -109,80 +113,144 @@ def decay_(model: nn.Module) -> None:
                 weight.div_(weight.std()).mul_(0.05).add_(torch.randn_like(weight), alpha=1e-3)
 
 
-def vbmf_table() -> None:
+def vbmf_line() -> str:
     matrix = torch.randn(512, 20) @ torch.randn(20, 4608) + torch.randn(512, 4608)
     seconds, found = timed(lambda: vbmf(matrix))
-    print(f"VBMF of a 512x4608 unfolding with 20 planted ranks: rank {found.rank}, {seconds:.2f} s")
+    return said(f"VBMF of a 512x4608 unfolding with 20 planted ranks: rank {found.rank}, {seconds:.2f} s.")
 
 
-def tucker_table(model: nn.Module, layers: Sequence[Layer], *, samples: int) -> None:
-    """One HOSVD a layer serves every pair of ranks; tensorly's HOOI runs once a pair."""
-    method, rows = METHODS[Tucker2], []
-    for layer in layers:
-        if applies(method, layer):
-            tensor = kernel(model, layer).flatten(2)
-            grid = [ranks for ranks in rank_grid(method, layer) if min(ranks) > 1] or rank_grid(method, layer)
-            ours, errors = timed(lambda t=tensor: all_errors(hosvd(t)))
-            chosen = [grid[i] for i in np.unique(np.linspace(0, len(grid) - 1, samples).round().astype(int))]
-            theirs, found = timed(lambda t=tensor, c=chosen: [hooi_error(t, ranks) for ranks in c])
-            worst = max(float(errors[i - 1, o - 1]) / e for (i, o), e in zip(chosen, found, strict=True) if e > 1e-4)
-            rows.append(Timed(ours, theirs * len(grid) / len(chosen), worst, len(chosen), len(grid)))
-    total = summed(rows)
-    print(
-        f"Tucker-2, {len(rows)} layers, {total.whole} rank pairs: ours {total.ours:.2f} s; partial_tucker "
-        f"{total.theirs:.0f} s (extrapolated from {total.sampled} pairs): {total.theirs / total.ours:.0f}x; largest ratio of "
-        f"errors {total.worst:.4f}",
-        flush=True,
-    )
+def profile_table(nets: Sequence[str]) -> list[str]:
+    """Everything that a study asks of the core before its first trial; each net in a process of its own, for its peak."""
+    head = ["whole profile", "layers", "candidates", "seconds", "of it CP and CP-4", "memory above the model"]
+    lines = table(head)
+    for name in nets:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            layers, count, seconds, cp, grown = pool.submit(profile_seconds, name).result()
+        lines.append(row(name, layers, count, f"{seconds:.1f}", f"{cp:.1f}", f"{grown:.2f} GiB"))
+    return lines
 
 
-def all_errors(found: HOSVD) -> Tensor:
-    return found.errors()
+def profile_seconds(name: str) -> tuple[int, int, float, float, float]:
+    model, found = built(name)
+    methods = {layer.name: [m for m in METHODS.values() if applies(m, layer)] for layer in found.layers}
+    before, cp = peak_gib(), 0.0
+
+    def noting(prepare: Callable[..., T]) -> Callable[..., T]:
+        def prepared(*args: object) -> T:
+            nonlocal cp
+            seconds, result = timed(lambda: prepare(*args))
+            cp += seconds
+            return result
+
+        return prepared
+
+    for kind in (CP, CP4):
+        METHODS[kind].prepare = noting(METHODS[kind].prepare)  # type: ignore[method-assign]
+    seconds, count = timed(lambda: sum(1 for p in profile(model, found, methods).layers.values() for _ in p.candidates()))
+    return len(found.layers), count, seconds, cp, peak_gib() - before
 
 
-def hooi_error(tensor: Tensor, ranks: tuple[int, int]) -> float:
+def peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def tucker_table(nets: Sequence[str]) -> list[str]:
+    """One HOSVD a layer serves every pair of ranks; tensorly's HOOI runs once a pair, and so does our refinement."""
+    method = METHODS[Tucker2]
+    head = [
+        "Tucker-2 profile",
+        "pairs (timed)",
+        "partial_tucker",
+        "HOSVD",
+        "",
+        "largest error",
+        "its one HOOI sweep",
+        "",
+        "largest error",
+    ]
+    lines = table(head)
+    for name in nets:
+        model, found = built(name)
+        once, refined = [], []
+        for layer in found.layers:
+            if not applies(method, layer):
+                continue
+            tensor, grid = kernel(model, layer).flatten(2), rank_grid(method, layer)
+            chosen = [grid[i] for i in np.unique(np.linspace(0, len(grid) - 1, SAMPLES[name]).round().astype(int))]
+            seconds, fit = timed(lambda t=tensor: hosvd(t))
+            more, errors = timed(lambda f=fit: f.errors())
+            times = len(grid) / len(chosen)
+            theirs, peers = timed(lambda t=tensor, c=chosen: [hooi_error(t, ranks) for ranks in c])
+            sweep, swept = timed(lambda t=tensor, f=fit, c=chosen: [swept_error(t, f, ranks) for ranks in c])
+            ratios = [float(errors[i - 1, o - 1]) / e for (i, o), e in zip(chosen, peers, strict=True) if e > 1e-4]
+            better = [mine / e for mine, e in zip(swept, peers, strict=True) if e > 1e-4]
+            once.append(Row(layer.name, seconds + more, theirs * times, tuple(ratios), len(chosen), len(grid)))
+            refined.append(Row(layer.name, seconds + sweep * times, theirs * times, tuple(better), len(chosen), len(grid)))
+        plain, best = summed(name, once), summed(name, refined)
+        lines.append(
+            row(
+                name, f"{plain.whole} ({plain.sampled})", f"{plain.theirs:.0f} s", f"{plain.ours:.2f} s",
+                f"{plain.theirs / plain.ours:.0f}x", f"{max(plain.ratios):.4f}", f"{best.ours:.1f} s",
+                f"{best.theirs / best.ours:.0f}x", f"{max(best.ratios):.4f}",
+            )
+        )  # fmt: skip
+    return lines
+
+
+def hooi_error(tensor: Tensor, ranks: tuple[int, ...]) -> float:
     rank_in, rank_out = ranks
     (core, factors), _ = partial_tucker(
         tensor, rank=[rank_out, rank_in], modes=[0, 1], init="svd", tol=TOLERANCE, n_iter_max=SWEEPS
     )
-    rebuilt = torch.einsum("abk,oa,ib->oik", core, factors[0], factors[1])
-    return float((rebuilt - tensor).norm() / tensor.norm())
+    return tucker_error(tensor, core, factors[0], factors[1])
 
 
-def cp_table(model: nn.Module, layers: Sequence[Layer]) -> None:
-    """The distinct large kernels, each at one rank, both sides from scratch to the same tolerance."""
-    seen = set()
-    for layer in layers:
-        if applies(METHODS[CP], layer) and min(layer.weight[:2]) >= 64 and layer.weight not in seen:
+def swept_error(tensor: Tensor, fit: HOSVD, ranks: tuple[int, ...]) -> float:
+    _, u_out, u_in = fit.at(*ranks)
+    return tucker_error(tensor, *hooi(tensor, u_out, u_in, sweeps=1))
+
+
+def tucker_error(tensor: Tensor, core: Tensor, u_out: Tensor, u_in: Tensor) -> float:
+    return float((torch.einsum("abk,oa,ib->oik", core, u_out, u_in) - tensor).norm() / tensor.norm())
+
+
+def cp_table(nets: Sequence[str]) -> list[str]:
+    """The distinct kernels of all nets, each at its ten ranks, both sides to the same tolerance and bound on sweeps."""
+    method = METHODS[CP]
+    head = ["CP of", "ranks", "parafac", "ours", "", "mean error", "largest error", "largest degeneracy, parafac's and ours"]
+    lines, seen = table(head), set()
+    for name in nets:
+        model, found = built(name)
+        for layer in found.layers:
+            if not applies(method, layer) or min(layer.weight[:2]) < 32 or layer.weight in seen:
+                continue
             seen.add(layer.weight)
-            tensor, rank = kernel(model, layer).flatten(2), min(64, min(layer.weight[:2]) // 2)
-            ours, fit = timed(lambda t=tensor, r=rank: cp_als(t, r, tolerance=TOLERANCE, sweeps=SWEEPS))
-            theirs, error = timed(lambda t=tensor, r=rank: parafac_error(t, r))
-            print(
-                f"CP rank {rank} of {'x'.join(map(str, tensor.shape))}: ours {ours:.2f} s, error {fit.error:.4f}, degeneracy "
-                f"{fit.degeneracy:.1f}; parafac {theirs:.2f} s, error {error:.4f}: {theirs / ours:.1f}x",
-                flush=True,
-            )
+            tensor, ranks = kernel(model, layer).flatten(2), [rank for (rank,) in rank_grid(method, layer)]
+            ours, fits = timed(lambda t=tensor, r=ranks: cp_path(t, r))
+            theirs, peers = timed(lambda t=tensor, r=ranks: [parafac_fit(t, rank) for rank in r])
+            ratios = [fits[rank].error / error for rank, (error, _) in zip(ranks, peers, strict=True)]
+            worst = max(degeneracy for _, degeneracy in peers), max(fit.degeneracy for fit in fits.values())
+            lines.append(
+                row(
+                    "x".join(map(str, tensor.shape)), f"{ranks[0]}..{ranks[-1]}", f"{theirs:.1f} s", f"{ours:.1f} s",
+                    f"{theirs / ours:.1f}x", f"{np.mean(ratios):.4f}", f"{max(ratios):.4f}", f"{worst[0]:.0f}, {worst[1]:.0f}",
+                )
+            )  # fmt: skip
+    return lines
 
 
-def parafac_error(tensor: Tensor, rank: int) -> float:
+def parafac_fit(tensor: Tensor, rank: int) -> tuple[float, float]:
+    """Relative error, and the sum of the squared norms of the terms over that of the tensor."""
     found = parafac(tensor, rank, init="svd", tol=TOLERANCE, n_iter_max=SWEEPS, random_state=0)
     scaled = [found.factors[0] * found.weights, *found.factors[1:]]
-    return float((reconstruct(scaled) - tensor).norm() / tensor.norm())
+    terms = torch.stack([factor.norm(dim=0) for factor in scaled]).prod(0)
+    return float((reconstruct(scaled) - tensor).norm() / tensor.norm()), float((terms.norm() / tensor.norm()).square())
 
 
-def profile_line(model: nn.Module, found) -> None:  # type: ignore[no-untyped-def]
-    """Everything that a study asks of the core before its first trial: all methods, all layers, all errors."""
-    methods = {layer.name: [m for m in METHODS.values() if applies(m, layer)] for layer in found.layers}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds, count = timed(lambda: sum(1 for p in profile(model, found, methods).layers.values() for _ in p.candidates()))
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
-    print(f"Whole profile, all methods: {count} candidates in {seconds:.1f} s; peak memory grew by {grown:.2f} GiB", flush=True)
-
-
-def summed(rows: Sequence[Timed]) -> Timed:
-    return Timed(
-        sum(r.ours for r in rows), sum(r.theirs for r in rows), max(r.worst for r in rows), sum(r.sampled for r in rows),
+def summed(name: str, rows: Sequence[Row]) -> Row:
+    ratios = tuple(ratio for r in rows for ratio in r.ratios)
+    return Row(
+        name, sum(r.ours for r in rows), sum(r.theirs for r in rows), ratios, sum(r.sampled for r in rows),
         sum(r.whole for r in rows),
     )  # fmt: skip
 

@@ -1,0 +1,46 @@
+"""Tables of benchmarks: printed as they grow, and kept in docs/benchmarks.md, a section for each script."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+
+
+def machine(*packages: str) -> str:
+    """Versions, cores and date, as a sentence."""
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    about = f"{platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}"
+    return said(f"{about}; {datetime.now(UTC):%Y-%m-%d}.\n")
+
+
+def table(head: Sequence[str]) -> list[str]:
+    """The first two lines of a Markdown table."""
+    return [row(*head), said("|" + " --- |" * len(head))]
+
+
+def row(*cells: object) -> str:
+    """A line of a Markdown table."""
+    return said("| " + " | ".join(map(str, cells)) + " |")
+
+
+def said(line: str) -> str:
+    """The line, printed."""
+    print(line, flush=True)
+    return line
+
+
+def write_section(name: str, command: str, text: str) -> None:
+    """Replace what stands between the marks of `name` in docs/benchmarks.md; the words around it stay."""
+    page = PAGE.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name}: made by `{command}` -->", f"<!-- end of {name} -->"
+    pattern = re.compile(f"<!-- {name}:.*?{re.escape(end)}", re.DOTALL)
+    if not pattern.search(page):
+        raise SystemExit(f"{PAGE} must hold the marks of {name!r}: {begin} and {end}.")
+    PAGE.write_text(pattern.sub(lambda _: f"{begin}\n{text}\n{end}", page), encoding="utf-8")
