@@ -17,6 +17,8 @@ from torch import Tensor
 from ranksearch.tensors.matrix import principal, unfold
 
 _NEWTON_STEPS = 50
+# Eigenvalues of a Gram matrix in float64 above this part of the largest are no rounding.
+_SAFE = 1e-12
 # A bound counts as reached from this part of it on: one factorization of the normal equations then mostly serves.
 _REACHED = 0.97
 
@@ -67,7 +69,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class Compressed:
-    """A tensor as `norm` times a core of norm one, multiplied by an orthonormal basis in every mode."""
+    """A tensor as `norm` times a core of norm one, multiplied by orthonormal columns in every mode."""
 
     core: Float[Tensor, "*core_dims"]
     bases: tuple[Float[Tensor, "dim core_dim"], ...]
@@ -75,20 +77,26 @@ class Compressed:
 
     @classmethod
     def of(cls, tensor: Float[Tensor, "*dims"]) -> Compressed:
-        """HOSVD of every mode of a tensor that is not zero.
+        """HOSVD of a tensor that is not zero, of the modes where it helps.
 
         Only slices below the rounding of the tensor's own type are left out, which makes low-rank tensors and modes
-        longer than the product of all others cheap, and leaves the error of every CP as it is.
+        longer than the product of all others cheap, and leaves the error of every CP as it is. Of the two longest modes
+        one that has no such slices stays as it is, since turning them would take as long as some sweeps do.
         """
         norm = float(tensor.double().norm())
-        core, bases = tensor.double() / norm, []
-        for mode in range(tensor.ndim):
-            basis = principal(unfold(core, mode))[0]
-            turned = basis.T @ unfold(core, mode)
+        core = tensor.double() / norm
+        bases = [torch.eye(size, dtype=tensor.dtype, device=tensor.device) for size in tensor.shape]
+        by_size = sorted(range(tensor.ndim), key=lambda mode: tensor.shape[mode])
+        for mode in by_size:
+            unfolding = unfold(core, mode)
+            if mode in by_size[-2:] and _has_full_rank(unfolding):
+                continue
+            basis = principal(unfolding)[0]
+            turned = basis.T @ unfolding
             kept = turned.norm(dim=1) > 2 * torch.finfo(tensor.dtype).eps
             rest = [size for other, size in enumerate(core.shape) if other != mode]
             core = turned[kept].reshape(-1, *rest).movedim(0, mode)
-            bases.append(basis[:, kept].to(tensor.dtype))
+            bases[mode] = basis[:, kept].to(tensor.dtype)
         return cls(core.to(tensor.dtype).contiguous(), tuple(bases), norm)
 
 
@@ -100,6 +108,14 @@ class Rule:
     tolerance: float
     ridge: float
     max_degeneracy: float
+
+
+def _has_full_rank(unfolding: Float[Tensor, "m n"]) -> bool:
+    """Whether every direction of the rows is well above rounding."""
+    if unfolding.shape[0] > unfolding.shape[1]:
+        return False
+    energy = torch.linalg.eigvalsh(unfolding @ unfolding.T)
+    return float(energy[0]) > _SAFE * float(energy[-1])
 
 
 def unit(rows: Float[Tensor, "rank dim"]) -> tuple[Float[Tensor, "rank dim"], Float[Tensor, " rank"]]:
