@@ -125,7 +125,7 @@ def cp_path(
     ranks: Iterable[int],
     *,
     seed: int = 0,
-    sweeps: int = 30,
+    sweeps: int = 25,
     tolerance: float = 1e-4,
     ridge: float = RIDGE,
     max_degeneracy: float = MAX_DEGENERACY,
