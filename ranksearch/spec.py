@@ -133,6 +133,20 @@ class StudySpec:
         return {key: value for key, value in flat.items() if key not in free}
 
 
+def complete_identity(identity: Mapping[str, Any], *, source: str) -> dict[str, Any]:
+    """The identity of a study that was begun before some keys were there: those have their defaults.
+
+    Raises:
+        SpecError: it holds a key that is none, as a newer release may have.
+    """
+    data: dict[str, Any] = {}
+    for key, value in identity.items():
+        section, _, inner = key.partition(".")
+        data |= {section: data.get(section, {}) | {inner: value}} if inner else {section: value}
+    spec: StudySpec = _section(StudySpec, data, source=source, path="")
+    return spec.identity()
+
+
 def parse_spec(text: str, *, source: str, overrides: Sequence[str] = ()) -> StudySpec:
     """The study that TOML `text` describes, with `section.key=value` overrides on top.
 

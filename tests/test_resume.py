@@ -14,6 +14,7 @@ import optuna
 import pytest
 from safetensors.torch import load_file
 
+from ranksearch import folder
 from ranksearch.console import Silent
 from ranksearch.data import example
 from ranksearch.errors import StudyError
@@ -57,6 +58,14 @@ def test_an_orphan_is_queued_again_in_its_place(finished, tmp_path):
         assert states.count("COMPLETE") + states.count("PRUNED") == 8
         assert "RUNNING" not in states
         assert "WAITING" not in states
+
+
+def test_a_study_begun_before_a_key_was_there_goes_on(tmp_path):
+    out, spec = tmp_path / "small", small_spec("search.trials=1", "finalists.count=1")
+    before = run_study(spec, out, Options(workers=0))
+    older = {key: value for key, value in spec.identity().items() if key != "space.rank_multiple"}
+    stored(out).set_user_attr(folder.IDENTITY, older)
+    assert essence(run_study(spec, out, Options(workers=0)).trials) == essence(before.trials)
 
 
 def ledger_of(study, dense=None, cache=None):

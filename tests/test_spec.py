@@ -5,7 +5,7 @@ import re
 import pytest
 
 from ranksearch.errors import SpecError
-from ranksearch.spec import builtin_studies, load_spec, parse_spec, resolve
+from ranksearch.spec import builtin_studies, complete_identity, load_spec, parse_spec, resolve
 from tests.nets import SMALL
 
 
@@ -34,6 +34,17 @@ def test_overrides_take_toml_values_and_bare_words():
 def test_the_budget_is_not_part_of_a_studys_identity():
     assert parse(SMALL, "search.trials=99", "search.minutes=1").identity() == parse().identity()
     assert parse(SMALL, "finetune.epochs=9").identity() != parse().identity()
+
+
+def test_what_an_older_identity_does_not_name_has_its_default():
+    spec = parse(SMALL, "space.skip=['conv1']", "task.model_args.classes=10", "name='a.b'")
+    whole = spec.identity()
+    assert complete_identity(whole, source="there") == whole
+    for key in ("space.rank_multiple", "space.smaller_in", "space.methods", "seed"):
+        older = {name: value for name, value in whole.items() if name != key}
+        assert complete_identity(older, source="there") == whole
+    with pytest.raises(SpecError, match=r"^there: space.newer is not a key of a study\."):
+        complete_identity(whole | {"space.newer": 1}, source="there")
 
 
 @pytest.mark.parametrize(
