@@ -129,7 +129,7 @@ def _why_not(name: str, module: nn.Module, watch: _Watch) -> str | None:
         return "it is the model itself; put it into an nn.Sequential"
     if not runs_as_torch(module):
         return f"{type(module).__name__} has a forward of its own"
-    if parametrize.is_parametrized(module) or not isinstance(module.weight, nn.Parameter):
+    if is_parametrised(module):
         return "its weight is parametrised; remove the parametrisation first"
     if module.weight.is_complex():
         return "its weight is complex"
@@ -203,6 +203,12 @@ class _Watch:
                     self.maps[name] = source
 
         return note
+
+
+def is_parametrised(module: nn.Module) -> bool:
+    """Whether a Conv or Linear computes its weight from others, as weight or spectral normalisation and pruning do."""
+    # Not by looking at the weight first: to compute it can change what it is computed from.
+    return parametrize.is_parametrized(module) or not isinstance(module.weight, nn.Parameter)
 
 
 def runs_as_torch(module: nn.Module) -> bool:
