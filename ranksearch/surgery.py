@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ranksearch.errors import PlanError, nearest
 from ranksearch.factorization import METHODS, Shape
-from ranksearch.layers import CONVOLUTIONS, is_parametrised, runs_as_torch
+from ranksearch.layers import CONVOLUTIONS, is_parametrised, replace_, runs_as_torch
 from ranksearch.plan import Factorization, Plan
 
 M = TypeVar("M", bound=nn.Module)
@@ -60,8 +60,7 @@ def factorize_(
         _check_shapes(name, value, tuple(kernel.shape), given)
         replacements[name] = method.build(module, tuple(kernel.shape), given)
     for name, module in replacements.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
+        replace_(model, name, module)
     return model
 
 

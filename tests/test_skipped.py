@@ -7,6 +7,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn.modules import module as module_hooks
 from torch.nn.utils import parametrizations, prune
@@ -69,10 +71,26 @@ def complex_convolution():
     return Net(lambda n, x: n.get_submodule("1")(n.get_submodule("0")(x.to(torch.complex64)).real), **{"0": conv, "1": last})
 
 
+def used(use):
+    """A model whose layer `one` is called, and asked for something more by `use(model, inputs, outputs)`."""
+    return Net(lambda n, x: n.last(use(n, x, n.one(x))), one=nn.Conv2d(4, 4, 1), last=nn.Conv2d(4, 2, 1))
+
+
+def kept_in_a_list():
+    model = Net(lambda n, x: n.last(n.kept[0](x)), one=nn.Conv2d(4, 4, 1), last=nn.Conv2d(4, 2, 1))
+    model.kept = [model.one]
+    return model
+
+
+def of_its_type(n, x, y):
+    return (y,)[0 if isinstance(n.one, nn.Conv2d) else 1]
+
+
 def run_second(n, x):
     return n.get_submodule("1")(x)
 
 
+OUTSIDE = "its weight is also used outside the layer"
 PARAMETRISED = "its weight is parametrised; remove the parametrisation first"
 SKIPPED = {
     "depthwise": (before(nn.Conv2d(4, 4, 3, groups=4)), "it is depthwise"),
@@ -99,6 +117,20 @@ SKIPPED = {
         "DynamicConv is not supported",
     ),
     "quantised": (Net(run_second, **{"0": quantised().get_submodule("0"), "1": nn.Conv2d(4, 2, 1)}), "Linear is not supported"),
+    "weight in a function": (used(lambda n, x, y: y + F.conv2d(x, n.one.weight, n.one.bias)), OUTSIDE),
+    "weight as a matrix": (used(lambda n, x, y: y.movedim(1, -1).matmul(n.one.weight.flatten(1).T).movedim(-1, 1)), OUTSIDE),
+    "weight in a penalty": (used(lambda n, x, y: y + n.one.weight.pow(2).sum()), OUTSIDE),
+    "weight's type": (used(lambda n, x, y: y.to(n.one.weight.dtype)), OUTSIDE),
+    "bias": (used(lambda n, x, y: y - n.one.bias[:, None, None]), "its bias is also used outside the layer"),
+    "size": (used(lambda n, x, y: y * n.one.in_channels), "its in_channels is also used outside the layer"),
+    "kept in a list": (
+        kept_in_a_list(),
+        "the forward does not call it by its name, but keeps it elsewhere too, as in a list",
+    ),
+    "of its type": (
+        used(of_its_type),
+        "the forward fails when it is replaced (IndexError: tuple index out of range)",
+    ),
     "unbatched convolution": (
         Net(lambda n, x: n.last(n.one(x[0])[None]), one=nn.Conv2d(4, 4, 3), last=nn.Conv2d(4, 2, 1)),
         "it is called without a batch dimension",
@@ -120,6 +152,70 @@ def test_what_cannot_be_decomposed_is_skipped_with_the_reason(model, reason):
     assert set(found.skipped) | {names[-1]} <= set(names)
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.sampled_from(["plain", "used", "typed"]), min_size=1, max_size=7))
+def test_only_those_that_the_forward_needs_are_skipped(kinds):
+    def run(n, x):
+        for kind, layer in zip(kinds, n.layers, strict=True):
+            x = layer(x) * (layer.weight.sum() if kind == "used" else 1)
+            assert kind != "typed" or isinstance(layer, nn.Conv2d), "another type"
+        return n.last(x)
+
+    model = Net(run, layers=nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in kinds), last=nn.Conv2d(4, 2, 1))
+    reasons = {"used": OUTSIDE, "typed": "the forward fails when it is replaced (AssertionError: another type)"}
+    assert inventory(model, IMAGE).skipped == {f"layers.{i}": reasons[kind] for i, kind in enumerate(kinds) if kind in reasons}
+
+
+def watched():
+    """What may look at weights: it is gone, or looks at others, when the layer is replaced."""
+    model = Net(lambda n, x: n.two(n.one(x.to(next(n.parameters()).device))), one=nn.Conv2d(4, 4, 1), two=nn.Conv2d(4, 2, 1))
+    model.one.register_forward_pre_hook(lambda module, args: (args[0] + module.weight.sum(),))
+    model.one.register_forward_hook(lambda module, args, output: output * module.weight.mean())
+    model.register_forward_hook(lambda module, args, output: output / max(p.norm() for p in module.parameters()))
+    return model
+
+
+def under_autocast():
+    model = Net(lambda n, x: n.two(n.one(x)), one=nn.Conv2d(4, 4, 1), two=nn.Conv2d(4, 2, 1))
+    model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+    return model
+
+
+CONVOLUTIONS = {
+    f"{kind.__name__} {mode} {padding}": (
+        nn.Sequential(kind(2, 3, 3, padding=padding, padding_mode=mode)),
+        torch.ones(1, 2, *size),
+    )
+    for kind, size in ((nn.Conv1d, (6,)), (nn.Conv2d, (6, 5)), (nn.Conv3d, (6, 5, 4)))
+    for mode in ("zeros", "reflect", "replicate", "circular")
+    for padding in (0, 1, "same", "valid")
+}
+ORDINARY = CONVOLUTIONS | {
+    "linear": (nn.Sequential(nn.Flatten(), nn.Linear(120, 3)), IMAGE),
+    "hooks": (watched(), IMAGE),
+    "autocast": (under_autocast(), IMAGE),
+}
+
+
+@pytest.mark.parametrize(("model", "example"), ORDINARY.values(), ids=ORDINARY)
+def test_ordinary_layers_are_not_skipped(model, example):
+    assert not inventory(model, example).skipped
+
+
+def test_hooks_of_every_module_may_look_at_weights():
+    def look(module, args):
+        if isinstance(module, nn.Conv2d):
+            seen.append(module.weight.norm())
+
+    seen = []
+    handle = module_hooks.register_module_forward_pre_hook(look)
+    try:
+        assert not inventory(nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)), IMAGE).skipped
+    finally:
+        handle.remove()
+    assert seen
+
+
 # --- the model stays as it was ---
 
 
@@ -139,16 +235,20 @@ def frozen_in_part(run):
     return model
 
 
+def fails_when_replaced(n, x):
+    return n.more([n.drop(n.norm(n.conv(x)))][0 if isinstance(n.conv, nn.Conv2d) else 1])
+
+
 def fails(n, x):
     n.norm(n.conv(x))
     raise ValueError("a broken forward\nwith details")
 
 
-@pytest.mark.parametrize("run", [lambda n, x: n.more(n.drop(n.norm(n.conv(x)))), fails])
+@pytest.mark.parametrize("run", [lambda n, x: n.more(n.drop(n.norm(n.conv(x)))), fails_when_replaced, fails])
 @pytest.mark.parametrize("use", [inventory, count_macs])
 def test_the_model_is_left_as_it_was(run, use):
     model = frozen_in_part(run)
-    modes = [module.training for module in model.modules()]
+    modes, modules = [module.training for module in model.modules()], list(model.named_modules())
     state, everywhere = copy.deepcopy(model.state_dict()), hooks()
     assert everywhere
     if run is fails:
@@ -157,6 +257,7 @@ def test_the_model_is_left_as_it_was(run, use):
     else:
         use(model, IMAGE)
     assert [module.training for module in model.modules()] == modes
+    assert list(model.named_modules()) == modules
     assert hooks() == everywhere
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
