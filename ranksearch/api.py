@@ -27,6 +27,8 @@ def search(
     methods: Sequence[str] = ("tucker2", "cp", "svd"),
     layers: Sequence[str] = (),
     skip: Sequence[str] = (),
+    rank_multiple: int = 1,
+    smaller_in: Sequence[str] = ("params",),
     sampler: str = "tpe",
     trials: int = 60,
     minutes: float | None = None,
@@ -45,6 +47,8 @@ def search(
         methods: what to choose from: tucker2, cp, cp4, spatial, svd.
         layers: only these layers; all that can be decomposed where it is empty.
         skip: not these layers.
+        rank_multiple: ranks are multiples of this, as some hardware wants them.
+        smaller_in: a layer is only stored in ways that are smaller than dense in each of these: params, macs.
         sampler: who proposes: tpe, nsga2 or random.
         trials: finished trials in all.
         minutes: ask for no more trials after so long.
@@ -73,7 +77,13 @@ def search(
             loss=f"python:{_word(task.loss)}",
         ),
         dense=DenseSpec(epochs=0),
-        space=SpaceSpec(methods=tuple(methods), layers=tuple(layers), skip=tuple(skip)),
+        space=SpaceSpec(
+            methods=tuple(methods),
+            layers=tuple(layers),
+            skip=tuple(skip),
+            rank_multiple=rank_multiple,
+            smaller_in=tuple(smaller_in),
+        ),
         search=SearchSpec(sampler=sampler, trials=trials, minutes=minutes),
         finetune=_train_spec(TrainSpec, finetune or Recipe(epochs=3)),
         finalists=_train_spec(FinalistSpec, finalists or Recipe(epochs=12), count=finalist_count),

@@ -16,7 +16,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from ranksearch.errors import StudyError
 from ranksearch.files import write_whole
-from ranksearch.spec import StudySpec, parse_spec
+from ranksearch.spec import StudySpec, complete_identity, parse_spec
 
 SPEC, DATABASE, DENSE = "spec.toml", "study.db", "dense.safetensors"
 OURS = ("study.db*", DENSE, "profile", "models", "report.html", "report.md", "front.*", "trials.csv", SPEC)
@@ -136,12 +136,14 @@ def own_study(study: optuna.Study, spec: StudySpec) -> None:
 
     Raises:
         StudyError: the storage's study of that name is another.
+        SpecError: it was begun with keys that this release does not know.
     """
     known = study.user_attrs.get(IDENTITY)
     if known is None:
         study.set_user_attr(IDENTITY, spec.identity())
     else:
-        _same_study(f"The storage's study {spec.name!r}", known, spec)
+        place = f"The storage's study {spec.name!r}"
+        _same_study(place, complete_identity(known, source=place), spec)
 
 
 def masked(url: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +86,9 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
 
 
 def inventory(model: nn.Module, example: Tensor) -> Inventory:
-    """The decomposable layers of `model`, found by running it once on `example`, a batch of one input.
+    """The decomposable layers of `model`, found by running it on `example`, a batch of one input.
+
+    It runs once as it is, and once with each of those layers behind a stand-in that has no more than its replacement will.
 
     Raises:
         ModelError: the model does not accept the example, holds NaN or infinite weights, or has no decomposable layer.
@@ -104,6 +107,7 @@ def inventory(model: nn.Module, example: Tensor) -> Inventory:
         reason = _why_not(name, module, watch)
         if reason:
             skipped[name] = reason
+    skipped |= _why_not_replaced(model, [name for name in watch.order if name not in skipped], example)
     for name in watch.order:
         if name not in skipped:
             layers.append(_describe(name, watch.candidates[name], *watch.shapes[name], watch.maps.get(name), len(example)))
@@ -129,7 +133,7 @@ def _why_not(name: str, module: nn.Module, watch: _Watch) -> str | None:
         return "it is the model itself; put it into an nn.Sequential"
     if not runs_as_torch(module):
         return f"{type(module).__name__} has a forward of its own"
-    if parametrize.is_parametrized(module) or not isinstance(module.weight, nn.Parameter):
+    if is_parametrised(module):
         return "its weight is parametrised; remove the parametrisation first"
     if module.weight.is_complex():
         return "its weight is complex"
@@ -144,6 +148,31 @@ def _why_not(name: str, module: nn.Module, watch: _Watch) -> str | None:
     if dims != module.weight.dim() if isinstance(module, CONVOLUTIONS) else dims < 2:
         return "it is called without a batch dimension"
     return None
+
+
+def _why_not_replaced(model: nn.Module, names: Sequence[str], example: Tensor) -> dict[str, str]:
+    """Why the forward needs some of these layers as they are, found by running it with a stand-in for each."""
+    if not names:
+        return {}
+    raised = None
+    # Not watched: fused forms, such as attention's, ask for the weights only where no hook is there.
+    with _standing_in(model, names) as stand_ins, _evaluating(model), torch.no_grad():
+        try:
+            model(example)
+        except Exception as error:
+            raised = error
+    if raised and len(names) == 1:
+        return {names[0]: f"the forward fails when it is replaced ({type(raised).__name__}: {_first_line(raised)})"}
+    if raised:
+        half = len(names) // 2
+        return _why_not_replaced(model, names[:half], example) | _why_not_replaced(model, names[half:], example)
+    reasons = {}
+    for name, stand_in in stand_ins.items():
+        if stand_in.asked:
+            reasons[name] = f"its {stand_in.asked[0]} is also used outside the layer"
+        elif not stand_in.called:
+            reasons[name] = "the forward does not call it by its name, but keeps it elsewhere too, as in a list"
+    return reasons
 
 
 def _describe(
@@ -203,6 +232,54 @@ class _Watch:
                     self.maps[name] = source
 
         return note
+
+
+class _StandIn(nn.Sequential):
+    """A layer as its replacement will be: called like it, with nothing else of it. Notes what else it is asked for."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+        self.called = False
+        self.add_module("0", layer)
+
+    def forward(self, input: Tensor) -> Any:
+        self.called = True
+        return self[0](input)
+
+    def __getattr__(self, name: str) -> Any:
+        # Python comes here for the layer itself, and for what an nn.Sequential does not have.
+        layer = self.__dict__.get("_modules", {}).get("0")
+        if layer is None or name == "0":
+            return super().__getattr__(name)
+        found = getattr(layer, name)
+        self.asked.append(name)
+        return found
+
+
+@contextmanager
+def _standing_in(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, _StandIn]]:
+    layers = {name: model.get_submodule(name) for name in names}
+    stand_ins = {name: _StandIn(layer) for name, layer in layers.items()}
+    try:
+        for name, stand_in in stand_ins.items():
+            replace_(model, name, stand_in)
+        yield stand_ins
+    finally:
+        for name, layer in layers.items():
+            replace_(model, name, layer)
+
+
+def replace_(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where the module of that name stands."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def is_parametrised(module: nn.Module) -> bool:
+    """Whether a Conv or Linear computes its weight from others, as weight or spectral normalisation and pruning do."""
+    # Not by looking at the weight first: to compute it can change what it is computed from.
+    return parametrize.is_parametrized(module) or not isinstance(module.weight, nn.Parameter)
 
 
 def runs_as_torch(module: nn.Module) -> bool:

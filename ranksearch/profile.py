@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ranksearch.factorization import METHODS, Method, Prepared
+from ranksearch.factorization import FEWER_PARAMS, METHODS, Method, Offer, Prepared, nearest_rank
 from ranksearch.files import write_whole
 from ranksearch.layers import Inventory, Layer
 from ranksearch.plan import KINDS, Factorization, Plan
@@ -23,6 +25,8 @@ from ranksearch.tensors.vbmf import vbmf
 
 LEVELS = 10
 """Ranks a mode that a profile looks at, evenly spaced on a log scale."""
+
+Grid: TypeAlias = Sequence[tuple[int, ...]]
 
 DIGEST = "ranksearch-profile"
 """Where a cached file's header holds the digest of what it was made from."""
@@ -47,6 +51,7 @@ class LayerProfile:
     prepared: Mapping[str, Prepared]
     vbmf: tuple[int | None, int | None]
     seed: int
+    offer: Offer = FEWER_PARAMS
 
     def factors(self, value: Factorization) -> tuple[Tensor, ...]:
         """The factors of `value`; a pure function of the kernel, the value and the profile's seed."""
@@ -64,7 +69,7 @@ class LayerProfile:
         """Every prepared method at every level of rank that is smaller than the dense layer."""
         for name, prepared in self.prepared.items():
             method = METHODS[KINDS[name]]
-            grid = rank_grid(method, self.layer)
+            grid = rank_grid(method, self.layer, self.offer)
             for ranks, error in zip(grid, method.errors(prepared, grid), strict=True):
                 params, macs = method.params(self.layer, ranks), method.macs(self.layer, ranks)
                 yield Candidate(method.value(self.layer, ranks), error, params, macs)
@@ -81,11 +86,10 @@ class Profile:
         return {name: self.layers[name].factors(value) for name, value in plan}
 
 
-def rank_grid(method: Method, layer: Layer) -> list[tuple[int, ...]]:
-    """The levels of rank of one method that pay: log-spaced from 1 to its largest, every pair for two ranks."""
-    axes = [_log_spaced(limit) for limit in method.most(layer)]
-    pairs = [(a,) for a in axes[0]] if len(axes) == 1 else [(a, b) for a in axes[0] for b in axes[1]]
-    return [ranks for ranks in pairs if method.pays(layer, ranks)]
+def rank_grid(method: Method, layer: Layer, offer: Offer = FEWER_PARAMS) -> list[tuple[int, ...]]:
+    """The levels of rank of one method that pay: log-spaced from its least to its largest, every pair for two ranks."""
+    axes = [_log_spaced(ranks) for ranks in method.offered(layer, offer)]
+    return [ranks for ranks in itertools.product(*axes) if method.pays(layer, ranks, offer)]
 
 
 def profile(
@@ -93,6 +97,7 @@ def profile(
     inventory: Inventory,
     methods: Mapping[str, Sequence[Method]],
     *,
+    offer: Offer = FEWER_PARAMS,
     cache: Path | None = None,
     seed: int = 0,
     on_layer: Callable[[str], None] = lambda name: None,
@@ -103,6 +108,7 @@ def profile(
         model: the dense model.
         inventory: its layers.
         methods: by layer name, the decompositions to prepare.
+        offer: the ranks to prepare them for.
         cache: a folder for one file a layer; a torn or foreign file is made again, not trusted.
         seed: of the random starts that CP uses.
         on_layer: called with each layer's name when it is done.
@@ -111,18 +117,19 @@ def profile(
     for layer in inventory.layers:
         weight = kernel(model, layer)
         wanted = {method.kind.method: method for method in methods.get(layer.name, ())}
-        digest = _digest(weight, wanted, seed)
+        grids = {name: rank_grid(method, layer, offer) for name, method in wanted.items()}
+        digest = _digest(weight, grids, seed)
         path = cache / f"{_as_file_name(layer.name)}-{digest}.safetensors" if cache else None
         tensors = _read(path, digest) if path else None
         if tensors is None:
-            tensors = _prepare(layer, weight, wanted, seed)
+            tensors = _prepare(weight, wanted, grids, seed)
             if path:
                 write_whole(path, safetensors.torch.save(tensors, {DIGEST: digest}))
         prepared = {
             name: {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
             for name in wanted
         }
-        found[layer.name] = LayerProfile(layer, weight, prepared, _ranks(tensors["vbmf"]), seed)
+        found[layer.name] = LayerProfile(layer, weight, prepared, _ranks(tensors["vbmf"]), seed, offer)
         on_layer(layer.name)
     return Profile(found)
 
@@ -139,10 +146,10 @@ def _estimate(kernel: Tensor, mode: int) -> int | None:
     return (vbmf(unfold(kernel, mode)).rank or None) if kernel.shape[mode] >= 4 else None
 
 
-def _prepare(layer: Layer, kernel: Tensor, methods: Mapping[str, Method], seed: int) -> dict[str, Tensor]:
+def _prepare(kernel: Tensor, methods: Mapping[str, Method], grids: Mapping[str, Grid], seed: int) -> dict[str, Tensor]:
     tensors = {"vbmf": torch.tensor([rank or 0 for rank in vbmf_ranks(kernel)])}
     for name, method in methods.items():
-        for key, value in method.prepare(kernel, rank_grid(method, layer), seed).items():
+        for key, value in method.prepare(kernel, grids[name], seed).items():
             tensors[f"{name}/{key}"] = value.contiguous().clone()
     return tensors
 
@@ -153,9 +160,9 @@ def kernel(model: nn.Module, layer: Layer) -> Tensor:
     return (weight if weight.dtype == torch.float64 else weight.float()).reshape(layer.weight)
 
 
-def _digest(kernel: Tensor, methods: Mapping[str, Method], seed: int) -> str:
+def _digest(kernel: Tensor, grids: Mapping[str, Grid], seed: int) -> str:
     # The algorithms' own version stands in the hash, so that a cache of an older release is not read.
-    about = f"3|{sorted(methods)}|{seed}|{LEVELS}|{tuple(kernel.shape)}|{kernel.dtype}"
+    about = f"4|{sorted(grids.items())}|{seed}|{tuple(kernel.shape)}|{kernel.dtype}"
     return hashlib.sha256(about.encode() + kernel.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
@@ -179,6 +186,6 @@ def _ranks(stored: Tensor) -> tuple[int | None, int | None]:
     return into or None, out or None
 
 
-def _log_spaced(limit: int) -> list[int]:
-    steps = [math.exp(math.log(limit) * step / (LEVELS - 1)) for step in range(LEVELS)]
-    return sorted({min(limit, max(1, round(value))) for value in steps})
+def _log_spaced(ranks: range) -> list[int]:
+    counts = [math.exp(math.log(len(ranks)) * step / (LEVELS - 1)) for step in range(LEVELS)] if ranks else []
+    return sorted({nearest_rank(ranks, ranks.step * count) for count in counts})

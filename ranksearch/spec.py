@@ -19,6 +19,7 @@ from ranksearch.errors import SpecError, nearest
 from ranksearch.plan import KINDS
 
 SAMPLERS = ("tpe", "nsga2", "random")
+COSTS = ("params", "macs")
 METHODS = tuple(name for name in KINDS if name != "dense")
 
 
@@ -86,6 +87,10 @@ class SpaceSpec:
     """Only these layers; all that can be decomposed where it is empty."""
     skip: tuple[str, ...] = ()
     """Not these layers."""
+    rank_multiple: int = _at_least(1, default=1)
+    """Ranks are multiples of this, as some hardware wants them; one that cannot be so large is held at its largest."""
+    smaller_in: tuple[str, ...] = _checked(f"at least one of {', '.join(COSTS)}", bool, default=("params",))
+    """A layer is stored only in ways that are smaller than dense in each of these costs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +133,20 @@ class StudySpec:
         return {key: value for key, value in flat.items() if key not in free}
 
 
+def complete_identity(identity: Mapping[str, Any], *, source: str) -> dict[str, Any]:
+    """The identity of a study that was begun before some keys were there: those have their defaults.
+
+    Raises:
+        SpecError: it holds a key that is none, as a newer release may have.
+    """
+    data: dict[str, Any] = {}
+    for key, value in identity.items():
+        section, _, inner = key.partition(".")
+        data |= {section: data.get(section, {}) | {inner: value}} if inner else {section: value}
+    spec: StudySpec = _section(StudySpec, data, source=source, path="")
+    return spec.identity()
+
+
 def parse_spec(text: str, *, source: str, overrides: Sequence[str] = ()) -> StudySpec:
     """The study that TOML `text` describes, with `section.key=value` overrides on top.
 
@@ -144,6 +163,9 @@ def parse_spec(text: str, *, source: str, overrides: Sequence[str] = ()) -> Stud
     for method in spec.space.methods:
         if method not in METHODS:
             raise SpecError(f"space.methods must name methods, but {method!r} is none.{nearest(method, METHODS)}")
+    for cost in spec.space.smaller_in:
+        if cost not in COSTS:
+            raise SpecError(f"space.smaller_in must name costs, but {cost!r} is none.{nearest(cost, COSTS)}")
     return spec
 
 

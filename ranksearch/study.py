@@ -23,6 +23,7 @@ from ranksearch.dense import load_given, load_weights, recipe, train_dense
 from ranksearch.engines import local
 from ranksearch.errors import ModelError, StudyError
 from ranksearch.export import load_model, save_model, weights_of
+from ranksearch.factorization import Offer
 from ranksearch.files import write_whole
 from ranksearch.layers import Inventory, inventory
 from ranksearch.profile import Profile, kernel, profile, vbmf_ranks
@@ -93,7 +94,7 @@ def run_study(
     check_splits(task.data)
     found = inventory(task.model, example(task.data.train))
     check_outputs(task)
-    space = make_space(found, spec.space.methods, layers=spec.space.layers, skip=spec.space.skip)
+    space = _space(spec, found)
     if spec.dense.weights:
         load_given(task.model, Path(spec.dense.weights))
     if options.storage and options.fresh:
@@ -124,12 +125,12 @@ def look(spec: StudySpec, out: Path) -> Look:
     given = Path(spec.dense.weights) if spec.dense.weights else None
     trained = load_weights(task.model, out / folder.DENSE) or (given is not None and load_weights(task.model, given))
     found = inventory(task.model, example(task.data.train))
-    space = make_space(found, spec.space.methods, layers=spec.space.layers, skip=spec.space.skip)
+    space = _space(spec, found)
     vbmf = {layer.name: vbmf_ranks(kernel(task.model, layer)) for layer in found.layers}
     costs = {}
     for axis in space.axes:
         layer, estimate = axis.layer, vbmf[axis.layer.name]
-        suggested = [(m, at_vbmf(m, layer, estimate) or quarter(m, layer)) for m in axis.methods]
+        suggested = [(m, at_vbmf(m, layer, estimate, offer=axis.offer) or quarter(m, layer, axis.offer)) for m in axis.methods]
         costs[layer.name] = tuple((str(m.value(layer, ranks)), m.params(layer, ranks)) for m, ranks in suggested)
     return Look(
         layers=_layer_facts(found, vbmf), skipped=found.skipped, params=found.params, macs=found.macs, costs=costs,
@@ -188,7 +189,7 @@ class _Run:
         self.view.stage("profiling layers", len(self.inventory.layers))
         with self.stage("profile"):
             return profile(
-                self.task.model, self.inventory, methods,
+                self.task.model, self.inventory, methods, offer=_offer(self.spec),
                 cache=self.out / "profile", seed=self.spec.seed, on_layer=self.view.step,
             )  # fmt: skip
 
@@ -340,6 +341,15 @@ class _Run:
             record.write_finalist(self.study, trial.number, replace(trial.finalist, latency_ms=latency))
         facts = record.read_facts(self.study)
         record.write_facts(self.study, replace(facts, dense=replace(facts.dense, latency_ms=dense)))
+
+
+def _space(spec: StudySpec, found: Inventory) -> Space:
+    about = spec.space
+    return make_space(found, about.methods, layers=about.layers, skip=about.skip, offer=_offer(spec))
+
+
+def _offer(spec: StudySpec) -> Offer:
+    return Offer(spec.space.rank_multiple, spec.space.smaller_in)
 
 
 def _layer_facts(found: Inventory, vbmf: Mapping[str, tuple[int | None, int | None]]) -> tuple[LayerFacts, ...]:

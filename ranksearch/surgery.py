@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ranksearch.errors import PlanError, nearest
 from ranksearch.factorization import METHODS, Shape
-from ranksearch.layers import CONVOLUTIONS, runs_as_torch
+from ranksearch.layers import CONVOLUTIONS, is_parametrised, replace_, runs_as_torch
 from ranksearch.plan import Factorization, Plan
 
 M = TypeVar("M", bound=nn.Module)
@@ -60,8 +60,7 @@ def factorize_(
         _check_shapes(name, value, tuple(kernel.shape), given)
         replacements[name] = method.build(module, tuple(kernel.shape), given)
     for name, module in replacements.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
+        replace_(model, name, module)
     return model
 
 
@@ -80,8 +79,8 @@ def kernel_of(name: str, module: nn.Module, value: Factorization) -> Tensor:
     """The weight of a layer as the kernel (out, in, *kernel) that `value` decomposes, in float32 or better.
 
     Raises:
-        PlanError: the layer is of another type or grouped, its weight is not real and finite, or `value` does not suit
-            its shape.
+        PlanError: the layer is of another type or grouped, its weight is parametrised or not real and finite, or `value`
+            does not suit its shape.
     """
     if not isinstance(module, (*CONVOLUTIONS, nn.Linear)):
         raise PlanError(f"Layer {name!r} must be a Conv1d, Conv2d, Conv3d or Linear, but is a {type(module).__name__}.")
@@ -89,6 +88,11 @@ def kernel_of(name: str, module: nn.Module, value: Factorization) -> Tensor:
         raise PlanError(f"Layer {name!r} has {module.groups} groups; only convolutions of one group are factorized.")
     if not runs_as_torch(module):
         raise PlanError(f"Layer {name!r} must compute what torch's does, but {type(module).__name__} has a forward of its own.")
+    if is_parametrised(module):
+        raise PlanError(
+            f"Layer {name!r} must hold its weight as it is, but it is parametrised or pruned; make that permanent first, with "
+            "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove."
+        )
     weight = module.weight.detach()
     if not weight.is_floating_point():
         raise PlanError(f"Layer {name!r} must have real weights, but they are {weight.dtype}; leave it out of the plan.")

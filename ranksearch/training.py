@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ranksearch.data import batches, size
+from ranksearch.data import batches, sample, size
 from ranksearch.tasks import Task
 
 M = TypeVar("M", bound=nn.Module)
@@ -96,10 +96,11 @@ def predict(model: nn.Module, split: Dataset[Any], *, device: torch.device) -> t
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, task: Task, *, device: torch.device, inputs: int = 2048) -> None:
-    """Measure the statistics of normalisation layers again, on the first `inputs` of the training split.
+def recalibrate(model: nn.Module, task: Task, *, seed: int, device: torch.device, inputs: int = 2048) -> None:
+    """Measure the statistics of normalisation layers again, on at most `inputs` of the training split.
 
     A decomposed layer shifts what the next normalisation sees; a score without this says little (EagleEye, ECCV 2020).
+    Which inputs, and in which batches, follows `seed` alone: a folder of images is often sorted by class.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
@@ -110,12 +111,12 @@ def recalibrate(model: nn.Module, task: Task, *, device: torch.device, inputs: i
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over the batches
         norm.train()
-    seen = 0
-    for batch, _ in batches(task.data.train, EVALUATION_BATCH):
-        model(batch.to(device))
-        seen += len(batch)
-        if seen >= inputs:
-            break
+    order = torch.Generator().manual_seed(seed)
+    # The caller's random numbers are its own, and those of a data set that changes its inputs at random follow the seed.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for batch, _ in batches(sample(task.data.train, inputs, seed=seed), EVALUATION_BATCH, generator=order):
+            model(batch.to(device))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 

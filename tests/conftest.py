@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ranksearch import training
+from ranksearch import folder, training
+from ranksearch.record import Outcome
 from ranksearch.spec import parse_spec
 from ranksearch.study import Options, run_study
 from ranksearch.tasks import Task
@@ -19,6 +20,22 @@ torch.set_num_threads(1)
 def small_spec(*overrides):
     """The small study of `tests.nets`, with overrides."""
     return parse_spec(nets.SMALL, source="small.toml", overrides=overrides)
+
+
+def essence(trials):
+    """What must not depend on where a run was interrupted: all but seconds, latency and Optuna's numbers."""
+    return [
+        (
+            trial.index, trial.origin, trial.plan, trial.outcome, trial.params, trial.macs, trial.score, trial.curve, trial.seed,
+            trial.finalist and (trial.finalist.score_validation, trial.finalist.score_test, trial.finalist.curve),
+        )
+        for trial in trials
+        if trial.outcome is not Outcome.WORKER_LOST
+    ]  # fmt: skip
+
+
+def stored(out):
+    return folder.open_study("small", folder.storage_url(out, None), create=False)
 
 
 @pytest.fixture(scope="session")

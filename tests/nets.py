@@ -37,6 +37,19 @@ epochs = 1
 """
 
 
+class Net(nn.Module):
+    """Modules by name, in order of definition, and a function of the net and its input that runs them."""
+
+    def __init__(self, run, **modules):
+        super().__init__()
+        self.run = run
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, inputs):
+        return self.run(self, inputs)
+
+
 def small(classes: int = 10) -> nn.Sequential:
     """A LeNet in little, for digits of 8x8: two convolutions and a fully connected layer behind the flatten."""
     return nn.Sequential(

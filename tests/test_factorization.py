@@ -236,16 +236,6 @@ def test_limits_lie_within_bounds(geometry, name):
     assert all(1 <= limit <= bound for limit, bound in zip(limits, bounds, strict=True))
 
 
-@contract
-def test_the_largest_rank_that_pays(geometry, name):
-    *_, layer = given_geometry(geometry)
-    method = BY_NAME[name]
-    most, limits = method.most(layer), method.limits(layer.weight)
-    for axis, (rank, limit) in enumerate(zip(most, limits, strict=True)):
-        paying = [r for r in range(1, limit + 1) if method.pays(layer, tuple(r if i == axis else 1 for i in range(len(most))))]
-        assert rank == max(paying, default=1)
-
-
 @pytest.mark.parametrize("name", BY_NAME)
 def test_a_layer_never_grows(name):
     method = BY_NAME[name]

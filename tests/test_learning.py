@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from ranksearch import training
-from ranksearch.data import Splits, batches, check_splits, digits, example, size
+from ranksearch.data import Splits, batches, check_splits, digits, example, sample, size
 from ranksearch.errors import DataError, ModelError
 from ranksearch.models import lenet
 from ranksearch.tasks import Task, accuracy, check_outputs
@@ -70,6 +70,30 @@ def test_a_subclass_keeps_its_own_items():
 
     ((inputs, _),) = batches(Negated(torch.ones(3, 2), torch.arange(3)), 3)
     assert torch.equal(inputs, -torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("split", [Plain(), TensorDataset(torch.arange(14.0).reshape(7, 2), torch.arange(7) % 3)])
+def test_a_sample_holds_some_inputs_once_with_their_targets(split):
+    whole = {tuple(inputs.tolist()): int(target) for inputs, target in (split[i] for i in range(7))}
+    for seed in range(5):
+        found = [(tuple(inputs.tolist()), int(target)) for inputs, target in (sample(split, 4, seed=seed)[i] for i in range(4))]
+        assert size(sample(split, 4, seed=seed)) == len(dict(found)) == 4
+        assert dict(found).items() <= whole.items()
+        assert found == sorted(found)
+    assert sample(split, 7, seed=0) is sample(split, 99, seed=0) is split
+
+
+def test_a_sample_follows_its_seed_and_leaves_out_nothing_for_good():
+    split = TensorDataset(torch.arange(1000))
+
+    def drawn(seed):
+        return set(sample(split, 100, seed=seed).tensors[0].tolist())
+
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    assert drawn(1) == drawn(1) != drawn(2)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert set().union(*(drawn(seed) for seed in range(100))) == set(range(1000))
 
 
 def test_splits_that_are_no_pairs():
@@ -194,17 +218,77 @@ def test_recalibration_measures_the_statistics_of_the_training_split(trained):
     norm = model.norm1
     norm.running_mean.fill_(100.0)
     momentum = norm.momentum
-    training.recalibrate(model, trained, device=CPU)
+    training.recalibrate(model, trained, seed=0, device=CPU)
     with torch.no_grad():
         maps = model.conv1(trained.data.train.tensors[0])
     torch.testing.assert_close(norm.running_mean, maps.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     assert norm.momentum == momentum
 
 
+def by_class(count=3000):
+    """A split as a folder of images gives it: sorted by class, each class of its own mean."""
+    targets = torch.arange(count) * 10 // count
+    return TensorDataset(targets[:, None, None, None] + torch.randn(count, 1, 2, 2), targets)
+
+
+class Shuffling(TensorDataset):
+    """Changes its inputs at random, as augmentation does."""
+
+    def __getitem__(self, index):
+        inputs, target = super().__getitem__(index)
+        return inputs + torch.rand(()), target
+
+
+def statistics(split, seed, **options):
+    model = nn.Sequential(nn.BatchNorm2d(1))
+    task = Task(model, Splits(split, split, split, 10, ""))
+    training.recalibrate(model, task, seed=seed, device=CPU, **options)
+    return float(model[0].running_mean), float(model[0].running_var)
+
+
+@pytest.mark.parametrize("count", [500, 3000])
+def test_recalibration_sees_every_class_of_a_sorted_split(count):
+    torch.manual_seed(0)
+    mean, var = statistics(by_class(count), seed=0, inputs=1000)
+    assert mean == pytest.approx(4.5, abs=0.4)
+    assert var == pytest.approx(8.25 + 1, rel=0.1)  # of the ten means, and within a class
+
+
+@pytest.mark.parametrize("kind", [TensorDataset, Shuffling])
+def test_recalibration_follows_its_seed_alone(kind):
+    split = kind(*by_class(400).tensors)
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    one = statistics(split, seed=1, inputs=300)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(7)
+    assert statistics(split, seed=1, inputs=300) == one
+    assert statistics(split, seed=2, inputs=300) != one
+
+
+def test_recalibration_reads_no_more_inputs_than_it_says():
+    class Counting(TensorDataset):
+        def __getitem__(self, index):
+            seen.append(index)
+            return super().__getitem__(index)
+
+    seen = []
+    statistics(Counting(*by_class(3000).tensors), seed=0, inputs=300)
+    assert len(seen) == len(set(seen)) == 300
+
+
+def test_a_last_input_that_is_alone_is_left_out_of_recalibration():
+    """Batch normalisation of one value a channel would raise."""
+    split = TensorDataset(torch.randn(training.EVALUATION_BATCH + 1, 3), torch.zeros(training.EVALUATION_BATCH + 1).long())
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    training.recalibrate(model, Task(model, Splits(split, split, split, 10, "")), seed=0, device=CPU)
+    assert int(model[0].num_batches_tracked) == 1
+
+
 def test_recalibration_without_normalisation_changes_nothing(trained):
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     before = copy.deepcopy(model.state_dict())
-    training.recalibrate(model, trained, device=CPU)
+    training.recalibrate(model, trained, seed=0, device=CPU)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 

@@ -31,8 +31,7 @@ def inside(axis):
     """Every value that the axis can choose."""
     yield Dense()
     for method in axis.methods:
-        limits = method.most(axis.layer)
-        for ranks in itertools.product(*(range(1, limit + 1) for limit in limits)):
+        for ranks in itertools.product(*method.offered(axis.layer)):
             if method.pays(axis.layer, ranks):
                 yield method.value(axis.layer, ranks)
 
@@ -50,26 +49,32 @@ params = st.fixed_dictionaries(
 # --- levels and ranks ---
 
 
-@pytest.mark.parametrize("limit", [1, 2, 3, 7, 64, 100, 511, 4096])
-def test_every_rank_has_a_level_that_gives_it_back(limit):
-    levels = [level_of(rank, limit) for rank in range(1, limit + 1)]
-    assert [rank_at(level, limit) for level in levels] == list(range(1, limit + 1))
+@pytest.mark.parametrize("step", [1, 3, 8])
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 64, 100, 511, 4096])
+def test_every_rank_has_a_level_that_gives_it_back(count, step):
+    ranks = range(step, count * step + 1, step)
+    levels = [level_of(rank, ranks) for rank in ranks]
+    assert [rank_at(level, ranks) for level in levels] == list(ranks)
     assert levels == sorted(levels)
     assert levels[0] == 0
-    assert levels[-1] == (1 if limit > 1 else 0)
+    assert levels[-1] == (1 if count > 1 else 0)
 
 
 @laws
-@given(st.floats(0, 1), st.floats(0, 1), st.integers(1, 5000))
-def test_ranks_rise_with_levels_and_stay_within_the_limit(one, other, limit):
+@given(st.floats(0, 1), st.floats(0, 1), st.integers(1, 5000), st.integers(1, 64))
+def test_ranks_rise_with_levels_and_are_those_offered(one, other, count, step):
     low, high = sorted((one, other))
-    assert 1 <= rank_at(low, limit) <= rank_at(high, limit) <= limit
-    assert (rank_at(0, limit), rank_at(1, limit)) == (1, limit)
+    ranks = range(step, count * step + 1, step)
+    assert rank_at(low, ranks) <= rank_at(high, ranks)
+    assert {rank_at(low, ranks), rank_at(high, ranks)} <= set(ranks)
+    assert (rank_at(0, ranks), rank_at(1, ranks)) == (ranks[0], ranks[-1])
 
 
-@given(st.integers(1, 500), st.integers(1, 500))
-def test_a_rank_above_the_limit_has_the_highest_level(limit, more):
-    assert rank_at(level_of(limit + more, limit), limit) == limit
+@given(st.integers(1, 500), st.integers(1, 500), st.integers(2, 64))
+def test_a_rank_that_is_not_offered_has_the_level_of_the_nearest_end(count, more, step):
+    ranks = range(step, count * step + 1, step)
+    assert rank_at(level_of(ranks[-1] + more, ranks), ranks) == ranks[-1]
+    assert rank_at(level_of(1, ranks), ranks) == ranks[0]
 
 
 # --- plans and parameters ---
@@ -117,7 +122,8 @@ def test_ranks_that_do_not_pay_are_dense(method):
     axis = AXES["fc1"]
     full = {"fc1.method": method, "fc1.level": 1.0, "fc1.level_in": 1.0}
     least = {"fc1.method": method, "fc1.level": 0.0, "fc1.level_in": 0.0}
-    pays = METHODS[KINDS[method]].pays(axis.layer, METHODS[KINDS[method]].most(axis.layer))
+    most = tuple(ranks[-1] for ranks in METHODS[KINDS[method]].offered(axis.layer))
+    pays = METHODS[KINDS[method]].pays(axis.layer, most)
     assert (axis.factorization(full) != Dense()) == pays
     assert set(axis.factorization(least).ranks) == {1}
 

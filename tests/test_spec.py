@@ -5,7 +5,7 @@ import re
 import pytest
 
 from ranksearch.errors import SpecError
-from ranksearch.spec import builtin_studies, load_spec, parse_spec, resolve
+from ranksearch.spec import builtin_studies, complete_identity, load_spec, parse_spec, resolve
 from tests.nets import SMALL
 
 
@@ -36,6 +36,17 @@ def test_the_budget_is_not_part_of_a_studys_identity():
     assert parse(SMALL, "finetune.epochs=9").identity() != parse().identity()
 
 
+def test_what_an_older_identity_does_not_name_has_its_default():
+    spec = parse(SMALL, "space.skip=['conv1']", "task.model_args.classes=10", "name='a.b'")
+    whole = spec.identity()
+    assert complete_identity(whole, source="there") == whole
+    for key in ("space.rank_multiple", "space.smaller_in", "space.methods", "seed"):
+        older = {name: value for name, value in whole.items() if name != key}
+        assert complete_identity(older, source="there") == whole
+    with pytest.raises(SpecError, match=r"^there: space.newer is not a key of a study\."):
+        complete_identity(whole | {"space.newer": 1}, source="there")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -50,6 +61,11 @@ def test_the_budget_is_not_part_of_a_studys_identity():
         ),
         ("space.methods=['tucker']", "space.methods must name methods, but 'tucker' is none. Did you mean 'tucker2'?"),
         ("space.methods=[]", "study.toml: space.methods must be at least one method, but got []."),
+        ("space.rank_multiple=0", "study.toml: space.rank_multiple must be at least 1, but got 0."),
+        ("space.rank_multiple=1.5", "study.toml: space.rank_multiple must be a whole number, but got 1.5."),
+        ("space.smaller_in=[]", "study.toml: space.smaller_in must be at least one of params, macs, but got []."),
+        ("space.smaller_in='macs'", "study.toml: space.smaller_in must be a list of strings, but got 'macs'."),
+        ("space.smaller_in=['flops']", "space.smaller_in must name costs, but 'flops' is none. Valid: macs, params."),
         ("space.skip='conv1'", "study.toml: space.skip must be a list of strings, but got 'conv1'."),
         ("finetune.learning_rate=-1", "study.toml: finetune.learning_rate must be above 0, but got -1."),
         ("task.model=lenet", "study.toml: task.model must be 'package.module:name', but got 'lenet'."),

@@ -1,59 +1,25 @@
-"""A whole study: a killed and resumed one equals an uninterrupted one, and nothing is lost or half written."""
+"""A whole study: what its folder holds, what its trials are, and what makes another study of it."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import optuna
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import ranksearch
-from ranksearch import folder
-from ranksearch.console import Silent
-from ranksearch.data import example
 from ranksearch.errors import ModelError, StudyError
 from ranksearch.export import load_model
-from ranksearch.layers import inventory
-from ranksearch.profile import profile
-from ranksearch.record import Outcome, Rung, read_trials, write_finalist
+from ranksearch.record import Outcome
 from ranksearch.report import write_report
 from ranksearch.strategy.finalists import WORTH
-from ranksearch.strategy.ledger import Ledger
-from ranksearch.strategy.prior import vbmf_plans
-from ranksearch.strategy.space import make_space
-from ranksearch.strategy.trial import Answer
-from ranksearch.study import Options, Stopped, run_study
+from ranksearch.study import Options, run_study
 from ranksearch.tasks import Task
 from ranksearch.training import predict
 from tests import nets
-from tests.conftest import small_spec
-
-ROOT = Path(__file__).parents[1]
-
-
-def essence(trials):
-    """What must not depend on where a run was interrupted: all but seconds, latency and Optuna's numbers."""
-    return [
-        (
-            trial.index, trial.origin, trial.plan, trial.outcome, trial.params, trial.macs, trial.score, trial.curve, trial.seed,
-            trial.finalist and (trial.finalist.score_validation, trial.finalist.score_test, trial.finalist.curve),
-        )
-        for trial in trials
-        if trial.outcome is not Outcome.WORKER_LOST
-    ]  # fmt: skip
-
-
-def stored(out):
-    return folder.open_study("small", folder.storage_url(out, None), create=False)
+from tests.conftest import essence, small_spec, stored
 
 
 def test_the_folder_holds_what_is_promised(finished):
@@ -108,137 +74,6 @@ def test_a_finalists_files_give_its_outputs_and_its_scores(finished):
         assert sum(p.numel() for p in model.parameters()) == trial.params
         outputs, targets = predict(model, data.test, device=torch.device("cpu"))
         assert float((outputs.argmax(1) == targets).float().mean()) == pytest.approx(trial.finalist.score_test)
-
-
-def test_resumed_equals_uninterrupted(finished, tmp_path):
-    """Stop after each trial in turn, and go on with the same command."""
-    _, whole = finished
-    out = tmp_path / "small"
-    for trials in range(1, 9):
-        record = run_study(small_spec(f"search.trials={trials}", "finalists.count=3"), out, Options(workers=0))
-    searched = [replace(trial, finalist=None) for trial in record.trials]
-    assert essence(searched) == essence(replace(trial, finalist=None) for trial in whole.trials)
-
-
-def test_an_orphan_is_queued_again_in_its_place(finished, tmp_path):
-    """What SIGKILL leaves: a trial that runs in the storage and nowhere else, its parameters asked for or half asked for."""
-    _, whole = finished
-    for stop_at in (2, 6):
-        out = tmp_path / str(stop_at) / "small"
-        run_study(small_spec(f"search.trials={stop_at}"), out, Options(workers=0))
-        orphan(out, stop_at)
-        record = run_study(small_spec(), out, Options(workers=0))
-        assert essence(replace(t, finalist=None) for t in record.trials) == essence(
-            replace(t, finalist=None) for t in whole.trials
-        )
-        states = [trial.state.name for trial in stored(out).trials]
-        assert states.count("FAIL") == 1
-        assert states.count("COMPLETE") + states.count("PRUNED") == 8
-        assert "RUNNING" not in states
-        assert "WAITING" not in states
-
-
-def ledger_of(study, dense=None, cache=None):
-    """The ledger that a run of the small study has."""
-    data, model = nets.few_digits(), nets.small()
-    if dense:
-        model.load_state_dict(load_file(dense))
-    found = inventory(model, example(data.train))
-    space = make_space(found, small_spec().space.methods)
-    layers = profile(model, found, {axis.layer.name: axis.methods for axis in space.axes}, cache=cache)
-    return Ledger(study, space, found, list(vbmf_plans(space, layers)), sampler="tpe", seed=0, floor=0.5)
-
-
-def orphan(out, stop_at):
-    """Ask for the next trial as a run does, and tell nothing."""
-    next(ledger_of(stored(out), out / "dense.safetensors", out / "profile").jobs(stop_at + 1))
-
-
-def test_a_plan_that_keeps_losing_its_worker_is_given_up():
-    ledger = ledger_of(optuna.create_study(directions=["maximize", "maximize"]))
-    indices = []
-    for job in ledger.jobs(2):
-        found = ledger.receive(job, Answer(Outcome.WORKER_LOST if len(indices) < 3 else Outcome.DONE, (Rung(0, 0.5),)))
-        indices.append(found.index)
-    assert indices == [0, 0, 0, 1, 2]
-
-
-SCRIPT = """
-import sys
-from pathlib import Path
-from ranksearch.study import Options, Stopped, run_study
-from tests.conftest import small_spec
-run_study(small_spec("search.trials=14"), Path(sys.argv[1]), Options(workers=2))
-"""
-
-
-def test_sigkill_loses_no_completed_trial(tmp_path):
-    out = tmp_path / "small"
-    command = [sys.executable, "-c", SCRIPT, str(out)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    seen = []
-    for kill_after in (2, 7):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        wait_for(lambda many=kill_after: finished_trials(out) >= many, process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stderr.close()
-        seen.append(essence(read_trials(stored(out))))
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    record = read_trials(stored(out))
-    for before in seen:
-        now = {trial[0]: trial[:9] for trial in essence(record)}
-        assert all(now[trial[0]] == trial[:9] for trial in before)
-    indices = [trial.index for trial in record if trial.outcome is not Outcome.WORKER_LOST]
-    assert sorted(indices) == list(range(14))
-
-
-def finished_trials(out):
-    if not (out / "study.db").exists():
-        return 0
-    try:
-        return len(read_trials(stored(out)))
-    except StudyError:
-        return 0  # not made yet, or just being written
-
-
-def wait_for(condition, process, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline, "the study made no progress"
-        time.sleep(0.05)
-
-
-def test_a_worker_that_dies_loses_its_trial_and_not_the_study(tmp_path, monkeypatch):
-    mark = tmp_path / "deadly"
-    monkeypatch.setenv("DEADLY", str(mark))
-    spec = small_spec("task.model=tests.nets:deadly", "search.trials=4", "finalists.count=1")
-    out = tmp_path / "small"
-    run_study(replace(spec, search=replace(spec.search, trials=1)), out, Options(workers=1))
-    mark.touch()
-    record = run_study(spec, out, Options(workers=1))
-    outcomes = [trial.outcome for trial in record.trials]
-    assert outcomes.count(Outcome.WORKER_LOST) == 1
-    assert outcomes.count(Outcome.DONE) == 4
-    assert sorted(t.index for t in record.trials if t.outcome is Outcome.DONE) == [0, 1, 2, 3]
-
-
-def test_ctrl_c_leaves_nothing_running(tmp_path, monkeypatch):
-    class Impatient(Silent):
-        def trial(self, record, trials):
-            if len(trials) == 3:
-                raise KeyboardInterrupt
-
-    out = tmp_path / "small"
-    with pytest.raises(Stopped) as caught:
-        run_study(small_spec(), out, Options(workers=2), view=Impatient())
-    assert len(caught.value.record.trials) == 3
-    states = [trial.state.name for trial in stored(out).trials]
-    assert "RUNNING" not in states
-    assert (out / "report.html").exists()
-    record = run_study(small_spec(), out, Options(workers=2))
-    assert sorted(t.index for t in record.trials if t.outcome is Outcome.DONE) == list(range(8))
 
 
 def test_minutes_end_the_search(tmp_path):
@@ -349,16 +184,6 @@ def test_a_score_that_is_no_number(trained, tmp_path):
         ranksearch.search(
             replace(trained, score=lambda o, t: float("nan")), out=tmp_path / "two", options=ranksearch.Options(workers=0)
         )
-
-
-def test_latencies_lost_by_a_kill_are_measured_again(tmp_path):
-    out, spec = tmp_path / "small", small_spec("search.trials=2", "finalists.count=1")
-    record = run_study(spec, out, Options(workers=0))
-    number = next(trial.number for trial in record.trials if trial.finalist)
-    finalist = next(trial.finalist for trial in record.trials if trial.finalist)
-    write_finalist(stored(out), number, replace(finalist, latency_ms=None))
-    again = run_study(spec, out, Options(workers=0))
-    assert all(trial.finalist.latency_ms > 0 for trial in again.trials if trial.finalist)
 
 
 def test_the_users_model_is_not_changed(trained, tmp_path):

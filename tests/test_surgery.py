@@ -8,6 +8,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from ranksearch.errors import PlanError
 from ranksearch.factorization import METHODS
@@ -278,6 +279,43 @@ MESSAGES = {
 def test_a_plan_that_does_not_fit_is_refused(verb, model, name, value, message):
     with pytest.raises(PlanError, match=f"^{re.escape(message)}$"):
         verb(model, Plan.of({name: value}))
+
+
+PARAMETRISED = {
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "of the bias": lambda layer: parametrize.register_parametrization(layer, "bias", nn.ReLU()),
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5),
+    "old spectral norm": nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.parametrize("verb", [factorize_, skeleton_])
+@pytest.mark.parametrize("change", PARAMETRISED.values(), ids=PARAMETRISED)
+def test_a_parametrised_weight_is_refused(verb, change):
+    model = net().train()
+    change(model.last)
+    modules, state, buffers = dict(model.named_modules()), copy.deepcopy(model.state_dict()), len(list(model.buffers()))
+    message = (
+        "Layer 'last' must hold its weight as it is, but it is parametrised or pruned; make that permanent first, with "
+        "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove."
+    )
+    with pytest.raises(PlanError, match=f"^{re.escape(message)}$"):
+        verb(model, Plan.of({"last": SVD(2), "stem": CP(2)}))
+    assert dict(model.named_modules()) == modules
+    assert len(list(model.buffers())) == buffers
+    assert_same_state(model, state)
+
+
+def test_what_the_message_says_makes_a_parametrised_weight_one_that_is_factorized():
+    model = net()
+    parametrizations.weight_norm(model.last)
+    prune.l1_unstructured(model.stem, "weight", amount=0.5)
+    parametrize.remove_parametrizations(model.last, "weight")
+    prune.remove(model.stem, "weight")
+    factorize_(model, {"last": SVD(2), "stem": CP(2)})
+    assert len(model.last) == 2
 
 
 @pytest.mark.parametrize("wrong", [((2, 6), (3, 3)), ((2, 6),), ((2, 6), (3, 2), (1,)), ((6, 2), (2, 3))])

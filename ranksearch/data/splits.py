@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from ranksearch.errors import DataError
 
@@ -37,6 +37,16 @@ def size(split: Dataset[Any]) -> int:
 def example(split: Dataset[Any]) -> Tensor:
     """A batch of the split's first input."""
     return next(batches(split, 1))[0]
+
+
+def sample(split: Dataset[Any], count: int, *, seed: int) -> Dataset[Any]:
+    """`count` inputs of a split, drawn without repeats and in the split's order; the whole split if it holds no more."""
+    if size(split) <= count:
+        return split
+    chosen = torch.randperm(size(split), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    if type(split) is TensorDataset:
+        return TensorDataset(*(tensor[chosen] for tensor in split.tensors))
+    return Subset(split, chosen.tolist())
 
 
 def batches(split: Dataset[Any], batch_size: int, *, generator: torch.Generator | None = None) -> Iterator[Any]:

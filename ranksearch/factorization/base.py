@@ -11,6 +11,7 @@ import bisect
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -25,6 +26,22 @@ Prepared: TypeAlias = Mapping[str, Tensor]
 
 NOWHERE = "meta"
 """The device parts are made on: no initial values are drawn, which would move torch's global random state."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Which candidates are offered for a layer. A layer never grows: a candidate that is not smaller than dense in every
+    cost of `smaller_in` ("params", "macs") is not.
+
+    Ranks are multiples of `multiple`, as some hardware wants them; a rank whose bound lies below it is held at that bound.
+    """
+
+    multiple: int = 1
+    smaller_in: tuple[str, ...] = ("params",)
+
+
+FEWER_PARAMS = Offer()
+"""Any rank at which the layer has fewer parameters: what is offered unless a study says otherwise."""
 
 
 class Method(abc.ABC):
@@ -98,21 +115,29 @@ class Method(abc.ABC):
         shapes, positions = self.factor_shapes(layer.weight, ranks), self.positions(layer)
         return sum(math.prod(shape) * count for shape, count in zip(shapes, positions, strict=True)) * layer.calls
 
-    def most(self, layer: Layer) -> tuple[int, ...]:
-        """The largest rank of each kind that still pays while the others are 1; the top of a search's range."""
-        limits = self.limits(layer.weight)
-        return tuple(self._most(layer, axis, limits) for axis in range(len(limits)))
+    def offered(self, layer: Layer, offer: Offer = FEWER_PARAMS) -> tuple[range, ...]:
+        """The ranks of each kind that pay while the others are at their least: a search's range, empty where none pays."""
+        least = tuple(min(offer.multiple, bound) for bound in self.bounds(layer.weight))
+        return tuple(self._offered(layer, offer, least, axis, limit) for axis, limit in enumerate(self.limits(layer.weight)))
 
-    def pays(self, layer: Layer, ranks: tuple[int, ...]) -> bool:
-        """Whether the factorized layer has fewer parameters than the dense one. A layer never grows."""
-        return self.params(layer, ranks) < layer.params
+    def pays(self, layer: Layer, ranks: tuple[int, ...], offer: Offer = FEWER_PARAMS) -> bool:
+        """Whether the factorized layer is smaller than the dense one in every cost that the offer names."""
+        costs = {"params": (self.params, layer.params), "macs": (self.macs, layer.macs)}
+        return all(cost(layer, ranks) < dense for cost, dense in (costs[name] for name in offer.smaller_in))
 
-    def _most(self, layer: Layer, axis: int, limits: tuple[int, ...]) -> int:
+    def _offered(self, layer: Layer, offer: Offer, least: tuple[int, ...], axis: int, limit: int) -> range:
         def grows(rank: int) -> bool:
-            return not self.pays(layer, tuple(rank if i == axis else 1 for i in range(len(limits))))
+            return not self.pays(layer, (*least[:axis], rank, *least[axis + 1 :]), offer)
 
-        # The cost rises with the rank, so the first rank that does not pay can be bisected for.
-        return max(1, bisect.bisect_left(range(1, limits[axis] + 1), True, key=grows))
+        # A bound below the multiple is itself the step, and the only one that fits.
+        ranks = range(least[axis], limit + 1, least[axis])
+        # The costs rise with the rank, so the first rank that does not pay can be bisected for.
+        return ranks[: bisect.bisect_left(ranks, True, key=grows)]
+
+
+def nearest_rank(ranks: range, wanted: float) -> int:
+    """The rank of `ranks`, one kind's from `Method.offered`, that is nearest to `wanted`."""
+    return ranks[min(len(ranks), max(1, round(wanted / ranks.step))) - 1]
 
 
 def stack(

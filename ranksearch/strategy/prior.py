@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ranksearch.factorization import Method
+from ranksearch.factorization import FEWER_PARAMS, Method, Offer, nearest_rank
 from ranksearch.layers import Layer
 from ranksearch.plan import Dense, Factorization, Plan
 from ranksearch.profile import Profile
@@ -35,22 +35,27 @@ def vbmf_plans(space: Space, profile: Profile) -> Iterator[tuple[str, Plan]]:
 def vbmf_factorization(axis: Axis, profile: Profile, leader: str, weakening: float) -> Factorization:
     """The leading method, or else the first that applies, at the VBMF ranks times the weakening; dense if it would grow."""
     method = next((m for m in axis.methods if m.kind.method == leader), axis.methods[0])
-    ranks = at_vbmf(method, axis.layer, profile.layers[axis.layer.name].vbmf, weakening)
-    return method.value(axis.layer, ranks) if ranks and method.pays(axis.layer, ranks) else Dense()
+    ranks = at_vbmf(method, axis.layer, profile.layers[axis.layer.name].vbmf, weakening, offer=axis.offer)
+    return method.value(axis.layer, ranks) if ranks and method.pays(axis.layer, ranks, axis.offer) else Dense()
 
 
 def at_vbmf(
-    method: Method, layer: Layer, estimate: tuple[int | None, int | None], weakening: float = 1.0
+    method: Method,
+    layer: Layer,
+    estimate: tuple[int | None, int | None],
+    weakening: float = 1.0,
+    *,
+    offer: Offer = FEWER_PARAMS,
 ) -> tuple[int, ...] | None:
-    """The method's ranks at the estimates of the input and output unfolding; None where neither found a signal."""
+    """The offered ranks nearest to the estimates of the input and output unfolding; None where neither found a signal."""
     known = [rank for rank in estimate if rank]
     if not known:
         return None
     rank_in, rank_out = (rank or max(known) for rank in estimate)
-    wanted, limits = method.from_vbmf(rank_in, rank_out), method.most(layer)
-    return tuple(min(limit, max(1, round(rank * weakening))) for rank, limit in zip(wanted, limits, strict=True))
+    wanted, offered = method.from_vbmf(rank_in, rank_out), method.offered(layer, offer)
+    return tuple(nearest_rank(ranks, rank * weakening) for rank, ranks in zip(wanted, offered, strict=True))
 
 
-def quarter(method: Method, layer: Layer) -> tuple[int, ...]:
+def quarter(method: Method, layer: Layer, offer: Offer = FEWER_PARAMS) -> tuple[int, ...]:
     """A quarter of the method's largest ranks: what to show where VBMF finds no signal."""
-    return tuple(max(1, rank // 4) for rank in method.most(layer))
+    return tuple(nearest_rank(ranks, ranks[-1] // 4) for ranks in method.offered(layer, offer))

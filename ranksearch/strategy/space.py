@@ -10,7 +10,7 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from ranksearch.errors import PlanError, SpecError, nearest
-from ranksearch.factorization import METHODS, Method
+from ranksearch.factorization import FEWER_PARAMS, METHODS, Method, Offer, nearest_rank
 from ranksearch.layers import Inventory, Layer
 from ranksearch.plan import Dense, Factorization, Plan
 
@@ -21,12 +21,13 @@ DENSE = Dense.method
 class Axis:
     """One layer and the methods that can make it smaller.
 
-    A level in 0..1 is a rank on a log scale between 1 and the largest that pays, so a level means about the same
+    A level in 0..1 is a rank on a log scale between the least and the largest that pays, so a level means about the same
     compression under every method. Tucker-2 takes a second level, for its input rank.
     """
 
     layer: Layer
     methods: tuple[Method, ...]
+    offer: Offer = FEWER_PARAMS
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """Optuna's distributions, by parameter name; the same for every trial."""
@@ -46,10 +47,10 @@ class Axis:
         method = next((m for m in self.methods if m.kind.method == params[f"{name}.method"]), None)
         if method is None:
             return Dense()
-        limits = method.most(self.layer)
-        levels = [params[f"{name}.level"]] if len(limits) == 1 else [params[f"{name}.level_in"], params[f"{name}.level"]]
-        ranks = tuple(rank_at(level, limit) for level, limit in zip(levels, limits, strict=True))
-        return method.value(self.layer, ranks) if method.pays(self.layer, ranks) else Dense()
+        offered = method.offered(self.layer, self.offer)
+        levels = [params[f"{name}.level"]] if len(offered) == 1 else [params[f"{name}.level_in"], params[f"{name}.level"]]
+        ranks = tuple(rank_at(level, kind) for level, kind in zip(levels, offered, strict=True))
+        return method.value(self.layer, ranks) if method.pays(self.layer, ranks, self.offer) else Dense()
 
     def params(self, value: Factorization) -> dict[str, Any]:
         """The parameters that choose `value`."""
@@ -60,7 +61,8 @@ class Axis:
         method = METHODS[type(value)]
         if method not in self.methods:
             raise PlanError(f"Layer {name!r} may not be stored as {value.title} in this study; add it to space.methods.")
-        levels = [level_of(r, limit) for r, limit in zip(value.ranks, method.most(self.layer), strict=True)]
+        offered = method.offered(self.layer, self.offer)
+        levels = [level_of(rank, kind) for rank, kind in zip(value.ranks, offered, strict=True)]
         keys = [f"{name}.level"] if len(levels) == 1 else [f"{name}.level_in", f"{name}.level"]
         return defaults | {f"{name}.method": value.method} | dict(zip(keys, levels, strict=True))
 
@@ -84,7 +86,14 @@ class Space:
         return {key: value for axis in self.axes for key, value in axis.params(plan[axis.layer.name]).items()}
 
 
-def make_space(inventory: Inventory, methods: Sequence[str], *, layers: Sequence[str] = (), skip: Sequence[str] = ()) -> Space:
+def make_space(
+    inventory: Inventory,
+    methods: Sequence[str],
+    *,
+    layers: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    offer: Offer = FEWER_PARAMS,
+) -> Space:
     """The axes of the layers that at least one of the methods makes smaller.
 
     Args:
@@ -92,6 +101,7 @@ def make_space(inventory: Inventory, methods: Sequence[str], *, layers: Sequence
         methods: names of the methods to choose from.
         layers: only these layers; all where it is empty.
         skip: not these.
+        offer: what ranks must be multiples of, and which costs must shrink.
 
     Raises:
         SpecError: a name is no layer that can be decomposed, or no layer is left.
@@ -107,26 +117,32 @@ def make_space(inventory: Inventory, methods: Sequence[str], *, layers: Sequence
     axes = []
     for layer in inventory.layers:
         if (not layers or layer.name in layers) and layer.name not in skip:
-            fitting = tuple(method for method in chosen if applies(method, layer))
+            fitting = tuple(method for method in chosen if applies(method, layer, offer))
             if fitting:
-                axes.append(Axis(layer, fitting))
+                axes.append(Axis(layer, fitting, offer))
     if not axes:
-        raise SpecError(f"The search needs a layer to decompose, but {', '.join(methods)} make none of {known} smaller.")
+        raise SpecError(
+            f"The search needs a layer to decompose, but {', '.join(methods)} make none of {known} smaller{_terms(offer)}."
+        )
     return Space(tuple(axes))
 
 
-def applies(method: Method, layer: Layer) -> bool:
-    """Whether the method can store this layer and makes it smaller at some rank."""
-    linear = layer.kind == "Linear"
-    suits = method.applies(layer.weight, linear=linear)
-    return suits and method.pays(layer, (1,) * len(method.kind.rank_names()))
+def _terms(offer: Offer) -> str:
+    """What more than fewer parameters an offer asks for, and the key that asks it."""
+    costs = f" in {' and '.join(offer.smaller_in)} (space.smaller_in)" if offer.smaller_in != FEWER_PARAMS.smaller_in else ""
+    return costs + (f" at ranks that are multiples of {offer.multiple} (space.rank_multiple)" if offer.multiple > 1 else "")
 
 
-def rank_at(level: float, limit: int) -> int:
-    """The rank at a level of 0..1 between 1 and `limit`, on a log scale."""
-    return min(limit, max(1, round(math.exp(level * math.log(limit)))))
+def applies(method: Method, layer: Layer, offer: Offer = FEWER_PARAMS) -> bool:
+    """Whether the method can store this layer and makes it smaller at some rank that is offered."""
+    return method.applies(layer.weight, linear=layer.kind == "Linear") and all(method.offered(layer, offer))
 
 
-def level_of(rank: int, limit: int) -> float:
-    """The level of a rank: the inverse of `rank_at`; a rank above the limit has the level 1."""
-    return min(1.0, math.log(rank) / math.log(limit)) if limit > 1 else 0.0
+def rank_at(level: float, ranks: range) -> int:
+    """The rank at a level of 0..1, on a log scale of the ranks of `Method.offered`."""
+    return nearest_rank(ranks, ranks.step * math.exp(level * math.log(len(ranks))))
+
+
+def level_of(rank: int, ranks: range) -> float:
+    """The level of a rank: the inverse of `rank_at`; ranks outside have the level of the nearest end."""
+    return min(1.0, max(0.0, math.log(rank / ranks.step) / math.log(len(ranks)))) if len(ranks) > 1 else 0.0

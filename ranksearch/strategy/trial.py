@@ -81,7 +81,7 @@ class Evaluator:
     def _rungs(self, model: nn.Module, job: Job) -> Iterator[Rung]:
         device = torch.device(self.device)
         recipe = self.finalists if job.finalist else self.finetune
-        training.recalibrate(model, self.task, device=device)
+        training.recalibrate(model, self.task, seed=job.seed, device=device)
         yield Rung(0, training.score(model, self.task, self.task.data.validation, device=device))
         for epoch in training.fit(model, self.task, recipe, seed=job.seed, device=device):
             yield Rung(epoch, training.score(model, self.task, self.task.data.validation, device=device))

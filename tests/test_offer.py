@@ -1,0 +1,267 @@
+"""A layer never grows, in whichever costs must shrink, and ranks are multiples: whoever makes ranks holds to it."""
+
+import functools
+import itertools
+import math
+import re
+
+import optuna
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import ranksearch
+from ranksearch.errors import SpecError
+from ranksearch.factorization import METHODS, Offer
+from ranksearch.layers import inventory
+from ranksearch.plan import CP, SVD, Dense, Plan, Spatial, Tucker2
+from ranksearch.profile import LEVELS, profile, rank_grid
+from ranksearch.record import Outcome
+from ranksearch.spec import COSTS
+from ranksearch.strategy.ledger import Ledger
+from ranksearch.strategy.prior import at_vbmf, quarter, vbmf_plans
+from ranksearch.strategy.space import applies, make_space
+from ranksearch.study import Options, look, run_study
+from tests.conftest import small_spec
+from tests.nets import small
+from tests.test_factorization import BY_NAME, PAIRS, given_geometry
+
+EXAMPLE = torch.ones(1, 1, 8, 8)
+INVENTORY = inventory(small(), EXAMPLE)
+ALL = tuple(BY_NAME)
+SHRINKS = [("params",), ("macs",), ("params", "macs")]
+contract = pytest.mark.parametrize(("geometry", "name"), PAIRS)
+laws = settings(max_examples=60, deadline=None)
+# Each convolution of even kernel says once in a process that it pads one side more; that is what 'same' means.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+offers = st.builds(Offer, st.integers(1, 20), st.sampled_from(SHRINKS))
+layer_of = functools.cache(lambda geometry: given_geometry(geometry)[2])
+
+
+def shrinks(method, layer, ranks, offer):
+    pairs = {
+        "params": (method.params(layer, ranks), layer.params),
+        "macs": (method.macs(layer, ranks), layer.macs),
+    }
+    return all(pairs[cost][0] < pairs[cost][1] for cost in offer.smaller_in)
+
+
+def allowed(method, layer, offer):
+    """By kind of rank, all that the rule about multiples leaves."""
+    pairs = zip(method.bounds(layer.weight), method.limits(layer.weight), strict=True)
+    return [
+        [r for r in range(1, limit + 1) if r % offer.multiple == 0 or r == bound < offer.multiple] for bound, limit in pairs
+    ]
+
+
+def obeys(method, layer, ranks, offer):
+    return all(rank in kind for rank, kind in zip(ranks, allowed(method, layer, offer), strict=True))
+
+
+def offered(method, layer, offer):
+    """Every candidate, by the law alone."""
+    return {ranks for ranks in itertools.product(*allowed(method, layer, offer)) if shrinks(method, layer, ranks, offer)}
+
+
+@functools.cache
+def space_of(offer):
+    try:
+        return make_space(INVENTORY, ALL, offer=offer)
+    except SpecError:
+        return None
+
+
+def values(axis):
+    """Every value that the axis can choose."""
+    found = ((method, ranks) for method in axis.methods for ranks in offered(method, axis.layer, axis.offer))
+    return [Dense(), *(method.value(axis.layer, ranks) for method, ranks in found)]
+
+
+# --- one layer ---
+
+
+@contract
+@pytest.mark.parametrize("smaller_in", SHRINKS, ids="+".join)
+def test_what_is_offered_is_what_the_law_leaves(geometry, name, smaller_in):
+    method, layer = BY_NAME[name], layer_of(geometry)
+    for offer in (Offer(multiple, smaller_in) for multiple in (1, 2, 3, 4, 8)):
+        wanted, kinds, grid = offered(method, layer, offer), method.offered(layer, offer), rank_grid(method, layer, offer)
+        assert {ranks for ranks in itertools.product(*kinds) if method.pays(layer, ranks, offer)} == wanted
+        assert set(grid) <= wanted
+        assert len(set(grid)) == len(grid)
+        assert applies(method, layer, offer) == bool(wanted) == bool(grid) == all(kinds)
+        for axis, kind in enumerate(kinds):
+            assert list(kind) == sorted({ranks[axis] for ranks in wanted})
+            assert not kind or {kind[0], kind[-1]} <= {ranks[axis] for ranks in grid}
+
+
+@contract
+def test_without_wishes_the_grid_is_log_spaced_between_one_and_the_largest_that_pays(geometry, name):
+    method, layer = BY_NAME[name], layer_of(geometry)
+
+    def fewer(ranks):
+        return method.params(layer, ranks) < layer.params
+
+    axes = []
+    for axis, limit in enumerate(method.limits(layer.weight)):
+        others = (1,) * len(method.limits(layer.weight))
+        paying = [r for r in range(1, limit + 1) if fewer((*others[:axis], r, *others[axis + 1 :]))]
+        steps = [math.exp(math.log(max(paying, default=1)) * step / (LEVELS - 1)) for step in range(LEVELS)]
+        axes.append(sorted({round(step) for step in steps}))
+    assert rank_grid(method, layer) == [ranks for ranks in itertools.product(*axes) if fewer(ranks)]
+    assert rank_grid(method, layer, Offer()) == rank_grid(method, layer)
+
+
+@contract
+@settings(max_examples=20, deadline=None)
+@given(offer=offers, estimate=st.tuples(st.integers(1, 40), st.integers(1, 40)), weakening=st.sampled_from([0.5, 1.0, 4.0]))
+def test_what_vbmf_suggests_is_the_nearest_that_is_offered(geometry, name, offer, estimate, weakening):
+    method, layer = BY_NAME[name], layer_of(geometry)
+    if applies(method, layer, offer):
+        kinds, wanted = method.offered(layer, offer), method.from_vbmf(*estimate)
+        found = at_vbmf(method, layer, estimate, weakening, offer=offer)
+        for rank, kind, aim in zip(found, kinds, wanted, strict=True):
+            assert rank in kind
+            assert abs(rank - aim * weakening) == min(abs(other - aim * weakening) for other in kind)
+        assert all(rank in kind for rank, kind in zip(quarter(method, layer, offer), kinds, strict=True))
+
+
+def test_a_rank_that_cannot_reach_the_multiple_is_held_at_its_bound():
+    layer = inventory(nn.Sequential(nn.Conv2d(3, 64, 3)), torch.ones(1, 3, 8, 8)).layers[0]
+    rank_in, rank_out = METHODS[Tucker2].offered(layer, Offer(8))
+    assert list(rank_in) == [3]
+    assert list(rank_out) == [8, 16]
+    assert METHODS[Tucker2].offered(layer)[1][-1] > 16
+
+
+def test_no_rank_beyond_the_limit_is_offered_to_reach_the_multiple():
+    """CP at rank 8 would have fewer parameters here, with more terms than ALS can tell apart."""
+    layer = inventory(nn.Sequential(nn.Conv2d(4, 4, 3)), torch.ones(1, 4, 8, 8)).layers[0]
+    assert METHODS[CP].pays(layer, (8,))
+    assert METHODS[CP].limits(layer.weight) == (4,)
+    assert not applies(METHODS[CP], layer, Offer(8))
+    assert rank_grid(METHODS[CP], layer, Offer(8)) == []
+
+
+# --- a space ---
+
+
+@laws
+@given(offers, st.data())
+def test_any_parameters_choose_a_plan_that_is_offered(offer, data):
+    space = space_of(offer)
+    if space:
+        kinds = space.distributions().items()
+        plan = space.plan(
+            {key: data.draw(st.sampled_from(getattr(kind, "choices", [0.0, 0.3, 0.7, 1.0]))) for key, kind in kinds}
+        )
+        assert all(plan[axis.layer.name] in values(axis) for axis in space.axes)
+        assert space.plan(space.params(plan)) == plan
+
+
+@pytest.mark.parametrize("smaller_in", SHRINKS, ids="+".join)
+@pytest.mark.parametrize("multiple", [1, 2, 3, 5, 8, 16])
+def test_every_value_that_is_offered_is_chosen_by_its_parameters(multiple, smaller_in):
+    for axis in space_of(Offer(multiple, smaller_in)).axes:
+        for value in values(axis):
+            assert axis.factorization(axis.params(value)) == value
+
+
+@pytest.mark.parametrize("offer", [Offer(1, ("macs",)), Offer(3), Offer(4, ("params", "macs")), Offer(8)], ids=str)
+def test_first_plans_and_profiles_keep_to_what_is_offered(trained, offer):
+    space = space_of(offer)
+    layers = profile(trained.model, INVENTORY, {axis.layer.name: axis.methods for axis in space.axes}, offer=offer)
+    plans = [plan for _, plan in vbmf_plans(space, layers)]
+    assert plans
+    for plan in plans:
+        assert space.plan(space.params(plan)) == plan
+    for axis in space.axes:
+        candidates = list(layers.layers[axis.layer.name].candidates())
+        assert {METHODS[type(candidate.value)] for candidate in candidates} == set(axis.methods)
+        for candidate in candidates:
+            assert obeys(METHODS[type(candidate.value)], axis.layer, candidate.value.ranks, offer)
+            assert candidate.params < axis.layer.params or "params" not in offer.smaller_in
+            assert candidate.macs < axis.layer.macs or "macs" not in offer.smaller_in
+        for value in values(axis)[1::7]:
+            assert layers.layers[axis.layer.name].factors(value)
+
+
+def test_other_ranks_are_another_file_of_the_profile(trained, tmp_path):
+    counts = []
+    for offer in (Offer(), Offer(2), Offer(2), Offer()):
+        profile(trained.model, INVENTORY, {"conv2": [METHODS[CP]]}, offer=offer, cache=tmp_path)
+        counts.append(len(list(tmp_path.glob("conv2*"))))
+    assert counts == [1, 2, 2, 2]
+
+
+def test_a_space_of_nothing_says_what_was_asked_for():
+    message = (
+        "The search needs a layer to decompose, but svd make none of ['conv1', 'conv2', 'fc1', 'fc2'] smaller in params and "
+        "macs (space.smaller_in) at ranks that are multiples of 64 (space.rank_multiple)."
+    )
+    with pytest.raises(SpecError, match=f"^{re.escape(message)}$"):
+        make_space(INVENTORY, ["svd"], offer=Offer(64, ("params", "macs")))
+
+
+# --- a study ---
+
+
+def wide_margin():
+    """A convolution whose output is so much larger than its input that it can save multiply-accumulates and no parameters."""
+    return inventory(nn.Sequential(nn.Conv2d(4, 4, 3, padding=3)), torch.ones(1, 4, 4, 4))
+
+
+@pytest.mark.parametrize(("plan", "runs"), [(Plan.of({"0": Spatial(7)}), True), (Plan(), False)], ids=["larger", "dense"])
+def test_a_plan_is_not_smaller_only_where_nothing_that_must_shrink_does(plan, runs):
+    found = wide_margin()
+    space = make_space(found, ALL, offer=Offer(1, ("macs",)))
+    assert space.plan(space.params(plan)) == plan
+    study = optuna.create_study(directions=["maximize", "maximize"])
+    ledger = Ledger(
+        study, space, found, [("given", plan), ("given", Plan.of({"0": Spatial(2)}))], sampler="tpe", seed=0, floor=0
+    )
+    job = next(ledger.jobs(2))
+    assert (job.plan == plan) == runs
+    assert [trial.outcome for trial in ledger.records()] == ([] if runs else [Outcome.NOT_SMALLER])
+    if runs:
+        assert METHODS[Spatial].params(found["0"], (7,)) > found["0"].params
+
+
+def test_a_study_keeps_to_what_is_offered(tmp_path):
+    spec = small_spec("space.rank_multiple=4", "space.smaller_in=['params', 'macs']", "search.trials=7", "finalists.count=1")
+    record = run_study(spec, tmp_path / "small", Options(workers=0))
+    offer = Offer(4, ("params", "macs"))
+    found = [(name, value) for trial in record.trials for name, value in trial.plan]
+    assert found
+    for name, value in found:
+        assert obeys(METHODS[type(value)], INVENTORY[name], value.ranks, offer)
+        assert shrinks(METHODS[type(value)], INVENTORY[name], value.ranks, offer)
+    assert record.facts.spec["space"]["rank_multiple"] == 4
+
+
+def test_layers_are_shown_at_ranks_that_are_offered(tmp_path):
+    shown = look(small_spec("space.rank_multiple=4", "space.skip=['conv1']"), tmp_path).costs
+    ranks = [rank for costs in shown.values() for text, _ in costs for rank in map(int, re.findall(r"\d+", text.split()[-1]))]
+    assert ranks
+    assert all(rank % 4 == 0 for rank in ranks)
+
+
+def test_the_costs_of_a_study_file_are_those_of_a_method():
+    layer = INVENTORY["fc2"]
+    assert METHODS[SVD].pays(layer, (1,), Offer(1, COSTS))
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"rank_multiple": 0}, "search(): space.rank_multiple must be at least 1, but got 0."),
+        ({"smaller_in": ()}, "search(): space.smaller_in must be at least one of params, macs, but got []."),
+        ({"smaller_in": ["mac"]}, "space.smaller_in must name costs, but 'mac' is none. Did you mean 'macs'?"),
+    ],
+)
+def test_wishes_from_python_are_checked(trained, tmp_path, wish, message):
+    with pytest.raises(SpecError, match=f"^{re.escape(message)}$"):
+        ranksearch.search(trained, out=tmp_path / "mine", **wish)
+    assert not list(tmp_path.iterdir())

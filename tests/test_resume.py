@@ -1,0 +1,181 @@
+"""A killed and resumed study equals an uninterrupted one, and nothing is lost or half written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+from safetensors.torch import load_file
+
+from ranksearch import folder
+from ranksearch.console import Silent
+from ranksearch.data import example
+from ranksearch.errors import StudyError
+from ranksearch.layers import inventory
+from ranksearch.profile import profile
+from ranksearch.record import Outcome, Rung, read_trials, write_finalist
+from ranksearch.strategy.ledger import Ledger
+from ranksearch.strategy.prior import vbmf_plans
+from ranksearch.strategy.space import make_space
+from ranksearch.strategy.trial import Answer
+from ranksearch.study import Options, Stopped, run_study
+from tests import nets
+from tests.conftest import essence, small_spec, stored
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_resumed_equals_uninterrupted(finished, tmp_path):
+    """Stop after each trial in turn, and go on with the same command."""
+    _, whole = finished
+    out = tmp_path / "small"
+    for trials in range(1, 9):
+        record = run_study(small_spec(f"search.trials={trials}", "finalists.count=3"), out, Options(workers=0))
+    searched = [replace(trial, finalist=None) for trial in record.trials]
+    assert essence(searched) == essence(replace(trial, finalist=None) for trial in whole.trials)
+
+
+def test_an_orphan_is_queued_again_in_its_place(finished, tmp_path):
+    """What SIGKILL leaves: a trial that runs in the storage and nowhere else, its parameters asked for or half asked for."""
+    _, whole = finished
+    for stop_at in (2, 6):
+        out = tmp_path / str(stop_at) / "small"
+        run_study(small_spec(f"search.trials={stop_at}"), out, Options(workers=0))
+        orphan(out, stop_at)
+        record = run_study(small_spec(), out, Options(workers=0))
+        assert essence(replace(t, finalist=None) for t in record.trials) == essence(
+            replace(t, finalist=None) for t in whole.trials
+        )
+        states = [trial.state.name for trial in stored(out).trials]
+        assert states.count("FAIL") == 1
+        assert states.count("COMPLETE") + states.count("PRUNED") == 8
+        assert "RUNNING" not in states
+        assert "WAITING" not in states
+
+
+def test_a_study_begun_before_a_key_was_there_goes_on(tmp_path):
+    out, spec = tmp_path / "small", small_spec("search.trials=1", "finalists.count=1")
+    before = run_study(spec, out, Options(workers=0))
+    older = {key: value for key, value in spec.identity().items() if key != "space.rank_multiple"}
+    stored(out).set_user_attr(folder.IDENTITY, older)
+    assert essence(run_study(spec, out, Options(workers=0)).trials) == essence(before.trials)
+
+
+def ledger_of(study, dense=None, cache=None):
+    """The ledger that a run of the small study has."""
+    data, model = nets.few_digits(), nets.small()
+    if dense:
+        model.load_state_dict(load_file(dense))
+    found = inventory(model, example(data.train))
+    space = make_space(found, small_spec().space.methods)
+    layers = profile(model, found, {axis.layer.name: axis.methods for axis in space.axes}, cache=cache)
+    return Ledger(study, space, found, list(vbmf_plans(space, layers)), sampler="tpe", seed=0, floor=0.5)
+
+
+def orphan(out, stop_at):
+    """Ask for the next trial as a run does, and tell nothing."""
+    next(ledger_of(stored(out), out / "dense.safetensors", out / "profile").jobs(stop_at + 1))
+
+
+def test_a_plan_that_keeps_losing_its_worker_is_given_up():
+    ledger = ledger_of(optuna.create_study(directions=["maximize", "maximize"]))
+    indices = []
+    for job in ledger.jobs(2):
+        found = ledger.receive(job, Answer(Outcome.WORKER_LOST if len(indices) < 3 else Outcome.DONE, (Rung(0, 0.5),)))
+        indices.append(found.index)
+    assert indices == [0, 0, 0, 1, 2]
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from ranksearch.study import Options, Stopped, run_study
+from tests.conftest import essence, small_spec, stored
+run_study(small_spec("search.trials=14"), Path(sys.argv[1]), Options(workers=2))
+"""
+
+
+def test_sigkill_loses_no_completed_trial(tmp_path):
+    out = tmp_path / "small"
+    command = [sys.executable, "-c", SCRIPT, str(out)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    seen = []
+    for kill_after in (2, 7):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        wait_for(lambda many=kill_after: finished_trials(out) >= many, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+        seen.append(essence(read_trials(stored(out))))
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    record = read_trials(stored(out))
+    for before in seen:
+        now = {trial[0]: trial[:9] for trial in essence(record)}
+        assert all(now[trial[0]] == trial[:9] for trial in before)
+    indices = [trial.index for trial in record if trial.outcome is not Outcome.WORKER_LOST]
+    assert sorted(indices) == list(range(14))
+
+
+def finished_trials(out):
+    if not (out / "study.db").exists():
+        return 0
+    try:
+        return len(read_trials(stored(out)))
+    except StudyError:
+        return 0  # not made yet, or just being written
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline, "the study made no progress"
+        time.sleep(0.05)
+
+
+def test_a_worker_that_dies_loses_its_trial_and_not_the_study(tmp_path, monkeypatch):
+    mark = tmp_path / "deadly"
+    monkeypatch.setenv("DEADLY", str(mark))
+    spec = small_spec("task.model=tests.nets:deadly", "search.trials=4", "finalists.count=1")
+    out = tmp_path / "small"
+    run_study(replace(spec, search=replace(spec.search, trials=1)), out, Options(workers=1))
+    mark.touch()
+    record = run_study(spec, out, Options(workers=1))
+    outcomes = [trial.outcome for trial in record.trials]
+    assert outcomes.count(Outcome.WORKER_LOST) == 1
+    assert outcomes.count(Outcome.DONE) == 4
+    assert sorted(t.index for t in record.trials if t.outcome is Outcome.DONE) == [0, 1, 2, 3]
+
+
+def test_ctrl_c_leaves_nothing_running(tmp_path, monkeypatch):
+    class Impatient(Silent):
+        def trial(self, record, trials):
+            if len(trials) == 3:
+                raise KeyboardInterrupt
+
+    out = tmp_path / "small"
+    with pytest.raises(Stopped) as caught:
+        run_study(small_spec(), out, Options(workers=2), view=Impatient())
+    assert len(caught.value.record.trials) == 3
+    states = [trial.state.name for trial in stored(out).trials]
+    assert "RUNNING" not in states
+    assert (out / "report.html").exists()
+    record = run_study(small_spec(), out, Options(workers=2))
+    assert sorted(t.index for t in record.trials if t.outcome is Outcome.DONE) == list(range(8))
+
+
+def test_latencies_lost_by_a_kill_are_measured_again(tmp_path):
+    out, spec = tmp_path / "small", small_spec("search.trials=2", "finalists.count=1")
+    record = run_study(spec, out, Options(workers=0))
+    number = next(trial.number for trial in record.trials if trial.finalist)
+    finalist = next(trial.finalist for trial in record.trials if trial.finalist)
+    write_finalist(stored(out), number, replace(finalist, latency_ms=None))
+    again = run_study(spec, out, Options(workers=0))
+    assert all(trial.finalist.latency_ms > 0 for trial in again.trials if trial.finalist)

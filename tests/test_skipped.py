@@ -1,0 +1,314 @@
+"""What an inventory leaves out and why, what it refuses, and that it leaves the model as it was."""
+
+import copy
+import re
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.modules import module as module_hooks
+from torch.nn.utils import parametrizations, prune
+
+from ranksearch.errors import ModelError
+from ranksearch.layers import count_macs, inventory
+from tests.nets import Net
+
+IMAGE = torch.ones(1, 4, 6, 5)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution with a forward of its own, as weight standardisation has."""
+
+    def forward(self, inputs):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(inputs, weight, self.bias)
+
+
+class DynamicConv(nn.Module):
+    """Something called Conv that is none, and returns no tensor."""
+
+    def forward(self, inputs, scale=1):
+        return {"outputs": inputs * scale}
+
+
+# --- why not the rest ---
+
+
+def with_shared_weight():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 2, 1))
+    model[1].weight = model[0].weight
+    return model
+
+
+def with_two_names():
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    return Net(lambda n, x: n.last(n.one(x)), one=conv, two=conv, last=nn.Conv2d(4, 2, 1))
+
+
+def before(layer, channels=4):
+    return nn.Sequential(layer, nn.Conv2d(channels, 2, 1))
+
+
+def pruned():
+    conv = nn.Conv2d(4, 4, 3)
+    prune.l1_unstructured(conv, "weight", amount=0.5)
+    return conv
+
+
+def quantised():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        linear = torch.ao.nn.quantized.dynamic.Linear(5, 3)
+        return Net(lambda n, x: n[1](x), **{"0": linear, "1": nn.Conv2d(4, 2, 1)})
+
+
+def complex_convolution():
+    conv, last = nn.Conv2d(4, 4, 1, dtype=torch.complex64), nn.Conv2d(4, 2, 1)
+    return Net(lambda n, x: n.get_submodule("1")(n.get_submodule("0")(x.to(torch.complex64)).real), **{"0": conv, "1": last})
+
+
+def used(use):
+    """A model whose layer `one` is called, and asked for something more by `use(model, inputs, outputs)`."""
+    return Net(lambda n, x: n.last(use(n, x, n.one(x))), one=nn.Conv2d(4, 4, 1), last=nn.Conv2d(4, 2, 1))
+
+
+def kept_in_a_list():
+    model = Net(lambda n, x: n.last(n.kept[0](x)), one=nn.Conv2d(4, 4, 1), last=nn.Conv2d(4, 2, 1))
+    model.kept = [model.one]
+    return model
+
+
+def of_its_type(n, x, y):
+    return (y,)[0 if isinstance(n.one, nn.Conv2d) else 1]
+
+
+def run_second(n, x):
+    return n.get_submodule("1")(x)
+
+
+OUTSIDE = "its weight is also used outside the layer"
+PARAMETRISED = "its weight is parametrised; remove the parametrisation first"
+SKIPPED = {
+    "depthwise": (before(nn.Conv2d(4, 4, 3, groups=4)), "it is depthwise"),
+    "depthwise, several out": (before(nn.Conv2d(4, 8, 3, groups=4), 8), "it is depthwise"),
+    "grouped": (before(nn.Conv2d(4, 6, 3, groups=2), 6), "it has 2 groups"),
+    "shared weight": (with_shared_weight(), "its weight is shared by 0.weight, 1.weight"),
+    "two names": (with_two_names(), "its weight is shared by one.weight, two.weight"),
+    "called twice": (
+        Net(lambda n, x: n.last(n.one(n.one(x))), one=nn.Conv2d(4, 4, 1), last=nn.Conv2d(4, 2, 1)),
+        "it is called 2 times in one pass",
+    ),
+    "never called": (
+        Net(lambda n, x: n.last(x), one=nn.Conv2d(4, 4, 1), last=nn.Conv2d(4, 2, 1)),
+        "it is never called by the forward pass",
+    ),
+    "parametrised": (before(parametrizations.weight_norm(nn.Conv2d(4, 4, 3))), PARAMETRISED),
+    "pruned": (before(pruned()), PARAMETRISED),
+    "complex": (complex_convolution(), "its weight is complex"),
+    "transposed": (before(nn.ConvTranspose2d(4, 4, 3)), "ConvTranspose2d is not supported"),
+    "bilinear": (Net(lambda n, x: n.last(n.one(x, x)), one=nn.Bilinear(5, 5, 5), last=nn.Conv2d(4, 2, 1)), None),
+    "own forward": (before(Standardised(4, 4, 3)), "Standardised has a forward of its own"),
+    "no tensor": (
+        Net(lambda n, x: n.last(n.one(x, scale=2)["outputs"]), one=DynamicConv(), last=nn.Conv2d(4, 2, 1)),
+        "DynamicConv is not supported",
+    ),
+    "quantised": (Net(run_second, **{"0": quantised().get_submodule("0"), "1": nn.Conv2d(4, 2, 1)}), "Linear is not supported"),
+    "weight in a function": (used(lambda n, x, y: y + F.conv2d(x, n.one.weight, n.one.bias)), OUTSIDE),
+    "weight as a matrix": (used(lambda n, x, y: y.movedim(1, -1).matmul(n.one.weight.flatten(1).T).movedim(-1, 1)), OUTSIDE),
+    "weight in a penalty": (used(lambda n, x, y: y + n.one.weight.pow(2).sum()), OUTSIDE),
+    "weight's type": (used(lambda n, x, y: y.to(n.one.weight.dtype)), OUTSIDE),
+    "bias": (used(lambda n, x, y: y - n.one.bias[:, None, None]), "its bias is also used outside the layer"),
+    "size": (used(lambda n, x, y: y * n.one.in_channels), "its in_channels is also used outside the layer"),
+    "kept in a list": (
+        kept_in_a_list(),
+        "the forward does not call it by its name, but keeps it elsewhere too, as in a list",
+    ),
+    "of its type": (
+        used(of_its_type),
+        "the forward fails when it is replaced (IndexError: tuple index out of range)",
+    ),
+    "unbatched convolution": (
+        Net(lambda n, x: n.last(n.one(x[0])[None]), one=nn.Conv2d(4, 4, 3), last=nn.Conv2d(4, 2, 1)),
+        "it is called without a batch dimension",
+    ),
+    "unbatched linear": (
+        Net(lambda n, x: n.last(x) + n.one(x[0, 0, 0]).sum(), one=nn.Linear(5, 5), last=nn.Conv2d(4, 2, 1)),
+        "it is called without a batch dimension",
+    ),
+}
+
+
+@pytest.mark.parametrize(("model", "reason"), SKIPPED.values(), ids=SKIPPED)
+def test_what_cannot_be_decomposed_is_skipped_with_the_reason(model, reason):
+    found = inventory(model, IMAGE)
+    names = [name for name, module in model.named_modules() if name]
+    assert names
+    assert set(found.skipped.values()) == ({reason} if reason else set())
+    assert [layer.name for layer in found.layers] == names[-1:]
+    assert set(found.skipped) | {names[-1]} <= set(names)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.sampled_from(["plain", "used", "typed"]), min_size=1, max_size=7))
+def test_only_those_that_the_forward_needs_are_skipped(kinds):
+    def run(n, x):
+        for kind, layer in zip(kinds, n.layers, strict=True):
+            x = layer(x) * (layer.weight.sum() if kind == "used" else 1)
+            assert kind != "typed" or isinstance(layer, nn.Conv2d), "another type"
+        return n.last(x)
+
+    model = Net(run, layers=nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in kinds), last=nn.Conv2d(4, 2, 1))
+    reasons = {"used": OUTSIDE, "typed": "the forward fails when it is replaced (AssertionError: another type)"}
+    assert inventory(model, IMAGE).skipped == {f"layers.{i}": reasons[kind] for i, kind in enumerate(kinds) if kind in reasons}
+
+
+def watched():
+    """What may look at weights: it is gone, or looks at others, when the layer is replaced."""
+    model = Net(lambda n, x: n.two(n.one(x.to(next(n.parameters()).device))), one=nn.Conv2d(4, 4, 1), two=nn.Conv2d(4, 2, 1))
+    model.one.register_forward_pre_hook(lambda module, args: (args[0] + module.weight.sum(),))
+    model.one.register_forward_hook(lambda module, args, output: output * module.weight.mean())
+    model.register_forward_hook(lambda module, args, output: output / max(p.norm() for p in module.parameters()))
+    return model
+
+
+def under_autocast():
+    model = Net(lambda n, x: n.two(n.one(x)), one=nn.Conv2d(4, 4, 1), two=nn.Conv2d(4, 2, 1))
+    model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+    return model
+
+
+CONVOLUTIONS = {
+    f"{kind.__name__} {mode} {padding}": (
+        nn.Sequential(kind(2, 3, 3, padding=padding, padding_mode=mode)),
+        torch.ones(1, 2, *size),
+    )
+    for kind, size in ((nn.Conv1d, (6,)), (nn.Conv2d, (6, 5)), (nn.Conv3d, (6, 5, 4)))
+    for mode in ("zeros", "reflect", "replicate", "circular")
+    for padding in (0, 1, "same", "valid")
+}
+ORDINARY = CONVOLUTIONS | {
+    "linear": (nn.Sequential(nn.Flatten(), nn.Linear(120, 3)), IMAGE),
+    "hooks": (watched(), IMAGE),
+    "autocast": (under_autocast(), IMAGE),
+}
+
+
+@pytest.mark.parametrize(("model", "example"), ORDINARY.values(), ids=ORDINARY)
+def test_ordinary_layers_are_not_skipped(model, example):
+    assert not inventory(model, example).skipped
+
+
+def test_hooks_of_every_module_may_look_at_weights():
+    def look(module, args):
+        if isinstance(module, nn.Conv2d):
+            seen.append(module.weight.norm())
+
+    seen = []
+    handle = module_hooks.register_module_forward_pre_hook(look)
+    try:
+        assert not inventory(nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)), IMAGE).skipped
+    finally:
+        handle.remove()
+    assert seen
+
+
+# --- the model stays as it was ---
+
+
+def hooks():
+    return [
+        len(value)
+        for name, value in sorted(vars(module_hooks).items())
+        if name.startswith("_global_") and name.endswith("hooks")
+    ]
+
+
+def frozen_in_part(run):
+    model = Net(run, conv=nn.Conv2d(4, 3, 3), norm=nn.BatchNorm2d(3), drop=nn.Dropout(), more=nn.Sequential(nn.Conv2d(3, 3, 1)))
+    model.train()
+    model.norm.eval()
+    model.more[0].eval()
+    return model
+
+
+def fails_when_replaced(n, x):
+    return n.more([n.drop(n.norm(n.conv(x)))][0 if isinstance(n.conv, nn.Conv2d) else 1])
+
+
+def fails(n, x):
+    n.norm(n.conv(x))
+    raise ValueError("a broken forward\nwith details")
+
+
+@pytest.mark.parametrize("run", [lambda n, x: n.more(n.drop(n.norm(n.conv(x)))), fails_when_replaced, fails])
+@pytest.mark.parametrize("use", [inventory, count_macs])
+def test_the_model_is_left_as_it_was(run, use):
+    model = frozen_in_part(run)
+    modes, modules = [module.training for module in model.modules()], list(model.named_modules())
+    state, everywhere = copy.deepcopy(model.state_dict()), hooks()
+    assert everywhere
+    if run is fails:
+        with pytest.raises((ModelError, ValueError), match="a broken forward"):
+            use(model, IMAGE)
+    else:
+        use(model, IMAGE)
+    assert [module.training for module in model.modules()] == modes
+    assert list(model.named_modules()) == modules
+    assert hooks() == everywhere
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# --- messages ---
+
+
+def not_finite(value):
+    model = nn.Sequential(nn.Conv2d(4, 3, 3))
+    with torch.no_grad():
+        model[0].bias[1] = value
+    return model
+
+
+FINITE = "Weights must be finite, but '0.bias' holds NaN or infinity; load or train the model again."
+ACCEPT = (
+    "The model must accept one input of shape (1, 4, 6, 5), but its forward raised {}; "
+    "check the model's arguments against the data."
+)
+NOTHING = "The model must have a decomposable layer, but has none ({})."
+MESSAGES = {
+    "nan": (not_finite(float("nan")), FINITE),
+    "infinity": (not_finite(float("-inf")), FINITE),
+    "lazy": (
+        nn.Sequential(nn.LazyConv2d(3, 3)),
+        "Weights must be there, but '0.weight' has no shape yet; run the model once on its data first.",
+    ),
+    "one line": (Net(fails, conv=nn.Conv2d(4, 3, 3), norm=nn.BatchNorm2d(3)), ACCEPT.format("ValueError: a broken forward")),
+    "no message": (Net(lambda n, x: next(iter(())), conv=nn.Conv2d(4, 3, 3)), ACCEPT.format("StopIteration: no message")),
+    "no layer": (nn.Sequential(nn.Flatten()), NOTHING.format("it holds no Conv or Linear module")),
+    "none left": (
+        nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 3, groups=2)),
+        NOTHING.format("0: it is depthwise; 1: it has 2 groups"),
+    ),
+    "the model itself": (
+        nn.Conv2d(4, 3, 3),
+        NOTHING.format("Conv2d: it is the model itself; put it into an nn.Sequential"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("model", "message"), MESSAGES.values(), ids=MESSAGES)
+def test_a_model_that_cannot_be_searched_is_refused(model, message):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
+        inventory(model, IMAGE)
+
+
+def test_an_input_of_another_shape_is_refused_in_torchs_words():
+    with pytest.raises(
+        ModelError, match=r"^The model must accept one input of .* raised RuntimeError: .*\(24x5 and 7x3\); check"
+    ):
+        inventory(nn.Sequential(nn.Linear(7, 3)), IMAGE)
