@@ -27,6 +27,7 @@ def search(
     methods: Sequence[str] = ("tucker2", "cp", "svd"),
     layers: Sequence[str] = (),
     skip: Sequence[str] = (),
+    data_aware: bool = False,
     sampler: str = "tpe",
     trials: int = 60,
     minutes: float | None = None,
@@ -45,6 +46,7 @@ def search(
         methods: what to choose from: tucker2, cp, cp4, spatial, svd.
         layers: only these layers; all that can be decomposed where it is empty.
         skip: not these layers.
+        data_aware: fit the factors for the inputs that each layer sees in training, not for the weights alone.
         sampler: who proposes: tpe, nsga2 or random.
         trials: finished trials in all.
         minutes: ask for no more trials after so long.
@@ -73,7 +75,7 @@ def search(
             loss=f"python:{_word(task.loss)}",
         ),
         dense=DenseSpec(epochs=0),
-        space=SpaceSpec(methods=tuple(methods), layers=tuple(layers), skip=tuple(skip)),
+        space=SpaceSpec(methods=tuple(methods), layers=tuple(layers), skip=tuple(skip), data_aware=data_aware),
         search=SearchSpec(sampler=sampler, trials=trials, minutes=minutes),
         finetune=_train_spec(TrainSpec, finetune or Recipe(epochs=3)),
         finalists=_train_spec(FinalistSpec, finalists or Recipe(epochs=12), count=finalist_count),

@@ -86,6 +86,8 @@ class SpaceSpec:
     """Only these layers; all that can be decomposed where it is empty."""
     skip: tuple[str, ...] = ()
     """Not these layers."""
+    data_aware: bool = False
+    """Fit the factors for the inputs that each layer sees in training, not for the weights alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +261,8 @@ def _typed(kind: Any, given: Any) -> Any:
         return float(given)
     if kind is int and isinstance(given, int) and not isinstance(given, bool):
         return given
+    if kind is bool and isinstance(given, bool):
+        return given
     if kind is str and isinstance(given, str):
         return given
     if origin is tuple and isinstance(given, list) and all(isinstance(item, str) for item in given):
@@ -271,7 +275,7 @@ def _typed(kind: Any, given: Any) -> Any:
 def _words(kind: Any) -> str:
     if isinstance(kind, types.UnionType):
         kind = next(option for option in typing.get_args(kind) if option is not type(None))
-    names = {int: "a whole number", float: "a number", str: "a string"}
+    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
     return names.get(kind) or ("a list of strings" if typing.get_origin(kind) is tuple else "a table")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from ranksearch.errors import DataError
 
@@ -57,6 +57,14 @@ def batches(split: Dataset[Any], batch_size: int, *, generator: torch.Generator 
 def _lonely(batch: Tensor, count: int, generator: torch.Generator | None) -> bool:
     """A last shuffled batch of one input: batch normalisation cannot train on it, and the next epoch leaves out another."""
     return generator is not None and len(batch) == 1 and count > 1
+
+
+def sample(split: Dataset[Any], count: int, *, seed: int) -> Tensor:
+    """At most `count` inputs of a split, drawn by `seed`; what torch draws in its transforms follows it too."""
+    chosen = torch.randperm(size(split), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return torch.cat([inputs for inputs, _ in batches(Subset(split, chosen), count)])
 
 
 def check_splits(splits: Splits) -> None:

@@ -53,6 +53,10 @@ class Method(abc.ABC):
         """The shapes of the factors of a kernel of shape `weight`, in the order they apply."""
 
     @abc.abstractmethod
+    def holds(self, weight: Shape) -> tuple[tuple[int, ...], ...]:
+        """For each factor, the kernel's input modes (1: channels, 2 and up: positions) that its last axes hold, a run."""
+
+    @abc.abstractmethod
     def positions(self, layer: Layer) -> tuple[int, ...]:
         """How many positions each factor is applied to in one of the layer's calls."""
 

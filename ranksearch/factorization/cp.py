@@ -36,6 +36,9 @@ class CPMethod(Method):
     def factor_shapes(self, weight: Shape, ranks: tuple[int, ...]) -> tuple[Shape, ...]:
         return (ranks[0], weight[1]), (ranks[0], *weight[2:]), (weight[0], ranks[0])
 
+    def holds(self, weight: Shape) -> tuple[tuple[int, ...], ...]:
+        return (1,), tuple(range(2, len(weight))), ()
+
     def positions(self, layer: Layer) -> tuple[int, ...]:
         before, after = math.prod(layer.in_size), math.prod(layer.out_size)
         return before, after, after

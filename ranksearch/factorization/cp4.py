@@ -37,6 +37,9 @@ class CP4Method(Method):
         rank = ranks[0]
         return (rank, weight[1]), (rank, weight[2]), (rank, weight[3]), (weight[0], rank)
 
+    def holds(self, weight: Shape) -> tuple[tuple[int, ...], ...]:
+        return (1,), (2,), (3,), ()
+
     def positions(self, layer: Layer) -> tuple[int, ...]:
         (height, width), (out_height, out_width) = layer.in_size, layer.out_size
         after = out_height * out_width

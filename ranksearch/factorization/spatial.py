@@ -35,6 +35,9 @@ class SpatialMethod(Method):
         out, into, height, width = weight
         return (ranks[0], into, height), (out, ranks[0], width)
 
+    def holds(self, weight: Shape) -> tuple[tuple[int, ...], ...]:
+        return (1, 2), (3,)
+
     def positions(self, layer: Layer) -> tuple[int, ...]:
         (_, width), (out_height, out_width) = layer.in_size, layer.out_size
         return out_height * width, out_height * out_width

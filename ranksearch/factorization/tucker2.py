@@ -36,6 +36,9 @@ class Tucker2Method(Method):
         rank_in, rank_out = ranks
         return (rank_in, weight[1]), (rank_out, rank_in, *weight[2:]), (weight[0], rank_out)
 
+    def holds(self, weight: Shape) -> tuple[tuple[int, ...], ...]:
+        return (1,), tuple(range(2, len(weight))), ()
+
     def positions(self, layer: Layer) -> tuple[int, ...]:
         before, after = math.prod(layer.in_size), math.prod(layer.out_size)
         return before, after, after
