@@ -19,8 +19,9 @@ Modes: TypeAlias = tuple[int, ...]
 """A run of modes of a kernel (out, in, *kernel): (1,) its input channels, (2, 3) the positions of a 2-D kernel."""
 
 SHRINKAGE = 0.01
-"""Share of the identity in every matrix of moments. It bounds the condition number, for dead and for copied channels too;
-from 0.001 to 0.1, the output error on held-out digits was the same to three digits, with 128 inputs as with 512."""
+"""Share of the identity in every matrix of moments. It bounds the condition number, for dead and for copied channels too.
+Measured on the digits LeNet, from 0.001 to 0.1 and by the rule of OAS (Chen et al. 2010), the output error on held-out
+inputs differs by some per cent, with 128 inputs for 2,304 features too; only the error so predicted suffers from 0.1."""
 LARGEST = 4096
 """The largest matrix of moments, in rows: its Cholesky factor takes a second or two, and 128 MiB while it is made."""
 POSITIONS = 64

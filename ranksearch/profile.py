@@ -67,7 +67,7 @@ class LayerProfile:
         """The factors of `value`; a pure function of the kernel, the metric, the value and the profile's seed."""
         method, name, weight = METHODS[type(value)], value.method, tuple(self.kernel.shape)
         found = method.factors(self.whitened[name], self.prepared[name], value.ranks, self.seed)
-        return self.metric.fold(found, method.holds(weight), weight)
+        return method.balanced(self.metric.fold(found, method.holds(weight), weight)) if self.metric.roots else found
 
     def error(self, value: Factorization) -> float:
         """The relative error (Frobenius) of the kernel that the factors of `value` stand for."""

@@ -119,6 +119,21 @@ def test_full_rank_is_the_kernel_in_any_metric(well):
 
 
 @contract
+def test_balanced_factors_are_the_same_kernel(geometry, name):
+    model, _, layer = given_geometry(geometry)
+    method, kernel = BY_NAME[name], model.layer.weight.detach().reshape(layer.weight)
+    for ranks in some_ranks(method, layer):
+        factors = method.factors(kernel, method.prepare(kernel, [ranks], 0), ranks, 0)
+        scales = torch.linspace(1, 9, len(factors[0]), dtype=torch.float64).reshape(-1, *[1] * (factors[0].dim() - 1))
+        uneven = (scales * factors[0], *factors[1:])
+        balanced = method.balanced(uneven)
+        assert [factor.shape for factor in balanced] == [factor.shape for factor in factors]
+        assert_close(method.reconstruct(balanced, layer.weight), method.reconstruct(uneven, layer.weight))
+        if name == "tucker2":
+            torch.testing.assert_close(balanced[0] @ balanced[0].T, torch.eye(ranks[0]).double())
+
+
+@contract
 def test_the_errors_of_candidates_are_those_of_weights_and_of_whitened_weights(geometry, name):
     model, inputs, layer = given_geometry(geometry)
     method, kernel = BY_NAME[name], model.layer.weight.detach().reshape(layer.weight)

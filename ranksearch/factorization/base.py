@@ -69,6 +69,10 @@ class Method(abc.ABC):
         """The factors at `ranks`; a pure function of its arguments."""
 
     @abc.abstractmethod
+    def balanced(self, factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The same kernel by factors that fine-tuning starts better from, after a metric was folded into `factors`."""
+
+    @abc.abstractmethod
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
         """The relative errors (Frobenius) of the kernel at some of the prepared ranks, without rebuilding it."""
 

@@ -50,6 +50,9 @@ class CPMethod(Method):
         out, into, modes = factors_at(kernel.flatten(2), prepared, ranks[0], seed)
         return into.T, modes.T.reshape(-1, *kernel.shape[2:]), out
 
+    def balanced(self, factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return factors
+
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
         return [float(prepared[f"{rank}.error"]) for (rank,) in ranks]
 

@@ -52,6 +52,9 @@ class CP4Method(Method):
         out, into, high, wide = factors_at(kernel, prepared, ranks[0], seed)
         return into.T, high.T, wide.T, out
 
+    def balanced(self, factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return factors
+
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
         return [float(prepared[f"{rank}.error"]) for (rank,) in ranks]
 

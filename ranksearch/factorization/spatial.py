@@ -51,6 +51,9 @@ class SpatialMethod(Method):
         out, into, height, width = kernel.shape
         return left.T.reshape(-1, into, height), right.reshape(-1, out, width).permute(1, 0, 2)
 
+    def balanced(self, factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return factors
+
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
         every = SVDFactors(prepared["left"], prepared["singular"], prepared["right"]).errors().tolist()
         return [every[rank - 1] for (rank,) in ranks]

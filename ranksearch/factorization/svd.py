@@ -51,6 +51,9 @@ class SVDMethod(Method):
         left, right = SVDFactors(prepared["left"], prepared["singular"], prepared["right"]).at(ranks[0])
         return right, left
 
+    def balanced(self, factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return factors
+
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
         every = SVDFactors(prepared["left"], prepared["singular"], prepared["right"]).errors().tolist()
         return [every[rank - 1] for (rank,) in ranks]
