@@ -73,13 +73,14 @@ class LayerProfile:
         """The relative error (Frobenius) of the kernel that the factors of `value` stand for."""
         norm = torch.linalg.vector_norm(self.kernel)
         # A kernel of zeros is exact at every rank.
-        return float(torch.linalg.vector_norm(self._difference(value)) / norm) if norm else 0.0
+        return float(torch.linalg.vector_norm(self._difference(value, self.factors(value))) / norm) if norm else 0.0
 
-    def shift(self, value: Factorization) -> Tensor | None:
-        """What to add to the layer's bias (out,), so that the mean of its inputs gives what it gave before; None: nothing."""
+    def shift(self, value: Factorization, factors: Sequence[Tensor]) -> Tensor | None:
+        """What to add to the layer's bias (out,) with the factors of `value`, so that the mean of its inputs gives what it
+        gave before; None: nothing."""
         if self.metric.mean is None:
             return None
-        return -self._difference(value).flatten(1) @ self.metric.mean.flatten()
+        return -self._difference(value, factors).flatten(1) @ self.metric.mean.flatten()
 
     def candidates(self) -> Iterator[Candidate]:
         """Every prepared method at every level of rank that is smaller than the dense layer."""
@@ -94,8 +95,8 @@ class LayerProfile:
                 else:
                     yield Candidate(value, error, params, macs)
 
-    def _difference(self, value: Factorization) -> Tensor:
-        return METHODS[type(value)].reconstruct(self.factors(value), tuple(self.kernel.shape)) - self.kernel
+    def _difference(self, value: Factorization, factors: Sequence[Tensor]) -> Tensor:
+        return METHODS[type(value)].reconstruct(factors, tuple(self.kernel.shape)) - self.kernel
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,9 @@ class Profile:
         """The factors of every layer that the plan names."""
         return {name: self.layers[name].factors(value) for name, value in plan}
 
-    def shifts(self, plan: Plan) -> dict[str, Tensor]:
-        """What to add to the biases of the layers that the plan names, where there is something to add."""
-        found = {name: self.layers[name].shift(value) for name, value in plan}
+    def shifts(self, plan: Plan, factors: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+        """What to add to the biases of the layers that the plan names with its factors, where there is something to add."""
+        found = {name: self.layers[name].shift(value, factors[name]) for name, value in plan}
         return {name: shift for name, shift in found.items() if shift is not None}
 
 

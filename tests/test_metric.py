@@ -162,7 +162,7 @@ def test_the_mean_of_the_outputs_is_kept(geometry, name, exact):
     value = method.value(layer, ranks)
     if ranks not in [candidate.value.ranks for candidate in found.candidates()]:
         pytest.skip("no rank of it pays")
-    shift = found.shift(value)
+    shift = found.shift(value, found.factors(value))
     assert (shift is None) == (not layer.bias)
     built = factorize_(
         copy.deepcopy(model), {"layer": value}, factors={"layer": found.factors(value)},
@@ -188,7 +188,7 @@ def test_the_error_in_the_metric_is_that_of_the_outputs(geometry, exact):
     method, inputs = BY_NAME["svd"], correlated(inputs, count=200)
     found = made(model, layer, method, inputs)
     for candidate in found.candidates():
-        shift = found.shift(candidate.value)
+        shift = found.shift(candidate.value, found.factors(candidate.value))
         built = factorize_(
             copy.deepcopy(model), {"layer": candidate.value}, factors={"layer": found.factors(candidate.value)},
             shifts={} if shift is None else {"layer": shift},
@@ -224,7 +224,10 @@ def test_outputs_are_nearer_than_with_plain_factors(name):
     ranks = (2,) * len(method.bounds(layer.weight))
     found, value = made(model, layer, method, inputs[:100]), method.value(layer, ranks)
     aware = factorize_(
-        copy.deepcopy(model), {"layer": value}, factors={"layer": found.factors(value)}, shifts={"layer": found.shift(value)}
+        copy.deepcopy(model),
+        {"layer": value},
+        factors={"layer": found.factors(value)},
+        shifts={"layer": found.shift(value, found.factors(value))},
     )
     plain = factorize_(copy.deepcopy(model), {"layer": value})
     with torch.no_grad():
@@ -251,7 +254,7 @@ def test_no_metric_is_the_plain_one(name):
         factors = method.factors(kernel, plain.prepared[name], candidate.value.ranks, 0)
         assert all(torch.equal(a, b) for a, b in zip(plain.factors(candidate.value), factors, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(identity.fold(factors, holds, layer.weight), factors, strict=True))
-        assert plain.shift(candidate.value) is None
+        assert plain.shift(candidate.value, factors) is None
 
 
 @pytest.mark.parametrize("inputs", ["one dead channel", "all dead", "constant", "copied channels"])
@@ -365,7 +368,7 @@ def assert_same(one, other):
         values += [type(v)(v.rank - 1, kernel=v.kernel) for v in values if type(v) in (plan.CP, plan.CP4) and v.rank > 2]
         for value in values:
             assert all(torch.equal(a, b) for a, b in zip(mine.factors(value), theirs.factors(value), strict=True))
-            assert torch.equal(mine.shift(value), theirs.shift(value))
+            assert torch.equal(mine.shift(value, mine.factors(value)), theirs.shift(value, theirs.factors(value)))
 
 
 @pytest.fixture
@@ -435,9 +438,11 @@ def test_a_source_reads_every_type(dtype):
 def test_the_shifts_of_a_plan(trained):
     found = small_profile(trained.model)
     chosen = plan.Plan.of({"conv2": plan.CP(3), "fc1": plan.SVD(4)})
-    shifts = found.shifts(chosen)
+    shifts = found.shifts(chosen, found.factors(chosen))
     assert shifts.keys() == {"conv2", "fc1"}
-    assert all(torch.equal(shifts[name], found.layers[name].shift(value)) for name, value in chosen)
+    assert all(
+        torch.equal(shifts[name], found.layers[name].shift(value, found.layers[name].factors(value))) for name, value in chosen
+    )
     small = factorize_(copy.deepcopy(trained.model), chosen, factors=found.factors(chosen), shifts=shifts)
     torch.testing.assert_close(small.fc1.expand.bias, trained.model.fc1.bias + shifts["fc1"])
     torch.testing.assert_close(small.conv2.expand.bias, trained.model.conv2.bias + shifts["conv2"])

@@ -76,7 +76,8 @@ class Evaluator:
     def compressed(self, plan: Plan) -> nn.Module:
         """The dense model with the plan applied to it, before any fine-tuning."""
         model = copy.deepcopy(self.task.model)
-        factorize_(model, plan, factors=self.profile.factors(plan), shifts=self.profile.shifts(plan))
+        factors = self.profile.factors(plan)
+        factorize_(model, plan, factors=factors, shifts=self.profile.shifts(plan, factors))
         return training.place(model, torch.device(self.device))
 
     def _rungs(self, model: nn.Module, job: Job) -> Iterator[Rung]:
