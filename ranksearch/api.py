@@ -29,6 +29,7 @@ def search(
     skip: Sequence[str] = (),
     rank_multiple: int = 1,
     smaller_in: Sequence[str] = ("params",),
+    data_aware: bool = False,
     sampler: str = "tpe",
     trials: int = 60,
     minutes: float | None = None,
@@ -49,6 +50,7 @@ def search(
         skip: not these layers.
         rank_multiple: ranks are multiples of this, as some hardware wants them.
         smaller_in: a layer is only stored in ways that are smaller than dense in each of these: params, macs.
+        data_aware: fit the factors for the inputs that each layer sees in training, not for the weights alone.
         sampler: who proposes: tpe, nsga2 or random.
         trials: finished trials in all.
         minutes: ask for no more trials after so long.
@@ -83,6 +85,7 @@ def search(
             skip=tuple(skip),
             rank_multiple=rank_multiple,
             smaller_in=tuple(smaller_in),
+            data_aware=data_aware,
         ),
         search=SearchSpec(sampler=sampler, trials=trials, minutes=minutes),
         finetune=_train_spec(TrainSpec, finetune or Recipe(epochs=3)),

@@ -215,7 +215,7 @@ class _Watch:
             handles.append(module.register_forward_hook(self._hook(name, flattened), with_kwargs=True))
         counter = FlopCounterMode(display=False)
         try:
-            with _evaluating(self.model), torch.no_grad(), counter, flattened:
+            with evaluating(self.model), torch.no_grad(), counter, flattened:
                 self.model(example)
         finally:
             for handle in handles:
@@ -336,7 +336,7 @@ class _Flattened(TorchFunctionMode):
         return result
 
 
-class _evaluating:
+class evaluating:
     """Eval mode for a while; each module gets its own mode back, since a model may hold frozen parts."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Per layer, what every candidate costs and how far it is from the dense weights; kept on disk by weight hash."""
+"""Per layer, what every candidate costs and how far it is from the dense layer; kept on disk by the hash of its sources."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ranksearch.factorization import FEWER_PARAMS, METHODS, Method, Offer, Prepared, nearest_rank
 from ranksearch.files import write_whole
 from ranksearch.layers import Inventory, Layer
+from ranksearch.metric import Metric, Modes, metrics, source
 from ranksearch.plan import KINDS, Factorization, Plan
 from ranksearch.tensors.matrix import unfold
 from ranksearch.tensors.vbmf import vbmf
@@ -31,39 +32,61 @@ Grid: TypeAlias = Sequence[tuple[int, ...]]
 DIGEST = "ranksearch-profile"
 """Where a cached file's header holds the digest of what it was made from."""
 
+ROOT, MEAN = "root", "mean"
+"""What a cached file calls the parts of a layer's metric."""
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to store one layer: relative weight error, parameters and MACs."""
+    """One way to store one layer: relative weight error, parameters and MACs.
+
+    `data_error` is the relative error in the metric of the layer's inputs that the method fits, an estimate of that of
+    its outputs; None without data.
+    """
 
     value: Factorization
     error: float
     params: int
     macs: int
+    data_error: float | None = None
 
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """The decompositions of one layer: its kernel (out, in, *kernel), what each method prepared, the VBMF ranks."""
+    """The decompositions of one layer: its kernel (out, in, *kernel), what each method prepared, the VBMF ranks.
+
+    Each method decomposes its own `whitened` kernel, times the metric's roots, and its factors are folded back; without
+    data that is the kernel itself.
+    """
 
     layer: Layer
     kernel: Tensor
     prepared: Mapping[str, Prepared]
     vbmf: tuple[int | None, int | None]
     seed: int
+    metric: Metric
+    whitened: Mapping[str, Tensor]
     offer: Offer = FEWER_PARAMS
 
-    def factors(self, value: Factorization) -> tuple[Tensor, ...]:
-        """The factors of `value`; a pure function of the kernel, the value and the profile's seed."""
-        method = METHODS[type(value)]
-        return method.factors(self.kernel, self.prepared[value.method], value.ranks, self.seed)
+    def factors(self, value: Factorization, *, sweeps: int = 0) -> tuple[Tensor, ...]:
+        """The factors of `value`, refined by `sweeps`; a pure function of these, the kernel, the metric and the seed."""
+        method, name, weight = METHODS[type(value)], value.method, tuple(self.kernel.shape)
+        found = method.factors(self.whitened[name], self.prepared[name], value.ranks, self.seed)
+        found = method.refine(self.whitened[name], found, sweeps, self.seed)
+        return method.balanced(self.metric.fold(found, method.holds(weight), weight)) if self.metric.roots else found
 
     def error(self, value: Factorization) -> float:
         """The relative error (Frobenius) of the kernel that the factors of `value` stand for."""
-        rebuilt = METHODS[type(value)].reconstruct(self.factors(value), tuple(self.kernel.shape))
         norm = torch.linalg.vector_norm(self.kernel)
         # A kernel of zeros is exact at every rank.
-        return float(torch.linalg.vector_norm(rebuilt - self.kernel) / norm) if norm else 0.0
+        return float(torch.linalg.vector_norm(self._difference(value, self.factors(value))) / norm) if norm else 0.0
+
+    def shift(self, value: Factorization, factors: Sequence[Tensor]) -> Tensor | None:
+        """What to add to the layer's bias (out,) with the factors of `value`, so that the mean of its inputs gives what it
+        gave before; None: nothing."""
+        if self.metric.mean is None:
+            return None
+        return -self._difference(value, factors).flatten(1) @ self.metric.mean.flatten()
 
     def candidates(self) -> Iterator[Candidate]:
         """Every prepared method at every level of rank that is smaller than the dense layer."""
@@ -71,8 +94,15 @@ class LayerProfile:
             method = METHODS[KINDS[name]]
             grid = rank_grid(method, self.layer, self.offer)
             for ranks, error in zip(grid, method.errors(prepared, grid), strict=True):
+                value = method.value(self.layer, ranks)
                 params, macs = method.params(self.layer, ranks), method.macs(self.layer, ranks)
-                yield Candidate(method.value(self.layer, ranks), error, params, macs)
+                if self.metric.roots:
+                    yield Candidate(value, self.error(value), params, macs, error)
+                else:
+                    yield Candidate(value, error, params, macs)
+
+    def _difference(self, value: Factorization, factors: Sequence[Tensor]) -> Tensor:
+        return METHODS[type(value)].reconstruct(factors, tuple(self.kernel.shape)) - self.kernel
 
 
 @dataclass(frozen=True)
@@ -81,9 +111,14 @@ class Profile:
 
     layers: Mapping[str, LayerProfile]
 
-    def factors(self, plan: Plan) -> dict[str, tuple[Tensor, ...]]:
-        """The factors of every layer that the plan names."""
-        return {name: self.layers[name].factors(value) for name, value in plan}
+    def factors(self, plan: Plan, *, sweeps: int = 0) -> dict[str, tuple[Tensor, ...]]:
+        """The factors of every layer that the plan names, refined by `sweeps`."""
+        return {name: self.layers[name].factors(value, sweeps=sweeps) for name, value in plan}
+
+    def shifts(self, plan: Plan, factors: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+        """What to add to the biases of the layers that the plan names with its factors, where there is something to add."""
+        found = {name: self.layers[name].shift(value, factors[name]) for name, value in plan}
+        return {name: shift for name, shift in found.items() if shift is not None}
 
 
 def rank_grid(method: Method, layer: Layer, offer: Offer = FEWER_PARAMS) -> list[tuple[int, ...]]:
@@ -98,6 +133,7 @@ def profile(
     methods: Mapping[str, Sequence[Method]],
     *,
     offer: Offer = FEWER_PARAMS,
+    inputs: Tensor | None = None,
     cache: Path | None = None,
     seed: int = 0,
     on_layer: Callable[[str], None] = lambda name: None,
@@ -109,29 +145,61 @@ def profile(
         inventory: its layers.
         methods: by layer name, the decompositions to prepare.
         offer: the ranks to prepare them for.
+        inputs: (count, ...) of the training split, to fit the factors in the metric of what each layer sees; without
+            them every weight counts alike.
         cache: a folder for one file a layer; a torn or foreign file is made again, not trusted.
         seed: of the random starts that CP uses.
         on_layer: called with each layer's name when it is done.
+
+    Raises:
+        ModelError: the inputs of a layer hold NaN or infinity.
     """
+    # A metric is known by what it follows from: its own last bits change with the number of threads.
+    about = "" if inputs is None else source(model, inputs)
+    jobs = [_Job.of(model, layer, methods.get(layer.name, ()), offer, about, seed, cache) for layer in inventory.layers]
+    known = {job.layer.name: _read(job.path, job.digest) for job in jobs if job.path}
+    missing = {job.layer: job.holds for job in jobs if known.get(job.layer.name) is None and job.methods}
+    measured = metrics(model, missing, inputs) if inputs is not None and missing else {}
     found = {}
-    for layer in inventory.layers:
-        weight = kernel(model, layer)
-        wanted = {method.kind.method: method for method in methods.get(layer.name, ())}
-        grids = {name: rank_grid(method, layer, offer) for name, method in wanted.items()}
-        digest = _digest(weight, grids, seed)
-        path = cache / f"{_as_file_name(layer.name)}-{digest}.safetensors" if cache else None
-        tensors = _read(path, digest) if path else None
+    for job in jobs:
+        name, tensors = job.layer.name, known.get(job.layer.name)
+        metric = measured.get(name, Metric()).to(job.kernel.dtype) if tensors is None else _as_metric(tensors)
+        whitened = {kind: metric.whiten(job.kernel, method.holds(job.layer.weight)) for kind, method in job.methods.items()}
         if tensors is None:
-            tensors = _prepare(weight, wanted, grids, seed)
-            if path:
-                write_whole(path, safetensors.torch.save(tensors, {DIGEST: digest}))
-        prepared = {
-            name: {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
-            for name in wanted
-        }
-        found[layer.name] = LayerProfile(layer, weight, prepared, _ranks(tensors["vbmf"]), seed, offer)
-        on_layer(layer.name)
+            tensors = _prepare(job, metric, whitened, seed)
+            if job.path:
+                write_whole(job.path, safetensors.torch.save(tensors, {DIGEST: job.digest}))
+        prepared = {kind: _under(tensors, kind) for kind in job.methods}
+        found[name] = LayerProfile(job.layer, job.kernel, prepared, _ranks(tensors["vbmf"]), seed, metric, whitened, offer)
+        on_layer(name)
     return Profile(found)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One layer to decompose, and the file of the cache that holds the outcome."""
+
+    layer: Layer
+    kernel: Tensor
+    methods: Mapping[str, Method]
+    grids: Mapping[str, Grid]
+    digest: str
+    path: Path | None
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, layer: Layer, methods: Sequence[Method], offer: Offer, about: str, seed: int, cache: Path | None
+    ) -> _Job:
+        weight, wanted = kernel(model, layer), {method.kind.method: method for method in methods}
+        grids = {name: rank_grid(method, layer, offer) for name, method in wanted.items()}
+        digest = _digest(weight, grids, about, seed)
+        path = cache / f"{_as_file_name(layer.name)}-{digest}.safetensors" if cache else None
+        return cls(layer, weight, wanted, grids, digest, path)
+
+    @property
+    def holds(self) -> list[Modes]:
+        """The runs of kernel modes that some factor of some method holds."""
+        return [modes for method in self.methods.values() for modes in method.holds(self.layer.weight)]
 
 
 def vbmf_ranks(kernel: Tensor) -> tuple[int | None, int | None]:
@@ -146,12 +214,23 @@ def _estimate(kernel: Tensor, mode: int) -> int | None:
     return (vbmf(unfold(kernel, mode)).rank or None) if kernel.shape[mode] >= 4 else None
 
 
-def _prepare(kernel: Tensor, methods: Mapping[str, Method], grids: Mapping[str, Grid], seed: int) -> dict[str, Tensor]:
-    tensors = {"vbmf": torch.tensor([rank or 0 for rank in vbmf_ranks(kernel)])}
-    for name, method in methods.items():
-        for key, value in method.prepare(kernel, grids[name], seed).items():
+def _prepare(job: _Job, metric: Metric, whitened: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    tensors = {"vbmf": torch.tensor([rank or 0 for rank in vbmf_ranks(job.kernel)])}
+    tensors |= {f"{ROOT}/{','.join(map(str, modes))}": root for modes, root in metric.roots.items()}
+    tensors |= {} if metric.mean is None else {MEAN: metric.mean}
+    for name, method in job.methods.items():
+        for key, value in method.prepare(whitened[name], job.grids[name], seed).items():
             tensors[f"{name}/{key}"] = value.contiguous().clone()
     return tensors
+
+
+def _as_metric(tensors: Mapping[str, Tensor]) -> Metric:
+    roots = {tuple(map(int, modes.split(","))): root for modes, root in _under(tensors, ROOT).items()}
+    return Metric(roots, tensors.get(MEAN))
+
+
+def _under(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
 
 
 def kernel(model: nn.Module, layer: Layer) -> Tensor:
@@ -160,9 +239,9 @@ def kernel(model: nn.Module, layer: Layer) -> Tensor:
     return (weight if weight.dtype == torch.float64 else weight.float()).reshape(layer.weight)
 
 
-def _digest(kernel: Tensor, grids: Mapping[str, Grid], seed: int) -> str:
+def _digest(kernel: Tensor, grids: Mapping[str, Grid], metric: str, seed: int) -> str:
     # The algorithms' own version stands in the hash, so that a cache of an older release is not read.
-    about = f"4|{sorted(grids.items())}|{seed}|{tuple(kernel.shape)}|{kernel.dtype}"
+    about = f"4|{sorted(grids.items())}|{metric}|{seed}|{tuple(kernel.shape)}|{kernel.dtype}"
     return hashlib.sha256(about.encode() + kernel.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
@@ -175,7 +254,8 @@ def _read(path: Path, digest: str) -> dict[str, Tensor] | None:
     try:
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get(DIGEST) == digest:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                # Cloned into memory of torch's own alignment, on which the last bits of a product depend.
+                return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (FileNotFoundError, SafetensorError):
         pass
     return None

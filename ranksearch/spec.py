@@ -76,6 +76,8 @@ class FinalistSpec(TrainSpec):
     """The trials of the front that are fine-tuned for longer, from their decomposed weights, and then tested."""
 
     count: int = _at_least(1, default=10)
+    sweeps: int = _at_least(0, default=0)
+    """Further sweeps over their factors before they are fine-tuned: HOOI for Tucker-2, alternating least squares for CP."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,8 @@ class SpaceSpec:
     """Ranks are multiples of this, as some hardware wants them; one that cannot be so large is held at its largest."""
     smaller_in: tuple[str, ...] = _checked(f"at least one of {', '.join(COSTS)}", bool, default=("params",))
     """A layer is stored only in ways that are smaller than dense in each of these costs."""
+    data_aware: bool = False
+    """Fit the factors for the inputs that each layer sees in training, not for the weights alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,6 +285,8 @@ def _typed(kind: Any, given: Any) -> Any:
         return float(given)
     if kind is int and isinstance(given, int) and not isinstance(given, bool):
         return given
+    if kind is bool and isinstance(given, bool):
+        return given
     if kind is str and isinstance(given, str):
         return given
     if origin is tuple and isinstance(given, list) and all(isinstance(item, str) for item in given):
@@ -293,7 +299,7 @@ def _typed(kind: Any, given: Any) -> Any:
 def _words(kind: Any) -> str:
     if isinstance(kind, types.UnionType):
         kind = next(option for option in typing.get_args(kind) if option is not type(None))
-    names = {int: "a whole number", float: "a number", str: "a string"}
+    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
     return names.get(kind) or ("a list of strings" if typing.get_origin(kind) is tuple else "a table")
 
 

@@ -22,6 +22,7 @@ def factorize_(
     plan: Plan | Mapping[str, Factorization],
     *,
     factors: Mapping[str, Sequence[Tensor]] | None = None,
+    shifts: Mapping[str, Tensor] | None = None,
     seed: int = 0,
 ) -> M:
     """Replace, in place, each layer that `plan` names by the plain torch modules of its factorization.
@@ -33,6 +34,7 @@ def factorize_(
         model: any module; layers are named as in `model.named_modules()`.
         plan: what to store each layer as; a layer not named stays dense.
         factors: factors already computed, by layer; the others are decomposed here.
+        shifts: what to add to the bias (out,) of a layer, by layer.
         seed: of the random starts that CP uses.
 
     Returns:
@@ -40,7 +42,7 @@ def factorize_(
 
     Raises:
         PlanError: the plan names a layer that is not there or cannot be factorized as it says, a rank is above its
-            bound, or a weight holds NaN or infinity. The model is then as it was.
+            bound, a weight holds NaN or infinity, or a shift does not fit. The model is then as it was.
     """
     wanted = plan if isinstance(plan, Plan) else Plan.of(plan)
     modules = dict(model.named_modules())
@@ -59,9 +61,21 @@ def factorize_(
             given = method.factors(kernel, method.prepare(kernel, [value.ranks], seed), value.ranks, seed)
         _check_shapes(name, value, tuple(kernel.shape), given)
         replacements[name] = method.build(module, tuple(kernel.shape), given)
+        if shifts and name in shifts:
+            _shift(name, module, replacements[name], shifts[name])
     for name, module in replacements.items():
         replace_(model, name, module)
     return model
+
+
+def _shift(layer: str, dense: nn.Module, made: nn.Module, shift: Tensor) -> None:
+    if not isinstance(dense.bias, Tensor) or dense.bias.shape != shift.shape:
+        has = f"has one of shape {tuple(dense.bias.shape)}" if isinstance(dense.bias, Tensor) else "has none"
+        raise PlanError(f"Layer {layer!r}: a shift of shape {tuple(shift.shape)} needs such a bias, but it {has}.")
+    # Of all the parts of a factorization only the last has a bias.
+    bias = next(parameter for name, parameter in made.named_parameters() if name.endswith(".bias"))
+    with torch.no_grad():
+        bias.add_(shift.to(bias))
 
 
 def skeleton_(model: M, plan: Plan) -> M:

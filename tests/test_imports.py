@@ -18,7 +18,7 @@ FLOORS = [
     ["report", "console"],
     ["tensors"],
     ["layers"],
-    ["factorization"],
+    ["factorization", "metric"],
     ["surgery", "profile"],
     ["data", "models"],
     ["tasks"],

@@ -26,6 +26,8 @@ def test_builtin_studies_are_valid_and_named_as_their_file(name):
 
 
 def test_overrides_take_toml_values_and_bare_words():
+    assert parse(SMALL, "space.data_aware=true").space.data_aware is True
+    assert parse(SMALL, "space.data_aware=false").space.data_aware is False
     spec = parse(SMALL, "search.trials=11", "finetune.learning_rate=0.5", "search.sampler=nsga2", "space.methods=['cp']")
     assert (spec.search.trials, spec.finetune.learning_rate, spec.search.sampler) == (11, 0.5, "nsga2")
     assert spec.space.methods == ("cp",)
@@ -66,6 +68,7 @@ def test_what_an_older_identity_does_not_name_has_its_default():
         ("space.smaller_in=[]", "study.toml: space.smaller_in must be at least one of params, macs, but got []."),
         ("space.smaller_in='macs'", "study.toml: space.smaller_in must be a list of strings, but got 'macs'."),
         ("space.smaller_in=['flops']", "space.smaller_in must name costs, but 'flops' is none. Valid: macs, params."),
+        ("space.data_aware=1", "study.toml: space.data_aware must be true or false, but got 1."),
         ("space.skip='conv1'", "study.toml: space.skip must be a list of strings, but got 'conv1'."),
         ("finetune.learning_rate=-1", "study.toml: finetune.learning_rate must be above 0, but got -1."),
         ("task.model=lenet", "study.toml: task.model must be 'package.module:name', but got 'lenet'."),

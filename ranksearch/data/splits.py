@@ -69,6 +69,13 @@ def _lonely(batch: Tensor, count: int, generator: torch.Generator | None) -> boo
     return generator is not None and len(batch) == 1 and count > 1
 
 
+def sample_inputs(split: Dataset[Any], count: int, *, seed: int) -> Tensor:
+    """The inputs of `sample` as one tensor; what torch draws in their transforms follows the seed too."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return torch.cat([inputs for inputs, _ in batches(sample(split, count, seed=seed), count)])
+
+
 def check_splits(splits: Splits) -> None:
     """Refuse data that a study would stumble over later.
 

@@ -70,6 +70,10 @@ class Method(abc.ABC):
         """The shapes of the factors of a kernel of shape `weight`, in the order they apply."""
 
     @abc.abstractmethod
+    def holds(self, weight: Shape) -> tuple[tuple[int, ...], ...]:
+        """For each factor, the kernel's input modes (1: channels, 2 and up: positions) that its last axes hold, a run."""
+
+    @abc.abstractmethod
     def positions(self, layer: Layer) -> tuple[int, ...]:
         """How many positions each factor is applied to in one of the layer's calls."""
 
@@ -84,6 +88,10 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def refine(self, kernel: Tensor, factors: tuple[Tensor, ...], sweeps: int, seed: int) -> tuple[Tensor, ...]:
         """Factors of the same ranks after `sweeps` more of alternating least squares; as they are where none are better."""
+
+    @abc.abstractmethod
+    def balanced(self, factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The same kernel by factors that fine-tuning starts better from, after a metric was folded into `factors`."""
 
     @abc.abstractmethod
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:

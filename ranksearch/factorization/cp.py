@@ -39,6 +39,9 @@ class CPMethod(Method):
     def factor_shapes(self, weight: Shape, ranks: tuple[int, ...]) -> tuple[Shape, ...]:
         return (ranks[0], weight[1]), (ranks[0], *weight[2:]), (weight[0], ranks[0])
 
+    def holds(self, weight: Shape) -> tuple[tuple[int, ...], ...]:
+        return (1,), tuple(range(2, len(weight))), ()
+
     def positions(self, layer: Layer) -> tuple[int, ...]:
         before, after = math.prod(layer.in_size), math.prod(layer.out_size)
         return before, after, after
@@ -51,9 +54,14 @@ class CPMethod(Method):
         return into.T, modes.T.reshape(-1, *kernel.shape[2:]), out
 
     def refine(self, kernel: Tensor, factors: tuple[Tensor, ...], sweeps: int, seed: int) -> tuple[Tensor, ...]:
+        if not sweeps:
+            return factors
         reduce, depthwise, expand = factors
         out, into, modes = continued(kernel.flatten(2), (expand, reduce.T, depthwise.flatten(1).T), sweeps, seed)
         return into.T, modes.T.reshape(-1, *kernel.shape[2:]), out
+
+    def balanced(self, factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return factors
 
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
         return [float(prepared[f"{rank}.error"]) for (rank,) in ranks]
@@ -98,6 +106,4 @@ def factors_at(tensor: Tensor, prepared: Prepared, rank: int, seed: int) -> tupl
 
 def continued(tensor: Tensor, factors: Sequence[Tensor], sweeps: int, seed: int) -> tuple[Tensor, ...]:
     """The CP factors after as many more sweeps, or fewer where they have converged."""
-    if not sweeps:
-        return tuple(factors)
     return cp_als(tensor, factors[0].shape[1], seed=seed, init=factors, sweeps=sweeps).factors

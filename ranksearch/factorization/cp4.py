@@ -37,6 +37,9 @@ class CP4Method(Method):
         rank = ranks[0]
         return (rank, weight[1]), (rank, weight[2]), (rank, weight[3]), (weight[0], rank)
 
+    def holds(self, weight: Shape) -> tuple[tuple[int, ...], ...]:
+        return (1,), (2,), (3,), ()
+
     def positions(self, layer: Layer) -> tuple[int, ...]:
         (height, width), (out_height, out_width) = layer.in_size, layer.out_size
         after = out_height * out_width
@@ -50,9 +53,14 @@ class CP4Method(Method):
         return into.T, high.T, wide.T, out
 
     def refine(self, kernel: Tensor, factors: tuple[Tensor, ...], sweeps: int, seed: int) -> tuple[Tensor, ...]:
+        if not sweeps:
+            return factors
         reduce, high, wide, expand = factors
         out, into, high, wide = continued(kernel, (expand, reduce.T, high.T, wide.T), sweeps, seed)
         return into.T, high.T, wide.T, out
+
+    def balanced(self, factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return factors
 
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
         return [float(prepared[f"{rank}.error"]) for (rank,) in ranks]

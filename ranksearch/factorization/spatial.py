@@ -35,6 +35,9 @@ class SpatialMethod(Method):
         out, into, height, width = weight
         return (ranks[0], into, height), (out, ranks[0], width)
 
+    def holds(self, weight: Shape) -> tuple[tuple[int, ...], ...]:
+        return (1, 2), (3,)
+
     def positions(self, layer: Layer) -> tuple[int, ...]:
         (_, width), (out_height, out_width) = layer.in_size, layer.out_size
         return out_height * width, out_height * out_width
@@ -49,6 +52,9 @@ class SpatialMethod(Method):
         return left.T.reshape(-1, into, height), right.reshape(-1, out, width).permute(1, 0, 2)
 
     def refine(self, kernel: Tensor, factors: tuple[Tensor, ...], sweeps: int, seed: int) -> tuple[Tensor, ...]:
+        return factors
+
+    def balanced(self, factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return factors
 
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:

@@ -35,6 +35,9 @@ class SVDMethod(Method):
         rows, columns = _matrix(weight)
         return (ranks[0], columns), (rows, ranks[0])
 
+    def holds(self, weight: Shape) -> tuple[tuple[int, ...], ...]:
+        return tuple(range(1, len(weight))), ()
+
     def positions(self, layer: Layer) -> tuple[int, ...]:
         # A stride stands in the first convolution, so both run at the output's resolution.
         after = math.prod(layer.out_size)
@@ -49,6 +52,9 @@ class SVDMethod(Method):
         return right, left
 
     def refine(self, kernel: Tensor, factors: tuple[Tensor, ...], sweeps: int, seed: int) -> tuple[Tensor, ...]:
+        return factors
+
+    def balanced(self, factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return factors
 
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:

@@ -51,12 +51,14 @@ class Evaluator:
     finetune: Recipe
     finalists: Recipe
     device: str
+    sweeps: int = 0
+    """What refines a finalist's factors before it is fine-tuned."""
 
     def __call__(self, job: Job) -> Iterator[Rung | Answer]:
         """Evaluate a job: a rung after each epoch (the first without training), then the answer, always last."""
         start, curve = time.perf_counter(), list[Rung]()
         try:
-            model = self.compressed(job.plan)
+            model = self.compressed(job.plan, sweeps=self.sweeps if job.finalist else 0)
             for rung in self._rungs(model, job):
                 if not math.isfinite(rung.score):
                     raise Diverged("the score became NaN or infinite")
@@ -73,10 +75,12 @@ class Evaluator:
         test = training.score(model, self.task, self.task.data.test, device=torch.device(self.device))
         yield Answer(outcome, tuple(curve), time.perf_counter() - start, test, weights_of(model))
 
-    def compressed(self, plan: Plan) -> nn.Module:
+    def compressed(self, plan: Plan, *, sweeps: int = 0) -> nn.Module:
         """The dense model with the plan applied to it, before any fine-tuning."""
         model = copy.deepcopy(self.task.model)
-        return training.place(factorize_(model, plan, factors=self.profile.factors(plan)), torch.device(self.device))
+        factors = self.profile.factors(plan, sweeps=sweeps)
+        factorize_(model, plan, factors=factors, shifts=self.profile.shifts(plan, factors))
+        return training.place(model, torch.device(self.device))
 
     def _rungs(self, model: nn.Module, job: Job) -> Iterator[Rung]:
         device = torch.device(self.device)

@@ -1,0 +1,489 @@
+"""Factors fitted for a layer's inputs: exact at full rank, their errors those of its outputs, the same from the cache."""
+
+import copy
+import itertools
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ranksearch import metric, plan
+from ranksearch.data import sample_inputs
+from ranksearch.errors import ModelError, PlanError
+from ranksearch.factorization import METHODS
+from ranksearch.layers import inventory
+from ranksearch.metric import Metric, metrics, source
+from ranksearch.profile import profile
+from ranksearch.study import Options, run_study
+from ranksearch.surgery import factorize_
+from tests import nets
+from tests.conftest import small_spec
+from tests.test_factorization import BY_NAME, PAIRS, assert_close, fitting, given_geometry, normal, some_ranks
+from tests.test_study import essence
+
+contract = pytest.mark.parametrize(("geometry", "name"), PAIRS)
+SVDS = [geometry for geometry, name in PAIRS if name == "svd"]
+laws = settings(max_examples=25, deadline=None)
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """Every position counts and nothing is shrunk: what is measured is then all there is."""
+    monkeypatch.setattr(metric, "POSITIONS", 10**6)
+    monkeypatch.setattr(metric, "SHRINKAGE", 1e-13)
+
+
+def correlated(inputs, count=40, seed=3):
+    """A batch like `inputs`, smooth along its last axis, off centre, its channels mixed."""
+    drawn = normal(count, *inputs.shape[1:], seed=seed)
+    return drawn.cumsum(-1) + 0.3 * drawn.flip(1) + 2
+
+
+def made(model, layer, method, inputs, **options):
+    found = profile(model, inventory(model, inputs[:1]), {"layer": [method]}, inputs=inputs, **options)
+    return found.layers[layer.name]
+
+
+def measured(model, layer, method, inputs):
+    return metrics(model, {layer: method.holds(layer.weight)}, inputs)[layer.name]
+
+
+def rebuilt(found, layer, kernel, method, ranks):
+    """The kernel that factors in the metric `found` stand for."""
+    holds = method.holds(layer.weight)
+    whitened = found.whiten(kernel, holds)
+    factors = method.factors(whitened, method.prepare(whitened, [ranks], 0), ranks, 0)
+    folded = found.fold(factors, holds, layer.weight)
+    assert tuple(tuple(factor.shape) for factor in folded) == method.factor_shapes(layer.weight, ranks)
+    return method.reconstruct(folded, layer.weight)
+
+
+def whole_root(found, holds, weight):
+    """One matrix for all input modes (in * kernel): the Kronecker product of the roots, of the identity where there is none."""
+    product = torch.ones(1, 1, dtype=torch.float64)
+    for modes in holds:
+        for run in [modes] if modes in found.roots else [(mode,) for mode in modes]:
+            size = int(torch.Size([weight[mode] for mode in run]).numel())
+            product = torch.kron(product, found.roots.get(run, torch.eye(size, dtype=torch.float64)).double())
+    return product
+
+
+def relative(difference, of):
+    return float(difference.norm() / of.norm())
+
+
+# --- laws over methods and geometries ---
+
+
+@contract
+def test_full_rank_is_the_layer(geometry, name):
+    model, inputs, layer = given_geometry(geometry)
+    method, kernel = BY_NAME[name], model.layer.weight.detach().reshape(layer.weight)
+    found = measured(model, layer, method, correlated(inputs))
+    assert set(found.roots) == {modes for modes in method.holds(layer.weight) if modes}
+    assert_close(rebuilt(found, layer, kernel, method, method.bounds(layer.weight)), kernel)
+
+
+@st.composite
+def wells(draw):
+    """Any well-conditioned metric of a kernel's modes, whole or split into single modes, and the kernel's shape."""
+    weight = tuple(draw(st.lists(st.integers(1, 4), min_size=2, max_size=5)))
+    seed, roots = draw(st.integers(0, 1000)), {}
+    method = draw(st.sampled_from([m for m in METHODS.values() if m.applies(weight, linear=len(weight) == 2)] or [None]))
+    for modes in method.holds(weight) if method else ():
+        for run in [modes] if modes and draw(st.booleans()) else [(mode,) for mode in modes]:
+            size = int(torch.Size([weight[mode] for mode in run]).numel())
+            roots[run] = torch.eye(size, dtype=torch.float64) + 0.3 * normal(size, size, seed=seed).tril() / size
+            if draw(st.booleans()):
+                del roots[run]
+    return weight, method, Metric(roots), seed
+
+
+@laws
+@given(wells())
+def test_full_rank_is_the_kernel_in_any_metric(well):
+    weight, method, found, seed = well
+    if method is None:
+        return
+    kernel, holds = normal(*weight, seed=seed), method.holds(weight)
+    whitened = found.whiten(kernel, holds)
+    assert_close(whitened.flatten(1), kernel.flatten(1) @ whole_root(found, holds, weight))
+    ranks = method.bounds(weight)
+    factors = method.factors(whitened, method.prepare(whitened, [ranks], 0), ranks, 0)
+    assert_close(method.reconstruct(found.fold(factors, holds, weight), weight), kernel)
+
+
+@contract
+def test_balanced_factors_are_the_same_kernel(geometry, name):
+    model, _, layer = given_geometry(geometry)
+    method, kernel = BY_NAME[name], model.layer.weight.detach().reshape(layer.weight)
+    for ranks in some_ranks(method, layer):
+        factors = method.factors(kernel, method.prepare(kernel, [ranks], 0), ranks, 0)
+        scales = torch.linspace(1, 9, len(factors[0]), dtype=torch.float64).reshape(-1, *[1] * (factors[0].dim() - 1))
+        uneven = (scales * factors[0], *factors[1:])
+        balanced = method.balanced(uneven)
+        assert [factor.shape for factor in balanced] == [factor.shape for factor in factors]
+        assert_close(method.reconstruct(balanced, layer.weight), method.reconstruct(uneven, layer.weight))
+        if name == "tucker2":
+            torch.testing.assert_close(balanced[0] @ balanced[0].T, torch.eye(ranks[0]).double())
+
+
+@contract
+def test_the_errors_of_candidates_are_those_of_weights_and_of_whitened_weights(geometry, name):
+    model, inputs, layer = given_geometry(geometry)
+    method, kernel = BY_NAME[name], model.layer.weight.detach().reshape(layer.weight)
+    found = made(model, layer, method, correlated(inputs))
+    root = whole_root(found.metric, method.holds(layer.weight), layer.weight)
+    candidates = list(found.candidates())
+    assert (
+        candidates
+        or geometry == "linear as large as its SVD of half the rank"
+        or not method.pays(layer, (1,) * len(method.bounds(layer.weight)))
+    )
+    for candidate in candidates[:: max(1, len(candidates) // 6)]:
+        difference = method.reconstruct(found.factors(candidate.value), layer.weight) - kernel
+        in_metric = relative(difference.flatten(1) @ root, kernel.flatten(1) @ root)
+        assert candidate.data_error == pytest.approx(in_metric, abs=1e-6)
+        assert candidate.error == pytest.approx(relative(difference, kernel), abs=1e-9)
+
+
+@contract
+def test_the_mean_of_the_outputs_is_kept(geometry, name, exact):
+    """Whatever the stride, padding and dilation: what the layer sees on average is what it is corrected for."""
+    model, inputs, layer = given_geometry(geometry)
+    method, inputs = BY_NAME[name], correlated(inputs)
+    ranks = (1,) * len(method.bounds(layer.weight))
+    found = made(model, layer, method, inputs)
+    value = method.value(layer, ranks)
+    if ranks not in [candidate.value.ranks for candidate in found.candidates()]:
+        pytest.skip("no rank of it pays")
+    shift = found.shift(value, found.factors(value))
+    assert (shift is None) == (not layer.bias)
+    built = factorize_(
+        copy.deepcopy(model), {"layer": value}, factors={"layer": found.factors(value)},
+        shifts={} if shift is None else {"layer": shift},
+    )  # fmt: skip
+    with torch.no_grad():
+        dense, small = by_channel(model(inputs), layer), by_channel(built(inputs), layer)
+    assert not torch.allclose(dense, small)
+    if layer.bias:
+        assert_close(small.mean(0), dense.mean(0))
+
+
+def by_channel(outputs, layer):
+    """(n, out): the outputs with their channels last."""
+    axis = outputs.dim() - 1 if layer.kind == "Linear" else outputs.dim() - 1 - len(layer.out_size)
+    return outputs.movedim(axis, -1).reshape(-1, layer.weight[0])
+
+
+@pytest.mark.parametrize("geometry", SVDS)
+def test_the_error_in_the_metric_is_that_of_the_outputs(geometry, exact):
+    """SVD's one factor holds the whole input, so nothing is left out: its error is the output's on these inputs."""
+    model, inputs, layer = given_geometry(geometry)
+    method, inputs = BY_NAME["svd"], correlated(inputs, count=200)
+    found = made(model, layer, method, inputs)
+    for candidate in found.candidates():
+        shift = found.shift(candidate.value, found.factors(candidate.value))
+        built = factorize_(
+            copy.deepcopy(model), {"layer": candidate.value}, factors={"layer": found.factors(candidate.value)},
+            shifts={} if shift is None else {"layer": shift},
+        )  # fmt: skip
+        with torch.no_grad():
+            dense, small = by_channel(model(inputs), layer), by_channel(built(inputs), layer)
+        of = dense - dense.mean(0) if layer.bias else dense
+        assert candidate.data_error == pytest.approx(relative(small - dense, of), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("geometry", SVDS)
+def test_no_svd_of_its_rank_has_a_smaller_error_in_the_metric(geometry):
+    model, inputs, layer = given_geometry(geometry)
+    method, kernel = BY_NAME["svd"], model.layer.weight.detach().reshape(layer.weight)
+    found = measured(model, layer, method, correlated(inputs))
+    root = whole_root(found, method.holds(layer.weight), layer.weight)
+
+    def error(one, ranks):
+        return float(((rebuilt(one, layer, kernel, method, ranks) - kernel).flatten(1) @ root).norm())
+
+    differs = False
+    for ranks in some_ranks(method, layer):
+        whitened, plain = error(found, ranks), error(Metric(), ranks)
+        assert whitened <= plain * (1 + 1e-9) + 1e-9
+        differs |= whitened < 0.99 * plain
+    assert differs
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_outputs_are_nearer_than_with_plain_factors(name):
+    model, inputs, layer = given_geometry("linear behind a map")
+    method, inputs = BY_NAME[name], correlated(inputs, count=200)
+    ranks = (2,) * len(method.bounds(layer.weight))
+    found, value = made(model, layer, method, inputs[:100]), method.value(layer, ranks)
+    aware = factorize_(
+        copy.deepcopy(model),
+        {"layer": value},
+        factors={"layer": found.factors(value)},
+        shifts={"layer": found.shift(value, found.factors(value))},
+    )
+    plain = factorize_(copy.deepcopy(model), {"layer": value})
+    with torch.no_grad():
+        dense, held_out = model(inputs[100:]), inputs[100:]
+        assert relative(aware(held_out) - dense, dense) < 0.85 * relative(plain(held_out) - dense, dense)
+
+
+# --- the metric itself ---
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_no_metric_is_the_plain_one(name):
+    model, inputs, layer = given_geometry("linear behind a map")
+    method = BY_NAME[name]
+    plain = profile(model, inventory(model, inputs), {"layer": [method]}).layers["layer"]
+    assert plain.metric == Metric()
+    assert {candidate.data_error for candidate in plain.candidates()} == {None}
+    holds, kernel = method.holds(layer.weight), model.layer.weight.detach().reshape(layer.weight)
+    assert plain.whitened[name] is plain.kernel
+    identity = Metric(
+        {run: torch.eye(int(torch.Size([layer.weight[m] for m in run]).numel())).double() for run in holds if run}
+    )
+    for candidate in plain.candidates():
+        factors = method.factors(kernel, plain.prepared[name], candidate.value.ranks, 0)
+        assert all(torch.equal(a, b) for a, b in zip(plain.factors(candidate.value), factors, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(identity.fold(factors, holds, layer.weight), factors, strict=True))
+        assert plain.shift(candidate.value, factors) is None
+
+
+@pytest.mark.parametrize("inputs", ["one dead channel", "all dead", "constant", "copied channels"])
+@pytest.mark.parametrize("name", BY_NAME)
+def test_inputs_that_say_nothing(name, inputs):
+    model, one, layer = given_geometry("linear behind a map")
+    batch = correlated(one)
+    if inputs == "one dead channel":
+        batch[:, 1] = 0
+    elif inputs == "copied channels":
+        batch[:, 1] = batch[:, 0]
+    else:
+        batch = torch.full_like(batch, 0.0 if inputs == "all dead" else 0.1)
+    method, kernel = BY_NAME[name], model.layer.weight.detach().reshape(layer.weight)
+    found = measured(model, layer, method, batch)
+    assert all(torch.isfinite(root).all() for root in found.roots.values())
+    assert max(float(torch.linalg.cond(root)) for root in found.roots.values()) < 1e3
+    assert_close(rebuilt(found, layer, kernel, method, method.bounds(layer.weight)), kernel)
+    if inputs in ("all dead", "constant"):
+        assert all(torch.equal(root, torch.eye(len(root)).double()) for root in found.roots.values())
+
+
+def test_moments_are_taken_around_the_mean_where_the_mean_can_be_corrected():
+    inputs, runs = correlated(normal(1, 4, 9, 8)), [(1,), (2, 3)]
+
+    def found(*layers):
+        model = nn.Sequential(nn.Conv2d(4, 6, 3, bias="bias" in layers), *[nn.BatchNorm2d(6)] * ("norm" in layers)).double()
+        return metrics(model, {inventory(model, inputs[:1])["0"]: runs}, inputs)["0"]
+
+    with_bias, with_norm, with_both, with_none = found("bias"), found("norm"), found("bias", "norm"), found()
+    assert (with_norm.mean, with_none.mean) == (None, None)
+    assert torch.equal(with_bias.mean, with_both.mean)
+    for run in runs:
+        assert torch.equal(with_bias.roots[run], with_norm.roots[run])
+        assert not torch.allclose(with_bias.roots[run], with_none.roots[run])
+
+
+def test_a_run_that_is_too_large_is_left_to_its_modes(monkeypatch):
+    model, inputs, layer = given_geometry("linear behind a map")
+    method, kernel, batch = BY_NAME["svd"], model.layer.weight.detach().reshape(layer.weight), correlated(inputs)
+    assert layer.weight[1:] == (4, 3, 5)
+    for largest, runs in ((60, {(1, 2, 3)}), (59, {(1,), (2,), (3,)}), (4, {(1,), (2,)}), (2, set())):
+        monkeypatch.setattr(metric, "LARGEST", largest)
+        found = measured(model, layer, method, batch)
+        assert set(found.roots) == runs
+        assert_close(rebuilt(found, layer, kernel, method, method.bounds(layer.weight)), kernel)
+
+
+def test_a_layer_that_gets_nan_is_named():
+    model, inputs, layer = given_geometry("conv2d")
+    model.layer.register_forward_pre_hook(lambda module, args: (args[0] / 0,))
+    message = (
+        "The inputs of every layer must be finite on the training data, but those of 'layer' hold NaN or infinity; mend the "
+        "model, or set space.data_aware = false."
+    )
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
+        metrics(model, {layer: [(1,)]}, inputs)
+    assert len(model.layer._forward_pre_hooks) == 1
+
+
+def test_the_model_and_the_random_state_are_left_alone():
+    model = nets.small().train()
+    model.norm1.eval()
+    inputs = nets.few_digits().train.tensors[0][:50]
+    found = inventory(model, inputs[:1])
+    modes = {name: module.training for name, module in model.named_modules()}
+    before, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
+    metrics(model, {layer: [(1,)] for layer in found.layers}, inputs)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_layer_called_by_keyword():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 6)
+
+        def forward(self, inputs):
+            return self.layer(input=inputs)
+
+    model = Named()
+    inputs = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
+    found = metrics(model, {inventory(model, inputs[:1])["layer"]: [(1,)]}, inputs)["layer"]
+    torch.testing.assert_close(found.mean, inputs.double().mean(0))
+
+
+# --- in a profile, and its cache ---
+
+
+def small_profile(model=None, inputs=None, **options):
+    model = model or seeded()
+    inputs = nets.few_digits().train.tensors[0][:60] if inputs is None else inputs
+    found = inventory(model, inputs[:1])
+    return profile(model, found, {layer.name: fitting(layer) for layer in found.layers}, inputs=inputs, **options)
+
+
+def seeded():
+    torch.manual_seed(0)
+    return nets.small().eval()
+
+
+def assert_same(one, other):
+    for name, mine in one.layers.items():
+        theirs = other.layers[name]
+        assert mine.metric.roots.keys() == theirs.metric.roots.keys()
+        values = [candidate.value for candidate in mine.candidates()][::5]
+        # A rank between two prepared ones is fitted again, from the whitened kernel.
+        values += [type(v)(v.rank - 1, kernel=v.kernel) for v in values if type(v) in (plan.CP, plan.CP4) and v.rank > 2]
+        for value in values:
+            assert all(torch.equal(a, b) for a, b in zip(mine.factors(value), theirs.factors(value), strict=True))
+            assert torch.equal(mine.shift(value, mine.factors(value)), theirs.shift(value, theirs.factors(value)))
+
+
+@pytest.fixture
+def measurements(monkeypatch):
+    """The layers that were measured, by call."""
+    calls = []
+
+    def noting(model, holds, inputs):
+        calls.append([layer.name for layer in holds])
+        return metrics(model, holds, inputs)
+
+    monkeypatch.setattr("ranksearch.profile.metrics", noting)
+    return calls
+
+
+def files(cache):
+    return sorted(cache.iterdir())
+
+
+def test_from_the_cache_as_made_anew(tmp_path, measurements):
+    first = small_profile(cache=tmp_path)
+    written = {path: path.read_bytes() for path in files(tmp_path)}
+    again = small_profile(cache=tmp_path)
+    assert measurements == [["conv1", "conv2", "fc1", "fc2"]]
+    assert {path: path.read_bytes() for path in files(tmp_path)} == written
+    assert_same(first, again)
+    assert_same(first, small_profile())
+
+
+def test_a_torn_file_is_made_again_as_it_was(tmp_path, measurements):
+    first = small_profile(cache=tmp_path)
+    torn = files(tmp_path)[1]
+    whole = torn.read_bytes()
+    torn.write_bytes(whole[: len(whole) // 2])
+    assert_same(first, small_profile(cache=tmp_path))
+    assert measurements[1:] == [["conv2"]]
+    assert torn.read_bytes() == whole
+
+
+def test_all_that_a_metric_follows_from_changes_the_file(tmp_path):
+    small_profile(cache=tmp_path)
+    names = [path.name for path in files(tmp_path)]
+    found = inventory(seeded(), torch.ones(1, 1, 8, 8))
+    profile(seeded(), found, {layer.name: fitting(layer) for layer in found.layers}, cache=tmp_path)
+    assert len(files(tmp_path)) == 8
+    other = seeded()
+    other.norm1.running_mean += 1e-3
+    small_profile(other, cache=tmp_path)
+    assert len(files(tmp_path)) == 12
+    small_profile(inputs=nets.few_digits().train.tensors[0][1:61], cache=tmp_path)
+    assert len(files(tmp_path)) == 16
+    small_profile(cache=tmp_path)
+    assert len(files(tmp_path)) == 16
+    assert set(names) <= {path.name for path in files(tmp_path)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_source_reads_every_type(dtype):
+    model, inputs = nn.Linear(3, 3).to(dtype), torch.ones(2, 3, dtype=dtype)
+    before = source(model, inputs)
+    assert before == source(copy.deepcopy(model), inputs.clone())
+    with torch.no_grad():
+        model.bias[0] += 0.5
+    assert source(model, inputs) != before
+
+
+def test_the_shifts_of_a_plan(trained):
+    found = small_profile(trained.model)
+    chosen = plan.Plan.of({"conv2": plan.CP(3), "fc1": plan.SVD(4)})
+    shifts = found.shifts(chosen, found.factors(chosen))
+    assert shifts.keys() == {"conv2", "fc1"}
+    assert all(
+        torch.equal(shifts[name], found.layers[name].shift(value, found.layers[name].factors(value))) for name, value in chosen
+    )
+    small = factorize_(copy.deepcopy(trained.model), chosen, factors=found.factors(chosen), shifts=shifts)
+    torch.testing.assert_close(small.fc1.expand.bias, trained.model.fc1.bias + shifts["fc1"])
+    torch.testing.assert_close(small.conv2.expand.bias, trained.model.conv2.bias + shifts["conv2"])
+
+
+def test_a_shift_must_fit():
+    model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 7, bias=False))
+    for name, message in (
+        ("0", r"Layer '0': a shift of shape \(3,\) needs such a bias, but it has one of shape \(6,\)\.$"),
+        ("1", r"Layer '1': a shift of shape \(3,\) needs such a bias, but it has none\.$"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            factorize_(model, {name: plan.SVD(2)}, shifts={name: torch.zeros(3)})
+    assert [type(module) for module in model] == [nn.Linear, nn.Linear]
+
+
+def test_inputs_are_drawn_by_a_seed():
+    split = nets.few_digits().train
+    one, same, other = sample_inputs(split, 30, seed=1), sample_inputs(split, 30, seed=1), sample_inputs(split, 30, seed=2)
+    assert one.shape == (30, 1, 8, 8)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert len(sample_inputs(split, 10**6, seed=0)) == 200
+    assert len({row.numpy().tobytes() for row in sample_inputs(split, 200, seed=0)}) == len(
+        {row.numpy().tobytes() for row in split.tensors[0]}
+    )
+
+
+# --- in a study ---
+
+
+def test_a_data_aware_study_resumes_as_if_uninterrupted(tmp_path):
+    whole = run_study(small_spec("space.data_aware=true", "search.trials=5"), tmp_path / "whole", Options(workers=0))
+    for trials in (2, 5):
+        spec = small_spec("space.data_aware=true", f"search.trials={trials}")
+        parts = run_study(spec, tmp_path / "parts", Options(workers=0))
+    assert [*essence(replace(t, finalist=None) for t in parts.trials)] == essence(
+        replace(t, finalist=None) for t in whole.trials
+    )
+    assert "space.data_aware" in (tmp_path / "whole" / "report.md").read_text()
+    plain = run_study(small_spec("search.trials=2"), tmp_path / "plain", Options(workers=0))
+    pairs = list(itertools.zip_longest(whole.trials[:2], plain.trials[:2]))
+    assert all(aware.plan == other.plan for aware, other in pairs)
+    assert any(aware.curve[0] != other.curve[0] for aware, other in pairs)
