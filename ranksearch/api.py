@@ -36,6 +36,7 @@ def search(
     finetune: Recipe | None = None,
     finalists: Recipe | None = None,
     finalist_count: int = 10,
+    finalist_sweeps: int = 0,
     seed: int = 0,
     options: Options | None = None,
     view: View | None = None,
@@ -57,6 +58,7 @@ def search(
         finetune: how each trial is trained; three epochs by default.
         finalists: how each finalist is trained; twelve epochs by default.
         finalist_count: how many trials of the front become finalists.
+        finalist_sweeps: further sweeps over their factors (HOOI, ALS) before they are fine-tuned.
         seed: of everything random.
         options: workers, device, storage.
         view: what is told while it runs; nothing by default.
@@ -89,7 +91,7 @@ def search(
         ),
         search=SearchSpec(sampler=sampler, trials=trials, minutes=minutes),
         finetune=_train_spec(TrainSpec, finetune or Recipe(epochs=3)),
-        finalists=_train_spec(FinalistSpec, finalists or Recipe(epochs=12), count=finalist_count),
+        finalists=_train_spec(FinalistSpec, finalists or Recipe(epochs=12), count=finalist_count, sweeps=finalist_sweeps),
     )
     # By way of its text, so that what Python gives is checked as strictly as a study file.
     spec = parse_spec(spec.to_toml(), source="search()")

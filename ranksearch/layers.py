@@ -156,7 +156,7 @@ def _why_not_replaced(model: nn.Module, names: Sequence[str], example: Tensor) -
         return {}
     raised = None
     # Not watched: fused forms, such as attention's, ask for the weights only where no hook is there.
-    with _standing_in(model, names) as stand_ins, _evaluating(model), torch.no_grad():
+    with _standing_in(model, names) as stand_ins, evaluating(model), torch.no_grad():
         try:
             model(example)
         except Exception as error:

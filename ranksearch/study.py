@@ -189,11 +189,12 @@ class _Run:
         """Every candidate's factors and the VBMF ranks."""
         methods = {axis.layer.name: axis.methods for axis in self.space.axes}
         self.view.stage("profiling layers", len(self.inventory.layers))
+        aware, seed = self.spec.space.data_aware, self.spec.seed
         with self.stage("profile"):
             return profile(
                 self.task.model, self.inventory, methods, offer=_offer(self.spec),
-                inputs=sample_inputs(self.task.data.train, CALIBRATION, seed=self.spec.seed) if self.spec.space.data_aware else None,
-                cache=self.out / "profile", seed=self.spec.seed, on_layer=self.view.step,
+                inputs=sample_inputs(self.task.data.train, CALIBRATION, seed=seed) if aware else None,
+                cache=self.out / "profile", seed=seed, on_layer=self.view.step,
             )  # fmt: skip
 
     def facts(self, layers: Profile) -> None:
