@@ -136,6 +136,7 @@ def profile(
     inputs: Tensor | None = None,
     cache: Path | None = None,
     seed: int = 0,
+    device: torch.device | str = "cpu",
     on_layer: Callable[[str], None] = lambda name: None,
 ) -> Profile:
     """Decompose each layer by each of its methods, or read that from `cache`.
@@ -149,6 +150,7 @@ def profile(
             them every weight counts alike.
         cache: a folder for one file a layer; a torn or foreign file is made again, not trusted.
         seed: of the random starts that CP uses.
+        device: where the decompositions are computed; what comes of them is kept on the CPU.
         on_layer: called with each layer's name when it is done.
 
     Raises:
@@ -166,7 +168,7 @@ def profile(
         metric = measured.get(name, Metric()).to(job.kernel.dtype) if tensors is None else _as_metric(tensors)
         whitened = {kind: metric.whiten(job.kernel, method.holds(job.layer.weight)) for kind, method in job.methods.items()}
         if tensors is None:
-            tensors = _prepare(job, metric, whitened, seed)
+            tensors = _prepare(job, metric, whitened, seed, device)
             if job.path:
                 write_whole(job.path, safetensors.torch.save(tensors, {DIGEST: job.digest}))
         prepared = {kind: _under(tensors, kind) for kind in job.methods}
@@ -214,13 +216,15 @@ def _estimate(kernel: Tensor, mode: int) -> int | None:
     return (vbmf(unfold(kernel, mode)).rank or None) if kernel.shape[mode] >= 4 else None
 
 
-def _prepare(job: _Job, metric: Metric, whitened: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    tensors = {"vbmf": torch.tensor([rank or 0 for rank in vbmf_ranks(job.kernel)])}
+def _prepare(
+    job: _Job, metric: Metric, whitened: Mapping[str, Tensor], seed: int, device: torch.device | str
+) -> dict[str, Tensor]:
+    tensors = {"vbmf": torch.tensor([rank or 0 for rank in vbmf_ranks(job.kernel.to(device))])}
     tensors |= {f"{ROOT}/{','.join(map(str, modes))}": root for modes, root in metric.roots.items()}
     tensors |= {} if metric.mean is None else {MEAN: metric.mean}
     for name, method in job.methods.items():
-        for key, value in method.prepare(whitened[name], job.grids[name], seed).items():
-            tensors[f"{name}/{key}"] = value.contiguous().clone()
+        for key, value in method.prepare(whitened[name].to(device), job.grids[name], seed).items():
+            tensors[f"{name}/{key}"] = value.cpu().contiguous().clone()
     return tensors
 
 

@@ -194,7 +194,7 @@ class _Run:
             return profile(
                 self.task.model, self.inventory, methods, offer=_offer(self.spec),
                 inputs=sample_inputs(self.task.data.train, CALIBRATION, seed=seed) if aware else None,
-                cache=self.out / "profile", seed=seed, on_layer=self.view.step,
+                cache=self.out / "profile", seed=seed, device=self.device, on_layer=self.view.step,
             )  # fmt: skip
 
     def facts(self, layers: Profile) -> None:

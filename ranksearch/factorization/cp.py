@@ -105,5 +105,8 @@ def factors_at(tensor: Tensor, prepared: Prepared, rank: int, seed: int) -> tupl
 
 
 def continued(tensor: Tensor, factors: Sequence[Tensor], sweeps: int, seed: int) -> tuple[Tensor, ...]:
-    """The CP factors after as many more sweeps, or fewer where they have converged."""
-    return cp_als(tensor, factors[0].shape[1], seed=seed, init=factors, sweeps=sweeps).factors
+    """The CP factors after as many more sweeps, or fewer where they have converged; as they are if none lowers the error."""
+    before = torch.linalg.vector_norm(tensor - reconstruct(factors)) / torch.linalg.vector_norm(tensor)
+    fit = cp_als(tensor, factors[0].shape[1], seed=seed, init=factors, sweeps=sweeps)
+    # A fit that has converged at the bound on its degeneracy can end a little below the bound, and of the error above.
+    return fit.factors if fit.error < float(before) else tuple(factors)
