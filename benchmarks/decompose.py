@@ -11,6 +11,7 @@ would take hours, evenly spaced ranks of it are timed and the whole is extrapola
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import time
 import warnings
@@ -19,6 +20,9 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import TypeVar
+
+# As the command line sets it: threads that wait give their core away, so that a busy neighbour costs its share only.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import tensorly as tl
