@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
 
 import ranksearch
@@ -239,6 +240,9 @@ def test_a_study_keeps_to_what_is_offered(tmp_path):
         assert obeys(METHODS[type(value)], INVENTORY[name], value.ranks, offer)
         assert shrinks(METHODS[type(value)], INVENTORY[name], value.ranks, offer)
     assert record.facts.spec["space"]["rank_multiple"] == 4
+    for path in (tmp_path / "small" / "profile").glob("conv2*"):
+        ranks = {int(name.split("/")[1].split(".")[0]) for name in load_file(path) if name.startswith("cp/")}
+        assert ranks == {rank for (rank,) in rank_grid(METHODS[CP], INVENTORY["conv2"], offer)}
 
 
 def test_layers_are_shown_at_ranks_that_are_offered(tmp_path):
