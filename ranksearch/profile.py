@@ -181,7 +181,8 @@ class _Job:
     @classmethod
     def of(cls, model: nn.Module, layer: Layer, methods: Sequence[Method], about: str, seed: int, cache: Path | None) -> _Job:
         weight, wanted = kernel(model, layer), {method.kind.method: method for method in methods}
-        digest = _digest(weight, wanted, about, seed)
+        # Layers of equal weights are one to a plain profile; their inputs may differ.
+        digest = _digest(weight, wanted, about and f"{about}|{layer.name}", seed)
         path = cache / f"{_as_file_name(layer.name)}-{digest}.safetensors" if cache else None
         return cls(layer, weight, wanted, digest, path)
 
