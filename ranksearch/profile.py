@@ -194,7 +194,8 @@ class _Job:
     ) -> _Job:
         weight, wanted = kernel(model, layer), {method.kind.method: method for method in methods}
         grids = {name: rank_grid(method, layer, offer) for name, method in wanted.items()}
-        digest = _digest(weight, grids, about, seed)
+        # Layers of equal weights are one to a plain profile; their inputs may differ.
+        digest = _digest(weight, grids, about and f"{about}|{layer.name}", seed)
         path = cache / f"{_as_file_name(layer.name)}-{digest}.safetensors" if cache else None
         return cls(layer, weight, wanted, grids, digest, path)
 

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import re
+from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
@@ -423,6 +424,18 @@ def test_all_that_a_metric_follows_from_changes_the_file(tmp_path):
     small_profile(cache=tmp_path)
     assert len(files(tmp_path)) == 16
     assert set(names) <= {path.name for path in files(tmp_path)}
+
+
+def test_layers_of_equal_weights_and_alike_names_keep_their_own_metric(tmp_path):
+    model = nn.Sequential(OrderedDict([("a b", nn.Linear(5, 5)), ("act", nn.ReLU()), ("a_b", nn.Linear(5, 5))]))
+    model.a_b.load_state_dict(getattr(model, "a b").state_dict())
+    inputs = normal(50, 5, dtype=torch.float32)
+    found = small_profile(model, inputs, cache=tmp_path)
+    again = small_profile(model, inputs, cache=tmp_path)
+    assert len(files(tmp_path)) == 2
+    for name in ("a b", "a_b"):
+        assert torch.equal(found.layers[name].metric.mean, again.layers[name].metric.mean)
+    assert not torch.equal(again.layers["a b"].metric.mean, again.layers["a_b"].metric.mean)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
