@@ -27,7 +27,7 @@ def search(
     methods: Sequence[str] = ("tucker2", "cp", "svd"),
     layers: Sequence[str] = (),
     skip: Sequence[str] = (),
-    data_aware: bool = False,
+    data_aware: bool = True,
     sampler: str = "tpe",
     trials: int = 60,
     minutes: float | None = None,

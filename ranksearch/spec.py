@@ -86,7 +86,7 @@ class SpaceSpec:
     """Only these layers; all that can be decomposed where it is empty."""
     skip: tuple[str, ...] = ()
     """Not these layers."""
-    data_aware: bool = False
+    data_aware: bool = True
     """Fit the factors for the inputs that each layer sees in training, not for the weights alone."""
 
 
