@@ -29,7 +29,7 @@ def search(
     skip: Sequence[str] = (),
     rank_multiple: int = 1,
     smaller_in: Sequence[str] = ("params",),
-    data_aware: bool = False,
+    data_aware: bool = True,
     sampler: str = "tpe",
     trials: int = 60,
     minutes: float | None = None,

@@ -93,7 +93,7 @@ class SpaceSpec:
     """Ranks are multiples of this, as some hardware wants them; one that cannot be so large is held at its largest."""
     smaller_in: tuple[str, ...] = _checked(f"at least one of {', '.join(COSTS)}", bool, default=("params",))
     """A layer is stored only in ways that are smaller than dense in each of these costs."""
-    data_aware: bool = False
+    data_aware: bool = True
     """Fit the factors for the inputs that each layer sees in training, not for the weights alone."""
 
 

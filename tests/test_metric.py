@@ -489,6 +489,7 @@ def test_inputs_are_drawn_by_a_seed():
 
 def test_a_data_aware_study_resumes_as_if_uninterrupted(tmp_path):
     whole = run_study(small_spec("space.data_aware=true", "search.trials=5"), tmp_path / "whole", Options(workers=0))
+    assert small_spec() == small_spec("space.data_aware=true")
     for trials in (2, 5):
         spec = small_spec("space.data_aware=true", f"search.trials={trials}")
         parts = run_study(spec, tmp_path / "parts", Options(workers=0))
@@ -496,7 +497,7 @@ def test_a_data_aware_study_resumes_as_if_uninterrupted(tmp_path):
         replace(t, finalist=None) for t in whole.trials
     )
     assert "space.data_aware" in (tmp_path / "whole" / "report.md").read_text()
-    plain = run_study(small_spec("search.trials=2"), tmp_path / "plain", Options(workers=0))
+    plain = run_study(small_spec("space.data_aware=false", "search.trials=2"), tmp_path / "plain", Options(workers=0))
     pairs = list(itertools.zip_longest(whole.trials[:2], plain.trials[:2]))
     assert all(aware.plan == other.plan for aware, other in pairs)
     assert any(aware.curve[0] != other.curve[0] for aware, other in pairs)
