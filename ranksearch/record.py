@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ranksearch import pareto
 from ranksearch.errors import StudyError
-from ranksearch.plan import Plan
+from ranksearch.plan import Factorization, Plan
 
 
 class Outcome(enum.Enum):
@@ -76,6 +76,15 @@ class TrialRecord:
     def score_validation(self) -> float | None:
         """The validation score with the most fine-tuning behind it."""
         return self.finalist.score_validation if self.finalist else self.score
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The validation loss with one layer alone stored as `value`, normalisation recalibrated, nothing trained."""
+
+    layer: str
+    value: Factorization
+    loss: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +197,7 @@ def _score(trial: TrialRecord) -> float:
 # --- to and from Optuna -------------------------------------------------------------------------------------------
 
 _FACTS, _SECONDS, _FINALIST = "ranksearch:facts", "ranksearch:seconds", "ranksearch:finalist:"
-_TRIAL, _ASKED = "ranksearch:trial", "ranksearch:asked"
+_TRIAL, _ASKED, _PROBES = "ranksearch:trial", "ranksearch:asked", "ranksearch:probes"
 
 
 def attributes(record: TrialRecord) -> dict[str, Any]:
@@ -215,6 +224,19 @@ def write_facts(study: optuna.Study, facts: StudyFacts) -> None:
 def write_seconds(study: optuna.Study, seconds: Mapping[str, float]) -> None:
     """Keep the seconds that each stage has taken so far."""
     study.set_user_attr(_SECONDS, dict(seconds))
+
+
+def write_probes(study: optuna.Study, dense_loss: float | None, probes: Sequence[Probe]) -> None:
+    """Keep the probes so far, and the dense model's validation loss that they are set against."""
+    plans = [{"plan": Plan.of({probe.layer: probe.value}).to_dict(), "loss": probe.loss} for probe in probes]
+    study.set_user_attr(_PROBES, {"dense": dense_loss, "probes": plans})
+
+
+def read_probes(study: optuna.Study) -> tuple[float | None, list[Probe]]:
+    """What `write_probes` kept: the dense loss, None before it is known, and the probes."""
+    found = study.user_attrs.get(_PROBES, {"dense": None, "probes": []})
+    plans = [(Plan.from_dict(entry["plan"]), entry["loss"]) for entry in found["probes"]]
+    return found["dense"], [Probe(*plan.layers[0], loss) for plan, loss in plans]
 
 
 def write_finalist(study: optuna.Study, number: int, finalist: Finalist) -> None:

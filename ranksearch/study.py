@@ -26,6 +26,7 @@ from ranksearch.export import load_model, save_model, weights_of
 from ranksearch.factorization import Offer
 from ranksearch.files import write_whole
 from ranksearch.layers import Inventory, inventory
+from ranksearch.plan import Plan
 from ranksearch.profile import Profile, kernel, profile, vbmf_ranks
 from ranksearch.record import DenseFacts, Finalist, LayerFacts, Outcome, Rung, StudyFacts, StudyRecord, TrialRecord
 from ranksearch.report import write_report
@@ -33,12 +34,17 @@ from ranksearch.spec import StudySpec
 from ranksearch.strategy.finalists import WORTH, choose_finalists
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import at_vbmf, quarter, vbmf_plans
+from ranksearch.strategy.sensitivity import predicted_frontier, spread, values_to_probe
 from ranksearch.strategy.space import Space, make_space
-from ranksearch.strategy.trial import Answer, Evaluator, Job
+from ranksearch.strategy.trial import Answer, Evaluator, Job, Stage
 from ranksearch.tasks import Task, check_outputs, load_task
 
 CALIBRATION = 512
 """Training inputs that data-aware factors are fitted for; with 128 the output error on held-out digits is a tenth higher."""
+FRONTIER_PLANS = 8
+"""How many plans of the predicted frontier are tried first."""
+WORST_LOSS = 1e6
+"""Stands for a probe's loss that is no number, which no storage keeps."""
 PACKAGES = ("ranksearch", "torch", "torchvision", "optuna", "tensorly", "scikit-learn", "numpy")
 
 
@@ -166,6 +172,7 @@ class _Run:
         self.dense()
         layers = self.profile()
         self.facts(layers)
+        self.probes(layers)
         self.search(layers)
         self.finalists(layers)
         self.report()
@@ -204,9 +211,41 @@ class _Run:
         record.write_facts(self.study, facts)
         self.view.facts(facts)
 
+    def probes(self, layers: Profile) -> None:
+        """The loss with one layer at a time decomposed: what the frontier is predicted from. Kept after every one."""
+        wanted = [Plan()]
+        for name, layer in layers.layers.items():
+            wanted += [Plan.of({name: value}) for value in values_to_probe(layer)]
+        dense, known = record.read_probes(self.study)
+        done = {Plan.of({probe.layer: probe.value}) for probe in known} | ({Plan()} if dense is not None else set())
+        self.view.stage("probing layers", len(wanted), len(done))
+
+        def on_message(job: Job, message: Rung | Answer) -> None:
+            nonlocal dense
+            if not isinstance(message, Answer) or message.loss is None:
+                return
+            loss = message.loss if math.isfinite(message.loss) else WORST_LOSS
+            if job.plan.layers:
+                known.append(record.Probe(*job.plan.layers[0], loss))
+            else:
+                dense = loss
+            record.write_probes(self.study, dense, known)
+            self.view.step(str(job.plan))
+
+        jobs = (Job(key, plan, self.spec.seed, Stage.PROBE) for key, plan in enumerate(wanted) if plan not in done)
+        with self.stage("probes"):
+            self.run_jobs(jobs, self.evaluator(layers), on_message, lambda: False)
+
+    def firsts(self, layers: Profile) -> list[tuple[str, Plan]]:
+        """The plans that are tried first, with their origins."""
+        dense, probes = record.read_probes(self.study)
+        corners = predicted_frontier(layers, probes, dense or 0.0)
+        chosen = spread(corners, self.inventory.params, FRONTIER_PLANS)
+        return [*vbmf_plans(self.space, layers), *(("frontier", corner.plan) for corner in chosen)]
+
     def search(self, layers: Profile) -> None:
         """Ask, evaluate, tell, until the budget is spent."""
-        firsts = list(vbmf_plans(self.space, layers))
+        firsts = self.firsts(layers)
         ledger = self.ledger = Ledger(
             self.study, self.space, self.inventory, firsts, sampler=self.spec.search.sampler, seed=self.spec.seed,
             floor=record.read_facts(self.study).dense.score_validation - WORTH,
@@ -240,7 +279,7 @@ class _Run:
             if isinstance(message, Answer):
                 self._finalist(by_number[job.key], message)
 
-        jobs = (Job(trial.number, trial.plan, trial.seed, finalist=True) for trial in waiting)
+        jobs = (Job(trial.number, trial.plan, trial.seed, Stage.FINALIST) for trial in waiting)
         with self.stage("finalists"):
             self.run_jobs(jobs, self.evaluator(layers), on_message, lambda: False)
             self._latencies()

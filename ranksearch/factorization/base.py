@@ -82,12 +82,13 @@ class Method(abc.ABC):
         """The part of the work that all ranks share, for a kernel (out, in, *kernel); `ranks` are those looked at."""
 
     @abc.abstractmethod
-    def factors(self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int) -> tuple[Tensor, ...]:
-        """The factors at `ranks`; a pure function of its arguments."""
+    def factors(
+        self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int, sweeps: int = 0
+    ) -> tuple[Tensor, ...]:
+        """The factors at `ranks`; a pure function of its arguments.
 
-    @abc.abstractmethod
-    def refine(self, kernel: Tensor, factors: tuple[Tensor, ...], sweeps: int, seed: int) -> tuple[Tensor, ...]:
-        """Factors of the same ranks after `sweeps` more of alternating least squares; as they are where none are better."""
+        `sweeps` more of alternating least squares lower the error of those that are not the best at their ranks.
+        """
 
     @abc.abstractmethod
     def balanced(self, factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

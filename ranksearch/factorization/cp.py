@@ -49,15 +49,10 @@ class CPMethod(Method):
     def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int) -> Prepared:
         return prepare_path(kernel.flatten(2), ranks, seed)
 
-    def factors(self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int) -> tuple[Tensor, ...]:
-        out, into, modes = factors_at(kernel.flatten(2), prepared, ranks[0], seed)
-        return into.T, modes.T.reshape(-1, *kernel.shape[2:]), out
-
-    def refine(self, kernel: Tensor, factors: tuple[Tensor, ...], sweeps: int, seed: int) -> tuple[Tensor, ...]:
-        if not sweeps:
-            return factors
-        reduce, depthwise, expand = factors
-        out, into, modes = continued(kernel.flatten(2), (expand, reduce.T, depthwise.flatten(1).T), sweeps, seed)
+    def factors(
+        self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int, sweeps: int = 0
+    ) -> tuple[Tensor, ...]:
+        out, into, modes = factors_at(kernel.flatten(2), prepared, ranks[0], seed, sweeps)
         return into.T, modes.T.reshape(-1, *kernel.shape[2:]), out
 
     def balanced(self, factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -93,18 +88,19 @@ def prepare_path(tensor: Tensor, ranks: Sequence[tuple[int, ...]], seed: int) ->
     return factors
 
 
-def factors_at(tensor: Tensor, prepared: Prepared, rank: int, seed: int) -> tuple[Tensor, ...]:
+def factors_at(tensor: Tensor, prepared: Prepared, rank: int, seed: int, sweeps: int) -> tuple[Tensor, ...]:
     """The CP factors at any rank up to the largest prepared one: as prepared, or fitted from the largest terms of the
-    next larger prepared rank."""
+    next larger prepared rank; and `sweeps` more."""
     above = min(known for known in (int(name.split(".")[0]) for name in prepared) if known >= rank)
     start = tuple(prepared[f"{above}.{mode}"] for mode in range(tensor.dim()))
-    if above == rank:
+    more = sweeps + (BETWEEN if above > rank else 0)
+    if not more:
         return start
     # Terms are kept sorted by falling norm, so the first ones are the largest.
-    return continued(tensor, tuple(factor[:, :rank] for factor in start), BETWEEN, seed)
+    return _continued(tensor, tuple(factor[:, :rank] for factor in start), more, seed)
 
 
-def continued(tensor: Tensor, factors: Sequence[Tensor], sweeps: int, seed: int) -> tuple[Tensor, ...]:
+def _continued(tensor: Tensor, factors: Sequence[Tensor], sweeps: int, seed: int) -> tuple[Tensor, ...]:
     """The CP factors after as many more sweeps, or fewer where they have converged; as they are if none lowers the error."""
     before = torch.linalg.vector_norm(tensor - reconstruct(factors)) / torch.linalg.vector_norm(tensor)
     fit = cp_als(tensor, factors[0].shape[1], seed=seed, init=factors, sweeps=sweeps)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ranksearch import plan
 from ranksearch.factorization.base import Method, Prepared, Shape, pointwise, spatial, stack
-from ranksearch.factorization.cp import continued, factors_at, prepare_path
+from ranksearch.factorization.cp import factors_at, prepare_path
 from ranksearch.layers import Layer
 from ranksearch.tensors.cp import reconstruct
 
@@ -48,15 +48,10 @@ class CP4Method(Method):
     def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int) -> Prepared:
         return prepare_path(kernel, ranks, seed)
 
-    def factors(self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int) -> tuple[Tensor, ...]:
-        out, into, high, wide = factors_at(kernel, prepared, ranks[0], seed)
-        return into.T, high.T, wide.T, out
-
-    def refine(self, kernel: Tensor, factors: tuple[Tensor, ...], sweeps: int, seed: int) -> tuple[Tensor, ...]:
-        if not sweeps:
-            return factors
-        reduce, high, wide, expand = factors
-        out, into, high, wide = continued(kernel, (expand, reduce.T, high.T, wide.T), sweeps, seed)
+    def factors(
+        self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int, sweeps: int = 0
+    ) -> tuple[Tensor, ...]:
+        out, into, high, wide = factors_at(kernel, prepared, ranks[0], seed, sweeps)
         return into.T, high.T, wide.T, out
 
     def balanced(self, factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

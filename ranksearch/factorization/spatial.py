@@ -46,13 +46,12 @@ class SpatialMethod(Method):
         found = svd(kernel.permute(1, 2, 0, 3).flatten(2).flatten(0, 1))
         return {"left": found.left, "singular": found.singular, "right": found.right}
 
-    def factors(self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int) -> tuple[Tensor, ...]:
+    def factors(
+        self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int, sweeps: int = 0
+    ) -> tuple[Tensor, ...]:
         left, right = SVDFactors(prepared["left"], prepared["singular"], prepared["right"]).at(ranks[0])
         out, into, height, width = kernel.shape
         return left.T.reshape(-1, into, height), right.reshape(-1, out, width).permute(1, 0, 2)
-
-    def refine(self, kernel: Tensor, factors: tuple[Tensor, ...], sweeps: int, seed: int) -> tuple[Tensor, ...]:
-        return factors
 
     def balanced(self, factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return factors

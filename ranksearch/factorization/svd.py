@@ -47,12 +47,11 @@ class SVDMethod(Method):
         found = svd(kernel.flatten(1))
         return {"left": found.left, "singular": found.singular, "right": found.right}
 
-    def factors(self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int) -> tuple[Tensor, ...]:
+    def factors(
+        self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int, sweeps: int = 0
+    ) -> tuple[Tensor, ...]:
         left, right = SVDFactors(prepared["left"], prepared["singular"], prepared["right"]).at(ranks[0])
         return right, left
-
-    def refine(self, kernel: Tensor, factors: tuple[Tensor, ...], sweeps: int, seed: int) -> tuple[Tensor, ...]:
-        return factors
 
     def balanced(self, factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return factors

@@ -47,14 +47,11 @@ class Tucker2Method(Method):
         found = hosvd(kernel.flatten(2))
         return {"core": found.core, "u_out": found.u_out, "u_in": found.u_in}
 
-    def factors(self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int) -> tuple[Tensor, ...]:
-        core, u_out, u_in = HOSVD(prepared["core"], prepared["u_out"], prepared["u_in"]).at(*ranks)
-        return u_in.T, core.reshape(*core.shape[:2], *kernel.shape[2:]), u_out
-
-    def refine(self, kernel: Tensor, factors: tuple[Tensor, ...], sweeps: int, seed: int) -> tuple[Tensor, ...]:
-        if not sweeps:
-            return factors
-        core, u_out, u_in = hooi(kernel.flatten(2), factors[2], factors[0].T, sweeps=sweeps)
+    def factors(
+        self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int, sweeps: int = 0
+    ) -> tuple[Tensor, ...]:
+        fit = HOSVD(prepared["core"], prepared["u_out"], prepared["u_in"])
+        core, u_out, u_in = hooi(kernel.flatten(2), fit, *ranks, sweeps=sweeps) if sweeps else fit.at(*ranks)
         return u_in.T, core.reshape(*core.shape[:2], *kernel.shape[2:]), u_out
 
     def balanced(self, factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

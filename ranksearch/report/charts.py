@@ -18,7 +18,7 @@ from ranksearch.record import StudyRecord
 from ranksearch.report import figures, points, text
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-BLUE, ORANGE, GREY, INK = "#2563eb", "#d97706", "#94a3b8", "#1f2937"
+BLUE, ORANGE, GREEN, GREY, INK = "#2563eb", "#d97706", "#059669", "#94a3b8", "#1f2937"
 
 _CLEAR = "transparent"
 # Right above its point, where a front has nothing.
@@ -28,6 +28,7 @@ _LOOKS = {
     points.TRIAL: (GREY, GREY, "circle", 36, 0.75),
     points.STOPPED: (_CLEAR, GREY, "circle", 22, 0.45),
     points.VBMF: (ORANGE, ORANGE, "triangle-up", 90, 0.95),
+    points.PREDICTED: (GREEN, GREEN, "triangle-down", 90, 0.95),
     points.FINALIST: ("#93b4f5", BLUE, "circle", 70, 0.9),
     points.FRONT: (BLUE, BLUE, "circle", 90, 1.0),
     points.TEST: (_CLEAR, BLUE, "circle", 70, 1.0),
@@ -52,16 +53,18 @@ def front_chart(record: StudyRecord) -> Drawing:
         "labels": [row for row in points.front_labels(record) if row["score"] >= window.low],
         "front": points.front_line(record),
         "search": points.search_line(record),
+        "baseline": points.baseline_line(record),
         "near": [{"score": dense, "low": dense - figures.NEAR}],
     }
     x = alt.X("ratio:Q", scale=alt.Scale(type="log", domain=window.ratios, nice=False), axis=_ratio_axis(window.ratios))
     y = _score_y(record, (window.low, window.high))
-    line: dict[str, Any] = {"interpolate": "step-before", "clip": True, "stroke": BLUE}
+    line: dict[str, Any] = {"interpolate": "step-before", "clip": True}
     layers = [
         _chart("near").mark_rect(fill=BLUE, opacity=0.07).encode(y, y2="low:Q"),
         _chart("near").mark_rule(stroke=GREY, strokeDash=[2, 3]).encode(y),
-        _chart("search").mark_line(**line, strokeWidth=1, opacity=0.35, strokeDash=[4, 3]).encode(x, y),
-        _chart("front").mark_line(**line, strokeWidth=2).encode(x, y),
+        _chart("baseline").mark_line(**line, stroke=GREEN, strokeWidth=1, opacity=0.6, strokeDash=[2, 3]).encode(x, y),
+        _chart("search").mark_line(**line, stroke=BLUE, strokeWidth=1, opacity=0.35, strokeDash=[4, 3]).encode(x, y),
+        _chart("front").mark_line(**line, stroke=BLUE, strokeWidth=2).encode(x, y),
         _chart("points").mark_point(strokeWidth=1.6).encode(x, y, tooltip=_tooltip(record), **_looks_by_kind(rows["points"])),
         _chart("labels").mark_text(**_LABEL).encode(x, y, text="text:N"),
     ]
@@ -136,7 +139,7 @@ def _looks_by_kind(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _legend() -> alt.Legend:
-    columns = alt.ExprRef("width < 420 ? 2 : width < 640 ? 4 : 7")
+    columns = alt.ExprRef("width < 420 ? 2 : width < 640 ? 4 : 8")
     return alt.Legend(title=None, orient="bottom", columns=columns, symbolOpacity=1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,6 +17,9 @@ NEAR = 0.01
 
 REACH = 0.10
 """Scores more than this below the dense one are of no interest: outside the charts, and nothing in the hypervolume."""
+
+FRONTIER = "frontier"
+"""The origin of trials that were predicted from the profile and the probes, before any sampler."""
 
 # A score is a ratio of counts, so 0.98 - 0.97 > 0.01 in floating point though both differ by exactly one point.
 _ROUNDING = 1e-9
@@ -85,6 +88,19 @@ def hypervolumes(record: StudyRecord) -> list[tuple[TrialRecord, float]]:
             best = [best[i] for i in pareto.front(best)]
         result.append((trial, pareto.hypervolume(best, reference)))
     return result
+
+
+def baseline(record: StudyRecord) -> list[TrialRecord]:
+    """The trials of the predicted frontier, without the longer fine-tuning of those that became finalists."""
+    return [replace(trial, finalist=None) for trial in record.trials if trial.origin.startswith(FRONTIER)]
+
+
+def gain(record: StudyRecord) -> tuple[float, float] | None:
+    """The hypervolume of the predicted frontier's trials alone, and of the whole search; None without such trials."""
+    if not scored(baseline(record)):
+        return None
+    (_, whole), (_, alone) = hypervolumes(record)[-1], hypervolumes(replace(record, trials=tuple(baseline(record))))[-1]
+    return alone, whole
 
 
 def rung_correlations(record: StudyRecord) -> list[Correlation]:

@@ -57,7 +57,11 @@ def _dense_cells(record: StudyRecord) -> list[str]:
 
 def _front_note(record: StudyRecord) -> str:
     unit = "points" if text.is_percent(record.facts.score_name) else "the score"
-    return f"In brackets: difference to the dense net in {unit}. Latency is for one input on the machine below."
+    note = f"In brackets: difference to the dense net in {unit}. Latency is for one input on the machine below."
+    gain = figures.gain(record)
+    if gain:
+        note += f" Hypervolume of the predicted frontier's trials alone {gain[0]:.4f}, of the whole search {gain[1]:.4f}."
+    return note
 
 
 def _circumstances(record: StudyRecord) -> list[tuple[str, str]]:

@@ -45,6 +45,7 @@ def _context(record: StudyRecord) -> dict[str, Any]:
         "dense": _dense(record),
         "front": summary.front_lines(record),
         "finalists": len(figures.finalists(record)),
+        "gain": figures.gain(record),
         "trials": text.counted(len(record.trials), "trial"),
         "below": points.window(record).below,
         "floor": text.score(points.window(record).low, name),

@@ -11,6 +11,7 @@ from ranksearch.record import Outcome, StudyRecord, TrialRecord, front_of
 from ranksearch.report import figures, text
 
 TRIAL, STOPPED, VBMF, DENSE = "trial", "stopped trial", "VBMF one-shot", "dense model"
+PREDICTED = "predicted frontier"
 FINALIST, FRONT, TEST, SEARCH = "finalist", "front", "test score of finalist", "finished trial"
 
 
@@ -46,7 +47,7 @@ def front_points(record: StudyRecord) -> list[dict[str, Any]]:
     front = {trial.number for trial in record.front}
     finalists = figures.finalists(record)
     rows = [_point(record, t, t.score, kind=_kind(t)) for t in record.trials if t.curve and t.score is not None]
-    rows.sort(key=lambda row: row["kind"] == VBMF)
+    rows.sort(key=lambda row: row["kind"] in (VBMF, PREDICTED))
     for trial in finalists or record.front:
         kind = FRONT if trial.number in front else FINALIST
         rows.append(_point(record, trial, trial.score_validation, kind=kind))
@@ -73,6 +74,11 @@ def search_line(record: StudyRecord) -> list[dict[str, Any]]:
         return []
     searched = [replace(trial, finalist=None) for trial in record.trials]
     return [{"ratio": trial.ratio, "score": trial.score} for trial in front_of(searched)]
+
+
+def baseline_line(record: StudyRecord) -> list[dict[str, Any]]:
+    """The front of the predicted frontier's plans alone, by the search's scores: what the search must beat."""
+    return [{"ratio": trial.ratio, "score": trial.score} for trial in front_of(figures.baseline(record))]
 
 
 def hypervolume_points(record: StudyRecord) -> list[dict[str, Any]]:
@@ -119,6 +125,8 @@ def plan_lines(plan: Plan) -> str:
 def _kind(trial: TrialRecord) -> str:
     if trial.origin.startswith("vbmf"):
         return VBMF
+    if trial.origin.startswith(figures.FRONTIER):
+        return PREDICTED
     return TRIAL if trial.outcome is Outcome.DONE else STOPPED
 
 
@@ -134,7 +142,7 @@ def _point(record: StudyRecord, trial: TrialRecord, score: float | None, *, kind
         "ratio_text": text.ratio(trial.ratio),
         "params": text.whole(trial.params),
         "macs": text.whole(trial.macs),
-        "validation": text.score(trial.score if kind in (TRIAL, STOPPED, VBMF) else trial.score_validation, name),
+        "validation": text.score(trial.score if kind in (TRIAL, STOPPED, VBMF, PREDICTED) else trial.score_validation, name),
         "test": text.score(trial.finalist.score_test if trial.finalist else None, name),
         "plan": plan_lines(trial.plan),
     }

@@ -10,7 +10,7 @@ from ranksearch.plan import Dense, Factorization, Plan
 from ranksearch.profile import Profile
 from ranksearch.strategy.space import Axis, Space
 
-WEAKENINGS = (1.0, 2.0, 0.5, 4.0)
+WEAKENINGS = (1.0, 2.0, 0.5)
 """Factors on the VBMF ranks that are tried first. Trained weights are no low-rank matrix plus white noise, so the
 estimate is a guess at the order of magnitude (Kim et al. 2016 use it as it is)."""
 

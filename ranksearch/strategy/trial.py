@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import enum
 import math
 import time
 from collections.abc import Iterator
@@ -21,25 +22,36 @@ from ranksearch.tasks import Task
 from ranksearch.training import Diverged, Recipe
 
 
+class Stage(enum.Enum):
+    """What a job is for."""
+
+    PROBE = "probe"
+    """The validation loss before any fine-tuning."""
+    TRIAL = "trial"
+    FINALIST = "finalist"
+    """Longer fine-tuning; also scored on the test split, and its weights kept."""
+
+
 @dataclass(frozen=True)
 class Job:
-    """One plan to evaluate. `key` tells jobs apart; a finalist is also scored on the test split and keeps its weights."""
+    """One plan to evaluate. `key` tells jobs apart."""
 
     key: int
     plan: Plan
     seed: int
-    finalist: bool = False
+    stage: Stage = Stage.TRIAL
 
 
 @dataclass(frozen=True)
 class Answer:
-    """How a job ended. `curve` holds every rung that was reached; `weights` are safetensors bytes."""
+    """How a job ended. `curve` holds every rung that was reached, `loss` a probe's; `weights` are safetensors bytes."""
 
     outcome: Outcome
     curve: tuple[Rung, ...] = ()
     seconds: float = 0.0
     score_test: float | None = None
     weights: bytes | None = None
+    loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,8 +69,12 @@ class Evaluator:
     def __call__(self, job: Job) -> Iterator[Rung | Answer]:
         """Evaluate a job: a rung after each epoch (the first without training), then the answer, always last."""
         start, curve = time.perf_counter(), list[Rung]()
+        final = job.stage is Stage.FINALIST
         try:
-            model = self.compressed(job.plan, sweeps=self.sweeps if job.finalist else 0)
+            model = self.compressed(job.plan, sweeps=self.sweeps if final else 0)
+            if job.stage is Stage.PROBE:
+                yield Answer(Outcome.DONE, seconds=time.perf_counter() - start, loss=self._loss(model, job.seed))
+                return
             for rung in self._rungs(model, job):
                 if not math.isfinite(rung.score):
                     raise Diverged("the score became NaN or infinite")
@@ -69,7 +85,7 @@ class Evaluator:
             outcome = Outcome.DIVERGED
         except torch.OutOfMemoryError:
             outcome = Outcome.OUT_OF_MEMORY
-        if outcome is not Outcome.DONE or not job.finalist:
+        if outcome is not Outcome.DONE or not final:
             yield Answer(outcome, tuple(curve), time.perf_counter() - start)
             return
         test = training.score(model, self.task, self.task.data.test, device=torch.device(self.device))
@@ -82,9 +98,15 @@ class Evaluator:
         factorize_(model, plan, factors=factors, shifts=self.profile.shifts(plan, factors))
         return training.place(model, torch.device(self.device))
 
+    def _loss(self, model: nn.Module, seed: int) -> float:
+        device = torch.device(self.device)
+        training.recalibrate(model, self.task, seed=seed, device=device)
+        outputs, targets = training.predict(model, self.task.data.validation, device=device)
+        return float(self.task.loss(outputs, targets))
+
     def _rungs(self, model: nn.Module, job: Job) -> Iterator[Rung]:
         device = torch.device(self.device)
-        recipe = self.finalists if job.finalist else self.finetune
+        recipe = self.finalists if job.stage is Stage.FINALIST else self.finetune
         training.recalibrate(model, self.task, seed=job.seed, device=device)
         yield Rung(0, training.score(model, self.task, self.task.data.validation, device=device))
         for epoch in training.fit(model, self.task, recipe, seed=job.seed, device=device):

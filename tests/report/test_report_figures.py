@@ -92,6 +92,22 @@ def test_vbmf_has_its_own_mark():
     assert [row["origin"] for row in rows] == ["vbmf", "vbmf x 0.5"]
 
 
+def test_the_predicted_frontier_has_its_own_mark_and_line():
+    record = study_record()
+    rows = [row for row in points.front_points(record) if row["kind"] == points.PREDICTED]
+    assert len(rows) == sum(t.origin.startswith("frontier") and t.score is not None for t in record.trials) > 0
+    line = points.baseline_line(record)
+    assert line
+    assert {(row["ratio"], row["score"]) for row in line} <= {(row["ratio"], row["score"]) for row in rows}
+
+
+def test_the_frontier_alone_is_no_better_than_the_whole_search():
+    alone, whole = figures.gain(study_record())
+    assert 0 < alone <= whole
+    assert whole == figures.hypervolumes(study_record())[-1][1]
+    assert figures.gain(study_record(trials=2, finalists=0)) is None
+
+
 def test_before_finalists_the_front_is_the_searchs_own():
     record = study_record(finalists=0)
     assert points.search_line(record) == []

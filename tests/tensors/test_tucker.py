@@ -80,14 +80,14 @@ def test_no_sweep_of_hooi_raises_the_error(shape, seed):
     kernel = normal(*shape, seed=seed)
     fit = hosvd(kernel)
     i, o = (fit.core.shape[1] + 1) // 2, (fit.core.shape[0] + 1) // 2
-    errors = [error(fit.at(i, o), kernel)] + [error(hooi(kernel, *fit.at(i, o)[1:], sweeps=n), kernel) for n in (0, 1, 2, 5)]
+    errors = [error(fit.at(i, o), kernel)] + [error(hooi(kernel, fit, i, o, sweeps=n), kernel) for n in (0, 1, 2, 5)]
     assert errors[0] == pytest.approx(errors[1], abs=1e-12)
     assert all(after <= before + 1e-12 for before, after in pairwise(errors))
 
 
 def test_hooi_finds_a_planted_core():
     kernel = rebuilt(normal(3, 2, 4, seed=1), normal(12, 3, seed=2), normal(8, 2, seed=3))
-    core, u_out, u_in = hooi(kernel, *hosvd(kernel).at(2, 3)[1:], sweeps=1)
+    core, u_out, u_in = hooi(kernel, hosvd(kernel), 2, 3, sweeps=1)
     assert (core.shape, u_out.shape, u_in.shape) == ((3, 2, 4), (12, 3), (8, 2))
     assert error((core, u_out, u_in), kernel) < 1e-12
     assert float(hosvd(kernel).errors()[1, 2]) < 1e-12

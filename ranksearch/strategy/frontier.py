@@ -1,0 +1,88 @@
+"""The predicted front: all layers' candidates under one Lagrange multiplier, which is swept; milliseconds for any network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from ranksearch.plan import Dense, Factorization, Plan
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to store one layer: its parameters, and how much the loss is predicted to rise by it alone."""
+
+    value: Factorization
+    params: int
+    rise: float
+
+
+@dataclass(frozen=True)
+class Corner:
+    """A plan of the frontier: the parameters it saves, and the predicted rise of the loss."""
+
+    plan: Plan
+    saved: int
+    rise: float
+
+
+def frontier(dense: Mapping[str, int], choices: Mapping[str, Sequence[Choice]]) -> list[Corner]:
+    """The plans that some price of a parameter makes cheapest, by rising savings; the dense plan is the first.
+
+    A multiplier is the price of a parameter in units of the loss. At each price every layer takes its cheapest choice by
+    itself, since the rises of single layers are taken to add up (Shoham and Gersho 1988; for ranks: Kim et al. 2019,
+    "Efficient neural network compression"). As the price rises a layer walks along the lower convex hull of its choices,
+    so the frontier is the merger of all layers' hulls, edge by edge, the least rise for a parameter first.
+
+    Args:
+        dense: parameters of each layer as it is; storing it so is always a choice.
+        choices: by layer, the ways to store it that save parameters. A negative rise counts as none.
+    """
+    edges = [
+        (edge.slope, place, edge)
+        for place, (name, params) in enumerate(dense.items())
+        for edge in _hull(name, params, choices.get(name, ()))
+    ]
+    layers: dict[str, Factorization] = {}
+    saved, rise = 0, 0.0
+    corners = [Corner(Plan(), 0, 0.0)]
+    # Python's sort is stable and a hull's slopes rise, so a layer's edges stay in their order.
+    for _, _, edge in sorted(edges, key=lambda entry: entry[:2]):
+        layers[edge.layer] = edge.value
+        saved, rise = saved + edge.saved, rise + edge.rise
+        corners.append(Corner(Plan.of(layers), saved, rise))
+    return corners
+
+
+@dataclass(frozen=True)
+class _Edge:
+    """A step along one layer's hull: to `value`, saving so much more for so much more of the loss."""
+
+    layer: str
+    value: Factorization
+    saved: int
+    rise: float
+
+    @property
+    def slope(self) -> float:
+        return self.rise / self.saved
+
+
+def _hull(layer: str, dense: int, choices: Sequence[Choice]) -> Iterator[_Edge]:
+    """The edges of the lower convex hull of (saved, rise), from the dense layer on."""
+    points: list[tuple[int, float, Factorization]] = [(0, 0.0, Dense())]
+    for choice in sorted(choices, key=lambda c: (-c.params, c.rise)):
+        point = (dense - choice.params, max(0.0, choice.rise), choice.value)
+        if point[0] <= points[-1][0]:
+            continue  # as large as the one before, which rises less
+        while len(points) > 1 and _bends_up(points[-2], points[-1], point):
+            points.pop()
+        points.append(point)
+    for before, after in pairwise(points):
+        yield _Edge(layer, after[2], after[0] - before[0], after[1] - before[1])
+
+
+def _bends_up(first: tuple[int, float, object], middle: tuple[int, float, object], last: tuple[int, float, object]) -> bool:
+    """Whether the middle point lies on or above the line between the others."""
+    return (middle[1] - first[1]) * (last[0] - first[0]) >= (last[1] - first[1]) * (middle[0] - first[0])

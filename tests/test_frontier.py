@@ -1,0 +1,208 @@
+"""The predicted front: no plan is cheaper at any price, sensitivities rise, and a study starts from what it says."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ranksearch import record, search
+from ranksearch.data import example
+from ranksearch.layers import inventory
+from ranksearch.plan import CP, SVD, Dense, Plan
+from ranksearch.profile import profile
+from ranksearch.record import Probe
+from ranksearch.strategy.frontier import Choice, Corner, frontier
+from ranksearch.strategy.sensitivity import (
+    PROBED_ERRORS,
+    Sensitivity,
+    error_of,
+    predicted_frontier,
+    sensitivities,
+    spread,
+    values_to_probe,
+)
+from ranksearch.strategy.space import make_space
+from ranksearch.study import FRONTIER_PLANS, WORST_LOSS, Options, run_study
+from ranksearch.tasks import Task
+from tests import nets
+from tests.conftest import essence, small_spec, stored
+
+DENSE = {"a": 100, "b": 60, "c": 9}
+prices = [10.0 ** (exponent / 4) for exponent in range(-24, 9)]
+
+
+@st.composite
+def layers(draw):
+    """By layer, some ways to store it, smaller than dense."""
+    rises = st.floats(-0.5, 3)
+    return {
+        name: [
+            Choice(SVD(rank), draw(st.integers(1, params - 1)), draw(rises)) for rank in range(1, draw(st.integers(0, 4)) + 1)
+        ]
+        for name, params in DENSE.items()
+    }
+
+
+def everything(choices):
+    """(saved, rise) of every plan there is."""
+    options = [[(0, 0.0), *((DENSE[n] - c.params, max(0.0, c.rise)) for c in choices[n])] for n in DENSE]
+    for chosen in itertools.product(*options):
+        yield sum(saved for saved, _ in chosen), sum(rise for _, rise in chosen)
+
+
+@settings(max_examples=60, deadline=None)
+@given(layers())
+def test_at_every_price_the_frontier_holds_a_cheapest_plan(choices):
+    corners, plans = frontier(DENSE, choices), list(everything(choices))
+    for price in prices:
+        least = min(rise - price * saved for saved, rise in plans)
+        assert min(corner.rise - price * corner.saved for corner in corners) == pytest.approx(least, abs=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(layers())
+def test_a_corner_is_what_its_plan_says(choices):
+    corners = frontier(DENSE, choices)
+    assert corners[0] == Corner(Plan(), 0, 0.0)
+    for corner in corners:
+        taken = [(name, next(c for c in choices[name] if c.value == value)) for name, value in corner.plan]
+        assert corner.saved == sum(DENSE[name] - choice.params for name, choice in taken)
+        assert corner.rise == pytest.approx(sum(max(0.0, choice.rise) for _, choice in taken))
+    slopes = [(after.rise - before.rise) / (after.saved - before.saved) for before, after in pairwise(corners)]
+    assert all(before.saved < after.saved for before, after in pairwise(corners))
+    assert all(before <= after + 1e-9 for before, after in pairwise(slopes))
+
+
+def test_what_costs_nothing_is_taken_first():
+    corners = frontier(
+        {"a": 10, "b": 10}, {"a": [Choice(SVD(1), 4, 0.0), Choice(SVD(2), 6, 0.1)], "b": [Choice(CP(1), 1, 0.5)]}
+    )
+    assert [corner.plan for corner in corners[1:]] == [Plan.of({"a": SVD(1)}), Plan.of({"a": SVD(1), "b": CP(1)})]
+
+
+measured = st.lists(st.tuples(st.floats(0.05, 1.2), st.floats(-0.1, 5)), max_size=5)
+
+
+@given(measured, st.floats(0, 2), st.floats(0, 2))
+def test_a_sensitivity_starts_at_nothing_and_never_falls(pairs, one, other):
+    curve = Sensitivity.of(pairs)
+    low, high = sorted((one, other))
+    assert curve.rise(0.0) == 0
+    assert 0 <= curve.rise(low) <= curve.rise(high) + 1e-9
+    assert math.isfinite(curve.rise(high))
+
+
+def test_a_sensitivity_goes_through_its_probes_and_on_beyond_them():
+    curve = Sensitivity.of([(0.8, 2.0), (0.4, 0.5)])
+    assert (curve.rise(0.4), curve.rise(0.8)) == (0.5, 2.0)
+    assert curve.rise(math.sqrt(0.4)) == pytest.approx(0.5 + 1.5 * (0.4 - 0.16) / (0.64 - 0.16))
+    assert curve.rise(1.0) == pytest.approx(2.0 + 1.5 * 0.36 / 0.48)
+    assert Sensitivity.of([(0.4, 0.5), (0.8, 0.1)]).rise(0.8) == 0.5
+    assert Sensitivity.of([]).rise(0.5) == 0.25
+
+
+@given(st.lists(st.integers(1, 998), min_size=1, max_size=30, unique=True).map(sorted), st.integers(1, 9))
+def test_a_spread_is_of_the_frontier_with_its_middle_first(savings, count):
+    corners = [Corner(Plan(), 0, 0.0), *(Corner(Plan.of({"a": SVD(s)}), s, float(s)) for s in savings)]
+    chosen = spread(corners, 1000, count)
+    assert 1 <= len(chosen) <= count
+    assert len({corner.saved for corner in chosen}) == len(chosen)
+    assert set(chosen) <= set(corners[1:])
+    ordered = sorted(corner.saved for corner in chosen)
+    assert chosen[0].saved == ordered[len(ordered) // 2]
+    if count > 1:
+        assert {savings[0], savings[-1]} <= set(ordered)
+
+
+def test_a_frontier_of_nothing_has_no_spread():
+    assert spread([Corner(Plan(), 0, 0.0)], 10, 4) == []
+    free = Corner(Plan.of({"a": SVD(1)}), 5, 0.0)
+    assert spread([Corner(Plan(), 0, 0.0), free], 10, 4) == [free]
+
+
+@pytest.fixture(scope="module")
+def layered(trained):
+    found = inventory(trained.model, example(trained.data.train))
+    space = make_space(found, ("tucker2", "cp", "svd"))
+    return found, space, profile(trained.model, found, {axis.layer.name: axis.methods for axis in space.axes})
+
+
+def test_probes_are_candidates_near_the_errors_asked_for(layered):
+    _, _, layers = layered
+    for layer in layers.layers.values():
+        known = {candidate.value: error_of(candidate) for candidate in layer.candidates()}
+        probed = values_to_probe(layer)
+        assert probed
+        assert len(set(probed)) == len(probed) <= len(PROBED_ERRORS)
+        for value in probed:
+            best = min(min(abs(error - wanted) for error in known.values()) for wanted in PROBED_ERRORS)
+            assert min(abs(known[value] - wanted) for wanted in PROBED_ERRORS) <= best + 0.3
+
+
+def test_a_sensitive_layer_is_spared(layered):
+    found, space, layers = layered
+    probes = [
+        Probe(name, value, 1.0 + (50.0 if name == "conv2" else 0.01))
+        for name, layer in layers.layers.items()
+        for value in values_to_probe(layer)
+    ]
+    assert sensitivities(layers, probes, 1.0)["conv2"].rise(0.5) > 1
+    corners = predicted_frontier(layers, probes, 1.0)
+    half = next(corner for corner in corners if corner.saved > found.params / 2)
+    assert half.plan["conv2"] == Dense()
+    assert all(space.plan(space.params(corner.plan)) == corner.plan for corner in corners)
+
+
+def test_a_study_tries_the_frontier_after_vbmf_and_probes_once(tmp_path):
+    spec = small_spec("search.trials=16")
+    whole = run_study(spec, tmp_path / "one", Options(workers=0))
+    origins = [trial.origin for trial in whole.trials]
+    first = origins.index("frontier")
+    assert all(origin.startswith("vbmf") for origin in origins[:first])
+    assert 1 <= origins.count("frontier") <= FRONTIER_PLANS
+    dense, probes = record.read_probes(stored(tmp_path / "one"))
+    assert dense == pytest.approx(min([dense, *(probe.loss for probe in probes)]), abs=0.2)
+    assert {probe.layer for probe in probes} == {"conv1", "conv2", "fc1", "fc2"}
+    assert "probes" in whole.seconds
+    # What is probed is known: going on with more trials probes nothing again, and keeps to the same plans.
+    more = run_study(small_spec("search.trials=17"), tmp_path / "one", Options(workers=0))
+    assert [trial.plan for trial in more.trials][:16] == [trial.plan for trial in whole.trials]
+    assert record.read_probes(stored(tmp_path / "one")) == (dense, probes)
+
+
+def test_probes_go_on_where_they_were_stopped(tmp_path, monkeypatch):
+    whole = run_study(small_spec(), tmp_path / "whole", Options(workers=0))
+    written, write = [], record.write_probes
+
+    def stopping(study, dense, probes):
+        write(study, dense, probes)
+        written.append(len(probes))
+        if len(probes) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("ranksearch.study.record.write_probes", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(small_spec(), tmp_path / "small", Options(workers=0))
+    assert len(record.read_probes(stored(tmp_path / "small"))[1]) == 5
+    monkeypatch.setattr("ranksearch.study.record.write_probes", write)
+    again = run_study(small_spec(), tmp_path / "small", Options(workers=0))
+    assert record.read_probes(stored(tmp_path / "small")) == record.read_probes(stored(tmp_path / "whole"))
+    assert essence(again.trials) == essence(whole.trials)
+
+
+def test_a_loss_that_is_no_number_counts_as_the_worst(tmp_path):
+    def loss(outputs, targets):
+        whole = len(outputs) == 100  # the validation split; training goes in smaller batches
+        return outputs.mean() * (float("nan") if whole else 1.0)
+
+    splits = nets.few_digits()
+    task = Task(nets.small(), splits, loss=loss)
+    search(task, out=tmp_path / "small", trials=2, finalist_count=1, options=Options(workers=0))
+    dense, probes = record.read_probes(stored(tmp_path / "small"))
+    assert dense == WORST_LOSS
+    assert {probe.loss for probe in probes} == {WORST_LOSS}
