@@ -239,7 +239,8 @@ class _Run:
     def firsts(self, layers: Profile) -> list[tuple[str, Plan]]:
         """The plans that are tried first, with their origins."""
         dense, probes = record.read_probes(self.study)
-        corners = predicted_frontier(layers, probes, dense or 0.0)
+        # Where the worker of the dense probe was lost, there is nothing to set the others against.
+        corners = predicted_frontier(layers, probes, dense) if dense is not None else []
         chosen = spread(corners, self.inventory.params, FRONTIER_PLANS)
         return [*vbmf_plans(self.space, layers), *(("frontier", corner.plan) for corner in chosen)]
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ranksearch import training
+from ranksearch.data import sample
 from ranksearch.export import weights_of
 from ranksearch.plan import Plan
 from ranksearch.profile import Profile
@@ -20,6 +21,10 @@ from ranksearch.record import Outcome, Rung
 from ranksearch.surgery import factorize_
 from ranksearch.tasks import Task
 from ranksearch.training import Diverged, Recipe
+
+
+PROBE_INPUTS = 2048
+"""Validation inputs that a probe's loss is measured on, at most: there are several probes a layer."""
 
 
 class Stage(enum.Enum):
@@ -101,7 +106,7 @@ class Evaluator:
     def _loss(self, model: nn.Module, seed: int) -> float:
         device = torch.device(self.device)
         training.recalibrate(model, self.task, seed=seed, device=device)
-        outputs, targets = training.predict(model, self.task.data.validation, device=device)
+        outputs, targets = training.predict(model, sample(self.task.data.validation, PROBE_INPUTS, seed=seed), device=device)
         return float(self.task.loss(outputs, targets))
 
     def _rungs(self, model: nn.Module, job: Job) -> Iterator[Rung]:
