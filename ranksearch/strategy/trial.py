@@ -22,7 +22,6 @@ from ranksearch.surgery import factorize_
 from ranksearch.tasks import Task
 from ranksearch.training import Diverged, Recipe
 
-
 PROBE_INPUTS = 2048
 """Validation inputs that a probe's loss is measured on, at most: there are several probes a layer."""
 
