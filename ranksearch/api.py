@@ -86,7 +86,7 @@ def search(
             layers=tuple(layers),
             skip=tuple(skip),
             rank_multiple=rank_multiple,
-            smaller_in=tuple(smaller_in),
+            smaller_in=(smaller_in,) if isinstance(smaller_in, str) else tuple(smaller_in),
             data_aware=data_aware,
         ),
         search=SearchSpec(sampler=sampler, trials=trials, minutes=minutes),

@@ -100,8 +100,8 @@ def metrics(model: nn.Module, holds: Mapping[Layer, Iterable[Modes]], inputs: Te
     product of the two, which leaves plain factors of the same shapes and needs no solver of its own. Measured on held-out
     digits, the LeNet's output errors are what SVD predicts but for 7 %, and what Tucker-2 and CP predict but for a half.
 
-    Moments are taken around the mean where the mean's error can be corrected: in the layer's bias, or by
-    batch normalisation, whose statistics are measured again. Uncentred, the mean takes the first rank of every factor.
+    Moments are taken around the mean where the mean's error can be corrected: in the layer's bias, or by the batch
+    normalisation that it feeds, whose statistics are measured again. Uncentred, the mean takes every factor's first rank.
 
     Args:
         model: the dense model; it runs in eval mode, without gradients, and is left as it was.
@@ -113,19 +113,44 @@ def metrics(model: nn.Module, holds: Mapping[Layer, Iterable[Modes]], inputs: Te
         ModelError: a layer's inputs hold NaN or infinity.
     """
     found = {layer.name: _Moments(layer, runs) for layer, runs in holds.items()}
+    followed = _Followed()
     handles = []
     for name, moments in found.items():
-        handles.append(model.get_submodule(name).register_forward_pre_hook(_watching(moments), with_kwargs=True))
+        layer = model.get_submodule(name)
+        handles.append(layer.register_forward_pre_hook(_watching(moments), with_kwargs=True))
+        handles.append(layer.register_forward_hook(followed.by_name(name)))
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            handles.append(module.register_forward_pre_hook(followed.normalisation))
     device = next(model.parameters()).device
     try:
         with evaluating(model), torch.no_grad():
             for batch in inputs.split(BATCH):
                 model(batch.to(device))
+                followed.outputs.clear()
     finally:
         for handle in handles:
             handle.remove()
-    normalised = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats for m in model.modules())
-    return {name: moments.metric(normalised=normalised) for name, moments in found.items()}
+    return {name: moments.metric(normalised=name in followed.names) for name, moments in found.items()}
+
+
+class _Followed:
+    """Which layers' outputs go straight into a batch normalisation."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        # By id, and kept alive for the pass: an id is only unique while its tensor lives.
+        self.outputs: dict[int, tuple[str, Tensor]] = {}
+
+    def by_name(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self.outputs[id(output)] = (name, output)
+
+        return note
+
+    def normalisation(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and (known := self.outputs.get(id(args[0]))):
+            self.names.add(known[0])
 
 
 class _Moments:

@@ -184,7 +184,7 @@ def _at_once(run: Callable[[_Job], LayerProfile], jobs: Sequence[_Job]) -> Itera
     """The profiles as they are ready: as many layers at once as torch has threads, one thread each, the largest first.
 
     The many small products of one layer gain little from several threads: measured on two cores, a factor of 1.0 to 1.4
-    against 1.7 for two layers at once. And one thread computes the same last bits on every machine.
+    against 1.7 for two layers at once. And one thread computes the same last bits whatever the number of cores.
     """
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
@@ -193,9 +193,11 @@ def _at_once(run: Callable[[_Job], LayerProfile], jobs: Sequence[_Job]) -> Itera
         for done in as_completed([pool.submit(run, job) for job in largest_first]):
             yield done.result()
     finally:
-        pool.shutdown(cancel_futures=True)
-        # Partly global: a thread of the pool has set it for this one, too.
-        torch.set_num_threads(threads)
+        try:
+            pool.shutdown(cancel_futures=True)
+        finally:
+            # Partly global: a thread of the pool has set it for this one, too.
+            torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

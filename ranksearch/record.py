@@ -80,7 +80,7 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class Probe:
-    """The validation loss with one layer alone stored as `value`, normalisation recalibrated, nothing trained."""
+    """The loss, on a sample of the validation split, with one layer alone stored as `value` and nothing trained."""
 
     layer: str
     value: Factorization
@@ -197,7 +197,7 @@ def _score(trial: TrialRecord) -> float:
 # --- to and from Optuna -------------------------------------------------------------------------------------------
 
 _FACTS, _SECONDS, _FINALIST = "ranksearch:facts", "ranksearch:seconds", "ranksearch:finalist:"
-_TRIAL, _ASKED, _PROBES = "ranksearch:trial", "ranksearch:asked", "ranksearch:probes"
+_TRIAL, _ASKED, _PROBES, _FIRSTS = "ranksearch:trial", "ranksearch:asked", "ranksearch:probes", "ranksearch:firsts"
 
 
 def attributes(record: TrialRecord) -> dict[str, Any]:
@@ -239,13 +239,24 @@ def read_probes(study: optuna.Study) -> tuple[float | None, list[Probe]]:
     return found["dense"], [Probe(*plan.layers[0], loss) for plan, loss in plans]
 
 
+def write_firsts(study: optuna.Study, firsts: Sequence[tuple[str, Plan]]) -> None:
+    """Keep the plans that are tried first, with their origins: an index means the same trial whenever it is asked for."""
+    study.set_user_attr(_FIRSTS, [{"origin": origin, "plan": plan.to_dict()} for origin, plan in firsts])
+
+
+def read_firsts(study: optuna.Study) -> list[tuple[str, Plan]] | None:
+    """What `write_firsts` kept; None before it did."""
+    found = study.user_attrs.get(_FIRSTS)
+    return None if found is None else [(entry["origin"], Plan.from_dict(entry["plan"])) for entry in found]
+
+
 def write_finalist(study: optuna.Study, number: int, finalist: Finalist) -> None:
     """Keep a finalist's result. Optuna closes finished trials, so it stands among the study's attributes."""
     study.set_user_attr(f"{_FINALIST}{number}", _plain(finalist))
 
 
 def has_facts(study: optuna.Study) -> bool:
-    """Whether the study got as far as its first trial."""
+    """Whether the study got as far as its probes, with the dense model measured."""
     return _FACTS in study.user_attrs
 
 
@@ -259,7 +270,7 @@ def read_facts(study: optuna.Study) -> StudyFacts:
         data = dict(study.user_attrs[_FACTS])
     except KeyError:
         raise StudyError(
-            f"Study {study.study_name!r} holds no ranksearch record yet; run `ranksearch study` until its trials start."
+            f"Study {study.study_name!r} holds no ranksearch record yet; run `ranksearch study` until it probes its layers."
         ) from None
     layers = tuple(
         LayerFacts(**entry | {"weight": tuple(entry["weight"]), "vbmf": tuple(entry["vbmf"])}) for entry in data.pop("layers")

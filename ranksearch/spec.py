@@ -138,7 +138,7 @@ class StudySpec:
 
 
 def complete_identity(identity: Mapping[str, Any], *, source: str) -> dict[str, Any]:
-    """The identity of a study that was begun before some keys were there: those have their defaults.
+    """The identity of a study that was begun before some keys were there: those have the values that it had without them.
 
     Raises:
         SpecError: it holds a key that is none, as a newer release may have.
@@ -147,6 +147,8 @@ def complete_identity(identity: Mapping[str, Any], *, source: str) -> dict[str, 
     for key, value in identity.items():
         section, _, inner = key.partition(".")
         data |= {section: data.get(section, {}) | {inner: value}} if inner else {section: value}
+    # Its default is not what studies did before the key was there.
+    data["space"] = {"data_aware": False} | data.get("space", {})
     spec: StudySpec = _section(StudySpec, data, source=source, path="")
     return spec.identity()
 

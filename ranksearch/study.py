@@ -70,7 +70,7 @@ class Options:
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C, with the record so far; None where it came before the first trial."""
+    """Ctrl-C, with the record so far; None where it came before the dense model was measured."""
 
     def __init__(self, found: StudyRecord | None) -> None:
         super().__init__()
@@ -222,7 +222,10 @@ class _Run:
 
         def on_message(job: Job, message: Rung | Answer) -> None:
             nonlocal dense
-            if not isinstance(message, Answer) or message.loss is None:
+            if not isinstance(message, Answer):
+                return
+            if message.loss is None:
+                self.view.step(f"{job.plan}: {message.outcome.value}")
                 return
             loss = message.loss if math.isfinite(message.loss) else WORST_LOSS
             if job.plan.layers:
@@ -237,12 +240,16 @@ class _Run:
             self.run_jobs(jobs, self.evaluator(layers), on_message, lambda: False)
 
     def firsts(self, layers: Profile) -> list[tuple[str, Plan]]:
-        """The plans that are tried first, with their origins."""
+        """The plans that are tried first, with their origins; chosen once in a study."""
+        if (known := record.read_firsts(self.study)) is not None:
+            return known
         dense, probes = record.read_probes(self.study)
         # Where the worker of the dense probe was lost, there is nothing to set the others against.
         corners = predicted_frontier(layers, probes, dense) if dense is not None else []
         chosen = spread(corners, self.inventory.params, FRONTIER_PLANS)
-        return [*vbmf_plans(self.space, layers), *(("frontier", corner.plan) for corner in chosen)]
+        firsts = [*vbmf_plans(self.space, layers), *(("frontier", corner.plan) for corner in chosen)]
+        record.write_firsts(self.study, firsts)
+        return firsts
 
     def search(self, layers: Profile) -> None:
         """Ask, evaluate, tell, until the budget is spent."""

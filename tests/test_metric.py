@@ -22,9 +22,8 @@ from ranksearch.profile import profile
 from ranksearch.study import Options, run_study
 from ranksearch.surgery import factorize_
 from tests import nets
-from tests.conftest import small_spec
+from tests.conftest import essence, small_spec
 from tests.test_factorization import BY_NAME, PAIRS, assert_close, fitting, given_geometry, normal, some_ranks
-from tests.test_study import essence
 
 contract = pytest.mark.parametrize(("geometry", "name"), PAIRS)
 SVDS = [geometry for geometry, name in PAIRS if name == "svd"]
@@ -501,3 +500,20 @@ def test_a_data_aware_study_resumes_as_if_uninterrupted(tmp_path):
     pairs = list(itertools.zip_longest(whole.trials[:2], plain.trials[:2]))
     assert all(aware.plan == other.plan for aware, other in pairs)
     assert any(aware.curve[0] != other.curve[0] for aware, other in pairs)
+
+
+def test_only_what_feeds_a_normalisation_is_centred_without_a_bias():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        OrderedDict(first=nn.Linear(6, 8, bias=False), norm=nn.BatchNorm1d(8), relu=nn.ReLU(), last=nn.Linear(8, 5, bias=False))
+    ).eval()
+    inputs = normal(64, 6, seed=1).float() + 3
+    holds = {layer: [(1,)] for layer in inventory(model, inputs[:1]).layers}
+    roots = {name: found.roots[(1,)] for name, found in metrics(model, holds, inputs).items()}
+    seen = torch.relu(model.norm(model.first(inputs))).double()
+    for name, rows, centred in (("first", inputs.double(), True), ("last", seen, False)):
+        around = rows - rows.mean(0) if centred else rows
+        moments = around.T @ around / len(rows)
+        scaled = moments / moments.diagonal().mean()
+        wanted = (1 - metric.SHRINKAGE) * scaled + metric.SHRINKAGE * torch.eye(len(scaled), dtype=torch.float64)
+        torch.testing.assert_close((roots[name] @ roots[name].T).double(), wanted.double(), rtol=1e-4, atol=1e-4)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
@@ -70,10 +72,21 @@ def _lonely(batch: Tensor, count: int, generator: torch.Generator | None) -> boo
 
 
 def sample_inputs(split: Dataset[Any], count: int, *, seed: int) -> Tensor:
-    """The inputs of `sample` as one tensor; what torch draws in their transforms follows the seed too."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return torch.cat([inputs for inputs, _ in batches(sample(split, count, seed=seed), count)])
+    """The inputs of `sample` as one tensor; what their transforms draw from torch, numpy or `random` follows the seed too."""
+    before = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
+            return _inputs(split, count, seed)
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+
+
+def _inputs(split: Dataset[Any], count: int, seed: int) -> Tensor:
+    return torch.cat([inputs for inputs, _ in batches(sample(split, count, seed=seed), count)])
 
 
 def check_splits(splits: Splits) -> None:

@@ -60,7 +60,7 @@ def _front_note(record: StudyRecord) -> str:
     note = f"In brackets: difference to the dense net in {unit}. Latency is for one input on the machine below."
     gain = figures.gain(record)
     if gain:
-        note += f" Hypervolume of the predicted frontier's trials alone {gain[0]:.4f}, of the whole search {gain[1]:.4f}."
+        note += f" Hypervolume of the predicted frontier's trials alone {gain[0]:.4f}, with all others {gain[1]:.4f}."
     return note
 
 

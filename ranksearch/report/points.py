@@ -77,7 +77,7 @@ def search_line(record: StudyRecord) -> list[dict[str, Any]]:
 
 
 def baseline_line(record: StudyRecord) -> list[dict[str, Any]]:
-    """The front of the predicted frontier's plans alone, by the search's scores: what the search must beat."""
+    """The front of the predicted frontier's plans alone, by the search's scores: what the rest of the search adds to."""
     return [{"ratio": trial.ratio, "score": trial.score} for trial in front_of(figures.baseline(record))]
 
 

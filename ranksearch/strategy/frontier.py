@@ -47,7 +47,7 @@ def frontier(dense: Mapping[str, int], choices: Mapping[str, Sequence[Choice]]) 
     layers: dict[str, Factorization] = {}
     saved, rise = 0, 0.0
     corners = [Corner(Plan(), 0, 0.0)]
-    # Python's sort is stable and a hull's slopes rise, so a layer's edges stay in their order.
+    # Python's sort is stable and a layer's slopes never fall, so its edges stay in their order.
     for _, _, edge in sorted(edges, key=lambda entry: entry[:2]):
         layers[edge.layer] = edge.value
         saved, rise = saved + edge.saved, rise + edge.rise
@@ -57,16 +57,13 @@ def frontier(dense: Mapping[str, int], choices: Mapping[str, Sequence[Choice]]) 
 
 @dataclass(frozen=True)
 class _Edge:
-    """A step along one layer's hull: to `value`, saving so much more for so much more of the loss."""
+    """A step along one layer's hull: to `value`, saving so much more for so much more of the loss, `slope` a parameter."""
 
     layer: str
     value: Factorization
     saved: int
     rise: float
-
-    @property
-    def slope(self) -> float:
-        return self.rise / self.saved
+    slope: float
 
 
 def _hull(layer: str, dense: int, choices: Sequence[Choice]) -> Iterator[_Edge]:
@@ -79,8 +76,12 @@ def _hull(layer: str, dense: int, choices: Sequence[Choice]) -> Iterator[_Edge]:
         while len(points) > 1 and _bends_up(points[-2], points[-1], point):
             points.pop()
         points.append(point)
+    slope = 0.0
     for before, after in pairwise(points):
-        yield _Edge(layer, after[2], after[0] - before[0], after[1] - before[1])
+        saved, rise = after[0] - before[0], after[1] - before[1]
+        # Rounding aside a hull's slopes rise anyway; where they must, its edges are walked in their order.
+        slope = max(slope, rise / saved)
+        yield _Edge(layer, after[2], saved, rise, slope)
 
 
 def _bends_up(first: tuple[int, float, object], middle: tuple[int, float, object], last: tuple[int, float, object]) -> bool:

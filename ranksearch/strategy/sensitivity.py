@@ -17,6 +17,10 @@ PROBED_ERRORS = (0.3, 0.55, 0.75, 0.95)
 """Relative errors at which a layer is probed, as near as its candidates come. Below the first the loss hardly moves."""
 
 
+CLOSE = 0.05
+"""Squared errors nearer than this tell no slope to go on along: the difference of their losses is mostly noise."""
+
+
 @dataclass(frozen=True)
 class Sensitivity:
     """The rise of the loss over the relative error of one layer: through the origin and the probes, never falling.
@@ -40,12 +44,16 @@ class Sensitivity:
         squares = np.square(self.errors)
         if error**2 <= squares[-1]:
             return float(np.interp(error**2, squares, self.rises))
-        slope = (self.rises[-1] - self.rises[-2]) / max(squares[-1] - squares[-2], 1e-12)
+        slope = (self.rises[-1] - self.rises[-2]) / max(squares[-1] - squares[-2], CLOSE)
         return float(self.rises[-1] + slope * (error**2 - squares[-1]))
 
 
 def error_of(candidate: Candidate) -> float:
-    """The error that tells most of a candidate: that of the outputs where it is known."""
+    """The error that tells most of a candidate: that in the metric of the layer's inputs, where there is one.
+
+    It foretells the error of the outputs closely for SVD, and but for a half for Tucker-2 and CP, whose metric is a
+    Kronecker product: between methods the frontier is the rougher for it.
+    """
     return candidate.error if candidate.data_error is None else candidate.data_error
 
 

@@ -224,7 +224,7 @@ def solve(
             continue
         solution = torch.cholesky_solve(right, triangle)
         length = float(solution.square().sum())
-        if length <= bound and (ridge <= least or length >= _REACHED * bound):
+        if length <= bound and (ridge <= least or length >= _REACHED * bound or not length):
             break
         slope = float(torch.linalg.solve_triangular(triangle, solution, upper=False).square().sum())
         ridge = max(least, ridge + (math.sqrt(length / bound * 2 / (1 + _REACHED)) - 1) * length / slope)

@@ -96,7 +96,7 @@ def cp_als(
         starts: How many fits to choose from.
         init: Factors (dim, rank) to start from, such as those of another fit.
         sweeps: Upper bound on the sweeps of one fit.
-        tolerance: A fit ends when one sweep lowers the error by less than this part of itself.
+        tolerance: A fit ends when one sweep lowers the relative error by less than this, as TensorLy's does.
         ridge: Added to the normal equations' unit diagonal; `error^2 + ridge * degeneracy` is what is minimised.
         max_degeneracy: Bound on the fit's degeneracy, at least 1; `math.inf` for none.
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tensorly.tucker_tensor import TuckerTensor
 
 
-# Vectors that join a subspace iteration: with four of them HOOI's error is that of exact eigenvectors to 0.1 %.
+# Vectors that join a subspace iteration: with four or more HOOI's error is that of exact eigenvectors to 0.1 %.
 _EXTRA = 8
 
 
@@ -78,7 +78,7 @@ def hooi(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Core (rank_out, rank_in, k), u_out and u_in after `sweeps` of HOOI (De Lathauwer et al. 2000b) from the kernel's HOSVD.
 
-    No sweep raises the error. The first one gains nearly all that there is: see docs/benchmarks.md.
+    But for rounding no sweep raises the error. The first one gains nearly all that there is: see docs/benchmarks.md.
 
     Raises:
         ValueError: a rank is out of range, or the kernel is not three finite modes.

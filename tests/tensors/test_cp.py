@@ -148,6 +148,11 @@ def test_the_bounded_update_is_found_from_every_ridge(seed, power):
     assert torch.equal(again, found)
 
 
+def test_nothing_to_fit_needs_no_ridge_to_be_found():
+    found, _ = solve(torch.eye(3, dtype=torch.float64), torch.zeros(3, 2, dtype=torch.float64), Rule(1, 0, 0, 1.0), 0.5)
+    assert not found.any()
+
+
 @laws
 @given(seeds)
 def test_a_ridge_that_is_needed_no_more_is_dropped(seed):
