@@ -20,7 +20,7 @@ from ranksearch.data import example
 from ranksearch.errors import StudyError
 from ranksearch.layers import inventory
 from ranksearch.profile import profile
-from ranksearch.record import Outcome, Rung, read_trials, write_finalist
+from ranksearch.record import Outcome, Rung, read_firsts, read_trials, write_finalist
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import vbmf_plans
 from ranksearch.strategy.space import make_space
@@ -76,7 +76,8 @@ def ledger_of(study, dense=None, cache=None):
     found = inventory(model, example(data.train))
     space = make_space(found, small_spec().space.methods)
     layers = profile(model, found, {axis.layer.name: axis.methods for axis in space.axes}, cache=cache)
-    return Ledger(study, space, found, list(vbmf_plans(space, layers)), sampler="tpe", seed=0, floor=0.5)
+    firsts = read_firsts(study) or list(vbmf_plans(space, layers))
+    return Ledger(study, space, found, firsts, sampler="tpe", seed=0, floor=0.5)
 
 
 def orphan(out, stop_at):

@@ -89,7 +89,7 @@ def test_another_seed_gives_other_plans(finished, tmp_path):
 
 @pytest.mark.parametrize("sampler", ["nsga2", "random"])
 def test_every_sampler_serves(sampler, tmp_path):
-    spec = small_spec(f"search.sampler={sampler}", "search.trials=10", "finalists.count=1")
+    spec = small_spec(f"search.sampler={sampler}", "search.trials=16", "finalists.count=1")
     record = run_study(spec, tmp_path / "small", Options(workers=0))
     assert [trial.origin for trial in record.trials][-1] == sampler
 
