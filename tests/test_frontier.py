@@ -31,7 +31,7 @@ from ranksearch.strategy.sensitivity import (
 )
 from ranksearch.strategy.space import make_space
 from ranksearch.strategy.trial import Evaluator
-from ranksearch.study import FRONTIER_PLANS, WORST_LOSS, Options, run_study
+from ranksearch.study import FRONTIER_PLANS, WORST_LOSS, Options, Stopped, run_study
 from ranksearch.tasks import Task
 from tests import nets
 from tests.conftest import essence, small_spec, stored
@@ -221,17 +221,17 @@ def test_a_lost_probe_is_told_and_looked_for_again(tmp_path, monkeypatch):
 
 def test_probes_go_on_where_they_were_stopped(tmp_path, monkeypatch):
     whole = run_study(small_spec(), tmp_path / "whole", Options(workers=0))
-    written, write = [], record.write_probes
+    write = record.write_probes
 
     def stopping(study, dense, probes):
         write(study, dense, probes)
-        written.append(len(probes))
         if len(probes) == 5:
             raise KeyboardInterrupt
 
     monkeypatch.setattr("ranksearch.study.record.write_probes", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped) as stopped:
         run_study(small_spec(), tmp_path / "small", Options(workers=0))
+    assert stopped.value.record.trials == ()
     assert len(record.read_probes(stored(tmp_path / "small"))[1]) == 5
     monkeypatch.setattr("ranksearch.study.record.write_probes", write)
     again = run_study(small_spec(), tmp_path / "small", Options(workers=0))
