@@ -110,6 +110,11 @@ class Profile:
 
     layers: Mapping[str, LayerProfile]
 
+    @property
+    def vbmf(self) -> dict[str, tuple[int | None, int | None]]:
+        """By layer, the VBMF ranks of its input and output unfolding."""
+        return {name: layer.vbmf for name, layer in self.layers.items()}
+
     def factors(self, plan: Plan, *, sweeps: int = 0) -> dict[str, tuple[Tensor, ...]]:
         """The factors of every layer that the plan names, refined by `sweeps`."""
         return {name: self.layers[name].factors(value, sweeps=sweeps) for name, value in plan}

@@ -41,7 +41,7 @@ from ranksearch.tasks import Task, check_outputs, load_task
 
 CALIBRATION = 512
 """Training inputs that data-aware factors are fitted for; with 128 the output error on held-out digits is a tenth higher."""
-FRONTIER_PLANS = 8
+FRONTIER_PLANS = 4
 """How many plans of the predicted frontier are tried first."""
 WORST_LOSS = 1e6
 """Stands for a probe's loss that is no number, which no storage keeps."""
@@ -247,7 +247,7 @@ class _Run:
         # Where the worker of the dense probe was lost, there is nothing to set the others against.
         corners = predicted_frontier(layers, probes, dense) if dense is not None else []
         chosen = spread(corners, self.inventory.params, FRONTIER_PLANS)
-        firsts = [*vbmf_plans(self.space, layers), *(("frontier", corner.plan) for corner in chosen)]
+        firsts = [*(("frontier", corner.plan) for corner in chosen), *vbmf_plans(self.space, layers.vbmf)]
         record.write_firsts(self.study, firsts)
         return firsts
 

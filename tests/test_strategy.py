@@ -43,7 +43,7 @@ def start(trained):
 
 def test_vbmf_plans_are_inside_the_space_and_differ(start):
     space, layers = start
-    plans = list(vbmf_plans(space, layers))
+    plans = list(vbmf_plans(space, layers.vbmf))
     assert len({plan for _, plan in plans}) == len(plans) >= 4
     for _, plan in plans:
         assert plan.layers
@@ -52,7 +52,7 @@ def test_vbmf_plans_are_inside_the_space_and_differ(start):
 
 def test_the_first_plan_is_the_one_shot_tucker_of_kim(start):
     space, layers = start
-    origin, plan = next(vbmf_plans(space, layers))
+    origin, plan = next(vbmf_plans(space, layers.vbmf))
     assert origin == "vbmf tucker2 x1"
     for axis in space.axes:
         value, (rank_in, rank_out) = plan[axis.layer.name], layers.layers[axis.layer.name].vbmf
@@ -63,7 +63,7 @@ def test_the_first_plan_is_the_one_shot_tucker_of_kim(start):
 
 def test_cp_takes_the_larger_estimate_as_the_thesis_does(start):
     space, layers = start
-    _, plan = next((origin, plan) for origin, plan in vbmf_plans(space, layers) if origin == "vbmf cp x1")
+    _, plan = next((origin, plan) for origin, plan in vbmf_plans(space, layers.vbmf) if origin == "vbmf cp x1")
     found = [(name, value) for name, value in plan if isinstance(value, CP)]
     assert found
     for name, value in found:

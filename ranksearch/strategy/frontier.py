@@ -39,24 +39,25 @@ def frontier(dense: Mapping[str, int], choices: Mapping[str, Sequence[Choice]]) 
         dense: parameters of each layer as it is; storing it so is always a choice.
         choices: by layer, the ways to store it that save parameters. A negative rise counts as none.
     """
-    edges = [
-        (edge.slope, place, edge)
-        for place, (name, params) in enumerate(dense.items())
-        for edge in _hull(name, params, choices.get(name, ()))
-    ]
     layers: dict[str, Factorization] = {}
     saved, rise = 0, 0.0
     corners = [Corner(Plan(), 0, 0.0)]
-    # Python's sort is stable and a layer's slopes never fall, so its edges stay in their order.
-    for _, _, edge in sorted(edges, key=lambda entry: entry[:2]):
+    for edge in edges(dense, choices):
         layers[edge.layer] = edge.value
         saved, rise = saved + edge.saved, rise + edge.rise
         corners.append(Corner(Plan.of(layers), saved, rise))
     return corners
 
 
+def edges(dense: Mapping[str, int], choices: Mapping[str, Sequence[Choice]]) -> list[Edge]:
+    """The steps of the frontier from corner to corner: the edges of all layers' hulls, by rising slope."""
+    # Python's sort is stable and a layer's slopes never fall, so its edges stay in their order.
+    found = [edge for name, params in dense.items() for edge in _hull(name, params, choices.get(name, ()))]
+    return sorted(found, key=lambda edge: edge.slope)
+
+
 @dataclass(frozen=True)
-class _Edge:
+class Edge:
     """A step along one layer's hull: to `value`, saving so much more for so much more of the loss, `slope` a parameter."""
 
     layer: str
@@ -66,7 +67,7 @@ class _Edge:
     slope: float
 
 
-def _hull(layer: str, dense: int, choices: Sequence[Choice]) -> Iterator[_Edge]:
+def _hull(layer: str, dense: int, choices: Sequence[Choice]) -> Iterator[Edge]:
     """The edges of the lower convex hull of (saved, rise), from the dense layer on."""
     points: list[tuple[int, float, Factorization]] = [(0, 0.0, Dense())]
     for choice in sorted(choices, key=lambda c: (-c.params, c.rise)):
@@ -81,7 +82,7 @@ def _hull(layer: str, dense: int, choices: Sequence[Choice]) -> Iterator[_Edge]:
         saved, rise = after[0] - before[0], after[1] - before[1]
         # Rounding aside a hull's slopes rise anyway; where they must, its edges are walked in their order.
         slope = max(slope, rise / saved)
-        yield _Edge(layer, after[2], saved, rise, slope)
+        yield Edge(layer, after[2], saved, rise, slope)
 
 
 def _bends_up(first: tuple[int, float, object], middle: tuple[int, float, object], last: tuple[int, float, object]) -> bool:

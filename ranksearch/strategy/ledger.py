@@ -17,7 +17,7 @@ from ranksearch.factorization import METHODS
 from ranksearch.layers import Inventory
 from ranksearch.plan import Plan
 from ranksearch.record import Outcome, TrialRecord, asked, attributes, read_asked, read_trials
-from ranksearch.strategy.sampler import make_sampler
+from ranksearch.strategy.sampler import Knowledge, make_sampler
 from ranksearch.strategy.space import Space
 from ranksearch.strategy.trial import Answer, Job
 
@@ -39,11 +39,14 @@ class Ledger:
         sampler: str,
         seed: int,
         floor: float,
+        knowledge: Knowledge | None = None,
     ) -> None:
-        """`floor` is the score below which a trial is not worth taking home; samplers then look elsewhere."""
+        """`floor` is the score below which a trial is not worth taking home; samplers then look elsewhere. `knowledge` is
+        what the sampler "rank" starts from."""
         self.study = study
         self._space, self._inventory, self._firsts = space, inventory, firsts
         self._sampler, self._seed, self._floor = sampler, seed, floor
+        self._knowledge = knowledge
         self._distributions = space.distributions()
         self._running: dict[int, optuna.Trial] = {}
 
@@ -97,7 +100,7 @@ class Ledger:
         if not any(trial.state is TrialState.WAITING for trial in trials):
             index = 1 + max((place[0] for trial in trials if (place := read_asked(trial))), default=-1)
             if index >= len(self._firsts):
-                self.study.sampler = make_sampler(self._sampler, seed=self.seed_of(index))
+                self.study.sampler = make_sampler(self._sampler, seed=self.seed_of(index), knowledge=self._knowledge)
                 trial = self.study.ask(self._distributions)
                 for key, value in asked(index, self._sampler).items():
                     trial.set_user_attr(key, value)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 from ranksearch.factorization import FEWER_PARAMS, Method, Offer, nearest_rank
 from ranksearch.layers import Layer
 from ranksearch.plan import Dense, Factorization, Plan
-from ranksearch.profile import Profile
 from ranksearch.strategy.space import Axis, Space
 
-WEAKENINGS = (1.0, 2.0, 0.5)
-"""Factors on the VBMF ranks that are tried first. Trained weights are no low-rank matrix plus white noise, so the
-estimate is a guess at the order of magnitude (Kim et al. 2016 use it as it is)."""
+Estimates: TypeAlias = Mapping[str, tuple[int | None, int | None]]
+"""By layer, the VBMF ranks of its input and output unfolding; None where the estimate finds no low-rank signal."""
+
+WEAKENINGS = tuple(2.0 ** (step / 4) for step in range(-16, 13))
+"""Factors on the VBMF ranks, from a sixteenth to eight times. Trained weights are no low-rank matrix plus white noise, so
+the estimate is a guess at the order of magnitude; which factor serves best is for the search to find."""
 
 
-def vbmf_plans(space: Space, profile: Profile) -> Iterator[tuple[str, Plan]]:
-    """First trials: every layer at its VBMF ranks times a weakening, all by one method where it applies.
+def vbmf_plans(space: Space, vbmf: Estimates, weakenings: Sequence[float] = (1.0,)) -> Iterator[tuple[str, Plan]]:
+    """First trials: every layer at its VBMF ranks times each weakening, all by one method where it applies.
 
     Gives pairs (origin, plan), such as ("vbmf cp x0.5", plan), the one-shot plans at x1 first; equal plans only once.
     """
@@ -24,18 +27,18 @@ def vbmf_plans(space: Space, profile: Profile) -> Iterator[tuple[str, Plan]]:
     # A decomposition that suits the most layers leads; SVD only ever serves those that the leader cannot store.
     leaders: list[str] = [name for name in ("tucker2", "cp", "cp4", "spatial") if name in methods] or ["svd"]
     seen = set()
-    for weakening in WEAKENINGS:
+    for weakening in weakenings:
         for leader in leaders:
-            plan = Plan.of({a.layer.name: vbmf_factorization(a, profile, leader, weakening) for a in space.axes})
+            plan = Plan.of({a.layer.name: vbmf_factorization(a, vbmf[a.layer.name], leader, weakening) for a in space.axes})
             if plan not in seen and plan.layers:
                 seen.add(plan)
                 yield f"vbmf {leader} x{weakening:g}", plan
 
 
-def vbmf_factorization(axis: Axis, profile: Profile, leader: str, weakening: float) -> Factorization:
+def vbmf_factorization(axis: Axis, estimate: tuple[int | None, int | None], leader: str, weakening: float) -> Factorization:
     """The leading method, or else the first that applies, at the VBMF ranks times the weakening; dense if it would grow."""
     method = next((m for m in axis.methods if m.kind.method == leader), axis.methods[0])
-    ranks = at_vbmf(method, axis.layer, profile.layers[axis.layer.name].vbmf, weakening, offer=axis.offer)
+    ranks = at_vbmf(method, axis.layer, estimate, weakening, offer=axis.offer)
     return method.value(axis.layer, ranks) if ranks and method.pays(axis.layer, ranks, axis.offer) else Dense()
 
 

@@ -1,27 +1,197 @@
-"""Who proposes the next trial: Optuna's multi-objective samplers."""
+"""Who proposes the next trial: Optuna's multi-objective samplers, and the project's own."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState
+
+from ranksearch import pareto
+from ranksearch.plan import Plan
+from ranksearch.strategy.space import Space
+from ranksearch.strategy.surrogate import DOUBT, RECORDS, Rows, Surrogate, Table, Values
+
+START = 4
+"""Trials from which a sampler has something to learn."""
+ANSWERED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+"""Trials whose plans are not proposed again."""
+RESOLVED = 8
+"""How often the frontier is solved again, each time with other weights on the layers' rises."""
+CORNERS = 64
+"""Plans of each such frontier that are looked at, evenly spaced over it."""
+MOVES, CROSSINGS = 384, 128
+"""Plans that differ from one of the front in a layer or two, and plans that take their layers from two of the front."""
+REACH = 0.8
+"""How far a move goes: the standard length, in the log of the layer's parameters."""
 
 
-def make_sampler(name: str, *, seed: int) -> BaseSampler:
+@dataclass
+class Knowledge:
+    """What the project's sampler starts from, made once in a study: the space, its choices as a table, where scores begin
+    to count. It keeps the rows of the trials it has seen, which is all that it keeps."""
+
+    space: Space
+    table: Table
+    dense_score: float
+    floor: float
+    suggested: Sequence[Plan] = ()
+    """Plans that a prior suggests; they are tried where they promise a gain."""
+    rows: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def row(self, trial: FrozenTrial) -> tuple[int, ...]:
+        """A trial's plan as a row of the table."""
+        if trial.number not in self.rows:
+            self.rows[trial.number] = self.table.row(self.space.plan(trial.params))
+        return self.rows[trial.number]
+
+
+def make_sampler(name: str, *, seed: int, knowledge: Knowledge | None = None) -> BaseSampler:
     """The sampler of that name, fresh. Its state is a function of the study's record and of `seed`.
 
     A study makes a new one before each ask, seeded with its own seed and the trial's index: a resumed study then goes on
     as an uninterrupted one would.
     """
-    match name:
-        case "tpe":
-            with warnings.catch_warnings():
-                # Both options are marked experimental in Optuna since 2.2 and 2.8.
-                warnings.simplefilter("ignore", ExperimentalWarning)
+    with warnings.catch_warnings():
+        # Optuna has marked these options of its samplers experimental since 2.2.
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        match name:
+            case "rank":
+                assert knowledge is not None
+                return RankSampler(knowledge, seed=seed)
+            case "tpe":
                 # Constant liar: with several workers, running trials count as bad ones, so that proposals spread.
-                return TPESampler(multivariate=True, constant_liar=True, n_startup_trials=8, seed=seed)
-        case "nsga2":
-            return NSGAIISampler(population_size=20, seed=seed)
-        case _:
-            return RandomSampler(seed=seed)
+                return TPESampler(multivariate=True, constant_liar=True, n_startup_trials=START, seed=seed)
+            case "gp":
+                return GPSampler(n_startup_trials=START, deterministic_objective=False, seed=seed)
+            case "nsga2":
+                return NSGAIISampler(population_size=20, seed=seed)
+            case _:
+                return RandomSampler(seed=seed)
+
+
+class RankSampler(BaseSampler):
+    """Proposes the plan of the largest expected gain in hypervolume among plans near the predicted and the found front.
+
+    A plan's size is known before training, so only its score is uncertain, and the surrogate's guesses give the expected
+    gain exactly. The plans come from the frontier, solved again under doubt about the layers' rises; from moves of a layer or two away
+    from the front so far; and from crossings of two of its plans.
+    """
+
+    def __init__(self, knowledge: Knowledge, *, seed: int) -> None:
+        self._known, self._seed = knowledge, seed
+        self._rng = np.random.default_rng(seed)
+        self._independent = RandomSampler(seed=seed)
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """All axes: they are static."""
+        return self._known.space.distributions()
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The parameters of the proposed plan; none where every plan near the fronts was tried."""
+        table, floor = self._known.table, self._known.floor
+        # A trial that is just being asked for has no parameters yet.
+        trials = [t for t in study.get_trials(deepcopy=False, states=ANSWERED) if search_space.keys() <= t.params.keys()]
+        done = [t for t in trials if t.state is TrialState.COMPLETE]
+        points = np.array([t.values for t in done]).reshape(-1, 2)
+        tried, running = self._rows(done), self._rows([t for t in trials if t.state is TrialState.RUNNING])
+        # Where nothing is known yet, layers' rises are as doubtful as before any trial.
+        weights = self._rng.lognormal(0.0, DOUBT, (RESOLVED, len(table.layers)))
+        surrogate = None
+        if len(done) >= START:
+            nearest = np.argsort(pareto.ranks(points), kind="stable")[:RECORDS]
+            surrogate = Surrogate(
+                table, tried[nearest], points[nearest, 0], dense_score=self._known.dense_score, floor=floor, seed=self._seed
+            )
+            weights = surrogate.weights[:RESOLVED]
+        plans = self._plans(tried, points, weights, {self._known.row(t) for t in trials})
+        if not len(plans):
+            return {}
+        if surrogate is None:
+            return self._known.space.params(table.plan(self._rng.choice(plans)))
+        if len(running):
+            # Running trials count as done, with the scores that are expected of them, so that proposals spread.
+            expected = surrogate.top - np.exp(surrogate.expect(running)[0])
+            points = np.concatenate([points, np.stack([expected, table.log_ratios(running)], axis=1)])
+        mean, std = surrogate.expect(plans)
+        gains = expected_gains(mean, std, table.log_ratios(plans), points, top=surrogate.top, floor=floor)
+        return self._known.space.params(table.plan(plans[int(np.argmax(gains))]))
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """At random: what Optuna asks where `sample_relative` proposes nothing."""
+        return self._independent.sample_independent(study, trial, param_name, param_distribution)
+
+    def _rows(self, trials: Sequence[FrozenTrial]) -> Rows:
+        return np.array([self._known.row(t) for t in trials], dtype=np.intp).reshape(-1, len(self._known.table.layers))
+
+    def _plans(self, tried: Rows, points: Values, weights: Values, seen: set[tuple[int, ...]]) -> Rows:
+        """The plans to choose from, each once, but for those that were asked for before and the dense one."""
+        table = self._known.table
+        parts = [_evenly(table.frontier(guess), CORNERS) for guess in weights]
+        parts += [np.array([table.row(plan) for plan in self._known.suggested], dtype=np.intp).reshape(-1, len(table.layers))]
+        worth = np.flatnonzero(points[:, 0] > self._known.floor)
+        if len(worth):
+            parents = tried[worth[pareto.front(points[worth])]]
+            parts += [self._moved(parents), self._crossed(parents)]
+        plans = np.unique(np.concatenate(parts), axis=0)
+        fresh = [place for place, row in enumerate(plans.tolist()) if any(row) and tuple(row) not in seen]
+        return plans[fresh]
+
+    def _moved(self, parents: Rows) -> Rows:
+        """Plans that differ from one of `parents` in a layer or two, by other methods and other ranks of about its size."""
+        rows = self._rng.choice(parents, MOVES)
+        for row in rows:
+            layers = self._rng.choice(len(row), size=min(len(row), self._rng.integers(1, 3)), replace=False)
+            for layer in layers:
+                sizes = np.log(self._known.table.params[layer])
+                near = np.exp(-0.5 * ((sizes - sizes[row[layer]]) / REACH) ** 2)
+                row[layer] = self._rng.choice(len(near), p=near / near.sum())
+        return rows
+
+    def _crossed(self, parents: Rows) -> Rows:
+        """Plans that take each layer from one or the other of two of `parents`."""
+        ones, others = self._rng.choice(parents, CROSSINGS), self._rng.choice(parents, CROSSINGS)
+        return np.where(self._rng.random(ones.shape) < 0.5, ones, others)
+
+
+def expected_gains(mean: Values, std: Values, log_ratios: Values, points: Values, *, top: float, floor: float) -> Values:
+    """The expected gain in hypervolume of each plan (Emmerich et al. 2006), where log(`top` - score) is normal.
+
+    Between two log ratios of the front, a plan that is at least as small gains by how far its score lies above the best that was
+    found there. The expectation of that for a lognormal drop is the price of a put option (Black and Scholes 1973).
+
+    Args:
+        mean: (plans,) of log(top - score).
+        std: (plans,) of the same, above 0.
+        log_ratios: (plans,), known.
+        points: (trials, 2) score and log ratio.
+        top: no score reaches it.
+        floor: scores count from here on, and log ratios from 0.
+    """
+    from scipy.special import ndtr
+
+    front = points[pareto.front(points)]
+    edges = np.concatenate([[0.0], np.maximum(front[:, 1], 0.0), [np.inf]])
+    heights = np.concatenate([np.maximum(front[:, 0], floor), [floor]])
+    gains, drop = np.zeros(len(log_ratios)), np.exp(mean + 0.5 * std**2)
+    for low, high, height in zip(edges[:-1], edges[1:], heights, strict=True):
+        if height < top:
+            chance = (np.log(top - height) - mean) / std
+            above = (top - height) * ndtr(chance) - drop * ndtr(chance - std)
+            gains += np.clip(log_ratios - low, 0.0, high - low) * above
+    return gains
+
+
+def _evenly(rows: Rows, count: int) -> Rows:
+    return rows[np.unique(np.linspace(0, len(rows) - 1, count).round().astype(int))]

@@ -68,15 +68,19 @@ def values_to_probe(layer: LayerProfile) -> list[Factorization]:
     return list(chosen)
 
 
-def predicted_frontier(profile: Profile, probes: Sequence[Probe], dense_loss: float) -> list[Corner]:
-    """The frontier under the measured sensitivities: see `ranksearch.strategy.frontier`."""
+def predicted_choices(profile: Profile, probes: Sequence[Probe], dense_loss: float) -> dict[str, list[Choice]]:
+    """Every candidate of every layer, with the rise of the loss that the measured sensitivities predict."""
     curves = sensitivities(profile, probes, dense_loss)
-    dense = {name: layer.layer.params for name, layer in profile.layers.items()}
-    choices = {
+    return {
         name: [Choice(c.value, c.params, curves[name].rise(error_of(c))) for c in layer.candidates()]
         for name, layer in profile.layers.items()
     }
-    return frontier(dense, choices)
+
+
+def predicted_frontier(profile: Profile, probes: Sequence[Probe], dense_loss: float) -> list[Corner]:
+    """The frontier under the measured sensitivities: see `ranksearch.strategy.frontier`."""
+    dense = {name: layer.layer.params for name, layer in profile.layers.items()}
+    return frontier(dense, predicted_choices(profile, probes, dense_loss))
 
 
 def sensitivities(profile: Profile, probes: Sequence[Probe], dense_loss: float) -> Mapping[str, Sensitivity]:

@@ -1,0 +1,220 @@
+"""What `search.py` lets the searches compete on: real networks that are trained, and one that is tabulated.
+
+A trial's answer depends on its plan and on the seed of the run alone, and is kept on disk: two searches that try the same
+plan under the same seed get the same answer, and a benchmark that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ranksearch import training
+from ranksearch.data import example, sample, sample_inputs
+from ranksearch.dense import load_weights, recipe, train_dense
+from ranksearch.console import Silent
+from ranksearch.export import weights_of
+from ranksearch.files import write_whole
+from ranksearch.factorization import METHODS
+from ranksearch.layers import Inventory, Layer, inventory
+from ranksearch.plan import SVD, Dense, Factorization, Plan, Tucker2
+from ranksearch.profile import Profile, profile, rank_grid
+from ranksearch.record import Probe
+from ranksearch.spec import StudySpec, load_spec
+from ranksearch.strategy.frontier import Choice
+from ranksearch.strategy.sensitivity import predicted_choices, values_to_probe
+from ranksearch.strategy.space import Space, make_space
+from ranksearch.strategy.trial import Answer, Evaluator, Job, Stage
+from ranksearch.study import CALIBRATION
+from ranksearch.tasks import load_task
+
+CPU = torch.device("cpu")
+METHODS_SEARCHED = ("tucker2", "cp", "svd")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trial run to its end: the score after each epoch, 0 to the last, the CPU seconds up to it, the test score."""
+
+    scores: tuple[float, ...]
+    seconds: tuple[float, ...]
+    test: float
+
+
+class Trained:
+    """A study's task with its dense net, profile and probes; trials are trained when they are asked for first."""
+
+    def __init__(self, spec: StudySpec, folder: Path, *, trained_on: int) -> None:
+        """Trials are trained on `trained_on` inputs of the training split, so that thousands of them can be run."""
+        torch.set_num_threads(1)
+        folder.mkdir(parents=True, exist_ok=True)
+        task, self.spec, self.folder = load_task(spec), spec, folder
+        if not load_weights(task.model, folder / "dense.safetensors"):
+            train_dense(task, spec, CPU, Silent())
+            write_whole(folder / "dense.safetensors", weights_of(task.model))
+        training.place(task.model, CPU).eval()
+        self.inventory: Inventory = inventory(task.model, example(task.data.train))
+        self.space: Space = make_space(self.inventory, spec.space.methods)
+        self.profile: Profile = profile(
+            task.model, self.inventory, {axis.layer.name: axis.methods for axis in self.space.axes},
+            inputs=sample_inputs(task.data.train, CALIBRATION, seed=spec.seed), cache=folder / "profile", seed=spec.seed,
+        )  # fmt: skip
+        fewer = replace(task.data, train=sample(task.data.train, trained_on, seed=spec.seed))
+        self._evaluate = Evaluator(
+            replace(task, data=fewer), self.profile, recipe(spec.finetune), recipe(spec.finalists), "cpu"
+        )
+        self.dense_score = training.score(task.model, task, task.data.validation, device=CPU)
+        self.dense_test = training.score(task.model, task, task.data.test, device=CPU)
+        self.epochs = spec.finetune.epochs
+        self.dense_loss, self.probes, self.probe_seconds = self._probed()
+        self.choices = predicted_choices(self.profile, self.probes, self.dense_loss)
+        self.blind = predicted_choices(self.profile, (), self.dense_loss)
+        self.vbmf = self.profile.vbmf
+        self._store = folder / f"trials-{os.getpid()}.jsonl"
+        self._known: dict[tuple[str, int], Run] = {}
+        for path in sorted(folder.glob("trials-*.jsonl")):
+            for line in path.read_text().splitlines():
+                entry = json.loads(line)
+                run = Run(tuple(entry["scores"]), tuple(entry["seconds"]), entry["test"])
+                self._known[str(Plan.from_dict(entry["plan"])), entry["seed"]] = run
+
+    def run(self, plan: Plan, seed: int) -> Run:
+        """The trial of a plan, trained under a seed."""
+        key = (str(plan), seed)
+        if key not in self._known:
+            self._known[key] = run = self._train(plan, seed)
+            entry = {"plan": plan.to_dict(), "seed": seed, "scores": run.scores, "seconds": run.seconds, "test": run.test}
+            with self._store.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+        return self._known[key]
+
+    def _train(self, plan: Plan, seed: int) -> Run:
+        # CPU seconds: another process on the same cores costs them little.
+        start, scores, seconds = time.process_time(), [], []
+        model, task = self._evaluate.compressed(plan), self._evaluate.task
+        try:
+            for rung in self._evaluate._rungs(model, Job(0, plan, seed)):
+                scores.append(rung.score)
+                seconds.append(time.process_time() - start)
+        except training.Diverged:
+            scores += [0.0] * (self.epochs + 1 - len(scores))
+            seconds += [time.process_time() - start] * (self.epochs + 1 - len(seconds))
+        return Run(tuple(scores), tuple(seconds), training.score(model, task, task.data.test, device=CPU))
+
+    def _probed(self) -> tuple[float, list[Probe], float]:
+        path = self.folder / "probes.json"
+        if not path.exists():
+            start, found = time.process_time(), {}
+            wanted = [Plan(), *(Plan.of({n: v}) for n, layer in self.profile.layers.items() for v in values_to_probe(layer))]
+            for plan in wanted:
+                (answer,) = list(self._evaluate(Job(0, plan, self.spec.seed, Stage.PROBE)))
+                assert isinstance(answer, Answer)
+                found[json.dumps(plan.to_dict())] = answer.loss
+            path.write_text(json.dumps({"seconds": time.process_time() - start, "losses": found}))
+        data = json.loads(path.read_text())
+        losses = {Plan.from_dict(json.loads(text)): loss for text, loss in data["losses"].items()}
+        return losses[Plan()], [Probe(*p.layers[0], loss) for p, loss in losses.items() if p.layers], data["seconds"]
+
+
+def digits(folder: Path) -> Trained:
+    """The built-in study's task: the thesis's LeNet on scikit-learn's digits, its recipes as they stand."""
+    return Trained(load_spec("lenet"), folder / "digits", trained_on=359)
+
+
+class Simulated:
+    """A network of fifty layers with the shapes of ResNet-50 whose scores are tabulated, not trained.
+
+    Every unfolding has singular values that fall as a power of their own; the error of a choice follows from them. What a
+    layer's error costs the trained score differs from layer to layer, errors of neighbours add to each other, and all scores are
+    noisy. The probes see what the errors cost before training, which is another thing: each layer's by a random factor.
+    """
+
+    epochs = 3
+    dense_score = dense_test = 0.9
+    probe_seconds = 0.0
+
+    def __init__(self, seed: int = 0) -> None:
+        draw = random.Random(seed)
+        layers = tuple(Layer(name, *about) for name, about in _resnet50())
+        size = sum(layer.params for layer in layers)
+        self.inventory = Inventory(layers, {}, size, sum(layer.macs for layer in layers))
+        self.space = make_space(self.inventory, METHODS_SEARCHED)
+        self._powers = {layer.name: [draw.uniform(0.25, 0.9) for _ in range(3)] for layer in layers}
+        # A layer's cost to the score rises with its share of the weights, but far less than in proportion.
+        self._costs = {x.name: draw.lognormvariate(-3.9, 0.8) * (x.params / size * len(layers)) ** 0.3 for x in layers}
+        self._couplings = {layer.name: draw.lognormvariate(-3.9, 0.8) for layer in layers}
+        self._methods = {(x.name, kind): draw.lognormvariate(0.0, 0.25) for x in layers for kind in METHODS_SEARCHED}
+        seen = {layer.name: draw.lognormvariate(0.0, 0.8) for layer in layers}
+        self.vbmf = {layer.name: self._estimate(layer, draw) for layer in layers}
+        self.choices, self.blind = {}, {}
+        for axis in self.space.axes:
+            found = [m.value(axis.layer, ranks) for m in axis.methods for ranks in rank_grid(m, axis.layer)]
+            name, costs = axis.layer.name, [METHODS[type(v)].params(axis.layer, v.ranks) for v in found]
+            squares = [self._square(axis.layer, value) for value in found]
+            rise = 4 * self._costs[name] * seen[name]
+            self.choices[name] = [Choice(v, c, rise * e * (1 + e)) for v, c, e in zip(found, costs, squares, strict=True)]
+            self.blind[name] = [Choice(v, c, e) for v, c, e in zip(found, costs, squares, strict=True)]
+
+    def run(self, plan: Plan, seed: int) -> Run:
+        """The trial of a plan, with noise that follows from the plan and the seed."""
+        draw = random.Random(f"{plan}|{seed}")
+        squares = {layer.name: self._square(layer, plan[layer.name]) for layer in self.inventory.layers}
+        harm, before = 0.0, 0.0
+        for name, square in squares.items():
+            harm += self._costs[name] * self._methods.get((name, plan[name].method), 1.0) * square
+            harm += self._couplings[name] * before * square
+            before = square
+        last = self.dense_score * math.exp(-0.05 * harm) - 0.02 * harm**2 / (1 + harm)
+        first = max(0.001, self.dense_score * math.exp(-4.0 * harm))
+        curve = [last + (first - last) * 0.4**epoch + draw.gauss(0.0, 0.003) for epoch in range(self.epochs + 1)]
+        return Run(tuple(curve), tuple(0.1 + epoch for epoch in range(self.epochs + 1)), last)
+
+    def _square(self, layer: Layer, value: Factorization) -> float:
+        """The squared relative error of a choice."""
+        if isinstance(value, Dense):
+            return 0.0
+        into, out, both = self._powers[layer.name]
+        rows, columns = layer.weight[0], math.prod(layer.weight[1:])
+        if isinstance(value, Tucker2):
+            kept = (1 - _tail(value.rank_in, layer.weight[1], into)) * (1 - _tail(value.rank_out, rows, out))
+            return 1 - kept
+        full = min(rows, columns)
+        # Terms of CP are poorer than those of an SVD: they are held to one direction in every mode.
+        return _tail(value.rank, full, both) if isinstance(value, SVD) else _tail(value.rank, 2 * full, 0.8 * both)
+
+    def _estimate(self, layer: Layer, draw: random.Random) -> tuple[int | None, int | None]:
+        sizes = (layer.weight[1], layer.weight[0])
+        wanted = [draw.lognormvariate(math.log(0.3 * size), 0.5) for size in sizes]
+        into, out = (max(1, min(size, round(rank))) if size >= 4 else None for rank, size in zip(wanted, sizes, strict=True))
+        return into, out
+
+
+def _tail(rank: int, full: int, power: float) -> float:
+    """The share of the energy beyond `rank` of singular values that fall as k^-power."""
+
+    # Sums of k^-2p by integrals: the error of one rank is of no matter here.
+    def energy(count: float) -> float:
+        return math.log1p(count) if abs(2 * power - 1) < 1e-9 else ((1 + count) ** (1 - 2 * power) - 1) / (1 - 2 * power)
+
+    return max(0.0, 1 - energy(min(rank, full)) / energy(full))
+
+
+def _resnet50() -> list[tuple[str, tuple[str, tuple[int, ...], bool, tuple[int, ...], tuple[int, ...]]]]:
+    """Names and shapes of the layers that are decomposed: the stem, three convolutions a block, the classifier."""
+    found = [("stem", ("Conv2d", (64, 3, 7, 7), False, (224, 224), (112, 112)))]
+    into, side = 64, 56
+    for stage, (width, blocks) in enumerate(zip((64, 128, 256, 512), (3, 4, 6, 3), strict=True), start=1):
+        for block in range(1, blocks + 1):
+            for part, (out, taken, size) in enumerate(((width, into, 1), (width, width, 3), (4 * width, width, 1)), start=1):
+                about = ("Conv2d", (out, taken, size, size), False, (side, side), (side, side))
+                found.append((f"stage{stage}.{block}.conv{part}", about))
+            into = 4 * width
+        side //= 2
+    return [*found, ("fc", ("Linear", (1000, 2048), True, (), ()))]

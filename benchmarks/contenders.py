@@ -1,0 +1,178 @@
+"""Who competes in `search.py`: Optuna's samplers, the rules of the literature, and ours with and without its parts."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+import optuna
+from arenas import Run, Simulated, Trained
+
+from ranksearch.plan import Dense, Plan
+from ranksearch.record import Outcome, Rung
+from ranksearch.strategy.finalists import WORTH
+from ranksearch.strategy.frontier import Choice, frontier
+from ranksearch.strategy.ledger import Ledger
+from ranksearch.strategy.prior import WEAKENINGS, vbmf_plans
+from ranksearch.strategy.sampler import Knowledge
+from ranksearch.strategy.sensitivity import spread
+from ranksearch.strategy.surrogate import Table
+from ranksearch.strategy.trial import Answer
+from ranksearch.study import FRONTIER_PLANS
+
+Arena: TypeAlias = Trained | Simulated
+Choices: TypeAlias = Mapping[str, Sequence[Choice]]
+
+DROP = 0.10
+"""The hypervolume counts scores above the dense score less this."""
+SWEEP = [2.0 ** (step / 4) for step in (0, 4, -4, 2, -2, -8, 8, -6, 6, -12, -10, 1, -1, 3, -3, -5, 5, -7, 7, -16, -14)]
+"""Weakenings of the one-shot VBMF plan, in the order they are tried."""
+THREE = (1.0, 2.0, 0.5)
+"""Those that TPE is given."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The trials of one search in the order they were asked for: validation and test score, log10 of the ratio, seconds."""
+
+    scores: list[float | None] = field(default_factory=list)
+    tests: list[float] = field(default_factory=list)
+    log_ratios: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    asks: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to search. `plans` gives those that are tried first, for a budget; `sampler` proposes the rest, if any."""
+
+    title: str
+    plans: Callable[[Arena, int], list[tuple[str, Plan]]]
+    sampler: str | None = None
+    choices: Callable[[Arena], Choices] = lambda arena: arena.choices
+    suggested: Callable[[Arena], list[Plan]] = lambda arena: [
+        plan for _, plan in vbmf_plans(arena.space, arena.vbmf, WEAKENINGS)
+    ]
+    halving: bool = False
+    anytime: bool = True
+    """Whether the first trials of a budget of 100 are those of a budget of 20."""
+
+    def search(self, arena: Arena, seed: int, trials: int) -> Found:
+        """The trials of one run."""
+        plans = self.plans(arena, trials)
+        return self._sampled(arena, seed, trials, plans) if self.sampler else self._fixed(arena, seed, plans[:trials])
+
+    def _fixed(self, arena: Arena, seed: int, plans: Sequence[tuple[str, Plan]]) -> Found:
+        found = Found()
+        for _, plan in plans:
+            run = arena.run(plan, seed)
+            _note(found, run, run.scores[-1], run.seconds[-1], log_ratio(arena, plan), 0.0)
+        return found
+
+    def _sampled(self, arena: Arena, seed: int, trials: int, plans: list[tuple[str, Plan]]) -> Found:
+        assert self.sampler is not None
+        study = optuna.create_study(directions=["maximize", "maximize"])
+        table = Table(dense_params(arena), self.choices(arena), arena.inventory.params)
+        floor = arena.dense_score - WORTH
+        ledger = Ledger(
+            study, arena.space, arena.inventory, plans, sampler=self.sampler, seed=seed, floor=floor,
+            knowledge=Knowledge(arena.space, table, arena.dense_score, floor, self.suggested(arena)),
+        )  # fmt: skip
+        found, start = Found(), time.perf_counter()
+        for job in ledger.jobs(trials):
+            asked = time.perf_counter() - start
+            run = arena.run(job.plan, seed)
+            curve = [Rung(epoch, score) for epoch, score in enumerate(run.scores)]
+            ledger.receive(job, Answer(Outcome.DONE, tuple(curve), run.seconds[-1]))
+            _note(found, run, run.scores[-1], run.seconds[-1], log_ratio(arena, job.plan), asked)
+            start = time.perf_counter()
+        return found
+
+
+def _note(found: Found, run: Run, score: float | None, seconds: float, log_ratio: float, asked: float) -> None:
+    found.scores.append(score)
+    found.tests.append(run.test)
+    found.seconds.append(seconds)
+    found.log_ratios.append(log_ratio)
+    found.asks.append(asked)
+
+
+def dense_params(arena: Arena) -> dict[str, int]:
+    """Parameters of the layers that are searched, as they are."""
+    return {axis.layer.name: axis.layer.params for axis in arena.space.axes}
+
+
+def log_ratio(arena: Arena, plan: Plan) -> float:
+    """log10 of the compression ratio of a plan."""
+    methods = {axis.layer.name: {m.kind: m for m in axis.methods} for axis in arena.space.axes}
+    layers = {axis.layer.name: axis.layer for axis in arena.space.axes}
+    saved = sum(layers[n].params - methods[n][type(v)].params(layers[n], v.ranks) for n, v in plan)
+    return math.log10(arena.inventory.params / (arena.inventory.params - saved))
+
+
+def vbmf_first(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
+    return list(vbmf_plans(arena.space, arena.vbmf, THREE))
+
+
+def vbmf_sweep(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
+    """One-shot VBMF (Kim et al. 2016), the one factor on all its ranks swept."""
+    return list(vbmf_plans(arena.space, arena.vbmf, SWEEP))
+
+
+def frontier_first(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
+    return frontier_alone(arena, FRONTIER_PLANS)
+
+
+def frontier_alone(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
+    """The predicted frontier, evenly spread."""
+    corners = frontier(dense_params(arena), arena.choices)
+    return [("frontier", corner.plan) for corner in spread(corners, arena.inventory.params, trials)]
+
+
+def greedy(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
+    """In the manner of AIMET: every layer as small as it can be within one bound on its own loss, and the bound swept."""
+    dense = dense_params(arena)
+
+    def within(bound: float) -> Plan:
+        smallest = {}
+        for name, params in dense.items():
+            fitting = [choice for choice in arena.choices[name] if choice.rise <= bound]
+            smallest[name] = min(fitting, key=lambda c: (c.params, c.rise), default=Choice(Dense(), params, 0.0)).value
+        return Plan.of(smallest)
+
+    rises = sorted({choice.rise for choices in arena.choices.values() for choice in choices})
+    plans = list({plan: None for bound in rises if (plan := within(bound)).layers})
+    sizes = [log_ratio(arena, plan) for plan in plans]
+    wanted = np.linspace(sizes[0], sizes[-1], trials)
+    nearest = dict.fromkeys(int(np.argmin(np.abs(np.array(sizes) - at))) for at in wanted)
+    return [("greedy", plans[place]) for place in nearest]
+
+
+def nothing(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
+    return []
+
+
+def seeds(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
+    """The product's first trials."""
+    return [*frontier_first(arena, trials), *vbmf_plans(arena.space, arena.vbmf)]
+
+
+CONTENDERS = {
+    "random": Contender("random", nothing, "random"),
+    "nsga2": Contender("NSGA-II", nothing, "nsga2"),
+    "tpe": Contender("TPE", nothing, "tpe"),
+    "gp": Contender("GP", nothing, "gp"),
+    "tpe-vbmf": Contender("TPE, VBMF plans first", vbmf_first, "tpe"),
+    "vbmf": Contender("one-shot VBMF, swept", vbmf_sweep),
+    "greedy": Contender("greedy per layer", greedy, anytime=False),
+    "frontier": Contender("frontier alone", frontier_alone, anytime=False),
+    "rank": Contender("**ours**", seeds, "rank"),
+    "no-vbmf": Contender("ours, no VBMF", frontier_first, "rank", suggested=lambda arena: []),
+    "no-frontier": Contender("ours, no frontier", vbmf_first, "rank", choices=lambda arena: arena.blind),
+    "no-surrogate": Contender("ours, no surrogate: TPE instead", seeds, "tpe"),
+}

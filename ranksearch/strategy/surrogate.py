@@ -1,0 +1,177 @@
+"""What a plan's score will be: learned from the trials so far, on top of what profile and probes predict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ranksearch.plan import Dense, Factorization, Plan
+from ranksearch.strategy.frontier import Choice, edges
+
+Rows: TypeAlias = NDArray[np.intp]
+"""Plans as rows (plans, layers): the place of each layer's choice in its table, 0 for dense."""
+Values: TypeAlias = NDArray[np.float64]
+
+TREES = 50
+"""Each is one guess at the scores: their spread is how unsure the surrogate is."""
+LEAF = 2
+"""Records in a leaf, at least: one alone is mostly the noise of its score."""
+RECORDS = 256
+"""The surrogate learns from so many records at most, those nearest to the front: a guess has to be ready in 0.1 s."""
+RECOVERED = 0.01
+"""Drops of the score are told apart on a log scale from about here on; below it is the noise of a validation score."""
+LOST = 4
+"""Beyond so many times the drop down to the floor, all drops are alike."""
+DOUBT = 0.6
+"""Standard deviation of the log of a layer's weight: training makes good what it makes good by a factor of two or so."""
+GENTLE = 0.1
+"""The least slope of the log drop over the log rise that weights are fitted with."""
+NOISE, NOISE_RECORDS = 0.3, 8
+"""What the standard deviation of a log drop is taken to be, and how many records that assumption is worth: a drop of three
+points on 360 images is known to a third or so. A handful of records that agree by chance would end the search there."""
+HARMLESS = 0.01
+"""A predicted rise of the loss, in nats, that training makes good in any case; rises are told apart on a log scale."""
+
+
+class Table:
+    """Every choice of every layer as arrays: parameters, and the predicted rise of the loss.
+
+    Args:
+        dense: parameters of each layer as it is.
+        choices: by layer, the ways to store it.
+        params: of the whole dense model.
+    """
+
+    def __init__(self, dense: Mapping[str, int], choices: Mapping[str, Sequence[Choice]], params: int) -> None:
+        self.layers, self.dense_params = tuple(dense), params
+        listed = [[Choice(Dense(), dense[name], 0.0), *choices.get(name, ())] for name in self.layers]
+        self.values: list[list[Factorization]] = [[choice.value for choice in layer] for layer in listed]
+        self.rises = [np.array([max(0.0, choice.rise) for choice in layer]) for layer in listed]
+        self.params = [np.array([float(choice.params) for choice in layer]) for layer in listed]
+        found = edges(dense, choices)
+        places = {name: place for place, name in enumerate(self.layers)}
+        self._edges = [(places[edge.layer], self.values[places[edge.layer]].index(edge.value), edge.slope) for edge in found]
+        self._at = [{value: place for place, value in enumerate(values)} for values in self.values]
+
+    def row(self, plan: Plan) -> tuple[int, ...]:
+        """A plan as a row; a choice that is not in the table stands as the nearest of its method."""
+        return tuple(self._place(layer, plan[name]) for layer, name in enumerate(self.layers))
+
+    def plan(self, row: Sequence[int]) -> Plan:
+        """The plan that a row stands for."""
+        return Plan.of({name: self.values[i][row[i]] for i, name in enumerate(self.layers)})
+
+    def log_ratios(self, rows: Rows) -> Values:
+        """log10 of the compression ratio of each plan."""
+        saved = sum(params[0] - params[rows[:, i]] for i, params in enumerate(self.params))
+        return np.asarray(np.log10(self.dense_params / (self.dense_params - saved)))
+
+    def rises_of(self, rows: Rows) -> Values:
+        """(plans, layers): the predicted rise of the loss that each layer's choice causes."""
+        return np.stack([rises[rows[:, i]] for i, rises in enumerate(self.rises)], axis=1)
+
+    def frontier(self, weights: Values) -> Rows:
+        """The corners of the frontier, by falling size, with each layer's rises times its weight (layers,)."""
+        # A layer's hull stays what it is when all its rises are scaled: only the merger changes.
+        steps = sorted(self._edges, key=lambda edge: edge[2] * weights[edge[0]])
+        rows = np.zeros((len(steps) + 1, len(self.layers)), dtype=np.intp)
+        for step, (layer, place, _) in enumerate(steps, start=1):
+            rows[step] = rows[step - 1]
+            rows[step, layer] = place
+        return rows
+
+    def features(self, rows: Rows) -> Values:
+        """(plans, 2 layers): the log of each layer's predicted rise, and of its compression."""
+        shrunk = [np.log(params[0] / params[rows[:, i]]) for i, params in enumerate(self.params)]
+        return np.concatenate([np.log(self.rises_of(rows) + HARMLESS), np.stack(shrunk, axis=1)], axis=1)
+
+    def _place(self, layer: int, value: Factorization) -> int:
+        found = self._at[layer].get(value)
+        if found is None:
+            alike = [i for i, other in enumerate(self.values[layer]) if type(other) is type(value)]
+            found = min(alike, key=lambda i: _distance(self.values[layer][i], value), default=0)
+            self._at[layer][value] = found
+        return found
+
+
+def _distance(one: Factorization, other: Factorization) -> float:
+    return sum(abs(math.log(a / b)) for a, b in zip(one.ranks, other.ranks, strict=True))
+
+
+class Surrogate:
+    """Scores of plans, from the records so far.
+
+    The predicted rise of the loss orders plans well before anything is known of them, but says nothing of what training
+    makes good again. An isotonic fit tells the drop of the score from it, and never falls. Which layers' rises training
+    makes good better than others' is told by a weight on each, found by ridge regression around 1. What is left, their
+    interactions most of all, is learned by extremely randomised trees (Geurts et al. 2006).
+
+    Args:
+        table: the choices.
+        rows: the plans that were tried (plans, layers).
+        scores: theirs.
+        dense_score: of the dense model.
+        floor: scores below it are worth nothing.
+        seed: of everything random.
+    """
+
+    def __init__(self, table: Table, rows: Rows, scores: Values, *, dense_score: float, floor: float, seed: int) -> None:
+        # Imported here: scikit-learn costs a second, and only the driver asks for a surrogate.
+        from sklearn.ensemble import ExtraTreesRegressor
+        from sklearn.isotonic import IsotonicRegression
+
+        self._table, self.top = table, dense_score + RECOVERED
+        drops = np.log(np.clip(dense_score - scores, 0.0, LOST * (dense_score - floor)) + RECOVERED)
+        rises = table.rises_of(rows)
+        self._theta, spread = _log_weights(rises, drops)
+        draw = np.random.default_rng(seed).standard_normal((TREES, len(self._theta)))
+        self.weights = np.exp(self._theta + draw @ spread.T)
+        """(guesses, layers): what each guess takes the weight of each layer's rise to be."""
+        mean = _log(rises @ np.exp(self._theta))
+        self._trend = IsotonicRegression(out_of_bounds="clip").fit(mean, drops)
+        self._trees = ExtraTreesRegressor(
+            TREES, min_samples_leaf=LEAF, max_features="sqrt", bootstrap=True, oob_score=True, random_state=seed
+        )
+        rest = drops - self._trend.predict(mean)
+        self._trees.fit(self._features(rows), rest)
+        # Of what was worth something: all that was not has about the same drop, which is foretold well.
+        missed = (rest - self._trees.oob_prediction_)[scores > floor]
+        self._noise = math.sqrt((NOISE**2 * NOISE_RECORDS + float(np.sum(missed**2))) / (NOISE_RECORDS + len(missed)))
+
+    def expect(self, rows: Rows) -> tuple[Values, Values]:
+        """Mean and standard deviation (plans,) of log(`top` - score): what is not known of it, and the noise of a score."""
+        features, rises = np.ascontiguousarray(self._features(rows), dtype=np.float32), self._table.rises_of(rows)
+        rest = np.stack([tree.tree_.predict(features)[:, 0] for tree in self._trees.estimators_])
+        guesses = rest + self._trend.predict(_log(self.weights @ rises.T).ravel()).reshape(rest.shape)
+        return guesses.mean(0), np.sqrt(guesses.var(0) + self._noise**2)
+
+    def _features(self, rows: Rows) -> Values:
+        return np.concatenate(
+            [_log(self._table.rises_of(rows) @ np.exp(self._theta))[:, None], self._table.features(rows)], axis=1
+        )
+
+
+def _log(rises: Values) -> Values:
+    return np.asarray(np.log(rises + HARMLESS))
+
+
+def _log_weights(rises: Values, drops: Values) -> tuple[Values, Values]:
+    """Logs of the layers' weights (layers,), and a root of their covariance, given rises (plans, layers) and log drops.
+
+    Near 1 the log of the weighted sum is linear in the log weights, by each layer's share of the sum: so this is
+    Bayesian linear regression, around 0 with a standard deviation of DOUBT.
+    """
+    from sklearn.isotonic import IsotonicRegression
+
+    total = _log(rises.sum(1))
+    rest = drops - IsotonicRegression().fit_transform(total, drops)
+    steepness = max(GENTLE, float(np.polyfit(total, drops, 1)[0])) if np.ptp(total) > 0 else GENTLE
+    shares = steepness * rises / (rises.sum(1, keepdims=True) + HARMLESS)
+    noise = (NOISE**2 * NOISE_RECORDS + float(np.sum(rest**2))) / (NOISE_RECORDS + len(rest))
+    precision = shares.T @ shares / noise + np.eye(rises.shape[1]) / DOUBT**2
+    covariance = np.linalg.inv(precision)
+    return covariance @ shares.T @ rest / noise, np.linalg.cholesky(covariance)
