@@ -9,10 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ranksearch.data import example
+from ranksearch.factorization import METHODS
+from ranksearch.layers import inventory
+from ranksearch.plan import Plan, Tucker2
+from ranksearch.profile import profile
 from ranksearch.record import Outcome, Rung
 from ranksearch.strategy.halving import LEAD, LEAD_UNTRAINED, PEERS, SIMILAR, decides, goes_on
-from ranksearch.strategy.trial import Answer
+from ranksearch.strategy.trial import Answer, Evaluator, Job
 from ranksearch.study import Options, run_study
+from ranksearch.training import Recipe
 from tests.conftest import halving_spec, stored
 from tests.test_resume import ledger_of
 
@@ -156,6 +162,35 @@ def test_without_halving_nothing_is_stopped():
     fill(ledger, PEERS)
     job = next(jobs_of(ledger, PEERS + 1))
     assert ledger.goes_on(job, Rung(1, 0.0))
+
+
+@pytest.fixture(scope="module")
+def evaluator(trained):
+    found = inventory(trained.model, example(trained.data.train))
+    layers = profile(trained.model, found, {found["conv2"].name: [METHODS[Tucker2]]})
+    return Evaluator(trained, layers, Recipe(3), Recipe(3), "cpu")
+
+
+JOB = Job(0, Plan.of({"conv2": Tucker2(2, 2)}), seed=0)
+
+
+@pytest.mark.parametrize("stops_at", [0, 1, 2])
+def test_a_trial_that_may_not_go_on_ends_with_its_curve(evaluator, stops_at):
+    messages = evaluator(JOB)
+    rungs = [next(messages)]
+    while rungs[-1].epochs < stops_at:
+        rungs.append(messages.send(True))
+    answer = messages.send(False)
+    assert (answer.outcome, answer.curve) == (Outcome.STOPPED_EARLY, tuple(rungs))
+    assert [rung.epochs for rung in rungs] == list(range(stops_at + 1))
+    assert answer.seconds > 0
+    assert list(messages) == []
+
+
+def test_who_is_not_answered_goes_on(evaluator):
+    *rungs, answer = evaluator(JOB)
+    assert (answer.outcome, answer.curve) == (Outcome.DONE, tuple(rungs))
+    assert [rung.epochs for rung in rungs] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
