@@ -26,7 +26,7 @@ def small_spec(*overrides):
 
 def halving_spec(*overrides):
     """The small study with halving, and trials enough after its first plans."""
-    return small_spec("search.halving=true", "finetune.epochs=2", "search.trials=22", "finalists.count=22", *overrides)
+    return small_spec("search.halving=true", "finetune.epochs=2", "search.trials=22", "finalists.count=1", *overrides)
 
 
 @pytest.fixture

@@ -195,7 +195,8 @@ def test_who_is_not_answered_goes_on(evaluator):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_study_with_halving(harsh, tmp_path, workers):
-    record = run_study(halving_spec(), tmp_path / "small", Options(workers=workers))
+    spec = halving_spec(f"finalists.count={1 if workers else 22}")  # once with room for every trial
+    record = run_study(spec, tmp_path / "small", Options(workers=workers))
     stopped = [trial for trial in record.trials if trial.outcome is Outcome.STOPPED_EARLY]
     assert stopped
     assert len(record.trials) == 22

@@ -62,11 +62,11 @@ def test_an_orphan_is_queued_again_in_its_place(finished, tmp_path):
 
 def test_resumed_equals_uninterrupted_with_halving(harsh, tmp_path):
     """Stopped now and then, once with a trial left running: what a rung is judged against follows from the record."""
-    whole = run_study(halving_spec("finalists.count=1"), tmp_path / "whole" / "small", Options(workers=0))
+    whole = run_study(halving_spec(), tmp_path / "whole" / "small", Options(workers=0))
     assert any(trial.outcome is Outcome.STOPPED_EARLY for trial in whole.trials)
     out = tmp_path / "small"
     for trials in (5, 15, 18, 22):
-        record = run_study(halving_spec("finalists.count=1", f"search.trials={trials}"), out, Options(workers=0))
+        record = run_study(halving_spec(f"search.trials={trials}"), out, Options(workers=0))
         if trials == 18:
             orphan(out, trials)
     assert essence(replace(t, finalist=None) for t in record.trials) == essence(replace(t, finalist=None) for t in whole.trials)
