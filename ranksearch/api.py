@@ -33,6 +33,7 @@ def search(
     sampler: str = "tpe",
     trials: int = 60,
     minutes: float | None = None,
+    halving: bool = False,
     finetune: Recipe | None = None,
     finalists: Recipe | None = None,
     finalist_count: int = 10,
@@ -55,6 +56,7 @@ def search(
         sampler: who proposes: tpe, nsga2 or random.
         trials: finished trials in all.
         minutes: ask for no more trials after so long.
+        halving: stop trials early that are clearly behind others of similar size after as much fine-tuning.
         finetune: how each trial is trained; three epochs by default.
         finalists: how each finalist is trained; twelve epochs by default.
         finalist_count: how many trials of the front become finalists.
@@ -89,7 +91,7 @@ def search(
             smaller_in=(smaller_in,) if isinstance(smaller_in, str) else tuple(smaller_in),
             data_aware=data_aware,
         ),
-        search=SearchSpec(sampler=sampler, trials=trials, minutes=minutes),
+        search=SearchSpec(sampler=sampler, trials=trials, minutes=minutes, halving=halving),
         finetune=_train_spec(TrainSpec, finetune or Recipe(epochs=3)),
         finalists=_train_spec(FinalistSpec, finalists or Recipe(epochs=12), count=finalist_count, sweeps=finalist_sweeps),
     )

@@ -154,10 +154,11 @@ def score_text(score: float | None, score_name: str) -> str:
 
 
 def short_outcome(record: TrialRecord, score_name: str) -> str:
-    """`55.3x, 98.1 %` for a trial that is done, its outcome otherwise."""
+    """`55.3x, 98.1 %` for a trial that is done, with how it ended where it was stopped early; its outcome otherwise."""
+    found = f"{record.ratio:.1f}x, {score_text(record.score_validation, score_name)}"
     if record.outcome is Outcome.DONE:
-        return f"{record.ratio:.1f}x, {score_text(record.score_validation, score_name)}"
-    return record.outcome.value.partition(":")[0]
+        return found
+    return f"{found}, {record.ending}" if record.outcome is Outcome.STOPPED_EARLY else record.ending
 
 
 def trial_line(record: TrialRecord, score_name: str) -> str:

@@ -56,7 +56,8 @@ class Finalist:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord:
-    """One trial. `score` is the validation score after its last rung, None where there is none."""
+    """One trial. `score` is the validation score after its last rung, None where there is none; that of a trial which was
+    stopped early has less fine-tuning behind it than the others."""
 
     number: int
     index: int
@@ -76,6 +77,15 @@ class TrialRecord:
     def score_validation(self) -> float | None:
         """The validation score with the most fine-tuning behind it."""
         return self.finalist.score_validation if self.finalist else self.score
+
+    @property
+    def ending(self) -> str:
+        """How the trial ended, in few words: `done`, `stopped early after 1 epoch`."""
+        words = self.outcome.value.partition(":")[0]
+        if self.outcome is not Outcome.STOPPED_EARLY or not self.curve:
+            return words
+        epochs = self.curve[-1].epochs
+        return f"{words} after {epochs:g} {'epoch' if epochs == 1 else 'epochs'}"
 
 
 @dataclass(frozen=True)

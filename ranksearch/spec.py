@@ -104,6 +104,8 @@ class SearchSpec:
     sampler: str = _checked(f"one of {', '.join(SAMPLERS)}", lambda value: value in SAMPLERS, default="tpe")
     trials: int = _at_least(1, default=60)
     minutes: float | None = _positive(default=None)
+    halving: bool = False
+    """Stop trials early that are clearly behind others of similar size after as much fine-tuning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +149,9 @@ def complete_identity(identity: Mapping[str, Any], *, source: str) -> dict[str, 
     for key, value in identity.items():
         section, _, inner = key.partition(".")
         data |= {section: data.get(section, {}) | {inner: value}} if inner else {section: value}
-    # Its default is not what studies did before the key was there.
+    # What studies did before these keys were there, whatever is their default today.
     data["space"] = {"data_aware": False} | data.get("space", {})
+    data["search"] = {"halving": False} | data.get("search", {})
     spec: StudySpec = _section(StudySpec, data, source=source, path="")
     return spec.identity()
 

@@ -220,13 +220,13 @@ class _Run:
         done = {Plan.of({probe.layer: probe.value}) for probe in known} | ({Plan()} if dense is not None else set())
         self.view.stage("probing layers", len(wanted), len(done))
 
-        def on_message(job: Job, message: Rung | Answer) -> None:
+        def on_message(job: Job, message: Rung | Answer) -> bool:
             nonlocal dense
             if not isinstance(message, Answer):
-                return
+                return True
             if message.loss is None:
                 self.view.step(f"{job.plan}: {message.outcome.value}")
-                return
+                return True
             loss = message.loss if math.isfinite(message.loss) else WORST_LOSS
             if job.plan.layers:
                 known.append(record.Probe(*job.plan.layers[0], loss))
@@ -234,6 +234,7 @@ class _Run:
                 dense = loss
             record.write_probes(self.study, dense, known)
             self.view.step(str(job.plan))
+            return True
 
         jobs = (Job(key, plan, self.spec.seed, Stage.PROBE) for key, plan in enumerate(wanted) if plan not in done)
         with self.stage("probes"):
@@ -257,6 +258,7 @@ class _Run:
         ledger = self.ledger = Ledger(
             self.study, self.space, self.inventory, firsts, sampler=self.spec.search.sampler, seed=self.spec.seed,
             floor=record.read_facts(self.study).dense.score_validation - WORTH,
+            halve_below=self.spec.finetune.epochs if self.spec.search.halving else 0,
         )  # fmt: skip
         ledger.recover()
         trials, minutes = self.spec.search.trials, self.spec.search.minutes
@@ -266,10 +268,11 @@ class _Run:
         def spent() -> bool:
             return minutes is not None and before + time.monotonic() - start >= minutes * 60
 
-        def on_message(job: Job, message: Rung | Answer) -> None:
-            if isinstance(message, Answer):
-                found = ledger.receive(job, message)
-                self.view.trial(found, ledger.records())
+        def on_message(job: Job, message: Rung | Answer) -> bool:
+            if isinstance(message, Rung):
+                return ledger.goes_on(job, message)
+            self.view.trial(ledger.receive(job, message), ledger.records())
+            return True
 
         with self.stage("trials"):
             self.run_jobs(ledger.jobs(trials), self.evaluator(layers), on_message, spent)
@@ -283,9 +286,10 @@ class _Run:
         by_number = {trial.number: trial for trial in trials}
         self.view.stage("finalists", len(chosen), len(chosen) - len(waiting))
 
-        def on_message(job: Job, message: Rung | Answer) -> None:
+        def on_message(job: Job, message: Rung | Answer) -> bool:
             if isinstance(message, Answer):
                 self._finalist(by_number[job.key], message)
+            return True
 
         jobs = (Job(trial.number, trial.plan, trial.seed, Stage.FINALIST) for trial in waiting)
         with self.stage("finalists"):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 
 from rich.console import Console
 
 from ranksearch import console
-from ranksearch.record import Outcome
+from ranksearch.record import Outcome, Rung
 from tests.test_strategy import trial
 
 
@@ -58,14 +59,17 @@ def test_plain_lines_for_every_kind_of_trial(finished):
     view.stage("trials", 8, 3)
     view.facts(record.facts)
     lost = trial(9, None, 1.0, Outcome.DIVERGED)
+    stopped = replace(trial(10, 0.81, 55.3, Outcome.STOPPED_EARLY), curve=(Rung(0, 0.4), Rung(1, 0.81)), seconds=1.5)
     done = next(t for t in record.trials if t.finalist)
     view.trial(done, record.trials)
     view.trial(lost, record.trials)
+    view.trial(stopped, record.trials)
     lines = out.getvalue().splitlines()
     assert lines[0] == "trials: 8 steps, 3 of them done before"
     assert lines[1].startswith("dense: ")
     assert lines[2].startswith(f"finalist {done.number} [{done.origin}] {done.ratio:.1f}x, ")
     assert lines[3] == "trial 9 [tpe] diverged, 0.0 s: dense"
+    assert lines[4] == "trial 10 [tpe] 55.3x, 81.0 %, stopped early after 1 epoch, 1.5 s: dense"
 
 
 def test_scores_and_clocks_for_people():

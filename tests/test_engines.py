@@ -1,9 +1,12 @@
-"""The contract of an engine: every job is answered once, whatever happens to its worker."""
+"""The contract of an engine: every job is answered once, whatever happens to its worker, and is sent every verdict."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +27,20 @@ class Work:
     dies_at: int = -1
     always: bool = False
     raises_at: int = -1
+    error: Exception = PlanError("no such layer")  # noqa: RUF009
     mark: str = ""
 
     def __call__(self, job):
-        yield Rung(0, float(job.seed))
+        go_on = yield Rung(0, float(job.seed))
+        if go_on is False:
+            yield Answer(Outcome.STOPPED_EARLY, (Rung(0, float(job.seed)),))
+            return
         if job.seed == self.dies_at and (self.always or Path(self.mark).exists()):
             if not self.always:
                 Path(self.mark).unlink()
             os.kill(os.getpid(), signal.SIGKILL)
         if job.seed == self.raises_at:
-            raise PlanError("no such layer")
+            raise self.error
         yield Answer(Outcome.DONE, (Rung(0, float(job.seed)), Rung(1, 2.0 * job.seed)))
 
 
@@ -41,9 +48,15 @@ def jobs(count):
     return iter([Job(key, Plan(), seed=key) for key in range(count)])
 
 
-def collect(work, count, workers, should_stop=lambda: False):
+def collect(work, count, workers, should_stop=lambda: False, stops=()):
+    """Every message with its job's key; the jobs with keys in `stops` are told to stop at each rung."""
     found = []
-    local.run(jobs(count), work, workers=workers, on_message=lambda job, m: found.append((job.key, m)), should_stop=should_stop)
+
+    def on_message(job, message):
+        found.append((job.key, message))
+        return job.key not in stops
+
+    local.run(jobs(count), work, workers=workers, on_message=on_message, should_stop=should_stop)
     return found
 
 
@@ -59,6 +72,35 @@ def test_every_job_is_answered_once_after_its_rungs(workers):
         assert [type(message) for k, message in found if k == key] == [Rung, Answer]
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_job_that_may_not_go_on_answers_as_stopped(workers):
+    found = answers(collect(Work(), 6, workers, stops={1, 2, 5}))
+    expected = {key: ("DONE", (Rung(0, key), Rung(1, 2.0 * key))) for key in (0, 3, 4)}
+    expected |= {key: ("STOPPED_EARLY", (Rung(0, key),)) for key in (1, 2, 5)}
+    assert found == [(key, *expected[key]) for key in range(6)]
+
+
+def each_verdict(job):
+    """Five rungs; its answer's curve holds the verdicts that it was sent, one a rung."""
+    verdicts = []
+    for epochs in range(5):
+        verdicts.append((yield Rung(epochs, 0.0)))
+    yield Answer(Outcome.DONE, tuple(Rung(epochs, verdict) for epochs, verdict in enumerate(verdicts)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_rung_is_answered_with_its_own_verdict(workers):
+    found = []
+
+    def on_message(job, message):
+        found.append((job.key, message))
+        return isinstance(message, Rung) and (job.key + message.epochs) % 2 == 0
+
+    local.run(jobs(4), each_verdict, workers=workers, on_message=on_message, should_stop=lambda: False)
+    for key, _, curve in answers(found):
+        assert [rung.score for rung in curve] == [(key + epochs) % 2 == 0 for epochs in range(5)]
+
+
 def test_a_job_is_drawn_only_when_a_worker_is_free():
     drawn, open_jobs, most = [], set(), []
 
@@ -72,6 +114,7 @@ def test_a_job_is_drawn_only_when_a_worker_is_free():
     def on_message(job, message):
         if isinstance(message, Answer):
             open_jobs.remove(job.key)
+        return True
 
     local.run(lazily(), Work(), workers=2, on_message=on_message, should_stop=lambda: False)
     assert drawn == list(range(6))
@@ -92,13 +135,72 @@ def test_workers_that_keep_dying_end_the_run():
             yield Job(0, Plan(), seed=7)
 
     with pytest.raises(StudyError, match=r"Workers must outlive their trials, but 5 in a row .*last exit code -9.*--workers 0"):
-        local.run(always(), Work(dies_at=7, always=True), workers=1, on_message=lambda job, m: None, should_stop=lambda: False)
+        local.run(always(), Work(dies_at=7, always=True), workers=1, on_message=lambda job, m: True, should_stop=lambda: False)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bug_is_raised_where_the_user_sees_it(workers):
     with pytest.raises(PlanError, match="no such layer"):
         collect(Work(raises_at=2), 4, workers)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error", [EOFError("data.bin ends too soon"), BrokenPipeError("the loader's"), OSError("no space")])
+def test_a_bug_that_looks_like_a_lost_driver_is_raised_too(workers, error):
+    with pytest.raises(type(error), match=str(error)):
+        collect(Work(raises_at=0, error=error), 2, workers)
+
+
+def its_process(job):
+    """A rung whose score is the worker's process id, then the answer."""
+    yield Rung(0, float(os.getpid()))
+    yield Answer(Outcome.DONE)
+
+
+def test_a_worker_that_dies_while_it_waits_loses_its_job_alone():
+    found = []
+
+    def on_message(job, message):
+        found.append((job.key, message))
+        if isinstance(message, Rung) and job.key == 1:
+            os.kill(int(message.score), signal.SIGKILL)
+        return True
+
+    local.run(jobs(3), its_process, workers=1, on_message=on_message, should_stop=lambda: False)
+    assert [outcome for _, outcome, _ in answers(found)] == ["DONE", "WORKER_LOST", "DONE"]
+
+
+DRIVER = """
+import os, signal, sys
+from ranksearch.engines import local
+from tests.test_engines import its_process, jobs
+
+def on_message(job, message):
+    print(int(message.score), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    local.run(jobs(1), its_process, workers=1, on_message=on_message, should_stop=lambda: False)
+"""
+
+
+def test_a_driver_that_dies_leaves_no_worker_waiting(tmp_path):
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    # The worker has this pipe from its driver, so its end is read only once both are gone.
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert int(done.stdout) > 0
+
+
+def test_a_bug_in_the_driver_ends_a_worker_that_waits():
+    def on_message(job, message):
+        raise PlanError("in the driver")
+
+    with pytest.raises(PlanError, match="in the driver"):
+        local.run(jobs(2), Work(), workers=2, on_message=on_message, should_stop=lambda: False)
+    assert multiprocessing.active_children() == []
 
 
 def test_a_bug_in_a_worker_carries_its_traceback():
@@ -115,14 +217,13 @@ def test_nothing_is_drawn_after_the_stop(workers):
     def on_message(job, message):
         if isinstance(message, Answer):
             done.append(job.key)
+        return True
 
     local.run(jobs(50), Work(), workers=workers, on_message=on_message, should_stop=lambda: len(done) >= 3)
     assert done == [0, 1, 2]
 
 
 def test_no_worker_outlives_the_run():
-    import multiprocessing
-
     collect(Work(), 3, 2)
     deadline = time.monotonic() + 5
     while multiprocessing.active_children() and time.monotonic() < deadline:

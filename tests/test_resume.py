@@ -27,7 +27,7 @@ from ranksearch.strategy.space import make_space
 from ranksearch.strategy.trial import Answer
 from ranksearch.study import Options, Stopped, run_study
 from tests import nets
-from tests.conftest import essence, small_spec, stored
+from tests.conftest import essence, halving_spec, small_spec, stored
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,15 +60,29 @@ def test_an_orphan_is_queued_again_in_its_place(finished, tmp_path):
         assert "WAITING" not in states
 
 
-def test_a_study_begun_before_a_key_was_there_goes_on(tmp_path):
+def test_resumed_equals_uninterrupted_with_halving(harsh, tmp_path):
+    """Stopped now and then, once with a trial left running: what a rung is judged against follows from the record."""
+    whole = run_study(halving_spec(), tmp_path / "whole" / "small", Options(workers=0))
+    assert any(trial.outcome is Outcome.STOPPED_EARLY for trial in whole.trials)
+    out = tmp_path / "small"
+    for trials in (5, 15, 18, 22):
+        record = run_study(halving_spec(f"search.trials={trials}"), out, Options(workers=0))
+        if trials == 18:
+            orphan(out, trials)
+    assert essence(replace(t, finalist=None) for t in record.trials) == essence(replace(t, finalist=None) for t in whole.trials)
+    assert [trial.state.name for trial in stored(out).trials].count("FAIL") == 1
+
+
+@pytest.mark.parametrize("key", ["space.rank_multiple", "search.halving"])
+def test_a_study_begun_before_a_key_was_there_goes_on(tmp_path, key):
     out, spec = tmp_path / "small", small_spec("search.trials=1", "finalists.count=1")
     before = run_study(spec, out, Options(workers=0))
-    older = {key: value for key, value in spec.identity().items() if key != "space.rank_multiple"}
+    older = {name: value for name, value in spec.identity().items() if name != key}
     stored(out).set_user_attr(folder.IDENTITY, older)
     assert essence(run_study(spec, out, Options(workers=0)).trials) == essence(before.trials)
 
 
-def ledger_of(study, dense=None, cache=None):
+def ledger_of(study, dense=None, cache=None, *, firsts=None, halve_below=0):
     """The ledger that a run of the small study has."""
     data, model = nets.few_digits(), nets.small()
     if dense:
@@ -76,8 +90,9 @@ def ledger_of(study, dense=None, cache=None):
     found = inventory(model, example(data.train))
     space = make_space(found, small_spec().space.methods)
     layers = profile(model, found, {axis.layer.name: axis.methods for axis in space.axes}, cache=cache)
-    firsts = read_firsts(study) or list(vbmf_plans(space, layers))
-    return Ledger(study, space, found, firsts, sampler="tpe", seed=0, floor=0.5)
+    if firsts is None:
+        firsts = read_firsts(study) or list(vbmf_plans(space, layers))
+    return Ledger(study, space, found, firsts, sampler="tpe", seed=0, floor=0.5, halve_below=halve_below)
 
 
 def orphan(out, stop_at):
@@ -98,7 +113,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from ranksearch.study import Options, Stopped, run_study
-from tests.conftest import essence, small_spec, stored
+from tests.conftest import essence, halving_spec, small_spec, stored
 run_study(small_spec("search.trials=14"), Path(sys.argv[1]), Options(workers=2))
 """
 

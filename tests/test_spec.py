@@ -36,13 +36,14 @@ def test_overrides_take_toml_values_and_bare_words():
 def test_the_budget_is_not_part_of_a_studys_identity():
     assert parse(SMALL, "search.trials=99", "search.minutes=1").identity() == parse().identity()
     assert parse(SMALL, "finetune.epochs=9").identity() != parse().identity()
+    assert parse(SMALL, "search.halving=true").identity() != parse().identity()
 
 
 def test_what_an_older_identity_does_not_name_has_its_default():
     spec = parse(SMALL, "space.skip=['conv1']", "task.model_args.classes=10", "name='a.b'")
     whole = spec.identity()
     assert complete_identity(whole, source="there") == whole
-    for key in ("space.rank_multiple", "space.smaller_in", "space.methods", "seed"):
+    for key in ("space.rank_multiple", "space.smaller_in", "space.methods", "search.halving", "seed"):
         older = {name: value for name, value in whole.items() if name != key}
         assert complete_identity(older, source="there") == whole
     with pytest.raises(SpecError, match=r"^there: space.newer is not a key of a study\."):
@@ -69,6 +70,7 @@ def test_what_an_older_identity_does_not_name_has_its_default():
         ("space.smaller_in='macs'", "study.toml: space.smaller_in must be a list of strings, but got 'macs'."),
         ("space.smaller_in=['flops']", "space.smaller_in must name costs, but 'flops' is none. Valid: macs, params."),
         ("space.data_aware=1", "study.toml: space.data_aware must be true or false, but got 1."),
+        ("search.halving=1", "study.toml: search.halving must be true or false, but got 1."),
         ("space.skip='conv1'", "study.toml: space.skip must be a list of strings, but got 'conv1'."),
         ("finetune.learning_rate=-1", "study.toml: finetune.learning_rate must be above 0, but got -1."),
         ("task.model=lenet", "study.toml: task.model must be 'package.module:name', but got 'lenet'."),

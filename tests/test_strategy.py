@@ -101,7 +101,9 @@ def test_what_lost_too_much_is_no_finalist_while_there_is_better():
 
 def test_only_trials_that_are_done_become_finalists():
     trials = [trial(0, None, 10.0, Outcome.DIVERGED), trial(1, None, 1.0, Outcome.NOT_SMALLER)]
+    trials += [trial(2, 0.95, 20.0, Outcome.STOPPED_EARLY)]
     assert choose_finalists(trials, dense_score=0.9, count=3) == []
+    assert front_of(trials) == []
 
 
 def test_the_front_is_of_finalists_once_there_are_any():

@@ -1,7 +1,8 @@
 """The local engine: worker processes on this machine, kept warm from the first job to the last.
 
 A worker receives the evaluator once (data, dense model, prepared factors) and then one job at a time. It reports every
-rung and its answer through its own pipe, so a worker that dies takes nothing with it but its job.
+rung and its answer through its own pipe, so a worker that dies takes nothing with it but its job. After a rung it waits
+for the verdict; the end of the pipe, when the driver is gone, ends the worker too.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import pickle
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import TypeAlias
@@ -26,8 +28,9 @@ from ranksearch.errors import StudyError
 from ranksearch.record import Outcome, Rung
 from ranksearch.strategy.trial import Answer, Job
 
-Evaluate: TypeAlias = Callable[[Job], Iterator[Rung | Answer]]
-OnMessage: TypeAlias = Callable[[Job, Rung | Answer], None]
+Messages: TypeAlias = Generator[Rung | Answer, bool | None, None]
+Evaluate: TypeAlias = Callable[[Job], Messages]
+OnMessage: TypeAlias = Callable[[Job, Rung | Answer], bool]
 
 MAX_LOST = 5
 """Workers lost in a row before the engine gives up: more than one plan is tried for, so the cause is not the plan."""
@@ -43,9 +46,11 @@ def run(
 
     Args:
         jobs: what to evaluate.
-        evaluate: gives the messages of one job, an `Answer` last; it must be picklable.
+        evaluate: gives the messages of one job, an `Answer` last, and is sent what `on_message` returned for each; it must
+            be picklable.
         workers: how many processes.
-        on_message: receives every rung and every answer, in this process.
+        on_message: receives every rung and every answer, in this process; returns for a rung whether the job goes on.
+            What it returns for an answer changes nothing.
         should_stop: asked before each draw; True lets the running jobs end and draws no more.
 
     Raises:
@@ -54,8 +59,7 @@ def run(
     """
     if workers == 0:
         while not should_stop() and (job := next(jobs, None)) is not None:
-            for message in evaluate(job):
-                on_message(job, message)
+            _converse(evaluate(job), partial(on_message, job))
         return
     pool = _Pool(cloudpickle.dumps(evaluate), workers)
     try:
@@ -67,6 +71,17 @@ def run(
 def threads_for(workers: int) -> int:
     """Threads for each worker. Several threads in several processes on the same cores spin at each other's barriers."""
     return max(1, (os.cpu_count() or 1) // max(1, workers))
+
+
+def _converse(messages: Messages, tell: Callable[[Rung | Answer], bool]) -> None:
+    """Tell every message of a job, and send the job what each was answered with."""
+    go_on: bool | None = None  # the first `send` to a generator must be of None
+    while True:
+        try:
+            message = messages.send(go_on)
+        except StopIteration:
+            return
+        go_on = tell(message)
 
 
 def _drive(pool: _Pool, jobs: Iterator[Job], on_message: OnMessage, should_stop: Callable[[], bool]) -> None:
@@ -88,7 +103,9 @@ def _drive(pool: _Pool, jobs: Iterator[Job], on_message: OnMessage, should_stop:
             if isinstance(message, Answer):
                 worker.job = None
                 lost = lost + 1 if message.outcome is Outcome.WORKER_LOST else 0
-            on_message(job, message)
+            go_on = on_message(job, message)
+            if isinstance(message, Rung):
+                worker.answer(go_on)
             if lost >= MAX_LOST:
                 raise StudyError(
                     f"Workers must outlive their trials, but {lost} in a row ended before (last exit code "
@@ -110,6 +127,10 @@ class _Worker:
     process: SpawnProcess
     pipe: Connection
     job: Job | None = None
+
+    def answer(self, go_on: bool) -> None:
+        with suppress(OSError):  # dead since its rung: `messages` finds its pipe closed and answers for it
+            self.pipe.send(go_on)
 
 
 class _Pool:
@@ -182,14 +203,26 @@ def _work(pipe: Connection, threads: int, path: list[str]) -> None:
         while True:
             job = pipe.recv()
             try:
-                for message in evaluate(job):
-                    pipe.send(message)
-            except (BrokenPipeError, ConnectionResetError):
+                _converse(evaluate(job), partial(_report, pipe))
+            except _DriverGone:
                 return
             except Exception as error:
                 pipe.send(_Crash(_portable(error), traceback.format_exc()))
     except (EOFError, OSError):
         return
+
+
+class _DriverGone(Exception):
+    """Nobody reads or answers any more; apart from the errors of a job, which may be of pipes and files as well."""
+
+
+def _report(pipe: Connection, message: Rung | Answer) -> bool:
+    """Send a message to the driver; whether the job goes on."""
+    try:
+        pipe.send(message)
+        return pipe.recv() if isinstance(message, Rung) else True
+    except (EOFError, OSError):
+        raise _DriverGone from None
 
 
 def _portable(error: Exception) -> Exception:

@@ -44,6 +44,11 @@ def scored(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
     return [trial for trial in trials if trial.outcome is Outcome.DONE and trial.score is not None]
 
 
+def stopped(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """The trials that were stopped early, for others of similar size were clearly better."""
+    return [trial for trial in trials if trial.outcome is Outcome.STOPPED_EARLY]
+
+
 def finalists(record: StudyRecord) -> list[TrialRecord]:
     """The trials that were fine-tuned for longer, by rising ratio."""
     return sorted((trial for trial in record.trials if trial.finalist), key=lambda trial: trial.ratio)
@@ -104,11 +109,11 @@ def gain(record: StudyRecord) -> tuple[float, float] | None:
 
 
 def rung_correlations(record: StudyRecord) -> list[Correlation]:
-    """How well each rung's scores foretell the order after the last rung, among the trials that got there.
+    """How well each rung's scores foretell the order after the last rung, among the trials that finished.
 
     A rung is left out where fewer than three trials, or equal scores, leave nothing to correlate.
     """
-    curves = [trial.curve for trial in record.trials if trial.curve]
+    curves = [trial.curve for trial in scored(record.trials) if trial.curve]
     last = max((curve[-1].epochs for curve in curves), default=0)
     pairs: dict[float, list[tuple[float, float]]] = {}
     for curve in curves:

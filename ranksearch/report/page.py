@@ -45,6 +45,7 @@ def _context(record: StudyRecord) -> dict[str, Any]:
         "dense": _dense(record),
         "front": summary.front_lines(record),
         "finalists": len(figures.finalists(record)),
+        "stopped": len(figures.stopped(record.trials)),
         "gain": figures.gain(record),
         "trials": text.counted(len(record.trials), "trial"),
         "below": points.window(record).below,
@@ -77,10 +78,10 @@ def _cards(record: StudyRecord) -> list[dict[str, str]]:
     facts, name = record.facts, record.facts.score_name
     best, elbow = figures.near_dense(record.front, facts.dense), figures.knee(record.front)
     dense = f"{text.whole(facts.dense.params)} parameters, {text.score(facts.dense.score_test, name)} on test"
-    finalists = len(figures.finalists(record))
-    work = f"in {text.duration(sum(record.seconds.values()))}; " + (
-        f"{text.counted(finalists, 'finalist')}, " if finalists else ""
-    )
+    finalists, stopped = len(figures.finalists(record)), len(figures.stopped(record.trials))
+    work = f"in {text.duration(sum(record.seconds.values()))}; "
+    work += f"{stopped} stopped early, " if stopped else ""
+    work += f"{text.counted(finalists, 'finalist')}, " if finalists else ""
     return [
         {"title": f"Dense {name}", "figure": text.score(facts.dense.score_validation, name), "line": _together(dense)},
         _trial_card(record, f"Within {text.margin(figures.NEAR, name)} of dense", best),
@@ -156,7 +157,7 @@ def _layer(layer: LayerFacts, dense_params: int) -> dict[str, str]:
 
 
 def _correlations(record: StudyRecord) -> list[dict[str, str]]:
-    last = max((rung.epochs for trial in record.trials for rung in trial.curve), default=0)
+    last = max((rung.epochs for trial in figures.scored(record.trials) for rung in trial.curve), default=0)
     return [
         *_correlation_rows(figures.rung_correlations(record), f"score after {last:g} epochs"),
         *_correlation_rows(figures.finalist_correlations(record), "score as a finalist"),

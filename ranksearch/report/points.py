@@ -123,11 +123,13 @@ def plan_lines(plan: Plan) -> str:
 
 
 def _kind(trial: TrialRecord) -> str:
+    if trial.outcome is not Outcome.DONE:
+        return STOPPED
     if trial.origin.startswith("vbmf"):
         return VBMF
     if trial.origin.startswith(figures.FRONTIER):
         return PREDICTED
-    return TRIAL if trial.outcome is Outcome.DONE else STOPPED
+    return TRIAL
 
 
 def _point(record: StudyRecord, trial: TrialRecord, score: float | None, *, kind: str) -> dict[str, Any]:
@@ -138,7 +140,7 @@ def _point(record: StudyRecord, trial: TrialRecord, score: float | None, *, kind
         "score": figures.known(score),
         "trial": str(trial.number),
         "origin": trial.origin,
-        "outcome": trial.outcome.value.partition(":")[0],
+        "outcome": trial.ending,
         "ratio_text": text.ratio(trial.ratio),
         "params": text.whole(trial.params),
         "macs": text.whole(trial.macs),

@@ -13,7 +13,7 @@ from ranksearch.report import figures
 
 _TRIAL_COLUMNS = (
     "trial", "index", "origin", "outcome", "score", "ratio", "params", "macs", "seconds", "seed", "epochs",
-    "plan_text", "finalist_score_validation", "finalist_score_test", "finalist_epochs", "finalist_latency_ms",
+    "curve", "plan_text", "finalist_score_validation", "finalist_score_test", "finalist_epochs", "finalist_latency_ms",
 )  # fmt: skip
 
 _FRONT_COLUMNS = (
@@ -89,6 +89,7 @@ def trial_row(trial: TrialRecord) -> dict[str, Any]:
         "seconds": trial.seconds,
         "seed": trial.seed,
         "epochs": max((rung.epochs for rung in trial.curve), default=0),
+        "curve": json.dumps([[rung.epochs, figures.known(rung.score)] for rung in trial.curve]),
         "plan_text": str(trial.plan),
         "finalist_score_validation": final and final.score_validation,
         "finalist_score_test": final and final.score_test,

@@ -16,7 +16,8 @@ from optuna.trial import TrialState
 from ranksearch.factorization import METHODS
 from ranksearch.layers import Inventory
 from ranksearch.plan import Plan
-from ranksearch.record import Outcome, TrialRecord, asked, attributes, read_asked, read_trials
+from ranksearch.record import Outcome, Rung, TrialRecord, asked, attributes, read_asked, read_trials
+from ranksearch.strategy.halving import decides, goes_on
 from ranksearch.strategy.sampler import Knowledge, make_sampler
 from ranksearch.strategy.space import Space
 from ranksearch.strategy.trial import Answer, Job
@@ -40,15 +41,21 @@ class Ledger:
         seed: int,
         floor: float,
         knowledge: Knowledge | None = None,
+        halve_below: int = 0,
     ) -> None:
         """`floor` is the score below which a trial is not worth taking home; samplers then look elsewhere. `knowledge` is
-        what the sampler "rank" starts from."""
+        what the sampler "rank" starts from.
+
+        Trials may be stopped at rungs of fewer epochs than `halve_below`; 0 lets all run to their end.
+        """
         self.study = study
         self._space, self._inventory, self._firsts = space, inventory, firsts
         self._sampler, self._seed, self._floor = sampler, seed, floor
         self._knowledge = knowledge
         self._distributions = space.distributions()
+        self._halve_below = halve_below
         self._running: dict[int, optuna.Trial] = {}
+        self._reached: dict[int, list[tuple[Rung, float]]] = {}
 
     def records(self) -> tuple[TrialRecord, ...]:
         """Every finished trial."""
@@ -67,6 +74,7 @@ class Ledger:
             self._queue_again(read_asked(trial), {**trial.system_attrs.get("fixed_params", {}), **trial.params})
             self.study.tell(trial.number, state=TrialState.FAIL)
         self._running.clear()
+        self._reached.clear()
         return len(left)
 
     def jobs(self, trials: int) -> Iterator[Job]:
@@ -81,9 +89,21 @@ class Ledger:
             self._running[trial.number] = trial
             yield Job(trial.number, plan, self.seed_of(index))
 
+    def goes_on(self, job: Job, rung: Rung) -> bool:
+        """Whether a running trial goes on after a rung, judged against all others that got there."""
+        ratio = self._inventory.params / self._params(job.plan)
+        self._reached.setdefault(job.key, []).append((rung, ratio))
+        place = read_asked(self._running[job.key])
+        assert place is not None, "a job's trial was asked for"
+        # First plans are what the search is set against: cut short, they would make it look better than it is.
+        if place[0] < len(self._firsts) or not decides(rung.epochs, self._halve_below):
+            return True
+        return goes_on(rung, ratio, self._peers(job.key, rung.epochs))
+
     def receive(self, job: Job, answer: Answer) -> TrialRecord:
         """Tell Optuna the answer to a job, and queue it again if its worker was lost, a bounded number of times."""
         trial = self._running.pop(job.key)
+        self._reached.pop(job.key, None)
         place = read_asked(trial)
         assert place is not None, "a job's trial was asked for"
         record = self._tell(trial, *place, job.plan, answer)
@@ -112,6 +132,12 @@ class Ledger:
         assert place is not None, "a queued trial carries its place"
         return trial, *place
 
+    def _peers(self, key: int, epochs: float) -> list[tuple[float, float]]:
+        """(score, ratio) of every other trial, finished or running, that reached the rung of so many epochs."""
+        points = [(rung, record.ratio) for record in self.records() for rung in record.curve]
+        points += [point for other, reached in self._reached.items() if other != key for point in reached]
+        return [(rung.score, ratio) for rung, ratio in points if rung.epochs == epochs]
+
     def _tell(self, trial: optuna.Trial, index: int, origin: str, plan: Plan, answer: Answer) -> TrialRecord:
         params = self._params(plan)
         record = TrialRecord(
@@ -123,7 +149,7 @@ class Ledger:
             params=params,
             macs=self._macs(plan),
             ratio=self._inventory.params / params,
-            score=answer.curve[-1].score if answer.outcome is Outcome.DONE else None,
+            score=answer.curve[-1].score if answer.outcome in (Outcome.DONE, Outcome.STOPPED_EARLY) else None,
             curve=answer.curve,
             seconds=answer.seconds,
             seed=self.seed_of(index),
@@ -133,8 +159,8 @@ class Ledger:
         if record.score is not None:
             # Without it a sampler spends half its trials on ever smaller models that know nothing.
             trial.set_constraint("worth taking home", self._floor - record.score)
-        values = [record.score, math.log10(record.ratio)] if record.score is not None else None
-        self.study.tell(trial, values, state=record.outcome.state)
+        values = (record.score, math.log10(record.ratio)) if record.score is not None else None
+        self.study.tell(trial, values if record.outcome is Outcome.DONE else None, state=record.outcome.state)
         return record
 
     def _losses(self, index: int) -> int:

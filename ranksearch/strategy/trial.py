@@ -6,7 +6,7 @@ import copy
 import enum
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -70,8 +70,12 @@ class Evaluator:
     sweeps: int = 0
     """What refines a finalist's factors before it is fine-tuned."""
 
-    def __call__(self, job: Job) -> Iterator[Rung | Answer]:
-        """Evaluate a job: a rung after each epoch (the first without training), then the answer, always last."""
+    def __call__(self, job: Job) -> Generator[Rung | Answer, bool | None, None]:
+        """Evaluate a job: a rung after each epoch (the first without training), then the answer, always last.
+
+        Each rung may be answered (`send`): at False the job ends as stopped early. A plain `for` loop, which sends None,
+        goes on to the end.
+        """
         start, curve = time.perf_counter(), list[Rung]()
         final = job.stage is Stage.FINALIST
         try:
@@ -79,12 +83,14 @@ class Evaluator:
             if job.stage is Stage.PROBE:
                 yield Answer(Outcome.DONE, seconds=time.perf_counter() - start, loss=self._loss(model, job.seed))
                 return
+            outcome = Outcome.DONE
             for rung in self._rungs(model, job):
                 if not math.isfinite(rung.score):
                     raise Diverged("the score became NaN or infinite")
                 curve.append(rung)
-                yield rung
-            outcome = Outcome.DONE
+                if (yield rung) is False:
+                    outcome = Outcome.STOPPED_EARLY
+                    break
         except Diverged:
             outcome = Outcome.DIVERGED
         except torch.OutOfMemoryError:

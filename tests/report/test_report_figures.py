@@ -49,6 +49,25 @@ def test_correlations_need_three_trials_that_got_to_the_end():
     assert figures.rung_correlations(replace(RECORD, trials=figures.scored(RECORD.trials)[:2])) == []
 
 
+def test_stopped_trials_are_in_no_correlation():
+    stopped = tuple(replace(t, outcome=Outcome.STOPPED_EARLY) for t in RECORD.trials)
+    assert figures.stopped(RECORD.trials)
+    assert figures.rung_correlations(replace(RECORD, trials=stopped)) == []
+    done = tuple(figures.scored(RECORD.trials))
+    assert figures.rung_correlations(replace(RECORD, trials=done)) == figures.rung_correlations(RECORD)
+
+
+def test_stopped_trials_are_drawn_as_such_whoever_proposed_them():
+    """A frontier's trial that was stopped is not among those that were trained to the end."""
+    trials = tuple(
+        replace(t, outcome=Outcome.STOPPED_EARLY, curve=t.curve[:2], finalist=None) for t in RECORD.trials if t.curve
+    )
+    rows = [row for row in points.front_points(replace(RECORD, trials=trials)) if row["kind"] != points.DENSE]
+    assert [row["kind"] for row in rows] == [points.STOPPED] * len(trials)
+    assert {row["outcome"] for row in rows} == {"stopped early after 1 epoch"}
+    assert {row["kind"] for row in points.curve_points(replace(RECORD, trials=trials))} == {points.STOPPED}
+
+
 def test_equal_scores_have_no_correlation():
     flat = tuple(replace(t, curve=(Rung(0, 0.5), Rung(1, 0.5))) for t in figures.scored(RECORD.trials))
     assert figures.rung_correlations(replace(RECORD, trials=flat)) == []
