@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -45,9 +46,10 @@ def test_a_live_view_draws_progress_and_front(finished):
         view.facts(record.facts)
         view.stage("trials", 8, 2)
         view.trial(record.trials[0], record.trials[:1])
+        view.trial(trial(9, None, 1.0, Outcome.OVER_BUDGET), record.trials[:1])
         view._live.refresh()
     text = out.getvalue()
-    for words in ("training the dense net", "3/8", "left", "front so far", f"trial {record.trials[0].number}:"):
+    for words in ("training the dense net", "3/8", "left", "front so far", "trial 9: over budget"):
         assert words in text
 
 
@@ -58,14 +60,18 @@ def test_plain_lines_for_every_kind_of_trial(finished):
     view.stage("trials", 8, 3)
     view.facts(record.facts)
     lost = trial(9, None, 1.0, Outcome.DIVERGED)
+    again = replace(trial(11, 0.5, 2.0), same_as=3)
     done = next(t for t in record.trials if t.finalist)
     view.trial(done, record.trials)
     view.trial(lost, record.trials)
+    view.trial(trial(10, None, 1.0, Outcome.OVER_BUDGET), record.trials)
+    view.trial(again, record.trials)
     lines = out.getvalue().splitlines()
     assert lines[0] == "trials: 8 steps, 3 of them done before"
     assert lines[1].startswith("dense: ")
     assert lines[2].startswith(f"finalist {done.number} [{done.origin}] {done.ratio:.1f}x, ")
-    assert lines[3] == "trial 9 [tpe] diverged, 0.0 s: dense"
+    assert lines[3] == "trial 9 [tpe] diverged, 0.0 s: conv1 CP 10"
+    assert lines[4:] == ["trial 11 [tpe] 2.0x, 50.0 %, the plan of trial 3, 0.0 s: conv1 CP 12"]
 
 
 def test_scores_and_clocks_for_people():

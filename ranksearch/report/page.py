@@ -46,7 +46,9 @@ def _context(record: StudyRecord) -> dict[str, Any]:
         "front": summary.front_lines(record),
         "finalists": len(figures.finalists(record)),
         "gain": figures.gain(record),
-        "trials": text.counted(len(record.trials), "trial"),
+        "notes": record.notes,
+        "limits": str(facts.limits),
+        "trials": text.counted(len(figures.trained(record.trials)), "trial"),
         "below": points.window(record).below,
         "floor": text.score(points.window(record).low, name),
         "near": text.margin(figures.NEAR, name),
@@ -75,9 +77,9 @@ def _charts(record: StudyRecord) -> dict[str, Any]:
 def _cards(record: StudyRecord) -> list[dict[str, str]]:
     """The key figures at the top: title, the figure, and the line below it."""
     facts, name = record.facts, record.facts.score_name
-    best, elbow = figures.near_dense(record.front, facts.dense), figures.knee(record.front)
+    best, elbow = figures.near_dense(record.shown, facts.dense), figures.knee(record.shown)
     dense = f"{text.whole(facts.dense.params)} parameters, {text.score(facts.dense.score_test, name)} on test"
-    finalists = len(figures.finalists(record))
+    finalists, trials = len(figures.finalists(record)), len(figures.trained(record.trials))
     work = f"in {text.duration(sum(record.seconds.values()))}; " + (
         f"{text.counted(finalists, 'finalist')}, " if finalists else ""
     )
@@ -85,7 +87,7 @@ def _cards(record: StudyRecord) -> list[dict[str, str]]:
         {"title": f"Dense {name}", "figure": text.score(facts.dense.score_validation, name), "line": _together(dense)},
         _trial_card(record, f"Within {text.margin(figures.NEAR, name)} of dense", best),
         _trial_card(record, "Knee of the front", elbow),
-        {"title": "Trials", "figure": f"{len(record.trials):,}", "line": f"{work}{len(record.front)} on the front"},
+        {"title": "Trials", "figure": f"{trials:,}", "line": f"{work}{len(record.front)} on the front"},
     ]
 
 
@@ -119,7 +121,7 @@ def _rank_rows(record: StudyRecord) -> list[dict[str, Any]]:
     """One row a layer: its VBMF ranks, and what each trial of the front makes of it."""
     rows = []
     for layer in record.facts.layers:
-        chosen = [trial.plan[layer.name] for trial in record.front]
+        chosen = [trial.plan[layer.name] for trial in record.shown]
         largest = max((_mean_rank(value) for value in chosen), default=0)
         cells = [_rank_cell(value, largest) for value in chosen]
         rows.append({"name": layer.name, "vbmf": _vbmf(layer), "cells": cells})
