@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 
 from ranksearch import training
+from ranksearch.console import Silent
 from ranksearch.data import example, sample, sample_inputs
 from ranksearch.dense import load_weights, recipe, train_dense
-from ranksearch.console import Silent
 from ranksearch.export import weights_of
-from ranksearch.files import write_whole
 from ranksearch.factorization import METHODS
+from ranksearch.files import write_whole
 from ranksearch.layers import Inventory, Layer, inventory
 from ranksearch.plan import SVD, Dense, Factorization, Plan, Tucker2
 from ranksearch.profile import Profile, profile, rank_grid
@@ -132,8 +132,8 @@ class Simulated:
     """A network of fifty layers with the shapes of ResNet-50 whose scores are tabulated, not trained.
 
     Every unfolding has singular values that fall as a power of their own; the error of a choice follows from them. What a
-    layer's error costs the trained score differs from layer to layer, errors of neighbours add to each other, and all scores are
-    noisy. The probes see what the errors cost before training, which is another thing: each layer's by a random factor.
+    layer's error costs the trained score differs from layer to layer, the errors of neighbours make each other worse, and
+    all scores are noisy. The probes see what the errors cost before training: that differs by a random factor a layer.
     """
 
     epochs = 3

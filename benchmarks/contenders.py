@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -77,11 +76,11 @@ class Contender:
     def _sampled(self, arena: Arena, seed: int, trials: int, plans: list[tuple[str, Plan]]) -> Found:
         assert self.sampler is not None
         study = optuna.create_study(directions=["maximize", "maximize"])
-        table = Table(dense_params(arena), self.choices(arena), arena.inventory.params)
+        table = Table(arena.inventory, self.choices(arena))
         floor = arena.dense_score - WORTH
         ledger = Ledger(
             study, arena.space, arena.inventory, plans, sampler=self.sampler, seed=seed, floor=floor,
-            knowledge=Knowledge(arena.space, table, arena.dense_score, floor, self.suggested(arena)),
+            knowledge=Knowledge(arena.space, table, arena.dense_score, floor, suggested=self.suggested(arena)),
         )  # fmt: skip
         found, start = Found(), time.perf_counter()
         for job in ledger.jobs(trials):

@@ -30,10 +30,14 @@ def search(
     rank_multiple: int = 1,
     smaller_in: Sequence[str] = ("params",),
     data_aware: bool = True,
-    sampler: str = "tpe",
+    sampler: str = "rank",
     trials: int = 60,
     minutes: float | None = None,
     halving: bool = False,
+    min_score: float | None = None,
+    min_ratio: float | None = None,
+    max_params: int | None = None,
+    max_macs: int | None = None,
     finetune: Recipe | None = None,
     finalists: Recipe | None = None,
     finalist_count: int = 10,
@@ -53,10 +57,14 @@ def search(
         rank_multiple: ranks are multiples of this, as some hardware wants them.
         smaller_in: a layer is only stored in ways that are smaller than dense in each of these: params, macs.
         data_aware: fit the factors for the inputs that each layer sees in training, not for the weights alone.
-        sampler: who proposes: tpe, nsga2 or random.
-        trials: finished trials in all.
+        sampler: who proposes: rank, or one of Optuna's: tpe, nsga2, gp, random.
+        trials: trained trials in all.
         minutes: ask for no more trials after so long.
         halving: stop trials early that are clearly behind others of similar size after as much fine-tuning.
+        min_score: models with a lower validation score are not on the front.
+        min_ratio: plans of a lower compression ratio are not trained.
+        max_params: nor are plans that leave more parameters,
+        max_macs: or more multiply-accumulates for one input.
         finetune: how each trial is trained; three epochs by default.
         finalists: how each finalist is trained; twelve epochs by default.
         finalist_count: how many trials of the front become finalists.
@@ -91,7 +99,16 @@ def search(
             smaller_in=(smaller_in,) if isinstance(smaller_in, str) else tuple(smaller_in),
             data_aware=data_aware,
         ),
-        search=SearchSpec(sampler=sampler, trials=trials, minutes=minutes, halving=halving),
+        search=SearchSpec(
+            sampler=sampler,
+            trials=trials,
+            minutes=minutes,
+            halving=halving,
+            min_score=min_score,
+            min_ratio=min_ratio,
+            max_params=max_params,
+            max_macs=max_macs,
+        ),
         finetune=_train_spec(TrainSpec, finetune or Recipe(epochs=3)),
         finalists=_train_spec(FinalistSpec, finalists or Recipe(epochs=12), count=finalist_count, sweeps=finalist_sweeps),
     )

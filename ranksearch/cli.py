@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("source", metavar="NAME|FILE", help="a built-in study, or a TOML file")
     _overrides(study)
     study.add_argument("--out", type=Path, metavar="DIR", help="the study's folder (runs/NAME)")
-    study.add_argument("--trials", type=int, metavar="N", help="finished trials in all (search.trials)")
+    study.add_argument("--trials", type=int, metavar="N", help="trained trials in all (search.trials)")
     study.add_argument("--minutes", type=float, metavar="M", help="ask for no trial after so long (search.minutes)")
     study.add_argument("--workers", type=int, metavar="N", help="processes (one a core); 0: in this process")
     study.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -142,11 +142,13 @@ def _study(options: argparse.Namespace, given: list[str]) -> int:
     except KeyboardInterrupt as stop:
         # Before the study's folder was claimed it is a plain one.
         if isinstance(stop, Stopped) and stop.record:
-            screen.print(views.front_table(stop.record.front, stop.record.facts, title="the front so far"))
+            screen.print(views.front_table(stop.record.shown, stop.record.facts, title="the front so far"))
         again = _shown([word for word in given if word != "--fresh"], options.storage)
         screen.print(f"\nStopped. Go on with:  {again}", markup=False, highlight=False, soft_wrap=True)
         return INTERRUPTED
-    screen.print(views.front_table(found.front, found.facts, title="the front"))
+    screen.print(views.front_table(found.shown, found.facts, title="the front"))
+    for note in found.notes:
+        screen.print(note, markup=False, highlight=False, soft_wrap=True)
     screen.print(views.final_words(out, _shown([], options.storage)), markup=False, highlight=False, soft_wrap=True)
     return 0
 
@@ -214,7 +216,10 @@ def _export(options: argparse.Namespace, given: list[str]) -> int:
     from ranksearch.record import choose, read_study
 
     record = read_study(_stored(options))
-    trial = choose(record.trials, number=options.trial, min_score=options.min_score, min_ratio=options.min_ratio)
+    trial = choose(
+        record.trials, number=options.trial, min_score=options.min_score, min_ratio=options.min_ratio,
+        limits=record.facts.limits,
+    )  # fmt: skip
     spec = folder.read_spec(options.folder)
 
     from ranksearch.data import batches

@@ -41,7 +41,7 @@ class View(abc.ABC):
 
     @abc.abstractmethod
     def trial(self, record: TrialRecord, trials: Sequence[TrialRecord]) -> None:
-        """A trial, or a finalist, has its answer; `trials` are all so far."""
+        """A trial, trained or not, or a finalist, has its answer; `trials` are all so far."""
 
 
 class Silent(View):
@@ -74,7 +74,9 @@ class Plain(View):
         self._print(dense_line(facts.dense, facts.score_name))
 
     def trial(self, record: TrialRecord, trials: Sequence[TrialRecord]) -> None:
-        self._print(trial_line(record, self._score_name))
+        # A tight limit turns down many proposals for each that is trained; their number is told at the end.
+        if record.outcome is not Outcome.OVER_BUDGET:
+            self._print(trial_line(record, self._score_name))
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -110,17 +112,21 @@ class Terminal(View):
         self._current = self._progress.add_task(title, total=total, completed=done, before=done, note="")
 
     def step(self, text: str = "") -> None:
-        assert self._current is not None, "a step belongs to a stage"
-        self._progress.update(self._current, advance=1, note=text)
+        self._note(text, advance=1)
 
     def facts(self, facts: StudyFacts) -> None:
         self._facts = facts
 
     def trial(self, record: TrialRecord, trials: Sequence[TrialRecord]) -> None:
         assert self._facts is not None, "trials come after the facts"
-        self.step(f"trial {record.number}: {short_outcome(record, self._facts.score_name)}")
+        self._note(f"trial {record.number}: {short_outcome(record, self._facts.score_name)}", advance=int(record.trained))
         rows = max(4, self._console.height - 12)
-        self._front = front_table(front_of(trials), self._facts, most=rows, title="front so far")
+        front = front_of(trials, self._facts.limits) or front_of(trials)
+        self._front = front_table(front, self._facts, most=rows, title="front so far")
+
+    def _note(self, text: str, *, advance: int) -> None:
+        assert self._current is not None, "a step belongs to a stage"
+        self._progress.update(self._current, advance=advance, note=text)
 
     def _render(self) -> Group:
         return Group(self._progress, self._front)
@@ -157,7 +163,7 @@ def short_outcome(record: TrialRecord, score_name: str) -> str:
     """`55.3x, 98.1 %` for a trial that is done, with how it ended where it was stopped early; its outcome otherwise."""
     found = f"{record.ratio:.1f}x, {score_text(record.score_validation, score_name)}"
     if record.outcome is Outcome.DONE:
-        return found
+        return found if record.same_as is None else f"{found}, the plan of trial {record.same_as}"
     return f"{found}, {record.ending}" if record.outcome is Outcome.STOPPED_EARLY else record.ending
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ranksearch import pareto
 from ranksearch.errors import StudyError
+from ranksearch.limits import UNLIMITED, Limits
 from ranksearch.plan import Factorization, Plan
 
 
@@ -23,6 +24,10 @@ class Outcome(enum.Enum):
     STOPPED_EARLY = "stopped early: other trials of similar size were clearly better after as much fine-tuning"
     DIVERGED = "diverged: the loss or the score became NaN or infinite; a lower finetune.learning_rate helps"
     NOT_SMALLER = "not smaller than dense: the plan saves no parameters, so it was not trained"
+    OVER_BUDGET = (
+        "over budget: larger than search.min_ratio, search.max_params or search.max_macs allow, so it was not trained; a "
+        "wider limit lets it in"
+    )
     OUT_OF_MEMORY = "out of memory: a smaller finetune.batch_size or fewer --workers help"
     WORKER_LOST = "worker lost: its process ended before the trial did, most often for lack of memory; fewer --workers help"
 
@@ -33,6 +38,10 @@ class Outcome(enum.Enum):
 
 
 _STATES = {Outcome.DONE: TrialState.COMPLETE, Outcome.WORKER_LOST: TrialState.FAIL}
+_UNTRAINED = (Outcome.NOT_SMALLER, Outcome.OVER_BUDGET, Outcome.WORKER_LOST)
+
+GIVE_UP = 100
+"""A search ends once so many proposals in a row needed no training: the sampler finds nothing new within the limits."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,14 @@ class TrialRecord:
     curve: tuple[Rung, ...] = ()
     seconds: float = 0.0
     seed: int = 0
+    same_as: int | None = None
+    """The number of the trial of the same plan that answered for this one, which was not trained again."""
     finalist: Finalist | None = None
+
+    @property
+    def trained(self) -> bool:
+        """Whether it was trained to an answer of its own: what `search.trials` counts."""
+        return self.same_as is None and self.outcome not in _UNTRAINED
 
     @property
     def score_validation(self) -> float | None:
@@ -138,6 +154,11 @@ class StudyFacts:
     data: str
     """One sentence: what the images are, and how many stand in each split."""
 
+    @property
+    def limits(self) -> Limits:
+        """What the models of the front must keep, as of the last run."""
+        return Limits.of(self.spec.get("search", {}))
+
 
 @dataclass(frozen=True, kw_only=True)
 class StudyRecord:
@@ -149,17 +170,66 @@ class StudyRecord:
 
     @property
     def front(self) -> list[TrialRecord]:
-        """The non-dominated trials by (validation score, ratio), by rising ratio; see `front_of`."""
+        """The non-dominated trials within the study's limits, by rising ratio; see `front_of`."""
+        return front_of(self.trials, self.facts.limits)
+
+    @property
+    def unconstrained_front(self) -> list[TrialRecord]:
+        """The front that there would be without the limits."""
         return front_of(self.trials)
 
+    @property
+    def shown(self) -> list[TrialRecord]:
+        """What a reader is shown: the front, or the unconstrained one where no model keeps the limits."""
+        return self.front or self.unconstrained_front
 
-def front_of(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """The non-dominated trials by (validation score, ratio), by rising ratio.
+    @property
+    def notes(self) -> list[str]:
+        """Sentences on what became of the limits and of proposals that were not trained; most studies have none."""
+        trials, planned = self.trials, self.facts.spec.get("search", {}).get("trials", 0)
+        over = sum(trial.outcome is Outcome.OVER_BUDGET for trial in trials)
+        known = sum(trial.same_as is not None for trial in trials)
+        trained = sum(trial.trained for trial in trials)
+        found = []
+        if self.facts.limits and not self.front and self.unconstrained_front:
+            found.append(
+                f"No model keeps the limits ({self.facts.limits}): shown is the front without them, and the nearest trials "
+                "are the finalists."
+            )
+        if trained < planned and untrained_in_a_row(trials) >= GIVE_UP:
+            found.append(
+                f"The search ended after {trained} of {planned} trials: {GIVE_UP} proposals in a row were over the limits or "
+                "known already; widen the limits or the space."
+            )
+        if over:
+            found.append(f"Proposals over the limits, which were not trained: {over:,}.")
+        if known:
+            found.append(f"Proposals of a plan that was known already, answered from the record: {known:,}.")
+        return found
+
+
+def untrained_in_a_row(trials: Iterable[TrialRecord], waiting: Iterable[int] = (), running: Iterable[int] = ()) -> int:
+    """How many proposals since the last that was trained needed no training.
+
+    Args:
+        trials: those that have an answer.
+        waiting: numbers of those that wait for the answer to the same plan.
+        running: numbers of those that are being trained.
+    """
+    trials = list(trials)
+    last = max([*running, *(trial.number for trial in trials if trial.trained)], default=-1)
+    untrained = [*waiting, *(trial.number for trial in trials if not trial.trained)]
+    return sum(number > last for number in untrained)
+
+
+def front_of(trials: Sequence[TrialRecord], limits: Limits = UNLIMITED) -> list[TrialRecord]:
+    """The non-dominated trials within the limits by (validation score, ratio), by rising ratio; each plan once.
 
     Once there are finalists only they compete: scores of long and of short fine-tuning do not compare.
     """
     done = [trial for trial in trials if trial.outcome is Outcome.DONE and trial.score_validation is not None]
-    pool = [trial for trial in done if trial.finalist] or done
+    pool = [trial for trial in done if trial.finalist] or [trial for trial in done if trial.same_as is None]
+    pool = [trial for trial in pool if not limits.excess(trial, trial.score_validation)]
     return [pool[i] for i in pareto.front([(_score(trial), trial.ratio) for trial in pool])]
 
 
@@ -169,9 +239,10 @@ def choose(
     number: int | None = None,
     min_score: float | None = None,
     min_ratio: float | None = None,
+    limits: Limits = UNLIMITED,
 ) -> TrialRecord:
     """One finalist: of that number, or the smallest of at least that validation score, or the best of at least that
-    compression ratio; the knee of the front where nothing is asked for.
+    compression ratio; the knee of the front where nothing is asked for. One within the study's `limits` where there is one.
 
     Raises:
         StudyError: there are no finalists, or none is as asked.
@@ -179,22 +250,23 @@ def choose(
     finalists = {trial.number: trial for trial in trials if trial.finalist}
     if not finalists:
         raise StudyError("A model must be a finalist to be taken home, but there are none yet; let the study end first.")
-    front = front_of(trials)
     if number is not None:
         if number not in finalists:
             names = ", ".join(map(str, sorted(finalists)))
             raise StudyError(f"Only finalists keep their weights, but trial {number} is none; they are {names}.")
         return finalists[number]
+    whole = front_of(trials)
+    front = front_of(trials, limits) or whole
     if min_score is not None:
-        fitting = [trial for trial in front if _score(trial) >= min_score]
+        fitting = [t for t in front if _score(t) >= min_score] or [t for t in whole if _score(t) >= min_score]
         if not fitting:
-            best = max(map(_score, front))
+            best = max(map(_score, whole))
             raise StudyError(f"A model with a score of at least {min_score:g} is asked for, but the best has {best:.4f}.")
         return max(fitting, key=lambda trial: trial.ratio)
     if min_ratio is not None:
-        fitting = [trial for trial in front if trial.ratio >= min_ratio]
+        fitting = [t for t in front if t.ratio >= min_ratio] or [t for t in whole if t.ratio >= min_ratio]
         if not fitting:
-            most = max(trial.ratio for trial in front)
+            most = max(trial.ratio for trial in whole)
             raise StudyError(f"A ratio of at least {min_ratio:g} is asked for, but the smallest model has {most:.1f}.")
         return max(fitting, key=_score)
     return front[pareto.knee([(_score(trial), math.log10(trial.ratio)) for trial in front])]
@@ -222,6 +294,7 @@ def attributes(record: TrialRecord) -> dict[str, Any]:
         "curve": [_plain(rung) for rung in record.curve],
         "seconds": record.seconds,
         "seed": record.seed,
+        "same_as": record.same_as,
     }
     return {_TRIAL: whole, "plan": str(record.plan), "outcome": record.outcome.value}
 

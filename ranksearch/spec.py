@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import re
 import tomllib
 import types
@@ -16,9 +17,10 @@ from typing import Any
 import tomli_w
 
 from ranksearch.errors import SpecError, nearest
+from ranksearch.limits import Limits
 from ranksearch.plan import KINDS
 
-SAMPLERS = ("tpe", "nsga2", "random")
+SAMPLERS = ("rank", "tpe", "nsga2", "gp", "random")
 COSTS = ("params", "macs")
 METHODS = tuple(name for name in KINDS if name != "dense")
 
@@ -101,11 +103,23 @@ class SpaceSpec:
 class SearchSpec:
     """How long to search, and who proposes."""
 
-    sampler: str = _checked(f"one of {', '.join(SAMPLERS)}", lambda value: value in SAMPLERS, default="tpe")
+    sampler: str = _checked(f"one of {', '.join(SAMPLERS)}", lambda value: value in SAMPLERS, default="rank")
     trials: int = _at_least(1, default=60)
+    """How many plans are trained; those that need no training do not count."""
     minutes: float | None = _positive(default=None)
     halving: bool = False
     """Stop trials early that are clearly behind others of similar size after as much fine-tuning."""
+    min_score: float | None = _checked("a finite number", math.isfinite, default=None)
+    """Models with a lower validation score are not on the front."""
+    min_ratio: float | None = _checked("a finite number above 0", lambda value: 0 < value < math.inf, default=None)
+    """Plans of a lower compression ratio are not trained; nor are those of more parameters or multiply-accumulates:"""
+    max_params: int | None = _at_least(1, default=None)
+    max_macs: int | None = _at_least(1, default=None)
+
+    @property
+    def limits(self) -> Limits:
+        """What every model of the front must keep."""
+        return Limits.of(dataclasses.asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +145,15 @@ class StudySpec:
         return tomli_w.dumps(self.to_dict())
 
     def identity(self) -> dict[str, Any]:
-        """What makes results comparable: all but the budget and the wording. Flat, `section.key` -> value."""
+        """What makes results comparable: all but the budget, the limits and the wording. Flat, `section.key` -> value.
+
+        A limit says what is looked for and leaves every score as it is, so a study may go on under others.
+        """
         flat: dict[str, Any] = {}
         for key, value in self.to_dict().items():
             flat |= {f"{key}.{inner}": entry for inner, entry in value.items()} if isinstance(value, dict) else {key: value}
         free = {"about", "search.trials", "search.minutes", "finalists.count"}
+        free |= {f"search.{entry.name}" for entry in dataclasses.fields(Limits)}
         return {key: value for key, value in flat.items() if key not in free}
 
 

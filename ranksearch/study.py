@@ -21,7 +21,7 @@ from ranksearch.console import Look, Silent, View
 from ranksearch.data import check_splits, example, sample_inputs
 from ranksearch.dense import load_given, load_weights, recipe, train_dense
 from ranksearch.engines import local
-from ranksearch.errors import ModelError, StudyError
+from ranksearch.errors import ModelError, SpecError, StudyError
 from ranksearch.export import load_model, save_model, weights_of
 from ranksearch.factorization import Offer
 from ranksearch.files import write_whole
@@ -31,13 +31,15 @@ from ranksearch.profile import Profile, kernel, profile, vbmf_ranks
 from ranksearch.record import DenseFacts, Finalist, LayerFacts, Outcome, Rung, StudyFacts, StudyRecord, TrialRecord
 from ranksearch.report import write_report
 from ranksearch.spec import StudySpec
-from ranksearch.strategy.finalists import WORTH, choose_finalists
+from ranksearch.strategy.finalists import choose_finalists, floor_of
 from ranksearch.strategy.ledger import Ledger
-from ranksearch.strategy.prior import at_vbmf, quarter, vbmf_plans
-from ranksearch.strategy.sensitivity import predicted_frontier, spread, values_to_probe
-from ranksearch.strategy.space import Space, make_space
+from ranksearch.strategy.prior import WEAKENINGS, at_vbmf, quarter, vbmf_plans
+from ranksearch.strategy.sampler import Knowledge
+from ranksearch.strategy.sensitivity import predicted_choices, predicted_frontier, spread, values_to_probe
+from ranksearch.strategy.space import Space, check_limits, make_space, size_of
+from ranksearch.strategy.surrogate import Table
 from ranksearch.strategy.trial import Answer, Evaluator, Job, Stage
-from ranksearch.tasks import Task, check_outputs, load_task
+from ranksearch.tasks import Task, accuracy, check_outputs, load_task
 
 CALIBRATION = 512
 """Training inputs that data-aware factors are fitted for; with 128 the output error on held-out digits is a tenth higher."""
@@ -103,6 +105,8 @@ def run_study(
     found = inventory(task.model, example(task.data.train))
     check_outputs(task)
     space = _space(spec, found)
+    check_limits(spec.search.limits, space, found)
+    _check_min_score(spec, task)
     if spec.dense.weights:
         load_given(task.model, Path(spec.dense.weights))
     if options.storage and options.fresh:
@@ -241,24 +245,40 @@ class _Run:
             self.run_jobs(jobs, self.evaluator(layers), on_message, lambda: False)
 
     def firsts(self, layers: Profile) -> list[tuple[str, Plan]]:
-        """The plans that are tried first, with their origins; chosen once in a study."""
+        """The plans within the limits that are tried first, with their origins; chosen once in a study."""
         if (known := record.read_firsts(self.study)) is not None:
             return known
         dense, probes = record.read_probes(self.study)
         # Where the worker of the dense probe was lost, there is nothing to set the others against.
         corners = predicted_frontier(layers, probes, dense) if dense is not None else []
-        chosen = spread(corners, self.inventory.params, FRONTIER_PLANS)
-        firsts = [*(("frontier", corner.plan) for corner in chosen), *vbmf_plans(self.space, layers.vbmf)]
+        # The dense corner, which is never chosen, stays: `spread` takes the first for it.
+        within = [*corners[:1], *(corner for corner in corners[1:] if self._fits(corner.plan))]
+        chosen = spread(within, self.inventory.params, FRONTIER_PLANS)
+        vbmf = [(origin, plan) for origin, plan in vbmf_plans(self.space, layers.vbmf) if self._fits(plan)]
+        firsts = [*(("frontier", corner.plan) for corner in chosen), *vbmf]
         record.write_firsts(self.study, firsts)
         return firsts
+
+    def knowledge(self, layers: Profile, dense_score: float, floor: float) -> Knowledge:
+        """What the sampler "rank" starts from."""
+        dense, probes = record.read_probes(self.study)
+        choices = predicted_choices(layers, probes if dense is not None else (), dense or 0.0)
+        searched = {axis.layer.name: choices[axis.layer.name] for axis in self.space.axes}
+        suggested = [plan for _, plan in vbmf_plans(self.space, layers.vbmf, WEAKENINGS)]
+        table = Table(self.inventory, searched)
+        return Knowledge(self.space, table, dense_score, floor, self.spec.search.limits, suggested)
 
     def search(self, layers: Profile) -> None:
         """Ask, evaluate, tell, until the budget is spent."""
         firsts = self.firsts(layers)
+        limits = self.spec.search.limits
+        dense_score = record.read_facts(self.study).dense.score_validation
+        floor = floor_of(dense_score, limits)
         ledger = self.ledger = Ledger(
             self.study, self.space, self.inventory, firsts, sampler=self.spec.search.sampler, seed=self.spec.seed,
-            floor=record.read_facts(self.study).dense.score_validation - WORTH,
+            floor=floor, limits=limits, knowledge=self.knowledge(layers, dense_score, floor),
             halve_below=self.spec.finetune.epochs if self.spec.search.halving else 0,
+            on_untrained=lambda found: self.view.trial(found, ledger.records()),
         )  # fmt: skip
         ledger.recover()
         trials, minutes = self.spec.search.trials, self.spec.search.minutes
@@ -281,7 +301,7 @@ class _Run:
         """Fine-tune the best trials for longer, score them on the test split, keep their weights, time them."""
         trials = record.read_trials(self.study)
         dense = record.read_facts(self.study).dense
-        chosen = choose_finalists(trials, dense.score_validation, self.spec.finalists.count)
+        chosen = choose_finalists(trials, dense.score_validation, self.spec.finalists.count, self.spec.search.limits)
         waiting = [t for t in chosen if not (t.finalist and (self.out / "models" / str(t.number)).is_dir())]
         by_number = {trial.number: trial for trial in trials}
         self.view.stage("finalists", len(chosen), len(chosen) - len(waiting))
@@ -310,6 +330,9 @@ class _Run:
         return record.read_study(self.study)
 
     # --- details ---
+
+    def _fits(self, plan: Plan) -> bool:
+        return not self.spec.search.limits.excess(size_of(plan, self.inventory))
 
     def run_jobs(
         self, jobs: Iterator[Job], evaluate: Evaluator, on_message: local.OnMessage, should_stop: Callable[[], bool]
@@ -402,6 +425,12 @@ class _Run:
 def _space(spec: StudySpec, found: Inventory) -> Space:
     about = spec.space
     return make_space(found, about.methods, layers=about.layers, skip=about.skip, offer=_offer(spec))
+
+
+def _check_min_score(spec: StudySpec, task: Task) -> None:
+    least = spec.search.min_score
+    if task.score is accuracy and least is not None and least > 1:
+        raise SpecError(f"search.min_score must be at most 1 for accuracy, but got {least:g}; 97 % is 0.97.")
 
 
 def _offer(spec: StudySpec) -> Offer:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "ranksearch"
 # Each floor may import from itself where its files are a package, and from the floors above it.
 FLOORS = [
     ["errors", "files"],
-    ["plan", "pareto"],
+    ["plan", "pareto", "limits"],
     ["spec"],
     ["record"],
     ["report", "console"],

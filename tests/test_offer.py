@@ -174,7 +174,7 @@ def test_every_value_that_is_offered_is_chosen_by_its_parameters(multiple, small
 def test_first_plans_and_profiles_keep_to_what_is_offered(trained, offer):
     space = space_of(offer)
     layers = profile(trained.model, INVENTORY, {axis.layer.name: axis.methods for axis in space.axes}, offer=offer)
-    plans = [plan for _, plan in vbmf_plans(space, layers)]
+    plans = [plan for _, plan in vbmf_plans(space, layers.vbmf)]
     assert plans
     for plan in plans:
         assert space.plan(space.params(plan)) == plan

@@ -91,7 +91,7 @@ def ledger_of(study, dense=None, cache=None, *, firsts=None, halve_below=0):
     space = make_space(found, small_spec().space.methods)
     layers = profile(model, found, {axis.layer.name: axis.methods for axis in space.axes}, cache=cache)
     if firsts is None:
-        firsts = read_firsts(study) or list(vbmf_plans(space, layers))
+        firsts = read_firsts(study) or list(vbmf_plans(space, layers.vbmf))
     return Ledger(study, space, found, firsts, sampler="tpe", seed=0, floor=0.5, halve_below=halve_below)
 
 

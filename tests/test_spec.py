@@ -5,6 +5,7 @@ import re
 import pytest
 
 from ranksearch.errors import SpecError
+from ranksearch.limits import UNLIMITED, Limits
 from ranksearch.spec import builtin_studies, complete_identity, load_spec, parse_spec, resolve
 from tests.nets import SMALL
 
@@ -39,6 +40,17 @@ def test_the_budget_is_not_part_of_a_studys_identity():
     assert parse(SMALL, "search.halving=true").identity() != parse().identity()
 
 
+def test_limits_say_what_is_looked_for_and_make_no_other_study():
+    spec = parse(SMALL, "search.min_score=0.9", "search.min_ratio=4", "search.max_params=9000", "search.max_macs=80000")
+    assert spec.search.limits == Limits(min_score=0.9, min_ratio=4.0, max_params=9000, max_macs=80000)
+    assert str(spec.search.limits) == "min_score 0.9, min_ratio 4, max_params 9,000, max_macs 80,000"
+    assert parse().search.limits == UNLIMITED
+    assert not parse().search.limits
+    assert spec.identity() == parse().identity()
+    assert complete_identity(parse().identity(), source="there") == spec.identity()
+    assert Limits.of(spec.to_dict()["search"]) == spec.search.limits
+
+
 def test_what_an_older_identity_does_not_name_has_its_default():
     spec = parse(SMALL, "space.skip=['conv1']", "task.model_args.classes=10", "name='a.b'")
     whole = spec.identity()
@@ -62,6 +74,12 @@ def test_what_an_older_identity_does_not_name_has_its_default():
             "search.sampler=tpee",
             "study.toml: search.sampler must be one of tpe, nsga2, random, but got 'tpee'. Did you mean 'tpe'?",
         ),
+        ("search.min_score=nan", "study.toml: search.min_score must be a finite number, but got nan."),
+        ("search.min_score=high", "study.toml: search.min_score must be a number, but got 'high'."),
+        ("search.min_ratio=0", "study.toml: search.min_ratio must be a finite number above 0, but got 0."),
+        ("search.min_ratio=inf", "study.toml: search.min_ratio must be a finite number above 0, but got inf."),
+        ("search.max_params=0", "study.toml: search.max_params must be at least 1, but got 0."),
+        ("search.max_macs=1e6", "study.toml: search.max_macs must be a whole number, but got 1000000.0."),
         ("space.methods=['tucker']", "space.methods must name methods, but 'tucker' is none. Did you mean 'tucker2'?"),
         ("space.methods=[]", "study.toml: space.methods must be at least one method, but got []."),
         ("space.rank_multiple=0", "study.toml: space.rank_multiple must be at least 1, but got 0."),

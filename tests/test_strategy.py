@@ -14,18 +14,21 @@ from ranksearch.data import example
 from ranksearch.errors import PlanError, StudyError
 from ranksearch.factorization import METHODS
 from ranksearch.layers import inventory
+from ranksearch.limits import Limits
 from ranksearch.plan import CP, CP4, Dense, Plan, Tucker2
 from ranksearch.profile import profile
 from ranksearch.record import Finalist, Outcome, Rung, TrialRecord, choose, front_of
 from ranksearch.strategy.finalists import WORTH, choose_finalists
-from ranksearch.strategy.prior import at_vbmf, vbmf_plans
+from ranksearch.strategy.prior import WEAKENINGS, at_vbmf, vbmf_plans
 from ranksearch.strategy.space import make_space
 
 
-def trial(number, score, ratio, outcome=Outcome.DONE, finalist=None):
+def trial(number, score, ratio, outcome=Outcome.DONE, finalist=None, same_as=None):
+    """A trial of a plan that no other number has; `same_as` names the trial whose plan it shares."""
+    plan = Plan.of({"conv1": CP(1 + (number if same_as is None else same_as))})
     return TrialRecord(
-        number=number, index=number, origin="tpe", plan=Plan(), outcome=outcome, params=100, macs=100, ratio=ratio,
-        score=score, finalist=finalist,
+        number=number, index=number, origin="tpe", plan=plan, outcome=outcome, params=100, macs=100, ratio=ratio,
+        score=score, finalist=finalist, same_as=same_as,
     )  # fmt: skip
 
 
@@ -43,7 +46,7 @@ def start(trained):
 
 def test_vbmf_plans_are_inside_the_space_and_differ(start):
     space, layers = start
-    plans = list(vbmf_plans(space, layers.vbmf))
+    plans = list(vbmf_plans(space, layers.vbmf, WEAKENINGS))
     assert len({plan for _, plan in plans}) == len(plans) >= 4
     for _, plan in plans:
         assert plan.layers
@@ -99,6 +102,48 @@ def test_what_lost_too_much_is_no_finalist_while_there_is_better():
     assert choose_finalists([bad], dense_score=0.96, count=2) == [bad]
 
 
+limits_of_scores = st.none() | st.floats(0.89, 1.01)
+limits_of_ratios = st.none() | st.floats(0.5, 25.0)
+
+
+@given(clouds, limits_of_scores, limits_of_ratios)
+def test_the_feasible_front_is_the_front_of_the_feasible_trials(cloud, min_score, min_ratio):
+    trials = [trial(i, 0.9 + score / 200, 1.0 + ratio) for i, (score, ratio) in enumerate(cloud)]
+    feasible = [t for t in trials if t.score >= (min_score or 0) and t.ratio >= (min_ratio or 0)]
+    assert front_of(trials, Limits(min_score=min_score, min_ratio=min_ratio)) == front_of(feasible)
+
+
+@given(clouds, limits_of_scores, limits_of_ratios, st.integers(1, 8))
+def test_finalists_keep_the_limits_first_and_then_come_near_them(cloud, min_score, min_ratio, count):
+    trials = [trial(i, 0.9 + score / 200, 1.0 + ratio) for i, (score, ratio) in enumerate(cloud)]
+    trials += [replace(t, number=t.number + 100, same_as=t.number) for t in trials]
+    limits = Limits(min_score=min_score, min_ratio=min_ratio)
+    chosen = choose_finalists(trials, 0.95, count, limits)
+    feasible = [t for t in trials if t.same_as is None and not limits.excess(t, t.score)]
+    inside = [t for t in chosen if not limits.excess(t, t.score)]
+    assert len(inside) == min(count, len(feasible))
+    assert len({t.plan for t in chosen}) == len(chosen) > 0
+    farthest = max((limits.excess(t, t.score) for t in chosen), default=0)
+    if len(inside) < len(chosen):
+        sized = [t for t in trials if not limits.excess(t)] or trials
+        left = {t.plan for t in sized} - {t.plan for t in chosen}
+        assert all(limits.excess(t, t.score) >= farthest for t in sized if t.plan in left)
+
+
+def test_a_finalist_is_chosen_by_the_score_of_the_search():
+    """Else a finished study that is run again would go on to other finalists."""
+    lifted = trial(0, 0.94, 10.0, finalist=finalist(0.97))
+    sunk = trial(1, 0.96, 20.0, finalist=finalist(0.93))
+    chosen = choose_finalists([lifted, sunk], 0.95, 1, Limits(min_score=0.95))
+    assert chosen == [sunk]
+    assert front_of([lifted, sunk], Limits(min_score=0.95)) == [lifted]
+
+
+def test_what_the_user_asks_for_is_worth_taking_home_however_low():
+    bad = trial(1, 0.5, 1000.0)
+    assert choose_finalists([trial(0, 0.95, 10.0), bad], 0.96, 2, Limits(min_score=0.4))[1] == bad
+
+
 def test_only_trials_that_are_done_become_finalists():
     trials = [trial(0, None, 10.0, Outcome.DIVERGED), trial(1, None, 1.0, Outcome.NOT_SMALLER)]
     trials += [trial(2, 0.95, 20.0, Outcome.STOPPED_EARLY)]
@@ -124,6 +169,16 @@ def front():
 )  # fmt: skip
 def test_choosing(wish, number):
     assert choose(front(), **wish).number == number
+
+
+def test_choosing_keeps_the_studys_limits_where_it_can():
+    limits = Limits(min_score=0.96, max_params=1000)
+    assert choose(front(), limits=Limits(min_score=0.966)).number == 0
+    assert choose(front(), min_ratio=20, limits=limits).number == 1
+    assert choose(front(), min_ratio=61, limits=limits).number == 2
+    assert choose(front(), limits=Limits(min_score=0.99)).number == 1
+    with pytest.raises(StudyError, match=r"A ratio of at least 101 is asked for, but the smallest model has 100.0"):
+        choose(front(), min_ratio=101, limits=limits)
 
 
 def test_choosing_before_there_is_a_finalist():

@@ -18,7 +18,7 @@ from ranksearch.record import StudyRecord
 from ranksearch.report import figures, points, text
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-BLUE, ORANGE, GREEN, GREY, INK = "#2563eb", "#d97706", "#059669", "#94a3b8", "#1f2937"
+BLUE, ORANGE, GREEN, RED, GREY, INK = "#2563eb", "#d97706", "#059669", "#dc2626", "#94a3b8", "#1f2937"
 
 _CLEAR = "transparent"
 # Right above its point, where a front has nothing.
@@ -48,6 +48,7 @@ def front_chart(record: StudyRecord) -> Drawing:
     """Validation score against compression ratio on a logarithmic axis: trials, front, test scores, the dense model."""
     window = points.window(record)
     dense = record.facts.dense.score_validation
+    least_score, least_ratio = points.limit_lines(record)
     rows = {
         "points": [row for row in points.front_points(record) if row["score"] >= window.low],
         "labels": [row for row in points.front_labels(record) if row["score"] >= window.low],
@@ -55,6 +56,8 @@ def front_chart(record: StudyRecord) -> Drawing:
         "search": points.search_line(record),
         "baseline": points.baseline_line(record),
         "near": [{"score": dense, "low": dense - figures.NEAR}],
+        "least score": least_score,
+        "least ratio": least_ratio,
     }
     x = alt.X("ratio:Q", scale=alt.Scale(type="log", domain=window.ratios, nice=False), axis=_ratio_axis(window.ratios))
     y = _score_y(record, (window.low, window.high))
@@ -62,6 +65,8 @@ def front_chart(record: StudyRecord) -> Drawing:
     layers = [
         _chart("near").mark_rect(fill=BLUE, opacity=0.07).encode(y, y2="low:Q"),
         _chart("near").mark_rule(stroke=GREY, strokeDash=[2, 3]).encode(y),
+        _chart("least score").mark_rule(stroke=RED, strokeDash=[6, 3]).encode(y),
+        _chart("least ratio").mark_rule(stroke=RED, strokeDash=[6, 3]).encode(x),
         _chart("baseline").mark_line(**line, stroke=GREEN, strokeWidth=1, opacity=0.6, strokeDash=[2, 3]).encode(x, y),
         _chart("search").mark_line(**line, stroke=BLUE, strokeWidth=1, opacity=0.35, strokeDash=[4, 3]).encode(x, y),
         _chart("front").mark_line(**line, stroke=BLUE, strokeWidth=2).encode(x, y),

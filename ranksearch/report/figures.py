@@ -49,6 +49,11 @@ def stopped(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
     return [trial for trial in trials if trial.outcome is Outcome.STOPPED_EARLY]
 
 
+def trained(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """The trials, without the proposals that the record or the limits answered for."""
+    return [trial for trial in trials if trial.same_as is None and trial.outcome is not Outcome.OVER_BUDGET]
+
+
 def finalists(record: StudyRecord) -> list[TrialRecord]:
     """The trials that were fine-tuned for longer, by rising ratio."""
     return sorted((trial for trial in record.trials if trial.finalist), key=lambda trial: trial.ratio)
@@ -87,7 +92,7 @@ def hypervolumes(record: StudyRecord) -> list[tuple[TrialRecord, float]]:
     reference = (record.facts.dense.score_validation - REACH, 0.0)
     best: list[tuple[float, float]] = []
     result = []
-    for trial in record.trials:
+    for trial in trained(record.trials):
         if scored([trial]):
             best.append(_objectives(trial.score, trial.ratio))
             best = [best[i] for i in pareto.front(best)]
@@ -96,8 +101,11 @@ def hypervolumes(record: StudyRecord) -> list[tuple[TrialRecord, float]]:
 
 
 def baseline(record: StudyRecord) -> list[TrialRecord]:
-    """The trials of the predicted frontier, without the longer fine-tuning of those that became finalists."""
-    return [replace(trial, finalist=None) for trial in record.trials if trial.origin.startswith(FRONTIER)]
+    """The trials of the predicted frontier, without the longer fine-tuning of those that became finalists.
+
+    A VBMF plan may be one of them too: whichever was trained, both have its score.
+    """
+    return [replace(trial, finalist=None, same_as=None) for trial in record.trials if trial.origin.startswith(FRONTIER)]
 
 
 def gain(record: StudyRecord) -> tuple[float, float] | None:
@@ -113,7 +121,7 @@ def rung_correlations(record: StudyRecord) -> list[Correlation]:
 
     A rung is left out where fewer than three trials, or equal scores, leave nothing to correlate.
     """
-    curves = [trial.curve for trial in scored(record.trials) if trial.curve]
+    curves = [trial.curve for trial in scored(trained(record.trials)) if trial.curve]
     last = max((curve[-1].epochs for curve in curves), default=0)
     pairs: dict[float, list[tuple[float, float]]] = {}
     for curve in curves:

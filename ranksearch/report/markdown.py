@@ -19,6 +19,7 @@ def markdown(record: StudyRecord) -> str:
     parts = [
         f"# {_escape(facts.name)}: {_escape(facts.score_name)} against compression ratio",
         _escape(summary.headline(record)),
+        *map(_escape, record.notes),
         _escape(f"{facts.data} {summary.effort(record)}; seed {facts.seed}."),
         "## Front",
         _table(_FRONT_HEAD, [_dense_cells(record), *(_front_cells(line) for line in summary.front_lines(record))]),

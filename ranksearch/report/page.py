@@ -47,7 +47,9 @@ def _context(record: StudyRecord) -> dict[str, Any]:
         "finalists": len(figures.finalists(record)),
         "stopped": len(figures.stopped(record.trials)),
         "gain": figures.gain(record),
-        "trials": text.counted(len(record.trials), "trial"),
+        "notes": record.notes,
+        "limits": str(facts.limits),
+        "trials": text.counted(len(figures.trained(record.trials)), "trial"),
         "below": points.window(record).below,
         "floor": text.score(points.window(record).low, name),
         "near": text.margin(figures.NEAR, name),
@@ -76,9 +78,10 @@ def _charts(record: StudyRecord) -> dict[str, Any]:
 def _cards(record: StudyRecord) -> list[dict[str, str]]:
     """The key figures at the top: title, the figure, and the line below it."""
     facts, name = record.facts, record.facts.score_name
-    best, elbow = figures.near_dense(record.front, facts.dense), figures.knee(record.front)
+    best, elbow = figures.near_dense(record.shown, facts.dense), figures.knee(record.shown)
     dense = f"{text.whole(facts.dense.params)} parameters, {text.score(facts.dense.score_test, name)} on test"
     finalists, stopped = len(figures.finalists(record)), len(figures.stopped(record.trials))
+    trials = len(figures.trained(record.trials))
     work = f"in {text.duration(sum(record.seconds.values()))}; "
     work += f"{stopped} stopped early, " if stopped else ""
     work += f"{text.counted(finalists, 'finalist')}, " if finalists else ""
@@ -86,7 +89,7 @@ def _cards(record: StudyRecord) -> list[dict[str, str]]:
         {"title": f"Dense {name}", "figure": text.score(facts.dense.score_validation, name), "line": _together(dense)},
         _trial_card(record, f"Within {text.margin(figures.NEAR, name)} of dense", best),
         _trial_card(record, "Knee of the front", elbow),
-        {"title": "Trials", "figure": f"{len(record.trials):,}", "line": f"{work}{len(record.front)} on the front"},
+        {"title": "Trials", "figure": f"{trials:,}", "line": f"{work}{len(record.front)} on the front"},
     ]
 
 
@@ -120,7 +123,7 @@ def _rank_rows(record: StudyRecord) -> list[dict[str, Any]]:
     """One row a layer: its VBMF ranks, and what each trial of the front makes of it."""
     rows = []
     for layer in record.facts.layers:
-        chosen = [trial.plan[layer.name] for trial in record.front]
+        chosen = [trial.plan[layer.name] for trial in record.shown]
         largest = max((_mean_rank(value) for value in chosen), default=0)
         cells = [_rank_cell(value, largest) for value in chosen]
         rows.append({"name": layer.name, "vbmf": _vbmf(layer), "cells": cells})

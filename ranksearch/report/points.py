@@ -32,7 +32,7 @@ def window(record: StudyRecord) -> Window:
     """
     rows = front_points(record)
     scores = [row["score"] for row in rows]
-    best = max((trial.score_validation or 0.0 for trial in record.front), default=record.facts.dense.score_validation)
+    best = max((trial.score_validation or 0.0 for trial in record.shown), default=record.facts.dense.score_validation)
     floor = min(record.facts.dense.score_validation, best) - figures.REACH
     pad = 0.05 * (max(scores) - max(min(scores), floor)) + 0.002
     band = record.facts.dense.score_validation - 1.5 * figures.NEAR
@@ -44,11 +44,11 @@ def window(record: StudyRecord) -> Window:
 
 def front_points(record: StudyRecord) -> list[dict[str, Any]]:
     """Every mark of the front's chart, drawn in this order: the later stands on top."""
-    front = {trial.number for trial in record.front}
-    finalists = figures.finalists(record)
-    rows = [_point(record, t, t.score, kind=_kind(t)) for t in record.trials if t.curve and t.score is not None]
+    front = {trial.number for trial in record.shown}
+    finalists, trials = figures.finalists(record), figures.trained(record.trials)
+    rows = [_point(record, t, t.score, kind=_kind(t)) for t in trials if t.curve and t.score is not None]
     rows.sort(key=lambda row: row["kind"] in (VBMF, PREDICTED))
-    for trial in finalists or record.front:
+    for trial in finalists or record.shown:
         kind = FRONT if trial.number in front else FINALIST
         rows.append(_point(record, trial, trial.score_validation, kind=kind))
     rows += [_point(record, t, t.finalist.score_test, kind=TEST) for t in finalists if t.finalist]
@@ -57,15 +57,24 @@ def front_points(record: StudyRecord) -> list[dict[str, Any]]:
 
 def front_line(record: StudyRecord) -> list[dict[str, Any]]:
     """The front as a line."""
-    return [{"ratio": trial.ratio, "score": trial.score_validation} for trial in record.front]
+    return [{"ratio": trial.ratio, "score": trial.score_validation} for trial in record.shown]
 
 
 def front_labels(record: StudyRecord) -> list[dict[str, Any]]:
     """The two points of the front that the report names: the knee, and the smallest model near the dense one."""
-    elbow, near = figures.knee(record.front), figures.near_dense(record.front, record.facts.dense)
+    elbow, near = figures.knee(record.shown), figures.near_dense(record.shown, record.facts.dense)
     labels = {trial.number: (trial, text.ratio(trial.ratio)) for trial in (near,) if trial}
     labels |= {trial.number: (trial, f"{text.ratio(trial.ratio)}, knee") for trial in (elbow,) if trial}
     return [{"ratio": t.ratio, "score": t.score_validation, "text": label} for t, label in labels.values()]
+
+
+def limit_lines(record: StudyRecord) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The least score and the least ratio that the study asks for, where the chart shows them; a size is a ratio too."""
+    limits, shown = record.facts.limits, window(record)
+    ratios = [limits.min_ratio or 0.0, record.facts.dense.params / limits.max_params if limits.max_params else 0.0]
+    scores = [limits.min_score] if limits.min_score is not None and shown.low <= limits.min_score <= shown.high else []
+    inside = [max(ratios)] if shown.ratios[0] <= max(ratios) <= shown.ratios[1] else []
+    return [{"score": score} for score in scores], [{"ratio": ratio} for ratio in inside]
 
 
 def search_line(record: StudyRecord) -> list[dict[str, Any]]:
@@ -101,7 +110,7 @@ def hypervolume_points(record: StudyRecord) -> list[dict[str, Any]]:
 def curve_points(record: StudyRecord) -> list[dict[str, Any]]:
     """Every rung of every trial, and of every finalist's longer fine-tuning."""
     rows = []
-    for trial in record.trials:
+    for trial in figures.trained(record.trials):
         kind = SEARCH if trial.outcome is Outcome.DONE else STOPPED
         rows += _curve(record, trial, trial.curve, kind=kind)
         if trial.finalist:

@@ -37,11 +37,11 @@ def headline(record: StudyRecord) -> str:
     """One sentence: the smallest model near the dense one, or why there is none yet."""
     facts, name = record.facts, record.facts.score_name
     near = text.margin(figures.NEAR, name)
-    if not record.front:
+    if not record.shown:
         return "No trial has finished yet."
-    best = figures.near_dense(record.front, facts.dense)
+    best = figures.near_dense(record.shown, facts.dense)
     if best is None:
-        top = max(trial.score_validation or 0.0 for trial in record.front)
+        top = max(trial.score_validation or 0.0 for trial in record.shown)
         return (
             f"No model is within {near} of the dense net yet: the best of the front reaches {text.score(top, name)} "
             f"{name} on validation, the dense net {text.score(facts.dense.score_validation, name)}."
@@ -54,14 +54,15 @@ def headline(record: StudyRecord) -> str:
 
 def front_lines(record: StudyRecord) -> list[FrontLine]:
     """The front by rising compression ratio."""
-    elbow, near = figures.knee(record.front), figures.near_dense(record.front, record.facts.dense)
-    return [_line(record, trial, knee=trial is elbow, near=trial is near) for trial in record.front]
+    shown = record.shown
+    elbow, near = figures.knee(shown), figures.near_dense(shown, record.facts.dense)
+    return [_line(record, trial, knee=trial is elbow, near=trial is near) for trial in shown]
 
 
 def effort(record: StudyRecord) -> str:
     """How much work stands behind the front: `45 trials, 8 of them finalists, 9 stopped early, in 11 min 49 s`."""
     finalists, stopped = len(figures.finalists(record)), len(figures.stopped(record.trials))
-    parts = [text.counted(len(record.trials), "trial")]
+    parts = [text.counted(len(figures.trained(record.trials)), "trial")]
     parts += [f"{finalists} of them finalists"] if finalists else []
     parts += [f"{stopped} stopped early"] if stopped else []
     return ", ".join(parts) + f", in {text.duration(sum(record.seconds.values()))}"

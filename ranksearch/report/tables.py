@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -14,11 +15,12 @@ from ranksearch.report import figures
 _TRIAL_COLUMNS = (
     "trial", "index", "origin", "outcome", "score", "ratio", "params", "macs", "seconds", "seed", "epochs",
     "curve", "plan_text", "finalist_score_validation", "finalist_score_test", "finalist_epochs", "finalist_latency_ms",
+    "same_as",
 )  # fmt: skip
 
 _FRONT_COLUMNS = (
     "trial", "score_validation", "score_test", "ratio", "params", "macs", "plan", "plan_text", "origin", "epochs",
-    "latency_ms", "knee",
+    "latency_ms", "knee", "within_limits",
 )  # fmt: skip
 
 
@@ -29,6 +31,7 @@ def front_json(record: StudyRecord) -> str:
         "name": facts.name,
         "front": front_rows(record),
         "dense": dense_row(record),
+        "limits": dataclasses.asdict(facts.limits),
         "versions": dict(facts.versions),
         "seed": facts.seed,
         "seconds": seconds_row(record),
@@ -51,10 +54,12 @@ def trials_csv(record: StudyRecord) -> str:
 
 
 def front_rows(record: StudyRecord) -> list[dict[str, Any]]:
-    """The front by rising ratio, one row a trial; `knee` is true on exactly one row."""
-    front = record.front
-    elbow = figures.knee(front)
-    return [_front_row(trial) | {"knee": trial is elbow} for trial in front]
+    """The front by rising ratio, one row a trial; `knee` is true on exactly one row.
+
+    Where no model keeps the limits, they are of the front without them and say so.
+    """
+    elbow, within = figures.knee(record.shown), bool(record.front)
+    return [_front_row(trial) | {"knee": trial == elbow, "within_limits": within} for trial in record.shown]
 
 
 def dense_row(record: StudyRecord) -> dict[str, Any]:
@@ -95,6 +100,7 @@ def trial_row(trial: TrialRecord) -> dict[str, Any]:
         "finalist_score_test": final and final.score_test,
         "finalist_epochs": final and figures.epochs_of(trial),
         "finalist_latency_ms": final and figures.known(final.latency_ms),
+        "same_as": trial.same_as,
     }
 
 

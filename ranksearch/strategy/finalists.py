@@ -6,20 +6,41 @@ import math
 from collections.abc import Sequence
 
 from ranksearch import pareto
+from ranksearch.limits import UNLIMITED, Limits
 from ranksearch.record import Outcome, TrialRecord
 
 WORTH = 0.15
 """How far below the dense score a trial may lie and still be worth taking home: a long fine-tuning gains some points."""
 
 
-def choose_finalists(trials: Sequence[TrialRecord], dense_score: float, count: int) -> list[TrialRecord]:
-    """At most `count` trials: the front, filled up with the fronts behind it, by rising ratio.
+def choose_finalists(
+    trials: Sequence[TrialRecord], dense_score: float, count: int, limits: Limits = UNLIMITED
+) -> list[TrialRecord]:
+    """At most `count` trials of different plans: the front, filled up with the fronts behind it, by rising ratio.
 
-    Where a front holds too many, those that add the least hypervolume are left out, one after the other.
+    Where a front holds too many, those that add the least hypervolume are left out, one after the other. Trials outside
+    the limits come last, the nearest first: a long fine-tuning may yet lift them inside.
     """
-    floor = dense_score - WORTH
-    done = [trial for trial in trials if trial.outcome is Outcome.DONE and trial.score is not None]
-    pool = [trial for trial in done if trial.score is not None and trial.score > floor] or done
+    floor = floor_of(dense_score, limits)
+    done = [trial for trial in trials if trial.outcome is Outcome.DONE and trial.score is not None and trial.same_as is None]
+    # A study of an older release may hold a plan twice: the first stands for it.
+    done = list({trial.plan: trial for trial in reversed(done)}.values())[::-1]
+    # Only a size is never mended: what an earlier run trained under wider limits is for want of others.
+    done = [trial for trial in done if not limits.excess(trial)] or done
+    worth = [trial for trial in done if trial.score is not None and trial.score >= min(floor, dense_score - WORTH)] or done
+    # By the score of the search: that of a finalist would change the choice once it is known.
+    excess = {trial.number: limits.excess(trial, trial.score) for trial in worth}
+    chosen = _fronts([trial for trial in worth if not excess[trial.number]], count, floor)
+    outside = sorted((trial for trial in worth if excess[trial.number]), key=lambda trial: excess[trial.number])
+    return sorted([*chosen, *outside[: count - len(chosen)]], key=lambda trial: trial.ratio)
+
+
+def floor_of(dense_score: float, limits: Limits) -> float:
+    """The score below which a trial is not worth taking home: what the user asks for, or else `WORTH` below dense."""
+    return dense_score - WORTH if limits.min_score is None else limits.min_score
+
+
+def _fronts(pool: Sequence[TrialRecord], count: int, floor: float) -> list[TrialRecord]:
     points = [(trial.score or 0.0, math.log10(trial.ratio)) for trial in pool]
     ranks, chosen = pareto.ranks(points), list[int]()
     for rank in range(len(pool)):
@@ -27,7 +48,7 @@ def choose_finalists(trials: Sequence[TrialRecord], dense_score: float, count: i
         chosen += _spread(layer, points, count - len(chosen), floor)
         if len(chosen) == count:
             break
-    return sorted((pool[i] for i in chosen), key=lambda trial: trial.ratio)
+    return [pool[i] for i in chosen]
 
 
 def _spread(layer: list[int], points: Sequence[tuple[float, float]], count: int, floor: float) -> list[int]:

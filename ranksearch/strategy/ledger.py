@@ -7,24 +7,36 @@ left behind is told FAIL and queued again under its old index, so that what foll
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import optuna
 from optuna.trial import TrialState
 
-from ranksearch.factorization import METHODS
 from ranksearch.layers import Inventory
+from ranksearch.limits import UNLIMITED, Limits
 from ranksearch.plan import Plan
-from ranksearch.record import Outcome, Rung, TrialRecord, asked, attributes, read_asked, read_trials
+from ranksearch.record import (
+    GIVE_UP,
+    Outcome,
+    Rung,
+    TrialRecord,
+    asked,
+    attributes,
+    read_asked,
+    read_trial,
+    read_trials,
+    untrained_in_a_row,
+)
 from ranksearch.strategy.halving import decides, goes_on
 from ranksearch.strategy.sampler import Knowledge, make_sampler
-from ranksearch.strategy.space import Space
+from ranksearch.strategy.space import Space, size_of
 from ranksearch.strategy.trial import Answer, Job
 
 MAX_TRIES = 3
 """A plan whose worker was lost so often is not tried again: by then the plan is the cause."""
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 class Ledger:
@@ -42,28 +54,38 @@ class Ledger:
         floor: float,
         knowledge: Knowledge | None = None,
         halve_below: int = 0,
+        limits: Limits = UNLIMITED,
+        on_untrained: Callable[[TrialRecord], None] = lambda record: None,
     ) -> None:
         """`floor` is the score below which a trial is not worth taking home; samplers then look elsewhere. `knowledge` is
         what the sampler "rank" starts from.
 
-        Trials may be stopped at rungs of fewer epochs than `halve_below`; 0 lets all run to their end.
+        Trials may be stopped at rungs of fewer epochs than `halve_below`; 0 lets all run to their end. Plans over the
+        `limits` in size, and plans that are known already, are answered without a job; `on_untrained` is told of each.
         """
         self.study = study
         self._space, self._inventory, self._firsts = space, inventory, firsts
         self._sampler, self._seed, self._floor = sampler, seed, floor
         self._knowledge = knowledge
         self._distributions = space.distributions()
+        self._read = {record.number: record for record in read_trials(study)}
         self._halve_below = halve_below
+        self._limits, self._on_untrained = limits, on_untrained
         self._running: dict[int, optuna.Trial] = {}
         self._reached: dict[int, list[tuple[Rung, float]]] = {}
+        self._twins: list[tuple[int, optuna.Trial]] = []
+        """Trials of plans that are running, with the numbers of those; they will have their answers."""
 
     def records(self) -> tuple[TrialRecord, ...]:
-        """Every finished trial."""
-        return read_trials(self.study)
+        """Every finished trial, by number; each is read from the storage once, for it will not change."""
+        for trial in self.study.get_trials(deepcopy=False, states=ENDED):
+            if trial.number not in self._read and (found := read_trial(trial)) is not None:
+                self._read[trial.number] = found
+        return tuple(self._read[number] for number in sorted(self._read))
 
     def finished(self) -> int:
-        """How many trials have an answer; those lost with their worker have none."""
-        return len(self.study.get_trials(deepcopy=False, states=FINISHED))
+        """How many trials were trained to an answer; those lost with their worker have none."""
+        return sum(record.trained for record in self.records())
 
     def recover(self) -> int:
         """Tell every trial that is left running FAIL and queue its parameters again; returns how many there were."""
@@ -75,23 +97,21 @@ class Ledger:
             self.study.tell(trial.number, state=TrialState.FAIL)
         self._running.clear()
         self._reached.clear()
+        self._twins.clear()
         return len(left)
 
     def jobs(self, trials: int) -> Iterator[Job]:
-        """Jobs until `trials` trials are finished or running; a plan that is not smaller is answered without one."""
-        while self.finished() + len(self._running) < trials:
+        """Jobs until `trials` trials are trained or running, or `GIVE_UP` plans in a row were answered without one."""
+        while self.finished() + len(self._running) < trials and self._untrained_in_a_row() < GIVE_UP:
             trial, index, origin = self._ask()
             plan = self._space.plan(trial.params)
-            # Each layer of a plan is smaller than dense in all that must shrink, so the dense plan alone is not.
-            if not plan.layers:
-                self._tell(trial, index, origin, plan, Answer(Outcome.NOT_SMALLER))
-                continue
-            self._running[trial.number] = trial
-            yield Job(trial.number, plan, self.seed_of(index))
+            if not self._answered(trial, index, origin, plan):
+                self._running[trial.number] = trial
+                yield Job(trial.number, plan, self.seed_of(index))
 
     def goes_on(self, job: Job, rung: Rung) -> bool:
         """Whether a running trial goes on after a rung, judged against all others that got there."""
-        ratio = self._inventory.params / self._params(job.plan)
+        ratio = size_of(job.plan, self._inventory).ratio
         self._reached.setdefault(job.key, []).append((rung, ratio))
         place = read_asked(self._running[job.key])
         assert place is not None, "a job's trial was asked for"
@@ -106,9 +126,15 @@ class Ledger:
         self._reached.pop(job.key, None)
         place = read_asked(trial)
         assert place is not None, "a job's trial was asked for"
-        record = self._tell(trial, *place, job.plan, answer)
+        record = self._tell(trial, self._record(trial, *place, job.plan, answer))
         if answer.outcome is Outcome.WORKER_LOST and self._losses(record.index) < MAX_TRIES:
             self._queue_again(place, trial.params)
+        twins = [twin for number, twin in self._twins if number == job.key]
+        self._twins = [(number, twin) for number, twin in self._twins if number != job.key]
+        for twin in twins:
+            twins_place = read_asked(twin)
+            assert twins_place is not None, "a twin was asked for"
+            self._tell_known(twin, *twins_place, record)
         return record
 
     def seed_of(self, index: int) -> int:
@@ -134,31 +160,62 @@ class Ledger:
 
     def _peers(self, key: int, epochs: float) -> list[tuple[float, float]]:
         """(score, ratio) of every other trial, finished or running, that reached the rung of so many epochs."""
-        points = [(rung, record.ratio) for record in self.records() for rung in record.curve]
+        points = [(rung, record.ratio) for record in self.records() if record.same_as is None for rung in record.curve]
         points += [point for other, reached in self._reached.items() if other != key for point in reached]
         return [(rung.score, ratio) for rung, ratio in points if rung.epochs == epochs]
 
-    def _tell(self, trial: optuna.Trial, index: int, origin: str, plan: Plan, answer: Answer) -> TrialRecord:
-        params = self._params(plan)
-        record = TrialRecord(
+    def _answered(self, trial: optuna.Trial, index: int, origin: str, plan: Plan) -> bool:
+        """Whether the plan needs no training: it is known, or runs now, or its size alone answers for it."""
+        known = next((r for r in self.records() if r.plan == plan and r.outcome is Outcome.DONE), None)
+        running = next((number for number, other in self._running.items() if self._space.plan(other.params) == plan), None)
+        record = self._record(trial, index, origin, plan, Answer(Outcome.OVER_BUDGET))
+        if known is not None:
+            self._tell_known(trial, index, origin, known)
+        elif running is not None:
+            self._twins.append((running, trial))
+        elif not plan.layers:
+            # Each layer of a plan is smaller than dense in all that must shrink, so the dense plan alone is not.
+            self._on_untrained(self._tell(trial, replace(record, outcome=Outcome.NOT_SMALLER)))
+        elif self._limits.excess(record):
+            self._on_untrained(self._tell(trial, record))
+        else:
+            return False
+        return True
+
+    def _tell_known(self, trial: optuna.Trial, index: int, origin: str, known: TrialRecord) -> None:
+        """Tell a trial what the first of the same plan found, whatever that was."""
+        same_as = known.number if known.same_as is None else known.same_as
+        record = replace(known, number=trial.number, index=index, origin=origin, seconds=0.0, same_as=same_as, finalist=None)
+        self._on_untrained(self._tell(trial, record))
+
+    def _untrained_in_a_row(self) -> int:
+        return untrained_in_a_row(self.records(), [twin.number for _, twin in self._twins], self._running)
+
+    def _record(self, trial: optuna.Trial, index: int, origin: str, plan: Plan, answer: Answer) -> TrialRecord:
+        size = size_of(plan, self._inventory)
+        return TrialRecord(
             number=trial.number,
             index=index,
             origin=origin,
             plan=plan,
             outcome=answer.outcome,
-            params=params,
-            macs=self._macs(plan),
-            ratio=self._inventory.params / params,
+            params=size.params,
+            macs=size.macs,
+            ratio=size.ratio,
             score=answer.curve[-1].score if answer.outcome in (Outcome.DONE, Outcome.STOPPED_EARLY) else None,
             curve=answer.curve,
             seconds=answer.seconds,
             seed=self.seed_of(index),
         )
+
+    def _tell(self, trial: optuna.Trial, record: TrialRecord) -> TrialRecord:
         for key, value in attributes(record).items():
             trial.set_user_attr(key, value)
         if record.score is not None:
             # Without it a sampler spends half its trials on ever smaller models that know nothing.
             trial.set_constraint("worth taking home", self._floor - record.score)
+        if excess := self._limits.excess(record):
+            trial.set_constraint("within the limits", excess)
         values = (record.score, math.log10(record.ratio)) if record.score is not None else None
         self.study.tell(trial, values if record.outcome is Outcome.DONE else None, state=record.outcome.state)
         return record
@@ -171,14 +228,3 @@ class Ledger:
         waiting = [read_asked(t) for t in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))]
         if place is not None and place not in waiting and set(self._distributions) <= set(params):
             self.study.enqueue_trial(dict(params), user_attrs=asked(*place))
-
-    def _params(self, plan: Plan) -> int:
-        return self._inventory.params - sum(
-            self._inventory[name].params - METHODS[type(value)].params(self._inventory[name], value.ranks)
-            for name, value in plan
-        )
-
-    def _macs(self, plan: Plan) -> int:
-        return self._inventory.macs - sum(
-            self._inventory[name].macs - METHODS[type(value)].macs(self._inventory[name], value.ranks) for name, value in plan
-        )

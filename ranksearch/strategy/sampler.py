@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 import optuna
+from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from ranksearch import pareto
+from ranksearch.limits import UNLIMITED, Limits
 from ranksearch.plan import Plan
-from ranksearch.strategy.space import Space
+from ranksearch.strategy.space import Size, Space
 from ranksearch.strategy.surrogate import DOUBT, RECORDS, Rows, Surrogate, Table, Values
 
 START = 4
@@ -42,9 +44,17 @@ class Knowledge:
     table: Table
     dense_score: float
     floor: float
+    limits: Limits = UNLIMITED
     suggested: Sequence[Plan] = ()
     """Plans that a prior suggests; they are tried where they promise a gain."""
     rows: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def fits(self, plans: Rows) -> NDArray[np.bool_]:
+        """Which plans are within the limits of size."""
+        params, macs = self.table.sizes(plans)
+        ratios = 10 ** self.table.log_ratios(plans)
+        sizes = (Size(int(p), int(m), float(r)) for p, m, r in zip(params, macs, ratios, strict=True))
+        return np.array([not self.limits.excess(size) for size in sizes], dtype=bool)
 
     def row(self, trial: FrozenTrial) -> tuple[int, ...]:
         """A trial's plan as a row of the table."""
@@ -80,9 +90,9 @@ def make_sampler(name: str, *, seed: int, knowledge: Knowledge | None = None) ->
 class RankSampler(BaseSampler):
     """Proposes the plan of the largest expected gain in hypervolume among plans near the predicted and the found front.
 
-    A plan's size is known before training, so only its score is uncertain, and the surrogate's guesses give the expected
-    gain exactly. The plans come from the frontier, solved again under doubt about the layers' rises; from moves of a layer or two away
-    from the front so far; and from crossings of two of its plans.
+    A plan's size is known before training, so only its score is uncertain. The plans come from the frontier, solved again
+    under doubt about the layers' rises; from moves of a layer or two away from the front so far; from crossings of two of
+    its plans; and from what VBMF suggests.
     """
 
     def __init__(self, knowledge: Knowledge, *, seed: int) -> None:
@@ -145,14 +155,14 @@ class RankSampler(BaseSampler):
             parents = tried[worth[pareto.front(points[worth])]]
             parts += [self._moved(parents), self._crossed(parents)]
         plans = np.unique(np.concatenate(parts), axis=0)
-        fresh = [place for place, row in enumerate(plans.tolist()) if any(row) and tuple(row) not in seen]
-        return plans[fresh]
+        fits = self._known.fits(plans)
+        return plans[[fits[i] and any(row) and tuple(row) not in seen for i, row in enumerate(plans.tolist())]]
 
     def _moved(self, parents: Rows) -> Rows:
         """Plans that differ from one of `parents` in a layer or two, by other methods and other ranks of about its size."""
         rows = self._rng.choice(parents, MOVES)
         for row in rows:
-            layers = self._rng.choice(len(row), size=min(len(row), self._rng.integers(1, 3)), replace=False)
+            layers = self._rng.choice(len(row), size=min(len(row), int(self._rng.integers(1, 3))), replace=False)
             for layer in layers:
                 sizes = np.log(self._known.table.params[layer])
                 near = np.exp(-0.5 * ((sizes - sizes[row[layer]]) / REACH) ** 2)
@@ -168,8 +178,8 @@ class RankSampler(BaseSampler):
 def expected_gains(mean: Values, std: Values, log_ratios: Values, points: Values, *, top: float, floor: float) -> Values:
     """The expected gain in hypervolume of each plan (Emmerich et al. 2006), where log(`top` - score) is normal.
 
-    Between two log ratios of the front, a plan that is at least as small gains by how far its score lies above the best that was
-    found there. The expectation of that for a lognormal drop is the price of a put option (Black and Scholes 1973).
+    Between two log ratios of the front, a plan that is at least as small gains by how far its score lies above the best
+    that was found there. Its expectation for a lognormal drop is the price of a put option (Black and Scholes 1973).
 
     Args:
         mean: (plans,) of log(top - score).

@@ -12,9 +12,29 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from ranksearch.errors import PlanError, SpecError, nearest
 from ranksearch.factorization import FEWER_PARAMS, METHODS, Method, Offer, nearest_rank
 from ranksearch.layers import Inventory, Layer
+from ranksearch.limits import Limits
 from ranksearch.plan import Dense, Factorization, Plan
 
 DENSE = Dense.method
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a whole model costs: parameters, multiply-accumulates for one input, and the compression ratio."""
+
+    params: int
+    macs: int
+    ratio: float
+
+
+def size_of(plan: Plan, inventory: Inventory) -> Size:
+    """The size of the model that the plan makes."""
+    params, macs = inventory.params, inventory.macs
+    for name, value in plan:
+        layer, method = inventory[name], METHODS[type(value)]
+        params -= layer.params - method.params(layer, value.ranks)
+        macs -= layer.macs - method.macs(layer, value.ranks)
+    return Size(params, macs, inventory.params / params)
 
 
 @dataclass(frozen=True)
@@ -40,6 +60,14 @@ class Axis:
         if any(len(method.kind.rank_names()) > 1 for method in self.methods):
             found[f"{name}.level_in"] = FloatDistribution(0.0, 1.0)
         return found
+
+    def smallest(self, cost: str) -> Factorization:
+        """The layer at its least cost, which is `params` or `macs`: they rise with the ranks, so these are at their least."""
+        layer = self.layer
+        least = [(method, tuple(ranks[0] for ranks in method.offered(layer, self.offer))) for method in self.methods]
+        found = min(least, key=lambda choice: getattr(choice[0], cost)(layer, choice[1]))
+        smaller = getattr(found[0], cost)(layer, found[1]) < getattr(layer, cost)
+        return found[0].value(layer, found[1]) if smaller else Dense()
 
     def factorization(self, params: Mapping[str, Any]) -> Factorization:
         """What these parameters choose for the layer; dense where the ranks would not make it smaller."""
@@ -80,6 +108,10 @@ class Space:
     def plan(self, params: Mapping[str, Any]) -> Plan:
         """The plan that a trial's parameters choose."""
         return Plan.of({axis.layer.name: axis.factorization(params) for axis in self.axes})
+
+    def smallest(self, cost: str) -> Plan:
+        """The plan of the least parameters (`params`) or multiply-accumulates (`macs`)."""
+        return Plan.of({axis.layer.name: axis.smallest(cost) for axis in self.axes})
 
     def params(self, plan: Plan) -> dict[str, Any]:
         """Parameters that choose `plan`: the inverse of `plan` for plans inside the space."""
@@ -125,6 +157,29 @@ def make_space(
             f"The search needs a layer to decompose, but {', '.join(methods)} make none of {known} smaller{_terms(offer)}."
         )
     return Space(tuple(axes))
+
+
+def check_limits(limits: Limits, space: Space, inventory: Inventory) -> None:
+    """Refuse limits that no plan of the space keeps.
+
+    Raises:
+        SpecError: the smallest plan is larger.
+    """
+    params = size_of(space.smallest("params"), inventory)
+    macs = size_of(space.smallest("macs"), inventory).macs
+    if limits.min_ratio and limits.min_ratio > params.ratio:
+        # Rounded down, so that what the message names is accepted.
+        most = math.floor(params.ratio * 100) / 100
+        raise SpecError(
+            f"search.min_ratio must be at most {most:.12g}, which the smallest plan of the space reaches, but got "
+            f"{limits.min_ratio:g}; lower it, or widen the space."
+        )
+    for key, limit, least in (("max_params", limits.max_params, params.params), ("max_macs", limits.max_macs, macs)):
+        if limit and limit < least:
+            raise SpecError(
+                f"search.{key} must be at least {least}, which the smallest plan of the space has, but got {limit}; raise it, "
+                "or widen the space."
+            )
 
 
 def _terms(offer: Offer) -> str:

@@ -9,6 +9,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ranksearch.factorization import METHODS
+from ranksearch.layers import Inventory
 from ranksearch.plan import Dense, Factorization, Plan
 from ranksearch.strategy.frontier import Choice, edges
 
@@ -38,24 +40,27 @@ HARMLESS = 0.01
 
 
 class Table:
-    """Every choice of every layer as arrays: parameters, and the predicted rise of the loss.
+    """Every choice of every layer as arrays: parameters, multiply-accumulates, and the predicted rise of the loss.
 
     Args:
-        dense: parameters of each layer as it is.
+        inventory: the model's layers.
         choices: by layer, the ways to store it.
-        params: of the whole dense model.
     """
 
-    def __init__(self, dense: Mapping[str, int], choices: Mapping[str, Sequence[Choice]], params: int) -> None:
-        self.layers, self.dense_params = tuple(dense), params
-        listed = [[Choice(Dense(), dense[name], 0.0), *choices.get(name, ())] for name in self.layers]
-        self.values: list[list[Factorization]] = [[choice.value for choice in layer] for layer in listed]
-        self.rises = [np.array([max(0.0, choice.rise) for choice in layer]) for layer in listed]
-        self.params = [np.array([float(choice.params) for choice in layer]) for layer in listed]
-        found = edges(dense, choices)
-        places = {name: place for place, name in enumerate(self.layers)}
-        self._edges = [(places[edge.layer], self.values[places[edge.layer]].index(edge.value), edge.slope) for edge in found]
+    def __init__(self, inventory: Inventory, choices: Mapping[str, Sequence[Choice]]) -> None:
+        self.layers, self._inventory = tuple(choices), inventory
+        dense = [inventory[name] for name in self.layers]
+        self.values: list[list[Factorization]] = [[Dense(), *(choice.value for choice in choices[x.name])] for x in dense]
+        self.rises = [np.array([0.0, *(max(0.0, choice.rise) for choice in choices[x.name])]) for x in dense]
+        self.params = [np.array([x.params, *(choice.params for choice in choices[x.name])], dtype=float) for x in dense]
+        self.macs = [
+            np.array([x.macs, *(METHODS[type(c.value)].macs(x, c.value.ranks) for c in choices[x.name])], dtype=float)
+            for x in dense
+        ]
         self._at = [{value: place for place, value in enumerate(values)} for values in self.values]
+        places = {name: place for place, name in enumerate(self.layers)}
+        found = edges({x.name: x.params for x in dense}, choices)
+        self._edges = [(places[e.layer], self._at[places[e.layer]][e.value], e.slope) for e in found]
 
     def row(self, plan: Plan) -> tuple[int, ...]:
         """A plan as a row; a choice that is not in the table stands as the nearest of its method."""
@@ -65,10 +70,13 @@ class Table:
         """The plan that a row stands for."""
         return Plan.of({name: self.values[i][row[i]] for i, name in enumerate(self.layers)})
 
+    def sizes(self, rows: Rows) -> tuple[Values, Values]:
+        """Parameters and multiply-accumulates of the whole model under each plan."""
+        return self._inventory.params - _saved(self.params, rows), self._inventory.macs - _saved(self.macs, rows)
+
     def log_ratios(self, rows: Rows) -> Values:
         """log10 of the compression ratio of each plan."""
-        saved = sum(params[0] - params[rows[:, i]] for i, params in enumerate(self.params))
-        return np.asarray(np.log10(self.dense_params / (self.dense_params - saved)))
+        return np.asarray(np.log10(self._inventory.params / self.sizes(rows)[0]))
 
     def rises_of(self, rows: Rows) -> Values:
         """(plans, layers): the predicted rise of the loss that each layer's choice causes."""
@@ -96,6 +104,10 @@ class Table:
             found = min(alike, key=lambda i: _distance(self.values[layer][i], value), default=0)
             self._at[layer][value] = found
         return found
+
+
+def _saved(costs: list[Values], rows: Rows) -> Values:
+    return np.asarray(sum(cost[0] - cost[rows[:, layer]] for layer, cost in enumerate(costs)))
 
 
 def _distance(one: Factorization, other: Factorization) -> float:

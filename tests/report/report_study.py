@@ -113,7 +113,13 @@ def _trial(number: int, draw: random.Random, facts: StudyFacts) -> TrialRecord:
 
 
 def _outcome(number: int, ratio: float) -> Outcome:
-    odd = {13: Outcome.DIVERGED, 17: Outcome.OUT_OF_MEMORY, 22: Outcome.NOT_SMALLER, 31: Outcome.WORKER_LOST}
+    odd = {
+        13: Outcome.DIVERGED,
+        17: Outcome.OUT_OF_MEMORY,
+        22: Outcome.NOT_SMALLER,
+        27: Outcome.OVER_BUDGET,
+        31: Outcome.WORKER_LOST,
+    }
     return odd.get(number, Outcome.STOPPED_EARLY if number > 9 and (number % 4 == 3 or ratio > 150) else Outcome.DONE)
 
 

@@ -19,7 +19,7 @@ from ranksearch.report import summary, text
 FILES = {"report.html", "report.md", "front.csv", "front.json", "front.png", "trials.csv"}
 FRONT_KEYS = {
     "trial", "score_validation", "score_test", "ratio", "params", "macs", "plan", "plan_text", "origin", "epochs",
-    "latency_ms", "knee",
+    "latency_ms", "knee", "within_limits",
 }  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def test_the_report_is_these_files(report):
 def test_json_has_the_keys_that_tools_read(report):
     content = report.json
     assert list(content) == [
-        "name", "front", "dense", "versions", "seed", "seconds", "score_name", "machine", "command",
+        "name", "front", "dense", "limits", "versions", "seed", "seconds", "score_name", "machine", "command",
     ]  # fmt: skip
     assert set(content["dense"]) == {"params", "macs", "score_validation", "score_test", "latency_ms"}
     assert all(set(row) == FRONT_KEYS for row in content["front"])

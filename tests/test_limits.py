@@ -1,0 +1,328 @@
+"""Limits on what a study looks for, and the gates before training: sizes over a limit, plans that are known already."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ranksearch
+from ranksearch.data import example
+from ranksearch.errors import SpecError
+from ranksearch.layers import inventory
+from ranksearch.limits import UNLIMITED, Limits
+from ranksearch.plan import Plan
+from ranksearch.record import GIVE_UP, Outcome, Rung, StudyRecord
+from ranksearch.report import write_report
+from ranksearch.strategy.ledger import Ledger
+from ranksearch.strategy.space import Size, check_limits, make_space, size_of
+from ranksearch.strategy.trial import Answer
+from ranksearch.study import Options, run_study
+from tests import nets
+from tests.conftest import essence, small_spec
+from tests.report.report_study import study_record
+
+FOUND = inventory(nets.small(), example(nets.few_digits().train))
+SPACE = make_space(FOUND, ("tucker2", "cp", "svd"))
+TINY = make_space(FOUND, ("svd",), layers=["fc2"])
+"""One layer and a handful of plans: soon every proposal is known."""
+
+bounds = st.none() | st.floats(0.1, 100)
+
+
+def levels(space):
+    kinds = space.distributions()
+    each = {key: st.sampled_from(k.choices) if hasattr(k, "choices") else st.floats(0, 1) for key, k in kinds.items()}
+    return st.fixed_dictionaries(each)
+
+
+@given(levels(SPACE))
+def test_no_plan_is_smaller_than_the_smallest(params):
+    size = size_of(SPACE.plan(params), FOUND)
+    assert size_of(SPACE.smallest("params"), FOUND).params <= size.params
+    assert size_of(SPACE.smallest("macs"), FOUND).macs <= size.macs
+
+
+@pytest.mark.parametrize("cost", ["params", "macs"])
+def test_the_smallest_plan_is_in_the_space(cost):
+    plan = SPACE.smallest(cost)
+    assert SPACE.plan(SPACE.params(plan)) == plan
+
+
+@given(bounds, bounds, st.integers(1, 100), st.integers(1, 100), st.floats(0, 1), st.none() | st.floats(0, 1))
+def test_nothing_is_in_excess_exactly_within_the_limits(min_ratio, max_params, params, macs, score, min_score):
+    max_params = max_params and int(max_params) + 1
+    size = Size(params, macs, 100 / params)
+    within = size.ratio >= (min_ratio or 0) and params <= (max_params or 100) and score >= (min_score or 0)
+    excess = Limits(min_ratio=min_ratio, max_params=max_params, min_score=min_score).excess(size, score)
+    assert (excess == 0) == within
+    assert excess >= 0
+
+
+def smallest(cost):
+    return size_of(SPACE.smallest(cost), FOUND)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        (
+            {"min_ratio": 1000},
+            f"search.min_ratio must be at most {int(smallest('params').ratio * 100) / 100}, which the smallest plan of the space "
+            "reaches, but got 1000; lower it, or widen the space.",
+        ),
+        (
+            {"max_params": 3},
+            f"search.max_params must be at least {smallest('params').params}, which the smallest plan of the space has, but "
+            "got 3; raise it, or widen the space.",
+        ),
+        (
+            {"max_macs": 7},
+            f"search.max_macs must be at least {smallest('macs').macs}, which the smallest plan of the space has, but got 7; "
+            "raise it, or widen the space.",
+        ),
+    ],
+)
+def test_limits_that_no_plan_keeps(limits, message):
+    with pytest.raises(SpecError, match=f"^{re.escape(message)}$"):
+        check_limits(Limits(**limits), SPACE, FOUND)
+
+
+def test_what_the_messages_name_is_accepted():
+    most = int(smallest("params").ratio * 100) / 100
+    least = Limits(min_ratio=most, max_params=smallest("params").params)
+    check_limits(least, SPACE, FOUND)
+    check_limits(Limits(max_macs=smallest("macs").macs), SPACE, FOUND)
+    check_limits(UNLIMITED, SPACE, FOUND)
+
+
+def test_an_accuracy_above_one(tmp_path):
+    with pytest.raises(SpecError, match=r"^search.min_score must be at most 1 for accuracy, but got 97; 97 % is 0.97.$"):
+        run_study(small_spec("search.min_score=97"), tmp_path / "small", Options(workers=0))
+    assert not (tmp_path / "small").exists()
+
+
+# --- the ledger, with made-up answers ---
+
+
+class Books:
+    """One Optuna study without training; a new ledger stands for a new run of it."""
+
+    def __init__(self, space=SPACE, *, limits=UNLIMITED, sampler="random", seed=0, firsts=()):
+        self.study = optuna.create_study(directions=["maximize", "maximize"])
+        self.untrained, self.trained = [], []
+        self.arguments = {"sampler": sampler, "seed": seed, "limits": limits, "on_untrained": self.untrained.append}
+        self.space, self.firsts = space, firsts
+
+    def ledger(self):
+        return Ledger(self.study, self.space, FOUND, self.firsts, floor=0.5, **self.arguments)
+
+    def run(self, trials, *, kill_after=None):
+        """All trials, or as many as there are before a kill that leaves the last one running."""
+        ledger = self.ledger()
+        ledger.recover()
+        for count, job in enumerate(ledger.jobs(trials)):
+            if count == kill_after:
+                break
+            self.trained.append(ledger.receive(job, answer(job.plan)))
+        return ledger
+
+
+def answer(plan):
+    """A score that a plan alone decides; one plan in eight diverges."""
+    score = (size_of(plan, FOUND).params * 37 % 101) / 100
+    return Answer(Outcome.DIVERGED if score > 0.87 else Outcome.DONE, (Rung(0, score / 2), Rung(1, score)), 2.5)
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.floats(1, 20), st.integers(5, 30) | st.none(), st.sampled_from(["random", "tpe", "nsga2"]), st.integers(0, 99))
+def test_no_trained_trial_breaks_a_limit_of_size(min_ratio, share, sampler, seed):
+    limits = Limits(min_ratio=min_ratio, max_macs=share and FOUND.macs * share // 100)
+    books = Books(limits=limits, sampler=sampler, seed=seed)
+    ledger = books.run(8)
+    assert len(books.trained) == 8 or ledger._untrained_in_a_row() == GIVE_UP
+    assert not any(limits.excess(trial) for trial in books.trained)
+    over = [trial for trial in books.untrained if trial.outcome is Outcome.OVER_BUDGET]
+    assert all(limits.excess(trial) and trial.score is None and not trial.trained for trial in over)
+    told = {trial.number: trial for trial in books.study.trials}
+    assert all(told[trial.number].constraints == {"within the limits": limits.excess(trial)} for trial in over)
+    assert all(told[trial.number].state is optuna.trial.TrialState.PRUNED for trial in over)
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.integers(0, 99), st.sampled_from(["random", "tpe"]))
+def test_a_known_plan_has_the_record_of_its_original(seed, sampler):
+    books = Books(TINY, sampler=sampler, seed=seed)
+    ledger = books.run(5)
+    records = {trial.number: trial for trial in ledger.records()}
+    twins = [trial for trial in records.values() if trial.same_as is not None]
+    assert twins
+    for twin in twins:
+        original = records[twin.same_as]
+        assert original.same_as is None
+        assert original.seconds == 2.5
+        assert twin == replace(
+            original, number=twin.number, index=twin.index, origin=twin.origin, same_as=original.number, seconds=0.0
+        )
+        assert books.study.trials[twin.number].values == books.study.trials[original.number].values
+    done = [trial.plan for trial in books.trained if trial.outcome is Outcome.DONE]
+    assert len(done) == len(set(done))
+
+
+def test_a_search_that_finds_nothing_new_ends():
+    books = Books(TINY)
+    ledger = books.run(1000)
+    assert ledger.finished() == len(books.trained) < 1000
+    assert all(not trial.trained for trial in ledger.records()[-GIVE_UP:])
+    asked = len(books.study.trials)
+    books.run(1000)
+    assert len(books.study.trials) == asked
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.lists(st.integers(0, 4), max_size=4), st.sampled_from(["random", "tpe"]), st.integers(0, 9), st.booleans())
+def test_killed_and_resumed_equals_uninterrupted(kills, sampler, seed, tiny):
+    space, limits = (TINY, Limits(min_ratio=1.01)) if tiny else (SPACE, Limits(min_ratio=6.0))
+    whole, broken = (Books(space, limits=limits, sampler=sampler, seed=seed) for _ in range(2))
+    whole.run(6)
+    for kill in kills:
+        broken.run(6, kill_after=kill)
+    broken.run(6)
+    assert essence(broken.ledger().records()) == essence(whole.ledger().records())
+
+
+def test_a_plan_that_runs_now_is_not_trained_beside_itself():
+    plan = SPACE.smallest("params")
+    other = Plan.of(dict(list(plan)[:1]))
+    for found in (answer(plan), Answer(Outcome.OUT_OF_MEMORY)):
+        books = Books(firsts=[("first", plan), ("second", plan), ("third", other)])
+        ledger = books.ledger()
+        jobs = ledger.jobs(2)
+        first, second = next(jobs), next(jobs)
+        assert (first.plan, second.plan) == (plan, other)
+        assert books.untrained == []
+        record = ledger.receive(first, found)
+        (twin,) = books.untrained
+        assert twin == replace(record, number=twin.number, index=1, origin="second", seconds=0.0, same_as=record.number)
+        ledger.receive(second, answer(other))
+        assert next(jobs, None) is None
+        assert ledger.finished() == 2
+
+
+def test_a_twin_that_a_kill_left_is_answered_by_the_next_run():
+    plan = SPACE.smallest("params")
+    books = Books(firsts=[("first", plan), ("second", plan), ("third", Plan.of(dict(list(plan)[:1])))])
+    jobs = books.ledger().jobs(2)
+    next(jobs), next(jobs)
+    ledger = books.run(2)
+    assert sorted((t.index, t.same_as is not None) for t in ledger.records()) == [(0, False), (1, True), (2, False)]
+
+
+# --- whole studies ---
+
+
+def test_a_study_with_limits(tmp_path):
+    limits = Limits(min_ratio=4.0, max_macs=40_000)
+    spec = small_spec("search.min_ratio=4", "search.max_macs=40000", "search.trials=9", "finalists.count=2")
+    out = tmp_path / "small"
+    record = run_study(spec, out, Options(workers=0))
+    assert record.facts.limits == limits
+    assert sum(trial.trained for trial in record.trials) == 9
+    assert not any(limits.excess(trial) for trial in record.trials if trial.trained)
+    # The first plans were chosen within the limits.
+    assert all(trial.origin == "tpe" for trial in record.trials if trial.outcome is Outcome.OVER_BUDGET)
+    assert {"frontier"} < {trial.origin for trial in record.trials}
+    assert record.front
+    # Other limits are no other study; none at all, and all that was trained counts.
+    best = max(trial.score for trial in record.trials if trial.trained and trial.score is not None)
+    high = run_study(
+        small_spec("search.trials=9", "finalists.count=2", "search.min_score=1.0", "search.min_ratio=4"),
+        out,
+        Options(workers=0),
+    )
+    assert best < 1
+    assert high.front == []
+    assert high.shown == high.unconstrained_front != []
+    assert high.notes[0] == (
+        "No model keeps the limits (min_score 1, min_ratio 4): shown is the front without them, and the nearest trials are the "
+        "finalists."
+    )
+    assert max(t.score for t in high.trials if t.finalist) == best
+    rows = json.loads((out / "front.json").read_text())
+    assert [row["within_limits"] for row in rows["front"]] == [False] * len(high.shown)
+    assert rows["limits"] == {"min_score": 1.0, "min_ratio": 4.0, "max_params": None, "max_macs": None}
+    assert high.notes[0] in (out / "report.html").read_text()
+
+
+def test_a_study_of_an_older_release_has_no_limits():
+    assert study_record().facts.limits == UNLIMITED
+    assert study_record().front == study_record().unconstrained_front
+
+
+def test_limits_from_python(trained, tmp_path):
+    record = ranksearch.search(
+        trained, out=tmp_path / "mine", trials=1, min_score=0.01, min_ratio=2, max_params=4000, max_macs=60_000,
+        finetune=ranksearch.Recipe(1), finalists=ranksearch.Recipe(1), finalist_count=1, options=ranksearch.Options(workers=0),
+    )  # fmt: skip
+    assert record.facts.limits == Limits(min_score=0.01, min_ratio=2.0, max_params=4000, max_macs=60_000)
+
+
+# --- what the report says ---
+
+
+def limited(**search) -> StudyRecord:
+    record = study_record()
+    return replace(record, facts=replace(record.facts, spec=dict(record.facts.spec) | {"search": search}))
+
+
+def charts(folder):
+    page = (folder / "report.html").read_text()
+    return json.loads(re.search(r'<script type="application/json" id="charts">(.*?)</script>', page, re.S)[1])["chart-front"]
+
+
+def test_the_report_draws_the_limits(tmp_path):
+    record = limited(min_score=0.95, min_ratio=2.0, max_params=400_000)
+    assert record.front
+    assert all(t.ratio >= 2 and t.params <= 400_000 and t.score_validation >= 0.95 for t in record.front)
+    write_report(record, tmp_path)
+    sets = charts(tmp_path)["datasets"]
+    assert sets["least score"] == [{"score": 0.95}]
+    assert sets["least ratio"] == [{"ratio": record.facts.dense.params / 400_000}]
+    assert "min_score 0.95, min_ratio 2, max_params 400,000" in (tmp_path / "report.html").read_text()
+
+
+def test_limits_outside_the_picture_are_not_drawn(tmp_path):
+    write_report(limited(min_score=0.2, min_ratio=1e6), tmp_path)
+    sets = charts(tmp_path)["datasets"]
+    assert sets["least score"] == sets["least ratio"] == []
+
+
+def test_the_report_counts_what_was_not_trained():
+    record = limited(trials=60)
+    (over,) = [trial for trial in record.trials if trial.outcome is Outcome.OVER_BUDGET]
+    twin = replace(record.trials[0], number=45, index=45, same_as=0, finalist=None)
+    notes = replace(record, trials=(*record.trials, twin)).notes
+    assert notes == [
+        "Proposals over the limits, which were not trained: 1.",
+        "Proposals of a plan that was known already, answered from the record: 1.",
+    ]
+    many = tuple(replace(over, number=50 + i, index=50 + i) for i in range(GIVE_UP))
+    trained = sum(trial.trained for trial in record.trials)
+    assert replace(record, trials=(*record.trials, *many)).notes[0] == (
+        f"The search ended after {trained} of 60 trials: 100 proposals in a row were over the limits or known already; widen "
+        "the limits or the space."
+    )
+
+
+def test_a_twin_is_drawn_once(tmp_path):
+    record = study_record()
+    twin = replace(record.trials[0], number=45, index=45, same_as=0, finalist=None)
+    for name, trials in (("with", (*record.trials, twin)), ("without", record.trials)):
+        write_report(replace(record, trials=trials), tmp_path / name)
+    assert charts(tmp_path / "with") == charts(tmp_path / "without")
+    assert (tmp_path / "with" / "front.csv").read_bytes() == (tmp_path / "without" / "front.csv").read_bytes()
