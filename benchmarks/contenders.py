@@ -80,15 +80,21 @@ class Contender:
         floor = arena.dense_score - WORTH
         ledger = Ledger(
             study, arena.space, arena.inventory, plans, sampler=self.sampler, seed=seed, floor=floor,
-            knowledge=Knowledge(arena.space, table, arena.dense_score, floor, suggested=self.suggested(arena)),
+            knowledge=Knowledge(arena.space, table, arena.dense_score, arena.dense_score - DROP, suggested=self.suggested(arena)),
+            halve_below=arena.epochs if self.halving else 0,
         )  # fmt: skip
         found, start = Found(), time.perf_counter()
         for job in ledger.jobs(trials):
             asked = time.perf_counter() - start
             run = arena.run(job.plan, seed)
-            curve = [Rung(epoch, score) for epoch, score in enumerate(run.scores)]
-            ledger.receive(job, Answer(Outcome.DONE, tuple(curve), run.seconds[-1]))
-            _note(found, run, run.scores[-1], run.seconds[-1], log_ratio(arena, job.plan), asked)
+            curve = list[Rung]()
+            for epoch, score in enumerate(run.scores):
+                curve.append(Rung(epoch, score))
+                if epoch < arena.epochs and not ledger.goes_on(job, curve[-1]):
+                    break
+            whole, seconds = len(curve) == len(run.scores), run.seconds[len(curve) - 1]
+            ledger.receive(job, Answer(Outcome.DONE if whole else Outcome.STOPPED_EARLY, tuple(curve), seconds))
+            _note(found, run, run.scores[-1] if whole else None, seconds, log_ratio(arena, job.plan), asked)
             start = time.perf_counter()
         return found
 
@@ -171,6 +177,7 @@ CONTENDERS = {
     "greedy": Contender("greedy per layer", greedy, anytime=False),
     "frontier": Contender("frontier alone", frontier_alone, anytime=False),
     "rank": Contender("**ours**", seeds, "rank"),
+    "halving": Contender("ours, with halving", seeds, "rank", halving=True),
     "no-vbmf": Contender("ours, no VBMF", frontier_first, "rank", suggested=lambda arena: []),
     "no-frontier": Contender("ours, no frontier", vbmf_first, "rank", choices=lambda arena: arena.blind),
     "no-surrogate": Contender("ours, no surrogate: TPE instead", seeds, "tpe"),

@@ -34,7 +34,7 @@ from ranksearch.spec import StudySpec
 from ranksearch.strategy.finalists import choose_finalists, floor_of
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import WEAKENINGS, at_vbmf, quarter, vbmf_plans
-from ranksearch.strategy.sampler import Knowledge
+from ranksearch.strategy.sampler import WORTHLESS, Knowledge
 from ranksearch.strategy.sensitivity import predicted_choices, predicted_frontier, spread, values_to_probe
 from ranksearch.strategy.space import Space, check_limits, make_space, size_of
 from ranksearch.strategy.surrogate import Table
@@ -259,14 +259,15 @@ class _Run:
         record.write_firsts(self.study, firsts)
         return firsts
 
-    def knowledge(self, layers: Profile, dense_score: float, floor: float) -> Knowledge:
+    def knowledge(self, layers: Profile, dense_score: float) -> Knowledge:
         """What the sampler "rank" starts from."""
         dense, probes = record.read_probes(self.study)
         choices = predicted_choices(layers, probes if dense is not None else (), dense or 0.0)
         searched = {axis.layer.name: choices[axis.layer.name] for axis in self.space.axes}
         suggested = [plan for _, plan in vbmf_plans(self.space, layers.vbmf, WEAKENINGS)]
-        table = Table(self.inventory, searched)
-        return Knowledge(self.space, table, dense_score, floor, self.spec.search.limits, suggested)
+        limits = self.spec.search.limits
+        floor = dense_score - WORTHLESS if limits.min_score is None else limits.min_score
+        return Knowledge(self.space, Table(self.inventory, searched), dense_score, floor, limits, suggested)
 
     def search(self, layers: Profile) -> None:
         """Ask, evaluate, tell, until the budget is spent."""
@@ -276,7 +277,7 @@ class _Run:
         floor = floor_of(dense_score, limits)
         ledger = self.ledger = Ledger(
             self.study, self.space, self.inventory, firsts, sampler=self.spec.search.sampler, seed=self.spec.seed,
-            floor=floor, limits=limits, knowledge=self.knowledge(layers, dense_score, floor),
+            floor=floor, limits=limits, knowledge=self.knowledge(layers, dense_score),
             halve_below=self.spec.finetune.epochs if self.spec.search.halving else 0,
             on_untrained=lambda found: self.view.trial(found, ledger.records()),
         )  # fmt: skip

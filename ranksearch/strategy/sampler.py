@@ -25,6 +25,8 @@ START = 4
 """Trials from which a sampler has something to learn."""
 ANSWERED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
 """Trials whose plans are not proposed again."""
+WORTHLESS = 0.10
+"""So far below the dense score, and lower, a score gains nothing, unless the user sets a limit to it."""
 RESOLVED = 8
 """How often the frontier is solved again, each time with other weights on the layers' rises."""
 CORNERS = 64

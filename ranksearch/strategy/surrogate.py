@@ -32,9 +32,9 @@ DOUBT = 0.6
 """Standard deviation of the log of a layer's weight: training makes good what it makes good by a factor of two or so."""
 GENTLE = 0.1
 """The least slope of the log drop over the log rise that weights are fitted with."""
-NOISE, NOISE_RECORDS = 0.3, 8
-"""What the standard deviation of a log drop is taken to be, and how many records that assumption is worth: a drop of three
-points on 360 images is known to a third or so. A handful of records that agree by chance would end the search there."""
+NOISE, NOISE_RECORDS = 0.01, 8
+"""What the standard deviation of a score is taken to be for its noise alone, and how many records that assumption is worth:
+96 % on 360 images is known to a point. A handful of records that agree by chance would end the search there."""
 HARMLESS = 0.01
 """A predicted rise of the loss, in nats, that training makes good in any case; rises are told apart on a log scale."""
 
@@ -137,7 +137,7 @@ class Surrogate:
         from sklearn.isotonic import IsotonicRegression
 
         self._table, self.top = table, dense_score + RECOVERED
-        drops = np.log(np.clip(dense_score - scores, 0.0, LOST * (dense_score - floor)) + RECOVERED)
+        drops = np.log(np.clip(dense_score - scores, 0.0, LOST * max(dense_score - floor, RECOVERED)) + RECOVERED)
         rises = table.rises_of(rows)
         self._theta, spread = _log_weights(rises, drops)
         draw = np.random.default_rng(seed).standard_normal((TREES, len(self._theta)))
@@ -150,8 +150,8 @@ class Surrogate:
         )
         rest = drops - self._trend.predict(mean)
         self._trees.fit(self._features(rows), rest)
-        # Of what was worth something: all that was not has about the same drop, which is foretold well.
-        missed = (rest - self._trees.oob_prediction_)[scores > floor]
+        foretold = self._trend.predict(mean) + self._trees.oob_prediction_
+        missed = (np.exp(foretold) - np.exp(drops))[scores > floor]
         self._noise = math.sqrt((NOISE**2 * NOISE_RECORDS + float(np.sum(missed**2))) / (NOISE_RECORDS + len(missed)))
 
     def expect(self, rows: Rows) -> tuple[Values, Values]:
@@ -159,7 +159,8 @@ class Surrogate:
         features, rises = np.ascontiguousarray(self._features(rows), dtype=np.float32), self._table.rises_of(rows)
         rest = np.stack([tree.tree_.predict(features)[:, 0] for tree in self._trees.estimators_])
         guesses = rest + self._trend.predict(_log(self.weights @ rises.T).ravel()).reshape(rest.shape)
-        return guesses.mean(0), np.sqrt(guesses.var(0) + self._noise**2)
+        mean = guesses.mean(0)
+        return mean, np.sqrt(guesses.var(0) + (self._noise / np.exp(mean)) ** 2)
 
     def _features(self, rows: Rows) -> Values:
         return np.concatenate(
@@ -183,7 +184,8 @@ def _log_weights(rises: Values, drops: Values) -> tuple[Values, Values]:
     rest = drops - IsotonicRegression().fit_transform(total, drops)
     steepness = max(GENTLE, float(np.polyfit(total, drops, 1)[0])) if np.ptp(total) > 0 else GENTLE
     shares = steepness * rises / (rises.sum(1, keepdims=True) + HARMLESS)
-    noise = (NOISE**2 * NOISE_RECORDS + float(np.sum(rest**2))) / (NOISE_RECORDS + len(rest))
+    # A handful of records that the trend goes through have noise all the same.
+    noise = max(float(np.mean(rest**2)), (NOISE / RECOVERED) ** 2 / len(rest))
     precision = shares.T @ shares / noise + np.eye(rises.shape[1]) / DOUBT**2
     covariance = np.linalg.inv(precision)
     return covariance @ shares.T @ rest / noise, np.linalg.cholesky(covariance)
