@@ -58,8 +58,8 @@ class Contender:
         plan for _, plan in vbmf_plans(arena.space, arena.vbmf, WEAKENINGS)
     ]
     halving: bool = False
-    anytime: bool = True
-    """Whether the first trials of a budget of 100 are those of a budget of 20."""
+    probed: bool = False
+    """Whether it needs the probes of single layers."""
 
     def search(self, arena: Arena, seed: int, trials: int) -> Found:
         """The trials of one run."""
@@ -80,7 +80,9 @@ class Contender:
         floor = arena.dense_score - WORTH
         ledger = Ledger(
             study, arena.space, arena.inventory, plans, sampler=self.sampler, seed=seed, floor=floor,
-            knowledge=Knowledge(arena.space, table, arena.dense_score, arena.dense_score - DROP, suggested=self.suggested(arena)),
+            knowledge=Knowledge(
+                arena.space, table, arena.dense_score, arena.dense_score - DROP, suggested=self.suggested(arena)
+            ),
             halve_below=arena.epochs if self.halving else 0,
         )  # fmt: skip
         found, start = Found(), time.perf_counter()
@@ -174,11 +176,11 @@ CONTENDERS = {
     "gp": Contender("GP", nothing, "gp"),
     "tpe-vbmf": Contender("TPE, VBMF plans first", vbmf_first, "tpe"),
     "vbmf": Contender("one-shot VBMF, swept", vbmf_sweep),
-    "greedy": Contender("greedy per layer", greedy, anytime=False),
-    "frontier": Contender("frontier alone", frontier_alone, anytime=False),
-    "rank": Contender("**ours**", seeds, "rank"),
-    "halving": Contender("ours, with halving", seeds, "rank", halving=True),
-    "no-vbmf": Contender("ours, no VBMF", frontier_first, "rank", suggested=lambda arena: []),
+    "greedy": Contender("greedy per layer", greedy, probed=True),
+    "frontier": Contender("frontier alone", frontier_alone, probed=True),
+    "rank": Contender("**ours**", seeds, "rank", probed=True),
+    "halving": Contender("ours, with halving", seeds, "rank", halving=True, probed=True),
+    "no-vbmf": Contender("ours, no VBMF", frontier_first, "rank", suggested=lambda arena: [], probed=True),
     "no-frontier": Contender("ours, no frontier", vbmf_first, "rank", choices=lambda arena: arena.blind),
-    "no-surrogate": Contender("ours, no surrogate: TPE instead", seeds, "tpe"),
+    "no-surrogate": Contender("ours, no surrogate: TPE instead", seeds, "tpe", probed=True),
 }

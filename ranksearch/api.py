@@ -117,7 +117,7 @@ def search(
     return run_study(spec, Path(out), options, task=replace(task, model=copy.deepcopy(task.model).cpu()), view=view)
 
 
-def _train_spec(kind: type[S], recipe: Recipe, **more: int) -> S:
+def _train_spec(kind: type[S], recipe: Recipe, **more: Any) -> S:
     return kind(**dataclasses.asdict(recipe), **more)
 
 

@@ -40,7 +40,7 @@ def train_dense(task: Task, spec: StudySpec, device: torch.device, view: View) -
 
 def recipe(spec: TrainSpec) -> Recipe:
     """The recipe that a section of a study file describes."""
-    return Recipe(spec.epochs, spec.batch_size, spec.learning_rate, spec.weight_decay)
+    return Recipe(spec.epochs, spec.batch_size, spec.learning_rate, spec.weight_decay, spec.precision)
 
 
 def load_weights(model: nn.Module, path: Path) -> bool:

@@ -69,7 +69,7 @@ def read_spec(folder: Path) -> StudySpec:
         text = (folder / SPEC).read_text(encoding="utf-8")
     except OSError:
         raise StudyError(f"A study's folder must hold {SPEC}, but {folder} does not; name a folder under runs/.") from None
-    return parse_spec(text, source=str(folder / SPEC))
+    return parse_spec(text, source=str(folder / SPEC), resolved=True)
 
 
 def write_spec(folder: Path, spec: StudySpec, storage: str | None) -> None:

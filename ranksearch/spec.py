@@ -22,11 +22,12 @@ from ranksearch.plan import KINDS
 
 SAMPLERS = ("rank", "tpe", "nsga2", "gp", "random")
 COSTS = ("params", "macs")
+PRECISIONS = ("float32", "bfloat16")
 METHODS = tuple(name for name in KINDS if name != "dense")
 
 
-def _checked(rule: str, holds: Callable[[Any], bool], **kwargs: Any) -> Any:
-    return field(metadata={"rule": rule, "holds": holds}, **kwargs)
+def _checked(rule: str, holds: Callable[[Any], bool], *, choices: Sequence[str] = (), **kwargs: Any) -> Any:
+    return field(metadata={"rule": rule, "holds": holds, "choices": choices}, **kwargs)
 
 
 def _at_least(low: float, **kwargs: Any) -> Any:
@@ -35,6 +36,10 @@ def _at_least(low: float, **kwargs: Any) -> Any:
 
 def _positive(**kwargs: Any) -> Any:
     return _checked("above 0", lambda value: value > 0, **kwargs)
+
+
+def _one_of(choices: Sequence[str], **kwargs: Any) -> Any:
+    return _checked(f"one of {', '.join(choices)}", lambda value: value in choices, choices=choices, **kwargs)
 
 
 def _reference(**kwargs: Any) -> Any:
@@ -63,6 +68,8 @@ class TrainSpec:
     batch_size: int = _at_least(1, default=64)
     learning_rate: float = _positive(default=1e-3)
     weight_decay: float = _at_least(0, default=1e-4)
+    precision: str = _one_of(PRECISIONS, default="float32")
+    """What it computes in while it trains; the weights, and every score, are float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +110,7 @@ class SpaceSpec:
 class SearchSpec:
     """How long to search, and who proposes."""
 
-    sampler: str = _checked(f"one of {', '.join(SAMPLERS)}", lambda value: value in SAMPLERS, default="rank")
+    sampler: str = _one_of(SAMPLERS, default="rank")
     trials: int = _at_least(1, default=60)
     """How many plans are trained; those that need no training do not count."""
     minutes: float | None = _positive(default=None)
@@ -167,15 +174,22 @@ def complete_identity(identity: Mapping[str, Any], *, source: str) -> dict[str, 
     for key, value in identity.items():
         section, _, inner = key.partition(".")
         data |= {section: data.get(section, {}) | {inner: value}} if inner else {section: value}
-    # What studies did before these keys were there, whatever is their default today.
-    data["space"] = {"data_aware": False} | data.get("space", {})
-    data["search"] = {"halving": False} | data.get("search", {})
-    spec: StudySpec = _section(StudySpec, data, source=source, path="")
+    spec: StudySpec = _section(StudySpec, _as_it_was(data), source=source, path="")
     return spec.identity()
 
 
-def parse_spec(text: str, *, source: str, overrides: Sequence[str] = ()) -> StudySpec:
+def _as_it_was(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved study with the keys that it was begun without, where their default is not what studies did before."""
+    earlier: dict[str, dict[str, Any]] = {"space": {"data_aware": False}, "search": {"halving": False}}
+    filled = {name: keys | found for name, keys in earlier.items() if isinstance(found := data.get(name, {}), dict)}
+    return dict(data) | filled
+
+
+def parse_spec(text: str, *, source: str, overrides: Sequence[str] = (), resolved: bool = False) -> StudySpec:
     """The study that TOML `text` describes, with `section.key=value` overrides on top.
+
+    Text that is `resolved` held every key when it was written: one that is missing is newer, and stands for what studies
+    did without it.
 
     Raises:
         SpecError: not TOML, an unknown or missing key, a value of another type or out of range.
@@ -186,6 +200,8 @@ def parse_spec(text: str, *, source: str, overrides: Sequence[str] = ()) -> Stud
         raise SpecError(f"A study file must be TOML, but {source} is not: {error}.") from None
     for override in overrides:
         _override(data, override)
+    if resolved:
+        data = _as_it_was(data)
     spec: StudySpec = _section(StudySpec, data, source=source, path="")
     for method in spec.space.methods:
         if method not in METHODS:
@@ -294,7 +310,8 @@ def _value(kind: Any, given: Any, entry: dataclasses.Field[Any], *, source: str,
     if value is None:
         raise SpecError(f"{source}: {path} must be {_words(kind)}, but got {given!r}.")
     if not entry.metadata.get("holds", lambda _: True)(value):
-        hint = nearest(value, SAMPLERS) if path == "search.sampler" else ""
+        choices = entry.metadata["choices"]
+        hint = nearest(value, choices) if choices else ""
         raise SpecError(f"{source}: {path} must be {entry.metadata['rule']}, but got {given!r}.{hint}")
     return value
 

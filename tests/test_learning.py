@@ -207,6 +207,24 @@ def test_fitting_learns(trained):
     assert training.score(task.model, task, task.data.validation, device=CPU) > before + 0.2
 
 
+def test_bfloat16_trains_other_weights_that_stay_float32_and_learns():
+    def train(precision):
+        torch.manual_seed(0)
+        kinds = set()
+        task = Task(nets.small(), nets.few_digits(), lambda o, t: kinds.add(o.dtype) or nn.functional.cross_entropy(o, t))
+        for _ in training.fit(task.model, task, training.Recipe(3, 64, 1e-2, precision=precision), seed=0, device=CPU):
+            pass
+        assert kinds == {torch.float32}
+        assert {p.dtype for p in task.model.parameters()} == {torch.float32}
+        return task
+
+    plain, lower = train("float32"), train("bfloat16")
+    weights = [torch.cat([p.detach().flatten() for p in task.model.parameters()]) for task in (plain, lower)]
+    assert not torch.equal(*weights)
+    scores = [training.score(task.model, task, task.data.validation, device=CPU) for task in (plain, lower)]
+    assert abs(scores[0] - scores[1]) < 0.1
+
+
 def test_divergence_is_told():
     task = Task(nets.small(), nets.few_digits())
     with pytest.raises(training.Diverged, match="the loss became NaN or infinite"):

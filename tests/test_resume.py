@@ -82,6 +82,19 @@ def test_a_study_begun_before_a_key_was_there_goes_on(tmp_path, key):
     assert essence(run_study(spec, out, Options(workers=0)).trials) == essence(before.trials)
 
 
+def test_a_study_begun_before_a_better_default_goes_on_as_it_was(tmp_path):
+    out, plain = tmp_path / "small", small_spec("space.data_aware=false", "search.trials=1", "finalists.count=1")
+    before = run_study(plain, out, Options(workers=0))
+    written = (out / folder.SPEC).read_text()
+    (out / folder.SPEC).write_text(written.replace("data_aware = false\n", ""))
+    older = {key: value for key, value in plain.identity().items() if key != "space.data_aware"}
+    stored(out).set_user_attr(folder.IDENTITY, older)
+    with pytest.raises(StudyError, match=r"is another study \(space.data_aware is False there and True here\)"):
+        run_study(small_spec("search.trials=1", "finalists.count=1"), out, Options(workers=0))
+    assert essence(run_study(plain, out, Options(workers=0)).trials) == essence(before.trials)
+    assert (out / folder.SPEC).read_text() == written
+
+
 def ledger_of(study, dense=None, cache=None, *, firsts=None, halve_below=0):
     """The ledger that a run of the small study has."""
     data, model = nets.few_digits(), nets.small()

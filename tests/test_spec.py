@@ -55,11 +55,31 @@ def test_what_an_older_identity_does_not_name_has_its_default():
     spec = parse(SMALL, "space.skip=['conv1']", "task.model_args.classes=10", "name='a.b'")
     whole = spec.identity()
     assert complete_identity(whole, source="there") == whole
-    for key in ("space.rank_multiple", "space.smaller_in", "space.methods", "search.halving", "seed"):
+    for key in ("space.rank_multiple", "space.smaller_in", "space.methods", "search.halving", "seed", "dense.precision"):
         older = {name: value for name, value in whole.items() if name != key}
         assert complete_identity(older, source="there") == whole
     with pytest.raises(SpecError, match=r"^there: space.newer is not a key of a study\."):
         complete_identity(whole | {"space.newer": 1}, source="there")
+
+
+NEWER = {"space.data_aware": False}
+"""Keys whose default is not what studies did before they were there, with what they did."""
+
+
+@pytest.mark.parametrize(("key", "before"), NEWER.items())
+def test_an_older_study_is_what_it_was(key, before):
+    spec = parse()
+    older = {name: value for name, value in spec.identity().items() if name != key}
+    assert complete_identity(older, source="there") == older | {key: before} != spec.identity()
+    text = "".join(line for line in spec.to_toml().splitlines(keepends=True) if not line.startswith(key.split(".")[1]))
+    assert parse_spec(text, source="spec.toml", resolved=True).identity() == older | {key: before}
+    assert parse_spec(text, source="spec.toml").identity() == spec.identity()
+    assert parse_spec(spec.to_toml(), source="spec.toml", resolved=True) == spec
+
+
+def test_a_damaged_resolved_study():
+    with pytest.raises(SpecError, match=r"^spec.toml: space must be a section, but got 3\.$"):
+        parse_spec("space = 3\n" + SMALL, source="spec.toml", resolved=True)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +92,7 @@ def test_what_an_older_identity_does_not_name_has_its_default():
         ("search.minutes=0", "study.toml: search.minutes must be above 0, but got 0."),
         (
             "search.sampler=tpee",
-            "study.toml: search.sampler must be one of tpe, nsga2, random, but got 'tpee'. Did you mean 'tpe'?",
+            "study.toml: search.sampler must be one of rank, tpe, nsga2, gp, random, but got 'tpee'. Did you mean 'tpe'?",
         ),
         ("search.min_score=nan", "study.toml: search.min_score must be a finite number, but got nan."),
         ("search.min_score=high", "study.toml: search.min_score must be a number, but got 'high'."),
@@ -91,6 +111,10 @@ def test_what_an_older_identity_does_not_name_has_its_default():
         ("search.halving=1", "study.toml: search.halving must be true or false, but got 1."),
         ("space.skip='conv1'", "study.toml: space.skip must be a list of strings, but got 'conv1'."),
         ("finetune.learning_rate=-1", "study.toml: finetune.learning_rate must be above 0, but got -1."),
+        (
+            "finetune.precision=bfloat",
+            "study.toml: finetune.precision must be one of float32, bfloat16, but got 'bfloat'. Did you mean 'bfloat16'?",
+        ),
         ("task.model=lenet", "study.toml: task.model must be 'package.module:name', but got 'lenet'."),
         ("task.model_args=3", "study.toml: task.model_args must be a table, but got 3."),
         ("dense=3", "study.toml: dense must be a section, but got 3."),
