@@ -19,7 +19,7 @@ from ranksearch.strategy.frontier import Choice, frontier
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import WEAKENINGS, vbmf_plans
 from ranksearch.strategy.sampler import Knowledge
-from ranksearch.strategy.sensitivity import spread
+from ranksearch.strategy.sensitivity import rescuable, spread
 from ranksearch.strategy.surrogate import Table
 from ranksearch.strategy.trial import Answer
 from ranksearch.study import FRONTIER_PLANS
@@ -132,7 +132,8 @@ def vbmf_sweep(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
 
 
 def frontier_first(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
-    return frontier_alone(arena, FRONTIER_PLANS)
+    corners = rescuable(frontier(dense_params(arena), arena.choices))
+    return [("frontier", corner.plan) for corner in spread(corners, arena.inventory.params, FRONTIER_PLANS)]
 
 
 def frontier_alone(arena: Arena, trials: int) -> list[tuple[str, Plan]]:

@@ -1,6 +1,6 @@
 """Searches against each other: how good a front each finds within 20, 40 and 100 trials.
 
-    python benchmarks/search.py digits simulated --write    # hours on two cores; makes the tables and charts of docs/benchmarks.md
+    python benchmarks/search.py digits simulated --write    # hours on two cores; makes tables and charts of docs/
     python benchmarks/search.py simulated                   # minutes; prints the table only
 
 All searches have the same task, dense net, space, trial recipe and seeds; a plan tried twice under a seed is trained once.

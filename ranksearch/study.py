@@ -35,7 +35,7 @@ from ranksearch.strategy.finalists import choose_finalists, floor_of
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import WEAKENINGS, at_vbmf, quarter, vbmf_plans
 from ranksearch.strategy.sampler import WORTHLESS, Knowledge
-from ranksearch.strategy.sensitivity import predicted_choices, predicted_frontier, spread, values_to_probe
+from ranksearch.strategy.sensitivity import predicted_choices, predicted_frontier, rescuable, spread, values_to_probe
 from ranksearch.strategy.space import Space, check_limits, make_space, size_of
 from ranksearch.strategy.surrogate import Table
 from ranksearch.strategy.trial import Answer, Evaluator, Job, Stage
@@ -253,7 +253,7 @@ class _Run:
         corners = predicted_frontier(layers, probes, dense) if dense is not None else []
         # The dense corner, which is never chosen, stays: `spread` takes the first for it.
         within = [*corners[:1], *(corner for corner in corners[1:] if self._fits(corner.plan))]
-        chosen = spread(within, self.inventory.params, FRONTIER_PLANS)
+        chosen = spread(rescuable(within), self.inventory.params, FRONTIER_PLANS)
         vbmf = [(origin, plan) for origin, plan in vbmf_plans(self.space, layers.vbmf) if self._fits(plan)]
         firsts = [*(("frontier", corner.plan) for corner in chosen), *vbmf]
         record.write_firsts(self.study, firsts)

@@ -22,7 +22,9 @@ from ranksearch.strategy.space import Size, Space
 from ranksearch.strategy.surrogate import DOUBT, RECORDS, Rows, Surrogate, Table, Values
 
 START = 4
-"""Trials from which a sampler has something to learn."""
+"""Trials from which the project's sampler has something to learn."""
+START_UP = 8
+"""Trials that Optuna's TPE and GP take at random first."""
 ANSWERED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
 """Trials whose plans are not proposed again."""
 WORTHLESS = 0.10
@@ -80,9 +82,9 @@ def make_sampler(name: str, *, seed: int, knowledge: Knowledge | None = None) ->
                 return RankSampler(knowledge, seed=seed)
             case "tpe":
                 # Constant liar: with several workers, running trials count as bad ones, so that proposals spread.
-                return TPESampler(multivariate=True, constant_liar=True, n_startup_trials=START, seed=seed)
+                return TPESampler(multivariate=True, constant_liar=True, n_startup_trials=START_UP, seed=seed)
             case "gp":
-                return GPSampler(n_startup_trials=START, deterministic_objective=False, seed=seed)
+                return GPSampler(n_startup_trials=START_UP, deterministic_objective=False, seed=seed)
             case "nsga2":
                 return NSGAIISampler(population_size=20, seed=seed)
             case _:

@@ -93,6 +93,16 @@ def sensitivities(profile: Profile, probes: Sequence[Probe], dense_loss: float) 
     return found
 
 
+LOST = 2.0
+"""A predicted rise of the loss, in nats, from which a net knows next to nothing: a guess at ten classes is off by 2.3."""
+
+
+def rescuable(corners: Sequence[Corner]) -> list[Corner]:
+    """The corners that training may make good; all where there are none but the dense one."""
+    kept = [corner for corner in corners if corner.rise < LOST]
+    return kept if len(kept) > 1 else list(corners)
+
+
 def spread(corners: Sequence[Corner], params: int, count: int) -> list[Corner]:
     """`count` corners of a frontier, evenly spaced on the log of the compression ratio, the middle ones first.
 

@@ -35,6 +35,10 @@ GENTLE = 0.1
 NOISE, NOISE_RECORDS = 0.01, 8
 """What the standard deviation of a score is taken to be for its noise alone, and how many records that assumption is worth:
 96 % on 360 images is known to a point. A handful of records that agree by chance would end the search there."""
+ALIKE = 1.0
+"""The distance, in logs of layers' sizes, at which two plans' scores begin to have noise of their own."""
+CERTAIN = 1e-6
+"""A standard deviation is at least this: nothing is divided by 0."""
 HARMLESS = 0.01
 """A predicted rise of the loss, in nats, that training makes good in any case; rises are told apart on a log scale."""
 
@@ -94,8 +98,11 @@ class Table:
 
     def features(self, rows: Rows) -> Values:
         """(plans, 2 layers): the log of each layer's predicted rise, and of its compression."""
-        shrunk = [np.log(params[0] / params[rows[:, i]]) for i, params in enumerate(self.params)]
-        return np.concatenate([np.log(self.rises_of(rows) + HARMLESS), np.stack(shrunk, axis=1)], axis=1)
+        return np.concatenate([_log(self.rises_of(rows)), self.shrunk(rows)], axis=1)
+
+    def shrunk(self, rows: Rows) -> Values:
+        """(plans, layers): the log of each layer's own compression ratio."""
+        return np.stack([np.log(params[0] / params[rows[:, i]]) for i, params in enumerate(self.params)], axis=1)
 
     def _place(self, layer: int, value: Factorization) -> int:
         found = self._at[layer].get(value)
@@ -138,7 +145,7 @@ class Surrogate:
 
         self._table, self.top = table, dense_score + RECOVERED
         drops = np.log(np.clip(dense_score - scores, 0.0, LOST * max(dense_score - floor, RECOVERED)) + RECOVERED)
-        rises = table.rises_of(rows)
+        rises, self._sizes = table.rises_of(rows), table.shrunk(rows)
         self._theta, spread = _log_weights(rises, drops)
         draw = np.random.default_rng(seed).standard_normal((TREES, len(self._theta)))
         self.weights = np.exp(self._theta + draw @ spread.T)
@@ -159,8 +166,20 @@ class Surrogate:
         features, rises = np.ascontiguousarray(self._features(rows), dtype=np.float32), self._table.rises_of(rows)
         rest = np.stack([tree.tree_.predict(features)[:, 0] for tree in self._trees.estimators_])
         guesses = rest + self._trend.predict(_log(self.weights @ rises.T).ravel()).reshape(rest.shape)
-        mean = guesses.mean(0)
-        return mean, np.sqrt(guesses.var(0) + (self._noise / np.exp(mean)) ** 2)
+        mean, noise = guesses.mean(0), self._noise / np.exp(guesses.mean(0))
+        return mean, np.sqrt(guesses.var(0) + self._novelty(rows) * noise**2) + CERTAIN
+
+    def _novelty(self, rows: Rows) -> Values:
+        """(plans,): 0 for a plan that was tried, towards 1 the farther its layers' sizes are from those of any that was.
+
+        Nearly the same plan has nearly the same score, its noise included: without this, the search would draw lots in one
+        place. It is the variance that a Gaussian process with one record, the nearest, would have.
+        """
+        # Imported here, as scikit-learn is.
+        from scipy.spatial.distance import cdist
+
+        nearest = cdist(self._table.shrunk(rows), self._sizes).min(axis=1)
+        return np.asarray(1.0 - np.exp(-((nearest / ALIKE) ** 2)))
 
     def _features(self, rows: Rows) -> Values:
         return np.concatenate(
