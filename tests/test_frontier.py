@@ -172,20 +172,21 @@ def test_a_sensitive_layer_is_spared(layered):
     assert all(space.plan(space.params(corner.plan)) == corner.plan for corner in corners)
 
 
-def test_a_study_tries_the_frontier_after_vbmf_and_probes_once(tmp_path):
-    spec = small_spec("search.trials=16")
+def test_a_study_tries_the_frontier_before_vbmf_and_probes_once(tmp_path):
+    spec = small_spec("search.trials=10")
     whole = run_study(spec, tmp_path / "one", Options(workers=0))
     origins = [trial.origin for trial in whole.trials]
-    first = origins.index("frontier")
-    assert all(origin.startswith("vbmf") for origin in origins[:first])
-    assert 1 <= origins.count("frontier") <= FRONTIER_PLANS
+    assert 1 <= (many := origins.count("frontier")) <= FRONTIER_PLANS
+    assert origins[:many] == ["frontier"] * many
+    assert origins[many : many + 2] == ["vbmf tucker2 x1", "vbmf cp x1"]
+    assert set(origins[many + 3 :]) == {"rank"}
     dense, probes = record.read_probes(stored(tmp_path / "one"))
     assert dense == pytest.approx(min([dense, *(probe.loss for probe in probes)]), abs=0.2)
     assert {probe.layer for probe in probes} == {"conv1", "conv2", "fc1", "fc2"}
     assert "probes" in whole.seconds
     # What is probed is known: going on with more trials probes nothing again, and keeps to the same plans.
-    more = run_study(small_spec("search.trials=17"), tmp_path / "one", Options(workers=0))
-    assert [trial.plan for trial in more.trials][:16] == [trial.plan for trial in whole.trials]
+    more = run_study(small_spec("search.trials=11"), tmp_path / "one", Options(workers=0))
+    assert [trial.plan for trial in more.trials][:10] == [trial.plan for trial in whole.trials]
     assert record.read_probes(stored(tmp_path / "one")) == (dense, probes)
 
 

@@ -147,7 +147,7 @@ def test_only_rungs_that_decide_stop(ledger):
 
 
 def test_first_plans_run_to_their_end(ledger):
-    firsts = [(f"first {place}", job.plan) for place, job in enumerate(jobs_of(ledger, 2 * PEERS))]
+    firsts = [(f"first {place}", job.plan) for place, job in enumerate(ledger.jobs(2 * PEERS))]
     ledger = ledger_of(optuna.create_study(directions=["maximize", "maximize"]), firsts=firsts, halve_below=3)
     verdicts = []
     for job in jobs_of(ledger, len(firsts) + 1):

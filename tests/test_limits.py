@@ -12,25 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ranksearch
-from ranksearch.data import example
 from ranksearch.errors import SpecError
-from ranksearch.layers import inventory
 from ranksearch.limits import UNLIMITED, Limits
 from ranksearch.plan import Plan
-from ranksearch.record import GIVE_UP, Outcome, Rung, StudyRecord
+from ranksearch.record import GIVE_UP, Outcome, StudyRecord
 from ranksearch.report import write_report
-from ranksearch.strategy.ledger import Ledger
-from ranksearch.strategy.space import Size, check_limits, make_space, size_of
+from ranksearch.strategy.space import Size, check_limits, size_of
 from ranksearch.strategy.trial import Answer
 from ranksearch.study import Options, run_study
-from tests import nets
+from tests.books import FOUND, SPACE, TINY, Books, answer
 from tests.conftest import essence, small_spec
 from tests.report.report_study import study_record
-
-FOUND = inventory(nets.small(), example(nets.few_digits().train))
-SPACE = make_space(FOUND, ("tucker2", "cp", "svd"))
-TINY = make_space(FOUND, ("svd",), layers=["fc2"])
-"""One layer and a handful of plans: soon every proposal is known."""
 
 bounds = st.none() | st.floats(0.1, 100)
 
@@ -110,37 +102,10 @@ def test_an_accuracy_above_one(tmp_path):
 # --- the ledger, with made-up answers ---
 
 
-class Books:
-    """One Optuna study without training; a new ledger stands for a new run of it."""
-
-    def __init__(self, space=SPACE, *, limits=UNLIMITED, sampler="random", seed=0, firsts=()):
-        self.study = optuna.create_study(directions=["maximize", "maximize"])
-        self.untrained, self.trained = [], []
-        self.arguments = {"sampler": sampler, "seed": seed, "limits": limits, "on_untrained": self.untrained.append}
-        self.space, self.firsts = space, firsts
-
-    def ledger(self):
-        return Ledger(self.study, self.space, FOUND, self.firsts, floor=0.5, **self.arguments)
-
-    def run(self, trials, *, kill_after=None):
-        """All trials, or as many as there are before a kill that leaves the last one running."""
-        ledger = self.ledger()
-        ledger.recover()
-        for count, job in enumerate(ledger.jobs(trials)):
-            if count == kill_after:
-                break
-            self.trained.append(ledger.receive(job, answer(job.plan)))
-        return ledger
-
-
-def answer(plan):
-    """A score that a plan alone decides; one plan in eight diverges."""
-    score = (size_of(plan, FOUND).params * 37 % 101) / 100
-    return Answer(Outcome.DIVERGED if score > 0.87 else Outcome.DONE, (Rung(0, score / 2), Rung(1, score)), 2.5)
-
-
 @settings(deadline=None, max_examples=10)
-@given(st.floats(1, 20), st.integers(5, 30) | st.none(), st.sampled_from(["random", "tpe", "nsga2"]), st.integers(0, 99))
+@given(
+    st.floats(1, 20), st.integers(5, 30) | st.none(), st.sampled_from(["random", "tpe", "nsga2", "rank"]), st.integers(0, 99)
+)
 def test_no_trained_trial_breaks_a_limit_of_size(min_ratio, share, sampler, seed):
     limits = Limits(min_ratio=min_ratio, max_macs=share and FOUND.macs * share // 100)
     books = Books(limits=limits, sampler=sampler, seed=seed)
@@ -158,7 +123,7 @@ def test_no_trained_trial_breaks_a_limit_of_size(min_ratio, share, sampler, seed
 @given(st.integers(0, 99), st.sampled_from(["random", "tpe"]))
 def test_a_known_plan_has_the_record_of_its_original(seed, sampler):
     books = Books(TINY, sampler=sampler, seed=seed)
-    ledger = books.run(5)
+    ledger = books.run(8)  # one more than there are plans
     records = {trial.number: trial for trial in ledger.records()}
     twins = [trial for trial in records.values() if trial.same_as is not None]
     assert twins
@@ -185,7 +150,7 @@ def test_a_search_that_finds_nothing_new_ends():
 
 
 @settings(deadline=None, max_examples=15)
-@given(st.lists(st.integers(0, 4), max_size=4), st.sampled_from(["random", "tpe"]), st.integers(0, 9), st.booleans())
+@given(st.lists(st.integers(0, 4), max_size=4), st.sampled_from(["random", "tpe", "rank"]), st.integers(0, 9), st.booleans())
 def test_killed_and_resumed_equals_uninterrupted(kills, sampler, seed, tiny):
     space, limits = (TINY, Limits(min_ratio=1.01)) if tiny else (SPACE, Limits(min_ratio=6.0))
     whole, broken = (Books(space, limits=limits, sampler=sampler, seed=seed) for _ in range(2))

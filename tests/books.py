@@ -1,0 +1,74 @@
+"""Searches without training: the small model's space, its choices with made-up rises, and a ledger with made-up answers."""
+
+from __future__ import annotations
+
+import optuna
+
+from ranksearch.data import example
+from ranksearch.layers import inventory
+from ranksearch.limits import UNLIMITED
+from ranksearch.plan import Dense
+from ranksearch.record import Outcome, Rung
+from ranksearch.strategy.frontier import Choice
+from ranksearch.strategy.ledger import Ledger
+from ranksearch.strategy.sampler import Knowledge
+from ranksearch.strategy.space import make_space, size_of
+from ranksearch.strategy.surrogate import Table
+from ranksearch.strategy.trial import Answer
+from tests import nets
+
+FOUND = inventory(nets.small(), example(nets.few_digits().train))
+SPACE = make_space(FOUND, ("tucker2", "cp", "svd"))
+TINY = make_space(FOUND, ("svd",), layers=["fc2"])
+"""One layer and a handful of plans: soon every proposal is known."""
+
+
+def offered(space=SPACE):
+    """By layer, some dozen choices over all sizes, whose rises grow with what they save, and in some layers more."""
+    found = {}
+    for place, axis in enumerate(space.axes):
+        layer, chosen = axis.layer, {}
+        for method in axis.methods:
+            for level in range(9):
+                params = {f"{layer.name}.{key}": level / 8 for key in ("level", "level_in")}
+                value = axis.factorization({**params, f"{layer.name}.method": method.kind.method})
+                if value != Dense():
+                    size = method.params(layer, value.ranks)
+                    chosen[value] = Choice(value, size, 0.1 * (1 + place) * (1 - size / layer.params) ** 2)
+        found[layer.name] = list(chosen.values())
+    return found
+
+
+def knowledge(space=SPACE, *, limits=UNLIMITED, floor=0.5, suggested=()):
+    """What the sampler "rank" starts from, where a score is at most 0.9."""
+    return Knowledge(space, Table(FOUND, offered(space)), 0.9, floor, limits, suggested)
+
+
+class Books:
+    """One Optuna study without training; a new ledger stands for a new run of it."""
+
+    def __init__(self, space=SPACE, *, limits=UNLIMITED, sampler="random", seed=0, firsts=(), floor=0.5, suggested=()):
+        self.study = optuna.create_study(directions=["maximize", "maximize"])
+        self.untrained, self.trained = [], []
+        self.arguments = {"sampler": sampler, "seed": seed, "limits": limits, "on_untrained": self.untrained.append}
+        self.space, self.firsts, self.floor, self.suggested = space, firsts, floor, suggested
+
+    def ledger(self):
+        known = knowledge(self.space, limits=self.arguments["limits"], floor=self.floor, suggested=self.suggested)
+        return Ledger(self.study, self.space, FOUND, self.firsts, floor=self.floor, knowledge=known, **self.arguments)
+
+    def run(self, trials, *, kill_after=None):
+        """All trials, or as many as there are before a kill that leaves the last one running."""
+        ledger = self.ledger()
+        ledger.recover()
+        for count, job in enumerate(ledger.jobs(trials)):
+            if count == kill_after:
+                break
+            self.trained.append(ledger.receive(job, answer(job.plan)))
+        return ledger
+
+
+def answer(plan):
+    """A score that a plan alone decides; one plan in eight diverges."""
+    score = (size_of(plan, FOUND).params * 37 % 101) / 100
+    return Answer(Outcome.DIVERGED if score > 0.87 else Outcome.DONE, (Rung(0, score / 2), Rung(1, score)), 2.5)

@@ -1,0 +1,177 @@
+"""Who proposes: the project's own sampler, what it expects of a plan, and the contract of every sampler there is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ranksearch import pareto
+from ranksearch.limits import Limits
+from ranksearch.plan import CP, Plan
+from ranksearch.record import Outcome
+from ranksearch.spec import SAMPLERS
+from ranksearch.strategy.frontier import Choice, frontier
+from ranksearch.strategy.sampler import RankSampler, expected_gains
+from ranksearch.strategy.space import size_of
+from ranksearch.strategy.surrogate import Surrogate, Table
+from tests.books import FOUND, SPACE, TINY, Books, knowledge, offered
+
+CHOICES = offered()
+TABLE = Table(FOUND, CHOICES)
+TOP, FLOOR = 0.91, 0.5
+
+rows = st.tuples(*(st.integers(0, len(values) - 1) for values in TABLE.values))
+
+
+def as_rows(*plans):
+    return np.array(plans, dtype=np.intp).reshape(-1, len(TABLE.layers))
+
+
+# --- the table ---
+
+
+@given(rows)
+def test_a_row_is_a_plan_and_its_size(row):
+    plan = TABLE.plan(row)
+    assert TABLE.row(plan) == row
+    size, (params, macs) = size_of(plan, FOUND), TABLE.sizes(as_rows(row))
+    assert (params[0], macs[0]) == (size.params, size.macs)
+    assert TABLE.log_ratios(as_rows(row))[0] == pytest.approx(np.log10(size.ratio))
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=len(TABLE.layers), max_size=len(TABLE.layers)))
+def test_a_weighted_frontier_is_that_of_weighted_rises(weights):
+    weighted = {
+        name: [Choice(c.value, c.params, c.rise * weight) for c in CHOICES[name]]
+        for name, weight in zip(TABLE.layers, weights, strict=True)
+    }
+    dense = {name: FOUND[name].params for name in TABLE.layers}
+    assert [TABLE.plan(row) for row in TABLE.frontier(np.array(weights))] == [c.plan for c in frontier(dense, weighted)]
+
+
+def test_a_choice_outside_the_table_stands_as_the_nearest_of_its_method():
+    layer = next(i for i, values in enumerate(TABLE.values) if sum(isinstance(v, CP) for v in values) > 1)
+    inside = [value for value in TABLE.values[layer] if isinstance(value, CP)]
+    largest = max(inside, key=lambda value: value.rank)
+    row = TABLE.row(Plan.of({TABLE.layers[layer]: CP(10 * largest.rank)}))
+    assert TABLE.values[layer][row[layer]] == largest
+    assert sum(row) == row[layer]
+
+
+# --- what is expected ---
+
+fronts = st.lists(st.tuples(st.floats(0.3, 0.9), st.floats(0.05, 2.0)), min_size=1, max_size=6)
+
+
+@settings(deadline=None, max_examples=25)
+@given(fronts, st.floats(-4, -1), st.floats(0.05, 0.6), st.floats(0.1, 2.0), st.integers(0, 99))
+def test_the_expected_gain_is_the_mean_of_gains(points, mean, std, log_ratio, seed):
+    points = np.array(points)
+    (expected,) = expected_gains(np.array([mean]), np.array([std]), np.array([log_ratio]), points, top=TOP, floor=FLOOR)
+    scores = TOP - np.exp(mean + std * np.random.default_rng(seed).standard_normal(4000))
+    before = pareto.hypervolume(points, (FLOOR, 0.0))
+    gains = [pareto.hypervolume([*points, (score, log_ratio)], (FLOOR, 0.0)) - before for score in scores[:400]]
+    assert expected == pytest.approx(np.mean(gains), abs=5 * np.std(gains) / 20 + 1e-6)
+
+
+@given(fronts, st.floats(0.3, 0.9), st.floats(0.05, 2.0))
+def test_without_doubt_the_expected_gain_is_the_gain(points, score, log_ratio):
+    points = np.array(points)
+    gain = pareto.hypervolume([*points, (score, log_ratio)], (FLOOR, 0.0)) - pareto.hypervolume(points, (FLOOR, 0.0))
+    mean, std = np.array([np.log(TOP - score)]), np.array([1e-9])
+    assert expected_gains(mean, std, np.array([log_ratio]), points, top=TOP, floor=FLOOR)[0] == pytest.approx(gain, abs=1e-6)
+
+
+# --- the surrogate ---
+
+
+def surrogate(plans, scores, seed=0):
+    return Surrogate(TABLE, as_rows(*plans), np.array(scores, dtype=float), dense_score=0.9, floor=FLOOR, seed=seed)
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.lists(st.tuples(rows, st.floats(0, 1)), min_size=4, max_size=12), st.lists(rows, min_size=1, max_size=5))
+def test_an_expectation_is_a_number_and_follows_the_seed(tried, asked):
+    plans, scores = zip(*tried, strict=True)
+    first, again = (surrogate(plans, scores).expect(as_rows(*asked)) for _ in range(2))
+    assert all(np.isfinite(part).all() for part in first)
+    assert (first[1] > 0).all()
+    assert all(np.array_equal(one, two) for one, two in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("score", [0.0, 0.9, 1.0])
+def test_scores_that_are_all_alike(score):
+    mean, std = surrogate([(0,) * len(TABLE.layers)] * 4, [score] * 4).expect(as_rows((1,) * len(TABLE.layers)))
+    assert np.isfinite(mean).all()
+    assert (std > 0).all()
+
+
+def test_a_plan_that_was_tried_is_known_better_than_one_that_was_not():
+    corners = TABLE.frontier(np.ones(len(TABLE.layers)))
+    tried, far = corners[1::2], corners[-1:]
+    known = surrogate(tried[:-1], np.linspace(0.88, 0.6, len(tried) - 1))
+    assert known.expect(tried[:1])[1][0] < known.expect(far)[1][0]
+
+
+def test_what_lost_more_is_expected_to_lose_more():
+    corners = TABLE.frontier(np.ones(len(TABLE.layers)))
+    known = surrogate(corners, 0.9 - 0.05 * TABLE.rises_of(corners).sum(1))
+    mean, _ = known.expect(corners[[1, -1]])
+    assert mean[0] < mean[1]
+
+
+# --- proposals ---
+
+
+def test_no_plan_is_proposed_twice_nor_the_dense_one():
+    books = Books(sampler="rank", seed=1)
+    books.run(25)
+    plans = [trial.plan for trial in books.ledger().records()]
+    assert len(set(plans)) == len(plans)
+    assert Plan() not in plans
+
+
+def test_a_space_of_a_handful_is_exhausted_and_the_search_ends():
+    books = Books(TINY, sampler="rank")
+    books.run(50)
+    assert 0 < len({trial.plan for trial in books.trained}) < 50
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_proposal_follows_from_the_record_and_the_seed(sampler):
+    def proposals(seed, *, rebuilt):
+        books = Books(sampler=sampler, seed=seed)
+        for count in range(1, 13) if rebuilt else [12]:
+            books.run(count)
+        return [trial.plan for trial in books.trained]
+
+    whole = proposals(0, rebuilt=False)
+    assert whole == proposals(0, rebuilt=True)
+    assert whole != proposals(1, rebuilt=False)
+    assert all(SPACE.plan(SPACE.params(plan)) == plan for plan in whole)
+
+
+def test_running_trials_spread_the_proposals():
+    books = Books(sampler="rank")
+    books.run(8)
+    running = [job.plan for _, job in zip(range(4), books.ledger().jobs(12), strict=False)]
+    assert len(set(running)) == 4
+
+
+@settings(deadline=None, max_examples=5)
+@given(st.floats(2, 12), st.integers(0, 9))
+def test_proposals_keep_to_the_limits(min_ratio, seed):
+    books = Books(sampler="rank", seed=seed, limits=Limits(min_ratio=min_ratio))
+    books.run(15)
+    assert all(trial.ratio >= min_ratio for trial in books.trained)
+    assert not any(trial.outcome is Outcome.OVER_BUDGET for trial in books.untrained)
+
+
+def test_suggestions_are_among_the_plans_to_choose_from_until_they_are_tried():
+    wanted = tuple(min(3, len(values) - 1) for values in TABLE.values)
+    sampler = RankSampler(knowledge(suggested=[TABLE.plan(wanted)]), seed=0)
+    nothing, weights = (as_rows(), np.empty((0, 2))), np.ones((1, len(TABLE.layers)))
+    assert list(wanted) in sampler._plans(*nothing, weights, set()).tolist()
+    assert list(wanted) not in sampler._plans(*nothing, weights, {wanted}).tolist()
