@@ -16,6 +16,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,10 @@ class Measured:
     test: list[float]
     seconds: list[float]
     asks: list[float]
+
+    def first(self, trials: int) -> Measured:
+        """What it was after so many trials."""
+        return Measured(self.curve[:trials], self.test[:trials], self.seconds[:trials], self.asks[:trials])
 
 
 def main() -> None:
@@ -78,18 +83,22 @@ def _all(name: str, arenas: Sequence[Arena], only: Sequence[str]) -> dict[str, d
     found: dict[str, dict[int, list[Measured]]] = {}
     for key in only:
         if key not in SLOW.get(name, ()):
-            found[key] = {budget: _runs(CONTENDERS[key], arenas, budget) for budget in BUDGETS}
+            runs = [_runs(CONTENDERS[key], arena, seed) for seed, arena in enumerate(arenas)]
+            found[key] = {budget: [run[budget] for run in runs if budget in run] for budget in BUDGETS}
     return found
 
 
-def _runs(contender: Contender, arenas: Sequence[Arena], budget: int) -> list[Measured]:
-    runs = []
-    for seed, arena in enumerate(arenas):
-        try:
-            runs.append(_measured(arena, contender, contender.search(arena, seed, budget)))
-        except NotTrained:
+def _runs(contender: Contender, arena: Arena, seed: int) -> dict[int, Measured]:
+    """By budget, as far as the arena has the trials."""
+    found: dict[int, Measured] = {}
+    for budget in sorted(BUDGETS, reverse=True):
+        if contender.sampler and found:
+            # Who proposes one after the other does not know the budget.
+            found[budget] = next(iter(found.values())).first(budget)
             continue
-    return runs
+        with suppress(NotTrained):
+            found[budget] = _measured(arena, contender, contender.search(arena, seed, budget))
+    return found
 
 
 def _measured(arena: Arena, contender: Contender, found: Found) -> Measured:
@@ -166,7 +175,7 @@ def _words(found: dict[str, dict[int, list[Measured]]]) -> list[str]:
 def _chart(found: dict[str, dict[int, list[Measured]]], path: Path) -> None:
     rows = []
     for key, budgets in found.items():
-        runs = budgets[100] or budgets[40]
+        runs = max(budgets.values(), key=lambda found: (len(found), len(found[0].curve) if found else 0))
         for n in range(min((len(run.curve) for run in runs), default=0)):
             about = {"search": CONTENDERS[key].title.strip("*"), "hypervolume": statistics.mean(run.curve[n] for run in runs)}
             rows.append(about | {"trials": n + 1, "seconds": statistics.mean(run.seconds[n] for run in runs)})
