@@ -33,11 +33,10 @@ from ranksearch.report import write_report
 from ranksearch.spec import StudySpec
 from ranksearch.strategy.finalists import choose_finalists, floor_of
 from ranksearch.strategy.ledger import Ledger
-from ranksearch.strategy.prior import WEAKENINGS, at_vbmf, quarter, vbmf_plans
-from ranksearch.strategy.sampler import WORTHLESS, Knowledge
-from ranksearch.strategy.sensitivity import predicted_choices, predicted_frontier, rescuable, spread, values_to_probe
+from ranksearch.strategy.prior import at_vbmf, quarter, vbmf_plans
+from ranksearch.strategy.sampler import Knowledge
+from ranksearch.strategy.sensitivity import predicted_frontier, rescuable, spread, values_to_probe
 from ranksearch.strategy.space import Space, check_limits, make_space, size_of
-from ranksearch.strategy.surrogate import Table
 from ranksearch.strategy.trial import Answer, Evaluator, Job, Stage
 from ranksearch.tasks import Task, accuracy, check_outputs, load_task
 
@@ -259,25 +258,19 @@ class _Run:
         record.write_firsts(self.study, firsts)
         return firsts
 
-    def knowledge(self, layers: Profile, dense_score: float) -> Knowledge:
-        """What the sampler "rank" starts from."""
-        dense, probes = record.read_probes(self.study)
-        choices = predicted_choices(layers, probes if dense is not None else (), dense or 0.0)
-        searched = {axis.layer.name: choices[axis.layer.name] for axis in self.space.axes}
-        suggested = [plan for _, plan in vbmf_plans(self.space, layers.vbmf, WEAKENINGS)]
-        limits = self.spec.search.limits
-        floor = dense_score - WORTHLESS if limits.min_score is None else limits.min_score
-        return Knowledge(self.space, Table(self.inventory, searched), dense_score, floor, limits, suggested)
-
     def search(self, layers: Profile) -> None:
         """Ask, evaluate, tell, until the budget is spent."""
         firsts = self.firsts(layers)
         limits = self.spec.search.limits
         dense_score = record.read_facts(self.study).dense.score_validation
         floor = floor_of(dense_score, limits)
+        dense_loss, probes = record.read_probes(self.study)
+        knowledge = Knowledge.of(
+            self.space, self.inventory, layers, probes, dense_loss=dense_loss, dense_score=dense_score, limits=limits
+        )
         ledger = self.ledger = Ledger(
             self.study, self.space, self.inventory, firsts, sampler=self.spec.search.sampler, seed=self.spec.seed,
-            floor=floor, limits=limits, knowledge=self.knowledge(layers, dense_score),
+            floor=floor, limits=limits, knowledge=knowledge,
             halve_below=self.spec.finetune.epochs if self.spec.search.halving else 0,
             on_untrained=lambda found: self.view.trial(found, ledger.records()),
         )  # fmt: skip

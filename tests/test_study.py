@@ -15,7 +15,7 @@ from ranksearch.export import load_model
 from ranksearch.record import Outcome
 from ranksearch.report import write_report
 from ranksearch.strategy.finalists import WORTH
-from ranksearch.study import Options, run_study
+from ranksearch.study import FRONTIER_PLANS, Options, run_study
 from ranksearch.tasks import Task
 from ranksearch.training import predict
 from tests import nets
@@ -40,10 +40,13 @@ def test_the_folder_holds_what_is_promised(finished):
     assert sum(trial.finalist is not None for trial in record.trials) == 3
 
 
-def test_the_first_trials_are_the_vbmf_plans(finished):
+def test_the_first_trials_are_of_the_frontier_then_those_of_vbmf(finished):
     _, record = finished
-    assert record.trials[0].origin == "vbmf tucker2 x1"
-    assert record.trials[1].origin == "vbmf cp x1"
+    origins = [trial.origin for trial in record.trials]
+    first = origins.index("vbmf tucker2 x1")
+    assert origins[:first] == ["frontier"] * first
+    assert 1 <= first <= FRONTIER_PLANS
+    assert origins[first + 1] == "vbmf cp x1"
 
 
 def test_trials_that_lost_too_much_are_marked_infeasible(finished):

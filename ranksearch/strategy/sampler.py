@@ -16,8 +16,13 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from ranksearch import pareto
+from ranksearch.layers import Inventory
 from ranksearch.limits import UNLIMITED, Limits
 from ranksearch.plan import Plan
+from ranksearch.profile import Profile
+from ranksearch.record import Probe
+from ranksearch.strategy.prior import WEAKENINGS, vbmf_plans
+from ranksearch.strategy.sensitivity import predicted_choices
 from ranksearch.strategy.space import Size, Space
 from ranksearch.strategy.surrogate import DOUBT, RECORDS, Rows, Surrogate, Table, Values
 
@@ -52,6 +57,25 @@ class Knowledge:
     suggested: Sequence[Plan] = ()
     """Plans that a prior suggests; they are tried where they promise a gain."""
     rows: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        space: Space,
+        inventory: Inventory,
+        layers: Profile,
+        probes: Sequence[Probe],
+        *,
+        dense_loss: float | None,
+        dense_score: float,
+        limits: Limits = UNLIMITED,
+    ) -> Knowledge:
+        """What profile, probes and VBMF tell; without the dense model's loss there is nothing to set probes against."""
+        choices = predicted_choices(layers, probes if dense_loss is not None else (), dense_loss or 0.0)
+        table = Table(inventory, {axis.layer.name: choices[axis.layer.name] for axis in space.axes})
+        floor = dense_score - WORTHLESS if limits.min_score is None else limits.min_score
+        suggested = [plan for _, plan in vbmf_plans(space, layers.vbmf, WEAKENINGS)]
+        return cls(space, table, dense_score, floor, limits, suggested)
 
     def fits(self, plans: Rows) -> NDArray[np.bool_]:
         """Which plans are within the limits of size."""
