@@ -168,7 +168,7 @@ def _words(found: dict[str, dict[int, list[Measured]]]) -> list[str]:
     ours = [run.curve for run in found["rank"][100]]
     means = [statistics.mean(curve[n] for curve in ours) for n in range(min(map(len, ours)))]
     first = next((n + 1 for n, mean in enumerate(means) if mean >= goal), None)
-    reached = f"after {first} trials" if first else "not within 100 trials"
+    reached = f"after trial {first}" if first else "not within 100 trials"
     return [said(f"\nOurs has the mean hypervolume of TPE's 100 trials {reached}.")]
 
 
