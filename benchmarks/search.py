@@ -54,6 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arenas", nargs="+", choices=["digits", "simulated"])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--budgets", nargs="+", type=int, default=list(BUDGETS), choices=BUDGETS)
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
     parser.add_argument("--store", type=Path, default=Path("runs/bench-search"))
     parser.add_argument("--frozen", action="store_true")
@@ -63,7 +64,7 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     for name in given.arenas:
         arenas = _arenas(name, given)
-        found = _all(name, arenas, given.only)
+        found = _all(name, arenas, given.only, given.budgets)
         lines = [machine("torch", "optuna", "scikit-learn"), *_about(arenas[0], given.seeds), *_table(found), *_words(found)]
         if given.write:
             _chart(found, Path("docs") / f"search-{name}.png")
@@ -78,20 +79,22 @@ def _arenas(name: str, given: argparse.Namespace) -> list[Arena]:
     return [digits(given.store, frozen=given.frozen)] * given.seeds
 
 
-def _all(name: str, arenas: Sequence[Arena], only: Sequence[str]) -> dict[str, dict[int, list[Measured]]]:
+def _all(
+    name: str, arenas: Sequence[Arena], only: Sequence[str], budgets: Sequence[int]
+) -> dict[str, dict[int, list[Measured]]]:
     """By contender and budget, the runs of all seeds that there are."""
     found: dict[str, dict[int, list[Measured]]] = {}
     for key in only:
         if key not in SLOW.get(name, ()):
-            runs = [_runs(CONTENDERS[key], arena, seed) for seed, arena in enumerate(arenas)]
+            runs = [_runs(CONTENDERS[key], arena, seed, budgets) for seed, arena in enumerate(arenas)]
             found[key] = {budget: [run[budget] for run in runs if budget in run] for budget in BUDGETS}
     return found
 
 
-def _runs(contender: Contender, arena: Arena, seed: int) -> dict[int, Measured]:
+def _runs(contender: Contender, arena: Arena, seed: int, budgets: Sequence[int]) -> dict[int, Measured]:
     """By budget, as far as the arena has the trials."""
     found: dict[int, Measured] = {}
-    for budget in sorted(BUDGETS, reverse=True):
+    for budget in sorted(budgets, reverse=True):
         if contender.sampler and found:
             # Who proposes one after the other does not know the budget.
             found[budget] = next(iter(found.values())).first(budget)

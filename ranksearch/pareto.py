@@ -1,4 +1,4 @@
-"""Front, hypervolume and knee of points to be maximised: pure functions of an array of shape (points, objectives)."""
+"""Front, hypervolume and knee of points to be maximised in two objectives: pure functions of an array (points, 2)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ def front(points: ArrayLike) -> NDArray[np.intp]:
 
     A point dominates another when it is nowhere smaller and somewhere larger. Of equal points only the first is kept.
     """
-    values = np.asarray(points, dtype=float)
-    if values.size == 0:
-        return np.empty(0, dtype=np.intp)
-    at_least = (values[:, None, :] >= values[None, :, :]).all(-1)
-    larger = (values[:, None, :] > values[None, :, :]).any(-1)
-    order = np.arange(len(values))
-    twin = at_least & at_least.T & (order[:, None] < order[None, :])
-    kept = np.flatnonzero(~((at_least & larger) | twin).any(0))
-    return kept[np.argsort(values[kept, 1], kind="stable")]
+    values = np.asarray(points, dtype=float).reshape(-1, 2)
+    order = np.lexsort((-values[:, 1], -values[:, 0]))
+    # By falling first objective, a point is on the front when its second is larger than all before it.
+    seconds = values[order, 1]
+    before = np.concatenate([[-np.inf], np.maximum.accumulate(seconds)[:-1]]) if len(order) else seconds
+    return order[seconds > before]
 
 
 def ranks(points: ArrayLike) -> NDArray[np.intp]:

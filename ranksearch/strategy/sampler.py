@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -57,6 +58,12 @@ class Knowledge:
     suggested: Sequence[Plan] = ()
     """Plans that a prior suggests; they are tried where they promise a gain."""
     rows: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def suggested_rows(self) -> Rows:
+        """The suggested plans as rows of the table."""
+        rows = [self.table.row(plan) for plan in self.suggested]
+        return np.array(rows, dtype=np.intp).reshape(-1, len(self.table.layers))
 
     @classmethod
     def of(
@@ -177,7 +184,7 @@ class RankSampler(BaseSampler):
         """The plans to choose from, each once, but for those that were asked for before and the dense one."""
         table = self._known.table
         parts = [_evenly(table.frontier(guess), CORNERS) for guess in weights]
-        parts += [np.array([table.row(plan) for plan in self._known.suggested], dtype=np.intp).reshape(-1, len(table.layers))]
+        parts.append(self._known.suggested_rows)
         worth = np.flatnonzero(points[:, 0] > self._known.floor)
         if len(worth):
             parents = tried[worth[pareto.front(points[worth])]]
