@@ -137,6 +137,11 @@ def digits(folder: Path, *, frozen: bool = False) -> Trained:
     return Trained(load_spec("lenet"), folder / "digits", trained_on=359, frozen=frozen)
 
 
+def cifar10(folder: Path, *, frozen: bool = False) -> Trained:
+    """The thesis's LeNet on CIFAR-10, which it looks for in data/; a trial sees a fifth of its images."""
+    return Trained(load_spec("lenet-cifar10"), folder / "cifar10", trained_on=9000, frozen=frozen)
+
+
 class Simulated:
     """A network of fifty layers with the shapes of ResNet-50 whose scores are tabulated, not trained.
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import altair as alt
 import optuna
 import vl_convert
-from arenas import NotTrained, Simulated, digits
+from arenas import NotTrained, Simulated, cifar10, digits
 from contenders import CONTENDERS, DROP, Arena, Contender, Found
 from pages import machine, row, said, table, write_section
 from scipy.stats import t as student
@@ -52,7 +52,7 @@ class Measured:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("arenas", nargs="+", choices=["digits", "simulated"])
+    parser.add_argument("arenas", nargs="+", choices=["digits", "cifar10", "simulated"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--budgets", nargs="+", type=int, default=list(BUDGETS), choices=BUDGETS)
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
@@ -76,7 +76,8 @@ def _arenas(name: str, given: argparse.Namespace) -> list[Arena]:
     """The arena of each seed: one network for all where it is trained, one of its own where it is simulated."""
     if name == "simulated":
         return [Simulated(seed) for seed in range(given.seeds)]
-    return [digits(given.store, frozen=given.frozen)] * given.seeds
+    make = {"digits": digits, "cifar10": cifar10}[name]
+    return [make(given.store, frozen=given.frozen)] * given.seeds
 
 
 def _all(

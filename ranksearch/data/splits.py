@@ -12,15 +12,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
+from ranksearch.data.images import Images
 from ranksearch.errors import DataError
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Splits:
     """Data for a study, as a `data` reference returns it.
 
-    Each split is any map-style `torch.utils.data.Dataset` of (input, target); a `TensorDataset` is cut into batches as a
-    whole, which is far quicker for small inputs. `classes` is None where targets are no class labels.
+    Each split is any map-style `torch.utils.data.Dataset` of (input, target); a `TensorDataset` and `Images` are cut into
+    batches as a whole, which is far quicker for small inputs. `classes` is None where targets are no class labels.
     """
 
     train: Dataset[Any]
@@ -48,22 +51,30 @@ def sample(split: Dataset[Any], count: int, *, seed: int) -> Dataset[Any]:
     chosen = torch.randperm(size(split), generator=torch.Generator().manual_seed(seed))[:count].sort().values
     if type(split) is TensorDataset:
         return TensorDataset(*(tensor[chosen] for tensor in split.tensors))
+    if isinstance(split, Images):
+        return split.subset(chosen)
     return Subset(split, chosen.tolist())
 
 
-def batches(split: Dataset[Any], batch_size: int, *, generator: torch.Generator | None = None) -> Iterator[Any]:
-    """Batches (inputs, targets) of a split: in order, or shuffled when a generator is given."""
+def batches(
+    split: Dataset[Any], batch_size: int, *, generator: torch.Generator | None = None, device: torch.device = CPU
+) -> Iterator[Any]:
+    """Batches (inputs, targets) of a split on a device: in order, or shuffled when a generator is given."""
     count = size(split)
     # Not of a subclass: its own __getitem__ may transform.
-    if type(split) is TensorDataset:
+    if type(split) is TensorDataset or isinstance(split, Images):
         order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
         for chosen in order.split(batch_size):
-            if not _lonely(chosen, count, generator):
-                yield tuple(tensor[chosen] for tensor in split.tensors)
+            if _lonely(chosen, count, generator):
+                continue
+            if isinstance(split, Images):
+                yield split.batch(chosen, device)
+            else:
+                yield tuple(tensor[chosen].to(device) for tensor in split.tensors)
     else:
         for found in DataLoader(split, batch_size=batch_size, shuffle=generator is not None, generator=generator):
             if not _lonely(found[0], count, generator):
-                yield found
+                yield tuple(part.to(device) if isinstance(part, Tensor) else part for part in found)
 
 
 def _lonely(batch: Tensor, count: int, generator: torch.Generator | None) -> bool:
