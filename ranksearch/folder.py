@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -11,6 +12,7 @@ from typing import Any
 
 import filelock
 import optuna
+from sqlalchemy import event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
@@ -116,13 +118,24 @@ def check_storage(url: str) -> optuna.storages.RDBStorage:
     """
     address = _address(url)
     try:
-        return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        storage = optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        if address.drivername.startswith("sqlite"):
+            event.listen(storage.engine, "connect", _quick_commits)
+            storage.engine.dispose()  # it has connected before
+        return storage
     except ImportError as error:
         reason = f"the Python package {error.name!r} is not installed" if error.name else str(error)
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
     reason = reason.replace(str(address.password), "***") if address.password else reason
     raise StudyError(f"The storage {masked(url)} cannot be used: {reason}; check its address, and that it is up.")
+
+
+def _quick_commits(connection: sqlite3.Connection, about: object) -> None:
+    """Appends to a log instead of waiting for the disk twice at each of a trial's twenty commits. A killed process loses
+    nothing by it; a machine without power may lose the last commits, but no record is torn."""
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")
 
 
 def delete_study(name: str, url: str) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ranksearch.engines.base import Crash, Engine, Evaluate, Workers, packed
@@ -211,12 +212,11 @@ def _check_address(address: str | None) -> None:
 
 def _start(cluster: Cluster, scratch: str) -> tuple[Connection, subprocess.Popen[bytes]]:
     here, there = Pipe()
-    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
     environment.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(HEAD_SECONDS))
     process = subprocess.Popen(
-        [sys.executable, "-c", "from ranksearch.engines.tune import main; main()", str(there.fileno())],
+        [sys.executable, "-c", "from ranksearch.engines.tune import main; main()", str(there.fileno()), scratch],
         env=environment,
-        cwd=scratch,
         pass_fds=[there.fileno()],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,

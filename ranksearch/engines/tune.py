@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -126,7 +125,7 @@ def _run(driver: Connection, cluster: Cluster, evaluate: bytes) -> None:
         ),
         run_config=tune.RunConfig(
             name="trials",
-            storage_path=str(Path.cwd()),
+            storage_path=sys.argv[2],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,
         ),
