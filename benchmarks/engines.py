@@ -112,7 +112,7 @@ def plain() -> Clock:
         tune.report({"score": 0.5})
 
     start = time.perf_counter()
-    init(num_cpus=WORKERS, include_dashboard=False, log_to_driver=False)
+    init(address="local", num_cpus=WORKERS, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as scratch:
         tune.Tuner(
             objective,

@@ -144,7 +144,7 @@ def run_study(
         if options.fresh and options.storage:
             folder.delete_study(spec.name, url)
         folder.write_spec(out, spec, options.storage)
-        study = folder.open_study(spec.name, url, create=True)
+        study = folder.open_study(spec.name, url, create=True, announce=view.note)
         folder.own_study(study, spec)
         run = _Run(spec, out, options, device, task, given, found, space, study, engine, view)
         try:
