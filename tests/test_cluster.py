@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
 
+from ranksearch.cli import main
+from ranksearch.console import Plain
 from ranksearch.engines import ray
+from ranksearch.plan import Plan
+from ranksearch.record import Outcome, Rung, read_trials
+from ranksearch.strategy.trial import Answer, Job
 from tests import nets
+from tests.books import Books
+from tests.conftest import stored
 from tests.test_cli import refuse, snapshot
 
 SOON = 30
@@ -22,19 +32,30 @@ CLUSTER = """
 import os, sys
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 import ray
+import psutil  # which Ray brings
 from ray.cluster_utils import Cluster
+
+def kill(node):
+    for worker in psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True):
+        worker.kill()
+    for processes in node.all_processes.values():
+        for about in processes:
+            about.process.kill()
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": int(sys.argv[1]), "include_dashboard": False})
 nodes = [cluster.head_node]
 print(cluster.address, flush=True)
 for line in sys.stdin:
+    done = True
     match line.split():
         case ["add", cpus]:
             nodes.append(cluster.add_node(num_cpus=int(cpus)))
         case ["kill", node]:
-            for processes in nodes[int(node)].all_processes.values():
-                for about in processes:
-                    about.process.kill()
+            kill(nodes[int(node)])
+        case ["lose", worker]:
+            raylet = int(open(f"/proc/{worker}/stat").read().split(")")[1].split()[1])
+            found = [node for node in nodes[1:] if node.all_processes["raylet"][0].process.pid == raylet]
+            done = bool([kill(node) for node in found])
         case ["pretend", version]:
             import json
             from ray._raylet import GcsClient
@@ -42,7 +63,7 @@ for line in sys.stdin:
             kept = json.loads(about.internal_kv_get(b"CLUSTER_METADATA", namespace=b"cluster"))
             kept = json.dumps(kept | {"ray_version": version}).encode()
             about.internal_kv_put(b"CLUSTER_METADATA", kept, overwrite=True, namespace=b"cluster")
-    print("done", flush=True)
+    print("done" if done else "no", flush=True)
 os._exit(0)
 """
 
@@ -60,11 +81,12 @@ class Cluster:
     def __enter__(self):
         return self
 
-    def tell(self, words: str) -> None:
-        """`add CPUS`, `kill NODE` (0 is the head), `pretend VERSION`."""
+    def tell(self, words: str) -> bool:
+        """`add CPUS`, `kill NODE` (0 is the head), `pretend VERSION`; `lose PID`, whether that worker's node was killed,
+        which the head is not."""
         self._process.stdin.write(f"{words}\n")
         self._process.stdin.flush()
-        assert self._process.stdout.readline().strip() == "done"
+        return self._process.stdout.readline().strip() == "done"
 
     def __exit__(self, *_) -> None:
         self._process.stdin.close()
@@ -149,3 +171,85 @@ def test_another_version(study_file, capsys):
 def test_a_model_that_cannot_be_pickled(study_file, capsys, engine):
     told = refused(capsys, "--engine", engine, "--set", "task.model=tests.nets:unpicklable")
     assert told.startswith("Model, data, loss and score must be picklable to reach the workers, but are not (cannot pickle")
+
+
+def slow(job):
+    """Three rungs, a second in all; the first holds the process that it runs in."""
+    yield Rung(0, float(os.getpid()))
+    for epoch in (1, 2):
+        time.sleep(0.5)
+        yield Rung(epoch, job.seed / 100)
+    yield Answer(Outcome.DONE, (Rung(2, job.seed / 100),))
+
+
+def test_thirty_trials_on_three_nodes_two_of_which_are_lost():
+    """A worker killed and a whole node: every trial is completed, once, and the plans are those of a quiet run."""
+    quiet, torn = Books(), Books()
+    quiet.run(30)
+    ledger, answers, lost, node_lost = torn.ledger(), [], [], False
+    with Cluster(2) as cluster:
+        cluster.tell("add 2")
+        cluster.tell("add 2")
+        with ray.engine(ray.Cluster(cluster.address)) as engine:
+            assert engine.about == "Ray on 3 nodes, 6 trials at a time, 1 CPU each"
+
+            def on_message(job, message):
+                nonlocal node_lost
+                if isinstance(message, Answer):
+                    found = ledger.receive(job, message)
+                    (lost if found.outcome is Outcome.WORKER_LOST else answers).append(found)
+                elif message.epochs == 0 and len(answers) >= 6 and not lost:
+                    os.kill(int(message.score), signal.SIGKILL)
+                elif message.epochs == 0 and len(answers) >= 12 and not node_lost:
+                    node_lost = cluster.tell(f"lose {message.score:.0f}")
+                return True
+
+            while ledger.finished() < 30:
+                engine.run(ledger.jobs(30), slow, on_message=on_message, should_stop=lambda: False)
+    assert node_lost
+    assert 1 < len(lost) <= 5, "the killed worker's trial, and those of the node"
+    assert sorted(((record.index, record.plan) for record in answers), key=itemgetter(0)) == [
+        (r.index, r.plan) for r in quiet.trained
+    ]
+    states = [trial.state.name for trial in torn.study.get_trials()]
+    assert states.count("FAIL") == len(lost)
+    assert not {"RUNNING", "WAITING"} & set(states)
+
+
+def test_a_node_that_joins_is_used():
+    with Cluster(1) as cluster, ray.engine(ray.Cluster(cluster.address)) as engine:
+        running, most = set(), []
+
+        def on_message(job, message):
+            (running.discard if isinstance(message, Answer) else running.add)(job.key)
+            most.append(len(running))
+            if isinstance(message, Answer) and job.key == 0:
+                cluster.tell("add 2")
+            return True
+
+        jobs = (Job(key, Plan(), seed=key) for key in range(12))
+        engine.run(jobs, slow, on_message=on_message, should_stop=lambda: False)
+    assert most[0] == 1
+    assert max(most) == 3
+
+
+def test_a_head_that_is_gone_ends_the_study_in_one_sentence(study_file, capsys, monkeypatch):
+    """What was finished is in the record, and the same command goes on."""
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "2")
+    before, killed = Plain.trial, []
+    with Cluster(2) as cluster:
+
+        def kill(self, record, trials):
+            before(self, record, trials)
+            if len(trials) == 3 and not killed:
+                killed.append(cluster.tell("kill 0"))
+
+        monkeypatch.setattr(Plain, "trial", kill)
+        told = refuse(capsys, "study", "small.toml", "--engine", "ray", "--address", cluster.address)
+    assert told == (
+        f"The Ray cluster at {cluster.address} must be there as long as a study runs, but the connection to it is lost; what was "
+        "finished is in the record, and the same command goes on once it is back."
+    )
+    assert main(["study", "small.toml", "--workers", "0"]) == 0
+    assert "3 of them done before" in capsys.readouterr().out
+    assert sorted(trial.index for trial in read_trials(stored(Path("runs/small")))) == list(range(8))

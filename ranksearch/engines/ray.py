@@ -37,6 +37,8 @@ ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    # Actors start side by side; how many there are is the searcher's business.
+    "TUNE_MAX_PENDING_TRIALS_PG": "1000000",
     # Tune's own record of the experiment is of no use here: the study's is the driver's.
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
 }

@@ -210,6 +210,7 @@ class _Scheduler(TrialScheduler):
     def __init__(self, board: _Board) -> None:
         super().__init__()
         self._board = board
+        self._chosen: set[str] = set()
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         return self.CONTINUE if self._board.rung(trial.trial_id, result["message"]) else self.STOP
@@ -223,7 +224,13 @@ class _Scheduler(TrialScheduler):
         self._board.ended(trial.trial_id, Answer(Outcome.WORKER_LOST), 0.0)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        return next((trial for trial in tune_controller.get_live_trials() if trial.status == Trial.PENDING), None)
+        """A trial that was not chosen yet. To one that was, whose actor is starting, Tune would give the next actor that
+        becomes free and end the one that starts: where trials are short, a new node would never come to work."""
+        for trial in tune_controller.get_live_trials():
+            if trial.status == Trial.PENDING and trial.trial_id not in self._chosen:
+                self._chosen.add(trial.trial_id)
+                return trial
+        return None
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """Nothing: the searcher counts what runs."""
