@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import socket
@@ -20,11 +21,14 @@ from ranksearch.engines import ray
 from ranksearch.plan import Plan
 from ranksearch.record import Outcome, Rung, read_trials
 from ranksearch.strategy.trial import Answer, Job
+from ranksearch.study import Options, run_study
 from tests import nets
 from tests.books import Books
-from tests.conftest import stored
+from tests.conftest import essence, small_spec, stored
 from tests.test_cli import refuse, snapshot
 
+KILLS = 2
+"""Of the driver; ten went well, too, and take two minutes."""
 SOON = 30
 """Seconds within which bad input must be told."""
 
@@ -253,3 +257,30 @@ def test_a_head_that_is_gone_ends_the_study_in_one_sentence(study_file, capsys, 
     assert main(["study", "small.toml", "--workers", "0"]) == 0
     assert "3 of them done before" in capsys.readouterr().out
     assert sorted(trial.index for trial in read_trials(stored(Path("runs/small")))) == list(range(8))
+
+
+def test_a_driver_that_is_killed_goes_on_by_the_same_command(study_file, tmp_path, small_cluster):
+    """Killed at random moments of its life, on a cluster that stays: exactly the trials asked for, every record readable."""
+    moments = random.Random(0)
+    code = "import sys; from ranksearch.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = ["study", "small.toml", "--engine", "ray", "--address", small_cluster.address, "--trials", "20"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    for seconds in [*(moments.uniform(6, 12) for _ in range(KILLS)), None]:
+        process = subprocess.Popen([sys.executable, "-c", code, *words], env=environment, stdout=subprocess.DEVNULL)
+        try:
+            assert process.wait(timeout=seconds) == 0
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    out = tmp_path / "runs" / "small"
+    trained = [trial for trial in read_trials(stored(out)) if trial.trained]
+    assert len(trained) == 20
+    assert len({trial.index for trial in trained}) == 20
+    assert not {"RUNNING", "WAITING"} & {trial.state.name for trial in stored(out).trials}
+    assert (out / "report.html").exists()
+
+
+def test_both_engines_give_the_same_records(finished, tmp_path):
+    """Probes, trials and finalists of a whole study, score by score."""
+    record = run_study(small_spec(), tmp_path / "small", Options(engine="ray", workers=1))
+    assert essence(record.trials) == essence(finished[1].trials)
