@@ -17,7 +17,8 @@ import pytest
 
 from ranksearch.cli import main
 from ranksearch.console import Plain
-from ranksearch.engines import ray
+from ranksearch.engines import ray, tune
+from ranksearch.errors import ModelError, StudyError
 from ranksearch.plan import Plan
 from ranksearch.record import Outcome, Rung, read_trials
 from ranksearch.strategy.trial import Answer, Job
@@ -131,6 +132,7 @@ def refused(capsys, *more):
         (["--workers", "0"], "--workers must be at least 1 for --engine ray, but got 0."),
         (["--cpus-per-trial", "0"], "--cpus-per-trial must be at least 1, but got 0."),
         (["--gpus-per-trial", "1.5"], "--gpus-per-trial must be whole or a fraction of one, but got 1.5."),
+        (["--device", "cuda"], "--gpus-per-trial must be above 0 for --device cuda with --engine ray, but got 0."),
         (["--gpus-per-trial", "1", "--device", "cpu"], "--gpus-per-trial must be 0 for --device cpu, but got 1."),
         (["--engine", "local", "--address", "auto"], "--address, --cpus-per-trial and --gpus-per-trial are for --engine ray, but the"),
     ],
@@ -284,3 +286,20 @@ def test_both_engines_give_the_same_records(finished, tmp_path):
     """Probes, trials and finalists of a whole study, score by score."""
     record = run_study(small_spec(), tmp_path / "small", Options(engine="ray", workers=1))
     assert essence(record.trials) == essence(finished[1].trials)
+
+
+def test_a_node_that_cannot_import_the_model():
+    refuse = tune._unpacked(b"cpackage_of_the_user\nnet\n.")  # what pickle writes for a function of a module
+    with pytest.raises(ModelError, match=r"Every node must be able to import model and data, but .* cannot \(No module named"):
+        next(refuse(Job(0, Plan(), seed=0)))
+
+
+def test_a_cluster_without_nodes_is_waited_for_and_given_up(monkeypatch):
+    clock, nodes = iter(range(0, 1000, 50)), iter([1, 0, 0, 2, 0, 0, 0])
+    monkeypatch.setattr(tune, "_slots", lambda cluster: next(nodes))
+    monkeypatch.setattr(tune.time, "monotonic", lambda: float(next(clock)))
+    searcher = tune._Searcher(tune._Board(None), ray.Cluster("head:6379"))
+    assert [searcher._places() for _ in range(6)] == [1, 0, 0, 2, 0, 0]
+    words = r"The Ray cluster at head:6379 must have a node that can run a trial, but has had none for 120 s; the same command"
+    with pytest.raises(StudyError, match=words):
+        searcher._places()

@@ -171,7 +171,7 @@ class _Searcher(Searcher):
     def __init__(self, board: _Board, cluster: Cluster) -> None:
         super().__init__()
         self._board, self._cluster = board, cluster
-        self._limit, self._looked = 0, -1.0
+        self._limit, self._looked, self._had_nodes = 0, -1.0, time.monotonic()
 
     def suggest(self, trial_id: str) -> Any:
         """A configuration that holds the job, None for not now, or FINISHED."""
@@ -182,16 +182,16 @@ class _Searcher(Searcher):
 
     def _places(self) -> int:
         """How many trials may run, as of the last second: nodes come and go."""
-        started = time.monotonic()
-        while time.monotonic() - self._looked > 1:
-            self._limit, self._looked = _slots(self._cluster), time.monotonic()
-            if not self._limit and not self._board.running():
-                if time.monotonic() - started > NO_NODE_SECONDS:
-                    raise StudyError(
-                        f"{self._cluster.name} must have a node that can run a trial, but has had none for {NO_NODE_SECONDS} "
-                        "s; the same command goes on once it has one."
-                    )
-                time.sleep(1.1)
+        now = time.monotonic()
+        if now - self._looked > 1:
+            self._limit, self._looked = _slots(self._cluster), now
+            if self._limit:
+                self._had_nodes = now
+            elif now - self._had_nodes > NO_NODE_SECONDS:
+                raise StudyError(
+                    f"{self._cluster.name} must have a node that can run a trial, but has had none for {NO_NODE_SECONDS} s; "
+                    "the same command goes on once it has one."
+                )
         return self._limit
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
