@@ -70,7 +70,7 @@ def search(
         finalist_count: how many trials of the front become finalists.
         finalist_sweeps: further sweeps over their factors (HOOI, ALS) before they are fine-tuned.
         seed: of everything random.
-        options: workers, device, storage.
+        options: workers, engine, device, storage.
         view: what is told while it runs; nothing by default.
 
     Returns:

@@ -56,7 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--out", type=Path, metavar="DIR", help="the study's folder (runs/NAME)")
     study.add_argument("--trials", type=int, metavar="N", help="trained trials in all (search.trials)")
     study.add_argument("--minutes", type=float, metavar="M", help="ask for no trial after so long (search.minutes)")
-    study.add_argument("--workers", type=int, metavar="N", help="processes (one a core); 0: in this process")
+    study.add_argument("--workers", type=int, metavar="N", help="trials at a time (one a core); 0: in this process")
+    study.add_argument("--engine", choices=("local", "ray"), default="local", help="where trials run: processes, or Ray Tune")
+    study.add_argument("--address", metavar="HOST:PORT", help="the Ray cluster, or auto (a Ray of its own on this machine)")
+    study.add_argument("--cpus-per-trial", type=int, default=1, metavar="N", help="CPUs and threads of a trial on Ray (1)")
+    study.add_argument("--gpus-per-trial", type=float, default=0.0, metavar="G", help="GPUs of a trial on Ray, also 0.5 (0)")
     study.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     study.add_argument("--storage", metavar="URL", help="Optuna storage (SQLite in the study's folder)")
     study.add_argument("--fresh", action="store_true", help="delete what the folder holds of the study, and start over")
@@ -132,6 +136,10 @@ def _study(options: argparse.Namespace, given: list[str]) -> int:
     command = _shown(given, options.storage)
     run = Options(
         workers=options.workers,
+        engine=options.engine,
+        address=options.address,
+        cpus_per_trial=options.cpus_per_trial,
+        gpus_per_trial=options.gpus_per_trial,
         device=options.device,
         storage=options.storage,
         fresh=options.fresh,

@@ -36,6 +36,10 @@ class View(abc.ABC):
         """One step of the stage is done."""
 
     @abc.abstractmethod
+    def note(self, text: str) -> None:
+        """Something happened that the study lives with: a worker is lost, the database is away."""
+
+    @abc.abstractmethod
     def facts(self, facts: StudyFacts) -> None:
         """The dense model and its layers are known."""
 
@@ -50,6 +54,8 @@ class Silent(View):
     def stage(self, title: str, total: int, done: int = 0) -> None: ...
 
     def step(self, text: str = "") -> None: ...
+
+    def note(self, text: str) -> None: ...
 
     def facts(self, facts: StudyFacts) -> None: ...
 
@@ -68,6 +74,9 @@ class Plain(View):
         self._print(f"{title}: {total} {'step' if total == 1 else 'steps'}{begun}")
 
     def step(self, text: str = "") -> None: ...
+
+    def note(self, text: str) -> None:
+        self._print(text)
 
     def facts(self, facts: StudyFacts) -> None:
         self._score_name = facts.score_name
@@ -113,6 +122,9 @@ class Terminal(View):
 
     def step(self, text: str = "") -> None:
         self._note(text, advance=1)
+
+    def note(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False)
 
     def facts(self, facts: StudyFacts) -> None:
         self._facts = facts

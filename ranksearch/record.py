@@ -283,8 +283,10 @@ _TRIAL, _ASKED, _PROBES, _FIRSTS = "ranksearch:trial", "ranksearch:asked", "rank
 
 
 def attributes(record: TrialRecord) -> dict[str, Any]:
-    """The trial's attributes, plain JSON values: the whole record, and what a person wants to see beside the values."""
+    """The trial's attribute, plain JSON values: the whole record, first what a person wants to see. One, since each is a
+    commit of its own."""
     whole = {
+        "about": f"{record.plan}: {record.ending}",
         "plan": record.plan.to_dict(),
         "outcome": record.outcome.name,
         "params": record.params,
@@ -296,7 +298,7 @@ def attributes(record: TrialRecord) -> dict[str, Any]:
         "seed": record.seed,
         "same_as": record.same_as,
     }
-    return {_TRIAL: whole, "plan": str(record.plan), "outcome": record.outcome.value}
+    return {_TRIAL: whole}
 
 
 def write_facts(study: optuna.Study, facts: StudyFacts) -> None:
@@ -377,13 +379,14 @@ def read_trial(trial: FrozenTrial, finalist: Mapping[str, Any] | None = None) ->
     whole, place = trial.user_attrs.get(_TRIAL), read_asked(trial)
     if whole is None or place is None or trial.state is not Outcome[whole["outcome"]].state:
         return None
-    about = {
+    read = {
         "plan": Plan.from_dict(whole["plan"]),
         "outcome": Outcome[whole["outcome"]],
         "curve": tuple(Rung(*point) for point in whole["curve"]),
         "finalist": _finalist(finalist) if finalist else None,
     }
-    return TrialRecord(**whole | about, number=trial.number, index=place[0], origin=place[1])
+    kept = {key: value for key, value in whole.items() if key != "about"}
+    return TrialRecord(**kept | read, number=trial.number, index=place[0], origin=place[1])
 
 
 def _finalist(data: Mapping[str, Any]) -> Finalist:

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +21,8 @@ from ranksearch import folder, record, training
 from ranksearch.console import Look, Silent, View
 from ranksearch.data import check_splits, example, sample_inputs
 from ranksearch.dense import load_given, load_weights, recipe, train_dense
-from ranksearch.engines import local
+from ranksearch.engines import local, ray
+from ranksearch.engines.base import Engine, OnMessage, check_portable
 from ranksearch.errors import ModelError, SpecError, StudyError
 from ranksearch.export import load_model, save_model, weights_of
 from ranksearch.factorization import Offer
@@ -32,7 +34,7 @@ from ranksearch.record import DenseFacts, Finalist, LayerFacts, Outcome, Rung, S
 from ranksearch.report import write_report
 from ranksearch.spec import StudySpec
 from ranksearch.strategy.finalists import choose_finalists, floor_of
-from ranksearch.strategy.ledger import Ledger
+from ranksearch.strategy.ledger import MAX_TRIES, Ledger
 from ranksearch.strategy.prior import at_vbmf, quarter, vbmf_plans
 from ranksearch.strategy.sampler import Knowledge
 from ranksearch.strategy.sensitivity import predicted_frontier, rescuable, spread, values_to_probe
@@ -54,8 +56,17 @@ class Options:
     """What a run may change without making another study."""
 
     workers: int | None = None
-    """Processes; as many as there are cores by default, 0 runs the trials in this process."""
+    """Trials at a time; by default one a core, or as many as the Ray cluster holds. 0 runs them in this process."""
+    engine: str = "local"
+    """`local`: processes on this machine; `ray`: Ray Tune."""
+    address: str | None = None
+    """The Ray cluster, `auto` or HOST:PORT; by default Ray is started on this machine and stopped at the end."""
+    cpus_per_trial: int = 1
+    """CPUs of a trial on Ray, and its threads."""
+    gpus_per_trial: float = 0.0
+    """GPUs of a trial on Ray, whole or a fraction."""
     device: str = "auto"
+    """Where to train; on Ray, trials are on a GPU where `gpus_per_trial` says so."""
     storage: str | None = None
     """An Optuna database address; the folder's own SQLite file by default."""
     fresh: bool = False
@@ -66,6 +77,20 @@ class Options:
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 0:
             raise StudyError(f"--workers must be at least 0, but got {self.workers}.")
+        if self.engine not in ("local", "ray"):
+            raise StudyError(f"--engine must be local or ray, but got {self.engine!r}.")
+        if self.engine == "ray" and self.workers == 0:
+            raise StudyError("--workers must be at least 1 for --engine ray, but got 0.")
+        if self.engine == "local" and (self.address, self.cpus_per_trial, self.gpus_per_trial) != (None, 1, 0):
+            raise StudyError("--address, --cpus-per-trial and --gpus-per-trial are for --engine ray, but the engine is local.")
+        if self.cpus_per_trial < 1:
+            raise StudyError(f"--cpus-per-trial must be at least 1, but got {self.cpus_per_trial}.")
+        if not (0 <= self.gpus_per_trial < 1 or self.gpus_per_trial == int(self.gpus_per_trial) > 0):
+            raise StudyError(f"--gpus-per-trial must be whole or a fraction of one, but got {self.gpus_per_trial:g}.")
+        if self.engine == "ray" and self.device == "cuda" and not self.gpus_per_trial:
+            raise StudyError("--gpus-per-trial must be above 0 for --device cuda with --engine ray, but got 0.")
+        if self.device == "cpu" and self.gpus_per_trial:
+            raise StudyError(f"--gpus-per-trial must be 0 for --device cpu, but got {self.gpus_per_trial:g}.")
         if self.device not in ("auto", "cpu", "cuda"):
             raise StudyError(f"--device must be auto, cpu or cuda, but got {self.device!r}.")
 
@@ -112,14 +137,16 @@ def run_study(
         folder.check_storage(options.storage)
     elif options.storage:
         folder.own_study(folder.open_study(spec.name, options.storage, create=True), spec)
-    with folder.claimed(out, spec, fresh=options.fresh), view:
+    if options.workers != 0:
+        check_portable(task)
+    with _engine(options) as engine, folder.claimed(out, spec, fresh=options.fresh), view:
         url = folder.storage_url(out, options.storage)
         if options.fresh and options.storage:
             folder.delete_study(spec.name, url)
         folder.write_spec(out, spec, options.storage)
-        study = folder.open_study(spec.name, url, create=True)
+        study = folder.open_study(spec.name, url, create=True, announce=view.note)
         folder.own_study(study, spec)
-        run = _Run(spec, out, options, device, task, given, found, space, study, view)
+        run = _Run(spec, out, options, device, task, given, found, space, study, engine, view)
         try:
             run.straight_on()
         except KeyboardInterrupt:
@@ -161,13 +188,12 @@ class _Run:
 
     def __init__(
         self, spec: StudySpec, out: Path, options: Options, device: torch.device, task: Task, given: bool,
-        found: Inventory, space: Space, study: optuna.Study, view: View,
+        found: Inventory, space: Space, study: optuna.Study, engine: Engine, view: View,
     ) -> None:  # fmt: skip
         self.given = given
         self.spec, self.out, self.options, self.device, self.task = spec, out, options, device, task
-        self.inventory, self.space, self.study, self.view = found, space, study, view
+        self.inventory, self.space, self.study, self.engine, self.view = found, space, study, engine, view
         self.example = example(task.data.train).to(device)
-        self.workers = options.workers if options.workers is not None else (os.cpu_count() or 1)
         self.seconds: dict[str, float] = dict(study.user_attrs.get("ranksearch:seconds", {}))
         self.ledger: Ledger | None = None
 
@@ -175,9 +201,10 @@ class _Run:
         self.dense()
         layers = self.profile()
         self.facts(layers)
-        self.probes(layers)
-        self.search(layers)
-        self.finalists(layers)
+        evaluate = self.evaluator(layers)
+        self.probes(layers, evaluate)
+        self.search(layers, evaluate)
+        self.finalists(evaluate)
         self.report()
 
     def dense(self) -> None:
@@ -214,7 +241,7 @@ class _Run:
         record.write_facts(self.study, facts)
         self.view.facts(facts)
 
-    def probes(self, layers: Profile) -> None:
+    def probes(self, layers: Profile, evaluate: Evaluator) -> None:
         """The loss with one layer at a time decomposed: what the frontier is predicted from. Kept after every one."""
         wanted = [Plan()]
         for name, layer in layers.layers.items():
@@ -227,6 +254,9 @@ class _Run:
             nonlocal dense
             if not isinstance(message, Answer):
                 return True
+            if message.outcome is Outcome.WORKER_LOST:
+                self.view.note(f"probe of {job.plan}: {message.outcome.value}")
+                return True
             if message.loss is None:
                 self.view.step(f"{job.plan}: {message.outcome.value}")
                 return True
@@ -235,13 +265,16 @@ class _Run:
                 known.append(record.Probe(*job.plan.layers[0], loss))
             else:
                 dense = loss
+            done.add(job.plan)
             record.write_probes(self.study, dense, known)
             self.view.step(str(job.plan))
             return True
 
-        jobs = (Job(key, plan, self.spec.seed, Stage.PROBE) for key, plan in enumerate(wanted) if plan not in done)
+        def jobs() -> Iterator[Job]:
+            return (Job(key, plan, self.spec.seed, Stage.PROBE) for key, plan in enumerate(wanted) if plan not in done)
+
         with self.stage("probes"):
-            self.run_jobs(jobs, self.evaluator(layers), on_message, lambda: False)
+            self.run_jobs(jobs, evaluate, on_message)
 
     def firsts(self, layers: Profile) -> list[tuple[str, Plan]]:
         """The plans within the limits that are tried first, with their origins; chosen once in a study."""
@@ -258,7 +291,7 @@ class _Run:
         record.write_firsts(self.study, firsts)
         return firsts
 
-    def search(self, layers: Profile) -> None:
+    def search(self, layers: Profile, evaluate: Evaluator) -> None:
         """Ask, evaluate, tell, until the budget is spent."""
         firsts = self.firsts(layers)
         limits = self.spec.search.limits
@@ -289,25 +322,30 @@ class _Run:
             return True
 
         with self.stage("trials"):
-            self.run_jobs(ledger.jobs(trials), self.evaluator(layers), on_message, spent)
+            self.run_jobs(lambda: ledger.jobs(trials), evaluate, on_message, spent)
 
-    def finalists(self, layers: Profile) -> None:
+    def finalists(self, evaluate: Evaluator) -> None:
         """Fine-tune the best trials for longer, score them on the test split, keep their weights, time them."""
         trials = record.read_trials(self.study)
         dense = record.read_facts(self.study).dense
         chosen = choose_finalists(trials, dense.score_validation, self.spec.finalists.count, self.spec.search.limits)
         waiting = [t for t in chosen if not (t.finalist and (self.out / "models" / str(t.number)).is_dir())]
-        by_number = {trial.number: trial for trial in trials}
+        by_number, answered = {trial.number: trial for trial in trials}, set[int]()
         self.view.stage("finalists", len(chosen), len(chosen) - len(waiting))
 
         def on_message(job: Job, message: Rung | Answer) -> bool:
             if isinstance(message, Answer):
+                if message.outcome is not Outcome.WORKER_LOST:
+                    answered.add(job.key)
                 self._finalist(by_number[job.key], message)
             return True
 
-        jobs = (Job(trial.number, trial.plan, trial.seed, Stage.FINALIST) for trial in waiting)
+        def jobs() -> Iterator[Job]:
+            left = (trial for trial in waiting if trial.number not in answered)
+            return (Job(trial.number, trial.plan, trial.seed, Stage.FINALIST) for trial in left)
+
         with self.stage("finalists"):
-            self.run_jobs(jobs, self.evaluator(layers), on_message, lambda: False)
+            self.run_jobs(jobs, evaluate, on_message)
             self._latencies()
 
     def report(self) -> None:
@@ -329,14 +367,29 @@ class _Run:
         return not self.spec.search.limits.excess(size_of(plan, self.inventory))
 
     def run_jobs(
-        self, jobs: Iterator[Job], evaluate: Evaluator, on_message: local.OnMessage, should_stop: Callable[[], bool]
-    ) -> None:
-        local.run(jobs, evaluate, workers=self.workers, on_message=on_message, should_stop=should_stop)
+        self, jobs: Callable[[], Iterator[Job]], evaluate: Evaluator, on_message: OnMessage,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
+        """Evaluate what `jobs()` gives; and again what it gives then, where workers were lost, but none more than `MAX_TRIES`
+        times."""
+        losses, again = Counter[int](), True
+
+        def counted(job: Job, message: Rung | Answer) -> bool:
+            nonlocal again
+            if isinstance(message, Answer) and message.outcome is Outcome.WORKER_LOST:
+                losses[job.key] += 1
+                again = again or losses[job.key] < MAX_TRIES
+            return on_message(job, message)
+
+        while again:
+            again = False
+            self.engine.run(jobs(), evaluate, on_message=counted, should_stop=should_stop)
 
     def evaluator(self, layers: Profile) -> Evaluator:
         task = replace(self.task, model=self.task.model.cpu())
         long = self.spec.finalists
-        return Evaluator(task, layers, recipe(self.spec.finetune), recipe(long), self.device.type, long.sweeps)
+        device = self.device.type if self.options.engine == "local" else "cuda" if self.options.gpus_per_trial else "cpu"
+        return Evaluator(task, layers, recipe(self.spec.finetune), recipe(long), device, long.sweeps)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -381,13 +434,16 @@ class _Run:
             layers=_layer_facts(found, {name: layer.vbmf for name, layer in layers.layers.items()}),
             skipped=dict(found.skipped),
             versions={"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES},
-            machine=f"{platform.machine()}, {os.cpu_count()} cores, device {self.device.type}, {self.workers} workers of "
-            f"{local.threads_for(self.workers)} threads",
+            machine=f"{platform.machine()}, {os.cpu_count()} cores, device {self.device.type}, "
+            f"{self.engine.about}",
             command=self.options.command,
             data=task.data.about,
         )  # fmt: skip
 
     def _finalist(self, trial: TrialRecord, answer: Answer) -> None:
+        if answer.outcome is Outcome.WORKER_LOST:
+            self.view.note(f"finalist {trial.number}: {answer.outcome.value}")
+            return
         if answer.outcome is not Outcome.DONE:
             self.view.step(f"trial {trial.number}: {answer.outcome.value}")
             return
@@ -414,6 +470,12 @@ class _Run:
             record.write_finalist(self.study, trial.number, replace(trial.finalist, latency_ms=latency))
         facts = record.read_facts(self.study)
         record.write_facts(self.study, replace(facts, dense=replace(facts.dense, latency_ms=dense)))
+
+
+def _engine(options: Options) -> Engine:
+    if options.engine == "ray":
+        return ray.engine(ray.Cluster(options.address, options.workers, options.cpus_per_trial, options.gpus_per_trial))
+    return local.engine(options.workers if options.workers is not None else (os.cpu_count() or 1))
 
 
 def _space(spec: StudySpec, found: Inventory) -> Space:

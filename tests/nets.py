@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections import OrderedDict
 
 import torch
@@ -116,6 +117,12 @@ def wrong_labels() -> Splits:
     good = few_digits()
     inputs, targets = good.validation.tensors
     return Splits(good.train, TensorDataset(inputs, targets + 1), good.test, 10, "labels 1..10")
+
+
+def unpicklable() -> nn.Module:
+    model = small()
+    model.log = sys.stdout
+    return model
 
 
 NUMBER = 3

@@ -27,6 +27,7 @@ FLOORS = [
     ["export"],
     ["strategy"],
     ["engines"],
+    ["storage"],
     ["folder"],
     ["study"],
     ["api"],

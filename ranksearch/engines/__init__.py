@@ -1,1 +1,1 @@
-"""Where jobs run. Every engine is one function `run(jobs, evaluate, *, ...)` of the same signature."""
+"""Where jobs run. `base.py` holds the engine and what it asks of its workers; each other file is one kind of them."""

@@ -1,4 +1,4 @@
-"""The local engine: worker processes on this machine, kept warm from the first job to the last.
+"""The local workers: processes on this machine, kept warm from the first job to the last; or this process itself.
 
 A worker receives the evaluator once (data, dense model, prepared factors) and then one job at a time. It reports every
 rung and its answer through its own pipe, so a worker that dies takes nothing with it but its job. After a rung it waits
@@ -9,63 +9,25 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
-import traceback
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext, SpawnProcess
-from typing import TypeAlias
 
 import cloudpickle
 import torch
 
-from ranksearch.errors import StudyError
+from ranksearch.engines.base import Crash, Engine, Evaluate, Messages, Workers, packed
 from ranksearch.record import Outcome, Rung
 from ranksearch.strategy.trial import Answer, Job
 
-Messages: TypeAlias = Generator[Rung | Answer, bool | None, None]
-Evaluate: TypeAlias = Callable[[Job], Messages]
-OnMessage: TypeAlias = Callable[[Job, Rung | Answer], bool]
 
-MAX_LOST = 5
-"""Workers lost in a row before the engine gives up: more than one plan is tried for, so the cause is not the plan."""
-
-
-def run(
-    jobs: Iterator[Job], evaluate: Evaluate, *, workers: int, on_message: OnMessage, should_stop: Callable[[], bool]
-) -> None:
-    """Evaluate jobs until there are no more, `workers` at a time; 0 runs them here, in this process.
-
-    `jobs` is drawn from only when a worker is free, after every message received so far has been passed on: the next
-    job may depend on them. A job whose worker dies is answered with `Outcome.WORKER_LOST`.
-
-    Args:
-        jobs: what to evaluate.
-        evaluate: gives the messages of one job, an `Answer` last, and is sent what `on_message` returned for each; it must
-            be picklable.
-        workers: how many processes.
-        on_message: receives every rung and every answer, in this process; returns for a rung whether the job goes on.
-            What it returns for an answer changes nothing.
-        should_stop: asked before each draw; True lets the running jobs end and draws no more.
-
-    Raises:
-        StudyError: workers die one after the other.
-        Exception: whatever `evaluate` raised, with the worker's traceback; the other workers are ended first.
-    """
-    if workers == 0:
-        while not should_stop() and (job := next(jobs, None)) is not None:
-            _converse(evaluate(job), partial(on_message, job))
-        return
-    pool = _Pool(cloudpickle.dumps(evaluate), workers)
-    try:
-        _drive(pool, jobs, on_message, should_stop)
-    finally:
-        pool.close()
+def engine(workers: int) -> Engine:
+    """An engine of so many processes on this machine; 0 evaluates in this process."""
+    return Engine(_Pool(workers) if workers else _Here())
 
 
 def threads_for(workers: int) -> int:
@@ -73,53 +35,43 @@ def threads_for(workers: int) -> int:
     return max(1, (os.cpu_count() or 1) // max(1, workers))
 
 
-def _converse(messages: Messages, tell: Callable[[Rung | Answer], bool]) -> None:
-    """Tell every message of a job, and send the job what each was answered with."""
-    go_on: bool | None = None  # the first `send` to a generator must be of None
-    while True:
-        try:
-            message = messages.send(go_on)
-        except StopIteration:
-            return
-        go_on = tell(message)
+class _Here(Workers):
+    """This process, which does one job at a time; a bug is raised where it happens."""
 
+    about = "in one process"
 
-def _drive(pool: _Pool, jobs: Iterator[Job], on_message: OnMessage, should_stop: Callable[[], bool]) -> None:
-    lost, open_ended = 0, True
-    while True:
-        while open_ended and pool.idle() and not should_stop():
-            job = next(jobs, None)
-            if job is None:
-                open_ended = False
-            else:
-                pool.submit(job)
-        if not pool.busy():
-            return
-        for worker, message in pool.messages():
-            job = worker.job
-            assert job is not None
-            if isinstance(message, _Crash):
-                raise message.error from RuntimeError(f"in a worker:\n{message.trace}")
-            if isinstance(message, Answer):
-                worker.job = None
-                lost = lost + 1 if message.outcome is Outcome.WORKER_LOST else 0
-            go_on = on_message(job, message)
-            if isinstance(message, Rung):
-                worker.answer(go_on)
-            if lost >= MAX_LOST:
-                raise StudyError(
-                    f"Workers must outlive their trials, but {lost} in a row ended before (last exit code "
-                    f"{worker.process.exitcode}); give fewer --workers, or --workers 0 to see what happens in this "
-                    "process. A script that calls search() must do so under `if __name__ == '__main__':`."
-                )
+    def __init__(self) -> None:
+        self._evaluate: Evaluate | None = None
+        self._job: Job | None = None
+        self._messages: Messages | None = None
+        self._go_on: bool | None = None
 
+    def load(self, evaluate: Evaluate) -> None:
+        self._evaluate = evaluate
 
-@dataclass(frozen=True)
-class _Crash:
-    """A bug in a job: not an answer, an exception to be raised where the user sees it."""
+    def idle(self) -> bool:
+        return self._job is None
 
-    error: Exception
-    trace: str
+    def submit(self, job: Job) -> None:
+        assert self._evaluate is not None, "loaded before it is given jobs"
+        self._job, self._messages, self._go_on = job, self._evaluate(job), None
+
+    def messages(self) -> Iterator[tuple[int, Rung | Answer]]:
+        assert self._job is not None
+        assert self._messages is not None
+        key, message = self._job.key, self._messages.send(self._go_on)
+        if isinstance(message, Answer):
+            self._job = None
+        yield key, message
+
+    def answer(self, key: int, go_on: bool) -> None:
+        self._go_on = go_on
+
+    def lost_words(self) -> str:
+        raise AssertionError("this process is not lost")
+
+    def close(self) -> None:
+        self._job = self._messages = None
 
 
 @dataclass
@@ -128,24 +80,25 @@ class _Worker:
     pipe: Connection
     job: Job | None = None
 
-    def answer(self, go_on: bool) -> None:
-        with suppress(OSError):  # dead since its rung: `messages` finds its pipe closed and answers for it
-            self.pipe.send(go_on)
 
-
-class _Pool:
-    def __init__(self, payload: bytes, workers: int) -> None:
-        self._payload = payload
+class _Pool(Workers):
+    def __init__(self, workers: int) -> None:
         self._threads = threads_for(workers)
+        self.about = f"{workers} workers of {self._threads} threads"
         self._context: SpawnContext = multiprocessing.get_context("spawn")
         self._limit = workers
+        self._evaluate: Evaluate | None = None
+        self._payload = b""
         self._workers: list[_Worker] = []
+        self._last_exit: int | None = None
+
+    def load(self, evaluate: Evaluate) -> None:
+        if evaluate is not self._evaluate:
+            self.close()
+            self._evaluate, self._payload = evaluate, packed(evaluate)
 
     def idle(self) -> bool:
-        return len(self.busy()) < self._limit
-
-    def busy(self) -> list[_Worker]:
-        return [worker for worker in self._workers if worker.job is not None]
+        return len(self._busy()) < self._limit
 
     def submit(self, job: Job) -> None:
         worker = next((w for w in self._workers if w.job is None), None) or self._start()
@@ -153,16 +106,32 @@ class _Pool:
         with suppress(OSError):  # dead before its job: `messages` finds its pipe closed and answers for it
             worker.pipe.send(job)
 
-    def messages(self) -> Iterator[tuple[_Worker, Rung | Answer | _Crash]]:
-        """Waits for at least one message; a closed pipe reads as a lost worker."""
-        ready = wait([worker.pipe for worker in self.busy()])
-        for worker in [w for w in self.busy() if w.pipe in ready]:
+    def messages(self) -> Iterator[tuple[int, Rung | Answer | Crash]]:
+        ready = wait([worker.pipe for worker in self._busy()])
+        for worker in [w for w in self._busy() if w.pipe in ready]:
+            assert worker.job is not None
+            key = worker.job.key
             try:
-                yield worker, worker.pipe.recv()
+                message = worker.pipe.recv()
             except (EOFError, OSError):
                 self._workers.remove(worker)
                 worker.process.join(timeout=5)
-                yield worker, Answer(Outcome.WORKER_LOST)
+                self._last_exit = worker.process.exitcode
+                message = Answer(Outcome.WORKER_LOST)
+            if not isinstance(message, Rung):
+                worker.job = None
+            yield key, message
+
+    def answer(self, key: int, go_on: bool) -> None:
+        worker = next(w for w in self._busy() if w.job and w.job.key == key)
+        with suppress(OSError):  # dead since its rung: `messages` finds its pipe closed and answers for it
+            worker.pipe.send(go_on)
+
+    def lost_words(self) -> str:
+        return (
+            f"(last exit code {self._last_exit}); give fewer --workers, or --workers 0 to see what happens in this process. A "
+            "script that calls search() must do so under `if __name__ == '__main__':`."
+        )
 
     def close(self) -> None:
         for worker in self._workers:
@@ -174,6 +143,10 @@ class _Pool:
             if worker.process.is_alive():
                 worker.process.kill()
                 worker.process.join()
+        self._workers.clear()
+
+    def _busy(self) -> list[_Worker]:
+        return [worker for worker in self._workers if worker.job is not None]
 
     def _start(self) -> _Worker:
         here, there = self._context.Pipe()
@@ -203,11 +176,11 @@ def _work(pipe: Connection, threads: int, path: list[str]) -> None:
         while True:
             job = pipe.recv()
             try:
-                _converse(evaluate(job), partial(_report, pipe))
+                _converse(evaluate(job), pipe)
             except _DriverGone:
                 return
             except Exception as error:
-                pipe.send(_Crash(_portable(error), traceback.format_exc()))
+                pipe.send(Crash.of(error))
     except (EOFError, OSError):
         return
 
@@ -216,18 +189,16 @@ class _DriverGone(Exception):
     """Nobody reads or answers any more; apart from the errors of a job, which may be of pipes and files as well."""
 
 
-def _report(pipe: Connection, message: Rung | Answer) -> bool:
-    """Send a message to the driver; whether the job goes on."""
-    try:
-        pipe.send(message)
-        return pipe.recv() if isinstance(message, Rung) else True
-    except (EOFError, OSError):
-        raise _DriverGone from None
-
-
-def _portable(error: Exception) -> Exception:
-    """The error itself where it survives the trip to the driver, else its words."""
-    try:
-        return error if isinstance(pickle.loads(pickle.dumps(error)), type(error)) else RuntimeError(repr(error))
-    except Exception:
-        return RuntimeError(repr(error))
+def _converse(messages: Messages, pipe: Connection) -> None:
+    """Send the driver every message of a job, and the job what each rung was answered with."""
+    go_on: bool | None = None  # the first `send` to a generator must be of None
+    while True:
+        try:
+            message = messages.send(go_on)
+        except StopIteration:
+            return
+        try:
+            pipe.send(message)
+            go_on = pipe.recv() if isinstance(message, Rung) else None
+        except (EOFError, OSError):
+            raise _DriverGone from None

@@ -25,7 +25,6 @@ from ranksearch.record import (
     asked,
     attributes,
     read_asked,
-    read_trial,
     read_trials,
     untrained_in_a_row,
 )
@@ -36,7 +35,6 @@ from ranksearch.strategy.trial import Answer, Job
 
 MAX_TRIES = 3
 """A plan whose worker was lost so often is not tried again: by then the plan is the cause."""
-ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 class Ledger:
@@ -68,7 +66,11 @@ class Ledger:
         self._sampler, self._seed, self._floor = sampler, seed, floor
         self._knowledge = knowledge
         self._distributions = space.distributions()
-        self._read = {record.number: record for record in read_trials(study)}
+        self._records = {record.number: record for record in read_trials(study)}
+        trials = study.get_trials(deepcopy=False)
+        self._waiting = sum(trial.state is TrialState.WAITING for trial in trials)
+        self._next = 1 + max((place[0] for trial in trials if (place := read_asked(trial))), default=-1)
+        """The index of the next trial that is not one queued again."""
         self._halve_below = halve_below
         self._limits, self._on_untrained = limits, on_untrained
         self._running: dict[int, optuna.Trial] = {}
@@ -77,11 +79,8 @@ class Ledger:
         """Trials of plans that are running, with the numbers of those; they will have their answers."""
 
     def records(self) -> tuple[TrialRecord, ...]:
-        """Every finished trial, by number; each is read from the storage once, for it will not change."""
-        for trial in self.study.get_trials(deepcopy=False, states=ENDED):
-            if trial.number not in self._read and (found := read_trial(trial)) is not None:
-                self._read[trial.number] = found
-        return tuple(self._read[number] for number in sorted(self._read))
+        """Every finished trial, by number: those that were in the storage at first, and those told since, by us alone."""
+        return tuple(self._records[number] for number in sorted(self._records))
 
     def finished(self) -> int:
         """How many trials were trained to an answer; those lost with their worker have none."""
@@ -142,17 +141,20 @@ class Ledger:
         return (self._seed * 1_000_003 + index) % 2**31
 
     def _ask(self) -> tuple[optuna.Trial, int, str]:
-        trials = self.study.get_trials(deepcopy=False)
-        if not any(trial.state is TrialState.WAITING for trial in trials):
-            index = 1 + max((place[0] for trial in trials if (place := read_asked(trial))), default=-1)
+        if self._waiting:
+            self._waiting -= 1
+        else:
+            index = self._next
             if index >= len(self._firsts):
                 self.study.sampler = make_sampler(self._sampler, seed=self.seed_of(index), knowledge=self._knowledge)
                 trial = self.study.ask(self._distributions)
                 for key, value in asked(index, self._sampler).items():
                     trial.set_user_attr(key, value)
+                self._next += 1
                 return trial, index, self._sampler
             origin, plan = self._firsts[index]
             self.study.enqueue_trial(self._space.params(plan), user_attrs=asked(index, origin))
+            self._next += 1
         trial = self.study.ask(self._distributions)
         place = read_asked(trial)
         assert place is not None, "a queued trial carries its place"
@@ -218,6 +220,7 @@ class Ledger:
             trial.set_constraint("within the limits", excess)
         values = (record.score, math.log10(record.ratio)) if record.score is not None else None
         self.study.tell(trial, values if record.outcome is Outcome.DONE else None, state=record.outcome.state)
+        self._records[record.number] = record
         return record
 
     def _losses(self, index: int) -> int:
@@ -228,3 +231,4 @@ class Ledger:
         waiting = [read_asked(t) for t in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))]
         if place is not None and place not in waiting and set(self._distributions) <= set(params):
             self.study.enqueue_trial(dict(params), user_attrs=asked(*place))
+            self._waiting += 1

@@ -1,0 +1,136 @@
+"""What engines cost: seconds a trial beyond the trial's own work.
+
+    python benchmarks/engines.py --write    # some six minutes on two cores; makes the table of docs/benchmarks.md
+
+A hundred trials that do nothing, on two workers. The engines run them from the ledger's ask to the storage's commit (SQLite,
+space of the LeNet, random sampler, one rung a trial); and Ray's `OptunaSearch` runs as many with a function trainable, as one
+would without an engine of one's own. Each has a process of its own, one after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+import optuna
+import torch
+from pages import machine, row, table, write_section
+
+from ranksearch import folder
+from ranksearch.engines import local, ray
+from ranksearch.engines.base import Engine
+from ranksearch.layers import inventory
+from ranksearch.models import lenet
+from ranksearch.record import Outcome, Rung
+from ranksearch.strategy.ledger import Ledger
+from ranksearch.strategy.space import make_space
+from ranksearch.strategy.trial import Answer, Job
+
+TRIALS, WORKERS = 100, 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    given = parser.parse_args()
+    lines = [
+        machine("ray", "optuna", "torch"),
+        *table(["", "first answer after", "a trial after that", "a trial, start and end included"]),
+    ]
+    for name in CONTENDERS:
+        # Not as a script, which each worker process would read again: the command `ranksearch` is none.
+        code = f"import engines; engines.measure({name!r})"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+        first, each, whole = map(float, done.stdout.split()[-3:])
+        lines.append(row(name, f"{first:.1f} s", f"{each:.3f} s", f"{whole:.3f} s"))
+    if given.write:
+        write_section("engines", "python benchmarks/engines.py --write", "\n".join(lines))
+
+
+def measure(name: str) -> None:
+    """Run one contender, and print its three figures."""
+    start, answers, end = CONTENDERS[name]()
+    assert len(answers) == TRIALS, f"{len(answers)} answers"
+    first, last = answers[0], answers[-1]
+    print(first - start, (last - first) / (TRIALS - 1), (end - start) / TRIALS)
+
+
+Clock: TypeAlias = tuple[float, list[float], float]
+"""When the engine was asked for, when each answer was told, when the engine was gone."""
+
+
+def ours(make: Callable[[], Engine]) -> Clock:
+    """A hundred trials of a study, on the engine that is made."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    found = inventory(lenet(), torch.zeros(1, 3, 32, 32))
+    with tempfile.TemporaryDirectory() as scratch:
+        study = folder.open_study("nothing", folder.storage_url(Path(scratch), None), create=True)
+        space = make_space(found, ("tucker2", "cp", "svd"))
+        ledger = Ledger(study, space, found, [], sampler="random", seed=0, floor=0.0)
+        answers = []
+
+        def on_message(job: Job, message: Rung | Answer) -> bool:
+            if isinstance(message, Rung):
+                return ledger.goes_on(job, message)
+            ledger.receive(job, message)
+            answers.append(time.perf_counter())
+            return True
+
+        start = time.perf_counter()
+        with make() as engine:
+            engine.run(ledger.jobs(TRIALS), nothing, on_message=on_message, should_stop=lambda: False)
+        return start, answers, time.perf_counter()
+
+
+def nothing(job: Job) -> Iterator[Rung | Answer]:
+    yield Rung(0, 0.5)
+    yield Answer(Outcome.DONE, (Rung(0, 0.5),))
+
+
+def plain() -> Clock:
+    """Ray's own search. It has one objective, since `OptunaSearch` drops the results of two."""
+    from ray import init, shutdown, tune
+    from ray.tune.search.optuna import OptunaSearch
+
+    answers = []
+
+    class Watch(tune.Callback):
+        def on_trial_complete(self, *args: object, **more: object) -> None:
+            answers.append(time.perf_counter())
+
+    def objective(config: dict[str, float]) -> None:
+        import torch  # noqa: F401  # without it no trial trains anything
+
+        tune.report({"score": 0.5})
+
+    start = time.perf_counter()
+    init(address="local", num_cpus=WORKERS, include_dashboard=False, log_to_driver=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        tune.Tuner(
+            objective,
+            param_space={f"x{i}": tune.uniform(0, 1) for i in range(16)},
+            tune_config=tune.TuneConfig(
+                search_alg=OptunaSearch(), metric="score", mode="max", num_samples=TRIALS, max_concurrent_trials=WORKERS
+            ),
+            run_config=tune.RunConfig(storage_path=scratch, verbose=0, callbacks=[Watch()]),
+        ).fit()
+    shutdown()
+    return start, answers, time.perf_counter()
+
+
+CONTENDERS = {
+    "local engine": lambda: ours(lambda: local.engine(WORKERS)),
+    "Ray engine": lambda: ours(lambda: ray.engine(ray.Cluster(workers=WORKERS))),
+    "`OptunaSearch`, function trainable": plain,
+}
+
+if __name__ == "__main__":
+    main()

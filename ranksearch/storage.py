@@ -1,0 +1,142 @@
+"""An Optuna storage on a database server, which may be restarted in the middle of a study."""
+
+from __future__ import annotations
+
+import functools
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+from optuna.exceptions import StorageInternalError
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import InterfaceError, OperationalError
+
+from ranksearch.errors import StudyError
+
+T = TypeVar("T")
+M = TypeVar("M", bound=Callable[..., Any])
+
+PATIENCE = 300.0
+"""Seconds that a study waits for its database."""
+INTERVAL = 2.0
+CONNECT = {"connect_timeout": 10, "keepalives_idle": 20, "keepalives_interval": 5, "keepalives_count": 3}
+"""For PostgreSQL, in seconds: a server that is gone without a word is noticed, not waited for."""
+OPEN = (TrialState.RUNNING, TrialState.WAITING)
+
+
+def _retried(method: M) -> M:
+    """A method of `RDBStorage` that may be called twice for once."""
+
+    @functools.wraps(method)
+    def call(self: ServerStorage, *args: Any, **more: Any) -> Any:
+        return self._patiently(lambda again: method(self, *args, **more))
+
+    return cast("M", call)
+
+
+class ServerStorage(RDBStorage):
+    """Tries again, announced and for a bounded time, what fails because the server is away.
+
+    A commit whose answer was lost may have been made or not. To set an attribute or a parameter twice is no harm; a trial
+    that was made, or told, without an answer is recognised. That needs what ranksearch keeps to: one driver for a study.
+    """
+
+    def __init__(self, url: str, shown: str, **more: Any) -> None:
+        """`shown` is the address without its password."""
+        self.announce: Callable[[str], None] = lambda text: None
+        self._shown = shown
+        self._prepared = False
+        self._away: float | None = None
+        """Since when."""
+        super().__init__(url, **more)
+        weakref.finalize(self, self.engine.dispose)  # nothing else closes its connections
+
+    create_new_study = _retried(RDBStorage.create_new_study)
+    delete_study = _retried(RDBStorage.delete_study)
+    set_study_user_attr = _retried(RDBStorage.set_study_user_attr)
+    set_study_system_attr = _retried(RDBStorage.set_study_system_attr)
+    get_study_id_from_name = _retried(RDBStorage.get_study_id_from_name)
+    get_study_name_from_id = _retried(RDBStorage.get_study_name_from_id)
+    get_study_directions = _retried(RDBStorage.get_study_directions)
+    get_study_user_attrs = _retried(RDBStorage.get_study_user_attrs)
+    get_study_system_attrs = _retried(RDBStorage.get_study_system_attrs)
+    get_trial = _retried(RDBStorage.get_trial)
+    get_all_trials = _retried(RDBStorage.get_all_trials)
+    set_trial_user_attr = _retried(RDBStorage.set_trial_user_attr)
+    set_trial_system_attr = _retried(RDBStorage.set_trial_system_attr)
+    # What Optuna's cache in front of the storage calls of it.
+    _get_trials = _retried(RDBStorage._get_trials)
+    _set_trial_param = _retried(RDBStorage._set_trial_param)
+
+    def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
+        known = {trial._trial_id for trial in self.get_all_trials(study_id, deepcopy=False, states=OPEN)}
+
+        def create(again: bool) -> FrozenTrial:
+            made = self.get_all_trials(study_id, deepcopy=False, states=OPEN) if again else []
+            made = [trial for trial in made if trial._trial_id not in known]
+            self._prepared = False
+            return made[0] if made else RDBStorage._create_new_trial(self, study_id, template_trial)
+
+        return self._patiently(create)
+
+    def _get_prepared_new_trial(self, *args: Any) -> Any:
+        # Optuna's own second attempt, which does not ask what became of the first.
+        if self._prepared:
+            raise _TriedBefore
+        self._prepared = True
+        return super()._get_prepared_new_trial(*args)
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        def tell(again: bool) -> bool:
+            if again and self.get_trial(trial_id).state is state:
+                return True
+            return RDBStorage.set_trial_state_values(self, trial_id, state, values)
+
+        return self._patiently(tell)
+
+    def _patiently(self, call: Callable[[bool], T]) -> T:
+        """What a call returns; it is told whether it was tried before.
+
+        Raises:
+            StudyError: the server stays away.
+        """
+        again = False
+        while True:
+            try:
+                result = call(again)
+            except (StorageInternalError, _TriedBefore) as error:
+                if not isinstance(error, _TriedBefore) and not _is_away(error):
+                    raise
+                again = True
+                self._wait()
+            else:
+                if self._away is not None:
+                    self.announce(f"the storage is back after {time.monotonic() - self._away:.0f} s")
+                    self._away = None
+                return result
+
+    def _wait(self) -> None:
+        if self._away is None:
+            self._away = time.monotonic()
+            self.announce(f"the storage {self._shown} is away; trying again for {PATIENCE / 60:g} minutes")
+        elif time.monotonic() - self._away > PATIENCE:
+            raise StudyError(
+                f"The storage {self._shown} must be there as long as a study runs, but has been away for {PATIENCE:.0f} s; "
+                "what was finished is in it, and the same command goes on once it is back."
+            )
+        time.sleep(INTERVAL)
+
+
+class _TriedBefore(Exception):
+    """A trial was to be made, and may have been."""
+
+
+def _is_away(error: BaseException | None) -> bool:
+    """Whether an error comes from a connection that broke or was refused."""
+    while error is not None:
+        if isinstance(error, OperationalError | InterfaceError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

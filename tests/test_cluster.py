@@ -1,0 +1,305 @@
+"""Ray as a user meets it: what is refused, in one sentence and soon; nodes that are lost, a driver that is killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from operator import itemgetter
+from pathlib import Path
+
+import pytest
+
+from ranksearch.cli import main
+from ranksearch.console import Plain
+from ranksearch.engines import ray, tune
+from ranksearch.errors import ModelError, StudyError
+from ranksearch.plan import Plan
+from ranksearch.record import Outcome, Rung, read_trials
+from ranksearch.strategy.trial import Answer, Job
+from ranksearch.study import Options, run_study
+from tests import nets
+from tests.books import Books
+from tests.conftest import essence, small_spec, stored
+from tests.test_cli import refuse, snapshot
+
+KILLS = 2
+"""Of the driver; ten went well, too, and take two minutes."""
+SOON = 30
+"""Seconds within which bad input must be told."""
+
+CLUSTER = """
+import os, sys
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+import ray
+import psutil  # which Ray brings
+from ray.cluster_utils import Cluster
+
+def kill(node):
+    for worker in psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True):
+        worker.kill()
+    for processes in node.all_processes.values():
+        for about in processes:
+            about.process.kill()
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": int(sys.argv[1]), "include_dashboard": False})
+nodes = [cluster.head_node]
+print(cluster.address, flush=True)
+for line in sys.stdin:
+    done = True
+    match line.split():
+        case ["add", cpus]:
+            nodes.append(cluster.add_node(num_cpus=int(cpus)))
+        case ["kill", node]:
+            kill(nodes[int(node)])
+        case ["lose", worker]:
+            raylet = int(open(f"/proc/{worker}/stat").read().split(")")[1].split()[1])
+            found = [node for node in nodes[1:] if node.all_processes["raylet"][0].process.pid == raylet]
+            done = bool([kill(node) for node in found])
+        case ["pretend", version]:
+            import json
+            from ray._raylet import GcsClient
+            about = GcsClient(address=cluster.address)
+            kept = json.loads(about.internal_kv_get(b"CLUSTER_METADATA", namespace=b"cluster"))
+            kept = json.dumps(kept | {"ray_version": version}).encode()
+            about.internal_kv_put(b"CLUSTER_METADATA", kept, overwrite=True, namespace=b"cluster")
+    print("done" if done else "no", flush=True)
+os._exit(0)
+"""
+
+
+class Cluster:
+    """A Ray cluster of several nodes on this machine, in a process of its own, where Ray may die as it likes."""
+
+    def __init__(self, cpus: int) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", CLUSTER, str(cpus)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True,
+        )  # fmt: skip
+        self.address = self._process.stdout.readline().strip()
+
+    def __enter__(self):
+        return self
+
+    def tell(self, words: str) -> bool:
+        """`add CPUS`, `kill NODE` (0 is the head), `pretend VERSION`; `lose PID`, whether that worker's node was killed,
+        which the head is not."""
+        self._process.stdin.write(f"{words}\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline().strip() == "done"
+
+    def __exit__(self, *_) -> None:
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+
+@pytest.fixture
+def study_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "small.toml"
+    path.write_text(nets.SMALL)
+    return path
+
+
+@pytest.fixture(scope="module")
+def small_cluster():
+    with Cluster(2) as cluster:
+        yield cluster
+
+
+def refused(capsys, *more):
+    """The one sentence that a study on Ray is refused with, soon and before anything is written."""
+    before, start = snapshot(Path.cwd()), time.monotonic()
+    told = refuse(capsys, "study", "small.toml", "--engine", "ray", *more)
+    assert time.monotonic() - start < SOON
+    assert snapshot(Path.cwd()) == before
+    return told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--address", "localhost"], "--address must be auto or HOST:PORT of a Ray cluster's head node, but got 'localhost'."),
+        (["--address", "ray://head:10001"], "--address must be auto or HOST:PORT of a Ray cluster's head node, but got 'ray://head"),
+        (["--address", "127.0.0.1:1"], "A Ray cluster must listen at --address 127.0.0.1:1, but none does: [Errno 111]"),
+        (["--gpus-per-trial", "1"], "A node must hold a trial of --cpus-per-trial 1 and --gpus-per-trial 1, but the most that a node"),
+        (["--workers", "0"], "--workers must be at least 1 for --engine ray, but got 0."),
+        (["--cpus-per-trial", "0"], "--cpus-per-trial must be at least 1, but got 0."),
+        (["--gpus-per-trial", "1.5"], "--gpus-per-trial must be whole or a fraction of one, but got 1.5."),
+        (["--device", "cuda"], "--gpus-per-trial must be above 0 for --device cuda with --engine ray, but got 0."),
+        (["--gpus-per-trial", "1", "--device", "cpu"], "--gpus-per-trial must be 0 for --device cpu, but got 1."),
+        (["--engine", "local", "--address", "auto"], "--address, --cpus-per-trial and --gpus-per-trial are for --engine ray, but the"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(study_file, capsys, arguments, message):
+    assert refused(capsys, *arguments).startswith(message)
+
+
+def test_no_ray_on_this_machine(study_file, capsys, monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", str(Path.cwd()))  # where Ray looks for what runs
+    told = refused(capsys, "--address", "auto")
+    assert told.startswith("A Ray cluster must listen at --address auto, but none does: Could not find any running Ray")
+
+
+def test_something_else_listens(study_file, capsys, monkeypatch):
+    """Ray would wait for it; the driver does not."""
+    monkeypatch.setattr(ray, "CONNECT_SECONDS", 5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        told = refused(capsys, "--address", address)
+    assert told.startswith(f"The Ray cluster at {address} must answer within 5 s, but does not; `ray status`")
+
+
+def test_a_trial_that_no_node_holds(study_file, capsys, small_cluster):
+    told = refused(capsys, "--address", small_cluster.address, "--cpus-per-trial", "3")
+    assert told == (
+        "A node must hold a trial of --cpus-per-trial 3 and --gpus-per-trial 0, but the most that a node of the cluster has is 2 "
+        "CPUs and 0 GPUs."
+    )
+
+
+def test_another_version(study_file, capsys):
+    with Cluster(1) as cluster:
+        cluster.tell("pretend 2.0.0")
+        told = refused(capsys, "--address", cluster.address)
+    assert re.search(
+        r"Driver and cluster must have the same versions of Ray and Python, but .* Ray: 2\.0\.0 .*; install the", told
+    )
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_a_model_that_cannot_be_pickled(study_file, capsys, engine):
+    told = refused(capsys, "--engine", engine, "--set", "task.model=tests.nets:unpicklable")
+    assert told.startswith("Model, data, loss and score must be picklable to reach the workers, but are not (cannot pickle")
+
+
+def slow(job):
+    """Three rungs, a second in all; the first holds the process that it runs in."""
+    yield Rung(0, float(os.getpid()))
+    for epoch in (1, 2):
+        time.sleep(0.5)
+        yield Rung(epoch, job.seed / 100)
+    yield Answer(Outcome.DONE, (Rung(2, job.seed / 100),))
+
+
+def test_thirty_trials_on_three_nodes_two_of_which_are_lost():
+    """A worker killed and a whole node: every trial is completed, once, and the plans are those of a quiet run."""
+    quiet, torn = Books(), Books()
+    quiet.run(30)
+    ledger, answers, lost, node_lost = torn.ledger(), [], [], False
+    with Cluster(2) as cluster:
+        cluster.tell("add 2")
+        cluster.tell("add 2")
+        with ray.engine(ray.Cluster(cluster.address)) as engine:
+            assert engine.about == "Ray on 3 nodes, 6 trials at a time, 1 CPU each"
+
+            def on_message(job, message):
+                nonlocal node_lost
+                if isinstance(message, Answer):
+                    found = ledger.receive(job, message)
+                    (lost if found.outcome is Outcome.WORKER_LOST else answers).append(found)
+                elif message.epochs == 0 and len(answers) >= 6 and not lost:
+                    os.kill(int(message.score), signal.SIGKILL)
+                elif message.epochs == 0 and len(answers) >= 12 and not node_lost:
+                    node_lost = cluster.tell(f"lose {message.score:.0f}")
+                return True
+
+            while ledger.finished() < 30:
+                engine.run(ledger.jobs(30), slow, on_message=on_message, should_stop=lambda: False)
+    assert node_lost
+    assert 1 < len(lost) <= 5, "the killed worker's trial, and those of the node"
+    assert sorted(((record.index, record.plan) for record in answers), key=itemgetter(0)) == [
+        (r.index, r.plan) for r in quiet.trained
+    ]
+    states = [trial.state.name for trial in torn.study.get_trials()]
+    assert states.count("FAIL") == len(lost)
+    assert not {"RUNNING", "WAITING"} & set(states)
+
+
+def test_a_node_that_joins_is_used():
+    with Cluster(1) as cluster, ray.engine(ray.Cluster(cluster.address)) as engine:
+        running, most = set(), []
+
+        def on_message(job, message):
+            (running.discard if isinstance(message, Answer) else running.add)(job.key)
+            most.append(len(running))
+            if isinstance(message, Answer) and job.key == 0:
+                cluster.tell("add 2")
+            return True
+
+        jobs = (Job(key, Plan(), seed=key) for key in range(12))
+        engine.run(jobs, slow, on_message=on_message, should_stop=lambda: False)
+    assert most[0] == 1
+    assert max(most) == 3
+
+
+def test_a_head_that_is_gone_ends_the_study_in_one_sentence(study_file, capsys, monkeypatch):
+    """What was finished is in the record, and the same command goes on."""
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "2")
+    before, killed = Plain.trial, []
+    with Cluster(2) as cluster:
+
+        def kill(self, record, trials):
+            before(self, record, trials)
+            if len(trials) == 3 and not killed:
+                killed.append(cluster.tell("kill 0"))
+
+        monkeypatch.setattr(Plain, "trial", kill)
+        told = refuse(capsys, "study", "small.toml", "--engine", "ray", "--address", cluster.address)
+    assert told == (
+        f"The Ray cluster at {cluster.address} must be there as long as a study runs, but the connection to it is lost; what was "
+        "finished is in the record, and the same command goes on once it is back."
+    )
+    assert main(["study", "small.toml", "--workers", "0"]) == 0
+    assert "3 of them done before" in capsys.readouterr().out
+    assert sorted(trial.index for trial in read_trials(stored(Path("runs/small")))) == list(range(8))
+
+
+def test_a_driver_that_is_killed_goes_on_by_the_same_command(study_file, tmp_path, small_cluster):
+    """Killed at random moments of its life, on a cluster that stays: exactly the trials asked for, every record readable."""
+    moments = random.Random(0)
+    code = "import sys; from ranksearch.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = ["study", "small.toml", "--engine", "ray", "--address", small_cluster.address, "--trials", "20"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    for seconds in [*(moments.uniform(6, 12) for _ in range(KILLS)), None]:
+        process = subprocess.Popen([sys.executable, "-c", code, *words], env=environment, stdout=subprocess.DEVNULL)
+        try:
+            assert process.wait(timeout=seconds) == 0
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    out = tmp_path / "runs" / "small"
+    trained = [trial for trial in read_trials(stored(out)) if trial.trained]
+    assert len(trained) == 20
+    assert len({trial.index for trial in trained}) == 20
+    assert not {"RUNNING", "WAITING"} & {trial.state.name for trial in stored(out).trials}
+    assert (out / "report.html").exists()
+
+
+def test_both_engines_give_the_same_records(finished, tmp_path):
+    """Probes, trials and finalists of a whole study, score by score."""
+    record = run_study(small_spec(), tmp_path / "small", Options(engine="ray", workers=1))
+    assert essence(record.trials) == essence(finished[1].trials)
+
+
+def test_a_node_that_cannot_import_the_model():
+    refuse = tune._unpacked(b"cpackage_of_the_user\nnet\n.")  # what pickle writes for a function of a module
+    with pytest.raises(ModelError, match=r"Every node must be able to import model and data, but .* cannot \(No module named"):
+        next(refuse(Job(0, Plan(), seed=0)))
+
+
+def test_a_cluster_without_nodes_is_waited_for_and_given_up(monkeypatch):
+    clock, nodes = iter(range(0, 1000, 50)), iter([1, 0, 0, 2, 0, 0, 0])
+    monkeypatch.setattr(tune, "_slots", lambda cluster: next(nodes))
+    monkeypatch.setattr(tune.time, "monotonic", lambda: float(next(clock)))
+    searcher = tune._Searcher(tune._Board(None), ray.Cluster("head:6379"))
+    assert [searcher._places() for _ in range(6)] == [1, 0, 0, 2, 0, 0]
+    words = r"The Ray cluster at head:6379 must have a node that can run a trial, but has had none for 120 s; the same command"
+    with pytest.raises(StudyError, match=words):
+        searcher._places()
