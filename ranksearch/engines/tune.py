@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import sys
 import threading
 import time
@@ -56,6 +57,7 @@ def main() -> None:
 def _end_with_driver() -> None:
     """The standard input is a pipe that nobody writes to: it ends when the driver does, however that was."""
     sys.stdin.read()
+    shutil.rmtree(sys.argv[2], ignore_errors=True)
     os._exit(1)
 
 
