@@ -85,9 +85,9 @@ class Contender:
             ),
             halve_below=arena.epochs if self.halving else 0,
         )  # fmt: skip
-        found, start = Found(), time.perf_counter()
+        found, start = Found(), time.process_time()
         for job in ledger.jobs(trials):
-            asked = time.perf_counter() - start
+            asked = time.process_time() - start
             run = arena.run(job.plan, seed)
             curve = list[Rung]()
             for epoch, score in enumerate(run.scores):
@@ -97,7 +97,7 @@ class Contender:
             whole, seconds = len(curve) == len(run.scores), run.seconds[len(curve) - 1]
             ledger.receive(job, Answer(Outcome.DONE if whole else Outcome.STOPPED_EARLY, tuple(curve), seconds))
             _note(found, run, run.scores[-1] if whole else None, seconds, log_ratio(arena, job.plan), asked)
-            start = time.perf_counter()
+            start = time.process_time()
         return found
 
 
