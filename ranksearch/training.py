@@ -59,11 +59,11 @@ def fit(model: nn.Module, task: Task, recipe: Recipe, *, seed: int, device: torc
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed + epoch)
             model.train()
-            for inputs, targets in batches(task.data.train, recipe.batch_size, generator=order):
+            for inputs, targets in batches(task.data.train, recipe.batch_size, generator=order, device=device):
                 with torch.autocast(device.type, torch.bfloat16, enabled=lower):
-                    outputs = model(inputs.to(device))
+                    outputs = model(inputs)
                 # The loss in full: it is cheap, and may be one that knows no bfloat16.
-                loss = task.loss(outputs.float() if lower else outputs, targets.to(device))
+                loss = task.loss(outputs.float() if lower else outputs, targets)
                 if not torch.isfinite(loss):
                     raise Diverged("the loss became NaN or infinite")
                 optimizer.zero_grad(set_to_none=True)
@@ -97,7 +97,8 @@ def score(model: nn.Module, task: Task, split: Dataset[Any], *, device: torch.de
 def predict(model: nn.Module, split: Dataset[Any], *, device: torch.device) -> tuple[Tensor, Tensor]:
     """Outputs and targets of a whole split, in order, on the CPU."""
     model.eval()
-    pairs = [(model(inputs.to(device)).cpu(), targets) for inputs, targets in batches(split, EVALUATION_BATCH)]
+    found = batches(split, EVALUATION_BATCH, device=device)
+    pairs = [(model(inputs).cpu(), targets.cpu()) for inputs, targets in found]
     return torch.cat([outputs for outputs, _ in pairs]), torch.cat([targets for _, targets in pairs])
 
 
@@ -121,8 +122,9 @@ def recalibrate(model: nn.Module, task: Task, *, seed: int, device: torch.device
     # The caller's random numbers are its own, and those of a data set that changes its inputs at random follow the seed.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for batch, _ in batches(sample(task.data.train, inputs, seed=seed), EVALUATION_BATCH, generator=order):
-            model(batch.to(device))
+        chosen = sample(task.data.train, inputs, seed=seed)
+        for batch, _ in batches(chosen, EVALUATION_BATCH, generator=order, device=device):
+            model(batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 

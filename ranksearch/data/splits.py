@@ -12,15 +12,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
+from ranksearch.data.batched import Batched
 from ranksearch.errors import DataError
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Splits:
     """Data for a study, as a `data` reference returns it.
 
-    Each split is any map-style `torch.utils.data.Dataset` of (input, target); a `TensorDataset` is cut into batches as a
-    whole, which is far quicker for small inputs. `classes` is None where targets are no class labels.
+    Each split is any map-style `torch.utils.data.Dataset` of (input, target); a `TensorDataset` and a `Batched` are cut
+    into batches as a whole, which is far quicker for small inputs. `classes` is None where targets are no class labels.
     """
 
     train: Dataset[Any]
@@ -46,24 +49,32 @@ def sample(split: Dataset[Any], count: int, *, seed: int) -> Dataset[Any]:
     if size(split) <= count:
         return split
     chosen = torch.randperm(size(split), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    if isinstance(split, Batched):
+        return split.only(chosen)
     if type(split) is TensorDataset:
         return TensorDataset(*(tensor[chosen] for tensor in split.tensors))
     return Subset(split, chosen.tolist())
 
 
-def batches(split: Dataset[Any], batch_size: int, *, generator: torch.Generator | None = None) -> Iterator[Any]:
-    """Batches (inputs, targets) of a split: in order, or shuffled when a generator is given."""
+def batches(
+    split: Dataset[Any], batch_size: int, *, generator: torch.Generator | None = None, device: torch.device = CPU
+) -> Iterator[Any]:
+    """Batches (inputs, targets) of a split on `device`: in order, or shuffled when a generator is given."""
     count = size(split)
     # Not of a subclass: its own __getitem__ may transform.
-    if type(split) is TensorDataset:
+    if type(split) is TensorDataset or isinstance(split, Batched):
         order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
         for chosen in order.split(batch_size):
-            if not _lonely(chosen, count, generator):
-                yield tuple(tensor[chosen] for tensor in split.tensors)
+            if _lonely(chosen, count, generator):
+                continue
+            if isinstance(split, Batched):
+                yield split.batch(chosen, device)
+            else:
+                yield tuple(tensor[chosen].to(device) for tensor in split.tensors)
     else:
         for found in DataLoader(split, batch_size=batch_size, shuffle=generator is not None, generator=generator):
             if not _lonely(found[0], count, generator):
-                yield found
+                yield [part.to(device) if isinstance(part, Tensor) else part for part in found]
 
 
 def _lonely(batch: Tensor, count: int, generator: torch.Generator | None) -> bool:

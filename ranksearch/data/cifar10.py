@@ -1,0 +1,65 @@
+"""CIFAR-10 (Krizhevsky 2009): 60,000 photographs of 32x32 pixels in ten classes, 10,000 of them for test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ranksearch.data.folders import read_pictures
+from ranksearch.data.images import split_images
+from ranksearch.data.splits import Splits
+from ranksearch.errors import DataError
+
+SIDE = 32
+PICKLES = "cifar-10-batches-py"
+ARCHIVE = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+
+
+def cifar10(
+    *, root: str = "data", train: int | None = None, validation: int = 5000, flip: bool = True, shift: int = 4,
+    download: bool = False,
+) -> Splits:  # fmt: skip
+    """CIFAR-10 from `root`, normalised by channel; three channels, 32x32.
+
+    Args:
+        root: a folder that holds torchvision's `cifar-10-batches-py`, or pictures as `cifar10/{train,test}/<class>/*.jpg`;
+            relative to the folder the command runs in.
+        train: how many images to train on, stratified by class; all but those for validation by default.
+        validation: how many of the training images are held out.
+        flip: mirror half of the training images, anew in each batch.
+        shift: move each training image by up to so many pixels both ways; what moves in is black.
+        download: fetch the archive (163 MiB) if it is not there, and check it.
+
+    Raises:
+        DataError: the images are not there, or too few.
+    """
+    folder = Path(root)
+    if download or (folder / PICKLES).is_dir():
+        about = "CIFAR-10"
+        pixels, labels = zip(*(_pickled(folder, is_train, download) for is_train in (True, False)), strict=True)
+    elif (folder / "cifar10" / "train").is_dir():
+        about = "CIFAR-10 (JPEG copy)"
+        parts = [read_pictures(folder / "cifar10" / name, size=SIDE) for name in ("train", "test")]
+        if parts[0].classes != parts[1].classes:
+            raise DataError(f"The folders train and test of {folder / 'cifar10'} must hold the same classes, but do not.")
+        pixels, labels = (parts[0].pixels, parts[1].pixels), (parts[0].labels, parts[1].labels)
+    else:
+        raise DataError(
+            f"CIFAR-10 must lie in {folder}, but it holds neither {PICKLES} nor cifar10/train; add "
+            f"`--set task.data_args.download=true`, or unpack {ARCHIVE} there."
+        )
+    return split_images(pixels, labels, classes=10, about=about, train=train, validation=validation, flip=flip, shift=shift)
+
+
+def _pickled(folder: Path, is_train: bool, download: bool) -> tuple[Tensor, Tensor]:
+    # Here, since it takes seconds to import, in every worker.
+    from torchvision.datasets import CIFAR10
+
+    try:
+        found = CIFAR10(str(folder), train=is_train, download=download)
+    except (RuntimeError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise DataError(f"CIFAR-10 cannot be read from {folder}: {first} Unpack {ARCHIVE} there again.") from error
+    return torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(found.targets)
