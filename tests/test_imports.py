@@ -16,7 +16,7 @@ FLOORS = [
     ["spec"],
     ["record"],
     ["report", "console"],
-    ["tensors"],
+    ["tensors", "confidence"],
     ["layers"],
     ["factorization", "metric"],
     ["surgery", "profile"],

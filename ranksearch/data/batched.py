@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ class Batched(Dataset[Any], abc.ABC):
     What a batch draws at random it draws from torch's default generator on the CPU, which training seeds: so the same
     seed gives the same batches on every device.
     """
+
+    at_once: ClassVar[int | None] = None
+    """How many inputs a batch holds at most, where they are large; None for as many as are asked for."""
 
     @abc.abstractmethod
     def __len__(self) -> int: ...

@@ -69,12 +69,12 @@ def moments(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 def split_images(
     pixels: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor], *, classes: int, about: str, train: int | None,
-    validation: int, flip: bool, shift: int,
+    validation: int, flip: bool, shift: int, normalisation: tuple[Tensor, Tensor] | None = None,
 ) -> Splits:  # fmt: skip
     """Splits of (training, test) images: `validation` of those for training are held out, and `train` of the rest used.
 
-    Both parts are stratified by class and the same in every run. All are normalised by the moments of the whole of
-    training. Validation and test are never augmented.
+    Both parts are stratified by class and the same in every run. All are normalised by the mean and standard deviation
+    given, or by those of all images for training. Validation and test are never augmented.
 
     Raises:
         DataError: the parts do not fit into what there is.
@@ -89,7 +89,7 @@ def split_images(
         raise DataError(f"train must lie in {least}..{count - validation:,}, what validation leaves, but got {train:,}.")
     if shift < 0 or shift > min(pixels[0].shape[2:]):
         raise DataError(f"shift must lie in 0..{min(pixels[0].shape[2:])}, the size of the images, but got {shift}.")
-    mean, std = moments(pixels[0])
+    mean, std = normalisation or moments(pixels[0])
     whole = Images(pixels[0], labels[0], mean, std)
     held, rest = _stratified(whole.labels, validation)
     if train is not None:

@@ -64,7 +64,8 @@ def batches(
     # Not of a subclass: its own __getitem__ may transform.
     if type(split) is TensorDataset or isinstance(split, Batched):
         order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
-        for chosen in order.split(batch_size):
+        most = split.at_once if isinstance(split, Batched) else None
+        for chosen in order.split(min(batch_size, most or batch_size)):
             if _lonely(chosen, count, generator):
                 continue
             if isinstance(split, Batched):
