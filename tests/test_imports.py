@@ -20,6 +20,7 @@ FLOORS = [
     ["layers"],
     ["factorization", "metric"],
     ["surgery", "profile"],
+    ["scratch"],
     ["data", "models"],
     ["tasks"],
     ["training"],

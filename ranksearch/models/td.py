@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ranksearch.errors import ModelError, nearest
 from ranksearch.plan import CP, CP4, SVD, Factorization, Tucker2
+from ranksearch.scratch import initialise_
 
 NORMS = ("all", "inner", "none")
 
@@ -20,8 +21,8 @@ def td_conv(
     """A convolution stored as `factorization` says, with the activation at its end only.
 
     An activation between the sub-convolutions cost the thesis 5 points of accuracy, and without batch normalisation after
-    each its CP net did not train. Every sub-convolution has a bias, as the thesis counts them. Weights keep the variance
-    of what they are given (Glorot and Bengio 2010), the last ones as their activation needs it (He et al. 2015).
+    each its CP net did not train. Every sub-convolution has a bias, as the thesis counts them. Weights are drawn
+    as `initialise_` does.
 
     Args:
         in_channels: channels of the input.
@@ -47,11 +48,9 @@ def td_conv(
         )
     steps: OrderedDict[str, nn.Module] = OrderedDict()
     parts = list(_parts(in_channels, out_channels, kernel_size, factorization, stride, padding))
+    initialise_([conv for _, conv in parts], last="relu" if activation is nn.ReLU else "linear")
     for name, conv in parts:
         last = name == parts[-1][0]
-        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu" if last and activation is nn.ReLU else "linear")
-        assert conv.bias is not None
-        nn.init.zeros_(conv.bias)
         steps[name] = conv
         if norm == "all" or (norm == "inner" and not last):
             steps[f"{name}_norm"] = nn.BatchNorm2d(conv.out_channels)
