@@ -90,7 +90,7 @@ class FinalistSpec(TrainSpec):
     sweeps: int = _at_least(0, default=0)
     """Further sweeps over their factors before they are fine-tuned: HOOI for Tucker-2, alternating least squares for CP."""
     schedule: str = _one_of(SCHEDULES, default="one-shot")
-    """Or layerwise, the thesis's pipeline: one layer after the other is decomposed, the last first, with `epochs` after each."""
+    """Or layerwise, the thesis's pipeline: one layer after the other is decomposed, the last first, with `epochs` each."""
 
 
 @dataclass(frozen=True, kw_only=True)
