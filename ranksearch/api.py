@@ -30,6 +30,7 @@ def search(
     rank_multiple: int = 1,
     smaller_in: Sequence[str] = ("params",),
     data_aware: bool = True,
+    start: str = "decomposed",
     sampler: str = "rank",
     trials: int = 60,
     minutes: float | None = None,
@@ -42,6 +43,7 @@ def search(
     finalists: Recipe | None = None,
     finalist_count: int = 10,
     finalist_sweeps: int = 0,
+    finalist_schedule: str = "one-shot",
     seed: int = 0,
     options: Options | None = None,
     view: View | None = None,
@@ -57,6 +59,7 @@ def search(
         rank_multiple: ranks are multiples of this, as some hardware wants them.
         smaller_in: a layer is only stored in ways that are smaller than dense in each of these: params, macs.
         data_aware: fit the factors for the inputs that each layer sees in training, not for the weights alone.
+        start: what a plan's net is trained from: the "decomposed" weights, or weights drawn anew, "scratch".
         sampler: who proposes: rank, or one of Optuna's: tpe, nsga2, gp, random.
         trials: trained trials in all.
         minutes: ask for no more trials after so long.
@@ -69,6 +72,7 @@ def search(
         finalists: how each finalist is trained; twelve epochs by default.
         finalist_count: how many trials of the front become finalists.
         finalist_sweeps: further sweeps over their factors (HOOI, ALS) before they are fine-tuned.
+        finalist_schedule: "one-shot", or "layerwise": one layer after the other, the last first, fine-tuned after each.
         seed: of everything random.
         options: workers, engine, device, storage.
         view: what is told while it runs; nothing by default.
@@ -98,6 +102,7 @@ def search(
             rank_multiple=rank_multiple,
             smaller_in=(smaller_in,) if isinstance(smaller_in, str) else tuple(smaller_in),
             data_aware=data_aware,
+            start=start,
         ),
         search=SearchSpec(
             sampler=sampler,
@@ -110,7 +115,13 @@ def search(
             max_macs=max_macs,
         ),
         finetune=_train_spec(TrainSpec, finetune or Recipe(epochs=3)),
-        finalists=_train_spec(FinalistSpec, finalists or Recipe(epochs=12), count=finalist_count, sweeps=finalist_sweeps),
+        finalists=_train_spec(
+            FinalistSpec,
+            finalists or Recipe(epochs=12),
+            count=finalist_count,
+            sweeps=finalist_sweeps,
+            schedule=finalist_schedule,
+        ),
     )
     # By way of its text, so that what Python gives is checked as strictly as a study file.
     spec = parse_spec(spec.to_toml(), source="search()")

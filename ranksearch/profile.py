@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -76,6 +76,14 @@ class LayerProfile:
         method, name, weight = METHODS[type(value)], value.method, tuple(self.kernel.shape)
         found = method.factors(self.whitened[name], self.prepared[name], value.ranks, self.seed, sweeps)
         return method.balanced(self.metric.fold(found, method.holds(weight), weight)) if self.metric.roots else found
+
+    def of(self, kernel: Tensor, value: Factorization) -> LayerProfile:
+        """The same layer with another kernel (out, in, *kernel), as after some training, prepared for `value` alone; its
+        metric stays that of the inputs that the layer had."""
+        method, name = METHODS[type(value)], value.method
+        whitened = self.metric.whiten(kernel, method.holds(tuple(kernel.shape)))
+        prepared = {name: method.prepare(whitened, [value.ranks], self.seed)}
+        return replace(self, kernel=kernel, prepared=prepared, whitened={name: whitened}, errors={})
 
     def error(self, value: Factorization) -> float:
         """The relative error (Frobenius) of the kernel that the factors of `value` stand for."""

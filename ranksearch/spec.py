@@ -23,6 +23,8 @@ from ranksearch.plan import KINDS
 SAMPLERS = ("rank", "tpe", "nsga2", "gp", "random")
 COSTS = ("params", "macs")
 PRECISIONS = ("float32", "bfloat16")
+STARTS = ("decomposed", "scratch")
+SCHEDULES = ("one-shot", "layerwise")
 METHODS = tuple(name for name in KINDS if name != "dense")
 
 
@@ -87,6 +89,8 @@ class FinalistSpec(TrainSpec):
     count: int = _at_least(1, default=10)
     sweeps: int = _at_least(0, default=0)
     """Further sweeps over their factors before they are fine-tuned: HOOI for Tucker-2, alternating least squares for CP."""
+    schedule: str = _one_of(SCHEDULES, default="one-shot")
+    """Or layerwise, the thesis's pipeline: one layer after the other is decomposed, the last first, with `epochs` each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +108,8 @@ class SpaceSpec:
     """A layer is stored only in ways that are smaller than dense in each of these costs."""
     data_aware: bool = True
     """Fit the factors for the inputs that each layer sees in training, not for the weights alone."""
+    start: str = _one_of(STARTS, default="decomposed")
+    """What a plan's net is trained from: the dense net's decomposed weights, or weights drawn anew (from scratch)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +212,13 @@ def parse_spec(text: str, *, source: str, overrides: Sequence[str] = (), resolve
     for method in spec.space.methods:
         if method not in METHODS:
             raise SpecError(f"space.methods must name methods, but {method!r} is none.{nearest(method, METHODS)}")
+    if spec.space.start == "scratch" and (spec.finalists.schedule != "one-shot" or spec.finalists.sweeps):
+        raise SpecError(
+            "finalists.schedule must be one-shot and finalists.sweeps 0 where space.start is scratch, which decomposes no "
+            f"weights, but got {spec.finalists.schedule} and {spec.finalists.sweeps}."
+        )
+    if spec.finalists.schedule == "layerwise" and not spec.finalists.epochs:
+        raise SpecError("finalists.epochs must be at least 1 where finalists.schedule is layerwise, but got 0.")
     for cost in spec.space.smaller_in:
         if cost not in COSTS:
             raise SpecError(f"space.smaller_in must name costs, but {cost!r} is none.{nearest(cost, COSTS)}")

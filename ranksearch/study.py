@@ -32,6 +32,7 @@ from ranksearch.plan import Plan
 from ranksearch.profile import Profile, kernel, profile, vbmf_ranks
 from ranksearch.record import DenseFacts, Finalist, LayerFacts, Outcome, Rung, StudyFacts, StudyRecord, TrialRecord
 from ranksearch.report import write_report
+from ranksearch.scratch import check_scratch
 from ranksearch.spec import StudySpec
 from ranksearch.strategy.finalists import choose_finalists, floor_of
 from ranksearch.strategy.ledger import MAX_TRIES, Ledger
@@ -130,6 +131,8 @@ def run_study(
     check_outputs(task)
     space = _space(spec, found)
     check_limits(spec.search.limits, space, found)
+    if spec.space.start == "scratch":
+        check_scratch(task.model)
     _check_min_score(spec, task)
     if spec.dense.weights:
         load_given(task.model, Path(spec.dense.weights))
@@ -389,7 +392,10 @@ class _Run:
         task = replace(self.task, model=self.task.model.cpu())
         long = self.spec.finalists
         device = self.device.type if self.options.engine == "local" else "cuda" if self.options.gpus_per_trial else "cpu"
-        return Evaluator(task, layers, recipe(self.spec.finetune), recipe(long), device, long.sweeps)
+        return Evaluator(
+            task, layers, recipe(self.spec.finetune), recipe(long), device, long.sweeps,
+            layerwise=long.schedule == "layerwise", scratch=self.spec.space.start == "scratch",
+        )  # fmt: skip
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

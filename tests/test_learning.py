@@ -33,10 +33,6 @@ def test_digits_are_split_once_for_all():
     assert labels.min() >= 34
 
 
-def test_the_thesiss_parameter_count():
-    assert sum(p.numel() for p in lenet().parameters()) == 1_250_858
-
-
 class Plain(Dataset):
     """A map-style data set that is no TensorDataset."""
 

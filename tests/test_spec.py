@@ -115,6 +115,14 @@ def test_a_damaged_resolved_study():
             "finetune.precision=bfloat",
             "study.toml: finetune.precision must be one of float32, bfloat16, but got 'bfloat'. Did you mean 'bfloat16'?",
         ),
+        (
+            "space.start=new",
+            "study.toml: space.start must be one of decomposed, scratch, but got 'new'. Valid: decomposed, scratch.",
+        ),
+        (
+            "finalists.schedule=layer",
+            "study.toml: finalists.schedule must be one of one-shot, layerwise, but got 'layer'. Did you mean 'layerwise'?",
+        ),
         ("task.model=lenet", "study.toml: task.model must be 'package.module:name', but got 'lenet'."),
         ("task.model_args=3", "study.toml: task.model_args must be a table, but got 3."),
         ("dense=3", "study.toml: dense must be a section, but got 3."),

@@ -1,19 +1,13 @@
 """Data sets that a study can name, as `data = "ranksearch.data:digits"`."""
 
+from ranksearch.data.batched import Batched
 from ranksearch.data.cifar10 import cifar10
 from ranksearch.data.digits import digits
-from ranksearch.data.images import Images
+from ranksearch.data.image_folder import image_folder
 from ranksearch.data.splits import Splits, batches, check_splits, example, sample, sample_inputs, size
+from ranksearch.data.stereo import stereo
 
 __all__ = [
-    "Images",
-    "Splits",
-    "batches",
-    "check_splits",
-    "cifar10",
-    "digits",
-    "example",
-    "sample",
-    "sample_inputs",
-    "size",
-]
+    "Batched", "Splits", "batches", "check_splits", "cifar10", "digits", "example", "image_folder", "sample", "sample_inputs",
+    "size", "stereo",
+]  # fmt: skip

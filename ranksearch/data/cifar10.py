@@ -1,90 +1,65 @@
-"""CIFAR-10: 60,000 colour images of 32x32 pixels in ten classes (Krizhevsky 2009)."""
+"""CIFAR-10 (Krizhevsky 2009): 60,000 photographs of 32x32 pixels in ten classes, 10,000 of them for test."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ranksearch.data.images import Images
+from ranksearch.data.folders import read_pictures
+from ranksearch.data.images import split_images
 from ranksearch.data.splits import Splits
 from ranksearch.errors import DataError
 
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-"""Of each channel over the training images."""
-VALIDATION = 0.1
-"""Share of the training images that is set aside."""
-SPLIT_SEED = 0
-"""Which ones is part of the data set, not of a study's randomness."""
+SIDE = 32
+PICKLES = "cifar-10-batches-py"
+ARCHIVE = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 
 
-def cifar10(*, root: str = "data", train: int | None = None, augment: bool = True, download: bool = False) -> Splits:
-    """45,000 / 5,000 / 10,000 images for training / validation / test; every part has the same number from each class.
-
-    Reads what torchvision downloads (`cifar-10-batches-py`), or a folder of pictures `cifar10/{train,test}/<class>/*`.
+def cifar10(
+    *, root: str = "data", train: int | None = None, validation: int = 5000, flip: bool = True, shift: int = 4,
+    download: bool = False,
+) -> Splits:  # fmt: skip
+    """CIFAR-10 from `root`, normalised by channel; three channels, 32x32.
 
     Args:
-        root: the folder that holds either, relative to where the command runs.
-        train: take so many of the training images only.
-        augment: flip and shift training images at random.
-        download: fetch the data by torchvision, into `root`, where it is not there.
+        root: a folder that holds torchvision's `cifar-10-batches-py`, or pictures as `cifar10/{train,test}/<class>/*.jpg`;
+            relative to the folder the command runs in.
+        train: how many images to train on, stratified by class; all but those for validation by default.
+        validation: how many of the training images are held out.
+        flip: mirror half of the training images, anew in each batch.
+        shift: move each training image by up to so many pixels both ways; what moves in is black.
+        download: fetch the archive (163 MiB) if it is not there, and check it.
 
     Raises:
-        DataError: the data is not there, a picture cannot be used, or `train` is not between 10 and 45,000.
+        DataError: the images are not there, or too few.
     """
-    # Here, since they take seconds to import, in every worker, whatever data the study has.
-    from sklearn.model_selection import train_test_split
-    from torchvision.datasets import CIFAR10
-
     folder = Path(root)
-    if (folder / CIFAR10.base_folder).is_dir() or download:
-        parts = [_torchvision(CIFAR10(root, train=train, download=download)) for train in (True, False)]
-        kind = "CIFAR-10"
+    if download or (folder / PICKLES).is_dir():
+        about = "CIFAR-10"
+        pixels, labels = zip(*(_pickled(folder, is_train, download) for is_train in (True, False)), strict=True)
     elif (folder / "cifar10" / "train").is_dir():
-        parts, jpeg = _pictures(folder / "cifar10")
-        kind = "CIFAR-10 (a copy in JPEG, which is lossy)" if jpeg else "CIFAR-10"
+        about = "CIFAR-10 (JPEG copy)"
+        parts = [read_pictures(folder / "cifar10" / name, size=SIDE) for name in ("train", "test")]
+        if parts[0].classes != parts[1].classes:
+            raise DataError(f"The folders train and test of {folder / 'cifar10'} must hold the same classes, but do not.")
+        pixels, labels = (parts[0].pixels, parts[1].pixels), (parts[0].labels, parts[1].labels)
     else:
         raise DataError(
-            f"CIFAR-10 must be in {folder}, but neither {folder / CIFAR10.base_folder} nor {folder / 'cifar10' / 'train'} is "
-            "there; put it there, or let torchvision fetch it with task.data_args.download=true."
+            f"CIFAR-10 must lie in {folder}, but it holds neither {PICKLES} nor cifar10/train; add "
+            f"`--set task.data_args.download=true`, or unpack {ARCHIVE} there."
         )
-    (pixels, labels), (test_pixels, test_labels) = parts
-    rest, validation = train_test_split(range(len(labels)), test_size=VALIDATION, stratify=labels, random_state=SPLIT_SEED)
-    if train is not None and train != len(rest):
-        if not 10 <= train < len(rest):
-            raise DataError(f"cifar10 has {len(rest)} training images in ten classes, but train={train}; choose in between.")
-        rest, _ = train_test_split(rest, train_size=train, stratify=labels[rest], random_state=SPLIT_SEED)
-    treated = "flipped and shifted" if augment else "as they are"
-    counts = f"{len(rest):,} / {len(validation):,} / {len(test_labels):,}"
-    return Splits(
-        train=Images(pixels[rest], labels[rest], mean=MEAN, std=STD, augment=augment),
-        validation=Images(pixels[validation], labels[validation], mean=MEAN, std=STD),
-        test=Images(test_pixels, test_labels, mean=MEAN, std=STD),
-        classes=10,
-        about=f"{kind}, {counts} images for training / validation / test, {treated}",
-    )
+    return split_images(pixels, labels, classes=10, about=about, train=train, validation=validation, flip=flip, shift=shift)
 
 
-def _torchvision(found: object) -> tuple[Tensor, Tensor]:
-    pixels, labels = np.asarray(found.data), found.targets  # type: ignore[attr-defined]
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+def _pickled(folder: Path, is_train: bool, download: bool) -> tuple[Tensor, Tensor]:
+    # Here, since it takes seconds to import, in every worker.
+    from torchvision.datasets import CIFAR10
 
-
-def _pictures(folder: Path) -> tuple[list[tuple[Tensor, Tensor]], bool]:
-    """The parts train and test, decoded, and whether any picture is a JPEG."""
-    from torchvision.datasets import ImageFolder
-
-    parts, jpeg = [], False
-    for name in ("train", "test"):
-        found = ImageFolder(str(folder / name))
-        pixels = torch.empty((len(found), 3, 32, 32), dtype=torch.uint8)
-        for place, (picture, _) in enumerate(found):
-            if picture.size != (32, 32):
-                path = found.samples[place][0]
-                raise DataError(f"CIFAR-10's pictures must have 32x32 pixels, but {path} has {picture.width}x{picture.height}.")
-            pixels[place] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        parts.append((pixels, torch.tensor(found.targets)))
-        jpeg |= any(Path(path).suffix.lower() in (".jpg", ".jpeg") for path, _ in found.samples)
-    return parts, jpeg
+    try:
+        found = CIFAR10(str(folder), train=is_train, download=download)
+    except (RuntimeError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise DataError(f"CIFAR-10 cannot be read from {folder}: {first} Unpack {ARCHIVE} there again.") from error
+    return torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(found.targets)

@@ -1,63 +1,115 @@
-"""Pictures as one uint8 tensor in memory; flipped, shifted and normalised a batch at a time, on the device."""
+"""Images with class labels as one uint8 tensor in memory; augmented and normalised a batch at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 
-SHIFT = 4
-"""Pixels that an image is moved by at most, each way, where it is augmented: the usual figure for 32x32 (He et al. 2016)."""
+from ranksearch.data.batched import Batched
+from ranksearch.data.splits import Splits
+from ranksearch.errors import DataError
+
+SPLIT_SEED = 0
+"""As that of the digits: which images validate is part of the data set."""
 
 
-class Images(Dataset[tuple[Tensor, Tensor]]):
-    """Images with their labels.
+@dataclass(frozen=True, eq=False)
+class Images(Batched):
+    """Images (count, channels, height, width) as uint8 with their class numbers; a batch is float32, normalised by channel.
 
-    Args:
-        pixels: (images, channels, height, width), uint8.
-        labels: (images,), class numbers.
-        mean, std: of each channel, of values in 0..1; inputs are (value - mean) / std.
-        augment: flip every image left to right at random, and move it by up to `SHIFT` pixels, with black behind it. What
-            is drawn follows torch's random state on the CPU, whatever the device.
+    With `flip` half of the images of a batch are mirrored, with `shift` each is moved by up to so many pixels both ways;
+    what moves in is black.
     """
 
-    def __init__(
-        self, pixels: Tensor, labels: Tensor, *, mean: Sequence[float], std: Sequence[float], augment: bool = False
-    ) -> None:
-        self.pixels, self.labels, self.augment = pixels, labels, augment
-        self._mean, self._std = tuple(mean), tuple(std)
+    pixels: Tensor
+    labels: Tensor
+    mean: Tensor
+    std: Tensor
+    flip: bool = False
+    shift: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        inputs, targets = self.batch(torch.tensor([index]), torch.device("cpu"))
-        return inputs[0], targets[0]
-
-    def subset(self, chosen: Tensor) -> Images:
-        """The images at some places, treated alike."""
-        parts = self.pixels[chosen], self.labels[chosen]
-        return Images(*parts, mean=self._mean, std=self._std, augment=self.augment)
-
     def batch(self, chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(inputs, targets) at some places, on a device."""
-        pixels = self.pixels[chosen].to(device)
-        if self.augment:
-            pixels = _augmented(pixels)
-        mean, std = (torch.tensor(of, device=device).view(1, -1, 1, 1) for of in (self._mean, self._std))
-        return (pixels.float() / 255 - mean) / std, self.labels[chosen].to(device)
+        pixels, labels = self.pixels[chosen].to(device), self.labels[chosen].to(device)
+        if self.flip or self.shift:
+            pixels = self._moved(pixels)
+        mean, std = (values.to(device)[:, None, None] for values in (self.mean, self.std))
+        return (pixels.float() / 255 - mean) / std, labels
+
+    def only(self, chosen: Tensor) -> Images:
+        return replace(self, pixels=self.pixels[chosen], labels=self.labels[chosen])
+
+    def _moved(self, pixels: Tensor) -> Tensor:
+        count, _, height, width = pixels.shape
+        # Drawn on the CPU, so that a seed means the same on every device.
+        down, right = torch.randint(2 * self.shift + 1, (2, count, 1))
+        mirrored = torch.rand(count, 1) < 0.5 if self.flip else torch.zeros(count, 1, dtype=torch.bool)
+        rows = torch.arange(height) + down
+        columns = torch.arange(width)
+        columns = torch.where(mirrored, columns.flip(0), columns) + right
+        padded = F.pad(pixels, [self.shift] * 4)
+        every = torch.arange(count)[:, None, None]
+        # Rows and columns are picked with the channels last, and these then put back.
+        return padded.permute(0, 2, 3, 1)[every, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def _augmented(pixels: Tensor) -> Tensor:
-    count, channels, height, width = pixels.shape
-    flipped = torch.rand(count).to(pixels.device) < 0.5
-    down, right = torch.randint(2 * SHIFT + 1, (2, count)).to(pixels.device)
-    rows = down[:, None] + torch.arange(height, device=pixels.device)
-    columns = right[:, None] + torch.arange(width, device=pixels.device)
-    columns = torch.where(flipped[:, None], columns.flip(1), columns)
-    places = torch.arange(count, device=pixels.device)[:, None, None, None]
-    planes = torch.arange(channels, device=pixels.device)[None, :, None, None]
-    return F.pad(pixels, (SHIFT,) * 4)[places, planes, rows[:, None, :, None], columns[:, None, None, :]]
+def moments(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel over uint8 images (count, channels, height, width), in 0..1."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    shares = torch.stack([torch.bincount(pixels[:, c].flatten(), minlength=256) for c in range(pixels.shape[1])]).double()
+    shares /= shares.sum(1, keepdim=True)
+    mean = shares @ values
+    return mean.float(), (shares @ values**2 - mean**2).sqrt().clamp_min(1 / 255).float()
+
+
+def split_images(
+    pixels: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor], *, classes: int, about: str, train: int | None,
+    validation: int, flip: bool, shift: int, normalisation: tuple[Tensor, Tensor] | None = None,
+) -> Splits:  # fmt: skip
+    """Splits of (training, test) images: `validation` of those for training are held out, and `train` of the rest used.
+
+    Both parts are stratified by class and the same in every run. All are normalised by the mean and standard deviation
+    given, or by those of all images for training. Validation and test are never augmented.
+
+    Raises:
+        DataError: the parts do not fit into what there is.
+    """
+    count, least = len(labels[0]), len(labels[0].unique())
+    if not least <= validation <= count - least:
+        raise DataError(
+            f"validation must leave and take an image of each class, so lie in {least}..{count - least} for {count:,} "
+            f"training images, but got {validation}."
+        )
+    if train is not None and not least <= train <= count - validation:
+        raise DataError(f"train must lie in {least}..{count - validation:,}, what validation leaves, but got {train:,}.")
+    if shift < 0 or shift > min(pixels[0].shape[2:]):
+        raise DataError(f"shift must lie in 0..{min(pixels[0].shape[2:])}, the size of the images, but got {shift}.")
+    mean, std = normalisation or moments(pixels[0])
+    whole = Images(pixels[0], labels[0], mean, std)
+    held, rest = _stratified(whole.labels, validation)
+    if train is not None:
+        rest = rest[_stratified(whole.labels[rest], train)[0]]
+    return Splits(
+        train=replace(whole.only(rest), flip=flip, shift=shift),
+        validation=whole.only(held),
+        test=Images(pixels[1], labels[1], mean, std),
+        classes=classes,
+        about=f"{about}, {len(rest):,} / {len(held):,} / {len(labels[1]):,} images for training / validation / test",
+    )
+
+
+def _stratified(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The numbers of `count` inputs with each class's share among them, and those of the rest; each in order."""
+    if count == len(labels):
+        return torch.arange(count), torch.arange(0)
+    # Here, since it takes over a second to import, in every worker.
+    from sklearn.model_selection import train_test_split
+
+    parts = train_test_split(range(len(labels)), train_size=count, stratify=labels, random_state=SPLIT_SEED)
+    taken, rest = (torch.tensor(sorted(part)) for part in parts)
+    return taken, rest

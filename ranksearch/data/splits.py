@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from ranksearch.data.images import Images
+from ranksearch.data.batched import Batched
 from ranksearch.errors import DataError
 
 CPU = torch.device("cpu")
@@ -22,8 +22,8 @@ CPU = torch.device("cpu")
 class Splits:
     """Data for a study, as a `data` reference returns it.
 
-    Each split is any map-style `torch.utils.data.Dataset` of (input, target); a `TensorDataset` and `Images` are cut into
-    batches as a whole, which is far quicker for small inputs. `classes` is None where targets are no class labels.
+    Each split is any map-style `torch.utils.data.Dataset` of (input, target); a `TensorDataset` and a `Batched` are cut
+    into batches as a whole, which is far quicker for small inputs. `classes` is None where targets are no class labels.
     """
 
     train: Dataset[Any]
@@ -49,32 +49,33 @@ def sample(split: Dataset[Any], count: int, *, seed: int) -> Dataset[Any]:
     if size(split) <= count:
         return split
     chosen = torch.randperm(size(split), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    if isinstance(split, Batched):
+        return split.only(chosen)
     if type(split) is TensorDataset:
         return TensorDataset(*(tensor[chosen] for tensor in split.tensors))
-    if isinstance(split, Images):
-        return split.subset(chosen)
     return Subset(split, chosen.tolist())
 
 
 def batches(
     split: Dataset[Any], batch_size: int, *, generator: torch.Generator | None = None, device: torch.device = CPU
 ) -> Iterator[Any]:
-    """Batches (inputs, targets) of a split on a device: in order, or shuffled when a generator is given."""
+    """Batches (inputs, targets) of a split on `device`: in order, or shuffled when a generator is given."""
     count = size(split)
     # Not of a subclass: its own __getitem__ may transform.
-    if type(split) is TensorDataset or isinstance(split, Images):
+    if type(split) is TensorDataset or isinstance(split, Batched):
         order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
-        for chosen in order.split(batch_size):
+        most = split.at_once if isinstance(split, Batched) else None
+        for chosen in order.split(min(batch_size, most or batch_size)):
             if _lonely(chosen, count, generator):
                 continue
-            if isinstance(split, Images):
+            if isinstance(split, Batched):
                 yield split.batch(chosen, device)
             else:
                 yield tuple(tensor[chosen].to(device) for tensor in split.tensors)
     else:
         for found in DataLoader(split, batch_size=batch_size, shuffle=generator is not None, generator=generator):
             if not _lonely(found[0], count, generator):
-                yield tuple(part.to(device) if isinstance(part, Tensor) else part for part in found)
+                yield [part.to(device) if isinstance(part, Tensor) else part for part in found]
 
 
 def _lonely(batch: Tensor, count: int, generator: torch.Generator | None) -> bool:

@@ -1,10 +1,13 @@
-"""The LeNet of the thesis: four 3x3 convolutions and two fully connected layers."""
+"""The two LeNets of the thesis, and the one it designed from TD blocks (Salman, University of Bologna, 2018)."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 
 from torch import nn
+
+from ranksearch.models.td import td_conv
+from ranksearch.plan import CP4
 
 
 def lenet(*, channels: int = 3, classes: int = 10, dropout: float = 0.25) -> nn.Sequential:
@@ -31,5 +34,58 @@ def lenet(*, channels: int = 3, classes: int = 10, dropout: float = 0.25) -> nn.
             relu5=nn.ReLU(),
             dropout3=nn.Dropout(dropout),
             fc2=nn.Linear(512, classes),
+        )
+    )
+
+
+def lenet3(*, channels: int = 3, classes: int = 10, dropout: float = 0.25) -> nn.Sequential:
+    """The thesis's other LeNet, for images (batch, channels, 32, 32): 5x5 96, 128, 256, a pool after each, 1x1 64, FC 256.
+
+    With 3 channels and 10 classes it has 1,415,498 parameters.
+    """
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(channels, 96, 5, padding=2),
+            relu1=nn.ReLU(),
+            pool1=nn.MaxPool2d(2),
+            conv2=nn.Conv2d(96, 128, 5, padding=2),
+            relu2=nn.ReLU(),
+            pool2=nn.MaxPool2d(2),
+            conv3=nn.Conv2d(128, 256, 5, padding=2),
+            relu3=nn.ReLU(),
+            pool3=nn.MaxPool2d(2),
+            fc1=nn.Conv2d(256, 64, 1),
+            relu4=nn.ReLU(),
+            flatten=nn.Flatten(),
+            dropout1=nn.Dropout(dropout),
+            fc2=nn.Linear(64 * 4 * 4, 256),
+            relu5=nn.ReLU(),
+            dropout2=nn.Dropout(dropout),
+            fc3=nn.Linear(256, classes),
+        )
+    )
+
+
+def td_lenet(*, channels: int = 3, classes: int = 10, dropout: float = 0.25, rank: int = 15) -> nn.Sequential:
+    """The LeNet that the thesis designed from TD blocks, for images (batch, channels, 32, 32).
+
+    With rank 15 in the first, second and fifth block, twice that in the others, it has 27,224 parameters, the thesis's
+    count. That count leaves room for no normalisation at the end of the first block.
+    """
+    narrow, wide = CP4(rank), CP4(2 * rank)
+    return nn.Sequential(
+        OrderedDict(
+            conv1=td_conv(channels, 32, 3, narrow, padding=1, norm="inner"),
+            conv2=td_conv(32, 64, 3, narrow),
+            pool1=nn.MaxPool2d(2),
+            dropout1=nn.Dropout(dropout),
+            conv3=td_conv(64, 64, 3, wide, padding=1),
+            conv4=td_conv(64, 64, 3, wide),
+            pool2=nn.MaxPool2d(2),
+            dropout2=nn.Dropout(dropout),
+            fc1=td_conv(64, 512, 6, narrow),
+            dropout3=nn.Dropout(dropout),
+            fc2=nn.Conv2d(512, classes, 1),
+            flatten=nn.Flatten(),
         )
     )

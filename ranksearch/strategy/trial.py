@@ -16,8 +16,9 @@ from ranksearch import training
 from ranksearch.data import sample
 from ranksearch.export import weights_of
 from ranksearch.plan import Plan
-from ranksearch.profile import Profile
+from ranksearch.profile import Profile, kernel
 from ranksearch.record import Outcome, Rung
+from ranksearch.scratch import scratch_
 from ranksearch.surgery import factorize_
 from ranksearch.tasks import Task
 from ranksearch.training import Diverged, Recipe
@@ -69,6 +70,10 @@ class Evaluator:
     device: str
     sweeps: int = 0
     """What refines a finalist's factors before it is fine-tuned."""
+    layerwise: bool = False
+    """Decompose a finalist's layers one by one, the last one first, and fine-tune after each, as the thesis does."""
+    scratch: bool = False
+    """Train trials and finalists from weights drawn anew. Probes are of decomposed weights all the same."""
 
     def __call__(self, job: Job) -> Generator[Rung | Answer, bool | None, None]:
         """Evaluate a job: a rung after each epoch (the first without training), then the answer, always last.
@@ -79,10 +84,11 @@ class Evaluator:
         start, curve = time.perf_counter(), list[Rung]()
         final = job.stage is Stage.FINALIST
         try:
-            model = self.compressed(job.plan, sweeps=self.sweeps if final else 0)
             if job.stage is Stage.PROBE:
-                yield Answer(Outcome.DONE, seconds=time.perf_counter() - start, loss=self._loss(model, job.seed))
+                loss = self._loss(self.compressed(job.plan), job.seed)
+                yield Answer(Outcome.DONE, seconds=time.perf_counter() - start, loss=loss)
                 return
+            model = copy.deepcopy(self.task.model)
             outcome = Outcome.DONE
             for rung in self._rungs(model, job):
                 if not math.isfinite(rung.score):
@@ -101,12 +107,34 @@ class Evaluator:
         test = training.score(model, self.task, self.task.data.test, device=torch.device(self.device))
         yield Answer(outcome, tuple(curve), time.perf_counter() - start, test, weights_of(model))
 
-    def compressed(self, plan: Plan, *, sweeps: int = 0) -> nn.Module:
+    def compressed(self, plan: Plan) -> nn.Module:
         """The dense model with the plan applied to it, before any fine-tuning."""
         model = copy.deepcopy(self.task.model)
-        factors = self.profile.factors(plan, sweeps=sweeps)
-        factorize_(model, plan, factors=factors, shifts=self.profile.shifts(plan, factors))
+        return self._factorized(model, self.profile, plan, 0)
+
+    def _factorized(self, model: nn.Module, layers: Profile, plan: Plan, sweeps: int) -> nn.Module:
+        factors = layers.factors(plan, sweeps=sweeps)
+        factorize_(model, plan, factors=factors, shifts=layers.shifts(plan, factors))
         return training.place(model, torch.device(self.device))
+
+    def _steps(self, model: nn.Module, job: Job) -> Iterator[None]:
+        """Bring `model` to the job's plan, in place: at once, or a layer at a time with a stop after each."""
+        final = job.stage is Stage.FINALIST
+        sweeps = self.sweeps if final else 0
+        if self.scratch:
+            training.place(scratch_(model, job.plan, seed=job.seed), torch.device(self.device))
+            yield
+        elif final and self.layerwise:
+            values = dict(job.plan)
+            for name in reversed([name for name in self.profile.layers if name in values]):
+                # Of the weights as they are by now: those of the dense net know nothing of what was trained since.
+                known = self.profile.layers[name]
+                layers = Profile({name: known.of(kernel(model, known.layer), values[name])})
+                self._factorized(model, layers, Plan.of({name: values[name]}), sweeps)
+                yield
+        else:
+            self._factorized(model, self.profile, job.plan, sweeps)
+            yield
 
     def _loss(self, model: nn.Module, seed: int) -> float:
         device = torch.device(self.device)
@@ -117,7 +145,10 @@ class Evaluator:
     def _rungs(self, model: nn.Module, job: Job) -> Iterator[Rung]:
         device = torch.device(self.device)
         recipe = self.finalists if job.stage is Stage.FINALIST else self.finetune
-        training.recalibrate(model, self.task, seed=job.seed, device=device)
-        yield Rung(0, training.score(model, self.task, self.task.data.validation, device=device))
-        for epoch in training.fit(model, self.task, recipe, seed=job.seed, device=device):
-            yield Rung(epoch, training.score(model, self.task, self.task.data.validation, device=device))
+        for step, _ in enumerate(self._steps(model, job)):
+            before = step * recipe.epochs
+            training.recalibrate(model, self.task, seed=job.seed, device=device)
+            if step == 0:
+                yield Rung(0, training.score(model, self.task, self.task.data.validation, device=device))
+            for epoch in training.fit(model, self.task, recipe, seed=job.seed + before, device=device):
+                yield Rung(before + epoch, training.score(model, self.task, self.task.data.validation, device=device))

@@ -1,0 +1,112 @@
+"""Rectified stereo pairs with ground truth, found where KITTI, Middlebury and their copies put them."""
+
+from __future__ import annotations
+
+import csv
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ranksearch.errors import DataError
+
+KITTI = (("image_2", "image_3", "disp_noc_0"), ("image_0", "image_1", "disp_noc"), ("colored_0", "colored_1", "disp_noc"))
+"""Folders of left images, right images and truth: KITTI 2015, KITTI 2012 in gray and in colour."""
+PAIRS = (
+    ("left.png", "right.png", "disp_gt.pfm"),
+    ("left.png", "right.png", "disp_gt.png"),
+    ("im0.png", "im1.png", "disp0.pfm"),
+    ("im0.png", "im1.png", "disp0GT.pfm"),
+    ("view1.png", "view5.png", "disp1.png"),
+    ("im2.png", "im6.png", "disp2.png"),
+)
+"""Files of a scene that has a folder of its own: a plain copy, and Middlebury 2014, its benchmark, 2005 to 2006, 2003."""
+KITTI_UNITS = 256.0
+"""16-bit truth holds disparities times this."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One pair; `units` is what a pixel of disparity is in the file of the truth, None where only the user can tell."""
+
+    name: str
+    left: Path
+    right: Path
+    truth: Path
+    units: float | None = None
+
+    def images(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Both images in gray (height, width)."""
+        left, right = (np.array(Image.open(path).convert("L")) for path in (self.left, self.right))
+        if left.shape != right.shape:
+            raise DataError(f"Both images of a pair must be of one size, but those of {self.left.parent} are not.")
+        return left, right
+
+    def disparities(self, units: float | None = None) -> NDArray[np.float32]:
+        """The true disparity of the left image's pixels (height, width), NaN where it is not known.
+
+        Raises:
+            DataError: the file does not tell its unit and neither does the caller.
+        """
+        if self.truth.suffix == ".pfm":
+            raw, units = _read_pfm(self.truth), 1.0
+        else:
+            with Image.open(self.truth) as opened:
+                sixteen, raw = opened.mode.startswith("I"), np.array(opened).astype(np.float32)
+            units = units or self.units or (KITTI_UNITS if sixteen else None)
+        if units is None:
+            raise DataError(
+                f"The unit of the true disparities must be known, but 8-bit {self.truth} does not tell it; give "
+                "units = 1, 2 or 3 for Middlebury 2005 and 2006 in full, half or third size, 4 for 2003 in quarter size."
+            )
+        known = np.isfinite(raw) & (raw > 0)
+        return np.where(known, raw / np.float32(units), np.float32("nan"))
+
+
+def find_scenes(folder: Path) -> list[Scene]:
+    """The scenes under `folder`, by name.
+
+    Raises:
+        DataError: there are none in any of the known layouts.
+    """
+    for base in (folder, folder / "training"):
+        for left, right, truth in KITTI:
+            if (base / left).is_dir() and (base / truth).is_dir():
+                names = sorted(path.name for path in (base / truth).glob("*_10.png"))
+                return [Scene(n.removesuffix("_10.png"), base / left / n, base / right / n, base / truth / n) for n in names]
+    known = _manifest(folder)
+    scenes = []
+    for inside in sorted(path for path in folder.glob("*") if path.is_dir()):
+        for pair in PAIRS:
+            left_image, right_image, true = (inside / name for name in pair)
+            if left_image.exists() and right_image.exists() and true.exists():
+                scenes.append(Scene(inside.name, left_image, right_image, true, known.get(inside.name)))
+                break
+    if not scenes:
+        raise DataError(
+            f"Stereo pairs with ground truth must lie in {folder}, but there are none; unpack data_scene_flow.zip "
+            "(https://www.cvlibs.net/datasets/kitti) or scenes of https://vision.middlebury.edu/stereo/data there."
+        )
+    return scenes
+
+
+def _manifest(folder: Path) -> dict[str, float]:
+    """By scene, the unit that a `manifest.csv` beside the folder gives it, in a column `gt_div`."""
+    path = folder.parent / "manifest.csv"
+    if not path.exists():
+        return {}
+    with path.open(encoding="utf-8", newline="") as file:
+        return {row["scene"]: float(row["gt_div"]) for row in csv.DictReader(file) if row["dataset"] == folder.name}
+
+
+def _read_pfm(path: Path) -> NDArray[np.float32]:
+    """A gray portable float map (height, width); its rows are stored from the bottom up."""
+    head = re.match(rb"Pf\s+(\d+)\s+(\d+)\s+(-?[\d.]+)\s", data := path.read_bytes())
+    if not head:
+        raise DataError(f"{path} must be a gray portable float map, but does not begin like one; download it again.")
+    width, height = int(head[1]), int(head[2])
+    kind = np.dtype(np.float32).newbyteorder("<" if float(head[3]) < 0 else ">")
+    return np.frombuffer(data, kind, width * height, head.end()).reshape(height, width)[::-1].astype(np.float32)

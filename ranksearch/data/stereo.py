@@ -1,0 +1,186 @@
+"""Which disparities of a stereo map are right: the task of CCNN (Poggi and Mattoccia 2016)."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from ranksearch.confidence import optimal_auc
+from ranksearch.data.batched import Batched
+from ranksearch.data.census import disparity_map
+from ranksearch.data.scenes import Scene, find_scenes
+from ranksearch.data.splits import Splits
+from ranksearch.errors import DataError
+from ranksearch.files import write_whole
+
+PATCH = 9
+MARGIN = PATCH // 2
+UNKNOWN = 255
+PIXEL_SEED = 0
+"""Which pixels train is part of the data set, as the split of the digits is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Maps(Batched):
+    """Whole disparity maps, each with a margin for the patches of its outermost pixels, and which pixels are right.
+
+    Inputs are (batch, 1, height + 8, width + 8), targets (batch, 1, height, width): 1 right, 0 wrong, NaN not known.
+    """
+
+    at_once: ClassVar[int | None] = 1
+    disparities: Tensor
+    right: Tensor
+    scale: float
+
+    def __len__(self) -> int:
+        return len(self.right)
+
+    def batch(self, chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        right = self.right[chosen].to(device)[:, None]
+        targets = right.float().masked_fill(right == UNKNOWN, torch.nan)
+        return self.disparities[chosen].to(device)[:, None].float() * self.scale, targets
+
+    def only(self, chosen: Tensor) -> Maps:
+        return replace(self, disparities=self.disparities[chosen], right=self.right[chosen])
+
+    def optimum(self) -> float:
+        """The least AUC that any confidence can reach, averaged over the maps."""
+        areas = [optimal_auc(float((known == 0).double().mean())) for right in self.right if len(known := right[right < 2])]
+        return sum(areas) / len(areas)
+
+
+@dataclass(frozen=True, eq=False)
+class Patches(Batched):
+    """9x9 patches around pixels of `Maps`: inputs (batch, 1, 9, 9), targets (batch, 1, 1, 1).
+
+    `places` (patches, 3) hold the number of the map, the row and the column of each pixel.
+    """
+
+    maps: Maps
+    places: Tensor
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def batch(self, chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        number, row, column = self.places[chosen].long().T
+        window = torch.arange(PATCH)
+        rows, columns = row[:, None, None] + window[:, None], column[:, None, None] + window
+        patches = self.maps.disparities[number[:, None, None], rows, columns].to(device)[:, None]
+        right = self.maps.right[number, row, column].to(device)
+        return patches.float() * self.maps.scale, right.float()[:, None, None, None]
+
+    def only(self, chosen: Tensor) -> Patches:
+        return replace(self, places=self.places[chosen])
+
+
+def stereo(
+    *, root: str = "data/stereo", train: str = "kitti2015", test: str = "kitti2015", train_scenes: Sequence[int] = (1, 14),
+    validation_scenes: Sequence[int] = (15, 20), test_scenes: Sequence[int] = (21, 40), patches: int = 200_000,
+    scaled: bool = True, threshold: float = 3.0, test_threshold: float | None = None, disparities: int = 229,
+    units: float | None = None,
+) -> Splits:  # fmt: skip
+    """Disparity maps of stereo pairs, and which of their pixels are right: patches to train on, whole maps to score.
+
+    The maps are made by matching the census transform, and kept in `root`. A map is cropped to where truth is known.
+
+    Args:
+        root: holds the folders of pairs; relative to the folder the command runs in.
+        train: the folder of pairs to train and to validate on, in KITTI's or Middlebury's layout.
+        test: the folder of pairs to test on.
+        train_scenes: first and last of those to train on, counted from 1 in the order of their names. Neighbours in KITTI
+            show the same street, so the splits are blocks.
+        validation_scenes: first and last of those to validate on.
+        test_scenes: first and last of those to test on.
+        patches: how many pixels to train on, drawn from all whose truth is known.
+        scaled: give the net disparities in 0..1, rather than in pixels.
+        threshold: a disparity is right that is off by at most so many pixels; 3 is usual for KITTI, 1 for Middlebury.
+        test_threshold: the same for test; as `threshold` by default.
+        disparities: how many are searched, from 0 on.
+        units: what a pixel of disparity is in 8-bit ground truth that does not say so.
+
+    Raises:
+        DataError: the pairs are not there, or not as many, or do not tell their units.
+    """
+    if not 1 <= disparities <= UNKNOWN:
+        raise DataError(f"disparities must lie in 1..{UNKNOWN}, but got {disparities}.")
+    if patches < 1:
+        raise DataError(f"patches must be at least 1, but got {patches}.")
+    scale = 1 / max(1, disparities - 1) if scaled else 1.0
+    asked = (("train", train, train_scenes, threshold), ("validation", train, validation_scenes, threshold),
+             ("test", test, test_scenes, threshold if test_threshold is None else test_threshold))  # fmt: skip
+    parts = {}
+    for name, folder, span, most in asked:
+        scenes = _block(find_scenes(Path(root) / folder), span, f"{name}_scenes")
+        cache = Path(root) / f"census-{disparities}" / folder
+        parts[name] = _maps(scenes, cache, disparities=disparities, threshold=most, units=units, scale=scale)
+    pixels = (parts["train"].right != UNKNOWN).nonzero().int()
+    drawn = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(PIXEL_SEED))[:patches].sort().values
+    held, tested = parts["validation"], parts["test"]
+    return Splits(
+        train=Patches(parts["train"], pixels[drawn]), validation=held, test=tested, classes=None,
+        about=f"census disparity maps, {len(drawn):,} pixels of {len(parts['train'])} maps of {train} for training, "
+        f"{len(held)} of {train} / {len(tested)} of {test} for validation / test; the best possible score is "
+        f"{1 - held.optimum():.4f} / {1 - tested.optimum():.4f}",
+    )  # fmt: skip
+
+
+def _block(scenes: list[Scene], span: Sequence[int], key: str) -> list[Scene]:
+    if len(span) != 2 or not 1 <= span[0] <= span[1] <= len(scenes):
+        raise DataError(f"{key} must be the first and the last of {len(scenes)} scenes, counted from 1, but got {list(span)}.")
+    return scenes[span[0] - 1 : span[1]]
+
+
+def _maps(scenes: list[Scene], cache: Path, *, disparities: int, threshold: float, units: float | None, scale: float) -> Maps:
+    found = [_cropped(scene, cache, disparities, threshold, units) for scene in scenes]
+    height, width = (max(right.shape[axis] for _, right in found) for axis in (0, 1))
+
+    def stacked(tensors: list[Tensor], margin: int, fill: int) -> Tensor:
+        room = ((0, width + margin - t.shape[1], 0, height + margin - t.shape[0]) for t in tensors)
+        return torch.stack([F.pad(t, size, value=fill) for t, size in zip(tensors, room, strict=True)])
+
+    maps, rights = zip(*found, strict=True)
+    return Maps(stacked(list(maps), 2 * MARGIN, 0), stacked(list(rights), 0, UNKNOWN), scale)
+
+
+def _cropped(scene: Scene, cache: Path, disparities: int, threshold: float, units: float | None) -> tuple[Tensor, Tensor]:
+    """A scene's disparities (height + 8, width + 8) and which of them are right (height, width), where truth is known."""
+    found, truth = _disparities(scene, cache, disparities), scene.disparities(units)
+    if found.shape != truth.shape:
+        raise DataError(f"The truth of {scene.truth} must be of its image's size, but is {truth.shape}, not {found.shape}.")
+    known = ~np.isnan(truth)
+    if not known.any():
+        raise DataError(f"Some of the truth must be known, but {scene.truth} holds none; leave the scene out.")
+    right = np.where(known, np.abs(found - truth) <= threshold, UNKNOWN).astype(np.uint8)
+    rows, columns = (slice(where.min(), where.max() + 1) for where in known.nonzero())
+    # Beyond the image's edge disparities are taken to be 0, as the published network does.
+    padded = np.pad(found, MARGIN)[rows.start : rows.stop + 2 * MARGIN, columns.start : columns.stop + 2 * MARGIN]
+    return torch.from_numpy(padded.copy()), torch.from_numpy(right[rows, columns].copy())
+
+
+def _disparities(scene: Scene, cache: Path, disparities: int) -> NDArray[np.uint8]:
+    """A scene's disparity map, computed once for the same two images."""
+    left, right = scene.images()
+    digest = hashlib.sha256(left.tobytes() + right.tobytes()).hexdigest()[:16]
+    path = cache / f"{scene.name}-{digest}.png"
+    if path.exists():
+        return np.array(Image.open(path))
+    found = disparity_map(left, right, disparities=disparities)
+    content = io.BytesIO()
+    Image.fromarray(found).save(content, "png")
+    # A folder that cannot be written to is no reason to stop: its maps are then made in each run.
+    with suppress(OSError):
+        write_whole(path, content.getvalue())
+    return found

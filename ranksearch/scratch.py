@@ -1,0 +1,65 @@
+"""A factorized net from scratch: its structure is the plan's, and no weight of it is one of the dense net."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ranksearch.errors import ModelError
+from ranksearch.plan import Plan
+from ranksearch.surgery import skeleton_
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def scratch_(model: M, plan: Plan, *, seed: int) -> M:
+    """Factorize `model` in place as `plan` says, and draw every weight anew: of the factors as `initialise_` does, of all
+    other modules as their `reset_parameters` does. Buffers that belong to it, such as running statistics, start anew too.
+
+    Raises:
+        ModelError: a module holds parameters that it cannot draw anew.
+        PlanError: as `factorize_` does.
+    """
+    check_scratch(model)
+    skeleton_(model, plan)
+    factorized = tuple(f"{name}." for name, _ in plan)
+    # The caller's random numbers are its own.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, module in model.named_modules():
+            if _holds_parameters(module) and not name.startswith(factorized):
+                module.reset_parameters()
+        for name, _ in plan:
+            initialise_([part for part in model.get_submodule(name).children() if _holds_parameters(part)])
+    return model
+
+
+def initialise_(parts: Sequence[nn.Module], *, last: str = "relu") -> None:
+    """Weights of linear layers in a row that keep the variance of what they are given, biases 0 (He et al. 2015).
+
+    torch's own would leave a third of the variance a layer, and so next to nothing of a net of several such rows. The
+    last layer's weights make up for the nonlinearity `last` behind it.
+    """
+    for part in parts:
+        assert isinstance(part.weight, Tensor)
+        nn.init.kaiming_normal_(part.weight, nonlinearity=last if part is parts[-1] else "linear")  # type: ignore[arg-type]
+        if isinstance(part.bias, Tensor):
+            nn.init.zeros_(part.bias)
+
+
+def check_scratch(model: nn.Module) -> None:
+    """Refuse a model that cannot be drawn anew; raises `ModelError` as `scratch_` does."""
+    for name, module in model.named_modules():
+        if _holds_parameters(module) and not callable(getattr(module, "reset_parameters", None)):
+            raise ModelError(
+                f"A net can start from scratch if each module that holds parameters has reset_parameters(), but "
+                f"{name or 'the model'!r}, a {type(module).__name__}, has not; give it one, or use space.start = "
+                "'decomposed'."
+            )
+
+
+def _holds_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))

@@ -1,0 +1,233 @@
+"""Images in memory: what a batch does to them, where CIFAR-10 is found, and that a seed decides the augmentation."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from ranksearch import training
+from ranksearch.data import batches, check_splits, cifar10, image_folder, sample, size
+from ranksearch.data.folders import read_pictures
+from ranksearch.data.images import Images, moments
+from ranksearch.errors import DataError
+from ranksearch.models import lenet
+from ranksearch.tasks import Task
+
+CPU = torch.device("cpu")
+CLASSES = [f"class{number}" for number in range(10)]
+
+
+def write_pictures(folder, *, each, side=32, classes=CLASSES):
+    draw = np.random.default_rng(len(folder.name))
+    for label, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for number in range(each):
+            pixels = draw.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            pixels[: side // 2] = 25 * label
+            Image.fromarray(pixels).save(folder / name / f"{number:04}.jpg")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder laid out as the JPEG copy of CIFAR-10, with 8 and 2 pictures a class."""
+    root = tmp_path_factory.mktemp("data")
+    write_pictures(root / "cifar10" / "train", each=8)
+    write_pictures(root / "cifar10" / "test", each=2)
+    return root
+
+
+def images(count=6, *, side=5, **options):
+    pixels = torch.randint(1, 256, (count, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Images(pixels, torch.arange(count), torch.zeros(3), torch.ones(3) / 255, **options)
+
+
+def test_cifar10_from_a_folder_of_pictures(root):
+    data = cifar10(root=str(root), validation=20, train=40)
+    assert data.about == "CIFAR-10 (JPEG copy), 40 / 20 / 20 images for training / validation / test"
+    assert data.classes == 10
+    check_splits(data)
+    for split, each in ((data.train, 4), (data.validation, 2), (data.test, 2)):
+        assert torch.bincount(split.labels).tolist() == [each] * 10
+    inputs, targets = next(batches(data.test, 20))
+    assert inputs.shape == (20, 3, 32, 32)
+    assert inputs.dtype is torch.float32
+    means = inputs[:, :, :16].mean((1, 2, 3))
+    assert torch.corrcoef(torch.stack([means, targets.float()]))[0, 1] > 0.99, "labels follow the folders"
+
+
+def test_cifar10_is_the_same_in_every_run_and_decoded_once(root, monkeypatch):
+    first = cifar10(root=str(root), validation=20)
+    monkeypatch.setattr(Image, "open", None)
+    second = cifar10(root=str(root), validation=20)
+    for one, two in ((first.train, second.train), (first.validation, second.validation), (first.test, second.test)):
+        assert torch.equal(one.pixels, two.pixels)
+    used = torch.cat([first.train.pixels, first.validation.pixels]).flatten(1)
+    assert len(used.unique(dim=0)) == 80
+
+
+def test_pictures_are_decoded_again_when_they_change(tmp_path):
+    write_pictures(tmp_path / "train", each=1, classes=["a", "b"])
+    before = read_pictures(tmp_path / "train", size=8)
+    assert before.pixels.shape == (2, 3, 8, 8)
+    Image.new("RGB", (32, 64)).save(tmp_path / "train" / "b" / "0000.jpg")
+    after = read_pictures(tmp_path / "train", size=8)
+    assert torch.equal(before.pixels[0], after.pixels[0])
+    assert not after.pixels[1].any()
+    (tmp_path / "train-8-RGB.safetensors").write_bytes(b"half")
+    assert torch.equal(read_pictures(tmp_path / "train", size=8).pixels, after.pixels)
+    assert read_pictures(tmp_path / "train", size=8, mode="L").pixels.shape == (2, 1, 8, 8)
+
+
+def test_cifar10_from_torchvisions_pickles(tmp_path, monkeypatch):
+    """Written here as torchvision's archive holds them; their checksums are those of other images."""
+    torchvision = pytest.importorskip("torchvision")
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    names = [name for name, _ in (*torchvision.datasets.CIFAR10.train_list, *torchvision.datasets.CIFAR10.test_list)]
+    for number, name in enumerate(names):
+        batch = {"data": np.full((20, 3072), number, np.uint8), "labels": [*range(10)] * 2}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": CLASSES}))
+    with pytest.raises(DataError, match=r"CIFAR-10 cannot be read from .*: Dataset not found or corrupted.* Unpack https://"):
+        cifar10(root=str(tmp_path))
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    data = cifar10(root=str(tmp_path), validation=10)
+    assert data.about == "CIFAR-10, 90 / 10 / 20 images for training / validation / test"
+    assert (data.test.pixels == 5).all()
+    assert data.train.pixels.shape == (90, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"validation": 5}, r"validation must leave and take an image of each class, so lie in 10\.\.70 for 80 training images, but got 5"),
+        ({"validation": 20, "train": 61}, r"train must lie in 10\.\.60, what validation leaves, but got 61"),
+        ({"validation": 20, "shift": 33}, r"shift must lie in 0\.\.32, the size of the images, but got 33"),
+    ],
+)  # fmt: skip
+def test_parts_that_do_not_fit(root, options, message):
+    with pytest.raises(DataError, match=message):
+        cifar10(root=str(root), **options)
+
+
+def test_images_that_are_not_there(tmp_path):
+    with pytest.raises(
+        DataError,
+        match=r"CIFAR-10 must lie in .*, but it holds neither cifar-10-batches-py nor cifar10/train; add `--set task\.data_args\.download=true`, or unpack https://",
+    ):
+        cifar10(root=str(tmp_path))
+    with pytest.raises(DataError, match=r"Pictures must lie in .*/<class>/, but Couldn't find any class folder"):
+        read_pictures(tmp_path, size=8)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.png").write_text("no picture")
+    with pytest.raises(DataError, match=r"1\.png must be a picture, but cannot be read: .*; take it out of the folder"):
+        read_pictures(tmp_path, size=8)
+
+
+def test_without_augmentation_a_batch_is_the_normalised_images():
+    split = images()
+    inputs, targets = split.batch(torch.tensor([4, 1]), CPU)
+    torch.testing.assert_close(inputs, split.pixels[[4, 1]].float(), rtol=1e-5, atol=1e-3)
+    assert targets.tolist() == [4, 1]
+    one, label = split[-1]
+    torch.testing.assert_close(one, split.pixels[5].float(), rtol=1e-5, atol=1e-3)
+    assert label == 5
+    with pytest.raises(IndexError):
+        split[6]
+
+
+def test_augmentation_mirrors_and_moves_and_nothing_else():
+    """Each image of a batch is one of its two mirrorings, moved by one of the 5 x 5 shifts, and black where it moved from."""
+    split = images(400, flip=True, shift=2)
+    torch.manual_seed(0)
+    found, _ = split.batch(torch.arange(400), CPU)
+    padded = torch.nn.functional.pad(split.pixels.float(), [2] * 4)
+    seen = set()
+    for number, image in enumerate(found.round()):
+        ways = {
+            (mirrored, down, right)
+            for mirrored in (False, True)
+            for down in range(5)
+            for right in range(5)
+            if torch.equal(
+                image,
+                (padded[number].flip(2) if mirrored else padded[number])[:, down : down + 5, right : right + 5],
+            )
+        }
+        assert len(ways) == 1
+        seen |= ways
+    assert len(seen) == 50
+    only = images(50, flip=True)
+    found, _ = only.batch(torch.arange(50), CPU)
+    same = (found.round() == only.pixels.float()).flatten(1).all(1)
+    assert 10 < same.sum() < 40
+
+
+def test_moments_are_those_of_torch():
+    pixels = images(40).pixels
+    mean, std = moments(pixels)
+    torch.testing.assert_close(mean, (pixels / 255).mean((0, 2, 3)))
+    torch.testing.assert_close(std, (pixels / 255).std((0, 2, 3), correction=0))
+    assert moments(torch.zeros(2, 1, 3, 3, dtype=torch.uint8))[1] > 0
+
+
+def test_a_sample_is_of_the_same_kind_and_small_to_send():
+    split = images(1000, flip=True, shift=1)
+    few = sample(split, 10, seed=0)
+    assert (size(few), few.flip, few.shift, few.pixels.dtype) == (10, True, 1, torch.uint8)
+    assert len(pickle.dumps(split)) < 1.3 * split.pixels.numel()
+    items = DataLoader(images(4), batch_size=4)
+    torch.testing.assert_close(next(iter(items))[0], images(4).batch(torch.arange(4), CPU)[0])
+
+
+def test_training_on_augmented_images_follows_its_seed_alone(root):
+    data = cifar10(root=str(root), validation=20, train=40)
+
+    def weights(seed):
+        torch.manual_seed(0)
+        task = Task(lenet(), data)
+        for epoch in training.fit(task.model, task, training.Recipe(2, batch_size=16), seed=seed, device=CPU):
+            torch.manual_seed(epoch)  # the caller's numbers play no part
+        return torch.cat([p.detach().flatten() for p in task.model.parameters()])
+
+    first = weights(1)
+    assert torch.equal(first, weights(1))
+    assert not torch.equal(first, weights(2))
+
+
+def test_image_folder_takes_anyones_pictures(tmp_path):
+    for name, each in (("train", 20), ("test", 3)):
+        write_pictures(tmp_path / name, each=each, side=20, classes=["cat", "dog"])
+    data = image_folder(root=str(tmp_path), size=16, shift=2)
+    check_splits(data)
+    assert (data.classes, size(data.train), size(data.validation), size(data.test)) == (2, 36, 4, 6)
+    assert (data.train.flip, data.train.shift, data.test.flip) == (True, 2, False)
+    assert data.train[0][0].shape == (3, 16, 16)
+    assert "pictures of" in data.about
+    gray = image_folder(root=str(tmp_path), size=16, gray=True, mean=[0.5], std=[0.25], validation=10, train=8, flip=False)
+    assert (size(gray.train), size(gray.validation)) == (8, 10)
+    pixels = gray.train.pixels[0].float() / 255
+    torch.testing.assert_close(gray.train[0][0], (pixels - 0.5) / 0.25)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mean": [0.5]}, r"mean and std must both be given, 3 numbers each, or neither, but got \[0\.5\] and None"),
+        ({"mean": [0.5], "std": [1.0]}, r"mean and std must both be given, 3 numbers each, or neither, but got \[0\.5\] and \[1\.0\]"),
+        ({"mean": [0.5] * 3, "std": [1.0, 0.0, 1.0]}, r"std must be above 0, but got \[1\.0, 0\.0, 1\.0\]"),
+        ({"size": 0}, "size must be at least 1, but got 0"),
+        ({}, "train and test in .* must hold the same classes, but 'cow' is in one"),
+    ],
+)  # fmt: skip
+def test_image_folders_that_are_refused(tmp_path, options, message):
+    write_pictures(tmp_path / "train", each=1, classes=["cat", "dog"])
+    write_pictures(tmp_path / "test", each=1, classes=["cat", "cow"])
+    with pytest.raises(DataError, match=message):
+        image_folder(root=str(tmp_path), **options)

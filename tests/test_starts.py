@@ -1,0 +1,151 @@
+"""What a plan's net is trained from: decomposed weights at once, layer by layer as the thesis does, or weights drawn anew."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ranksearch.data import example
+from ranksearch.errors import ModelError, SpecError
+from ranksearch.layers import inventory
+from ranksearch.plan import CP, SVD, Plan, Tucker2
+from ranksearch.profile import profile
+from ranksearch.scratch import scratch_
+from ranksearch.strategy.space import make_space
+from ranksearch.strategy.trial import Answer, Evaluator, Job, Stage
+from ranksearch.study import Options, run_study
+from ranksearch.surgery import factorize_
+from ranksearch.training import Recipe
+from tests import nets
+from tests.conftest import essence, small_spec
+
+PLAN = Plan.of({"conv1": CP(2), "conv2": Tucker2(4, 5), "fc1": SVD(6)})
+
+
+@pytest.fixture(scope="module")
+def evaluator(trained):
+    found = inventory(trained.model, example(trained.data.train))
+    space = make_space(found, ("tucker2", "cp", "svd"))
+    prepared = profile(trained.model, found, {axis.layer.name: axis.methods for axis in space.axes})
+
+    def make(**options):
+        return Evaluator(trained, prepared, Recipe(1), Recipe(2, learning_rate=3e-3), "cpu", **options)
+
+    return make
+
+
+def answer(evaluator, stage=Stage.FINALIST, plan=PLAN, seed=0):
+    *_, last = evaluator(Job(0, plan, seed, stage))
+    assert isinstance(last, Answer)
+    return last
+
+
+def test_layerwise_trains_after_each_layer(evaluator):
+    """The curve goes on through all layers, and what was trained before a layer is decomposed is not lost."""
+    found = answer(evaluator(layerwise=True))
+    assert [rung.epochs for rung in found.curve] == [0, 1, 2, 3, 4, 5, 6]
+    at_once = answer(evaluator())
+    assert [rung.epochs for rung in at_once.curve] == [0, 1, 2]
+    assert found.weights != at_once.weights
+    assert answer(evaluator(layerwise=True)).weights == found.weights
+    # fc1 alone is decomposed first, from the dense weights.
+    first = answer(evaluator(), plan=Plan.of({"fc1": SVD(6)}))
+    assert first.curve[0].score == pytest.approx(found.curve[0].score, abs=0.02)
+    assert found.score_test > 0.5
+
+
+def test_layerwise_at_full_rank_is_training_the_dense_net(evaluator, trained):
+    """Each layer is decomposed from its weights as they are by then, so nothing is lost where the rank is full."""
+    full = Plan.of({"conv2": Tucker2(8, 16), "fc1": SVD(32)})
+    model = copy.deepcopy(trained.model)
+    runs = evaluator(layerwise=True)._steps(model, Job(0, full, 0, Stage.FINALIST))
+    inputs = example(trained.data.validation)
+    with torch.no_grad():
+        for _ in range(2):
+            for parameter in model.parameters():
+                parameter.mul_(1.1)  # stands for training
+            before = model.eval()(inputs)
+            next(runs)
+            torch.testing.assert_close(model.eval()(inputs), before, rtol=1e-3, atol=1e-3)
+
+
+def test_only_finalists_are_layerwise(evaluator):
+    trial = answer(evaluator(layerwise=True), Stage.TRIAL)
+    assert [rung.epochs for rung in trial.curve] == [0, 1]
+
+
+def test_a_net_from_scratch_knows_nothing_of_the_dense_one(trained):
+    def weights(seed, scale):
+        dense = copy.deepcopy(trained.model)
+        with torch.no_grad():
+            for parameter in dense.parameters():
+                parameter.mul_(scale)
+        torch.manual_seed(9)
+        before = torch.random.get_rng_state()
+        model = scratch_(dense, PLAN, seed=seed)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    one, other, next_seed = weights(0, 1.0), weights(0, 3.0), weights(1, 1.0)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not torch.equal(one["conv1.reduce.weight"], next_seed["conv1.reduce.weight"])
+    assert not torch.equal(one["fc2.weight"], next_seed["fc2.weight"])
+    expected = factorize_(copy.deepcopy(trained.model), PLAN).state_dict()
+    assert {name: tensor.shape for name, tensor in one.items()} == {name: tensor.shape for name, tensor in expected.items()}
+    assert one["norm1.running_mean"].abs().max() == 0
+
+
+def test_a_net_from_scratch_learns(evaluator):
+    found = answer(Evaluator(*_with(evaluator(), Recipe(8, 32, 1e-2)), scratch=True))
+    assert found.curve[0].score < 0.4
+    assert found.curve[-1].score > found.curve[0].score + 0.3
+
+
+def _with(evaluator, recipe):
+    return evaluator.task, evaluator.profile, evaluator.finetune, recipe, "cpu"
+
+
+def test_a_model_that_cannot_be_drawn_anew():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+            self.net = nets.small()
+
+        def forward(self, inputs):
+            return self.scale * self.net(inputs)
+
+    with pytest.raises(
+        ModelError,
+        match=r"each module that holds parameters has reset_parameters\(\), but 'the model', a Scaled, has not; give it one, or use space.start = 'decomposed'",
+    ):
+        scratch_(Scaled(), Plan(), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["finalists.schedule=layerwise"], "finalists.schedule must be one-shot and finalists.sweeps 0 where space.start is scratch, which decomposes no weights, but got layerwise and 0"),
+        (["finalists.sweeps=2"], "but got one-shot and 2"),
+        (["space.start=decomposed", "finalists.schedule=layerwise", "finalists.epochs=0"], "finalists.epochs must be at least 1 where finalists.schedule is layerwise, but got 0"),
+    ],
+)  # fmt: skip
+def test_starts_and_schedules_that_exclude_each_other(overrides, message):
+    with pytest.raises(SpecError, match=message):
+        small_spec("space.start=scratch", *overrides)
+
+
+@pytest.mark.parametrize("override", ["space.start=scratch", "finalists.schedule=layerwise"])
+def test_such_a_study_resumes(override, tmp_path):
+    def study(trials, out):
+        return run_study(small_spec(override, f"search.trials={trials}", "finalists.count=1"), out, Options(workers=0))
+
+    whole = study(4, tmp_path / "whole" / "small")
+    study(2, tmp_path / "small")
+    resumed = study(4, tmp_path / "small")
+    assert [trial[:9] for trial in essence(resumed.trials)] == [trial[:9] for trial in essence(whole.trials)]
+    assert whole.front
+    assert (tmp_path / "small" / "report.html").exists()

@@ -1,0 +1,57 @@
+"""Every built-in study starts, resumes and reports: in a reduced form, on pictures and stereo pairs made here."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ranksearch.spec import builtin_studies, load_spec
+from ranksearch.study import Options, run_study
+from tests.test_images import write_pictures
+from tests.test_stereo import write_scenes
+
+LAYERS = {"vgg16": "conv1_2", "resnet20": "stage1_1.conv1", "nin": "conv4"}
+"""The layer that the reduced study decomposes; conv2 in the others."""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    write_pictures(root / "cifar10" / "train", each=6)
+    write_pictures(root / "cifar10" / "test", each=2)
+    write_scenes(root)
+    return root
+
+
+def reduced(name, root, trials):
+    """The study with one epoch of everything, one layer, one method and little data."""
+    overrides = [
+        "dense.epochs=1", "finetune.epochs=1", "finalists.epochs=1", "finalists.count=1", f"search.trials={trials}",
+        f"space.layers=['{LAYERS.get(name, 'conv2')}']",
+    ]  # fmt: skip
+    overrides += [f"{section}.batch_size=20" for section in ("dense", "finetune", "finalists")]
+    whole = load_spec(name)
+    overrides.append(f"space.methods=['{whole.space.methods[0]}']")
+    data = whole.task.data.partition(":")[2]
+    if data == "cifar10":
+        overrides += [f"task.data_args.root='{root}'", "task.data_args.validation=20"]
+    if data == "stereo":
+        spans = {"train_scenes": [1, 1], "validation_scenes": [2, 2], "test_scenes": [3, 3]}
+        overrides += [f"task.data_args.{key}={value}" for key, value in spans.items()]
+        overrides += [f"task.data_args.root='{root}'", "task.data_args.patches=200", "task.data_args.disparities=16"]
+    return load_spec(name, overrides=[*overrides, "search.min_ratio=1"])
+
+
+@pytest.mark.parametrize("name", [name for name in builtin_studies() if name != "lenet"])
+def test_a_study_starts_resumes_and_reports(name, root, tmp_path):
+    """`lenet` runs as a whole, in the first command of the README."""
+    first = run_study(reduced(name, root, 1), tmp_path / name, Options(workers=0))
+    again = run_study(reduced(name, root, 2), tmp_path / name, Options(workers=0))
+    assert len(again.trials) == 2
+    assert again.trials[0].plan == first.trials[0].plan
+    assert again.trials[0].curve == first.trials[0].curve
+    front = json.loads((tmp_path / name / "front.json").read_text())
+    assert [point["params"] for point in front["front"]] == [trial.params for trial in again.front]
+    assert front["front"][0]["score_test"] is not None
+    assert again.facts.data in (tmp_path / name / "report.html").read_text()
