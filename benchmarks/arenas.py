@@ -6,6 +6,7 @@ plan under the same seed get the same answer, and a benchmark that was stopped g
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -107,7 +108,8 @@ class Trained:
     def _train(self, plan: Plan, seed: int) -> Run:
         # CPU seconds: another process on the same cores costs them little.
         start, scores, seconds = time.process_time(), [], []
-        model, task = self._evaluate.compressed(plan), self._evaluate.task
+        task = self._evaluate.task
+        model = copy.deepcopy(task.model)
         try:
             for rung in self._evaluate._rungs(model, Job(0, plan, seed)):
                 scores.append(rung.score)

@@ -1,4 +1,4 @@
-"""Tables of benchmarks: printed as they grow, and kept in docs/benchmarks.md, a section for each script."""
+"""Tables of benchmarks: printed as they grow, and kept in the pages of docs, a section for each script."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def said(line: str) -> str:
     return line
 
 
-def write_section(name: str, command: str, text: str) -> None:
-    """Replace what stands between the marks of `name` in docs/benchmarks.md; the words around it stay."""
-    page = PAGE.read_text(encoding="utf-8")
+def write_section(name: str, command: str, text: str, *, page: Path = PAGE) -> None:
+    """Replace what stands between the marks of `name` in docs/benchmarks.md, or another page; the words around it stay."""
+    whole = page.read_text(encoding="utf-8")
     begin, end = f"<!-- {name}: made by `{command}` -->", f"<!-- end of {name} -->"
     pattern = re.compile(f"<!-- {name}:.*?{re.escape(end)}", re.DOTALL)
-    if not pattern.search(page):
-        raise SystemExit(f"{PAGE} must hold the marks of {name!r}: {begin} and {end}.")
-    PAGE.write_text(pattern.sub(lambda _: f"{begin}\n{text}\n{end}", page), encoding="utf-8")
+    if not pattern.search(whole):
+        raise SystemExit(f"{page} must hold the marks of {name!r}: {begin} and {end}.")
+    page.write_text(pattern.sub(lambda _: f"{begin}\n{text}\n{end}", whole), encoding="utf-8")

@@ -18,6 +18,7 @@ from ranksearch.spec import resolve
     ("model", "params", "image", "output", "decomposable"),
     [
         (lenet, 1_250_858, (3, 32, 32), (10,), 6),
+        (lambda: lenet(batch_norm=True), 1_252_266, (3, 32, 32), (10,), 6),
         (lenet3, 1_415_498, (3, 32, 32), (10,), 6),
         (lambda: nin(batch_norm=False), 1_004_042, (3, 32, 32), (10,), 10),
         (nin, 1_007_242, (3, 32, 32), (10,), 10),
