@@ -1,0 +1,58 @@
+"""The cluster's files say what the docs promise of them; `docker/check` builds and runs them."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+ROOT = Path(__file__).parents[1]
+COMPOSE = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
+DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
+
+
+@pytest.mark.parametrize("name", COMPOSE["services"])
+def test_a_service_is_watched_limited_and_not_reachable_from_outside(name):
+    service = COMPOSE["services"][name]
+    assert service["healthcheck"]["test"]
+    assert service["deploy"]["resources"]["limits"].keys() == {"cpus", "memory"}
+    assert "ports" not in service
+    assert "network_mode" not in service
+    assert service["networks"] == ["cluster"]
+
+
+def test_no_password_stands_in_a_file():
+    assert COMPOSE["secrets"] == {"postgres-password": {"environment": "POSTGRES_PASSWORD"}}
+    assert not re.search(r"postgresql://[^@]*:", (ROOT / "docker" / "compose.yaml").read_text())
+    assert "PASSWORD" not in DOCKERFILE
+
+
+def test_there_are_two_workers_and_one_image_for_all_of_ray():
+    services = COMPOSE["services"]
+    assert services["worker"]["deploy"]["replicas"] == 2
+    assert {services[name]["image"] for name in ("head", "worker", "driver")} == {"ranksearch"}
+
+
+def test_the_base_is_pinned_and_the_image_runs_as_no_root():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (base,) = re.findall(r"^FROM (.*)$", DOCKERFILE, re.MULTILINE)
+    version = re.fullmatch(r"python:(\d+\.\d+)-slim-\w+", base)
+    assert version
+    assert project["requires-python"] == f">={version[1]}"
+    assert re.findall(r"^USER (.*)$", DOCKERFILE, re.MULTILINE) == ["ranksearch"]
+
+
+def test_what_is_copied_is_not_ignored():
+    """`.dockerignore` leaves out all but what it names."""
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = re.findall(r"^COPY (?:--\S+ )?(.*) \S+$", DOCKERFILE, re.MULTILINE)
+    assert {path for line in copied for path in line.split()} == kept
+    assert all((ROOT / path).exists() for path in kept)
+
+
+def test_rays_own_schema_takes_the_cluster_file():
+    validate_config(prepare_config(yaml.safe_load((ROOT / "docker" / "cluster.yaml").read_text())))
