@@ -46,7 +46,7 @@ class Net:
     overrides: tuple[str, ...] = ()
     """What differs from the study's file."""
     plan: dict[str, Factorization] = field(default_factory=dict)
-    """What the trained dense net, the first of the system, is decomposed to; none is trained from scratch."""
+    """What the system's dense net is decomposed to once it is trained; without one the net is trained from its own weights."""
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ def test_without_augmentation_a_batch_is_the_normalised_images():
     one, label = split[-1]
     torch.testing.assert_close(one, split.pixels[5].float(), rtol=1e-5, atol=1e-3)
     assert label == 5
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match="range object index out of range"):
         split[6]
 
 
