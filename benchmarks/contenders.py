@@ -150,7 +150,7 @@ def greedy(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
         smallest = {}
         for name, params in dense.items():
             fitting = [choice for choice in arena.choices[name] if choice.rise <= bound]
-            smallest[name] = min(fitting, key=lambda c: (c.params, c.rise), default=Choice(Dense(), params, 0.0)).value
+            smallest[name] = min(fitting, key=lambda c: (c.cost, c.rise), default=Choice(Dense(), params, 0.0)).value
         return Plan.of(smallest)
 
     rises = sorted({choice.rise for choices in arena.choices.values() for choice in choices})

@@ -34,6 +34,7 @@ def search(
     sampler: str = "rank",
     trials: int = 60,
     minutes: float | None = None,
+    minimize: Sequence[str] = ("params",),
     halving: bool = False,
     min_score: float | None = None,
     min_ratio: float | None = None,
@@ -63,6 +64,7 @@ def search(
         sampler: who proposes: rank, or one of Optuna's: tpe, nsga2, gp, random.
         trials: trained trials in all.
         minutes: ask for no more trials after so long.
+        minimize: what the front sets against the score: params, macs, or both.
         halving: stop trials early that are clearly behind others of similar size after as much fine-tuning.
         min_score: models with a lower validation score are not on the front.
         min_ratio: plans of a lower compression ratio are not trained.
@@ -108,6 +110,7 @@ def search(
             sampler=sampler,
             trials=trials,
             minutes=minutes,
+            minimize=(minimize,) if isinstance(minimize, str) else tuple(minimize),
             halving=halving,
             min_score=min_score,
             min_ratio=min_ratio,

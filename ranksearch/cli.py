@@ -226,7 +226,7 @@ def _export(options: argparse.Namespace, given: list[str]) -> int:
     record = read_study(_stored(options))
     trial = choose(
         record.trials, number=options.trial, min_score=options.min_score, min_ratio=options.min_ratio,
-        limits=record.facts.limits,
+        limits=record.facts.limits, objectives=record.facts.objectives,
     )  # fmt: skip
     spec = folder.read_spec(options.folder)
 

@@ -133,7 +133,8 @@ class Terminal(View):
         assert self._facts is not None, "trials come after the facts"
         self._note(f"trial {record.number}: {short_outcome(record, self._facts.score_name)}", advance=int(record.trained))
         rows = max(4, self._console.height - 12)
-        front = front_of(trials, self._facts.limits) or front_of(trials)
+        limits, objectives = self._facts.limits, self._facts.objectives
+        front = front_of(trials, limits, objectives) or front_of(trials, objectives=objectives)
         self._front = front_table(front, self._facts, most=rows, title="front so far")
 
     def _note(self, text: str, *, advance: int) -> None:

@@ -20,14 +20,17 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from ranksearch.errors import StudyError
 from ranksearch.files import write_whole
+from ranksearch.objectives import BY_RATIO, Objectives
 from ranksearch.spec import StudySpec, complete_identity, parse_spec
 from ranksearch.storage import CONNECT, ServerStorage
 
 SPEC, DATABASE, DENSE = "spec.toml", "study.db", "dense.safetensors"
-OURS = ("study.db*", DENSE, "profile", "models", "report.html", "report.md", "front.*", "trials.csv", SPEC)
+OURS = ("study.db*", DENSE, "profile", "models", "report.html", "report.md", "front.*", "front-macs.png", "trials.csv", SPEC)
 """All that a study writes into its folder, and all that `--fresh` deletes; the spec goes last, since it marks the folder."""
 MARK = "# Written by ranksearch: the study of this folder, as resolved."
 IDENTITY = "ranksearch:identity"
+NAMES = {"params": "log10 ratio", "macs": "log10 MACs ratio"}
+"""Of the costs, on the axes of optuna-dashboard."""
 
 
 @contextmanager
@@ -90,9 +93,9 @@ def storage_url(folder: Path, storage: str | None) -> str:
 
 
 def open_study(
-    name: str, url: str, *, create: bool, announce: Callable[[str], None] = lambda text: None
-) -> optuna.Study:  # fmt: skip
-    """The Optuna study of that name; made where it is not there and `create` is set.
+    name: str, url: str, *, create: bool, objectives: Objectives = BY_RATIO, announce: Callable[[str], None] = lambda text: None
+) -> optuna.Study:
+    """The Optuna study of that name; made, with these objectives, where it is not there and `create` is set.
 
     `announce` is told when a database server is away, and when it is back.
 
@@ -110,12 +113,12 @@ def open_study(
             return optuna.load_study(study_name=name, storage=storage)
         except KeyError:
             raise StudyError(f"The storage {masked(url)} holds no study {name!r}; run `ranksearch study` first.") from None
-    study = optuna.create_study(study_name=name, storage=storage, directions=["maximize", "maximize"], load_if_exists=True)
+    study = optuna.create_study(study_name=name, storage=storage, directions=objectives.directions, load_if_exists=True)
     if not study.metric_names:
         with warnings.catch_warnings():
             # Marked experimental in Optuna since 3.2; it only names the axes of optuna-dashboard.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names(["validation score", "log10 ratio"])
+            study.set_metric_names(["validation score", *(NAMES[cost] for cost in objectives.minimize)])
     return study
 
 

@@ -9,13 +9,18 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 
-class Sized(Protocol):
-    """Something with the costs of a whole model."""
+class Costed(Protocol):
+    """Something with costs: a layer, a way to store it, a whole model."""
 
     @property
     def params(self) -> int: ...
     @property
     def macs(self) -> int: ...
+
+
+class Sized(Costed, Protocol):
+    """A whole model, whose ratio is known."""
+
     @property
     def ratio(self) -> float: ...
 

@@ -1,4 +1,5 @@
-"""Front, hypervolume and knee of points to be maximised in two objectives: pure functions of an array (points, 2)."""
+"""Front, hypervolume and knee of points to be maximised in two objectives or more: pure functions of an array
+(points, objectives)."""
 
 from __future__ import annotations
 
@@ -11,12 +12,19 @@ def front(points: ArrayLike) -> NDArray[np.intp]:
 
     A point dominates another when it is nowhere smaller and somewhere larger. Of equal points only the first is kept.
     """
-    values = np.asarray(points, dtype=float).reshape(-1, 2)
-    order = np.lexsort((-values[:, 1], -values[:, 0]))
-    # By falling first objective, a point is on the front when its second is larger than all before it.
-    seconds = values[order, 1]
-    before = np.concatenate([[-np.inf], np.maximum.accumulate(seconds)[:-1]]) if len(order) else seconds
-    return order[seconds > before]
+    values = _points(points)
+    order = np.lexsort(-values.T[::-1])
+    if values.shape[1] == 2:
+        # By falling first objective, a point is on the front when its second is larger than all before it.
+        seconds = values[order, 1]
+        before = np.concatenate([[-np.inf], np.maximum.accumulate(seconds)[:-1]]) if len(order) else seconds
+        return order[seconds > before]
+    kept: list[int] = []
+    for index in order.tolist():
+        # Only what comes before it in this order can dominate it, or equal it.
+        if not (values[kept] >= values[index]).all(1).any():
+            kept.append(index)
+    return np.array(sorted(kept, key=lambda index: values[index, 1]), dtype=np.intp)
 
 
 def ranks(points: ArrayLike) -> NDArray[np.intp]:
@@ -32,23 +40,33 @@ def ranks(points: ArrayLike) -> NDArray[np.intp]:
 
 
 def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
-    """Area between the front of two-objective `points` and `reference`; points not above the reference count nothing."""
+    """Volume between the front of `points` and `reference`; points not above the reference count nothing."""
     origin = np.asarray(reference, dtype=float)
-    values = np.asarray(points, dtype=float).reshape(-1, 2)
+    values = _points(points, len(origin))
     values = values[(values > origin).all(1)]
-    area, before = 0.0, origin[1]
-    for first, second in values[front(values)]:
-        area += (first - origin[0]) * (second - before)
-        before = second
-    return float(area)
+    values = values[front(values)]
+    if len(origin) == 2:
+        area, before = 0.0, origin[1]
+        for first, second in values:
+            area += (first - origin[0]) * (second - before)
+            before = second
+        return float(area)
+    # Slice by slice of the first objective: in each, what reaches above it spans the same volume in the others.
+    values = values[np.argsort(-values[:, 0], kind="stable")]
+    lower = np.append(values[1:, 0], origin[0])[: len(values)]
+    return sum(
+        float(high - low) * hypervolume(values[: count + 1, 1:], origin[1:])
+        for count, (high, low) in enumerate(zip(values[:, 0], lower, strict=True))
+        if high > low
+    )
 
 
 def knee(points: ArrayLike) -> int:
-    """Index of the front point farthest above the straight line between the front's ends, each objective scaled to 0..1.
+    """Index of the front point farthest above the plane through the ends of the front, each objective scaled to 0..1.
 
-    The usual "elbow" of a two-objective front (Das 1999); with fewer than three points the one of highest first objective.
+    The usual "elbow" of a front (Das 1999); with fewer than three points the one of highest first objective.
     """
-    values = np.asarray(points, dtype=float).reshape(-1, 2)
+    values = _points(points)
     chosen = front(values)
     if chosen.size == 0:
         raise ValueError("a knee needs at least one point")
@@ -58,3 +76,9 @@ def knee(points: ArrayLike) -> int:
         return int(chosen[np.argmax(on_front[:, 0])])
     scaled = (on_front - on_front.min(0)) / span
     return int(chosen[np.argmax(scaled.sum(1))])
+
+
+def _points(points: ArrayLike, objectives: int = 2) -> NDArray[np.float64]:
+    """As an array of two dimensions, where there is no point too."""
+    values = np.asarray(points, dtype=float)
+    return values if values.ndim == 2 else values.reshape(-1, objectives)

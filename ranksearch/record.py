@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ranksearch import pareto
 from ranksearch.errors import StudyError
 from ranksearch.limits import UNLIMITED, Limits
+from ranksearch.objectives import BY_RATIO, Objectives
 from ranksearch.plan import Factorization, Plan
 
 
@@ -159,6 +160,11 @@ class StudyFacts:
         """What the models of the front must keep, as of the last run."""
         return Limits.of(self.spec.get("search", {}))
 
+    @property
+    def objectives(self) -> Objectives:
+        """What the models of the study compete in."""
+        return Objectives.of(self.spec.get("search", {}), self.dense.macs)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StudyRecord:
@@ -171,12 +177,12 @@ class StudyRecord:
     @property
     def front(self) -> list[TrialRecord]:
         """The non-dominated trials within the study's limits, by rising ratio; see `front_of`."""
-        return front_of(self.trials, self.facts.limits)
+        return front_of(self.trials, self.facts.limits, self.facts.objectives)
 
     @property
     def unconstrained_front(self) -> list[TrialRecord]:
         """The front that there would be without the limits."""
-        return front_of(self.trials)
+        return front_of(self.trials, objectives=self.facts.objectives)
 
     @property
     def shown(self) -> list[TrialRecord]:
@@ -222,15 +228,16 @@ def untrained_in_a_row(trials: Iterable[TrialRecord], waiting: Iterable[int] = (
     return sum(number > last for number in untrained)
 
 
-def front_of(trials: Sequence[TrialRecord], limits: Limits = UNLIMITED) -> list[TrialRecord]:
-    """The non-dominated trials within the limits by (validation score, ratio), by rising ratio; each plan once.
+def front_of(trials: Sequence[TrialRecord], limits: Limits = UNLIMITED, objectives: Objectives = BY_RATIO) -> list[TrialRecord]:
+    """The non-dominated trials within the limits by validation score and ratios, by rising ratio; each plan once.
 
     Once there are finalists only they compete: scores of long and of short fine-tuning do not compare.
     """
     done = [trial for trial in trials if trial.outcome is Outcome.DONE and trial.score_validation is not None]
     pool = [trial for trial in done if trial.finalist] or [trial for trial in done if trial.same_as is None]
     pool = [trial for trial in pool if not limits.excess(trial, trial.score_validation)]
-    return [pool[i] for i in pareto.front([(_score(trial), trial.ratio) for trial in pool])]
+    chosen = [pool[i] for i in pareto.front([objectives.point(_score(trial), trial) for trial in pool])]
+    return sorted(chosen, key=objectives.ratio)
 
 
 def choose(
@@ -240,9 +247,11 @@ def choose(
     min_score: float | None = None,
     min_ratio: float | None = None,
     limits: Limits = UNLIMITED,
+    objectives: Objectives = BY_RATIO,
 ) -> TrialRecord:
     """One finalist: of that number, or the smallest of at least that validation score, or the best of at least that
     compression ratio; the knee of the front where nothing is asked for. One within the study's `limits` where there is one.
+    Front, knee and size are meant by the study's `objectives`.
 
     Raises:
         StudyError: there are no finalists, or none is as asked.
@@ -255,21 +264,21 @@ def choose(
             names = ", ".join(map(str, sorted(finalists)))
             raise StudyError(f"Only finalists keep their weights, but trial {number} is none; they are {names}.")
         return finalists[number]
-    whole = front_of(trials)
-    front = front_of(trials, limits) or whole
+    whole = front_of(trials, objectives=objectives)
+    front = front_of(trials, limits, objectives) or whole
     if min_score is not None:
         fitting = [t for t in front if _score(t) >= min_score] or [t for t in whole if _score(t) >= min_score]
         if not fitting:
             best = max(map(_score, whole))
             raise StudyError(f"A model with a score of at least {min_score:g} is asked for, but the best has {best:.4f}.")
-        return max(fitting, key=lambda trial: trial.ratio)
+        return max(fitting, key=objectives.ratio)
     if min_ratio is not None:
         fitting = [t for t in front if t.ratio >= min_ratio] or [t for t in whole if t.ratio >= min_ratio]
         if not fitting:
             most = max(trial.ratio for trial in whole)
             raise StudyError(f"A ratio of at least {min_ratio:g} is asked for, but the smallest model has {most:.1f}.")
         return max(fitting, key=_score)
-    return front[pareto.knee([(_score(trial), math.log10(trial.ratio)) for trial in front])]
+    return front[pareto.knee([objectives.point(_score(trial), trial) for trial in front])]
 
 
 def _score(trial: TrialRecord) -> float:

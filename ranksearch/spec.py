@@ -18,10 +18,10 @@ import tomli_w
 
 from ranksearch.errors import SpecError, nearest
 from ranksearch.limits import Limits
+from ranksearch.objectives import COSTS
 from ranksearch.plan import KINDS
 
 SAMPLERS = ("rank", "tpe", "nsga2", "gp", "random")
-COSTS = ("params", "macs")
 PRECISIONS = ("float32", "bfloat16")
 STARTS = ("decomposed", "scratch")
 SCHEDULES = ("one-shot", "layerwise")
@@ -119,6 +119,8 @@ class SearchSpec:
     sampler: str = _one_of(SAMPLERS, default="rank")
     trials: int = _at_least(1, default=60)
     """How many plans are trained; those that need no training do not count."""
+    minimize: tuple[str, ...] = _checked(f"at least one of {', '.join(COSTS)}", bool, default=("params",))
+    """The costs that the front sets against the score: parameters, multiply-accumulates, or both."""
     minutes: float | None = _positive(default=None)
     halving: bool = False
     """Stop trials early that are clearly behind others of similar size after as much fine-tuning."""
@@ -219,9 +221,12 @@ def parse_spec(text: str, *, source: str, overrides: Sequence[str] = (), resolve
         )
     if spec.finalists.schedule == "layerwise" and not spec.finalists.epochs:
         raise SpecError("finalists.epochs must be at least 1 where finalists.schedule is layerwise, but got 0.")
-    for cost in spec.space.smaller_in:
-        if cost not in COSTS:
-            raise SpecError(f"space.smaller_in must name costs, but {cost!r} is none.{nearest(cost, COSTS)}")
+    for key, costs in (("space.smaller_in", spec.space.smaller_in), ("search.minimize", spec.search.minimize)):
+        for cost in costs:
+            if cost not in COSTS:
+                raise SpecError(f"{key} must name costs, but {cost!r} is none.{nearest(cost, COSTS)}")
+        if len(set(costs)) < len(costs):
+            raise SpecError(f"{key} must name each cost once, but got {list(costs)}.")
     return spec
 
 

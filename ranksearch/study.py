@@ -28,6 +28,7 @@ from ranksearch.export import load_model, save_model, weights_of
 from ranksearch.factorization import Offer
 from ranksearch.files import write_whole
 from ranksearch.layers import Inventory, inventory
+from ranksearch.objectives import Objectives, prices
 from ranksearch.plan import Plan
 from ranksearch.profile import Profile, kernel, profile, vbmf_ranks
 from ranksearch.record import DenseFacts, Finalist, LayerFacts, Outcome, Rung, StudyFacts, StudyRecord, TrialRecord
@@ -134,12 +135,13 @@ def run_study(
     if spec.space.start == "scratch":
         check_scratch(task.model)
     _check_min_score(spec, task)
+    objectives = Objectives(spec.search.minimize, found.macs)
     if spec.dense.weights:
         load_given(task.model, Path(spec.dense.weights))
     if options.storage and options.fresh:
         folder.check_storage(options.storage)
     elif options.storage:
-        folder.own_study(folder.open_study(spec.name, options.storage, create=True), spec)
+        folder.own_study(folder.open_study(spec.name, options.storage, create=True, objectives=objectives), spec)
     if options.workers != 0:
         check_portable(task)
     with _engine(options) as engine, folder.claimed(out, spec, fresh=options.fresh), view:
@@ -147,7 +149,7 @@ def run_study(
         if options.fresh and options.storage:
             folder.delete_study(spec.name, url)
         folder.write_spec(out, spec, options.storage)
-        study = folder.open_study(spec.name, url, create=True, announce=view.note)
+        study = folder.open_study(spec.name, url, create=True, objectives=objectives, announce=view.note)
         folder.own_study(study, spec)
         run = _Run(spec, out, options, device, task, given, found, space, study, engine, view)
         try:
@@ -285,10 +287,11 @@ class _Run:
             return known
         dense, probes = record.read_probes(self.study)
         # Where the worker of the dense probe was lost, there is nothing to set the others against.
-        corners = predicted_frontier(layers, probes, dense) if dense is not None else []
+        price = prices(self.spec.search.minimize, self.inventory)[0]
+        corners = predicted_frontier(layers, probes, dense, price) if dense is not None else []
         # The dense corner, which is never chosen, stays: `spread` takes the first for it.
         within = [*corners[:1], *(corner for corner in corners[1:] if self._fits(corner.plan))]
-        chosen = spread(rescuable(within), self.inventory.params, FRONTIER_PLANS)
+        chosen = spread(rescuable(within), price.of(self.inventory), FRONTIER_PLANS)
         vbmf = [(origin, plan) for origin, plan in vbmf_plans(self.space, layers.vbmf) if self._fits(plan)]
         firsts = [*(("frontier", corner.plan) for corner in chosen), *vbmf]
         record.write_firsts(self.study, firsts)
@@ -297,16 +300,23 @@ class _Run:
     def search(self, layers: Profile, evaluate: Evaluator) -> None:
         """Ask, evaluate, tell, until the budget is spent."""
         firsts = self.firsts(layers)
-        limits = self.spec.search.limits
-        dense_score = record.read_facts(self.study).dense.score_validation
+        limits, facts = self.spec.search.limits, record.read_facts(self.study)
+        dense_score = facts.dense.score_validation
         floor = floor_of(dense_score, limits)
         dense_loss, probes = record.read_probes(self.study)
         knowledge = Knowledge.of(
-            self.space, self.inventory, layers, probes, dense_loss=dense_loss, dense_score=dense_score, limits=limits
+            self.space,
+            self.inventory,
+            layers,
+            probes,
+            dense_loss=dense_loss,
+            dense_score=dense_score,
+            limits=limits,
+            minimize=self.spec.search.minimize,
         )
         ledger = self.ledger = Ledger(
             self.study, self.space, self.inventory, firsts, sampler=self.spec.search.sampler, seed=self.spec.seed,
-            floor=floor, limits=limits, knowledge=knowledge,
+            floor=floor, limits=limits, objectives=facts.objectives, knowledge=knowledge,
             halve_below=self.spec.finetune.epochs if self.spec.search.halving else 0,
             on_untrained=lambda found: self.view.trial(found, ledger.records()),
         )  # fmt: skip
@@ -329,9 +339,10 @@ class _Run:
 
     def finalists(self, evaluate: Evaluator) -> None:
         """Fine-tune the best trials for longer, score them on the test split, keep their weights, time them."""
-        trials = record.read_trials(self.study)
-        dense = record.read_facts(self.study).dense
-        chosen = choose_finalists(trials, dense.score_validation, self.spec.finalists.count, self.spec.search.limits)
+        trials, facts = record.read_trials(self.study), record.read_facts(self.study)
+        chosen = choose_finalists(
+            trials, facts.dense.score_validation, self.spec.finalists.count, self.spec.search.limits, facts.objectives
+        )
         waiting = [t for t in chosen if not (t.finalist and (self.out / "models" / str(t.number)).is_dir())]
         by_number, answered = {trial.number: trial for trial in trials}, set[int]()
         self.view.stage("finalists", len(chosen), len(chosen) - len(waiting))

@@ -7,6 +7,7 @@ import optuna
 from ranksearch.data import example
 from ranksearch.layers import inventory
 from ranksearch.limits import UNLIMITED
+from ranksearch.objectives import Objectives
 from ranksearch.plan import Dense
 from ranksearch.record import Outcome, Rung
 from ranksearch.strategy.frontier import Choice
@@ -39,22 +40,41 @@ def offered(space=SPACE):
     return found
 
 
-def knowledge(space=SPACE, *, limits=UNLIMITED, floor=0.5, suggested=()):
+def knowledge(space=SPACE, *, limits=UNLIMITED, floor=0.5, suggested=(), minimize=("params",)):
     """What the sampler "rank" starts from, where a score is at most 0.9."""
-    return Knowledge(space, Table(FOUND, offered(space)), 0.9, floor, limits, suggested)
+    return Knowledge(space, Table(FOUND, offered(space), minimize), 0.9, floor, limits, suggested)
 
 
 class Books:
     """One Optuna study without training; a new ledger stands for a new run of it."""
 
-    def __init__(self, space=SPACE, *, limits=UNLIMITED, sampler="random", seed=0, firsts=(), floor=0.5, suggested=()):
-        self.study = optuna.create_study(directions=["maximize", "maximize"])
+    def __init__(
+        self,
+        space=SPACE,
+        *,
+        limits=UNLIMITED,
+        sampler="random",
+        seed=0,
+        firsts=(),
+        floor=0.5,
+        suggested=(),
+        minimize=("params",),
+    ):
+        objectives = Objectives(minimize, FOUND.macs)
+        self.study = optuna.create_study(directions=objectives.directions)
         self.untrained, self.trained = [], []
-        self.arguments = {"sampler": sampler, "seed": seed, "limits": limits, "on_untrained": self.untrained.append}
+        self.arguments = {"sampler": sampler, "seed": seed, "limits": limits, "objectives": objectives}
+        self.arguments["on_untrained"] = self.untrained.append
         self.space, self.firsts, self.floor, self.suggested = space, firsts, floor, suggested
 
     def ledger(self):
-        known = knowledge(self.space, limits=self.arguments["limits"], floor=self.floor, suggested=self.suggested)
+        known = knowledge(
+            self.space,
+            limits=self.arguments["limits"],
+            floor=self.floor,
+            suggested=self.suggested,
+            minimize=self.arguments["objectives"].minimize,
+        )
         return Ledger(self.study, self.space, FOUND, self.firsts, floor=self.floor, knowledge=known, **self.arguments)
 
     def run(self, trials, *, kill_after=None):

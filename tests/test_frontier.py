@@ -54,7 +54,7 @@ def layers(draw):
 
 def everything(choices):
     """(saved, rise) of every plan there is."""
-    options = [[(0, 0.0), *((DENSE[n] - c.params, max(0.0, c.rise)) for c in choices[n])] for n in DENSE]
+    options = [[(0, 0.0), *((DENSE[n] - c.cost, max(0.0, c.rise)) for c in choices[n])] for n in DENSE]
     for chosen in itertools.product(*options):
         yield sum(saved for saved, _ in chosen), sum(rise for _, rise in chosen)
 
@@ -75,7 +75,7 @@ def test_a_corner_is_what_its_plan_says(choices):
     assert corners[0] == Corner(Plan(), 0, 0.0)
     for corner in corners:
         taken = [(name, next(c for c in choices[name] if c.value == value)) for name, value in corner.plan]
-        assert corner.saved == sum(DENSE[name] - choice.params for name, choice in taken)
+        assert corner.saved == sum(DENSE[name] - choice.cost for name, choice in taken)
         assert corner.rise == pytest.approx(sum(max(0.0, choice.rise) for _, choice in taken))
     slopes = [(after.rise - before.rise) / (after.saved - before.saved) for before, after in pairwise(corners)]
     assert all(before.saved < after.saved for before, after in pairwise(corners))

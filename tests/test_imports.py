@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "ranksearch"
 FLOORS = [
     ["errors", "files"],
     ["plan", "pareto", "limits"],
+    ["objectives"],
     ["spec"],
     ["record"],
     ["report", "console"],

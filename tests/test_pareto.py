@@ -1,5 +1,7 @@
 """Laws of the front: it equals brute force, and its hypervolume equals a sampled area."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,7 +9,9 @@ from hypothesis import strategies as st
 
 from ranksearch import pareto
 
-points = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=25)
+coordinates = st.integers(0, 6)
+pairs = st.lists(st.tuples(coordinates, coordinates), max_size=25)
+points = pairs | st.lists(st.tuples(coordinates, coordinates, coordinates), max_size=25)
 
 
 def dominates(a, b):
@@ -34,8 +38,12 @@ def test_ranks_peel_fronts(cloud):
 
 @given(points)
 def test_hypervolume_counts_the_cells_below_the_front(cloud):
-    cells = sum(any(x > i and y > j for x, y in cloud) for i in range(6) for j in range(6))
-    assert pareto.hypervolume(cloud, (0, 0)) == pytest.approx(cells)
+    objectives = len(cloud[0]) if cloud else 3
+    cells = sum(
+        any(all(x > i for x, i in zip(point, cell, strict=True)) for point in cloud)
+        for cell in itertools.product(range(6), repeat=objectives)
+    )
+    assert pareto.hypervolume(cloud, (0,) * objectives) == pytest.approx(cells)
 
 
 def test_hypervolume_ignores_what_is_below_the_reference():

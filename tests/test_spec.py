@@ -55,7 +55,15 @@ def test_what_an_older_identity_does_not_name_has_its_default():
     spec = parse(SMALL, "space.skip=['conv1']", "task.model_args.classes=10", "name='a.b'")
     whole = spec.identity()
     assert complete_identity(whole, source="there") == whole
-    for key in ("space.rank_multiple", "space.smaller_in", "space.methods", "search.halving", "seed", "dense.precision"):
+    for key in (
+        "space.rank_multiple",
+        "space.smaller_in",
+        "space.methods",
+        "search.halving",
+        "search.minimize",
+        "seed",
+        "dense.precision",
+    ):
         older = {name: value for name, value in whole.items() if name != key}
         assert complete_identity(older, source="there") == whole
     with pytest.raises(SpecError, match=r"^there: space.newer is not a key of a study\."):
@@ -107,6 +115,9 @@ def test_a_damaged_resolved_study():
         ("space.smaller_in=[]", "study.toml: space.smaller_in must be at least one of params, macs, but got []."),
         ("space.smaller_in='macs'", "study.toml: space.smaller_in must be a list of strings, but got 'macs'."),
         ("space.smaller_in=['flops']", "space.smaller_in must name costs, but 'flops' is none. Valid: macs, params."),
+        ("space.smaller_in=['macs', 'macs']", "space.smaller_in must name each cost once, but got ['macs', 'macs']."),
+        ("search.minimize=[]", "study.toml: search.minimize must be at least one of params, macs, but got []."),
+        ("search.minimize=['latency']", "search.minimize must name costs, but 'latency' is none. Valid: macs, params."),
         ("space.data_aware=1", "study.toml: space.data_aware must be true or false, but got 1."),
         ("search.halving=1", "study.toml: search.halving must be true or false, but got 1."),
         ("space.skip='conv1'", "study.toml: space.skip must be a list of strings, but got 'conv1'."),

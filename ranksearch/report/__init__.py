@@ -14,9 +14,9 @@ __all__ = ["write_report"]
 def write_report(record: StudyRecord, folder: Path) -> Path:
     """Write the study's report into `folder` and return the path of its page, `report.html`.
 
-    Beside the page stand `report.md`, `front.csv`, `front.json`, `front.png` and `trials.csv`, each replaced as a
-    whole. A study at any stage has a report: before its first trial, before its finalists, after its end. Equal records
-    give equal bytes.
+    Beside the page stand `report.md`, `front.csv`, `front.json`, `trials.csv` and `front.png`, or one more picture where there
+    are two costs, each replaced as a whole. A study at any stage has a report: before its first trial, before its finalists,
+    after its end. Equal records give equal bytes.
 
     Raises:
         OSError: the folder cannot be written to.
@@ -26,7 +26,7 @@ def write_report(record: StudyRecord, folder: Path) -> Path:
         "front.json": tables.front_json(record),
         "front.csv": tables.front_csv(record),
         "trials.csv": tables.trials_csv(record),
-        "front.png": _picture(record),
+        **{name: _picture(record, cost) for name, cost in summary.pictures(record).items()},
         "report.md": markdown.markdown(record),
         "report.html": page.html(record),
     }
@@ -35,10 +35,10 @@ def write_report(record: StudyRecord, folder: Path) -> Path:
     return folder / "report.html"
 
 
-def _picture(record: StudyRecord) -> bytes:
-    """The front's chart with a heading that says what the page would say around it."""
-    window, facts = points.window(record), record.facts
-    title = f"{facts.name}: {facts.score_name} against compression ratio"
+def _picture(record: StudyRecord, cost: str) -> bytes:
+    """The front's chart against one cost with a heading that says what the page would say around it."""
+    window, facts = points.window(record, cost), record.facts
+    title = f"{facts.name}: {facts.score_name} against {text.COSTS[cost]}"
     below = f"; {text.counted(window.below, 'trial')} below {text.score(window.low, facts.score_name)} not shown"
     subtitle = summary.effort(record) + (below if window.below else "")
-    return charts.png(charts.front_chart(record), title=title, subtitle=subtitle)
+    return charts.png(charts.front_chart(record, cost), title=title, subtitle=subtitle)

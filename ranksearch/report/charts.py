@@ -44,22 +44,26 @@ class Drawing:
     rows: Mapping[str, Sequence[Mapping[str, Any]]]
 
 
-def front_chart(record: StudyRecord) -> Drawing:
-    """Validation score against compression ratio on a logarithmic axis: trials, front, test scores, the dense model."""
-    window = points.window(record)
+def front_chart(record: StudyRecord, cost: str = "params") -> Drawing:
+    """Validation score against the ratio in one cost on a logarithmic axis: trials, front, test scores, the dense model."""
+    window = points.window(record, cost)
     dense = record.facts.dense.score_validation
-    least_score, least_ratio = points.limit_lines(record)
+    least_score, least_ratio = points.limit_lines(record, cost)
     rows = {
-        "points": [row for row in points.front_points(record) if row["score"] >= window.low],
-        "labels": [row for row in points.front_labels(record) if row["score"] >= window.low],
-        "front": points.front_line(record),
-        "search": points.search_line(record),
-        "baseline": points.baseline_line(record),
+        "points": [row for row in points.front_points(record, cost) if row["score"] >= window.low],
+        "labels": [row for row in points.front_labels(record, cost) if row["score"] >= window.low],
+        "front": points.front_line(record, cost),
+        "search": points.search_line(record, cost),
+        "baseline": points.baseline_line(record, cost),
         "near": [{"score": dense, "low": dense - figures.NEAR}],
         "least score": least_score,
         "least ratio": least_ratio,
     }
-    x = alt.X("ratio:Q", scale=alt.Scale(type="log", domain=window.ratios, nice=False), axis=_ratio_axis(window.ratios))
+    x = alt.X(
+        "ratio:Q",
+        scale=alt.Scale(type="log", domain=window.ratios, nice=False),
+        axis=_ratio_axis(window.ratios, text.COSTS[cost]),
+    )
     y = _score_y(record, (window.low, window.high))
     line: dict[str, Any] = {"interpolate": "step-before", "clip": True}
     layers = [
@@ -158,12 +162,12 @@ def _tooltip(record: StudyRecord) -> list[alt.Tooltip]:
     return [alt.Tooltip(f"{field}:N", title=title) for field, title in titles.items()]
 
 
-def _ratio_axis(ratios: tuple[float, float]) -> alt.Axis:
+def _ratio_axis(ratios: tuple[float, float], title: str) -> alt.Axis:
     """Ticks at 1, 2, 5, 10 and so on: Vega's own choice for a logarithmic axis labels every 2, 3, 4, 5."""
     decades = range(math.floor(math.log10(ratios[0])), math.ceil(math.log10(ratios[1])) + 1)
     ticks = [step * 10.0**decade for decade in decades for step in (1, 2, 5)]
     inside = [tick for tick in ticks if ratios[0] <= tick <= ratios[1]]
-    return alt.Axis(values=inside, title="compression ratio", labelExpr="format(datum.value, ',~g') + 'x'", grid=False)
+    return alt.Axis(values=inside, title=title, labelExpr="format(datum.value, ',~g') + 'x'", grid=False)
 
 
 def _score_y(record: StudyRecord, domain: tuple[float, float]) -> alt.Y:

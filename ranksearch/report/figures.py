@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ranksearch import pareto
+from ranksearch.objectives import BY_RATIO, Objectives
 from ranksearch.record import DenseFacts, Outcome, Rung, StudyRecord, TrialRecord
 
 NEAR = 0.01
@@ -69,32 +70,34 @@ def epochs_of(trial: TrialRecord) -> float:
     return max((rung.epochs for rung in curve_of(trial)), default=0)
 
 
-def near_dense(front: Sequence[TrialRecord], dense: DenseFacts) -> TrialRecord | None:
+def near_dense(front: Sequence[TrialRecord], dense: DenseFacts, objectives: Objectives = BY_RATIO) -> TrialRecord | None:
     """The front's smallest model whose validation score is at most `NEAR` below the dense one, if there is one."""
     floor = dense.score_validation - NEAR - _ROUNDING
     close = [trial for trial in front if trial.score_validation is not None and trial.score_validation >= floor]
-    return max(close, key=lambda trial: trial.ratio, default=None)
+    return max(close, key=objectives.ratio, default=None)
 
 
-def knee(front: Sequence[TrialRecord]) -> TrialRecord | None:
-    """The front's elbow in (validation score, logarithm of the ratio), as the chart shows it, if there is a front."""
+def knee(front: Sequence[TrialRecord], objectives: Objectives = BY_RATIO) -> TrialRecord | None:
+    """The front's elbow in validation score and logarithm of the ratio, as the chart shows it, if there is a front."""
     if not front:
         return None
-    return front[pareto.knee([_objectives(trial.score_validation, trial.ratio) for trial in front])]
+    return front[pareto.knee([_point(trial.score_validation, trial, objectives) for trial in front])]
 
 
 def hypervolumes(record: StudyRecord) -> list[tuple[TrialRecord, float]]:
     """Each trial with the hypervolume of the search's front once it was told.
 
-    In (validation score, log10 of the ratio), above (dense score - `REACH`, log10 1): half the area of a chart is half
-    the value. Only scores of the search count: longer fine-tuning of finalists would be a jump at the end.
+    In validation score and log10 of the ratio, of each where there are two, above the dense score - `REACH` and 1x: half the
+    area of a chart is half the value. Only scores of the search count: longer fine-tuning of finalists would be a jump at the
+    end.
     """
-    reference = (record.facts.dense.score_validation - REACH, 0.0)
-    best: list[tuple[float, float]] = []
+    objectives = record.facts.objectives
+    reference = (record.facts.dense.score_validation - REACH, *objectives.reference)
+    best: list[tuple[float, ...]] = []
     result = []
     for trial in trained(record.trials):
         if scored([trial]):
-            best.append(_objectives(trial.score, trial.ratio))
+            best.append(_point(trial.score, trial, objectives))
             best = [best[i] for i in pareto.front(best)]
         result.append((trial, pareto.hypervolume(best, reference)))
     return result
@@ -161,5 +164,5 @@ def _correlations(pairs: dict[float, list[tuple[float, float]]]) -> list[Correla
     return [entry for entry in found if math.isfinite(entry.value)]
 
 
-def _objectives(score: float | None, ratio: float) -> tuple[float, float]:
-    return (math.nan if score is None else score, math.log10(ratio))
+def _point(score: float | None, trial: TrialRecord, objectives: Objectives) -> tuple[float, ...]:
+    return objectives.point(math.nan if score is None else score, trial)

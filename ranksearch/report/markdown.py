@@ -17,7 +17,7 @@ def markdown(record: StudyRecord) -> str:
     """The report as GitHub-flavoured Markdown."""
     facts = record.facts
     parts = [
-        f"# {_escape(facts.name)}: {_escape(facts.score_name)} against compression ratio",
+        f"# {_escape(facts.name)}: {_escape(facts.score_name)} against {summary.against(record)}",
         _escape(summary.headline(record)),
         *map(_escape, record.notes),
         _escape(f"{facts.data} {summary.effort(record)}; seed {facts.seed}."),

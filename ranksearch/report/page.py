@@ -52,6 +52,10 @@ def _context(record: StudyRecord) -> dict[str, Any]:
         "trials": text.counted(len(figures.trained(record.trials)), "trial"),
         "below": points.window(record).below,
         "floor": text.score(points.window(record).low, name),
+        "against": summary.against(record),
+        "costs": record.facts.objectives.minimize,
+        "pictures": {name: _element(name) for name in summary.pictures(record)},
+        "logs": ", ".join(f"log10 of the {text.COSTS[cost]}" for cost in facts.objectives.minimize),
         "near": text.margin(figures.NEAR, name),
         "reach": text.margin(figures.REACH, name),
         "unit": "points" if text.is_percent(name) else name,
@@ -67,7 +71,7 @@ def _context(record: StudyRecord) -> dict[str, Any]:
 
 def _charts(record: StudyRecord) -> dict[str, Any]:
     """The charts that have something to show, by the id of the element they go into."""
-    found = {"chart-front": charts.front_chart(record)}
+    found = {_element(name): charts.front_chart(record, cost) for name, cost in summary.pictures(record).items()}
     if figures.scored(record.trials):
         found["chart-hypervolume"] = charts.hypervolume_chart(record)
     if points.curve_points(record):
@@ -75,10 +79,16 @@ def _charts(record: StudyRecord) -> dict[str, Any]:
     return {name: charts.page_spec(chart) for name, chart in found.items()}
 
 
+def _element(picture: str) -> str:
+    """The id of the element that holds the chart of a picture."""
+    return f"chart-{Path(picture).stem}"
+
+
 def _cards(record: StudyRecord) -> list[dict[str, str]]:
     """The key figures at the top: title, the figure, and the line below it."""
     facts, name = record.facts, record.facts.score_name
-    best, elbow = figures.near_dense(record.shown, facts.dense), figures.knee(record.shown)
+    best = figures.near_dense(record.shown, facts.dense, facts.objectives)
+    elbow = figures.knee(record.shown, facts.objectives)
     dense = f"{text.whole(facts.dense.params)} parameters, {text.score(facts.dense.score_test, name)} on test"
     finalists, stopped = len(figures.finalists(record)), len(figures.stopped(record.trials))
     trials = len(figures.trained(record.trials))
@@ -98,8 +108,9 @@ def _trial_card(record: StudyRecord, title: str, trial: TrialRecord | None) -> d
         return {"title": title, "figure": text.NOTHING, "line": "no model yet"}
     name = record.facts.score_name
     test = f", {text.score(trial.finalist.score_test, name)} on test" if trial.finalist else ""
-    line = f"smaller, trial {trial.number}: {text.score(trial.score_validation, name)} on validation{test}"
-    return {"title": title, "figure": text.ratio(trial.ratio), "line": _together(line)}
+    figure, *smaller = summary.smaller(record, trial)
+    line = f"{' and '.join(smaller)}, trial {trial.number}: {text.score(trial.score_validation, name)} on validation{test}"
+    return {"title": title, "figure": figure, "line": _together(line)}
 
 
 def _together(words: str) -> str:

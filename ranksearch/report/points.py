@@ -25,12 +25,12 @@ class Window:
     below: int
 
 
-def window(record: StudyRecord) -> Window:
+def window(record: StudyRecord, cost: str = "params") -> Window:
     """The readable part: scores from `REACH` below the dense one upwards, deeper only if the whole front lies there.
 
     One trial at chance level would otherwise squash the differences that matter into a few pixels.
     """
-    rows = front_points(record)
+    rows = front_points(record, cost)
     scores = [row["score"] for row in rows]
     best = max((trial.score_validation or 0.0 for trial in record.shown), default=record.facts.dense.score_validation)
     floor = min(record.facts.dense.score_validation, best) - figures.REACH
@@ -42,52 +42,63 @@ def window(record: StudyRecord) -> Window:
     return Window(low, max(scores) + pad, (min(ratios) * 0.92, max(max(ratios) * 1.12, 2.0)), len(below))
 
 
-def front_points(record: StudyRecord) -> list[dict[str, Any]]:
-    """Every mark of the front's chart, drawn in this order: the later stands on top."""
+def front_points(record: StudyRecord, cost: str = "params") -> list[dict[str, Any]]:
+    """Every mark of the front's chart against one cost, drawn in this order: the later stands on top."""
     front = {trial.number for trial in record.shown}
     finalists, trials = figures.finalists(record), figures.trained(record.trials)
-    rows = [_point(record, t, t.score, kind=_kind(t)) for t in trials if t.curve and t.score is not None]
+    rows = [_point(record, t, t.score, cost, kind=_kind(t)) for t in trials if t.curve and t.score is not None]
     rows.sort(key=lambda row: row["kind"] in (VBMF, PREDICTED))
     for trial in finalists or record.shown:
         kind = FRONT if trial.number in front else FINALIST
-        rows.append(_point(record, trial, trial.score_validation, kind=kind))
-    rows += [_point(record, t, t.finalist.score_test, kind=TEST) for t in finalists if t.finalist]
+        rows.append(_point(record, trial, trial.score_validation, cost, kind=kind))
+    rows += [_point(record, t, t.finalist.score_test, cost, kind=TEST) for t in finalists if t.finalist]
     return [row for row in rows if row["score"] is not None] + [_dense_point(record)]
 
 
-def front_line(record: StudyRecord) -> list[dict[str, Any]]:
-    """The front as a line."""
-    return [{"ratio": trial.ratio, "score": trial.score_validation} for trial in record.shown]
+def front_line(record: StudyRecord, cost: str = "params") -> list[dict[str, Any]]:
+    """The front as a line; of a front in two costs what no other model beats in this one."""
+    best = front_of(record.shown, objectives=record.facts.objectives.only(cost))
+    return [{"ratio": ratio(record, trial, cost), "score": trial.score_validation} for trial in best]
 
 
-def front_labels(record: StudyRecord) -> list[dict[str, Any]]:
+def front_labels(record: StudyRecord, cost: str = "params") -> list[dict[str, Any]]:
     """The two points of the front that the report names: the knee, and the smallest model near the dense one."""
-    elbow, near = figures.knee(record.shown), figures.near_dense(record.shown, record.facts.dense)
-    labels = {trial.number: (trial, text.ratio(trial.ratio)) for trial in (near,) if trial}
-    labels |= {trial.number: (trial, f"{text.ratio(trial.ratio)}, knee") for trial in (elbow,) if trial}
-    return [{"ratio": t.ratio, "score": t.score_validation, "text": label} for t, label in labels.values()]
+    facts = record.facts
+    elbow, near = figures.knee(record.shown, facts.objectives), figures.near_dense(record.shown, facts.dense, facts.objectives)
+    labels = {trial.number: (trial, "") for trial in (near,) if trial}
+    labels |= {trial.number: (trial, ", knee") for trial in (elbow,) if trial}
+    ratios = [(trial, ratio(record, trial, cost), label) for trial, label in labels.values()]
+    return [{"ratio": x, "score": t.score_validation, "text": f"{text.ratio(x)}{label}"} for t, x, label in ratios]
 
 
-def limit_lines(record: StudyRecord) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def limit_lines(record: StudyRecord, cost: str = "params") -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The least score and the least ratio that the study asks for, where the chart shows them; a size is a ratio too."""
-    limits, shown = record.facts.limits, window(record)
-    ratios = [limits.min_ratio or 0.0, record.facts.dense.params / limits.max_params if limits.max_params else 0.0]
+    limits, dense, shown = record.facts.limits, record.facts.dense, window(record, cost)
+    ratios = {
+        "params": [limits.min_ratio or 0.0, dense.params / limits.max_params if limits.max_params else 0.0],
+        "macs": [dense.macs / limits.max_macs if limits.max_macs else 0.0],
+    }[cost]
     scores = [limits.min_score] if limits.min_score is not None and shown.low <= limits.min_score <= shown.high else []
     inside = [max(ratios)] if shown.ratios[0] <= max(ratios) <= shown.ratios[1] else []
     return [{"score": score} for score in scores], [{"ratio": ratio} for ratio in inside]
 
 
-def search_line(record: StudyRecord) -> list[dict[str, Any]]:
+def search_line(record: StudyRecord, cost: str = "params") -> list[dict[str, Any]]:
     """The front by the search's own scores; empty while it is the front itself, before there are finalists."""
     if not figures.finalists(record):
         return []
     searched = [replace(trial, finalist=None) for trial in record.trials]
-    return [{"ratio": trial.ratio, "score": trial.score} for trial in front_of(searched)]
+    return _searched(record, searched, cost)
 
 
-def baseline_line(record: StudyRecord) -> list[dict[str, Any]]:
+def baseline_line(record: StudyRecord, cost: str = "params") -> list[dict[str, Any]]:
     """The front of the predicted frontier's plans alone, by the search's scores: what the rest of the search adds to."""
-    return [{"ratio": trial.ratio, "score": trial.score} for trial in front_of(figures.baseline(record))]
+    return _searched(record, figures.baseline(record), cost)
+
+
+def ratio(record: StudyRecord, trial: TrialRecord, cost: str) -> float:
+    """How many times smaller than the dense model a trial is in one cost."""
+    return record.facts.objectives.only(cost).ratio(trial)
 
 
 def hypervolume_points(record: StudyRecord) -> list[dict[str, Any]]:
@@ -131,6 +142,12 @@ def plan_lines(plan: Plan) -> str:
     return "\n".join(f"{name}: {value}" for name, value in plan) or "dense"
 
 
+def _searched(record: StudyRecord, trials: Sequence[TrialRecord], cost: str) -> list[dict[str, Any]]:
+    """The front of some trials against one cost, by the search's scores."""
+    found = front_of(trials, objectives=record.facts.objectives.only(cost))
+    return [{"ratio": ratio(record, trial, cost), "score": trial.score} for trial in found]
+
+
 def _kind(trial: TrialRecord) -> str:
     if trial.outcome is not Outcome.DONE:
         return STOPPED
@@ -141,11 +158,11 @@ def _kind(trial: TrialRecord) -> str:
     return TRIAL
 
 
-def _point(record: StudyRecord, trial: TrialRecord, score: float | None, *, kind: str) -> dict[str, Any]:
+def _point(record: StudyRecord, trial: TrialRecord, score: float | None, cost: str, *, kind: str) -> dict[str, Any]:
     name = record.facts.score_name
     return {
         "kind": kind,
-        "ratio": trial.ratio,
+        "ratio": ratio(record, trial, cost),
         "score": figures.known(score),
         "trial": str(trial.number),
         "origin": trial.origin,

@@ -39,23 +39,46 @@ def headline(record: StudyRecord) -> str:
     near = text.margin(figures.NEAR, name)
     if not record.shown:
         return "No trial has finished yet."
-    best = figures.near_dense(record.shown, facts.dense)
+    best = figures.near_dense(record.shown, facts.dense, facts.objectives)
     if best is None:
         top = max(trial.score_validation or 0.0 for trial in record.shown)
         return (
             f"No model is within {near} of the dense net yet: the best of the front reaches {text.score(top, name)} "
             f"{name} on validation, the dense net {text.score(facts.dense.score_validation, name)}."
         )
-    return (
-        f"The smallest model within {near} of the dense net is trial {best.number}: {text.ratio(best.ratio)} smaller "
-        f"({text.whole(best.params)} parameters instead of {text.whole(facts.dense.params)}), {_scores(record, best)}."
-    )
+    sizes = {
+        "params": f"({text.whole(best.params)} parameters instead of {text.whole(facts.dense.params)})",
+        "macs": f"({text.whole(best.macs)} instead of {text.whole(facts.dense.macs)})",
+    }
+    first, *words = smaller(record, best)
+    words[0] = f"{first} {words[0]}"
+    size = " and ".join(f"{word} {sizes[cost]}" for word, cost in zip(words, facts.objectives.minimize, strict=True))
+    return f"The smallest model within {near} of the dense net is trial {best.number}: {size}, {_scores(record, best)}."
+
+
+def smaller(record: StudyRecord, trial: TrialRecord) -> list[str]:
+    """How much smaller a trial is: `25.5x`, `smaller`, and `12.0x fewer MACs` where they are minimised as well."""
+    kinds, objectives = {"params": "smaller", "macs": "fewer MACs"}, record.facts.objectives
+    (first, words), *more = [(text.ratio(objectives.only(cost).ratio(trial)), kinds[cost]) for cost in objectives.minimize]
+    return [first, words, *(f"{figure} {kind}" for figure, kind in more)]
+
+
+def against(record: StudyRecord) -> str:
+    """What the front sets against the score: `compression ratio`."""
+    return " and ".join(text.COSTS[cost] for cost in record.facts.objectives.minimize)
+
+
+def pictures(record: StudyRecord) -> dict[str, str]:
+    """The files that show the front, each against a cost: `front.png`, and one more where there are two costs."""
+    first, *more = record.facts.objectives.minimize
+    return {"front.png": first} | {f"front-{cost}.png": cost for cost in more}
 
 
 def front_lines(record: StudyRecord) -> list[FrontLine]:
     """The front by rising compression ratio."""
     shown = record.shown
-    elbow, near = figures.knee(shown), figures.near_dense(shown, record.facts.dense)
+    facts = record.facts
+    elbow, near = figures.knee(shown, facts.objectives), figures.near_dense(shown, facts.dense, facts.objectives)
     return [_line(record, trial, knee=trial is elbow, near=trial is near) for trial in shown]
 
 

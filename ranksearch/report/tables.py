@@ -31,6 +31,7 @@ def front_json(record: StudyRecord) -> str:
         "name": facts.name,
         "front": front_rows(record),
         "dense": dense_row(record),
+        "minimize": list(facts.objectives.minimize),
         "limits": dataclasses.asdict(facts.limits),
         "versions": dict(facts.versions),
         "seed": facts.seed,
@@ -58,7 +59,7 @@ def front_rows(record: StudyRecord) -> list[dict[str, Any]]:
 
     Where no model keeps the limits, they are of the front without them and say so.
     """
-    elbow, within = figures.knee(record.shown), bool(record.front)
+    elbow, within = figures.knee(record.shown, record.facts.objectives), bool(record.front)
     return [_front_row(trial) | {"knee": trial == elbow, "within_limits": within} for trial in record.shown]
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from ranksearch import pareto
 from ranksearch.limits import UNLIMITED, Limits
+from ranksearch.objectives import BY_RATIO, Objectives
 from ranksearch.record import Outcome, TrialRecord
 
 WORTH = 0.15
@@ -14,7 +14,11 @@ WORTH = 0.15
 
 
 def choose_finalists(
-    trials: Sequence[TrialRecord], dense_score: float, count: int, limits: Limits = UNLIMITED
+    trials: Sequence[TrialRecord],
+    dense_score: float,
+    count: int,
+    limits: Limits = UNLIMITED,
+    objectives: Objectives = BY_RATIO,
 ) -> list[TrialRecord]:
     """At most `count` trials of different plans: the front, filled up with the fronts behind it, by rising ratio.
 
@@ -30,9 +34,9 @@ def choose_finalists(
     worth = [trial for trial in done if trial.score is not None and trial.score >= min(floor, dense_score - WORTH)] or done
     # By the score of the search: that of a finalist would change the choice once it is known.
     excess = {trial.number: limits.excess(trial, trial.score) for trial in worth}
-    chosen = _fronts([trial for trial in worth if not excess[trial.number]], count, floor)
+    chosen = _fronts([trial for trial in worth if not excess[trial.number]], count, floor, objectives)
     outside = sorted((trial for trial in worth if excess[trial.number]), key=lambda trial: excess[trial.number])
-    return sorted([*chosen, *outside[: count - len(chosen)]], key=lambda trial: trial.ratio)
+    return sorted([*chosen, *outside[: count - len(chosen)]], key=objectives.ratio)
 
 
 def floor_of(dense_score: float, limits: Limits) -> float:
@@ -40,20 +44,21 @@ def floor_of(dense_score: float, limits: Limits) -> float:
     return dense_score - WORTH if limits.min_score is None else limits.min_score
 
 
-def _fronts(pool: Sequence[TrialRecord], count: int, floor: float) -> list[TrialRecord]:
-    points = [(trial.score or 0.0, math.log10(trial.ratio)) for trial in pool]
+def _fronts(pool: Sequence[TrialRecord], count: int, floor: float, objectives: Objectives) -> list[TrialRecord]:
+    points = [objectives.point(trial.score or 0.0, trial) for trial in pool]
+    reference = (floor, *objectives.reference)
     ranks, chosen = pareto.ranks(points), list[int]()
     for rank in range(len(pool)):
         layer = [i for i in range(len(pool)) if ranks[i] == rank]
-        chosen += _spread(layer, points, count - len(chosen), floor)
+        chosen += _spread(layer, points, count - len(chosen), reference)
         if len(chosen) == count:
             break
     return [pool[i] for i in chosen]
 
 
-def _spread(layer: list[int], points: Sequence[tuple[float, float]], count: int, floor: float) -> list[int]:
+def _spread(layer: list[int], points: Sequence[tuple[float, ...]], count: int, reference: tuple[float, ...]) -> list[int]:
     kept = list(layer)
     while len(kept) > count:
         rest = {i: [points[j] for j in kept if j != i] for i in kept}
-        kept.remove(max(kept, key=lambda i: pareto.hypervolume(rest[i], (floor, 0.0))))
+        kept.remove(max(kept, key=lambda i: pareto.hypervolume(rest[i], reference)))
     return kept

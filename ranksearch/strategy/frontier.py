@@ -11,36 +11,36 @@ from ranksearch.plan import Dense, Factorization, Plan
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to store one layer: its parameters, and how much the loss is predicted to rise by it alone."""
+    """One way to store one layer: its cost, such as its parameters, and how much the loss is predicted to rise by it alone."""
 
     value: Factorization
-    params: int
+    cost: float
     rise: float
 
 
 @dataclass(frozen=True)
 class Corner:
-    """A plan of the frontier: the parameters it saves, and the predicted rise of the loss."""
+    """A plan of the frontier: the cost it saves, and the predicted rise of the loss."""
 
     plan: Plan
-    saved: int
+    saved: float
     rise: float
 
 
-def frontier(dense: Mapping[str, int], choices: Mapping[str, Sequence[Choice]]) -> list[Corner]:
-    """The plans that some price of a parameter makes cheapest, by rising savings; the dense plan is the first.
+def frontier(dense: Mapping[str, float], choices: Mapping[str, Sequence[Choice]]) -> list[Corner]:
+    """The plans that some price of the cost makes cheapest, by rising savings; the dense plan is the first.
 
-    A multiplier is the price of a parameter in units of the loss. At each price every layer takes its cheapest choice by
+    A multiplier is the price of the cost in units of the loss. At each price every layer takes its cheapest choice by
     itself, since the rises of single layers are taken to add up (Shoham and Gersho 1988; for ranks: Kim et al. 2019,
     "Efficient neural network compression"). As the price rises a layer walks along the lower convex hull of its choices,
-    so the frontier is the merger of all layers' hulls, edge by edge, the least rise for a parameter first.
+    so the frontier is the merger of all layers' hulls, edge by edge, the least rise for what is saved first.
 
     Args:
-        dense: parameters of each layer as it is; storing it so is always a choice.
-        choices: by layer, the ways to store it that save parameters. A negative rise counts as none.
+        dense: the cost of each layer as it is; storing it so is always a choice.
+        choices: by layer, the ways to store it; those that save nothing are none. A negative rise counts as none.
     """
     layers: dict[str, Factorization] = {}
-    saved, rise = 0, 0.0
+    saved, rise = 0.0, 0.0
     corners = [Corner(Plan(), 0, 0.0)]
     for edge in edges(dense, choices):
         layers[edge.layer] = edge.value
@@ -49,29 +49,29 @@ def frontier(dense: Mapping[str, int], choices: Mapping[str, Sequence[Choice]]) 
     return corners
 
 
-def edges(dense: Mapping[str, int], choices: Mapping[str, Sequence[Choice]]) -> list[Edge]:
+def edges(dense: Mapping[str, float], choices: Mapping[str, Sequence[Choice]]) -> list[Edge]:
     """The steps of the frontier from corner to corner: the edges of all layers' hulls, by rising slope."""
     # Python's sort is stable and a layer's slopes never fall, so its edges stay in their order.
-    found = [edge for name, params in dense.items() for edge in _hull(name, params, choices.get(name, ()))]
+    found = [edge for name, cost in dense.items() for edge in _hull(name, cost, choices.get(name, ()))]
     return sorted(found, key=lambda edge: edge.slope)
 
 
 @dataclass(frozen=True)
 class Edge:
-    """A step along one layer's hull: to `value`, saving so much more for so much more of the loss, `slope` a parameter."""
+    """A step along one layer's hull: to `value`, saving so much more for so much more of the loss, `slope` for each unit."""
 
     layer: str
     value: Factorization
-    saved: int
+    saved: float
     rise: float
     slope: float
 
 
-def _hull(layer: str, dense: int, choices: Sequence[Choice]) -> Iterator[Edge]:
+def _hull(layer: str, dense: float, choices: Sequence[Choice]) -> Iterator[Edge]:
     """The edges of the lower convex hull of (saved, rise), from the dense layer on."""
-    points: list[tuple[int, float, Factorization]] = [(0, 0.0, Dense())]
-    for choice in sorted(choices, key=lambda c: (-c.params, c.rise)):
-        point = (dense - choice.params, max(0.0, choice.rise), choice.value)
+    points: list[tuple[float, float, Factorization]] = [(0, 0.0, Dense())]
+    for choice in sorted(choices, key=lambda c: (-c.cost, c.rise)):
+        point = (dense - choice.cost, max(0.0, choice.rise), choice.value)
         if point[0] <= points[-1][0]:
             continue  # as large as the one before, which rises less
         while len(points) > 1 and _bends_up(points[-2], points[-1], point):
@@ -85,6 +85,8 @@ def _hull(layer: str, dense: int, choices: Sequence[Choice]) -> Iterator[Edge]:
         yield Edge(layer, after[2], saved, rise, slope)
 
 
-def _bends_up(first: tuple[int, float, object], middle: tuple[int, float, object], last: tuple[int, float, object]) -> bool:
+def _bends_up(
+    first: tuple[float, float, object], middle: tuple[float, float, object], last: tuple[float, float, object]
+) -> bool:
     """Whether the middle point lies on or above the line between the others."""
     return (middle[1] - first[1]) * (last[0] - first[0]) >= (last[1] - first[1]) * (middle[0] - first[0])

@@ -42,7 +42,7 @@ def goes_on(rung: Rung, ratio: float, peers: Sequence[tuple[float, float]]) -> b
 
     Args:
         rung: the rung just reached.
-        ratio: the trial's compression ratio.
+        ratio: how many times smaller than the dense model the trial is, over all costs that the study minimises.
         peers: (score, ratio) of the other trials that reached the same rung, in any order.
     """
     near = [(score, math.log10(other)) for score, other in peers if max(ratio / other, other / ratio) <= SIMILAR]

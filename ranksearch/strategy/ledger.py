@@ -6,7 +6,6 @@ left behind is told FAIL and queued again under its old index, so that what foll
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,6 +15,7 @@ from optuna.trial import TrialState
 
 from ranksearch.layers import Inventory
 from ranksearch.limits import UNLIMITED, Limits
+from ranksearch.objectives import BY_RATIO, Objectives
 from ranksearch.plan import Plan
 from ranksearch.record import (
     GIVE_UP,
@@ -53,6 +53,7 @@ class Ledger:
         knowledge: Knowledge | None = None,
         halve_below: int = 0,
         limits: Limits = UNLIMITED,
+        objectives: Objectives = BY_RATIO,
         on_untrained: Callable[[TrialRecord], None] = lambda record: None,
     ) -> None:
         """`floor` is the score below which a trial is not worth taking home; samplers then look elsewhere. `knowledge` is
@@ -60,6 +61,7 @@ class Ledger:
 
         Trials may be stopped at rungs of fewer epochs than `halve_below`; 0 lets all run to their end. Plans over the
         `limits` in size, and plans that are known already, are answered without a job; `on_untrained` is told of each.
+        Optuna is told the score and the ratios of the `objectives`.
         """
         self.study = study
         self._space, self._inventory, self._firsts = space, inventory, firsts
@@ -72,7 +74,7 @@ class Ledger:
         self._next = 1 + max((place[0] for trial in trials if (place := read_asked(trial))), default=-1)
         """The index of the next trial that is not one queued again."""
         self._halve_below = halve_below
-        self._limits, self._on_untrained = limits, on_untrained
+        self._limits, self._objectives, self._on_untrained = limits, objectives, on_untrained
         self._running: dict[int, optuna.Trial] = {}
         self._reached: dict[int, list[tuple[Rung, float]]] = {}
         self._twins: list[tuple[int, optuna.Trial]] = []
@@ -110,7 +112,7 @@ class Ledger:
 
     def goes_on(self, job: Job, rung: Rung) -> bool:
         """Whether a running trial goes on after a rung, judged against all others that got there."""
-        ratio = size_of(job.plan, self._inventory).ratio
+        ratio = self._objectives.ratio(size_of(job.plan, self._inventory))
         self._reached.setdefault(job.key, []).append((rung, ratio))
         place = read_asked(self._running[job.key])
         assert place is not None, "a job's trial was asked for"
@@ -162,7 +164,8 @@ class Ledger:
 
     def _peers(self, key: int, epochs: float) -> list[tuple[float, float]]:
         """(score, ratio) of every other trial, finished or running, that reached the rung of so many epochs."""
-        points = [(rung, record.ratio) for record in self.records() if record.same_as is None for rung in record.curve]
+        own = [record for record in self.records() if record.same_as is None]
+        points = [(rung, self._objectives.ratio(record)) for record in own for rung in record.curve]
         points += [point for other, reached in self._reached.items() if other != key for point in reached]
         return [(rung.score, ratio) for rung, ratio in points if rung.epochs == epochs]
 
@@ -218,7 +221,7 @@ class Ledger:
             trial.set_constraint("worth taking home", self._floor - record.score)
         if excess := self._limits.excess(record):
             trial.set_constraint("within the limits", excess)
-        values = (record.score, math.log10(record.ratio)) if record.score is not None else None
+        values = self._objectives.point(record.score, record) if record.score is not None else None
         self.study.tell(trial, values if record.outcome is Outcome.DONE else None, state=record.outcome.state)
         self._records[record.number] = record
         return record

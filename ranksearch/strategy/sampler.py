@@ -76,10 +76,11 @@ class Knowledge:
         dense_loss: float | None,
         dense_score: float,
         limits: Limits = UNLIMITED,
+        minimize: Sequence[str] = ("params",),
     ) -> Knowledge:
         """What profile, probes and VBMF tell; without the dense model's loss there is nothing to set probes against."""
         choices = predicted_choices(layers, probes if dense_loss is not None else (), dense_loss or 0.0)
-        table = Table(inventory, {axis.layer.name: choices[axis.layer.name] for axis in space.axes})
+        table = Table(inventory, {axis.layer.name: choices[axis.layer.name] for axis in space.axes}, minimize)
         floor = dense_score - WORTHLESS if limits.min_score is None else limits.min_score
         suggested = [plan for _, plan in vbmf_plans(space, layers.vbmf, WEAKENINGS)]
         return cls(space, table, dense_score, floor, limits, suggested)
@@ -87,8 +88,8 @@ class Knowledge:
     def fits(self, plans: Rows) -> NDArray[np.bool_]:
         """Which plans are within the limits of size."""
         params, macs = self.table.sizes(plans)
-        ratios = 10 ** self.table.log_ratios(plans)
-        sizes = (Size(int(p), int(m), float(r)) for p, m, r in zip(params, macs, ratios, strict=True))
+        whole = float(self.table.params_of_dense)
+        sizes = (Size(int(p), int(m), whole / float(p)) for p, m in zip(params, macs, strict=True))
         return np.array([not self.limits.excess(size) for size in sizes], dtype=bool)
 
     def row(self, trial: FrozenTrial) -> tuple[int, ...]:
@@ -147,7 +148,7 @@ class RankSampler(BaseSampler):
         # A trial that is just being asked for has no parameters yet.
         trials = [t for t in study.get_trials(deepcopy=False, states=ANSWERED) if search_space.keys() <= t.params.keys()]
         done = [t for t in trials if t.state is TrialState.COMPLETE]
-        points = np.array([t.values for t in done]).reshape(-1, 2)
+        points = np.array([t.values for t in done]).reshape(-1, 1 + len(table.minimize))
         tried, running = self._rows(done), self._rows([t for t in trials if t.state is TrialState.RUNNING])
         # Where nothing is known yet, layers' rises are as doubtful as before any trial.
         weights = self._rng.lognormal(0.0, DOUBT, (RESOLVED, len(table.layers)))
@@ -166,7 +167,7 @@ class RankSampler(BaseSampler):
         if len(running):
             # Running trials count as done, with the scores that are expected of them, so that proposals spread.
             expected = surrogate.top - np.exp(surrogate.expect(running)[0])
-            points = np.concatenate([points, np.stack([expected, table.log_ratios(running)], axis=1)])
+            points = np.concatenate([points, np.column_stack([expected, table.log_ratios(running)])])
         mean, std = surrogate.expect(plans)
         gains = expected_gains(mean, std, table.log_ratios(plans), points, top=surrogate.top, floor=floor)
         return self._known.space.params(table.plan(plans[int(np.argmax(gains))]))
@@ -183,7 +184,7 @@ class RankSampler(BaseSampler):
     def _plans(self, tried: Rows, points: Values, weights: Values, seen: set[tuple[int, ...]]) -> Rows:
         """The plans to choose from, each once, but for those that were asked for before and the dense one."""
         table = self._known.table
-        parts = [_evenly(table.frontier(guess), CORNERS) for guess in weights]
+        parts = [_evenly(table.frontier(guess, at), CORNERS) for at, guess in enumerate(weights)]
         parts.append(self._known.suggested_rows)
         worth = np.flatnonzero(points[:, 0] > self._known.floor)
         if len(worth):
@@ -213,29 +214,43 @@ class RankSampler(BaseSampler):
 def expected_gains(mean: Values, std: Values, log_ratios: Values, points: Values, *, top: float, floor: float) -> Values:
     """The expected gain in hypervolume of each plan (Emmerich et al. 2006), where log(`top` - score) is normal.
 
-    Between two log ratios of the front, a plan that is at least as small gains by how far its score lies above the best
-    that was found there. Its expectation for a lognormal drop is the price of a put option (Black and Scholes 1973).
+    Between two scores of the front, a plan gains what it spans in the costs beyond the trials that score higher, times how far
+    its score reaches in between. The expectation of that for a lognormal drop is the price of a put option (Black and Scholes
+    1973), once for each of the two scores.
 
     Args:
         mean: (plans,) of log(top - score).
         std: (plans,) of the same, above 0.
-        log_ratios: (plans,), known.
-        points: (trials, 2) score and log ratio.
+        log_ratios: (plans, costs), known: one cost or two.
+        points: (trials, 1 + costs) score and log ratios.
         top: no score reaches it.
         floor: scores count from here on, and log ratios from 0.
     """
     from scipy.special import ndtr
 
     front = points[pareto.front(points)]
-    edges = np.concatenate([[0.0], np.maximum(front[:, 1], 0.0), [np.inf]])
-    heights = np.concatenate([np.maximum(front[:, 0], floor), [floor]])
-    gains, drop = np.zeros(len(log_ratios)), np.exp(mean + 0.5 * std**2)
-    for low, high, height in zip(edges[:-1], edges[1:], heights, strict=True):
-        if height < top:
-            chance = (np.log(top - height) - mean) / std
-            above = (top - height) * ndtr(chance) - drop * ndtr(chance - std)
-            gains += np.clip(log_ratios - low, 0.0, high - low) * above
+    heights = np.unique([floor, *front[(front[:, 0] > floor) & (front[:, 0] < top), 0]])
+    drop = np.exp(mean + 0.5 * std**2)
+    gains, reached = np.zeros(len(mean)), np.zeros(len(mean))
+    for height in heights[::-1]:
+        chance = (np.log(top - height) - mean) / std
+        above = (top - height) * ndtr(chance) - drop * ndtr(chance - std)
+        gains += (above - reached) * _beyond(log_ratios, front[front[:, 0] > height, 1:])
+        reached = above
     return gains
+
+
+def _beyond(sizes: Values, taken: Values) -> Values:
+    """What each box from 0 to `sizes` (plans, costs) holds that none of the boxes from 0 to `taken` (n, costs) holds."""
+    if sizes.shape[1] == 1:  # as of two costs, the other of which is alike for all
+        sizes, taken = (np.column_stack([each, np.ones(len(each))]) for each in (sizes, taken))
+    sizes, taken = np.maximum(sizes, 0.0), np.maximum(taken, 0.0)
+    # Seen from above a staircase that falls; here by rising second cost, step by step.
+    covered, before = np.zeros(len(sizes)), 0.0
+    for first, second in taken[pareto.front(taken)]:
+        covered += np.minimum(sizes[:, 0], first) * np.clip(sizes[:, 1] - before, 0.0, second - before)
+        before = second
+    return np.asarray(sizes.prod(axis=1) - covered)
 
 
 def _evenly(rows: Rows, count: int) -> Rows:

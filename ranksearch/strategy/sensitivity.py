@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ranksearch.objectives import PER_PARAMETER, Price
 from ranksearch.plan import Factorization
 from ranksearch.profile import Candidate, LayerProfile, Profile
 from ranksearch.record import Probe
@@ -68,19 +69,23 @@ def values_to_probe(layer: LayerProfile) -> list[Factorization]:
     return list(chosen)
 
 
-def predicted_choices(profile: Profile, probes: Sequence[Probe], dense_loss: float) -> dict[str, list[Choice]]:
-    """Every candidate of every layer, with the rise of the loss that the measured sensitivities predict."""
+def predicted_choices(
+    profile: Profile, probes: Sequence[Probe], dense_loss: float, price: Price = PER_PARAMETER
+) -> dict[str, list[Choice]]:
+    """Every candidate of every layer at a price, with the rise of the loss that the measured sensitivities predict."""
     curves = sensitivities(profile, probes, dense_loss)
     return {
-        name: [Choice(c.value, c.params, curves[name].rise(error_of(c))) for c in layer.candidates()]
+        name: [Choice(c.value, price.of(c), curves[name].rise(error_of(c))) for c in layer.candidates()]
         for name, layer in profile.layers.items()
     }
 
 
-def predicted_frontier(profile: Profile, probes: Sequence[Probe], dense_loss: float) -> list[Corner]:
+def predicted_frontier(
+    profile: Profile, probes: Sequence[Probe], dense_loss: float, price: Price = PER_PARAMETER
+) -> list[Corner]:
     """The frontier under the measured sensitivities: see `ranksearch.strategy.frontier`."""
-    dense = {name: layer.layer.params for name, layer in profile.layers.items()}
-    return frontier(dense, predicted_choices(profile, probes, dense_loss))
+    dense = {name: price.of(layer.layer) for name, layer in profile.layers.items()}
+    return frontier(dense, predicted_choices(profile, probes, dense_loss, price))
 
 
 def sensitivities(profile: Profile, probes: Sequence[Probe], dense_loss: float) -> Mapping[str, Sensitivity]:
@@ -103,20 +108,20 @@ def rescuable(corners: Sequence[Corner]) -> list[Corner]:
     return kept if len(kept) > 1 else list(corners)
 
 
-def spread(corners: Sequence[Corner], params: int, count: int) -> list[Corner]:
-    """`count` corners of a frontier, evenly spaced on the log of the compression ratio, the middle ones first.
+def spread(corners: Sequence[Corner], whole: float, count: int) -> list[Corner]:
+    """`count` corners of a frontier, evenly spaced on the log of how many times they are smaller, the middle ones first.
 
     From the first that is predicted to lose anything to the last: what cannot be trained back is for the search to find.
 
     Args:
         corners: by rising savings.
-        params: of the whole dense model.
+        whole: the cost of the whole dense model.
         count: how many at most.
     """
     pool = [corner for corner in corners if corner.rise > 0] or list(corners[1:])
     if not pool:
         return []
-    ratios = [math.log(params / (params - corner.saved)) for corner in pool]
+    ratios = [math.log(whole / (whole - corner.saved)) for corner in pool]
     wanted = np.linspace(ratios[0], ratios[-1], count)
     nearest = list(dict.fromkeys(int(np.argmin(np.abs(np.array(ratios) - at))) for at in wanted))
     return [pool[nearest[place]] for place in _middle_out(len(nearest))]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ranksearch.factorization import METHODS
 from ranksearch.layers import Inventory
+from ranksearch.objectives import COSTS, Price, prices
 from ranksearch.plan import Dense, Factorization, Plan
 from ranksearch.strategy.frontier import Choice, edges
 
@@ -49,22 +50,31 @@ class Table:
     Args:
         inventory: the model's layers.
         choices: by layer, the ways to store it.
+        minimize: the costs that plans are to be small in.
     """
 
-    def __init__(self, inventory: Inventory, choices: Mapping[str, Sequence[Choice]]) -> None:
+    def __init__(
+        self, inventory: Inventory, choices: Mapping[str, Sequence[Choice]], minimize: Sequence[str] = ("params",)
+    ) -> None:
+        self.minimize = tuple(minimize)
         self.layers, self._inventory = tuple(choices), inventory
         dense = [inventory[name] for name in self.layers]
         self.values: list[list[Factorization]] = [[Dense(), *(choice.value for choice in choices[x.name])] for x in dense]
         self.rises = [np.array([0.0, *(max(0.0, choice.rise) for choice in choices[x.name])]) for x in dense]
-        self.params = [np.array([x.params, *(choice.params for choice in choices[x.name])], dtype=float) for x in dense]
-        self.macs = [
-            np.array([x.macs, *(METHODS[type(c.value)].macs(x, c.value.ranks) for c in choices[x.name])], dtype=float)
-            for x in dense
-        ]
+        self.params, self.macs = (
+            [
+                np.array([getattr(x, cost), *(getattr(METHODS[type(v)], cost)(x, v.ranks) for v in values[1:])], dtype=float)
+                for x, values in zip(dense, self.values, strict=True)
+            ]
+            for cost in COSTS
+        )
         self._at = [{value: place for place, value in enumerate(values)} for values in self.values]
-        places = {name: place for place, name in enumerate(self.layers)}
-        found = edges({x.name: x.params for x in dense}, choices)
-        self._edges = [(places[e.layer], self._at[places[e.layer]][e.value], e.slope) for e in found]
+        self._edges = [self._priced(price) for price in prices(self.minimize, inventory)]
+
+    @property
+    def params_of_dense(self) -> int:
+        """Parameters of the whole dense model."""
+        return self._inventory.params
 
     def row(self, plan: Plan) -> tuple[int, ...]:
         """A plan as a row; a choice that is not in the table stands as the nearest of its method."""
@@ -79,17 +89,19 @@ class Table:
         return self._inventory.params - _saved(self.params, rows), self._inventory.macs - _saved(self.macs, rows)
 
     def log_ratios(self, rows: Rows) -> Values:
-        """log10 of the compression ratio of each plan."""
-        return np.asarray(np.log10(self._inventory.params / self.sizes(rows)[0]))
+        """(plans, costs): log10 of how many times each plan is smaller, in each cost to be minimised."""
+        sizes = dict(zip(COSTS, self.sizes(rows), strict=True))
+        return np.stack([np.log10(getattr(self._inventory, cost) / sizes[cost]) for cost in self.minimize], axis=1)
 
     def rises_of(self, rows: Rows) -> Values:
         """(plans, layers): the predicted rise of the loss that each layer's choice causes."""
         return np.stack([rises[rows[:, i]] for i, rises in enumerate(self.rises)], axis=1)
 
-    def frontier(self, weights: Values) -> Rows:
-        """The corners of the frontier, by falling size, with each layer's rises times its weight (layers,)."""
+    def frontier(self, weights: Values, at: int = 0) -> Rows:
+        """The corners of the frontier, by falling size, with each layer's rises times its weight (layers,), under the price at
+        a place; of several costs there are several prices, which take turns."""
         # A layer's hull stays what it is when all its rises are scaled: only the merger changes.
-        steps = sorted(self._edges, key=lambda edge: edge[2] * weights[edge[0]])
+        steps = sorted(self._edges[at % len(self._edges)], key=lambda edge: edge[2] * weights[edge[0]])
         rows = np.zeros((len(steps) + 1, len(self.layers)), dtype=np.intp)
         for step, (layer, place, _) in enumerate(steps, start=1):
             rows[step] = rows[step - 1]
@@ -103,6 +115,15 @@ class Table:
     def shrunk(self, rows: Rows) -> Values:
         """(plans, layers): the log of each layer's own compression ratio."""
         return np.stack([np.log(params[0] / params[rows[:, i]]) for i, params in enumerate(self.params)], axis=1)
+
+    def _priced(self, price: Price) -> list[tuple[int, int, float]]:
+        """The edges of the frontier at a price: the layer, the place of its choice, the slope."""
+        costs = [price.params * params + price.macs * macs for params, macs in zip(self.params, self.macs, strict=True)]
+        whole = [list(map(Choice, *each)) for each in zip(self.values, map(list, costs), map(list, self.rises), strict=True)]
+        dense = {name: priced[0].cost for name, priced in zip(self.layers, whole, strict=True)}
+        places = {name: place for place, name in enumerate(self.layers)}
+        found = edges(dense, {name: priced[1:] for name, priced in zip(self.layers, whole, strict=True)})
+        return [(places[edge.layer], self._at[places[edge.layer]][edge.value], edge.slope) for edge in found]
 
     def _place(self, layer: int, value: Factorization) -> int:
         found = self._at[layer].get(value)

@@ -1,0 +1,210 @@
+"""What models compete in: fronts, proposals, studies and reports that minimise multiply-accumulates, or both costs."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ranksearch import pareto
+from ranksearch.errors import StudyError
+from ranksearch.export import load_model
+from ranksearch.objectives import COSTS, Objectives, prices
+from ranksearch.plan import Plan
+from ranksearch.record import Outcome, Rung, choose, front_of, read_study
+from ranksearch.report import figures, points, summary, write_report
+from ranksearch.strategy.finalists import choose_finalists
+from ranksearch.strategy.space import size_of
+from ranksearch.strategy.trial import Answer
+from ranksearch.study import Options, run_study
+from tests import nets
+from tests.books import FOUND, SPACE, Books, knowledge
+from tests.conftest import essence, small_spec, stored
+from tests.report.report_study import study_record
+
+MINIMIZED = [("params",), ("macs",), ("params", "macs"), ("macs", "params")]
+minimized = pytest.mark.parametrize("minimize", MINIMIZED, ids="+".join)
+PLANS = [SPACE.smallest("params"), SPACE.smallest("macs"), Plan()]
+RECORD = study_record()
+
+
+def minimizing(*costs):
+    """The made-up study, as one that minimises these costs."""
+    return replace(RECORD, facts=replace(RECORD.facts, spec={"search": {"minimize": list(costs)}}))
+
+
+def searching(*costs):
+    """The small study, minimising these costs."""
+    return small_spec(f"search.minimize={json.dumps(costs)}")
+
+
+# --- what they are ---
+
+
+@minimized
+def test_the_dense_model_is_the_reference(minimize):
+    whole = size_of(Plan(), FOUND)
+    objectives = Objectives(minimize, FOUND.macs)
+    assert objectives.point(0.5, whole) == (0.5, *objectives.reference)
+    assert len(objectives.directions) == 1 + len(minimize)
+
+
+@minimized
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_a_ratio_is_what_it_says(minimize, plan):
+    size = size_of(plan, FOUND)
+    by_cost = {"params": FOUND.params / size.params, "macs": FOUND.macs / size.macs}
+    objectives = Objectives(minimize, FOUND.macs)
+    assert objectives.ratios(size) == pytest.approx([by_cost[cost] for cost in minimize])
+    assert math.log(objectives.ratio(size)) == pytest.approx(sum(math.log(by_cost[c]) for c in minimize) / len(minimize))
+    assert [objectives.only(cost).ratio(size) for cost in minimize] == pytest.approx([by_cost[cost] for cost in minimize])
+
+
+def test_an_older_study_minimises_parameters():
+    assert Objectives.of({"trials": 9}, 100) == Objectives(("params",), 100)
+
+
+@minimized
+def test_a_price_is_of_what_is_minimised_and_of_both_alike(minimize):
+    found = prices(minimize, FOUND)
+    assert [price.of(FOUND) for price in found][-len(minimize) :] == [getattr(FOUND, cost) for cost in minimize]
+    if len(minimize) > 1:
+        assert found[0].of(FOUND) == pytest.approx(2.0)
+
+
+# --- fronts ---
+
+
+@minimized
+def test_a_front_equals_brute_force(minimize):
+    record = minimizing(*minimize)
+    objectives = record.facts.objectives
+    pool = figures.finalists(record)
+    values = {t.number: objectives.point(t.finalist.score_validation, t) for t in pool}
+
+    def beaten(trial):
+        own = values[trial.number]
+        return any(all(a >= b for a, b in zip(v, own, strict=True)) and v != own for v in values.values())
+
+    assert record.front == sorted((t for t in pool if not beaten(t)), key=objectives.ratio)
+    assert set(record.front) >= set(front_of(pool, objectives=objectives.only(minimize[0])))
+
+
+@minimized
+def test_finalists_are_of_the_front_and_one_is_taken_home(minimize):
+    record = minimizing(*minimize)
+    objectives = record.facts.objectives
+    trials = [replace(trial, finalist=None) for trial in record.trials]
+    chosen = choose_finalists(trials, record.facts.dense.score_validation, 4, objectives=objectives)
+    assert len(chosen) == 4
+    assert {t.number for t in chosen} <= {t.number for t in front_of(trials, objectives=objectives)}
+    assert chosen == sorted(chosen, key=objectives.ratio)
+    least = min(t.finalist.score_validation for t in record.front)
+    assert choose(record.trials, min_score=least, objectives=objectives) == max(record.front, key=objectives.ratio)
+    assert choose(record.trials, objectives=objectives) == figures.knee(record.front, objectives)
+
+
+# --- the search ---
+
+
+@minimized
+@pytest.mark.parametrize("sampler", ["rank", "tpe", "nsga2", "random"])
+def test_every_sampler_proposes_by_any_costs_and_resumes(minimize, sampler):
+    whole, parts = (Books(sampler=sampler, minimize=minimize) for _ in range(2))
+    whole.run(14)
+    for trials in (5, 9, 14):
+        parts.run(trials)
+    assert [trial.plan for trial in whole.trained] == [trial.plan for trial in parts.trained]
+    done = [trial for trial in whole.study.trials if trial.values]
+    for trial in done:
+        size = size_of(SPACE.plan(trial.params), FOUND)
+        assert trial.values[1:] == pytest.approx([math.log10(x) for x in Objectives(minimize, FOUND.macs).ratios(size)])
+
+
+@settings(deadline=None, max_examples=5)
+@given(st.integers(0, 99))
+def test_what_is_minimised_gets_smaller(seed):
+    """Where every plan scores the same, only its size counts."""
+    sizes = {}
+    for cost in COSTS:
+        books = Books(sampler="rank", seed=seed, minimize=(cost,))
+        ledger = books.ledger()
+        for job in ledger.jobs(12):
+            ledger.receive(job, Answer(Outcome.DONE, (Rung(0, 0.4), Rung(1, 0.8))))
+        sizes[cost] = min(getattr(trial, cost) for trial in ledger.records())
+    assert sizes["params"] <= 1.5 * size_of(SPACE.smallest("params"), FOUND).params
+    assert sizes["macs"] <= 1.5 * size_of(SPACE.smallest("macs"), FOUND).macs
+
+
+def test_frontiers_of_two_costs_differ():
+    table = knowledge(minimize=("params", "macs")).table
+    weights = [1.0] * len(table.layers)
+    corners = [table.frontier(weights, at) for at in range(3)]
+    params, macs = zip(*[table.sizes(rows) for rows in corners], strict=True)
+    # Each saves the most of its own for the first steps along it.
+    assert len({rows.tobytes() for rows in corners}) == 3
+    assert params[1].sum() / len(params[1]) <= params[2].sum() / len(params[2])
+    assert macs[2].sum() / len(macs[2]) <= macs[1].sum() / len(macs[1])
+
+
+# --- studies and reports ---
+
+
+@pytest.mark.parametrize("costs", [("macs",), ("params", "macs")], ids="+".join)
+def test_a_study(costs, tmp_path):
+    spec = searching(*costs)
+    found = run_study(spec, tmp_path, Options(workers=0))
+    study = stored(tmp_path)
+    assert len(study.directions) == 1 + len(costs)
+    assert study.metric_names == [
+        "validation score",
+        *({"params": "log10 ratio", "macs": "log10 MACs ratio"}[c] for c in costs),
+    ]
+    objectives = found.facts.objectives
+    values = [objectives.point(t.score_validation, t) for t in found.front]
+    assert len(pareto.front(values)) == len(values) > 0
+    assert (
+        essence(run_study(spec, tmp_path, Options(workers=0)).trials)
+        == essence(found.trials)
+        == essence(read_study(study).trials)
+    )
+    load_model(nets.small(), tmp_path / "models" / str(found.front[0].number))
+    with pytest.raises(StudyError, match=r"is another study \(search.minimize is \[.*\] there and \['params'\] here\)"):
+        run_study(small_spec(), tmp_path, Options(workers=0))
+
+
+@minimized
+def test_the_report_shows_the_front_against_each_cost(minimize, tmp_path):
+    record = minimizing(*minimize)
+    page = write_report(record, tmp_path).read_text()
+    charts = json.loads(re.search(r'<script type="application/json" id="charts">(.*?)</script>', page, re.S)[1])
+    names = ["front", *(f"front-{cost}" for cost in minimize[1:])]
+    assert [name for name in charts if "front" in name] == [f"chart-{name}" for name in names]
+    assert all(f'id="chart-{name}"' in page and (tmp_path / f"{name}.png").exists() for name in names)
+    for name, cost in zip(names, minimize, strict=True):
+        rows = charts[f"chart-{name}"]["datasets"]["points"]
+        drawn = {int(row["trial"]): row["ratio"] for row in rows if row["kind"] == points.FRONT}
+        wanted = {t.number: getattr(record.facts.dense, cost) / getattr(t, cost) for t in record.front}
+        assert {number: wanted[number] for number in drawn} == pytest.approx(drawn)
+    assert f"Front of accuracy against {summary.against(record)}" in page
+    assert json.loads((tmp_path / "front.json").read_text())["minimize"] == list(minimize)
+
+
+@pytest.mark.parametrize(
+    ("costs", "words"),
+    [
+        (("params",), r"[\d.]+x smaller \([\d,]+ parameters instead of [\d,]+\), \d"),
+        (("macs",), r"[\d.]+x fewer MACs \([\d,]+ instead of [\d,]+\), \d"),
+        (
+            ("params", "macs"),
+            r"[\d.]+x smaller \([\d,]+ parameters instead of [\d,]+\) and [\d.]+x fewer MACs \([\d,]+ instead of [\d,]+\), \d",
+        ),
+    ],
+)
+def test_the_headline_says_how_much_smaller(costs, words):
+    assert re.search(words, summary.headline(minimizing(*costs)))
