@@ -14,10 +14,14 @@ PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
 
 def machine(*packages: str) -> str:
-    """Versions, cores and date, as a sentence."""
+    """Versions, cores and date, as a line of the page."""
+    return said(f"{about(*packages)}; {datetime.now(UTC):%Y-%m-%d}.\n")
+
+
+def about(*packages: str) -> str:
+    """Versions and cores."""
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    about = f"{platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}"
-    return said(f"{about}; {datetime.now(UTC):%Y-%m-%d}.\n")
+    return f"{platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}"
 
 
 def table(head: Sequence[str]) -> list[str]:

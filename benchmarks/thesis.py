@@ -1,11 +1,13 @@
 """The thesis's systems (A. A. Salman, University of Bologna, 2018): its figures, and what they come to here.
 
     python benchmarks/thesis.py ccnn lenet lenet3 --seeds 3    # trains what is not in runs/thesis yet; hours on two cores
-    python benchmarks/thesis.py --write                        # makes the tables of docs/thesis.md from what there is
+    python benchmarks/thesis.py --write                        # adds what there is to docs/thesis.json, and makes the tables
 
 Nets that the thesis designed, the dense nets beside them, and single layers decomposed at its ranks are trained here, by the
 recipe of the study that stands for them. Searched nets come from the folders of finished studies, `ranksearch study NAME`.
 Of a search the smallest net counts that validates no worse than its dense net. Tests are on the test split, once a net.
+
+docs/thesis.json keeps every figure that was measured, with its seed, epochs, versions and machine: no machine has run them all.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from pages import machine, row, table, write_section
+from pages import about, row, table, write_section
 
 from ranksearch import training
 from ranksearch.data import example
@@ -34,6 +37,7 @@ from ranksearch.tasks import Task, load_task
 
 CPU = torch.device("cpu")
 PAGE = Path(__file__).parents[1] / "docs" / "thesis.md"
+KEPT = PAGE.with_suffix(".json")
 
 
 @dataclass(frozen=True)
@@ -129,11 +133,32 @@ def main() -> None:
                     write_whole(path, json.dumps(found, indent=1))
                     print(found, flush=True)
     if given.write:
+        kept = gathered(given.runs)
+        write_whole(KEPT, json.dumps(kept, indent=1) + "\n")
         for name, system in SYSTEMS.items():
-            write_section(name, "python benchmarks/thesis.py --write", "\n".join(lines(system, name, given.runs)), page=PAGE)
+            found = [entry for entry in kept if entry["system"] == name]
+            write_section(name, "python benchmarks/thesis.py --write", "\n".join(lines(system, found)), page=PAGE)
 
 
-def train(system: System, net: Net, seed: int, epochs: int | None, dense: Path) -> dict[str, Any]:
+Entry: TypeAlias = dict[str, Any]
+"""What was measured of one net of one system under one seed; `dense` is of the search's own dense net."""
+
+
+def gathered(runs: Path) -> list[Entry]:
+    """Every figure kept before, and those of `runs`, which stand for earlier ones of the same net, seed and epochs."""
+    found = json.loads(KEPT.read_text()) if KEPT.exists() else []
+    for name, system in SYSTEMS.items():
+        for net in system.nets:
+            paths = sorted((runs / "thesis" / name).glob(f"{net.name} *.json"))
+            found += [{"system": name, "net": net.name} | json.loads(path.read_text()) for path in paths]
+        for search in system.searches:
+            if (path := runs / search.study / "front.json").exists():
+                found.append({"system": name, "net": search.name} | searched(json.loads(path.read_text())))
+    latest = {(e["system"], e["net"], e["seed"], e["epochs"], e.get("command")): e for e in found}
+    return [latest[key] for key in sorted(latest, key=str)]
+
+
+def train(system: System, net: Net, seed: int, epochs: int | None, dense: Path) -> Entry:
     """Train a net by the recipe of its study, and say what came of it; the dense net's weights are kept in `dense`."""
     spec = load_spec(system.study, overrides=[*net.overrides, f"seed={seed}"])
     task, start = load_task(spec), time.perf_counter()
@@ -153,60 +178,73 @@ def train(system: System, net: Net, seed: int, epochs: int | None, dense: Path) 
     return facts(task, spec, seed, wanted, start)
 
 
-def facts(task: Task, spec: StudySpec, seed: int, recipe: training.Recipe, start: float) -> dict[str, Any]:
+def facts(task: Task, spec: StudySpec, seed: int, recipe: training.Recipe, start: float) -> Entry:
     """What is known of a trained net."""
     model, data = task.model, task.data
     validation, test = (training.score(model, task, split, device=CPU) for split in (data.validation, data.test))
     return {
         "params": count_params(model), "macs": inventory(model.cpu(), example(data.train)).macs, "score_validation": validation,
-        "score_test": test, "data": data.about, "seed": seed, "recipe": vars(recipe), "seconds": time.perf_counter() - start,
-        "versions": {name: version(name) for name in ("torch", "ranksearch")},
+        "score_test": test, "data": data.about, "seed": seed, "epochs": recipe.epochs, "recipe": vars(recipe),
+        "seconds": time.perf_counter() - start, "versions": {name: version(name) for name in ("torch", "ranksearch")},
+        "machine": about("torch"),
     }  # fmt: skip
 
 
-def lines(system: System, name: str, runs: Path) -> list[str]:
-    """A system's table."""
-    trained = {net.name: read(runs / "thesis" / name, net.name) for net in system.nets}
-    found = [machine("torch", "ranksearch")]
-    if trained["dense"]:
-        found.append(f"Data: {trained['dense'][0]['data']}.\n")
+def searched(front: Entry) -> Entry:
+    """A finished study: its dense net, and the smallest net that validates no worse, if there is one."""
+    dense = front["dense"]
+    fitting = [entry for entry in front["front"] if entry["score_validation"] >= dense["score_validation"]]
+    best = max(fitting, key=lambda entry: entry["ratio"], default={})
+    kept = {key: best[key] for key in ("params", "macs", "score_validation", "score_test", "plan_text") if best}
+    about = {key: front[key] for key in ("seed", "command", "machine", "versions", "seconds")}
+    return {"dense": dense, "epochs": best.get("epochs", 0)} | kept | about
+
+
+def lines(system: System, entries: Sequence[Entry]) -> list[str]:
+    """A system's table: a row for each net and number of epochs."""
+    machines = sorted({entry["machine"] for entry in entries})
+    found = [f"{'; '.join(machines)}.\n"] if machines else []
+    found += [f"Data: {data}.\n" for data in sorted({entry["data"] for entry in entries if "data" in entry})]
     found += table(["", "the thesis", "parameters", "smaller", f"{system.score}, test", "against dense", "epochs", "seeds"])
+    dense = [entry for entry in entries if entry["net"] == "dense"]
     for net in system.nets:
-        each, base = trained[net.name], trained["dense"]
-        if not each:
+        mine = [entry for entry in entries if entry["net"] == net.name]
+        found += [
+            trained(system, net, [e for e in mine if e["epochs"] == n], dense) for n in sorted({e["epochs"] for e in mine})
+        ]
+        if not mine:
             found.append(row(net.name, net.thesis, *["not run yet", *[""] * 5]))
-            continue
-        gains = [a["score_test"] - b["score_test"] for a in each for b in base if a["seed"] == b["seed"]]
-        found.append(row(
-            net.name, net.thesis, f"{each[0]['params']:,}", f"{base[0]['params'] / each[0]['params']:.1f}x",
-            spread(system, [a["score_test"] for a in each]), "" if net.name == "dense" else spread(system, gains, gain=True),
-            each[0]["recipe"]["epochs"], len(each),
-        ))  # fmt: skip
-    return found + [line for search in system.searches for line in searched(system, search, runs)]
+    for search in system.searches:
+        mine = [entry for entry in entries if entry["net"] == search.name]
+        found += [each for entry in mine for each in of_search(system, search, entry)]
+        if not mine:
+            found.append(row(f"{search.name}: `ranksearch study {search.study}`", search.thesis, *["not run yet", *[""] * 5]))
+    return found
 
 
-def read(folder: Path, name: str) -> list[dict[str, Any]]:
-    """What was kept of a net, a seed each."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name} *.json"))]
+def trained(system: System, net: Net, entries: Sequence[Entry], dense: Sequence[Entry]) -> str:
+    """The row of a net that was trained for some number of epochs; a plan's net counts them from its dense net on."""
+    base = [d for d in dense if net.plan or d["epochs"] == entries[0]["epochs"]]
+    gains = [e["score_test"] - b["score_test"] for e in entries for b in base if e["seed"] == b["seed"]]
+    smaller = f"{base[0]['params'] / entries[0]['params']:.1f}x" if base else ""
+    return row(
+        net.name, net.thesis, f"{entries[0]['params']:,}", smaller, spread(system, [e["score_test"] for e in entries]),
+        spread(system, gains, gain=True) if gains and net.name != "dense" else "", entries[0]["epochs"], len(entries),
+    )  # fmt: skip
 
 
-def searched(system: System, search: Search, runs: Path) -> list[str]:
-    """The rows of a finished study: its dense net, and the smallest net that validates no worse."""
-    path = runs / search.study / "front.json"
-    if not path.exists():
-        return [row(f"{search.name}: `ranksearch study {search.study}`", search.thesis, *["not run yet", *[""] * 5])]
-    record = json.loads(path.read_text())
-    dense = record["dense"]
-    fitting = [entry for entry in record["front"] if entry["score_validation"] >= dense["score_validation"]]
-    rows = [row(f"dense net of the study {search.study}", "", f"{dense['params']:,}", "1x",
-                spread(system, [dense["score_test"]]), "", "", 1)]  # fmt: skip
-    if not fitting:
-        return [*rows, row(search.name, search.thesis, "none validates as well", *[""] * 5)]
-    best = max(fitting, key=lambda entry: entry["ratio"])
-    gain = [best["score_test"] - dense["score_test"]]
+def of_search(system: System, search: Search, entry: Entry) -> list[str]:
+    """The rows of a search: its own dense net, and what it found."""
+    dense, seed = entry["dense"], f"seed {entry['seed']}"
+    test = spread(system, [dense["score_test"]])
+    rows = [row(f"dense net of `{search.study}`", "", f"{dense['params']:,}", "1.0x", test, "", "", seed)]
+    if "params" not in entry:
+        return [*rows, row(f"{search.name}: `{entry['command']}`", search.thesis, "none validates as well", *[""] * 5)]
+    smaller = f"{dense['params'] / entry['params']:.1f}x"
     return [*rows, row(
-        f"{search.name}: `{record['command']}`", search.thesis, f"{best['params']:,}", f"{best['ratio']:.1f}x",
-        spread(system, [best["score_test"]]), spread(system, gain, gain=True), best["epochs"], 1,
+        f"{search.name}: `{entry['command']}`", search.thesis, f"{entry['params']:,}", smaller,
+        spread(system, [entry["score_test"]]), spread(system, [entry["score_test"] - dense["score_test"]], gain=True),
+        entry["epochs"], seed,
     )]  # fmt: skip
 
 
