@@ -21,7 +21,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from ranksearch.errors import StudyError
 from ranksearch.files import write_whole
 from ranksearch.spec import StudySpec, complete_identity, parse_spec
-from ranksearch.storage import CONNECT, ServerStorage
+from ranksearch.storage import CONNECT, QuickStorage, ServerStorage
 
 SPEC, DATABASE, DENSE = "spec.toml", "study.db", "dense.safetensors"
 OURS = ("study.db*", DENSE, "profile", "models", "report.html", "report.md", "front.*", "trials.csv", SPEC)
@@ -143,7 +143,7 @@ def _connected(address: URL) -> RDBStorage:
         if address.get_backend_name() == "postgresql":
             options["connect_args"] = CONNECT
         return ServerStorage(url, masked(url), engine_kwargs=options)
-    storage = RDBStorage(url, engine_kwargs=options)
+    storage = QuickStorage(url, engine_kwargs=options)
     event.listen(storage.engine, "connect", _quick_commits)
     storage.engine.dispose()  # it has connected before
     return storage

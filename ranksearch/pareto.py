@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -21,13 +23,13 @@ def front(points: ArrayLike) -> NDArray[np.intp]:
 
 def ranks(points: ArrayLike) -> NDArray[np.intp]:
     """Non-domination rank of each point (Deb et al. 2002): 0 on the front, 1 on the front of the rest, and so on."""
-    values = np.asarray(points, dtype=float)
-    result = np.full(len(values), -1, dtype=np.intp)
-    rest, rank = np.arange(len(values)), 0
-    while rest.size:
-        chosen = rest[front(values[rest])]
-        result[chosen] = rank
-        rest, rank = np.setdiff1d(rest, chosen), rank + 1
+    values = np.asarray(points, dtype=float).reshape(-1, 2)
+    result = np.empty(len(values), dtype=np.intp)
+    # By falling first objective, a point lies behind the fronts that reached its second; what fronts reached falls with rank.
+    reached: list[float] = []
+    for i in np.lexsort((-values[:, 1], -values[:, 0])):
+        rank = result[i] = bisect.bisect_right(reached, -values[i, 1])
+        reached[rank : rank + 1] = [-values[i, 1]]
     return result
 
 
