@@ -22,7 +22,7 @@ from ranksearch.errors import StudyError
 from ranksearch.files import write_whole
 from ranksearch.objectives import BY_RATIO, Objectives
 from ranksearch.spec import StudySpec, complete_identity, parse_spec
-from ranksearch.storage import CONNECT, ServerStorage
+from ranksearch.storage import CONNECT, QuickStorage, ServerStorage
 
 SPEC, DATABASE, DENSE = "spec.toml", "study.db", "dense.safetensors"
 OURS = ("study.db*", DENSE, "profile", "models", "report.html", "report.md", "front.*", "front-macs.png", "trials.csv", SPEC)
@@ -146,7 +146,7 @@ def _connected(address: URL) -> RDBStorage:
         if address.get_backend_name() == "postgresql":
             options["connect_args"] = CONNECT
         return ServerStorage(url, masked(url), engine_kwargs=options)
-    storage = RDBStorage(url, engine_kwargs=options)
+    storage = QuickStorage(url, engine_kwargs=options)
     event.listen(storage.engine, "connect", _quick_commits)
     storage.engine.dispose()  # it has connected before
     return storage

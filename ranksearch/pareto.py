@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import bisect
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -29,8 +31,15 @@ def front(points: ArrayLike) -> NDArray[np.intp]:
 
 def ranks(points: ArrayLike) -> NDArray[np.intp]:
     """Non-domination rank of each point (Deb et al. 2002): 0 on the front, 1 on the front of the rest, and so on."""
-    values = np.asarray(points, dtype=float)
-    result = np.full(len(values), -1, dtype=np.intp)
+    values = _points(points)
+    result = np.empty(len(values), dtype=np.intp)
+    if values.shape[1] == 2:
+        # By falling first objective, a point lies behind the fronts that reached its second; what they reached falls with rank.
+        reached: list[float] = []
+        for i in np.lexsort(-values.T[::-1]):
+            rank = result[i] = bisect.bisect_right(reached, -values[i, 1])
+            reached[rank : rank + 1] = [-values[i, 1]]
+        return result
     rest, rank = np.arange(len(values)), 0
     while rest.size:
         chosen = rest[front(values[rest])]

@@ -6,6 +6,7 @@ built stands in `ranksearch.factorization`, one file for each value below.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -36,6 +37,7 @@ class Factorization:
             raise PlanError(f"A kernel must be whole numbers of at least 1, but {self.method} got kernel={self.kernel!r}.")
 
     @classmethod
+    @functools.cache
     def rank_names(cls) -> tuple[str, ...]:
         """The names of the ranks, in order; empty for a dense layer."""
         return tuple(entry.name for entry in fields(cls) if entry.name != "kernel")

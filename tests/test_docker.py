@@ -1,4 +1,4 @@
-"""The cluster's files say what the docs promise of them; `docker/check` builds and runs them."""
+"""The cluster's files say what the docs promise of them; `docker/root` and `docker/check` build and run them."""
 
 from __future__ import annotations
 

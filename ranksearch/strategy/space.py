@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,11 @@ class Axis:
     methods: tuple[Method, ...]
     offer: Offer = FEWER_PARAMS
 
+    @functools.cached_property
+    def offered(self) -> Mapping[type[Factorization], tuple[range, ...]]:
+        """The ranks that each method may take."""
+        return {method.kind: method.offered(self.layer, self.offer) for method in self.methods}
+
     def distributions(self) -> dict[str, BaseDistribution]:
         """Optuna's distributions, by parameter name; the same for every trial."""
         name = self.layer.name
@@ -64,7 +70,7 @@ class Axis:
     def smallest(self, cost: str) -> Factorization:
         """The layer at its least cost, which is `params` or `macs`: they rise with the ranks, so these are at their least."""
         layer = self.layer
-        least = [(method, tuple(ranks[0] for ranks in method.offered(layer, self.offer))) for method in self.methods]
+        least = [(method, tuple(ranks[0] for ranks in self.offered[method.kind])) for method in self.methods]
         found = min(least, key=lambda choice: getattr(choice[0], cost)(layer, choice[1]))
         smaller = getattr(found[0], cost)(layer, found[1]) < getattr(layer, cost)
         return found[0].value(layer, found[1]) if smaller else Dense()
@@ -75,7 +81,7 @@ class Axis:
         method = next((m for m in self.methods if m.kind.method == params[f"{name}.method"]), None)
         if method is None:
             return Dense()
-        offered = method.offered(self.layer, self.offer)
+        offered = self.offered[method.kind]
         levels = [params[f"{name}.level"]] if len(offered) == 1 else [params[f"{name}.level_in"], params[f"{name}.level"]]
         ranks = tuple(rank_at(level, kind) for level, kind in zip(levels, offered, strict=True))
         return method.value(self.layer, ranks) if method.pays(self.layer, ranks, self.offer) else Dense()
@@ -89,7 +95,7 @@ class Axis:
         method = METHODS[type(value)]
         if method not in self.methods:
             raise PlanError(f"Layer {name!r} may not be stored as {value.title} in this study; add it to space.methods.")
-        offered = method.offered(self.layer, self.offer)
+        offered = self.offered[method.kind]
         levels = [level_of(rank, kind) for rank, kind in zip(value.ranks, offered, strict=True)]
         keys = [f"{name}.level"] if len(levels) == 1 else [f"{name}.level_in", f"{name}.level"]
         return defaults | {f"{name}.method": value.method} | dict(zip(keys, levels, strict=True))

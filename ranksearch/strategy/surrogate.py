@@ -69,6 +69,7 @@ class Table:
             for cost in COSTS
         )
         self._at = [{value: place for place, value in enumerate(values)} for values in self.values]
+        self._alike = [_by_method(values) for values in self.values]
         self._edges = [self._priced(price) for price in prices(self.minimize, inventory)]
 
     @property
@@ -128,9 +129,9 @@ class Table:
     def _place(self, layer: int, value: Factorization) -> int:
         found = self._at[layer].get(value)
         if found is None:
-            alike = [i for i, other in enumerate(self.values[layer]) if type(other) is type(value)]
-            found = min(alike, key=lambda i: _distance(self.values[layer][i], value), default=0)
-            self._at[layer][value] = found
+            places, ranks = self._alike[layer].get(type(value), ([0], np.ones((1, len(value.ranks)))))
+            distances = np.abs(np.log(ranks / np.array(value.ranks, dtype=float))).sum(axis=1)
+            found = self._at[layer][value] = places[int(np.argmin(distances))]
         return found
 
 
@@ -138,8 +139,12 @@ def _saved(costs: list[Values], rows: Rows) -> Values:
     return np.asarray(sum(cost[0] - cost[rows[:, layer]] for layer, cost in enumerate(costs)))
 
 
-def _distance(one: Factorization, other: Factorization) -> float:
-    return sum(abs(math.log(a / b)) for a, b in zip(one.ranks, other.ranks, strict=True))
+def _by_method(values: Sequence[Factorization]) -> dict[type[Factorization], tuple[list[int], Values]]:
+    """By type of factorization, the places of a layer's choices and their ranks (choices, ranks)."""
+    kinds: dict[type[Factorization], list[int]] = {}
+    for place, value in enumerate(values):
+        kinds.setdefault(type(value), []).append(place)
+    return {kind: (places, np.array([values[i].ranks for i in places], dtype=float)) for kind, places in kinds.items()}
 
 
 class Surrogate:

@@ -1,0 +1,155 @@
+"""What a long history costs: start-up, asks and report of a study with 5,000 trials in its record.
+
+    python benchmarks/records.py --write    # some six minutes on two cores; makes the table of docs/benchmarks.md
+
+The study is the built-in `lenet`, run for a few trials and gone on with by random plans, whose scores are made up. Each
+measurement has a process of its own and is taken three times, of which the quickest counts: `ranksearch study` up to its first
+job, with its parts; the asks and tells of the jobs after that, which are trained in the same process; and `ranksearch report`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+from pages import machine, row, table, write_section
+
+from ranksearch import cli, console, folder, study
+from ranksearch.data import example
+from ranksearch.layers import inventory
+from ranksearch.record import Outcome, Rung, TrialRecord, read_facts, read_firsts
+from ranksearch.spec import StudySpec, load_spec
+from ranksearch.strategy.ledger import Ledger
+from ranksearch.strategy.space import make_space
+from ranksearch.strategy.trial import Answer, Job
+from ranksearch.tasks import load_task
+
+TRIALS, ASKS, REPEATS = 5000, 20, 3
+SHORT = ("dense.epochs=3", "finetune.epochs=1", "finalists.epochs=1", "finalists.count=3")
+FIRST = "from the process's start to its first job"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "lenet"
+        build(out)
+        lines = [machine("torch", "optuna", "sqlalchemy"), *table(["", "seconds"])]
+        lines += [row(name, f"{seconds:.2f}") for name, seconds in figures(out).items()]
+    if given.write:
+        write_section("records", "python benchmarks/records.py --write", "\n".join(lines))
+
+
+def build(out: Path) -> None:
+    """A study's folder with so many trials in its record: twelve that were trained, and others as the ledger keeps them."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    spec = made_of(12)
+    study.run_study(spec, out)
+    record = folder.open_study(spec.name, folder.storage_url(out, None), create=False)
+    task = load_task(spec)
+    found = inventory(task.model, example(task.data.train))
+    space = make_space(found, spec.space.methods)
+    dense = read_facts(record).dense.score_validation
+    ledger = Ledger(record, space, found, read_firsts(record) or [], sampler="random", seed=spec.seed, floor=dense - 0.15)
+    for job in ledger.jobs(TRIALS):
+        ledger.receive(job, made_up(job, dense))
+
+
+def made_of(trials: int) -> StudySpec:
+    return load_spec("lenet", overrides=[*SHORT, f"search.trials={trials}"])
+
+
+def made_up(job: Job, dense: float) -> Answer:
+    """An answer with a curve of four rungs, which rises to somewhere below the dense score."""
+    drop = random.Random(job.key).lognormvariate(-2.5, 1.0)
+    return Answer(Outcome.DONE, tuple(Rung(epochs, dense - drop * 2 ** (3 - epochs)) for epochs in range(4)), seconds=1.0)
+
+
+def figures(out: Path) -> dict[str, float]:
+    """Seconds, by what took them."""
+    started = min((alone("start", out) for _ in range(REPEATS)), key=lambda found: found[FIRST])
+    return started | min((alone("report", out) for _ in range(REPEATS)), key=lambda found: found["a report"])
+
+
+def alone(what: str, out: Path) -> dict[str, float]:
+    """What one measurement finds in a process of its own."""
+    code = f"import records; records.{what}({str(out)!r}, {time.time()})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def start(out: str, begun: float) -> None:
+    """Run the study for `ASKS` trials more, as the command does, and print what its parts took."""
+    clock, asks, tells = Clock(begun), list[float](), list[float]()
+    clock.passed("packages, torch and Optuna among them")
+
+    class Timed(Ledger):
+        def jobs(self, trials: int) -> Iterator[Job]:
+            source = super().jobs(trials)
+            for _ in range(ASKS + 1):
+                before = time.time()
+                job = next(source)
+                asks.append(time.time() - before)
+                if len(asks) == 1:
+                    clock.passed("first ask")
+                yield job
+            raise KeyboardInterrupt
+
+        def receive(self, job: Job, answer: Answer) -> TrialRecord:
+            before = time.time()
+            found = super().receive(job, answer)
+            tells.append(time.time() - before)
+            return found
+
+    study.Ledger, console.Plain = Timed, lambda screen: clock
+    settings = [word for setting in SHORT for word in ("--set", setting)]
+    command = ["study", "lenet", "--out", out, "--trials", str(2 * TRIALS), "--workers", "0", *settings]
+    assert cli.main(command) == cli.INTERRUPTED
+    parts = {f"- {name}": seconds for name, seconds in clock.parts.items()}
+    later = {"an ask after that, mean": sum(asks[1:]) / ASKS, "an ask, longest": max(asks[1:])}
+    print(json.dumps({FIRST: sum(parts.values())} | parts | later | {"a tell, mean": sum(tells) / len(tells)}))
+
+
+class Clock(console.Silent):
+    """What passed between the stages of a study."""
+
+    def __init__(self, begun: float) -> None:
+        self.parts: dict[str, float] = {}
+        self._last = begun
+
+    def passed(self, name: str) -> None:
+        self.parts[name], self._last = time.time() - self._last, time.time()
+
+    def __enter__(self) -> Clock:
+        self.passed("model and data, checked")
+        return self
+
+    def stage(self, title: str, total: int, done: int = 0) -> None:
+        names = {
+            "profiling layers": "storage opened, dense net read",
+            "probing layers": "prepared factors read",
+            "trials": "record read",
+        }
+        if title in names:
+            self.passed(names[title])
+
+
+def report(out: str, begun: float) -> None:
+    """Make the report as the command does, and print what it took."""
+    cli.main(["report", out])
+    print(json.dumps({"a report": time.time() - begun}))
+
+
+if __name__ == "__main__":
+    main()
