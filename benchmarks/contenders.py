@@ -57,7 +57,6 @@ class Contender:
     suggested: Callable[[Arena], list[Plan]] = lambda arena: [
         plan for _, plan in vbmf_plans(arena.space, arena.vbmf, WEAKENINGS)
     ]
-    halving: bool = False
     probed: bool = False
     """Whether it needs the probes of single layers."""
 
@@ -83,20 +82,14 @@ class Contender:
             knowledge=Knowledge(
                 arena.space, table, arena.dense_score, arena.dense_score - DROP, suggested=self.suggested(arena)
             ),
-            halve_below=arena.epochs if self.halving else 0,
         )  # fmt: skip
         found, start = Found(), time.process_time()
         for job in ledger.jobs(trials):
             asked = time.process_time() - start
             run = arena.run(job.plan, seed)
-            curve = list[Rung]()
-            for epoch, score in enumerate(run.scores):
-                curve.append(Rung(epoch, score))
-                if epoch < arena.epochs and not ledger.goes_on(job, curve[-1]):
-                    break
-            whole, seconds = len(curve) == len(run.scores), run.seconds[len(curve) - 1]
-            ledger.receive(job, Answer(Outcome.DONE if whole else Outcome.STOPPED_EARLY, tuple(curve), seconds))
-            _note(found, run, run.scores[-1] if whole else None, seconds, log_ratio(arena, job.plan), asked)
+            curve = tuple(Rung(epoch, score) for epoch, score in enumerate(run.scores))
+            ledger.receive(job, Answer(Outcome.DONE, curve, run.seconds[-1]))
+            _note(found, run, run.scores[-1], run.seconds[-1], log_ratio(arena, job.plan), asked)
             start = time.process_time()
         return found
 
@@ -180,7 +173,6 @@ CONTENDERS = {
     "greedy": Contender("greedy per layer", greedy, probed=True),
     "frontier": Contender("frontier alone", frontier_alone, probed=True),
     "rank": Contender("**ours**", seeds, "rank", probed=True),
-    "halving": Contender("ours, with halving", seeds, "rank", halving=True, probed=True),
     "no-vbmf": Contender("ours, no VBMF", frontier_first, "rank", suggested=lambda arena: [], probed=True),
     "no-frontier": Contender("ours, no frontier", vbmf_first, "rank", choices=lambda arena: arena.blind),
     "no-surrogate": Contender("ours, no surrogate: TPE instead", seeds, "tpe", probed=True),

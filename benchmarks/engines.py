@@ -77,12 +77,10 @@ def ours(make: Callable[[], Engine]) -> Clock:
         ledger = Ledger(study, space, found, [], sampler="random", seed=0, floor=0.0)
         answers = []
 
-        def on_message(job: Job, message: Rung | Answer) -> bool:
-            if isinstance(message, Rung):
-                return ledger.goes_on(job, message)
-            ledger.receive(job, message)
-            answers.append(time.perf_counter())
-            return True
+        def on_message(job: Job, message: Rung | Answer) -> None:
+            if isinstance(message, Answer):
+                ledger.receive(job, message)
+                answers.append(time.perf_counter())
 
         start = time.perf_counter()
         with make() as engine:

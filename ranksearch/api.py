@@ -35,7 +35,6 @@ def search(
     trials: int = 60,
     minutes: float | None = None,
     minimize: Sequence[str] = ("params",),
-    halving: bool = False,
     min_score: float | None = None,
     min_ratio: float | None = None,
     max_params: int | None = None,
@@ -65,7 +64,6 @@ def search(
         trials: trained trials in all.
         minutes: ask for no more trials after so long.
         minimize: what the front sets against the score: params, macs, or both.
-        halving: stop trials early that are clearly behind others of similar size after as much fine-tuning.
         min_score: models with a lower validation score are not on the front.
         min_ratio: plans of a lower compression ratio are not trained.
         max_params: nor are plans that leave more parameters,
@@ -111,7 +109,6 @@ def search(
             trials=trials,
             minutes=minutes,
             minimize=(minimize,) if isinstance(minimize, str) else tuple(minimize),
-            halving=halving,
             min_score=min_score,
             min_ratio=min_ratio,
             max_params=max_params,

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID,
 from rich.table import Table
 from rich.text import Text
 
-from ranksearch.record import DenseFacts, LayerFacts, Outcome, StudyFacts, TrialRecord, front_of
+from ranksearch.record import DenseFacts, LayerFacts, Outcome, Rung, StudyFacts, TrialRecord, front_of
 
 
 class View(abc.ABC):
@@ -44,6 +44,10 @@ class View(abc.ABC):
         """The dense model and its layers are known."""
 
     @abc.abstractmethod
+    def rung(self, number: int, rung: Rung) -> None:
+        """A trial or a finalist got so far."""
+
+    @abc.abstractmethod
     def trial(self, record: TrialRecord, trials: Sequence[TrialRecord]) -> None:
         """A trial, trained or not, or a finalist, has its answer; `trials` are all so far."""
 
@@ -58,6 +62,8 @@ class Silent(View):
     def note(self, text: str) -> None: ...
 
     def facts(self, facts: StudyFacts) -> None: ...
+
+    def rung(self, number: int, rung: Rung) -> None: ...
 
     def trial(self, record: TrialRecord, trials: Sequence[TrialRecord]) -> None: ...
 
@@ -81,6 +87,8 @@ class Plain(View):
     def facts(self, facts: StudyFacts) -> None:
         self._score_name = facts.score_name
         self._print(dense_line(facts.dense, facts.score_name))
+
+    def rung(self, number: int, rung: Rung) -> None: ...
 
     def trial(self, record: TrialRecord, trials: Sequence[TrialRecord]) -> None:
         # A tight limit turns down many proposals for each that is trained; their number is told at the end.
@@ -129,6 +137,10 @@ class Terminal(View):
     def facts(self, facts: StudyFacts) -> None:
         self._facts = facts
 
+    def rung(self, number: int, rung: Rung) -> None:
+        assert self._facts is not None, "trials come after the facts"
+        self._note(f"trial {number}: epoch {rung.epochs:g}, {score_text(rung.score, self._facts.score_name)}", advance=0)
+
     def trial(self, record: TrialRecord, trials: Sequence[TrialRecord]) -> None:
         assert self._facts is not None, "trials come after the facts"
         self._note(f"trial {record.number}: {short_outcome(record, self._facts.score_name)}", advance=int(record.trained))
@@ -173,11 +185,11 @@ def score_text(score: float | None, score_name: str) -> str:
 
 
 def short_outcome(record: TrialRecord, score_name: str) -> str:
-    """`55.3x, 98.1 %` for a trial that is done, with how it ended where it was stopped early; its outcome otherwise."""
+    """`55.3x, 98.1 %` for a trial that is done; its outcome otherwise."""
     found = f"{record.ratio:.1f}x, {score_text(record.score_validation, score_name)}"
     if record.outcome is Outcome.DONE:
         return found if record.same_as is None else f"{found}, the plan of trial {record.same_as}"
-    return f"{found}, {record.ending}" if record.outcome is Outcome.STOPPED_EARLY else record.ending
+    return record.ending
 
 
 def trial_line(record: TrialRecord, score_name: str) -> str:

@@ -22,7 +22,6 @@ class Outcome(enum.Enum):
     """How a trial ended; the value is the sentence its user reads."""
 
     DONE = "done"
-    STOPPED_EARLY = "stopped early: other trials of similar size were clearly better after as much fine-tuning"
     DIVERGED = "diverged: the loss or the score became NaN or infinite; a lower finetune.learning_rate helps"
     NOT_SMALLER = "not smaller than dense: the plan saves no parameters, so it was not trained"
     OVER_BUDGET = (
@@ -66,8 +65,7 @@ class Finalist:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord:
-    """One trial. `score` is the validation score after its last rung, None where there is none; that of a trial which was
-    stopped early has less fine-tuning behind it than the others."""
+    """One trial. `score` is the validation score after its last rung, None where it did not get there."""
 
     number: int
     index: int
@@ -97,12 +95,8 @@ class TrialRecord:
 
     @property
     def ending(self) -> str:
-        """How the trial ended, in few words: `done`, `stopped early after 1 epoch`."""
-        words = self.outcome.value.partition(":")[0]
-        if self.outcome is not Outcome.STOPPED_EARLY or not self.curve:
-            return words
-        epochs = self.curve[-1].epochs
-        return f"{words} after {epochs:g} {'epoch' if epochs == 1 else 'epochs'}"
+        """How the trial ended, in a word or two: `done`, `diverged`."""
+        return self.outcome.value.partition(":")[0]
 
 
 @dataclass(frozen=True)

@@ -122,8 +122,6 @@ class SearchSpec:
     minimize: tuple[str, ...] = _checked(f"at least one of {', '.join(COSTS)}", bool, default=("params",))
     """The costs that the front sets against the score: parameters, multiply-accumulates, or both."""
     minutes: float | None = _positive(default=None)
-    halving: bool = False
-    """Stop trials early that are clearly behind others of similar size after as much fine-tuning."""
     min_score: float | None = _checked("a finite number", math.isfinite, default=None)
     """Models with a lower validation score are not on the front."""
     min_ratio: float | None = _checked("a finite number above 0", lambda value: 0 < value < math.inf, default=None)
@@ -188,7 +186,7 @@ def complete_identity(identity: Mapping[str, Any], *, source: str) -> dict[str, 
 
 def _as_it_was(data: Mapping[str, Any]) -> dict[str, Any]:
     """A resolved study with the keys that it was begun without, where their default is not what studies did before."""
-    earlier: dict[str, dict[str, Any]] = {"space": {"data_aware": False}, "search": {"halving": False}}
+    earlier: dict[str, dict[str, Any]] = {"space": {"data_aware": False}}
     filled = {name: keys | found for name, keys in earlier.items() if isinstance(found := data.get(name, {}), dict)}
     return dict(data) | filled
 

@@ -22,7 +22,7 @@ from ranksearch.console import Look, Silent, View
 from ranksearch.data import check_splits, example, sample_inputs
 from ranksearch.dense import load_given, load_weights, recipe, train_dense
 from ranksearch.engines import local, ray
-from ranksearch.engines.base import Engine, OnMessage, check_portable
+from ranksearch.engines.base import Engine, check_portable
 from ranksearch.errors import ModelError, SpecError, StudyError
 from ranksearch.export import load_model, save_model, weights_of
 from ranksearch.factorization import Offer
@@ -255,17 +255,15 @@ class _Run:
         done = {Plan.of({probe.layer: probe.value}) for probe in known} | ({Plan()} if dense is not None else set())
         self.view.stage("probing layers", len(wanted), len(done))
 
-        def on_message(job: Job, message: Rung | Answer) -> bool:
+        def on_answer(job: Job, answer: Answer) -> None:
             nonlocal dense
-            if not isinstance(message, Answer):
-                return True
-            if message.outcome is Outcome.WORKER_LOST:
-                self.view.note(f"probe of {job.plan}: {message.outcome.value}")
-                return True
-            if message.loss is None:
-                self.view.step(f"{job.plan}: {message.outcome.value}")
-                return True
-            loss = message.loss if math.isfinite(message.loss) else WORST_LOSS
+            if answer.outcome is Outcome.WORKER_LOST:
+                self.view.note(f"probe of {job.plan}: {answer.outcome.value}")
+                return
+            if answer.loss is None:
+                self.view.step(f"{job.plan}: {answer.outcome.value}")
+                return
+            loss = answer.loss if math.isfinite(answer.loss) else WORST_LOSS
             if job.plan.layers:
                 known.append(record.Probe(*job.plan.layers[0], loss))
             else:
@@ -273,13 +271,12 @@ class _Run:
             done.add(job.plan)
             record.write_probes(self.study, dense, known)
             self.view.step(str(job.plan))
-            return True
 
         def jobs() -> Iterator[Job]:
             return (Job(key, plan, self.spec.seed, Stage.PROBE) for key, plan in enumerate(wanted) if plan not in done)
 
         with self.stage("probes"):
-            self.run_jobs(jobs, evaluate, on_message)
+            self.run_jobs(jobs, evaluate, on_answer)
 
     def firsts(self, layers: Profile) -> list[tuple[str, Plan]]:
         """The plans within the limits that are tried first, with their origins; chosen once in a study."""
@@ -317,7 +314,6 @@ class _Run:
         ledger = self.ledger = Ledger(
             self.study, self.space, self.inventory, firsts, sampler=self.spec.search.sampler, seed=self.spec.seed,
             floor=floor, limits=limits, objectives=facts.objectives, knowledge=knowledge,
-            halve_below=self.spec.finetune.epochs if self.spec.search.halving else 0,
             on_untrained=lambda found: self.view.trial(found, ledger.records()),
         )  # fmt: skip
         ledger.recover()
@@ -328,14 +324,11 @@ class _Run:
         def spent() -> bool:
             return minutes is not None and before + time.monotonic() - start >= minutes * 60
 
-        def on_message(job: Job, message: Rung | Answer) -> bool:
-            if isinstance(message, Rung):
-                return ledger.goes_on(job, message)
-            self.view.trial(ledger.receive(job, message), ledger.records())
-            return True
+        def on_answer(job: Job, answer: Answer) -> None:
+            self.view.trial(ledger.receive(job, answer), ledger.records())
 
         with self.stage("trials"):
-            self.run_jobs(lambda: ledger.jobs(trials), evaluate, on_message, spent)
+            self.run_jobs(lambda: ledger.jobs(trials), evaluate, on_answer, spent)
 
     def finalists(self, evaluate: Evaluator) -> None:
         """Fine-tune the best trials for longer, score them on the test split, keep their weights, time them."""
@@ -347,19 +340,17 @@ class _Run:
         by_number, answered = {trial.number: trial for trial in trials}, set[int]()
         self.view.stage("finalists", len(chosen), len(chosen) - len(waiting))
 
-        def on_message(job: Job, message: Rung | Answer) -> bool:
-            if isinstance(message, Answer):
-                if message.outcome is not Outcome.WORKER_LOST:
-                    answered.add(job.key)
-                self._finalist(by_number[job.key], message)
-            return True
+        def on_answer(job: Job, answer: Answer) -> None:
+            if answer.outcome is not Outcome.WORKER_LOST:
+                answered.add(job.key)
+            self._finalist(by_number[job.key], answer)
 
         def jobs() -> Iterator[Job]:
             left = (trial for trial in waiting if trial.number not in answered)
             return (Job(trial.number, trial.plan, trial.seed, Stage.FINALIST) for trial in left)
 
         with self.stage("finalists"):
-            self.run_jobs(jobs, evaluate, on_message)
+            self.run_jobs(jobs, evaluate, on_answer)
             self._latencies()
 
     def report(self) -> None:
@@ -381,23 +372,26 @@ class _Run:
         return not self.spec.search.limits.excess(size_of(plan, self.inventory))
 
     def run_jobs(
-        self, jobs: Callable[[], Iterator[Job]], evaluate: Evaluator, on_message: OnMessage,
+        self, jobs: Callable[[], Iterator[Job]], evaluate: Evaluator, on_answer: Callable[[Job, Answer], None],
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
         """Evaluate what `jobs()` gives; and again what it gives then, where workers were lost, but none more than `MAX_TRIES`
         times."""
         losses, again = Counter[int](), True
 
-        def counted(job: Job, message: Rung | Answer) -> bool:
+        def on_message(job: Job, message: Rung | Answer) -> None:
             nonlocal again
-            if isinstance(message, Answer) and message.outcome is Outcome.WORKER_LOST:
+            if isinstance(message, Rung):
+                self.view.rung(job.key, message)
+                return
+            if message.outcome is Outcome.WORKER_LOST:
                 losses[job.key] += 1
                 again = again or losses[job.key] < MAX_TRIES
-            return on_message(job, message)
+            on_answer(job, message)
 
         while again:
             again = False
-            self.engine.run(jobs(), evaluate, on_message=counted, should_stop=should_stop)
+            self.engine.run(jobs(), evaluate, on_message=on_message, should_stop=should_stop)
 
     def evaluator(self, layers: Profile) -> Evaluator:
         task = replace(self.task, model=self.task.model.cpu())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from ranksearch import folder, training
 from ranksearch.record import Outcome
 from ranksearch.spec import parse_spec
-from ranksearch.strategy import halving
 from ranksearch.study import Options, run_study
 from ranksearch.tasks import Task
 from tests import nets
@@ -22,18 +20,6 @@ torch.set_num_threads(1)
 def small_spec(*overrides):
     """The small study of `tests.nets`, with overrides."""
     return parse_spec(nets.SMALL, source="small.toml", overrides=overrides)
-
-
-def halving_spec(*overrides):
-    """The small study with halving, and trials enough after its first plans."""
-    return small_spec("search.halving=true", "finetune.epochs=2", "search.trials=22", "finalists.count=1", *overrides)
-
-
-@pytest.fixture
-def harsh(monkeypatch):
-    """Halving so strict that a study of a few trials stops some."""
-    for name, value in {"PEERS": 1, "SIMILAR": math.inf, "SHARE": 0.1, "LEAD": 0.0, "LEAD_UNTRAINED": 0.0}.items():
-        monkeypatch.setattr(halving, name, value)
 
 
 def essence(trials):

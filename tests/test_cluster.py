@@ -209,7 +209,6 @@ def test_thirty_trials_on_three_nodes_two_of_which_are_lost():
                     os.kill(int(message.score), signal.SIGKILL)
                 elif message.epochs == 0 and len(answers) >= 12 and not node_lost:
                     node_lost = cluster.tell(f"lose {message.score:.0f}")
-                return True
 
             while ledger.finished() < 30:
                 engine.run(ledger.jobs(30), slow, on_message=on_message, should_stop=lambda: False)
@@ -232,7 +231,6 @@ def test_a_node_that_joins_is_used():
             most.append(len(running))
             if isinstance(message, Answer) and job.key == 0:
                 cluster.tell("add 2")
-            return True
 
         jobs = (Job(key, Plan(), seed=key) for key in itertools.takewhile(lambda key: max(most, default=0) < 3, range(90)))
         engine.run(jobs, slow, on_message=on_message, should_stop=lambda: False)

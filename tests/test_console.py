@@ -45,11 +45,13 @@ def test_a_live_view_draws_progress_and_front(finished):
         view.step()
         view.facts(record.facts)
         view.stage("trials", 8, 2)
+        view.rung(7, Rung(2, 0.931))
+        view._live.refresh()
         view.trial(record.trials[0], record.trials[:1])
         view.trial(trial(9, None, 1.0, Outcome.OVER_BUDGET), record.trials[:1])
         view._live.refresh()
     text = out.getvalue()
-    for words in ("training the dense net", "3/8", "left", "front so far", "trial 9: over budget"):
+    for words in ("training the dense net", "3/8", "left", "trial 7: epoch 2, 93.1 %", "front so far", "trial 9: over budget"):
         assert words in text
 
 
@@ -60,12 +62,11 @@ def test_plain_lines_for_every_kind_of_trial(finished):
     view.stage("trials", 8, 3)
     view.facts(record.facts)
     lost = trial(9, None, 1.0, Outcome.DIVERGED)
-    stopped = replace(trial(10, 0.81, 55.3, Outcome.STOPPED_EARLY), curve=(Rung(0, 0.4), Rung(1, 0.81)), seconds=1.5)
     again = replace(trial(12, 0.5, 2.0), same_as=3)
     done = next(t for t in record.trials if t.finalist)
     view.trial(done, record.trials)
     view.trial(lost, record.trials)
-    view.trial(stopped, record.trials)
+    view.rung(10, Rung(1, 0.4))
     view.trial(trial(11, None, 1.0, Outcome.OVER_BUDGET), record.trials)
     view.trial(again, record.trials)
     lines = out.getvalue().splitlines()
@@ -73,9 +74,8 @@ def test_plain_lines_for_every_kind_of_trial(finished):
     assert lines[1].startswith("dense: ")
     assert lines[2].startswith(f"finalist {done.number} [{done.origin}] {done.ratio:.1f}x, ")
     assert lines[3].startswith("trial 9 [tpe] diverged, 0.0 s: ")
-    assert lines[4].startswith("trial 10 [tpe] 55.3x, 81.0 %, stopped early after 1 epoch, 1.5 s: ")
-    assert len(lines) == 6
-    assert lines[5].startswith("trial 12 [tpe] 2.0x, 50.0 %, the plan of trial 3, 0.0 s: ")
+    assert len(lines) == 5
+    assert lines[4].startswith("trial 12 [tpe] 2.0x, 50.0 %, the plan of trial 3, 0.0 s: ")
 
 
 def test_scores_and_clocks_for_people():

@@ -1,4 +1,4 @@
-"""The contract of an engine: every job is answered once, whatever happens to its worker, and is sent every verdict."""
+"""The contract of an engine: every job is answered once, whatever happens to its worker."""
 
 from __future__ import annotations
 
@@ -32,10 +32,7 @@ class Work:
     mark: str = ""
 
     def __call__(self, job):
-        go_on = yield Rung(0, float(job.seed))
-        if go_on is False:
-            yield Answer(Outcome.STOPPED_EARLY, (Rung(0, float(job.seed)),))
-            return
+        yield Rung(0, float(job.seed))
         if job.seed == self.dies_at and (self.always or Path(self.mark).exists()):
             if not self.always:
                 Path(self.mark).unlink()
@@ -81,13 +78,12 @@ def engines(*which):
 ALL = engines(0, 1, 2, "ray")
 
 
-def collect(work, count, engine, should_stop=lambda: False, stops=()):
-    """Every message with its job's key; the jobs with keys in `stops` are told to stop at each rung."""
+def collect(work, count, engine, should_stop=lambda: False):
+    """Every message with its job's key."""
     found = []
 
     def on_message(job, message):
         found.append((job.key, message))
-        return job.key not in stops
 
     engine.run(jobs(count), work, on_message=on_message, should_stop=should_stop)
     return found
@@ -105,36 +101,6 @@ def test_every_job_is_answered_once_after_its_rungs(engine):
         assert [type(message) for k, message in found if k == key] == [Rung, Answer]
 
 
-@ALL
-def test_a_job_that_may_not_go_on_answers_as_stopped(engine):
-    found = answers(collect(WORK, 6, engine, stops={1, 2, 5}))
-    expected = {key: ("DONE", (Rung(0, key), Rung(1, 2.0 * key))) for key in (0, 3, 4)}
-    expected |= {key: ("STOPPED_EARLY", (Rung(0, key),)) for key in (1, 2, 5)}
-    assert found == [(key, *expected[key]) for key in range(6)]
-
-
-def each_verdict(job):
-    """Five rungs; its answer's curve holds the verdicts that it was sent, one a rung. It goes on whatever they are, so it is
-    not for Ray, where a trial that may not go on is stopped from outside."""
-    verdicts = []
-    for epochs in range(5):
-        verdicts.append((yield Rung(epochs, 0.0)))
-    yield Answer(Outcome.DONE, tuple(Rung(epochs, verdict) for epochs, verdict in enumerate(verdicts)))
-
-
-@engines(0, 2)
-def test_every_rung_is_answered_with_its_own_verdict(engine):
-    found = []
-
-    def on_message(job, message):
-        found.append((job.key, message))
-        return isinstance(message, Rung) and (job.key + message.epochs) % 2 == 0
-
-    engine.run(jobs(4), each_verdict, on_message=on_message, should_stop=lambda: False)
-    for key, _, curve in answers(found):
-        assert [rung.score for rung in curve] == [(key + epochs) % 2 == 0 for epochs in range(5)]
-
-
 @engines(2, "ray")
 def test_a_job_is_drawn_only_when_a_worker_is_free(engine):
     drawn, open_jobs, most = [], set(), []
@@ -149,7 +115,6 @@ def test_a_job_is_drawn_only_when_a_worker_is_free(engine):
     def on_message(job, message):
         if isinstance(message, Answer):
             open_jobs.remove(job.key)
-        return True
 
     engine.run(lazily(), WORK, on_message=on_message, should_stop=lambda: False)
     assert drawn == list(range(6))
@@ -172,7 +137,7 @@ def always():
 def test_workers_that_keep_dying_end_the_run():
     words = r"Workers must outlive their trials, but 5 in a row .*last exit code -9.*--workers 0"
     with local.engine(1) as engine, pytest.raises(StudyError, match=words):
-        engine.run(always(), Work(dies_at=7, always=True), on_message=lambda job, m: True, should_stop=lambda: False)
+        engine.run(always(), Work(dies_at=7, always=True), on_message=lambda job, m: None, should_stop=lambda: False)
 
 
 @engines(0, 1)
@@ -194,17 +159,23 @@ def its_process(job):
     yield Answer(Outcome.DONE)
 
 
+def long_second(job):
+    """As `its_process`, but a minute passes in the job of key 1."""
+    yield Rung(0, float(os.getpid()))
+    time.sleep(60 if job.key == 1 else 0)
+    yield Answer(Outcome.DONE)
+
+
 @engines(1, "ray")
-def test_a_worker_that_dies_while_it_waits_loses_its_job_alone(engine):
+def test_a_worker_that_dies_after_a_rung_loses_its_job_alone(engine):
     found = []
 
     def on_message(job, message):
         found.append((job.key, message))
         if isinstance(message, Rung) and job.key == 1:
             os.kill(int(message.score), signal.SIGKILL)
-        return True
 
-    engine.run(jobs(3), its_process, on_message=on_message, should_stop=lambda: False)
+    engine.run(jobs(3), long_second, on_message=on_message, should_stop=lambda: False)
     assert [outcome for _, outcome, _ in answers(found)] == ["DONE", "WORKER_LOST", "DONE"]
 
 
@@ -223,7 +194,7 @@ if __name__ == "__main__":
 """
 
 
-def test_a_driver_that_dies_leaves_no_worker_waiting(tmp_path):
+def test_a_driver_that_dies_leaves_no_worker_behind(tmp_path):
     script = tmp_path / "driver.py"
     script.write_text(DRIVER)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
@@ -244,7 +215,7 @@ def no_child_more():
     assert set(multiprocessing.active_children()) <= before
 
 
-def test_a_bug_in_the_driver_ends_a_worker_that_waits(no_child_more):
+def test_a_bug_in_the_driver_ends_its_workers(no_child_more):
     def on_message(job, message):
         raise PlanError("in the driver")
 
@@ -267,7 +238,6 @@ def test_nothing_is_drawn_after_the_stop(engine):
     def on_message(job, message):
         if isinstance(message, Answer):
             done.append(job.key)
-        return True
 
     engine.run(jobs(50), WORK, on_message=on_message, should_stop=lambda: len(done) >= 3)
     assert sorted(done)[:3] == [0, 1, 2]

@@ -38,7 +38,7 @@ from ranksearch.strategy.space import make_space
 from ranksearch.strategy.trial import Answer
 from ranksearch.study import CALIBRATION, Options, Stopped, run_study
 from tests import nets
-from tests.conftest import essence, halving_spec, small_spec, stored
+from tests.conftest import essence, small_spec, stored
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,20 +71,7 @@ def test_an_orphan_is_queued_again_in_its_place(finished, tmp_path):
         assert "WAITING" not in states
 
 
-def test_resumed_equals_uninterrupted_with_halving(harsh, tmp_path):
-    """Stopped now and then, once with a trial left running: what a rung is judged against follows from the record."""
-    whole = run_study(halving_spec(), tmp_path / "whole" / "small", Options(workers=0))
-    assert any(trial.outcome is Outcome.STOPPED_EARLY for trial in whole.trials)
-    out = tmp_path / "small"
-    for trials in (5, 15, 18, 22):
-        record = run_study(halving_spec(f"search.trials={trials}"), out, Options(workers=0))
-        if trials == 18:
-            orphan(out, trials)
-    assert essence(replace(t, finalist=None) for t in record.trials) == essence(replace(t, finalist=None) for t in whole.trials)
-    assert [trial.state.name for trial in stored(out).trials].count("FAIL") == 1
-
-
-@pytest.mark.parametrize("key", ["space.rank_multiple", "search.halving"])
+@pytest.mark.parametrize("key", ["space.rank_multiple", "search.minimize"])
 def test_a_study_begun_before_a_key_was_there_goes_on(tmp_path, key):
     out, spec = tmp_path / "small", small_spec("search.trials=1", "finalists.count=1")
     before = run_study(spec, out, Options(workers=0))
@@ -106,7 +93,7 @@ def test_a_study_begun_before_a_better_default_goes_on_as_it_was(tmp_path):
     assert (out / folder.SPEC).read_text() == written
 
 
-def ledger_of(study, dense=None, cache=None, *, firsts=None, halve_below=0):
+def ledger_of(study, dense=None, cache=None, *, firsts=None):
     """The ledger that a run of the small study has."""
     data, model, spec = nets.few_digits(), nets.small(), small_spec()
     if dense:
@@ -120,7 +107,7 @@ def ledger_of(study, dense=None, cache=None, *, firsts=None, halve_below=0):
     dense_loss, probes = read_probes(study)
     score = read_facts(study).dense.score_validation if has_facts(study) else 0.65
     return Ledger(
-        study, space, found, firsts, sampler="rank", seed=0, floor=score - WORTH, halve_below=halve_below,
+        study, space, found, firsts, sampler="rank", seed=0, floor=score - WORTH,
         knowledge=Knowledge.of(space, found, layers, probes, dense_loss=dense_loss, dense_score=score),
     )  # fmt: skip
 

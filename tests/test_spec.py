@@ -37,7 +37,7 @@ def test_overrides_take_toml_values_and_bare_words():
 def test_the_budget_is_not_part_of_a_studys_identity():
     assert parse(SMALL, "search.trials=99", "search.minutes=1").identity() == parse().identity()
     assert parse(SMALL, "finetune.epochs=9").identity() != parse().identity()
-    assert parse(SMALL, "search.halving=true").identity() != parse().identity()
+    assert parse(SMALL, "search.minimize=['macs']").identity() != parse().identity()
 
 
 def test_limits_say_what_is_looked_for_and_make_no_other_study():
@@ -59,7 +59,6 @@ def test_what_an_older_identity_does_not_name_has_its_default():
         "space.rank_multiple",
         "space.smaller_in",
         "space.methods",
-        "search.halving",
         "search.minimize",
         "seed",
         "dense.precision",
@@ -119,7 +118,6 @@ def test_a_damaged_resolved_study():
         ("search.minimize=[]", "study.toml: search.minimize must be at least one of params, macs, but got []."),
         ("search.minimize=['latency']", "search.minimize must name costs, but 'latency' is none. Valid: macs, params."),
         ("space.data_aware=1", "study.toml: space.data_aware must be true or false, but got 1."),
-        ("search.halving=1", "study.toml: search.halving must be true or false, but got 1."),
         ("space.skip='conv1'", "study.toml: space.skip must be a list of strings, but got 'conv1'."),
         ("finetune.learning_rate=-1", "study.toml: finetune.learning_rate must be above 0, but got -1."),
         (

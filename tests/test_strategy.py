@@ -146,7 +146,7 @@ def test_what_the_user_asks_for_is_worth_taking_home_however_low():
 
 def test_only_trials_that_are_done_become_finalists():
     trials = [trial(0, None, 10.0, Outcome.DIVERGED), trial(1, None, 1.0, Outcome.NOT_SMALLER)]
-    trials += [trial(2, 0.95, 20.0, Outcome.STOPPED_EARLY)]
+    trials += [trial(2, 0.95, 20.0, Outcome.OUT_OF_MEMORY)]
     assert choose_finalists(trials, dense_score=0.9, count=3) == []
     assert front_of(trials) == []
 

@@ -1,4 +1,4 @@
-"""The engine: draws jobs, passes their messages on, and sends the verdicts back, wherever the workers are."""
+"""The engine: draws jobs and passes their messages on, wherever the workers are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import abc
 import io
 import pickle
 import traceback
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeAlias
@@ -17,9 +17,9 @@ from ranksearch.errors import ModelError, StudyError
 from ranksearch.record import Outcome, Rung
 from ranksearch.strategy.trial import Answer, Job
 
-Messages: TypeAlias = Generator[Rung | Answer, bool | None, None]
+Messages: TypeAlias = Iterator[Rung | Answer]
 Evaluate: TypeAlias = Callable[[Job], Messages]
-OnMessage: TypeAlias = Callable[[Job, Rung | Answer], bool]
+OnMessage: TypeAlias = Callable[[Job, Rung | Answer], None]
 
 MAX_LOST = 5
 """Workers lost in a row before the engine gives up: more than one plan is tried for, so the cause is not the plan."""
@@ -64,10 +64,6 @@ class Workers(abc.ABC):
         """
 
     @abc.abstractmethod
-    def answer(self, key: int, go_on: bool) -> None:
-        """The verdict on the rung that the job of that key came to last."""
-
-    @abc.abstractmethod
     def lost_words(self) -> str:
         """How the last worker was lost, and what helps, as the end of a sentence."""
 
@@ -97,10 +93,8 @@ class Engine:
 
         Args:
             jobs: what to evaluate; no two that run at a time have the same key.
-            evaluate: gives the messages of one job, an `Answer` last, and is sent what `on_message` returned for each rung;
-                at False it answers `STOPPED_EARLY` with its curve. Workers elsewhere get it pickled.
-            on_message: receives every rung and every answer, in this process; returns for a rung whether the job goes on.
-                What it returns for an answer changes nothing.
+            evaluate: gives the messages of one job, an `Answer` last. Workers elsewhere get it pickled.
+            on_message: receives every rung and every answer, in this process.
             should_stop: asked before each draw; True lets the running jobs end and draws no more.
 
         Raises:
@@ -133,9 +127,7 @@ class Engine:
                 if isinstance(message, Answer):
                     del running[key]
                     lost = lost + 1 if message.outcome is Outcome.WORKER_LOST else 0
-                go_on = on_message(job, message)
-                if isinstance(message, Rung):
-                    workers.answer(key, go_on)
+                on_message(job, message)
                 if lost >= MAX_LOST:
                     raise StudyError(
                         f"Workers must outlive their trials, but {lost} in a row ended before {workers.lost_words()}"

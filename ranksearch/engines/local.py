@@ -1,8 +1,8 @@
 """The local workers: processes on this machine, kept warm from the first job to the last; or this process itself.
 
 A worker receives the evaluator once (data, dense model, prepared factors) and then one job at a time. It reports every
-rung and its answer through its own pipe, so a worker that dies takes nothing with it but its job. After a rung it waits
-for the verdict; the end of the pipe, when the driver is gone, ends the worker too.
+rung and its answer through its own pipe, so a worker that dies takes nothing with it but its job. Where the driver is gone
+nobody reads the pipe, and the worker ends with its next message.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ class _Here(Workers):
         self._evaluate: Evaluate | None = None
         self._job: Job | None = None
         self._messages: Messages | None = None
-        self._go_on: bool | None = None
 
     def load(self, evaluate: Evaluate) -> None:
         self._evaluate = evaluate
@@ -54,18 +53,15 @@ class _Here(Workers):
 
     def submit(self, job: Job) -> None:
         assert self._evaluate is not None, "loaded before it is given jobs"
-        self._job, self._messages, self._go_on = job, self._evaluate(job), None
+        self._job, self._messages = job, self._evaluate(job)
 
     def messages(self) -> Iterator[tuple[int, Rung | Answer]]:
         assert self._job is not None
         assert self._messages is not None
-        key, message = self._job.key, self._messages.send(self._go_on)
+        key, message = self._job.key, next(self._messages)
         if isinstance(message, Answer):
             self._job = None
         yield key, message
-
-    def answer(self, key: int, go_on: bool) -> None:
-        self._go_on = go_on
 
     def lost_words(self) -> str:
         raise AssertionError("this process is not lost")
@@ -122,11 +118,6 @@ class _Pool(Workers):
                 worker.job = None
             yield key, message
 
-    def answer(self, key: int, go_on: bool) -> None:
-        worker = next(w for w in self._busy() if w.job and w.job.key == key)
-        with suppress(OSError):  # dead since its rung: `messages` finds its pipe closed and answers for it
-            worker.pipe.send(go_on)
-
     def lost_words(self) -> str:
         return (
             f"(last exit code {self._last_exit}); give fewer --workers, or --workers 0 to see what happens in this process. A "
@@ -176,7 +167,7 @@ def _work(pipe: Connection, threads: int, path: list[str]) -> None:
         while True:
             job = pipe.recv()
             try:
-                _converse(evaluate(job), pipe)
+                _report(evaluate(job), pipe)
             except _DriverGone:
                 return
             except Exception as error:
@@ -186,19 +177,13 @@ def _work(pipe: Connection, threads: int, path: list[str]) -> None:
 
 
 class _DriverGone(Exception):
-    """Nobody reads or answers any more; apart from the errors of a job, which may be of pipes and files as well."""
+    """Nobody reads any more; apart from the errors of a job, which may be of pipes and files as well."""
 
 
-def _converse(messages: Messages, pipe: Connection) -> None:
-    """Send the driver every message of a job, and the job what each rung was answered with."""
-    go_on: bool | None = None  # the first `send` to a generator must be of None
-    while True:
-        try:
-            message = messages.send(go_on)
-        except StopIteration:
-            return
+def _report(messages: Messages, pipe: Connection) -> None:
+    """Send the driver every message of a job."""
+    for message in messages:
         try:
             pipe.send(message)
-            go_on = pipe.recv() if isinstance(message, Rung) else None
-        except (EOFError, OSError):
+        except OSError:
             raise _DriverGone from None

@@ -74,7 +74,7 @@ class Free:
 
 @dataclass(frozen=True)
 class Said:
-    """A job's message. A rung is answered with its verdict."""
+    """A job's message."""
 
     key: int
     message: Rung | Answer | Crash
@@ -146,9 +146,6 @@ class _Cluster(Workers):
             yield news.key, news.message
         else:
             self._asked = True
-
-    def answer(self, key: int, go_on: bool) -> None:
-        self._send(go_on)
 
     def lost_words(self) -> str:
         return (

@@ -1,8 +1,8 @@
 """The process that holds Ray, started by the driver, which is at the other end of its pipe.
 
-Ray Tune runs the trials. `_Searcher` gives it the jobs that the driver asks for, `_Scheduler` passes rungs and answers on and
-applies the driver's verdicts, and a `_Trial` is an actor that holds data, dense model and factors from its first job to its
-last. Neither decides anything, and nothing is kept here.
+Ray Tune runs the trials. `_Searcher` gives it the jobs that the driver asks for, `_Scheduler` passes rungs and answers on, and
+a `_Trial` is an actor that holds data, dense model and factors from its first job to its last. None decides anything, and
+nothing is kept here.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class _Board:
 
     def __init__(self, driver: Connection) -> None:
         self._driver = driver
-        self._running: dict[str, tuple[Job, list[Rung]]] = {}
+        self._running: dict[str, Job] = {}
 
     def running(self) -> int:
         return len(self._running)
@@ -149,21 +149,12 @@ class _Board:
         self._driver.send(Free())
         job = self._driver.recv()
         if isinstance(job, Job):
-            self._running[trial] = (job, [])
+            self._running[trial] = job
         return job
 
-    def rung(self, trial: str, rung: Rung) -> bool:
-        """The driver's verdict on a rung."""
-        job, curve = self._running[trial]
-        curve.append(rung)
-        self._driver.send(Said(job.key, rung))
-        return self._driver.recv()
-
-    def ended(self, trial: str, message: Rung | Answer | Crash, seconds: float) -> None:
-        """How a trial ended; at a rung, if that was the driver's verdict."""
-        job, curve = self._running.pop(trial)
-        if isinstance(message, Rung):
-            message = Answer(Outcome.STOPPED_EARLY, tuple(curve), seconds)
+    def say(self, trial: str, message: Rung | Answer | Crash) -> None:
+        """Pass a message on; a trial ends with what is no rung."""
+        job = self._running[trial] if isinstance(message, Rung) else self._running.pop(trial)
         self._driver.send(Said(job.key, message))
 
 
@@ -207,7 +198,7 @@ class _Searcher(Searcher):
 
 
 class _Scheduler(TrialScheduler):
-    """Passes on what trials report; after a rung the driver says whether a trial goes on."""
+    """Passes on what trials report."""
 
     def __init__(self, board: _Board) -> None:
         super().__init__()
@@ -215,15 +206,16 @@ class _Scheduler(TrialScheduler):
         self._chosen: set[str] = set()
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        return self.CONTINUE if self._board.rung(trial.trial_id, result["message"]) else self.STOP
+        self._board.say(trial.trial_id, result["message"])
+        return self.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        self._board.ended(trial.trial_id, result["message"], result["time_total_s"])
+        self._board.say(trial.trial_id, result["message"])
         del trial.last_result["message"]  # Tune keeps every result, and a finalist's holds its weights
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         """Only a worker that is gone is an error to Tune: what a job raises is a message."""
-        self._board.ended(trial.trial_id, Answer(Outcome.WORKER_LOST), 0.0)
+        self._board.say(trial.trial_id, Answer(Outcome.WORKER_LOST))
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """A trial that was not chosen yet. To one that was, whose actor is starting, Tune would give the next actor that

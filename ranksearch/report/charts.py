@@ -26,7 +26,6 @@ _LABEL: dict[str, Any] = {"align": "left", "dx": 7, "dy": -9, "fontSize": 11.5, 
 # Kind of point -> fill, stroke, shape, size, opacity.
 _LOOKS = {
     points.TRIAL: (GREY, GREY, "circle", 36, 0.75),
-    points.STOPPED: (_CLEAR, GREY, "circle", 22, 0.45),
     points.VBMF: (ORANGE, ORANGE, "triangle-up", 90, 0.95),
     points.PREDICTED: (GREEN, GREEN, "triangle-down", 90, 0.95),
     points.FINALIST: ("#93b4f5", BLUE, "circle", 70, 0.9),
@@ -95,7 +94,7 @@ def hypervolume_chart(record: StudyRecord) -> Drawing:
 def curves_chart(record: StudyRecord) -> Drawing:
     """Score against epochs of fine-tuning, one line a trial; finalists start again from their decomposed weights."""
     rows = points.curve_points(record)
-    looks = {points.SEARCH: (GREY, 0.6), points.STOPPED: (ORANGE, 0.45), points.FINALIST: (BLUE, 0.95)}
+    looks = {points.SEARCH: (GREY, 0.6), points.UNFINISHED: (ORANGE, 0.45), points.FINALIST: (BLUE, 0.95)}
     present = [kind for kind in looks if any(row["kind"] == kind for row in rows)]
     axis = alt.Axis(values=sorted({row["epochs"] for row in rows}), format="~g", labelOverlap=True)
     x = alt.X("epochs:Q", title="epochs of fine-tuning", scale=alt.Scale(type="sqrt", nice=False), axis=axis)

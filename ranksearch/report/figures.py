@@ -45,11 +45,6 @@ def scored(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
     return [trial for trial in trials if trial.outcome is Outcome.DONE and trial.score is not None]
 
 
-def stopped(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """The trials that were stopped early, for others of similar size were clearly better."""
-    return [trial for trial in trials if trial.outcome is Outcome.STOPPED_EARLY]
-
-
 def trained(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
     """The trials, without the proposals that the record or the limits answered for."""
     return [trial for trial in trials if trial.same_as is None and trial.outcome is not Outcome.OVER_BUDGET]

@@ -45,7 +45,6 @@ def _context(record: StudyRecord) -> dict[str, Any]:
         "dense": _dense(record),
         "front": summary.front_lines(record),
         "finalists": len(figures.finalists(record)),
-        "stopped": len(figures.stopped(record.trials)),
         "gain": figures.gain(record),
         "notes": record.notes,
         "limits": str(facts.limits),
@@ -90,10 +89,8 @@ def _cards(record: StudyRecord) -> list[dict[str, str]]:
     best = figures.near_dense(record.shown, facts.dense, facts.objectives)
     elbow = figures.knee(record.shown, facts.objectives)
     dense = f"{text.whole(facts.dense.params)} parameters, {text.score(facts.dense.score_test, name)} on test"
-    finalists, stopped = len(figures.finalists(record)), len(figures.stopped(record.trials))
-    trials = len(figures.trained(record.trials))
+    finalists, trials = len(figures.finalists(record)), len(figures.trained(record.trials))
     work = f"in {text.duration(sum(record.seconds.values()))}; "
-    work += f"{stopped} stopped early, " if stopped else ""
     work += f"{text.counted(finalists, 'finalist')}, " if finalists else ""
     return [
         {"title": f"Dense {name}", "figure": text.score(facts.dense.score_validation, name), "line": _together(dense)},

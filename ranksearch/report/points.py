@@ -10,9 +10,10 @@ from ranksearch.plan import Plan
 from ranksearch.record import Outcome, StudyRecord, TrialRecord, front_of
 from ranksearch.report import figures, text
 
-TRIAL, STOPPED, VBMF, DENSE = "trial", "stopped trial", "VBMF one-shot", "dense model"
+TRIAL, VBMF, DENSE = "trial", "VBMF one-shot", "dense model"
 PREDICTED = "predicted frontier"
 FINALIST, FRONT, TEST, SEARCH = "finalist", "front", "test score of finalist", "finished trial"
+UNFINISHED = "unfinished trial"
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def curve_points(record: StudyRecord) -> list[dict[str, Any]]:
     """Every rung of every trial, and of every finalist's longer fine-tuning."""
     rows = []
     for trial in figures.trained(record.trials):
-        kind = SEARCH if trial.outcome is Outcome.DONE else STOPPED
+        kind = SEARCH if trial.outcome is Outcome.DONE else UNFINISHED
         rows += _curve(record, trial, trial.curve, kind=kind)
         if trial.finalist:
             rows += _curve(record, trial, trial.finalist.curve, kind=FINALIST)
@@ -149,8 +150,6 @@ def _searched(record: StudyRecord, trials: Sequence[TrialRecord], cost: str) -> 
 
 
 def _kind(trial: TrialRecord) -> str:
-    if trial.outcome is not Outcome.DONE:
-        return STOPPED
     if trial.origin.startswith("vbmf"):
         return VBMF
     if trial.origin.startswith(figures.FRONTIER):
@@ -170,7 +169,7 @@ def _point(record: StudyRecord, trial: TrialRecord, score: float | None, cost: s
         "ratio_text": text.ratio(trial.ratio),
         "params": text.whole(trial.params),
         "macs": text.whole(trial.macs),
-        "validation": text.score(trial.score if kind in (TRIAL, STOPPED, VBMF, PREDICTED) else trial.score_validation, name),
+        "validation": text.score(trial.score if kind in (TRIAL, VBMF, PREDICTED) else trial.score_validation, name),
         "test": text.score(trial.finalist.score_test if trial.finalist else None, name),
         "plan": plan_lines(trial.plan),
     }

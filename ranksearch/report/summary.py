@@ -83,11 +83,10 @@ def front_lines(record: StudyRecord) -> list[FrontLine]:
 
 
 def effort(record: StudyRecord) -> str:
-    """How much work stands behind the front: `45 trials, 8 of them finalists, 9 stopped early, in 11 min 49 s`."""
-    finalists, stopped = len(figures.finalists(record)), len(figures.stopped(record.trials))
+    """How much work stands behind the front: `45 trials, 8 of them finalists, in 11 min 49 s`."""
+    finalists = len(figures.finalists(record))
     parts = [text.counted(len(figures.trained(record.trials)), "trial")]
     parts += [f"{finalists} of them finalists"] if finalists else []
-    parts += [f"{stopped} stopped early"] if stopped else []
     return ", ".join(parts) + f", in {text.duration(sum(record.seconds.values()))}"
 
 

@@ -20,7 +20,6 @@ from ranksearch.plan import Plan
 from ranksearch.record import (
     GIVE_UP,
     Outcome,
-    Rung,
     TrialRecord,
     asked,
     attributes,
@@ -28,7 +27,6 @@ from ranksearch.record import (
     read_trials,
     untrained_in_a_row,
 )
-from ranksearch.strategy.halving import decides, goes_on
 from ranksearch.strategy.sampler import Knowledge, make_sampler
 from ranksearch.strategy.space import Space, size_of
 from ranksearch.strategy.trial import Answer, Job
@@ -51,7 +49,6 @@ class Ledger:
         seed: int,
         floor: float,
         knowledge: Knowledge | None = None,
-        halve_below: int = 0,
         limits: Limits = UNLIMITED,
         objectives: Objectives = BY_RATIO,
         on_untrained: Callable[[TrialRecord], None] = lambda record: None,
@@ -59,9 +56,8 @@ class Ledger:
         """`floor` is the score below which a trial is not worth taking home; samplers then look elsewhere. `knowledge` is
         what the sampler "rank" starts from.
 
-        Trials may be stopped at rungs of fewer epochs than `halve_below`; 0 lets all run to their end. Plans over the
-        `limits` in size, and plans that are known already, are answered without a job; `on_untrained` is told of each.
-        Optuna is told the score and the ratios of the `objectives`.
+        Plans over the `limits` in size, and plans that are known already, are answered without a job; `on_untrained` is told
+        of each. Optuna is told the score and the ratios of the `objectives`.
         """
         self.study = study
         self._space, self._inventory, self._firsts = space, inventory, firsts
@@ -73,10 +69,8 @@ class Ledger:
         self._waiting = sum(trial.state is TrialState.WAITING for trial in trials)
         self._next = 1 + max((place[0] for trial in trials if (place := read_asked(trial))), default=-1)
         """The index of the next trial that is not one queued again."""
-        self._halve_below = halve_below
         self._limits, self._objectives, self._on_untrained = limits, objectives, on_untrained
         self._running: dict[int, optuna.Trial] = {}
-        self._reached: dict[int, list[tuple[Rung, float]]] = {}
         self._twins: list[tuple[int, optuna.Trial]] = []
         """Trials of plans that are running, with the numbers of those; they will have their answers."""
 
@@ -97,7 +91,6 @@ class Ledger:
             self._queue_again(read_asked(trial), {**trial.system_attrs.get("fixed_params", {}), **trial.params})
             self.study.tell(trial.number, state=TrialState.FAIL)
         self._running.clear()
-        self._reached.clear()
         self._twins.clear()
         return len(left)
 
@@ -110,21 +103,9 @@ class Ledger:
                 self._running[trial.number] = trial
                 yield Job(trial.number, plan, self.seed_of(index))
 
-    def goes_on(self, job: Job, rung: Rung) -> bool:
-        """Whether a running trial goes on after a rung, judged against all others that got there."""
-        ratio = self._objectives.ratio(size_of(job.plan, self._inventory))
-        self._reached.setdefault(job.key, []).append((rung, ratio))
-        place = read_asked(self._running[job.key])
-        assert place is not None, "a job's trial was asked for"
-        # First plans are what the search is set against: cut short, they would make it look better than it is.
-        if place[0] < len(self._firsts) or not decides(rung.epochs, self._halve_below):
-            return True
-        return goes_on(rung, ratio, self._peers(job.key, rung.epochs))
-
     def receive(self, job: Job, answer: Answer) -> TrialRecord:
         """Tell Optuna the answer to a job, and queue it again if its worker was lost, a bounded number of times."""
         trial = self._running.pop(job.key)
-        self._reached.pop(job.key, None)
         place = read_asked(trial)
         assert place is not None, "a job's trial was asked for"
         record = self._tell(trial, self._record(trial, *place, job.plan, answer))
@@ -161,13 +142,6 @@ class Ledger:
         place = read_asked(trial)
         assert place is not None, "a queued trial carries its place"
         return trial, *place
-
-    def _peers(self, key: int, epochs: float) -> list[tuple[float, float]]:
-        """(score, ratio) of every other trial, finished or running, that reached the rung of so many epochs."""
-        own = [record for record in self.records() if record.same_as is None]
-        points = [(rung, self._objectives.ratio(record)) for record in own for rung in record.curve]
-        points += [point for other, reached in self._reached.items() if other != key for point in reached]
-        return [(rung.score, ratio) for rung, ratio in points if rung.epochs == epochs]
 
     def _answered(self, trial: optuna.Trial, index: int, origin: str, plan: Plan) -> bool:
         """Whether the plan needs no training: it is known, or runs now, or its size alone answers for it."""
@@ -207,7 +181,7 @@ class Ledger:
             params=size.params,
             macs=size.macs,
             ratio=size.ratio,
-            score=answer.curve[-1].score if answer.outcome in (Outcome.DONE, Outcome.STOPPED_EARLY) else None,
+            score=answer.curve[-1].score if answer.outcome is Outcome.DONE else None,
             curve=answer.curve,
             seconds=answer.seconds,
             seed=self.seed_of(index),

@@ -6,7 +6,7 @@ import copy
 import enum
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -75,12 +75,8 @@ class Evaluator:
     scratch: bool = False
     """Train trials and finalists from weights drawn anew. Probes are of decomposed weights all the same."""
 
-    def __call__(self, job: Job) -> Generator[Rung | Answer, bool | None, None]:
-        """Evaluate a job: a rung after each epoch (the first without training), then the answer, always last.
-
-        Each rung may be answered (`send`): at False the job ends as stopped early. A plain `for` loop, which sends None,
-        goes on to the end.
-        """
+    def __call__(self, job: Job) -> Iterator[Rung | Answer]:
+        """Evaluate a job: a rung after each epoch (the first without training), then the answer, always last."""
         start, curve = time.perf_counter(), list[Rung]()
         final = job.stage is Stage.FINALIST
         try:
@@ -94,9 +90,7 @@ class Evaluator:
                 if not math.isfinite(rung.score):
                     raise Diverged("the score became NaN or infinite")
                 curve.append(rung)
-                if (yield rung) is False:
-                    outcome = Outcome.STOPPED_EARLY
-                    break
+                yield rung
         except Diverged:
             outcome = Outcome.DIVERGED
         except torch.OutOfMemoryError:

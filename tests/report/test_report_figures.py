@@ -49,23 +49,11 @@ def test_correlations_need_three_trials_that_got_to_the_end():
     assert figures.rung_correlations(replace(RECORD, trials=figures.scored(RECORD.trials)[:2])) == []
 
 
-def test_stopped_trials_are_in_no_correlation():
-    stopped = tuple(replace(t, outcome=Outcome.STOPPED_EARLY) for t in RECORD.trials)
-    assert figures.stopped(RECORD.trials)
-    assert figures.rung_correlations(replace(RECORD, trials=stopped)) == []
-    done = tuple(figures.scored(RECORD.trials))
-    assert figures.rung_correlations(replace(RECORD, trials=done)) == figures.rung_correlations(RECORD)
-
-
-def test_stopped_trials_are_drawn_as_such_whoever_proposed_them():
-    """A frontier's trial that was stopped is not among those that were trained to the end."""
-    trials = tuple(
-        replace(t, outcome=Outcome.STOPPED_EARLY, curve=t.curve[:2], finalist=None) for t in RECORD.trials if t.curve
-    )
-    rows = [row for row in points.front_points(replace(RECORD, trials=trials)) if row["kind"] != points.DENSE]
-    assert [row["kind"] for row in rows] == [points.STOPPED] * len(trials)
-    assert {row["outcome"] for row in rows} == {"stopped early after 1 epoch"}
-    assert {row["kind"] for row in points.curve_points(replace(RECORD, trials=trials))} == {points.STOPPED}
+def test_unfinished_trials_are_in_no_correlation_and_in_no_front_chart():
+    trials = tuple(replace(t, outcome=Outcome.DIVERGED, score=None, finalist=None) for t in RECORD.trials if t.curve)
+    assert figures.rung_correlations(replace(RECORD, trials=trials)) == []
+    assert [row["kind"] for row in points.front_points(replace(RECORD, trials=trials))] == [points.DENSE]
+    assert {row["kind"] for row in points.curve_points(replace(RECORD, trials=trials))} == {points.UNFINISHED}
 
 
 def test_equal_scores_have_no_correlation():
@@ -78,12 +66,12 @@ def test_the_window_holds_the_front_and_counts_the_rest():
     assert all(window.low <= trial.score_validation <= window.high for trial in RECORD.front)
     assert all(window.ratios[0] < trial.ratio < window.ratios[1] for trial in RECORD.trials if trial.curve)
     assert window.low >= RECORD.facts.dense.score_validation - 0.10
-    below = [t for t in RECORD.trials if t.curve and max(t.score, t.score_validation) < window.low]
+    below = [t for t in RECORD.trials if t.score is not None and max(t.score, t.score_validation) < window.low]
     assert window.below == len(below) > 0
 
 
 def test_one_bad_trial_does_not_move_the_window():
-    bad = replace(RECORD.trials[5], number=99, score=0.02, outcome=Outcome.STOPPED_EARLY, finalist=None)
+    bad = replace(RECORD.trials[5], number=99, score=0.02, finalist=None)
     window, worse = points.window(RECORD), points.window(replace(RECORD, trials=(*RECORD.trials, bad)))
     assert worse.low == pytest.approx(window.low, abs=0.01)
     assert worse.below == window.below + 1

@@ -85,16 +85,6 @@ def test_the_page_says_how_trials_failed(report):
         assert outcome.value in report.page.text
 
 
-def test_the_report_counts_what_was_stopped(report, written):
-    count = sum(trial.outcome is Outcome.STOPPED_EARLY for trial in report.record.trials)
-    assert f"8 of them finalists, {count} stopped early, in " in report.text("report.md")
-    assert f"{count} stopped early, 8 finalists, " in report.page.text
-    assert f"Left out, for want of a late score: {count} that were stopped early." in report.page.text
-    assert "Small and hollow: trials that were stopped early" in report.page.text
-    whole = tuple(trial for trial in report.record.trials if trial.outcome is not Outcome.STOPPED_EARLY)
-    assert "stopped early" not in written(replace(report.record, trials=whole)).page.text
-
-
 def test_the_page_marks_the_knee(report):
     (knee,) = [row for row in report.json["front"] if row["knee"]]
     assert f"{knee['trial']} knee" in report.page.text
