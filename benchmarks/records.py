@@ -1,6 +1,6 @@
 """What a long history costs: start-up, asks and report of a study with 5,000 trials in its record.
 
-    python benchmarks/records.py --write    # some six minutes on two cores; makes the table of docs/benchmarks.md
+    python benchmarks/records.py --write    # some thirteen minutes on two busy cores; makes the table of docs/benchmarks.md
 
 The study is the built-in `lenet`, run for a few trials and gone on with by random plans, whose scores are made up. Each
 measurement has a process of its own and is taken three times, of which the quickest counts: `ranksearch study` up to its first
