@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ranksearch.errors import RankSearchError as RankSearchError
     from ranksearch.export import load_model as load_model
     from ranksearch.layers import inventory as inventory
+    from ranksearch.options import Options as Options
     from ranksearch.plan import CP as CP
     from ranksearch.plan import CP4 as CP4
     from ranksearch.plan import SVD as SVD
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from ranksearch.plan import Plan as Plan
     from ranksearch.plan import Spatial as Spatial
     from ranksearch.plan import Tucker2 as Tucker2
-    from ranksearch.study import Options as Options
     from ranksearch.surgery import factorize_ as factorize_
     from ranksearch.tasks import Task as Task
     from ranksearch.training import Recipe as Recipe
@@ -31,8 +31,8 @@ _HOMES = {
     "errors": ("RankSearchError",),
     "export": ("load_model",),
     "layers": ("inventory",),
+    "options": ("Options",),
     "plan": ("CP", "CP4", "SVD", "Dense", "Plan", "Spatial", "Tucker2"),
-    "study": ("Options",),
     "surgery": ("factorize_",),
     "tasks": ("Task",),
     "training": ("Recipe",),

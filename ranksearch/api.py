@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ranksearch.console import View
+from ranksearch.options import Options
 from ranksearch.record import StudyRecord
 from ranksearch.spec import DenseSpec, FinalistSpec, SearchSpec, SpaceSpec, StudySpec, TaskSpec, TrainSpec, parse_spec
-from ranksearch.study import Options, run_study
+from ranksearch.study import run_study
 from ranksearch.tasks import FROM_PYTHON, Task
 from ranksearch.training import Recipe
 

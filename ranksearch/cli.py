@@ -132,7 +132,8 @@ def _study(options: argparse.Namespace, given: list[str]) -> int:
     import optuna
 
     from ranksearch import console as views
-    from ranksearch.study import Options, Stopped, run_study
+    from ranksearch.options import Options
+    from ranksearch.study import Stopped, run_study
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     screen = _screen()

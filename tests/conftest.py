@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from ranksearch import folder, training
+from ranksearch.options import Options
 from ranksearch.record import Outcome
 from ranksearch.spec import parse_spec
-from ranksearch.study import Options, run_study
+from ranksearch.study import run_study
 from ranksearch.tasks import Task
 from tests import nets
 

@@ -20,10 +20,11 @@ from ranksearch.cli import main
 from ranksearch.console import Plain
 from ranksearch.engines import ray, tune
 from ranksearch.errors import ModelError, StudyError
+from ranksearch.options import Options
 from ranksearch.plan import Plan
 from ranksearch.record import Outcome, Rung, read_trials
 from ranksearch.strategy.trial import Answer, Job
-from ranksearch.study import Options, run_study
+from ranksearch.study import run_study
 from tests import nets
 from tests.books import Books
 from tests.conftest import essence, small_spec, stored

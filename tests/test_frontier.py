@@ -16,6 +16,7 @@ from ranksearch import record, search
 from ranksearch.console import Silent
 from ranksearch.data import example
 from ranksearch.layers import inventory
+from ranksearch.options import Options
 from ranksearch.plan import CP, SVD, Dense, Plan
 from ranksearch.profile import profile
 from ranksearch.record import Probe
@@ -31,7 +32,7 @@ from ranksearch.strategy.sensitivity import (
 )
 from ranksearch.strategy.space import make_space
 from ranksearch.strategy.trial import Evaluator
-from ranksearch.study import FRONTIER_PLANS, WORST_LOSS, Options, Stopped, run_study
+from ranksearch.study import FRONTIER_PLANS, WORST_LOSS, Stopped, run_study
 from ranksearch.tasks import Task
 from tests import nets
 from tests.conftest import essence, small_spec, stored

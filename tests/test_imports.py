@@ -31,6 +31,7 @@ FLOORS = [
     ["engines"],
     ["storage"],
     ["folder"],
+    ["options"],
     ["study"],
     ["api"],
     ["cli"],

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 import ranksearch
 from ranksearch.errors import SpecError
 from ranksearch.limits import UNLIMITED, Limits
+from ranksearch.options import Options
 from ranksearch.plan import Plan
 from ranksearch.record import GIVE_UP, Outcome, StudyRecord
 from ranksearch.report import write_report
 from ranksearch.strategy.space import Size, check_limits, size_of
 from ranksearch.strategy.trial import Answer
-from ranksearch.study import Options, run_study
+from ranksearch.study import run_study
 from tests.books import FOUND, SPACE, TINY, Books, answer
 from tests.conftest import essence, small_spec
 from tests.report.report_study import study_record

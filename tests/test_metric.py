@@ -17,8 +17,9 @@ from ranksearch.errors import ModelError, PlanError
 from ranksearch.factorization import METHODS
 from ranksearch.layers import inventory
 from ranksearch.metric import Metric, metrics, source
+from ranksearch.options import Options
 from ranksearch.profile import profile
-from ranksearch.study import Options, run_study
+from ranksearch.study import run_study
 from ranksearch.surgery import factorize_
 from tests import nets
 from tests.conftest import essence, small_spec

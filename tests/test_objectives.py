@@ -15,13 +15,14 @@ from ranksearch import pareto
 from ranksearch.errors import StudyError
 from ranksearch.export import load_model
 from ranksearch.objectives import COSTS, Objectives, prices
+from ranksearch.options import Options
 from ranksearch.plan import Plan
 from ranksearch.record import Outcome, Rung, choose, front_of, read_study
 from ranksearch.report import figures, points, summary, write_report
 from ranksearch.strategy.finalists import choose_finalists
 from ranksearch.strategy.space import size_of
 from ranksearch.strategy.trial import Answer
-from ranksearch.study import Options, run_study
+from ranksearch.study import run_study
 from tests import nets
 from tests.books import FOUND, SPACE, Books, knowledge
 from tests.conftest import essence, small_spec, stored

@@ -16,8 +16,9 @@ import pytest
 from ranksearch import folder, storage
 from ranksearch.console import Silent
 from ranksearch.errors import StudyError
+from ranksearch.options import Options
 from ranksearch.record import Outcome
-from ranksearch.study import Options, run_study
+from ranksearch.study import run_study
 from tests.books import Books
 from tests.conftest import small_spec
 from tests.test_cli import refuse, study_file  # noqa: F401

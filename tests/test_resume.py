@@ -19,6 +19,7 @@ from ranksearch.console import Silent
 from ranksearch.data import example, sample_inputs
 from ranksearch.errors import StudyError
 from ranksearch.layers import inventory
+from ranksearch.options import Options
 from ranksearch.profile import profile
 from ranksearch.record import (
     Outcome,
@@ -36,7 +37,7 @@ from ranksearch.strategy.prior import vbmf_plans
 from ranksearch.strategy.sampler import Knowledge
 from ranksearch.strategy.space import make_space
 from ranksearch.strategy.trial import Answer
-from ranksearch.study import CALIBRATION, Options, Stopped, run_study
+from ranksearch.study import CALIBRATION, Stopped, run_study
 from tests import nets
 from tests.conftest import essence, small_spec, stored
 
@@ -129,7 +130,8 @@ def test_a_plan_that_keeps_losing_its_worker_is_given_up():
 SCRIPT = """
 import sys
 from pathlib import Path
-from ranksearch.study import Options, Stopped, run_study
+from ranksearch.options import Options
+from ranksearch.study import Stopped, run_study
 from tests.conftest import small_spec
 run_study(small_spec("search.trials=14"), Path(sys.argv[1]), Options(workers=2))
 """

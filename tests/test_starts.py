@@ -11,12 +11,13 @@ from torch import nn
 from ranksearch.data import example
 from ranksearch.errors import ModelError, SpecError
 from ranksearch.layers import inventory
+from ranksearch.options import Options
 from ranksearch.plan import CP, SVD, Plan, Tucker2
 from ranksearch.profile import profile
 from ranksearch.scratch import scratch_
 from ranksearch.strategy.space import make_space
 from ranksearch.strategy.trial import Answer, Evaluator, Job, Stage
-from ranksearch.study import Options, run_study
+from ranksearch.study import run_study
 from ranksearch.surgery import factorize_
 from ranksearch.training import Recipe
 from tests import nets

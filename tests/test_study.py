@@ -12,10 +12,11 @@ import torch
 import ranksearch
 from ranksearch.errors import ModelError, StudyError
 from ranksearch.export import load_model
+from ranksearch.options import Options
 from ranksearch.record import Outcome
 from ranksearch.report import write_report
 from ranksearch.strategy.finalists import WORTH
-from ranksearch.study import FRONTIER_PLANS, Options, run_study
+from ranksearch.study import FRONTIER_PLANS, run_study
 from ranksearch.tasks import Task
 from ranksearch.training import predict
 from tests import nets

@@ -1,0 +1,60 @@
+"""How a study is run: what may differ from run to run and make no other study."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ranksearch.errors import StudyError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a run may change without making another study."""
+
+    workers: int | None = None
+    """Trials at a time; by default one a core, or as many as the Ray cluster holds. 0 runs them in this process."""
+    engine: str = "local"
+    """`local`: processes on this machine; `ray`: Ray Tune."""
+    address: str | None = None
+    """The Ray cluster, `auto` or HOST:PORT; by default Ray is started on this machine and stopped at the end."""
+    cpus_per_trial: int = 1
+    """CPUs of a trial on Ray, and its threads."""
+    gpus_per_trial: float = 0.0
+    """GPUs of a trial on Ray, whole or a fraction."""
+    device: str = "auto"
+    """Where to train; on Ray, trials are on a GPU where `gpus_per_trial` says so."""
+    storage: str | None = None
+    """An Optuna database address; the folder's own SQLite file by default."""
+    fresh: bool = False
+    """Start over: what the folder and the storage hold of the study is deleted."""
+    command: str = "ranksearch.search(...)"
+    """What makes the study again, for the report."""
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 0:
+            raise StudyError(f"--workers must be at least 0, but got {self.workers}.")
+        if self.engine not in ("local", "ray"):
+            raise StudyError(f"--engine must be local or ray, but got {self.engine!r}.")
+        if self.engine == "ray" and self.workers == 0:
+            raise StudyError("--workers must be at least 1 for --engine ray, but got 0.")
+        if self.engine == "local" and (self.address, self.cpus_per_trial, self.gpus_per_trial) != (None, 1, 0):
+            raise StudyError("--address, --cpus-per-trial and --gpus-per-trial are for --engine ray, but the engine is local.")
+        if self.cpus_per_trial < 1:
+            raise StudyError(f"--cpus-per-trial must be at least 1, but got {self.cpus_per_trial}.")
+        if not (0 <= self.gpus_per_trial < 1 or self.gpus_per_trial == int(self.gpus_per_trial) > 0):
+            raise StudyError(f"--gpus-per-trial must be whole or a fraction of one, but got {self.gpus_per_trial:g}.")
+        if self.engine == "ray" and self.device == "cuda" and not self.gpus_per_trial:
+            raise StudyError("--gpus-per-trial must be above 0 for --device cuda with --engine ray, but got 0.")
+        if self.device == "cpu" and self.gpus_per_trial:
+            raise StudyError(f"--gpus-per-trial must be 0 for --device cpu, but got {self.gpus_per_trial:g}.")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise StudyError(f"--device must be auto, cpu or cuda, but got {self.device!r}.")
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is a GPU; raises `StudyError` for `cuda` where there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise StudyError("A CUDA device must be there for --device cuda, but torch finds none; use --device cpu.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
