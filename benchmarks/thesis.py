@@ -5,7 +5,7 @@
 
 Nets that the thesis designed, the dense nets beside them, and single layers decomposed at its ranks are trained here, by the
 recipe of the study that stands for them. Searched nets come from the folders of finished studies, `ranksearch study NAME`.
-Of a search the smallest net counts that validates no worse than its dense net. Tests are on the test split, once a net.
+Of a search the nets count that validate no worse than its dense net. Tests are on the test split, once a net.
 
 docs/thesis.json keeps every figure that was measured, with its seed, epochs, versions and machine: no machine has run them all.
 """
@@ -154,7 +154,7 @@ def gathered(runs: Path) -> list[Entry]:
         for search in system.searches:
             if (path := runs / search.study / "front.json").exists():
                 found.append({"system": name, "net": search.name} | searched(json.loads(path.read_text())))
-    latest = {(e["system"], e["net"], e["seed"], e["epochs"], e.get("command")): e for e in found}
+    latest = {(e["system"], e["net"], e["seed"], e.get("epochs"), e.get("command")): e for e in found}
     return [latest[key] for key in sorted(latest, key=str)]
 
 
@@ -191,13 +191,11 @@ def facts(task: Task, spec: StudySpec, seed: int, recipe: training.Recipe, start
 
 
 def searched(front: Entry) -> Entry:
-    """A finished study: its dense net, and the smallest net that validates no worse, if there is one."""
-    dense = front["dense"]
+    """A finished study: its dense net, and the nets of its front that validate no worse, the largest first."""
+    dense, kept = front["dense"], ("params", "macs", "score_validation", "score_test", "epochs", "plan_text")
     fitting = [entry for entry in front["front"] if entry["score_validation"] >= dense["score_validation"]]
-    best = max(fitting, key=lambda entry: entry["ratio"], default={})
-    kept = {key: best[key] for key in ("params", "macs", "score_validation", "score_test", "plan_text") if best}
     about = {key: front[key] for key in ("seed", "command", "machine", "versions", "seconds")}
-    return {"dense": dense, "epochs": best.get("epochs", 0)} | kept | about
+    return {"dense": dense, "nets": [{key: entry[key] for key in kept} for entry in fitting]} | about
 
 
 def lines(system: System, entries: Sequence[Entry]) -> list[str]:
@@ -237,15 +235,14 @@ def of_search(system: System, search: Search, entry: Entry) -> list[str]:
     """The rows of a search: its own dense net, and what it found."""
     dense, seed = entry["dense"], f"seed {entry['seed']}"
     test = spread(system, [dense["score_test"]])
-    rows = [row(f"dense net of `{search.study}`", "", f"{dense['params']:,}", "1.0x", test, "", "", seed)]
-    if "params" not in entry:
-        return [*rows, row(f"{search.name}: `{entry['command']}`", search.thesis, "none validates as well", *[""] * 5)]
-    smaller = f"{dense['params'] / entry['params']:.1f}x"
-    return [*rows, row(
-        f"{search.name}: `{entry['command']}`", search.thesis, f"{entry['params']:,}", smaller,
-        spread(system, [entry["score_test"]]), spread(system, [entry["score_test"] - dense["score_test"]], gain=True),
-        entry["epochs"], seed,
-    )]  # fmt: skip
+    rows = [row(f"dense net of `{entry['command']}`", "", f"{dense['params']:,}", "1.0x", test, "", "", seed)]
+    for net in entry["nets"]:
+        smaller, gain = dense["params"] / net["params"], net["score_test"] - dense["score_test"]
+        rows.append(row(
+            search.name, search.thesis, f"{net['params']:,}", f"{smaller:.1f}x", spread(system, [net["score_test"]]),
+            spread(system, [gain], gain=True), net["epochs"], seed,
+        ))  # fmt: skip
+    return rows if entry["nets"] else [*rows, row(search.name, search.thesis, "none validates as well", *[""] * 5)]
 
 
 def spread(system: System, scores: list[float], *, gain: bool = False) -> str:
