@@ -80,7 +80,8 @@ class _Worker:
 class _Pool(Workers):
     def __init__(self, workers: int) -> None:
         self._threads = threads_for(workers)
-        self.about = f"{workers} workers of {self._threads} threads"
+        counts = ((workers, "worker"), (self._threads, "thread"))
+        self.about = " of ".join(f"{count} {thing}{'s' if count > 1 else ''}" for count, thing in counts)
         self._context: SpawnContext = multiprocessing.get_context("spawn")
         self._limit = workers
         self._evaluate: Evaluate | None = None
