@@ -25,7 +25,7 @@ from ranksearch.spec import StudySpec, complete_identity, parse_spec
 from ranksearch.storage import CONNECT, QuickStorage, ServerStorage
 
 SPEC, DATABASE, DENSE = "spec.toml", "study.db", "dense.safetensors"
-OURS = ("study.db*", DENSE, "profile", "models", "report.html", "report.md", "front.*", "front-macs.png", "trials.csv", SPEC)
+OURS = ("study.db*", DENSE, "profile", "models", "report.html", "report.md", "front.*", "front-*.png", "trials.csv", SPEC)
 """All that a study writes into its folder, and all that `--fresh` deletes; the spec goes last, since it marks the folder."""
 MARK = "# Written by ranksearch: the study of this folder, as resolved."
 IDENTITY = "ranksearch:identity"

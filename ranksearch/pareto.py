@@ -63,11 +63,12 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
     # Slice by slice of the first objective: in each, what reaches above it spans the same volume in the others.
     values = values[np.argsort(-values[:, 0], kind="stable")]
     lower = np.append(values[1:, 0], origin[0])[: len(values)]
-    return sum(
+    slices = (
         float(high - low) * hypervolume(values[: count + 1, 1:], origin[1:])
         for count, (high, low) in enumerate(zip(values[:, 0], lower, strict=True))
         if high > low
     )
+    return sum(slices, start=0.0)
 
 
 def knee(points: ArrayLike) -> int:

@@ -42,6 +42,7 @@ class QuickStorage(RDBStorage):
         if trial_id_greater_than >= 0:
             return super()._get_trials(study_id, states, included_trial_ids, trial_id_greater_than)
         with _create_scoped_session(self.scoped_session) as session:
+            models.StudyModel.find_or_raise_by_id(study_id, session)
             trials = _all_trials(session, study_id)
         return [trial for trial in trials if states is None or trial.state in states]
 

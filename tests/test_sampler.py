@@ -99,6 +99,11 @@ def test_without_doubt_the_expected_gain_is_the_gain(front, score):
     assert expected_gain(front, np.log(TOP - score), 1e-9) == pytest.approx(gain(front, score), abs=1e-6)
 
 
+def test_a_floor_above_every_score_leaves_nothing_to_gain():
+    plans = np.array([[1.0]])
+    assert expected_gains(np.array([-3.0]), np.array([0.2]), plans, np.array([(0.8, 1.0)]), top=TOP, floor=TOP + 0.01) == [0.0]
+
+
 # --- the surrogate ---
 
 

@@ -89,12 +89,14 @@ def hypervolumes(record: StudyRecord) -> list[tuple[TrialRecord, float]]:
     objectives = record.facts.objectives
     reference = (record.facts.dense.score_validation - REACH, *objectives.reference)
     best: list[tuple[float, ...]] = []
-    result = []
+    value, result = 0.0, []
     for trial in trained(record.trials):
         if scored([trial]):
-            best.append(_point(trial.score, trial, objectives))
-            best = [best[i] for i in pareto.front(best)]
-        result.append((trial, pareto.hypervolume(best, reference)))
+            point, before = _point(trial.score, trial, objectives), best
+            best = [(*best, point)[i] for i in pareto.front([*best, point])]
+            # Most trials are behind the front, and a volume of two costs takes its time.
+            value = value if best == before else pareto.hypervolume(best, reference)
+        result.append((trial, value))
     return result
 
 

@@ -75,7 +75,7 @@ def pictures(record: StudyRecord) -> dict[str, str]:
 
 
 def front_lines(record: StudyRecord) -> list[FrontLine]:
-    """The front by rising compression ratio."""
+    """The front by rising ratio, the geometric mean where two costs are minimised."""
     shown = record.shown
     facts = record.facts
     elbow, near = figures.knee(shown, facts.objectives), figures.near_dense(shown, facts.dense, facts.objectives)

@@ -229,7 +229,8 @@ def expected_gains(mean: Values, std: Values, log_ratios: Values, points: Values
     from scipy.special import ndtr
 
     front = points[pareto.front(points)]
-    heights = np.unique([floor, *front[(front[:, 0] > floor) & (front[:, 0] < top), 0]])
+    heights = np.unique([floor, *front[front[:, 0] > floor, 0]])
+    heights = heights[heights < top]
     drop = np.exp(mean + 0.5 * std**2)
     gains, reached = np.zeros(len(mean)), np.zeros(len(mean))
     for height in heights[::-1]:
