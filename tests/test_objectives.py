@@ -96,6 +96,13 @@ def test_a_front_equals_brute_force(minimize):
     assert set(record.front) >= set(front_of(pool, objectives=objectives.only(minimize[0])))
 
 
+def test_fronts_of_other_costs_are_others():
+    trials = [replace(trial, finalist=None) for trial in RECORD.trials]
+    found = [{t.number for t in front_of(trials, objectives=Objectives(m, RECORD.facts.dense.macs))} for m in MINIMIZED[:3]]
+    assert found[0] != found[1]
+    assert found[0] | found[1] < found[2]
+
+
 @minimized
 def test_finalists_are_of_the_front_and_one_is_taken_home(minimize):
     record = minimizing(*minimize)
@@ -191,6 +198,7 @@ def test_the_report_shows_the_front_against_each_cost(minimize, tmp_path):
         rows = charts[f"chart-{name}"]["datasets"]["points"]
         drawn = {int(row["trial"]): row["ratio"] for row in rows if row["kind"] == points.FRONT}
         wanted = {t.number: getattr(record.facts.dense, cost) / getattr(t, cost) for t in record.front}
+        assert drawn
         assert {number: wanted[number] for number in drawn} == pytest.approx(drawn)
     assert f"Front of accuracy against {summary.against(record)}" in page
     assert json.loads((tmp_path / "front.json").read_text())["minimize"] == list(minimize)

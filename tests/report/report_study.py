@@ -104,7 +104,7 @@ def _trial(number: int, draw: random.Random, facts: StudyFacts) -> TrialRecord:
         plan=plan,
         outcome=outcome,
         params=params,
-        macs=round(facts.dense.macs / ratio**0.7),
+        macs=round(facts.dense.macs / ratio ** random.Random(number).uniform(0.3, 1.1)),
         ratio=ratio,
         score=curve[-1].score if outcome is Outcome.DONE else None,
         curve=curve,
