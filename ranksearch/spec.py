@@ -188,6 +188,9 @@ def _as_it_was(data: Mapping[str, Any]) -> dict[str, Any]:
     """A resolved study with the keys that it was begun without, where their default is not what studies did before."""
     earlier: dict[str, dict[str, Any]] = {"space": {"data_aware": False}}
     filled = {name: keys | found for name, keys in earlier.items() if isinstance(found := data.get(name, {}), dict)}
+    if isinstance(search := data.get("search"), dict) and search.get("halving") is False:
+        # Trials were once stopped early where this was set; nothing else is what it was without it.
+        filled["search"] = {key: value for key, value in search.items() if key != "halving"}
     return dict(data) | filled
 
 

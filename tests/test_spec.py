@@ -65,6 +65,9 @@ def test_what_an_older_identity_does_not_name_has_its_default():
     ):
         older = {name: value for name, value in whole.items() if name != key}
         assert complete_identity(older, source="there") == whole
+    assert complete_identity(whole | {"search.halving": False}, source="there") == whole
+    with pytest.raises(SpecError, match=r"^there: search.halving is not a key of a study\."):
+        complete_identity(whole | {"search.halving": True}, source="there")
     with pytest.raises(SpecError, match=r"^there: space.newer is not a key of a study\."):
         complete_identity(whole | {"space.newer": 1}, source="there")
 
