@@ -1,10 +1,11 @@
 """What a long history costs: start-up, asks and report of a study with 5,000 trials in its record.
 
-    python benchmarks/records.py --write    # some thirteen minutes on two busy cores; makes the table of docs/benchmarks.md
+    python benchmarks/records.py --write    # some twenty minutes on two busy cores; makes the table of docs/benchmarks.md
 
 The study is the built-in `lenet`, run for a few trials and gone on with by random plans, whose scores are made up. Each
 measurement has a process of its own and is taken three times, of which the quickest counts: `ranksearch study` up to its first
 job, with its parts; the asks and tells of the jobs after that, which are trained in the same process; and `ranksearch report`.
+All of it once for a study that minimises parameters, and once for one that minimises parameters and multiply-accumulates.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from pages import machine, row, table, write_section
 from ranksearch import cli, console, folder, study
 from ranksearch.data import example
 from ranksearch.layers import inventory
+from ranksearch.objectives import Objectives
 from ranksearch.record import Outcome, Rung, TrialRecord, read_facts, read_firsts
-from ranksearch.spec import StudySpec, load_spec
+from ranksearch.spec import load_spec
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.space import make_space
 from ranksearch.strategy.trial import Answer, Job
@@ -34,6 +36,7 @@ from ranksearch.tasks import load_task
 
 TRIALS, ASKS, REPEATS = 5000, 20, 3
 SHORT = ("dense.epochs=3", "finetune.epochs=1", "finalists.epochs=1", "finalists.count=3")
+MINIMIZED = {"parameters": '["params"]', "parameters and MACs": '["params", "macs"]'}
 FIRST = "from the process's start to its first job"
 
 
@@ -42,31 +45,37 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "lenet"
-        build(out)
-        lines = [machine("torch", "optuna", "sqlalchemy"), *table(["", "seconds"])]
-        lines += [row(name, f"{seconds:.2f}") for name, seconds in figures(out).items()]
+        folders = [Path(scratch) / name / "lenet" for name in MINIMIZED]
+        for out, costs in zip(folders, MINIMIZED.values(), strict=True):
+            build(out, costs)
+        found = [figures(out, costs) for out, costs in zip(folders, MINIMIZED.values(), strict=True)]
+        lines = [machine("torch", "optuna", "sqlalchemy"), *table(["seconds", *MINIMIZED])]
+        lines += [row(name, *(f"{each[name]:.2f}" for each in found)) for name in found[0]]
     if given.write:
         write_section("records", "python benchmarks/records.py --write", "\n".join(lines))
 
 
-def build(out: Path) -> None:
+def build(out: Path, costs: str) -> None:
     """A study's folder with so many trials in its record: twelve that were trained, and others as the ledger keeps them."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    spec = made_of(12)
+    spec = load_spec("lenet", overrides=[*settings(costs), "search.trials=12"])
     study.run_study(spec, out)
     record = folder.open_study(spec.name, folder.storage_url(out, None), create=False)
     task = load_task(spec)
     found = inventory(task.model, example(task.data.train))
     space = make_space(found, spec.space.methods)
     dense = read_facts(record).dense.score_validation
-    ledger = Ledger(record, space, found, read_firsts(record) or [], sampler="random", seed=spec.seed, floor=dense - 0.15)
+    ledger = Ledger(
+        record, space, found, read_firsts(record) or [], sampler="random", seed=spec.seed, floor=dense - 0.15,
+        objectives=Objectives(spec.search.minimize, found.macs),
+    )  # fmt: skip
     for job in ledger.jobs(TRIALS):
         ledger.receive(job, made_up(job, dense))
 
 
-def made_of(trials: int) -> StudySpec:
-    return load_spec("lenet", overrides=[*SHORT, f"search.trials={trials}"])
+def settings(costs: str) -> list[str]:
+    """What makes the study short, and what it minimises."""
+    return [*SHORT, f"search.minimize={costs}"]
 
 
 def made_up(job: Job, dense: float) -> Answer:
@@ -75,21 +84,21 @@ def made_up(job: Job, dense: float) -> Answer:
     return Answer(Outcome.DONE, tuple(Rung(epochs, dense - drop * 2 ** (3 - epochs)) for epochs in range(4)), seconds=1.0)
 
 
-def figures(out: Path) -> dict[str, float]:
+def figures(out: Path, costs: str) -> dict[str, float]:
     """Seconds, by what took them."""
-    started = min((alone("start", out) for _ in range(REPEATS)), key=lambda found: found[FIRST])
-    return started | min((alone("report", out) for _ in range(REPEATS)), key=lambda found: found["a report"])
+    started = min((alone("start", out, costs) for _ in range(REPEATS)), key=lambda found: found[FIRST])
+    return started | min((alone("report", out, costs) for _ in range(REPEATS)), key=lambda found: found["a report"])
 
 
-def alone(what: str, out: Path) -> dict[str, float]:
+def alone(what: str, out: Path, costs: str) -> dict[str, float]:
     """What one measurement finds in a process of its own."""
-    code = f"import records; records.{what}({str(out)!r}, {time.time()})"
+    code = f"import records; records.{what}({str(out)!r}, {costs!r}, {time.time()})"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def start(out: str, begun: float) -> None:
+def start(out: str, costs: str, begun: float) -> None:
     """Run the study for `ASKS` trials more, as the command does, and print what its parts took."""
     clock, asks, tells = Clock(begun), list[float](), list[float]()
     clock.passed("packages, torch and Optuna among them")
@@ -113,8 +122,8 @@ def start(out: str, begun: float) -> None:
             return found
 
     study.Ledger, console.Plain = Timed, lambda screen: clock
-    settings = [word for setting in SHORT for word in ("--set", setting)]
-    command = ["study", "lenet", "--out", out, "--trials", str(2 * TRIALS), "--workers", "0", *settings]
+    words = [word for setting in settings(costs) for word in ("--set", setting)]
+    command = ["study", "lenet", "--out", out, "--trials", str(2 * TRIALS), "--workers", "0", *words]
     assert cli.main(command) == cli.INTERRUPTED
     parts = {f"- {name}": seconds for name, seconds in clock.parts.items()}
     later = {"an ask after that, mean": sum(asks[1:]) / ASKS, "an ask, longest": max(asks[1:])}
@@ -145,7 +154,7 @@ class Clock(console.Silent):
             self.passed(names[title])
 
 
-def report(out: str, begun: float) -> None:
+def report(out: str, costs: str, begun: float) -> None:
     """Make the report as the command does, and print what it took."""
     cli.main(["report", out])
     print(json.dumps({"a report": time.time() - begun}))

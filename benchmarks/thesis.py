@@ -73,6 +73,8 @@ class System:
     searches: tuple[Search, ...]
 
 
+DENSE_LENET = ("task.model_args.batch_norm=false", "task.model_args.dropout=0.25")
+
 SYSTEMS = {
     "ccnn": System(
         "CCNN: confidence in stereo disparities", "ccnn", "AUC",
@@ -87,9 +89,11 @@ SYSTEMS = {
     "lenet": System(
         "LeNet of four convolutions: design and compression", "lenet-design", "accuracy",
         (
-            Net("dense", "1,250,858 parameters, 74 %", ("task.model_args.batch_norm=false",)),
+            Net("dense", "1,250,858 parameters, 74 %", DENSE_LENET),
+            Net("dense, without dropout", "", (*DENSE_LENET, "task.model_args.dropout=0.0")),
             Net("TD blocks of rank 15 and 30", "27,224 parameters, 82 %",
-                ("task.model='ranksearch.models:td_lenet'", "task.model_args={}")),
+                ("task.model='ranksearch.models:td_lenet'", "task.model_args={dropout=0.0}", "dense.learning_rate=1e-2")),
+            Net("the same, trained as the dense net", "", ("task.model='ranksearch.models:td_lenet'", "task.model_args={}")),
         ),
         (Search("designed by search", "future work", "lenet-design"),
          Search("compressed by search", "CPD 42,922 parameters, 80 % (dense 79 %); Tucker 77 %", "lenet-cifar10")),

@@ -1,12 +1,16 @@
-"""Front, hypervolume and knee of points to be maximised in two objectives or more: pure functions of an array
+"""Front, hypervolume and knee of points to be maximised in two objectives or three: pure functions of an array
 (points, objectives)."""
 
 from __future__ import annotations
 
 import bisect
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+Staircase: TypeAlias = list[tuple[float, float]]
+"""Points of two objectives of which none dominates another, by rising first objective: so the second falls."""
 
 
 def front(points: ArrayLike) -> NDArray[np.intp]:
@@ -21,10 +25,11 @@ def front(points: ArrayLike) -> NDArray[np.intp]:
         seconds = values[order, 1]
         before = np.concatenate([[-np.inf], np.maximum.accumulate(seconds)[:-1]]) if len(order) else seconds
         return order[seconds > before]
-    kept: list[int] = []
-    for index in order.tolist():
-        # Only what comes before it in this order can dominate it, or equal it.
-        if not (values[kept] >= values[index]).all(1).any():
+    kept, reached = list[int](), Staircase()
+    for index, (second, third) in zip(order.tolist(), values[order, 1:].tolist(), strict=True):
+        # Only what comes before it in this order can dominate it, or equal it: what reaches as far in the other two.
+        if not _covers(reached, second, third):
+            _add(reached, second, third)
             kept.append(index)
     return np.array(sorted(kept, key=lambda index: values[index, 1]), dtype=np.intp)
 
@@ -40,11 +45,16 @@ def ranks(points: ArrayLike) -> NDArray[np.intp]:
             rank = result[i] = bisect.bisect_right(reached, -values[i, 1])
             reached[rank : rank + 1] = [-values[i, 1]]
         return result
-    rest, rank = np.arange(len(values)), 0
-    while rest.size:
-        chosen = rest[front(values[rest])]
-        result[chosen] = rank
-        rest, rank = np.setdiff1d(rest, chosen), rank + 1
+    # The same with a staircase for each front (efficient non-dominated sort, Zhang et al. 2015): behind a front, behind all
+    # before it too.
+    stairs: list[Staircase] = []
+    order = np.lexsort(-values.T[::-1])
+    for index, (second, third) in zip(order.tolist(), values[order, 1:].tolist(), strict=True):
+        ahead = bisect.bisect_left(stairs, True, key=lambda stair: not _covers(stair, second, third))
+        if ahead == len(stairs):
+            stairs.append([])
+        _add(stairs[ahead], second, third)
+        result[index] = ahead
     return result
 
 
@@ -71,6 +81,15 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
     return sum(slices, start=0.0)
 
 
+def contribution(points: ArrayLike, index: int, reference: ArrayLike) -> float:
+    """The volume that one point adds to the hypervolume of the others (exclusive hypervolume, While et al. 2012)."""
+    origin = np.asarray(reference, dtype=float)
+    values = _points(points, len(origin))
+    # What the others take of the point's own box, each cut to it.
+    taken = np.minimum(np.delete(values, index, axis=0), values[index])
+    return hypervolume(values[[index]], origin) - hypervolume(taken, origin)
+
+
 def knee(points: ArrayLike) -> int:
     """Index of the front point farthest above the plane through the ends of the front, each objective scaled to 0..1.
 
@@ -86,6 +105,20 @@ def knee(points: ArrayLike) -> int:
         return int(chosen[np.argmax(on_front[:, 0])])
     scaled = (on_front - on_front.min(0)) / span
     return int(chosen[np.argmax(scaled.sum(1))])
+
+
+def _covers(stair: Staircase, first: float, second: float) -> bool:
+    """Whether a point of the staircase dominates that one, or equals it."""
+    place = bisect.bisect_left(stair, (first, -np.inf))
+    return place < len(stair) and stair[place][1] >= second
+
+
+def _add(stair: Staircase, first: float, second: float) -> None:
+    """Put a point that is not covered on the staircase, in the place of those that it dominates."""
+    begin = end = bisect.bisect_right(stair, (first, second))
+    while begin and stair[begin - 1][1] <= second:
+        begin -= 1
+    stair[begin:end] = [(first, second)]
 
 
 def _points(points: ArrayLike, objectives: int = 2) -> NDArray[np.float64]:

@@ -45,6 +45,15 @@ def test_hypervolume_counts_the_cells_below_the_front(cloud):
     assert pareto.hypervolume(cloud, (0,) * objectives) == pytest.approx(cells)
 
 
+@given(points.filter(bool), st.data())
+def test_a_contribution_is_what_the_hypervolume_loses_without_the_point(cloud, data):
+    index = data.draw(st.integers(0, len(cloud) - 1))
+    origin = (1,) * len(cloud[0])
+    rest = cloud[:index] + cloud[index + 1 :]
+    lost = pareto.hypervolume(cloud, origin) - pareto.hypervolume(rest, origin)
+    assert pareto.contribution(cloud, index, origin) == pytest.approx(lost)
+
+
 def test_hypervolume_ignores_what_is_below_the_reference():
     assert pareto.hypervolume([(1, 5), (5, 1)], (2, 2)) == 0.0
 

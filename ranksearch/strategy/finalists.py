@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from ranksearch import pareto
 from ranksearch.limits import UNLIMITED, Limits
 from ranksearch.objectives import BY_RATIO, Objectives
@@ -57,8 +59,13 @@ def _fronts(pool: Sequence[TrialRecord], count: int, floor: float, objectives: O
 
 
 def _spread(layer: list[int], points: Sequence[tuple[float, ...]], count: int, reference: tuple[float, ...]) -> list[int]:
-    kept = list(layer)
+    kept, values = list(layer), np.array(points)
+    # What a point adds only grows as others leave: what it added before is a bound.
+    least = dict.fromkeys(kept, 0.0)
     while len(kept) > count:
-        rest = {i: [points[j] for j in kept if j != i] for i in kept}
-        kept.remove(max(kept, key=lambda i: pareto.hypervolume(rest[i], reference)))
+        weakest = min(kept, key=lambda i: least[i])
+        adds = pareto.contribution(values[kept], kept.index(weakest), reference)
+        if adds <= least[weakest]:
+            kept.remove(weakest)
+        least[weakest] = adds
     return kept

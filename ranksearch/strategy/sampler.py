@@ -58,6 +58,7 @@ class Knowledge:
     suggested: Sequence[Plan] = ()
     """Plans that a prior suggests; they are tried where they promise a gain."""
     rows: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    _near: dict[tuple[int, int], Values] = field(default_factory=dict)
 
     @functools.cached_property
     def suggested_rows(self) -> Rows:
@@ -91,6 +92,14 @@ class Knowledge:
         whole = float(self.table.params_of_dense)
         sizes = (Size(int(p), int(m), whole / float(p)) for p, m in zip(params, macs, strict=True))
         return np.array([not self.limits.excess(size) for size in sizes], dtype=bool)
+
+    def near(self, layer: int, place: int) -> Values:
+        """Cumulative chances (choices,) of what a move from a choice of a layer ends at: those of about its size."""
+        if (layer, place) not in self._near:
+            sizes = np.log(self.table.params[layer])
+            chances = np.cumsum(np.exp(-0.5 * ((sizes - sizes[place]) / REACH) ** 2))
+            self._near[layer, place] = chances / chances[-1]
+        return self._near[layer, place]
 
     def row(self, trial: FrozenTrial) -> tuple[int, ...]:
         """A trial's plan as a row of the table."""
@@ -145,8 +154,8 @@ class RankSampler(BaseSampler):
     ) -> dict[str, Any]:
         """The parameters of the proposed plan; none where every plan near the fronts was tried."""
         table, floor = self._known.table, self._known.floor
-        # A trial that is just being asked for has no parameters yet.
-        trials = [t for t in study.get_trials(deepcopy=False, states=ANSWERED) if search_space.keys() <= t.params.keys()]
+        # A trial that is just being asked for has no parameters yet, one that was killed while it was has some.
+        trials = [t for t in study.get_trials(deepcopy=False, states=ANSWERED) if len(t.params) == len(search_space)]
         done = [t for t in trials if t.state is TrialState.COMPLETE]
         points = np.array([t.values for t in done]).reshape(-1, 1 + len(table.minimize))
         tried, running = self._rows(done), self._rows([t for t in trials if t.state is TrialState.RUNNING])
@@ -200,9 +209,7 @@ class RankSampler(BaseSampler):
         for row in rows:
             layers = self._rng.choice(len(row), size=min(len(row), int(self._rng.integers(1, 3))), replace=False)
             for layer in layers:
-                sizes = np.log(self._known.table.params[layer])
-                near = np.exp(-0.5 * ((sizes - sizes[row[layer]]) / REACH) ** 2)
-                row[layer] = self._rng.choice(len(near), p=near / near.sum())
+                row[layer] = self._known.near(layer, row[layer]).searchsorted(self._rng.random(), side="right")
         return rows
 
     def _crossed(self, parents: Rows) -> Rows:
@@ -247,11 +254,10 @@ def _beyond(sizes: Values, taken: Values) -> Values:
         sizes, taken = (np.column_stack([each, np.ones(len(each))]) for each in (sizes, taken))
     sizes, taken = np.maximum(sizes, 0.0), np.maximum(taken, 0.0)
     # Seen from above a staircase that falls; here by rising second cost, step by step.
-    covered, before = np.zeros(len(sizes)), 0.0
-    for first, second in taken[pareto.front(taken)]:
-        covered += np.minimum(sizes[:, 0], first) * np.clip(sizes[:, 1] - before, 0.0, second - before)
-        before = second
-    return np.asarray(sizes.prod(axis=1) - covered)
+    widths, heights = taken[pareto.front(taken)].T
+    below = np.append(0.0, heights)[:-1]
+    covered = np.minimum(sizes[:, :1], widths) * np.clip(sizes[:, 1:] - below, 0.0, heights - below)
+    return np.asarray(sizes.prod(axis=1) - covered.sum(axis=1))
 
 
 def _evenly(rows: Rows, count: int) -> Rows:
