@@ -87,6 +87,10 @@ def test_every_module_stands_on_a_floor():
         ("from ranksearch.cli import main; main(['studies'])", {"torch", "optuna", "ray", "sklearn"}),
         ("import ranksearch", {"torch", "optuna", "ray", "rich"}),
         ("import ranksearch.report, ranksearch.console, ranksearch.record", {"torch", "ray", "sklearn"}),
+        (
+            "import ranksearch, torch; ranksearch.inventory(torch.nn.Sequential(torch.nn.Linear(8, 8)), torch.ones(1, 8))",
+            {"torch._dynamo", "optuna", "ray"},
+        ),
     ],
 )
 def test_light_doors(statement, absent):
