@@ -49,18 +49,11 @@ class Run:
     test: float
 
 
-class NotTrained(Exception):
-    """A trial was asked for that was never trained, and none is to be."""
-
-
 class Trained:
     """A study's task with its dense net, profile and probes; trials are trained when they are asked for first."""
 
-    def __init__(self, spec: StudySpec, folder: Path, *, trained_on: int, frozen: bool = False) -> None:
-        """Trials are trained on `trained_on` inputs of the training split, so that thousands of them can be run; none is
-        where the arena is `frozen`, which then knows only what it was asked before.
-        """
-        self.frozen = frozen
+    def __init__(self, spec: StudySpec, folder: Path, *, trained_on: int) -> None:
+        """Trials are trained on `trained_on` inputs of the training split, so that thousands of them can be run."""
         torch.set_num_threads(1)
         folder.mkdir(parents=True, exist_ok=True)
         task, self.spec, self.folder = load_task(spec), spec, folder
@@ -97,8 +90,6 @@ class Trained:
         """The trial of a plan, trained under a seed."""
         key = (str(plan), seed)
         if key not in self._known:
-            if self.frozen:
-                raise NotTrained(str(plan))
             self._known[key] = run = self._train(plan, seed)
             entry = {"plan": plan.to_dict(), "seed": seed, "scores": run.scores, "seconds": run.seconds, "test": run.test}
             with self._store.open("a") as file:
@@ -134,16 +125,16 @@ class Trained:
         return losses[Plan()], [Probe(*p.layers[0], loss) for p, loss in losses.items() if p.layers], data["seconds"]
 
 
-def digits(folder: Path, *, frozen: bool = False) -> Trained:
+def digits(folder: Path) -> Trained:
     """The built-in study's task: the thesis's LeNet on scikit-learn's digits, its recipes as they stand."""
-    return Trained(load_spec("lenet"), folder / "digits", trained_on=359, frozen=frozen)
+    return Trained(load_spec("lenet"), folder / "digits", trained_on=359)
 
 
-def cifar10(folder: Path, *, frozen: bool = False) -> Trained:
+def cifar10(folder: Path) -> Trained:
     """The thesis's LeNet on CIFAR-10, which it looks for in data/; short enough for two cores, so not augmented."""
     overrides = ["task.data_args.validation=2500", "task.data_args.flip=false", "task.data_args.shift=0"]
     overrides += ["dense.epochs=15", "finetune.epochs=1"]
-    return Trained(load_spec("lenet-cifar10", overrides=overrides), folder / "cifar10", trained_on=9000, frozen=frozen)
+    return Trained(load_spec("lenet-cifar10", overrides=overrides), folder / "cifar10", trained_on=9000)
 
 
 class Simulated:

@@ -39,7 +39,7 @@ THREE = (1.0, 2.0, 0.5)
 class Found:
     """The trials of one search in the order they were asked for: validation and test score, log10 of the ratio, seconds."""
 
-    scores: list[float | None] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
     tests: list[float] = field(default_factory=list)
     log_ratios: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Contender:
         found = Found()
         for _, plan in plans:
             run = arena.run(plan, seed)
-            _note(found, run, run.scores[-1], run.seconds[-1], log_ratio(arena, plan), 0.0)
+            _note(found, run, log_ratio(arena, plan), 0.0)
         return found
 
     def _sampled(self, arena: Arena, seed: int, trials: int, plans: list[tuple[str, Plan]]) -> Found:
@@ -89,15 +89,15 @@ class Contender:
             run = arena.run(job.plan, seed)
             curve = tuple(Rung(epoch, score) for epoch, score in enumerate(run.scores))
             ledger.receive(job, Answer(Outcome.DONE, curve, run.seconds[-1]))
-            _note(found, run, run.scores[-1], run.seconds[-1], log_ratio(arena, job.plan), asked)
+            _note(found, run, log_ratio(arena, job.plan), asked)
             start = time.process_time()
         return found
 
 
-def _note(found: Found, run: Run, score: float | None, seconds: float, log_ratio: float, asked: float) -> None:
-    found.scores.append(score)
+def _note(found: Found, run: Run, log_ratio: float, asked: float) -> None:
+    found.scores.append(run.scores[-1])
     found.tests.append(run.test)
-    found.seconds.append(seconds)
+    found.seconds.append(run.seconds[-1])
     found.log_ratios.append(log_ratio)
     found.asks.append(asked)
 

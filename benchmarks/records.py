@@ -24,10 +24,11 @@ import optuna
 from pages import machine, row, table, write_section
 
 from ranksearch import cli, console, folder, study
+from ranksearch.attributes import read_facts, read_firsts
 from ranksearch.data import example
 from ranksearch.layers import inventory
 from ranksearch.objectives import Objectives
-from ranksearch.record import Outcome, Rung, TrialRecord, read_facts, read_firsts
+from ranksearch.record import Outcome, Rung, TrialRecord
 from ranksearch.spec import load_spec
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.space import make_space

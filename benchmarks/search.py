@@ -5,35 +5,42 @@
 
 All searches have the same task, dense net, space, trial recipe and seeds; a plan tried twice under a seed is trained once.
 The measure is the hypervolume of (validation score, log10 ratio) above the point (dense score - 0.10, ratio 1), as a share
-of the ideal: the dense score at the ratio of the smallest plan there is. `--store` keeps every trial, so that a run that
-was stopped goes on, and several may share the work; `--frozen` makes the tables of what the store holds.
+of the ideal: the dense score at the ratio of the smallest plan there is.
+
+docs/search.json keeps every run that was measured under `--write`, since one machine seldom has the time for all: a run that it
+holds is not measured again, and the tables are of all that it holds. `--store` keeps every trial, so that a run that was
+stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import altair as alt
 import optuna
 import vl_convert
-from arenas import NotTrained, Simulated, cifar10, digits
-from contenders import CONTENDERS, DROP, Arena, Contender, Found
-from pages import machine, row, said, table, write_section
+from arenas import Simulated, cifar10, digits
+from contenders import CONTENDERS, DROP, Arena, Found
+from pages import PAGE, about, row, said, table, write_section
 from scipy.stats import t as student
 
 from ranksearch import pareto
+from ranksearch.files import write_whole
 from ranksearch.strategy.space import size_of
 
 BUDGETS = (20, 40, 100)
 SLOW = {"simulated": {"gp"}}
 """Left out: an ask of Optuna's GP takes up to 18 s in 150 dimensions."""
+KEPT = PAGE.with_name("search.json")
 
 
 @dataclass(frozen=True)
@@ -43,11 +50,48 @@ class Measured:
     curve: list[float]
     test: list[float]
     seconds: list[float]
-    asks: list[float]
+    longest_ask: float
 
     def first(self, trials: int) -> Measured:
         """What it was after so many trials."""
-        return Measured(self.curve[:trials], self.test[:trials], self.seconds[:trials], self.asks[:trials])
+        return Measured(self.curve[:trials], self.test[:trials], self.seconds[:trials], self.longest_ask)
+
+
+class Runs:
+    """The measured runs of one arena, by search, seed and budget, and what is to be said of the arena."""
+
+    def __init__(self, name: str) -> None:
+        whole = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+        kept = whole.get(name, {"about": {}, "runs": []})
+        self.name, self.about, self.entries = name, dict(kept["about"]), list[dict[str, Any]](kept["runs"])
+
+    def add(self, key: str, seed: int, budget: int, run: Measured) -> None:
+        """One more, measured here and now."""
+        where = {"search": key, "seed": seed, "budget": budget, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
+        rounded = {name: _rounded(value) for name, value in asdict(run).items()}
+        self.entries.append(where | {"machine": about("torch", "optuna", "scikit-learn")} | rounded)
+
+    def keep(self) -> None:
+        """Write them into docs/search.json, one run a line."""
+        whole = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+        whole[self.name] = {"about": self.about, "runs": self.entries}
+        arenas = []
+        for name, kept in sorted(whole.items()):
+            runs = sorted(kept["runs"], key=lambda entry: (entry["search"], entry["budget"], entry["seed"]))
+            lines = ",\n".join(json.dumps(entry) for entry in runs)
+            arenas.append(f'{json.dumps(name)}: {{"about": {json.dumps(kept["about"])}, "runs": [\n{lines}\n]}}')
+        write_whole(KEPT, "{" + ",\n".join(arenas) + "}\n")
+
+    def of(self, key: str, budget: int) -> dict[int, Measured]:
+        """By seed, the runs of a search with that budget. Who proposes one after the other does not know the budget: of a
+        longer run its first trials count."""
+        found = {}
+        for entry in self.entries:
+            enough = entry["budget"] >= budget if CONTENDERS[key].sampler else entry["budget"] == budget
+            if entry["search"] == key and enough:
+                run = Measured(**{name: entry[name] for name in Measured.__dataclass_fields__})
+                found[entry["seed"]] = run.first(budget)
+        return found
 
 
 def main() -> None:
@@ -57,102 +101,104 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=int, default=list(BUDGETS), choices=BUDGETS)
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
     parser.add_argument("--store", type=Path, default=Path("runs/bench-search"))
-    parser.add_argument("--frozen", action="store_true")
+    parser.add_argument("--frozen", action="store_true", help="measure nothing: make the tables of what is kept")
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     for name in given.arenas:
-        arenas = _arenas(name, given)
-        found = _all(name, arenas, given.only, given.budgets)
-        lines = [machine("torch", "optuna", "scikit-learn"), *_about(arenas[0], given.seeds), *_table(found), *_words(found)]
+        runs = Runs(name)
+        if not given.frozen:
+            _measure(runs, given)
+        dates = sorted({entry["date"] for entry in runs.entries})
+        machines = sorted({entry["machine"] for entry in runs.entries})
+        lines = [said(f"{', '.join(machines)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.\n")]
+        lines += [*_about(runs), *_table(runs), *_words(runs)]
         if given.write:
-            _chart(found, Path("docs") / f"search-{name}.png")
+            _chart(runs, PAGE.with_name(f"search-{name}.png"))
             lines.append(f"\n![Hypervolume over trials and over seconds, {name}](search-{name}.png)")
             write_section(f"search-{name}", f"python benchmarks/search.py {name} --write", "\n".join(lines))
+
+
+def _measure(runs: Runs, given: argparse.Namespace) -> None:
+    """Every run that is asked for and not there yet."""
+    arenas = _arenas(runs.name, given)
+    smallest = size_of(arenas[0].space.smallest("params"), arenas[0].inventory).ratio
+    runs.about = {
+        "layers": len(arenas[0].space.axes), "dense_score": arenas[0].dense_score, "smallest": smallest,
+        "epochs": arenas[0].epochs,
+    }  # fmt: skip
+    for key in given.only:
+        if key in SLOW.get(runs.name, ()):
+            continue
+        # The longest first: a sampler's run of a hundred trials is its run of twenty too.
+        for budget in sorted(given.budgets, reverse=True):
+            for seed in sorted(set(range(given.seeds)) - runs.of(key, budget).keys()):
+                found = CONTENDERS[key].search(arenas[seed], seed, budget)
+                runs.add(key, seed, budget, _measured(arenas[seed], CONTENDERS[key].probed, found))
+                said(f"{runs.name}, {key}, seed {seed}, {budget} trials: {runs.entries[-1]['curve'][-1]}")
+                if given.write:
+                    runs.keep()
 
 
 def _arenas(name: str, given: argparse.Namespace) -> list[Arena]:
     """The arena of each seed: one network for all where it is trained, one of its own where it is simulated."""
     if name == "simulated":
         return [Simulated(seed) for seed in range(given.seeds)]
-    make = {"digits": digits, "cifar10": cifar10}[name]
-    return [make(given.store, frozen=given.frozen)] * given.seeds
+    return [{"digits": digits, "cifar10": cifar10}[name](given.store)] * given.seeds
 
 
-def _all(
-    name: str, arenas: Sequence[Arena], only: Sequence[str], budgets: Sequence[int]
-) -> dict[str, dict[int, list[Measured]]]:
-    """By contender and budget, the runs of all seeds that there are."""
-    found: dict[str, dict[int, list[Measured]]] = {}
-    for key in only:
-        if key not in SLOW.get(name, ()):
-            runs = [_runs(CONTENDERS[key], arena, seed, budgets) for seed, arena in enumerate(arenas)]
-            found[key] = {budget: [run[budget] for run in runs if budget in run] for budget in BUDGETS}
-    return found
-
-
-def _runs(contender: Contender, arena: Arena, seed: int, budgets: Sequence[int]) -> dict[int, Measured]:
-    """By budget, as far as the arena has the trials."""
-    found: dict[int, Measured] = {}
-    for budget in sorted(budgets, reverse=True):
-        if contender.sampler and found:
-            # Who proposes one after the other does not know the budget.
-            found[budget] = next(iter(found.values())).first(budget)
-            continue
-        with suppress(NotTrained):
-            found[budget] = _measured(arena, contender, contender.search(arena, seed, budget))
-    return found
-
-
-def _measured(arena: Arena, contender: Contender, found: Found) -> Measured:
+def _measured(arena: Arena, probed: bool, found: Found) -> Measured:
     smallest = size_of(arena.space.smallest("params"), arena.inventory).ratio
     ideal = DROP * math.log10(smallest)
-    seconds, total = [], arena.probe_seconds if contender.probed else 0.0
+    seconds, total = [], arena.probe_seconds if probed else 0.0
     for trial, ask in zip(found.seconds, found.asks, strict=True):
         total += trial + ask
         seconds.append(total)
-
-    def curve(scores: Sequence[float | None], dense: float) -> list[float]:
-        points = [(-math.inf if s is None else s, x) for s, x in zip(scores, found.log_ratios, strict=True)]
-        return [pareto.hypervolume(points[: n + 1], (dense - DROP, 0.0)) / ideal for n in range(len(points))]
-
+    points = list(zip(found.scores, found.log_ratios, strict=True))
+    curve = [pareto.hypervolume(points[: n + 1], (arena.dense_score - DROP, 0.0)) / ideal for n in range(len(points))]
     # Validation chooses the front, test judges it.
-    return Measured(curve(found.scores, arena.dense_score), _judged(found, arena, ideal), seconds, found.asks)
+    return Measured(curve, _judged(found, arena, ideal), seconds, max(found.asks))
 
 
 def _judged(found: Found, arena: Arena, ideal: float) -> list[float]:
     """After each trial, the hypervolume of the test scores of the front that validation chose."""
     result = []
     for n in range(1, len(found.scores) + 1):
-        points = [(-math.inf if s is None else s, x) for s, x in zip(found.scores[:n], found.log_ratios[:n], strict=True)]
-        chosen = [(found.tests[i], found.log_ratios[i]) for i in pareto.front(points) if found.scores[i] is not None]
+        points = list(zip(found.scores[:n], found.log_ratios[:n], strict=True))
+        chosen = [(found.tests[i], found.log_ratios[i]) for i in pareto.front(points)]
         result.append(pareto.hypervolume(chosen, (arena.dense_test - DROP, 0.0)) / ideal)
     return result
 
 
-def _about(arena: Arena, seeds: int) -> list[str]:
-    smallest = size_of(arena.space.smallest("params"), arena.inventory).ratio
+def _rounded(value: Any) -> Any:
+    return [round(each, 5) for each in value] if isinstance(value, list) else round(value, 5)
+
+
+def _about(runs: Runs) -> list[str]:
+    seeds, known = max(entry["seed"] for entry in runs.entries) + 1, runs.about
     return [
         said(
-            f"{seeds} seeds; {len(arena.space.axes)} layers; dense score {arena.dense_score:.4f}; the smallest plan has "
-            f"{smallest:.0f}x; trials of {arena.epochs} epochs. Mean and half width of the 95 % interval of the mean, in "
-            "percent of the ideal hypervolume.\n"
+            f"{seeds} seeds; {known['layers']} layers; dense score {known['dense_score']:.4f}; the smallest plan has "
+            f"{known['smallest']:.0f}x; trials of {known['epochs']} epochs. Mean and half width of the 95 % interval of the "
+            "mean, in percent of the ideal hypervolume.\n"
         )
     ]
 
 
-def _table(found: dict[str, dict[int, list[Measured]]]) -> list[str]:
+def _table(runs: Runs) -> list[str]:
     lines = table(
         ["search", *(f"{budget} trials" for budget in BUDGETS), "40 trials, on test", "trained in 40, s", "longest ask, s"]
     )
-    for key, budgets in found.items():
-        cells = [_cell(budgets[budget], lambda run: run.curve[-1]) for budget in BUDGETS]
-        asks = [max(run.asks) for runs in budgets.values() for run in runs]
-        longest = f"{max(asks):.2f}" if CONTENDERS[key].sampler and asks else "-"
-        seconds = [run.seconds[-1] for run in budgets[40]]
-        spent = f"{statistics.mean(seconds):.0f}" if seconds else "-"
-        lines.append(row(CONTENDERS[key].title, *cells, _cell(budgets[40], lambda run: run.test[-1]), spent, longest))
+    for key, contender in CONTENDERS.items():
+        if key in SLOW.get(runs.name, ()):
+            continue
+        cells = [_cell(list(runs.of(key, budget).values()), lambda run: run.curve[-1]) for budget in BUDGETS]
+        asks = [run.longest_ask for run in runs.of(key, BUDGETS[0]).values()]
+        longest = f"{max(asks):.2f}" if contender.sampler and asks else "-"
+        at40 = list(runs.of(key, 40).values())
+        spent = f"{statistics.mean(run.seconds[-1] for run in at40):.0f}" if at40 else "-"
+        lines.append(row(contender.title, *cells, _cell(at40, lambda run: run.test[-1]), spent, longest))
     return lines
 
 
@@ -164,25 +210,27 @@ def _cell(runs: Sequence[Measured], value: Callable[[Measured], float]) -> str:
     return f"{statistics.mean(values):.1f} ± {half:.1f}"
 
 
-def _words(found: dict[str, dict[int, list[Measured]]]) -> list[str]:
+def _words(runs: Runs) -> list[str]:
     """After how many trials ours has what TPE has after a hundred."""
-    if not (found.get("tpe", {}).get(100) and found.get("rank", {}).get(100)):
+    if not (runs.of("tpe", 100) and runs.of("rank", 100)):
         return []
-    goal = statistics.mean(run.curve[-1] for run in found["tpe"][100])
-    ours = [run.curve for run in found["rank"][100]]
+    goal = statistics.mean(run.curve[-1] for run in runs.of("tpe", 100).values())
+    ours = [run.curve for run in runs.of("rank", 100).values()]
     means = [statistics.mean(curve[n] for curve in ours) for n in range(min(map(len, ours)))]
     first = next((n + 1 for n, mean in enumerate(means) if mean >= goal), None)
     reached = f"after trial {first}" if first else "not within 100 trials"
     return [said(f"\nOurs has the mean hypervolume of TPE's 100 trials {reached}.")]
 
 
-def _chart(found: dict[str, dict[int, list[Measured]]], path: Path) -> None:
+def _chart(runs: Runs, path: Path) -> None:
     rows = []
-    for key, budgets in found.items():
-        runs = max(budgets.values(), key=lambda found: (len(found), len(found[0].curve) if found else 0))
-        for n in range(min((len(run.curve) for run in runs), default=0)):
-            about = {"search": CONTENDERS[key].title.strip("*"), "hypervolume": statistics.mean(run.curve[n] for run in runs)}
-            rows.append(about | {"trials": n + 1, "seconds": statistics.mean(run.seconds[n] for run in runs)})
+    for key, contender in CONTENDERS.items():
+        found = [list(runs.of(key, budget).values()) for budget in BUDGETS]
+        shown = max(reversed(found), key=len)  # the longest of those with the most seeds
+        for n in range(min((len(run.curve) for run in shown), default=0)):
+            mean = {"hypervolume": statistics.mean(run.curve[n] for run in shown)}
+            spent = {"trials": n + 1, "seconds": statistics.mean(run.seconds[n] for run in shown)}
+            rows.append({"search": contender.title.strip("*")} | mean | spent)
     base = alt.Chart(alt.Data(values=rows)).mark_line().encode(
         y=alt.Y("hypervolume:Q", title="share of the ideal hypervolume"), color=alt.Color("search:N", sort=None, title=None),
         strokeWidth=alt.condition("datum.search == 'ours'", alt.value(4), alt.value(1.5)),

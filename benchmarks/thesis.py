@@ -157,7 +157,11 @@ def gathered(runs: Path) -> list[Entry]:
             found += [{"system": name, "net": net.name} | json.loads(path.read_text()) for path in paths]
         for search in system.searches:
             if (path := runs / search.study / "front.json").exists():
-                found.append({"system": name, "net": search.name} | searched(json.loads(path.read_text())))
+                front = json.loads(path.read_text())
+                if all(entry["score_test"] is None for entry in front["front"]):
+                    print(f"{path}: the study has no finalists yet, and is left out", flush=True)
+                    continue
+                found.append({"system": name, "net": search.name} | searched(front))
     latest = {(e["system"], e["net"], e["seed"], e.get("epochs"), e.get("command")): e for e in found}
     return [latest[key] for key in sorted(latest, key=str)]
 
@@ -205,7 +209,7 @@ def searched(front: Entry) -> Entry:
 def lines(system: System, entries: Sequence[Entry]) -> list[str]:
     """A system's table: a row for each net and number of epochs."""
     machines = sorted({entry["machine"] for entry in entries})
-    found = [f"{'; '.join(machines)}.\n"] if machines else []
+    found = [f"Run on {', and on '.join(machines)}.\n"] if machines else []
     found += [f"Data: {data}.\n" for data in sorted({entry["data"] for entry in entries if "data" in entry})]
     found += table(["", "the thesis", "parameters", "smaller", f"{system.score}, test", "against dense", "epochs", "seeds"])
     dense = [entry for entry in entries if entry["net"] == "dense"]

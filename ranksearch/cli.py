@@ -212,7 +212,7 @@ def _screen() -> Console:
 
 
 def _report(options: argparse.Namespace, given: list[str]) -> int:
-    from ranksearch.record import read_study
+    from ranksearch.attributes import read_study
     from ranksearch.report import write_report
 
     record = read_study(_stored(options))
@@ -226,7 +226,8 @@ def _report(options: argparse.Namespace, given: list[str]) -> int:
 
 def _export(options: argparse.Namespace, given: list[str]) -> int:
     from ranksearch import folder
-    from ranksearch.record import choose, read_study
+    from ranksearch.attributes import read_study
+    from ranksearch.record import choose
 
     record = read_study(_stored(options))
     trial = choose(

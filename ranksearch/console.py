@@ -17,6 +17,9 @@ from rich.text import Text
 
 from ranksearch.record import DenseFacts, LayerFacts, Outcome, Rung, StudyFacts, TrialRecord, front_of
 
+RATIOS = {"params": "ratio", "macs": "MACs ratio"}
+"""What the ratios to the dense model are called over the front's columns, by the cost that is minimised."""
+
 
 class View(abc.ABC):
     """What a study tells while it runs. A context: live views take the screen on entry and give it back on exit."""
@@ -73,7 +76,7 @@ class Plain(View):
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._score_name = "score"
+        self._facts: StudyFacts | None = None
 
     def stage(self, title: str, total: int, done: int = 0) -> None:
         begun = f", {done} of them done before" if done else ""
@@ -85,15 +88,16 @@ class Plain(View):
         self._print(text)
 
     def facts(self, facts: StudyFacts) -> None:
-        self._score_name = facts.score_name
+        self._facts = facts
         self._print(dense_line(facts.dense, facts.score_name))
 
     def rung(self, number: int, rung: Rung) -> None: ...
 
     def trial(self, record: TrialRecord, trials: Sequence[TrialRecord]) -> None:
         # A tight limit turns down many proposals for each that is trained; their number is told at the end.
+        assert self._facts is not None, "trials come after the facts"
         if record.outcome is not Outcome.OVER_BUDGET:
-            self._print(trial_line(record, self._score_name))
+            self._print(trial_line(record, self._facts))
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -139,11 +143,11 @@ class Terminal(View):
 
     def rung(self, number: int, rung: Rung) -> None:
         assert self._facts is not None, "trials come after the facts"
-        self._note(f"trial {number}: epoch {rung.epochs:g}, {score_text(rung.score, self._facts.score_name)}", advance=0)
+        self._note(f"{number}: epoch {rung.epochs:g}, {score_text(rung.score, self._facts.score_name)}", advance=0)
 
     def trial(self, record: TrialRecord, trials: Sequence[TrialRecord]) -> None:
         assert self._facts is not None, "trials come after the facts"
-        self._note(f"trial {record.number}: {short_outcome(record, self._facts.score_name)}", advance=int(record.trained))
+        self._note(f"trial {record.number}: {short_outcome(record, self._facts)}", advance=int(record.trained))
         rows = max(4, self._console.height - 12)
         limits, objectives = self._facts.limits, self._facts.objectives
         front = front_of(trials, limits, objectives) or front_of(trials, objectives=objectives)
@@ -184,20 +188,22 @@ def score_text(score: float | None, score_name: str) -> str:
     return f"{score * 100:.1f} %" if score_name == "accuracy" else f"{score:.4f}"
 
 
-def short_outcome(record: TrialRecord, score_name: str) -> str:
-    """`55.3x, 98.1 %` for a trial that is done; its outcome otherwise."""
-    found = f"{record.ratio:.1f}x, {score_text(record.score_validation, score_name)}"
+def short_outcome(record: TrialRecord, facts: StudyFacts) -> str:
+    """`55.3x, 98.1 %` for a trial that is done, `12.0x MACs` where those are minimised; its outcome otherwise."""
+    ratios = zip(facts.objectives.minimize, facts.objectives.ratios(record), strict=True)
+    sizes = (f"{ratio:.1f}x{' MACs' if cost == 'macs' else ''}" for cost, ratio in ratios)
+    found = ", ".join([*sizes, score_text(record.score_validation, facts.score_name)])
     if record.outcome is Outcome.DONE:
         return found if record.same_as is None else f"{found}, the plan of trial {record.same_as}"
     return record.ending
 
 
-def trial_line(record: TrialRecord, score_name: str) -> str:
+def trial_line(record: TrialRecord, facts: StudyFacts) -> str:
     """One line about one finished trial or finalist."""
     kind = "finalist" if record.finalist else "trial"
     seconds = record.finalist.seconds if record.finalist else record.seconds
-    found = short_outcome(record, score_name)
-    test = f" (test {score_text(record.finalist.score_test, score_name)})" if record.finalist else ""
+    found = short_outcome(record, facts)
+    test = f" (test {score_text(record.finalist.score_test, facts.score_name)})" if record.finalist else ""
     return f"{kind} {record.number} [{record.origin}] {found}{test}, {seconds:.1f} s: {record.plan}"
 
 
@@ -210,19 +216,20 @@ def dense_line(dense: DenseFacts, score_name: str) -> str:
 
 
 def front_table(front: Sequence[TrialRecord], facts: StudyFacts, *, most: int | None = None, title: str = "") -> Table:
-    """The front as a table beside the dense model, by rising ratio; at most so many rows, the largest ratios dropped."""
+    """The front as a table beside the dense model, the largest first; at most so many rows, the smallest models dropped."""
     table = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
-    for heading in ("trial", "ratio", "parameters", "MACs", "validation", "test"):
+    ratios = [RATIOS[cost] for cost in facts.objectives.minimize]
+    for heading in ("trial", *ratios, "parameters", "MACs", "validation", "test"):
         table.add_column(heading, justify="right", no_wrap=True, min_width=min(10, len(heading) + 6))
     table.add_column("plan", overflow="ellipsis", no_wrap=bool(most))  # one line a row while there is little room
     dense = facts.dense
     scores = (score_text(score, facts.score_name) for score in (dense.score_validation, dense.score_test))
-    table.add_row("dense", "1.0x", f"{dense.params:,}", f"{dense.macs:,}", *scores, "", style="dim")
+    table.add_row("dense", *["1.0x"] * len(ratios), f"{dense.params:,}", f"{dense.macs:,}", *scores, "", style="dim")
     for record in front[: most or len(front)]:
         test = record.finalist.score_test if record.finalist else None
         table.add_row(
             str(record.number),
-            f"{record.ratio:.1f}x",
+            *(f"{ratio:.1f}x" for ratio in facts.objectives.ratios(record)),
             f"{record.params:,}",
             f"{record.macs:,}",
             score_text(record.score_validation, facts.score_name),

@@ -228,7 +228,9 @@ def parse_spec(text: str, *, source: str, overrides: Sequence[str] = (), resolve
                 raise SpecError(f"{key} must name costs, but {cost!r} is none.{nearest(cost, COSTS)}")
         if len(set(costs)) < len(costs):
             raise SpecError(f"{key} must name each cost once, but got {list(costs)}.")
-    return spec
+    # In one order, so that in whichever they are named they make the same study.
+    minimize = tuple(cost for cost in COSTS if cost in spec.search.minimize)
+    return dataclasses.replace(spec, search=dataclasses.replace(spec.search, minimize=minimize))
 
 
 def load_spec(source: str, *, overrides: Sequence[str] = ()) -> StudySpec:

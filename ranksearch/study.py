@@ -17,7 +17,7 @@ from pathlib import Path
 import optuna
 import torch
 
-from ranksearch import folder, record, training
+from ranksearch import attributes, folder, training
 from ranksearch.console import Look, Silent, View
 from ranksearch.data import check_splits, example, sample_inputs
 from ranksearch.dense import load_given, load_weights, recipe, train_dense
@@ -32,7 +32,7 @@ from ranksearch.objectives import Objectives, prices
 from ranksearch.options import Options, choose_device
 from ranksearch.plan import Plan
 from ranksearch.profile import Profile, kernel, profile, vbmf_ranks
-from ranksearch.record import DenseFacts, Finalist, LayerFacts, Outcome, Rung, StudyFacts, StudyRecord, TrialRecord
+from ranksearch.record import DenseFacts, Finalist, LayerFacts, Outcome, Probe, Rung, StudyFacts, StudyRecord, TrialRecord
 from ranksearch.report import write_report
 from ranksearch.scratch import check_scratch
 from ranksearch.spec import StudySpec
@@ -113,7 +113,7 @@ def run_study(
             run.straight_on()
         except KeyboardInterrupt:
             raise Stopped(run.stopped()) from None
-        return record.read_study(study)
+        return attributes.read_study(study)
 
 
 def look(spec: StudySpec, out: Path) -> Look:
@@ -191,9 +191,9 @@ class _Run:
 
     def facts(self, layers: Profile) -> None:
         """The study's facts into its storage; what the dense model is is measured once."""
-        known = record.read_facts(self.study) if record.has_facts(self.study) else self._facts(layers)
+        known = attributes.read_facts(self.study) if attributes.has_facts(self.study) else self._facts(layers)
         facts = replace(known, spec=self.spec.to_dict(), command=self.options.command)
-        record.write_facts(self.study, facts)
+        attributes.write_facts(self.study, facts)
         self.view.facts(facts)
 
     def probes(self, layers: Profile, evaluate: Evaluator) -> None:
@@ -201,7 +201,7 @@ class _Run:
         wanted = [Plan()]
         for name, layer in layers.layers.items():
             wanted += [Plan.of({name: value}) for value in values_to_probe(layer)]
-        dense, known = record.read_probes(self.study)
+        dense, known = attributes.read_probes(self.study)
         done = {Plan.of({probe.layer: probe.value}) for probe in known} | ({Plan()} if dense is not None else set())
         self.view.stage("probing layers", len(wanted), len(done))
 
@@ -215,11 +215,11 @@ class _Run:
                 return
             loss = answer.loss if math.isfinite(answer.loss) else WORST_LOSS
             if job.plan.layers:
-                known.append(record.Probe(*job.plan.layers[0], loss))
+                known.append(Probe(*job.plan.layers[0], loss))
             else:
                 dense = loss
             done.add(job.plan)
-            record.write_probes(self.study, dense, known)
+            attributes.write_probes(self.study, dense, known)
             self.view.step(str(job.plan))
 
         def jobs() -> Iterator[Job]:
@@ -230,9 +230,9 @@ class _Run:
 
     def firsts(self, layers: Profile) -> list[tuple[str, Plan]]:
         """The plans within the limits that are tried first, with their origins; chosen once in a study."""
-        if (known := record.read_firsts(self.study)) is not None:
+        if (known := attributes.read_firsts(self.study)) is not None:
             return known
-        dense, probes = record.read_probes(self.study)
+        dense, probes = attributes.read_probes(self.study)
         # Where the worker of the dense probe was lost, there is nothing to set the others against.
         price = prices(self.spec.search.minimize, self.inventory)[0]
         corners = predicted_frontier(layers, probes, dense, price) if dense is not None else []
@@ -241,16 +241,16 @@ class _Run:
         chosen = spread(rescuable(within), price.of(self.inventory), FRONTIER_PLANS)
         vbmf = [(origin, plan) for origin, plan in vbmf_plans(self.space, layers.vbmf) if self._fits(plan)]
         firsts = [*(("frontier", corner.plan) for corner in chosen), *vbmf]
-        record.write_firsts(self.study, firsts)
+        attributes.write_firsts(self.study, firsts)
         return firsts
 
     def search(self, layers: Profile, evaluate: Evaluator) -> None:
         """Ask, evaluate, tell, until the budget is spent."""
         firsts = self.firsts(layers)
-        limits, facts = self.spec.search.limits, record.read_facts(self.study)
+        limits, facts = self.spec.search.limits, attributes.read_facts(self.study)
         dense_score = facts.dense.score_validation
         floor = floor_of(dense_score, limits)
-        dense_loss, probes = record.read_probes(self.study)
+        dense_loss, probes = attributes.read_probes(self.study)
         knowledge = Knowledge.of(
             self.space,
             self.inventory,
@@ -282,7 +282,7 @@ class _Run:
 
     def finalists(self, evaluate: Evaluator) -> None:
         """Fine-tune the best trials for longer, score them on the test split, keep their weights, time them."""
-        trials, facts = record.read_trials(self.study), record.read_facts(self.study)
+        trials, facts = attributes.read_trials(self.study), attributes.read_facts(self.study)
         chosen = choose_finalists(
             trials, facts.dense.score_validation, self.spec.finalists.count, self.spec.search.limits, facts.objectives
         )
@@ -305,16 +305,16 @@ class _Run:
 
     def report(self) -> None:
         """The report, from the storage alone."""
-        write_report(record.read_study(self.study), self.out)
+        write_report(attributes.read_study(self.study), self.out)
 
     def stopped(self) -> StudyRecord | None:
         """After Ctrl-C: nothing is left running, and the report shows what there is; None before the facts are known."""
         if self.ledger:
             self.ledger.recover()
-        if not record.has_facts(self.study):
+        if not attributes.has_facts(self.study):
             return None
         self.report()
-        return record.read_study(self.study)
+        return attributes.read_study(self.study)
 
     # --- details ---
 
@@ -360,7 +360,7 @@ class _Run:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
-            record.write_seconds(self.study, self.seconds)
+            attributes.write_seconds(self.study, self.seconds)
 
     def _check_dense(self, digest: str) -> None:
         """Go on only with the dense model that the study was begun with."""
@@ -415,12 +415,12 @@ class _Run:
             score_validation=answer.curve[-1].score, score_test=answer.score_test, curve=answer.curve,
             seconds=answer.seconds, latency_ms=None,
         )  # fmt: skip
-        record.write_finalist(self.study, trial.number, finalist)
-        self.view.trial(replace(trial, finalist=finalist), record.read_trials(self.study))
+        attributes.write_finalist(self.study, trial.number, finalist)
+        self.view.trial(replace(trial, finalist=finalist), attributes.read_trials(self.study))
 
     def _latencies(self) -> None:
         """Milliseconds of the dense model and of every finalist, taken in turn in one go, so that they compare."""
-        trials = [trial for trial in record.read_trials(self.study) if trial.finalist]
+        trials = [trial for trial in attributes.read_trials(self.study) if trial.finalist]
         if all(trial.finalist and trial.finalist.latency_ms is not None for trial in trials):
             return
         folders = [self.out / "models" / str(trial.number) for trial in trials]
@@ -428,9 +428,9 @@ class _Run:
         dense, *times = training.latencies_ms([self.task.model.to(self.device), *models], self.example)
         for trial, latency in zip(trials, times, strict=True):
             assert trial.finalist is not None
-            record.write_finalist(self.study, trial.number, replace(trial.finalist, latency_ms=latency))
-        facts = record.read_facts(self.study)
-        record.write_facts(self.study, replace(facts, dense=replace(facts.dense, latency_ms=dense)))
+            attributes.write_finalist(self.study, trial.number, replace(trial.finalist, latency_ms=latency))
+        facts = attributes.read_facts(self.study)
+        attributes.write_facts(self.study, replace(facts, dense=replace(facts.dense, latency_ms=dense)))
 
 
 def _engine(options: Options) -> Engine:

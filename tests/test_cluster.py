@@ -16,13 +16,14 @@ from pathlib import Path
 
 import pytest
 
+from ranksearch.attributes import read_trials
 from ranksearch.cli import main
 from ranksearch.console import Plain
 from ranksearch.engines import ray, tune
 from ranksearch.errors import ModelError, StudyError
 from ranksearch.options import Options
 from ranksearch.plan import Plan
-from ranksearch.record import Outcome, Rung, read_trials
+from ranksearch.record import Outcome, Rung
 from ranksearch.strategy.trial import Answer, Job
 from ranksearch.study import run_study
 from tests import nets

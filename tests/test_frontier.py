@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ranksearch import record, search
+from ranksearch import attributes, search
 from ranksearch.console import Silent
 from ranksearch.data import example
 from ranksearch.layers import inventory
@@ -181,20 +181,20 @@ def test_a_study_tries_the_frontier_before_vbmf_and_probes_once(tmp_path):
     assert origins[:many] == ["frontier"] * many
     assert origins[many : many + 2] == ["vbmf tucker2 x1", "vbmf cp x1"]
     assert set(origins[many + 3 :]) == {"rank"}
-    dense, probes = record.read_probes(stored(tmp_path / "one"))
+    dense, probes = attributes.read_probes(stored(tmp_path / "one"))
     assert dense == pytest.approx(min([dense, *(probe.loss for probe in probes)]), abs=0.2)
     assert {probe.layer for probe in probes} == {"conv1", "conv2", "fc1", "fc2"}
     assert "probes" in whole.seconds
     # What is probed is known: going on with more trials probes nothing again, and keeps to the same plans.
     more = run_study(small_spec("search.trials=11"), tmp_path / "one", Options(workers=0))
     assert [trial.plan for trial in more.trials][:10] == [trial.plan for trial in whole.trials]
-    assert record.read_probes(stored(tmp_path / "one")) == (dense, probes)
+    assert attributes.read_probes(stored(tmp_path / "one")) == (dense, probes)
 
 
 def test_the_first_plans_are_chosen_once(tmp_path, monkeypatch):
     spec = small_spec("search.trials=3")
     run_study(spec, tmp_path / "small", Options(workers=0))
-    kept = record.read_firsts(stored(tmp_path / "small"))
+    kept = attributes.read_firsts(stored(tmp_path / "small"))
     assert kept
     monkeypatch.setattr("ranksearch.study.predicted_frontier", lambda *args: pytest.fail("chosen again"))
     again = run_study(small_spec("search.trials=5"), tmp_path / "small", Options(workers=0))
@@ -214,30 +214,30 @@ def test_a_lost_probe_is_told_and_looked_for_again(tmp_path, monkeypatch):
     monkeypatch.setattr(Evaluator, "_loss", failing)
     run_study(small_spec("search.trials=2"), tmp_path / "small", Options(workers=0), view=View())
     assert sum("out of memory" in what for what in told) > 4
-    assert record.read_probes(stored(tmp_path / "small")) == (None, [])
-    assert all(origin.startswith("vbmf") for origin, _ in record.read_firsts(stored(tmp_path / "small")))
+    assert attributes.read_probes(stored(tmp_path / "small")) == (None, [])
+    assert all(origin.startswith("vbmf") for origin, _ in attributes.read_firsts(stored(tmp_path / "small")))
     monkeypatch.setattr(Evaluator, "_loss", loss)
     run_study(small_spec("search.trials=2"), tmp_path / "small", Options(workers=0))
-    assert len(record.read_probes(stored(tmp_path / "small"))[1]) > 4
+    assert len(attributes.read_probes(stored(tmp_path / "small"))[1]) > 4
 
 
 def test_probes_go_on_where_they_were_stopped(tmp_path, monkeypatch):
     whole = run_study(small_spec(), tmp_path / "whole", Options(workers=0))
-    write = record.write_probes
+    write = attributes.write_probes
 
     def stopping(study, dense, probes):
         write(study, dense, probes)
         if len(probes) == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("ranksearch.study.record.write_probes", stopping)
+    monkeypatch.setattr("ranksearch.study.attributes.write_probes", stopping)
     with pytest.raises(Stopped) as stopped:
         run_study(small_spec(), tmp_path / "small", Options(workers=0))
     assert stopped.value.record.trials == ()
-    assert len(record.read_probes(stored(tmp_path / "small"))[1]) == 5
-    monkeypatch.setattr("ranksearch.study.record.write_probes", write)
+    assert len(attributes.read_probes(stored(tmp_path / "small"))[1]) == 5
+    monkeypatch.setattr("ranksearch.study.attributes.write_probes", write)
     again = run_study(small_spec(), tmp_path / "small", Options(workers=0))
-    assert record.read_probes(stored(tmp_path / "small")) == record.read_probes(stored(tmp_path / "whole"))
+    assert attributes.read_probes(stored(tmp_path / "small")) == attributes.read_probes(stored(tmp_path / "whole"))
     assert essence(again.trials) == essence(whole.trials)
 
 
@@ -249,6 +249,6 @@ def test_a_loss_that_is_no_number_counts_as_the_worst(tmp_path):
     splits = nets.few_digits()
     task = Task(nets.small(), splits, loss=loss)
     search(task, out=tmp_path / "small", trials=2, finalist_count=1, options=Options(workers=0))
-    dense, probes = record.read_probes(stored(tmp_path / "small"))
+    dense, probes = attributes.read_probes(stored(tmp_path / "small"))
     assert dense == WORST_LOSS
     assert {probe.loss for probe in probes} == {WORST_LOSS}

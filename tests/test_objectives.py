@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ranksearch import pareto
+from ranksearch.attributes import read_study
 from ranksearch.errors import StudyError
 from ranksearch.export import load_model
 from ranksearch.objectives import COSTS, Objectives, prices
 from ranksearch.options import Options
 from ranksearch.plan import Plan
-from ranksearch.record import Outcome, Rung, choose, front_of, read_study
+from ranksearch.record import Outcome, Rung, choose, front_of
 from ranksearch.report import figures, points, summary, write_report
 from ranksearch.strategy.finalists import choose_finalists
 from ranksearch.strategy.space import size_of

@@ -15,22 +15,14 @@ import pytest
 from safetensors.torch import load_file
 
 from ranksearch import folder
+from ranksearch.attributes import has_facts, read_facts, read_firsts, read_probes, read_trials, write_finalist
 from ranksearch.console import Silent
 from ranksearch.data import example, sample_inputs
 from ranksearch.errors import StudyError
 from ranksearch.layers import inventory
 from ranksearch.options import Options
 from ranksearch.profile import profile
-from ranksearch.record import (
-    Outcome,
-    Rung,
-    has_facts,
-    read_facts,
-    read_firsts,
-    read_probes,
-    read_trials,
-    write_finalist,
-)
+from ranksearch.record import Outcome, Rung
 from ranksearch.strategy.finalists import WORTH
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import vbmf_plans

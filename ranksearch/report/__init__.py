@@ -6,7 +6,6 @@ from pathlib import Path
 
 from ranksearch.files import write_whole
 from ranksearch.record import StudyRecord
-from ranksearch.report import charts, markdown, page, points, summary, tables, text
 
 __all__ = ["write_report"]
 
@@ -21,24 +20,18 @@ def write_report(record: StudyRecord, folder: Path) -> Path:
     Raises:
         OSError: the folder cannot be written to.
     """
+    # Loaded here: what draws takes a quarter of a second, which is not for the start of a study.
+    from ranksearch.report import charts, markdown, page, summary, tables
+
     # The page comes last: once it is there, so is all that it links to.
     contents: dict[str, str | bytes] = {
         "front.json": tables.front_json(record),
         "front.csv": tables.front_csv(record),
         "trials.csv": tables.trials_csv(record),
-        **{name: _picture(record, cost) for name, cost in summary.pictures(record).items()},
+        **{name: charts.picture(record, cost) for name, cost in summary.pictures(record).items()},
         "report.md": markdown.markdown(record),
         "report.html": page.html(record),
     }
     for name, content in contents.items():
         write_whole(folder / name, content)
     return folder / "report.html"
-
-
-def _picture(record: StudyRecord, cost: str) -> bytes:
-    """The front's chart against one cost with a heading that says what the page would say around it."""
-    window, facts = points.window(record, cost), record.facts
-    title = f"{facts.name}: {facts.score_name} against {text.COSTS[cost]}"
-    below = f"; {text.counted(window.below, 'trial')} below {text.score(window.low, facts.score_name)} not shown"
-    subtitle = summary.effort(record) + (below if window.below else "")
-    return charts.png(charts.front_chart(record, cost), title=title, subtitle=subtitle)

@@ -15,7 +15,7 @@ import altair as alt
 import vl_convert
 
 from ranksearch.record import StudyRecord
-from ranksearch.report import figures, points, text
+from ranksearch.report import figures, points, summary, text
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 BLUE, ORANGE, GREEN, RED, GREY, INK = "#2563eb", "#d97706", "#059669", "#dc2626", "#94a3b8", "#1f2937"
@@ -73,7 +73,9 @@ def front_chart(record: StudyRecord, cost: str = "params") -> Drawing:
         _chart("baseline").mark_line(**line, stroke=GREEN, strokeWidth=1, opacity=0.6, strokeDash=[2, 3]).encode(x, y),
         _chart("search").mark_line(**line, stroke=BLUE, strokeWidth=1, opacity=0.35, strokeDash=[4, 3]).encode(x, y),
         _chart("front").mark_line(**line, stroke=BLUE, strokeWidth=2).encode(x, y),
-        _chart("points").mark_point(strokeWidth=1.6).encode(x, y, tooltip=_tooltip(record), **_looks_by_kind(rows["points"])),
+        _chart("points")
+        .mark_point(strokeWidth=1.6)
+        .encode(x, y, tooltip=_tooltip(record, cost), **_looks_by_kind(rows["points"])),
         _chart("labels").mark_text(**_LABEL).encode(x, y, text="text:N"),
     ]
     return Drawing(alt.LayerChart(layer=layers).properties(height=400), rows)
@@ -119,6 +121,15 @@ def page_spec(drawing: Drawing) -> dict[str, Any]:
     return _spec(drawing.chart.properties(width="container"), drawing.rows, background=_CLEAR)
 
 
+def picture(record: StudyRecord, cost: str) -> bytes:
+    """The front's chart against one cost with a heading that says what the page would say around it."""
+    window, facts = points.window(record, cost), record.facts
+    title = f"{facts.name}: {facts.score_name} against {text.COSTS[cost]}"
+    below = f"; {text.counted(window.below, 'trial')} below {text.score(window.low, facts.score_name)} not shown"
+    subtitle = summary.effort(record) + (below if window.below else "")
+    return png(front_chart(record, cost), title=title, subtitle=subtitle)
+
+
 def png(drawing: Drawing, *, title: str, subtitle: str) -> bytes:
     """The chart as a picture, about 900 pixels wide at twice the resolution."""
     heading = alt.TitleParams(title, subtitle=subtitle, anchor="start", offset=14, fontSize=15, subtitleColor="#6b7280")
@@ -151,10 +162,10 @@ def _legend() -> alt.Legend:
     return alt.Legend(title=None, orient="bottom", columns=columns, symbolOpacity=1)
 
 
-def _tooltip(record: StudyRecord) -> list[alt.Tooltip]:
+def _tooltip(record: StudyRecord, cost: str) -> list[alt.Tooltip]:
     name = record.facts.score_name
     titles = {
-        "trial": "trial", "origin": "origin", "outcome": "outcome", "ratio_text": "compression ratio",
+        "trial": "trial", "origin": "origin", "outcome": "outcome", "ratio_text": text.COSTS[cost],
         "params": "parameters", "macs": "MACs", "validation": f"validation {name}", "test": f"test {name}",
         "plan": "plan",
     }  # fmt: skip

@@ -51,8 +51,8 @@ def trained(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
 
 
 def finalists(record: StudyRecord) -> list[TrialRecord]:
-    """The trials that were fine-tuned for longer, by rising ratio."""
-    return sorted((trial for trial in record.trials if trial.finalist), key=lambda trial: trial.ratio)
+    """The trials that were fine-tuned for longer, the largest model first."""
+    return sorted((trial for trial in record.trials if trial.finalist), key=record.facts.objectives.ratio)
 
 
 def curve_of(trial: TrialRecord) -> tuple[Rung, ...]:

@@ -105,8 +105,9 @@ def _trial_card(record: StudyRecord, title: str, trial: TrialRecord | None) -> d
         return {"title": title, "figure": text.NOTHING, "line": "no model yet"}
     name = record.facts.score_name
     test = f", {text.score(trial.finalist.score_test, name)} on test" if trial.finalist else ""
-    figure, *smaller = summary.smaller(record, trial)
-    line = f"{' and '.join(smaller)}, trial {trial.number}: {text.score(trial.score_validation, name)} on validation{test}"
+    (figure, words), *more = summary.smaller(record, trial)
+    smaller = " and ".join([words, *(f"{other} {kind}" for other, kind in more)])
+    line = f"{smaller}, trial {trial.number}: {text.score(trial.score_validation, name)} on validation{test}"
     return {"title": title, "figure": figure, "line": _together(line)}
 
 

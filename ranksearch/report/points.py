@@ -166,7 +166,7 @@ def _point(record: StudyRecord, trial: TrialRecord, score: float | None, cost: s
         "trial": str(trial.number),
         "origin": trial.origin,
         "outcome": trial.ending,
-        "ratio_text": text.ratio(trial.ratio),
+        "ratio_text": text.ratio(ratio(record, trial, cost)),
         "params": text.whole(trial.params),
         "macs": text.whole(trial.macs),
         "validation": text.score(trial.score if kind in (TRIAL, VBMF, PREDICTED) else trial.score_validation, name),

@@ -17,6 +17,8 @@ class FrontLine:
     """One trial of the front as text; `near` marks the smallest model near the dense one."""
 
     trial: int
+    size: str
+    """How many times smaller in what the study minimises: the mean of both, where that is two costs."""
     ratio: str
     params: str
     macs: str
@@ -50,17 +52,16 @@ def headline(record: StudyRecord) -> str:
         "params": f"({text.whole(best.params)} parameters instead of {text.whole(facts.dense.params)})",
         "macs": f"({text.whole(best.macs)} instead of {text.whole(facts.dense.macs)})",
     }
-    first, *words = smaller(record, best)
-    words[0] = f"{first} {words[0]}"
-    size = " and ".join(f"{word} {sizes[cost]}" for word, cost in zip(words, facts.objectives.minimize, strict=True))
+    found = zip(smaller(record, best), facts.objectives.minimize, strict=True)
+    size = " and ".join(f"{figure} {words} {sizes[cost]}" for (figure, words), cost in found)
     return f"The smallest model within {near} of the dense net is trial {best.number}: {size}, {_scores(record, best)}."
 
 
-def smaller(record: StudyRecord, trial: TrialRecord) -> list[str]:
-    """How much smaller a trial is: `25.5x`, `smaller`, and `12.0x fewer MACs` where they are minimised as well."""
+def smaller(record: StudyRecord, trial: TrialRecord) -> list[tuple[str, str]]:
+    """How much smaller a trial is, by each cost that is minimised: (`25.5x`, `smaller`), (`12.0x`, `fewer MACs`)."""
     kinds, objectives = {"params": "smaller", "macs": "fewer MACs"}, record.facts.objectives
-    (first, words), *more = [(text.ratio(objectives.only(cost).ratio(trial)), kinds[cost]) for cost in objectives.minimize]
-    return [first, words, *(f"{figure} {kind}" for figure, kind in more)]
+    ratios = zip(objectives.minimize, objectives.ratios(trial), strict=True)
+    return [(text.ratio(ratio), kinds[cost]) for cost, ratio in ratios]
 
 
 def against(record: StudyRecord) -> str:
@@ -75,7 +76,7 @@ def pictures(record: StudyRecord) -> dict[str, str]:
 
 
 def front_lines(record: StudyRecord) -> list[FrontLine]:
-    """The front by rising ratio, the geometric mean where two costs are minimised."""
+    """The front, the largest model first."""
     shown = record.shown
     facts = record.facts
     elbow, near = figures.knee(shown, facts.objectives), figures.near_dense(shown, facts.dense, facts.objectives)
@@ -125,6 +126,7 @@ def _line(record: StudyRecord, trial: TrialRecord, *, knee: bool, near: bool) ->
     dense, name, final = record.facts.dense, record.facts.score_name, trial.finalist
     return FrontLine(
         trial=trial.number,
+        size=text.ratio(record.facts.objectives.ratio(trial)),
         ratio=text.ratio(trial.ratio),
         params=text.whole(trial.params),
         macs=text.whole(trial.macs),

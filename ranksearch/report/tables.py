@@ -55,7 +55,7 @@ def trials_csv(record: StudyRecord) -> str:
 
 
 def front_rows(record: StudyRecord) -> list[dict[str, Any]]:
-    """The front by rising ratio, one row a trial; `knee` is true on exactly one row.
+    """The front, the largest model first, one row a trial; `knee` is true on exactly one row.
 
     Where no model keeps the limits, they are of the front without them and say so.
     """

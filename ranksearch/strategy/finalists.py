@@ -22,7 +22,7 @@ def choose_finalists(
     limits: Limits = UNLIMITED,
     objectives: Objectives = BY_RATIO,
 ) -> list[TrialRecord]:
-    """At most `count` trials of different plans: the front, filled up with the fronts behind it, by rising ratio.
+    """At most `count` trials of different plans: the front, filled up with the fronts behind it; the largest model first.
 
     Where a front holds too many, those that add the least hypervolume are left out, one after the other. Trials outside
     the limits come last, the nearest first: a long fine-tuning may yet lift them inside.

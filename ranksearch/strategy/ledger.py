@@ -13,20 +13,12 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
+from ranksearch.attributes import asked, read_asked, read_trials, told
 from ranksearch.layers import Inventory
 from ranksearch.limits import UNLIMITED, Limits
 from ranksearch.objectives import BY_RATIO, Objectives
 from ranksearch.plan import Plan
-from ranksearch.record import (
-    GIVE_UP,
-    Outcome,
-    TrialRecord,
-    asked,
-    attributes,
-    read_asked,
-    read_trials,
-    untrained_in_a_row,
-)
+from ranksearch.record import GIVE_UP, Outcome, TrialRecord, untrained_in_a_row
 from ranksearch.strategy.sampler import Knowledge, make_sampler
 from ranksearch.strategy.space import Space, size_of
 from ranksearch.strategy.trial import Answer, Job
@@ -188,7 +180,7 @@ class Ledger:
         )
 
     def _tell(self, trial: optuna.Trial, record: TrialRecord) -> TrialRecord:
-        for key, value in attributes(record).items():
+        for key, value in told(record).items():
             trial.set_user_attr(key, value)
         if record.score is not None:
             # Without it a sampler spends half its trials on ever smaller models that know nothing.
