@@ -143,7 +143,7 @@ class Terminal(View):
 
     def rung(self, number: int, rung: Rung) -> None:
         assert self._facts is not None, "trials come after the facts"
-        self._note(f"{number}: epoch {rung.epochs:g}, {score_text(rung.score, self._facts.score_name)}", advance=0)
+        self._note(f"trial {number}: epoch {rung.epochs:g}, {score_text(rung.score, self._facts.score_name)}", advance=0)
 
     def trial(self, record: TrialRecord, trials: Sequence[TrialRecord]) -> None:
         assert self._facts is not None, "trials come after the facts"

@@ -6,6 +6,7 @@ import io
 import re
 from dataclasses import replace
 
+import pytest
 from rich.console import Console
 
 from ranksearch import console
@@ -26,6 +27,28 @@ def test_the_front_stands_beside_the_dense_model(finished):
     for point in record.front:
         assert re.search(rf"^ *{point.number} +{point.ratio:.1f}x +{point.params:,}", text, re.MULTILINE)
         assert str(point.plan) in text
+
+
+@pytest.mark.parametrize(
+    ("costs", "words", "columns"),
+    [
+        (["params"], "{ratio:.1f}x, ", ["ratio", "parameters"]),
+        (["macs"], "{macs:.1f}x MACs, ", ["MACs ratio", "parameters"]),
+        (["params", "macs"], "{ratio:.1f}x, {macs:.1f}x MACs, ", ["ratio", "MACs ratio", "parameters"]),
+    ],
+)
+def test_a_screen_names_the_ratios_that_are_minimised(finished, costs, words, columns):
+    _, record = finished
+    facts = replace(record.facts, spec={"search": {"minimize": costs}})
+    point = record.front[0]
+    expected = words.format(ratio=point.ratio, macs=facts.dense.macs / point.macs)
+    assert console.short_outcome(point, facts).startswith(expected)
+    assert f" {expected}" in console.trial_line(point, facts)
+    heading, _, first, *_ = printed(console.front_table([point], facts), width=180).splitlines()
+    assert re.match(r" *trial +" + " +".join(columns), heading)
+    assert [float(found) for found in re.findall(r"([\d.]+)x ", first)[: len(costs)]] == pytest.approx(
+        facts.objectives.ratios(point), abs=0.05
+    )
 
 
 def test_figures_survive_a_narrow_screen(finished):
