@@ -182,8 +182,8 @@ def _studies(options: argparse.Namespace, given: list[str]) -> int:
 
 def _layers(options: argparse.Namespace, given: list[str]) -> int:
     from ranksearch import console as views
+    from ranksearch.facts import look
     from ranksearch.spec import load_spec
-    from ranksearch.study import look
 
     spec = load_spec(options.source, overrides=_all_overrides(options))
     found = look(spec, options.out or Path("runs") / spec.name)

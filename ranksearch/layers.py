@@ -94,7 +94,7 @@ def inventory(model: nn.Module, example: Tensor) -> Inventory:
     Raises:
         ModelError: the model does not accept the example, holds NaN or infinite weights, or has no decomposable layer.
     """
-    _check_weights(model)
+    check_weights(model)
     watch = _Watch(model)
     try:
         macs = watch.run(example)
@@ -119,7 +119,12 @@ def inventory(model: nn.Module, example: Tensor) -> Inventory:
     return Inventory(tuple(layers), skipped, count_params(model), macs // len(example))
 
 
-def _check_weights(model: nn.Module) -> None:
+def check_weights(model: nn.Module) -> None:
+    """That all weights are there, and finite.
+
+    Raises:
+        ModelError: one is not.
+    """
     for name, parameter in model.named_parameters():
         if nn.parameter.is_lazy(parameter):
             raise ModelError(f"Weights must be there, but {name!r} has no shape yet; run the model once on its data first.")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import math
 import os
-import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,30 +16,30 @@ import optuna
 import torch
 
 from ranksearch import attributes, folder, training
-from ranksearch.console import Look, Silent, View
+from ranksearch.console import Silent, View
 from ranksearch.data import check_splits, example, sample_inputs
 from ranksearch.dense import load_given, load_weights, recipe, train_dense
 from ranksearch.engines import local, ray
 from ranksearch.engines.base import Engine, check_portable
-from ranksearch.errors import ModelError, SpecError, StudyError
+from ranksearch.errors import SpecError, StudyError
 from ranksearch.export import load_model, save_model, weights_of
-from ranksearch.factorization import Offer
+from ranksearch.facts import study_facts
 from ranksearch.files import write_whole
-from ranksearch.layers import Inventory, inventory
+from ranksearch.layers import Inventory, check_weights, inventory
 from ranksearch.objectives import Objectives, prices
 from ranksearch.options import Options, choose_device
 from ranksearch.plan import Plan
-from ranksearch.profile import Profile, kernel, profile, vbmf_ranks
-from ranksearch.record import DenseFacts, Finalist, LayerFacts, Outcome, Probe, Rung, StudyFacts, StudyRecord, TrialRecord
+from ranksearch.profile import Profile, profile
+from ranksearch.record import Finalist, Outcome, Probe, Rung, StudyFacts, StudyRecord, TrialRecord
 from ranksearch.report import write_report
 from ranksearch.scratch import check_scratch
 from ranksearch.spec import StudySpec
 from ranksearch.strategy.finalists import choose_finalists, floor_of
 from ranksearch.strategy.ledger import MAX_TRIES, Ledger
-from ranksearch.strategy.prior import at_vbmf, quarter, vbmf_plans
+from ranksearch.strategy.prior import vbmf_plans
 from ranksearch.strategy.sampler import Knowledge
 from ranksearch.strategy.sensitivity import predicted_frontier, rescuable, spread, values_to_probe
-from ranksearch.strategy.space import Space, check_limits, make_space, size_of
+from ranksearch.strategy.space import Space, check_limits, offer_of, size_of, space_of
 from ranksearch.strategy.trial import Answer, Evaluator, Job, Stage
 from ranksearch.tasks import Task, accuracy, check_outputs, load_task
 
@@ -51,7 +49,6 @@ FRONTIER_PLANS = 4
 """How many plans of the predicted frontier are tried first."""
 WORST_LOSS = 1e6
 """Stands for a probe's loss that is no number, which no storage keeps."""
-PACKAGES = ("ranksearch", "torch", "torchvision", "optuna", "tensorly", "scikit-learn", "numpy")
 
 
 class Stopped(KeyboardInterrupt):
@@ -87,7 +84,7 @@ def run_study(
     check_splits(task.data)
     found = inventory(task.model, example(task.data.train))
     check_outputs(task)
-    space = _space(spec, found)
+    space = space_of(spec.space, found)
     check_limits(spec.search.limits, space, found)
     if spec.space.start == "scratch":
         check_scratch(task.model)
@@ -114,28 +111,6 @@ def run_study(
         except KeyboardInterrupt:
             raise Stopped(run.stopped()) from None
         return attributes.read_study(study)
-
-
-def look(spec: StudySpec, out: Path) -> Look:
-    """The layers of a study's model, their VBMF ranks, and what each method would cost there; writes nothing.
-
-    The dense weights are those in the study's folder `out`, or those of `dense.weights`, or the initial ones.
-    """
-    task = load_task(spec)
-    given = Path(spec.dense.weights) if spec.dense.weights else None
-    trained = load_weights(task.model, out / folder.DENSE) or (given is not None and load_weights(task.model, given))
-    found = inventory(task.model, example(task.data.train))
-    space = _space(spec, found)
-    vbmf = {layer.name: vbmf_ranks(kernel(task.model, layer)) for layer in found.layers}
-    costs = {}
-    for axis in space.axes:
-        layer, estimate = axis.layer, vbmf[axis.layer.name]
-        suggested = [(m, at_vbmf(m, layer, estimate, offer=axis.offer) or quarter(m, layer, axis.offer)) for m in axis.methods]
-        costs[layer.name] = tuple((str(m.value(layer, ranks)), m.params(layer, ranks)) for m, ranks in suggested)
-    return Look(
-        layers=_layer_facts(found, vbmf), skipped=found.skipped, params=found.params, macs=found.macs, costs=costs,
-        trained=trained,
-    )  # fmt: skip
 
 
 class _Run:
@@ -174,8 +149,8 @@ class _Run:
             if not path.exists():
                 write_whole(path, weights)
         self.task.model.to(self.device).eval()
-        # Trained weights can hold what initial ones did not: NaN, most of all.
-        self.inventory = inventory(self.task.model, self.example)
+        # Trained weights can be what initial ones were not.
+        check_weights(self.task.model)
 
     def profile(self) -> Profile:
         """Every candidate's factors and the VBMF ranks."""
@@ -184,14 +159,14 @@ class _Run:
         aware, seed = self.spec.space.data_aware, self.spec.seed
         with self.stage("profile"):
             return profile(
-                self.task.model, self.inventory, methods, offer=_offer(self.spec),
+                self.task.model, self.inventory, methods, offer=offer_of(self.spec.space),
                 inputs=sample_inputs(self.task.data.train, CALIBRATION, seed=seed) if aware else None,
                 cache=self.out / "profile", seed=seed, device=self.device, on_layer=self.view.step,
             )  # fmt: skip
 
     def facts(self, layers: Profile) -> None:
         """The study's facts into its storage; what the dense model is is measured once."""
-        known = attributes.read_facts(self.study) if attributes.has_facts(self.study) else self._facts(layers)
+        known = attributes.read_facts(self.study) if attributes.has_facts(self.study) else self._measured(layers)
         facts = replace(known, spec=self.spec.to_dict(), command=self.options.command)
         attributes.write_facts(self.study, facts)
         self.view.facts(facts)
@@ -373,33 +348,10 @@ class _Run:
                 "--storage, or --fresh to start over."
             )
 
-    def _facts(self, layers: Profile) -> StudyFacts:
-        task, found = self.task, self.inventory
-        task.model.to(self.device)
-        score = training.score(task.model, task, task.data.validation, device=self.device)
-        if not math.isfinite(score):
-            raise ModelError(f"The score must be a number for the dense net, but {task.score_name} gave {score}; mend it.")
-        dense = DenseFacts(
-            params=found.params,
-            macs=found.macs,
-            score_validation=score,
-            score_test=training.score(task.model, task, task.data.test, device=self.device),
-            latency_ms=training.latencies_ms([task.model], self.example)[0],
+    def _measured(self, layers: Profile) -> StudyFacts:
+        return study_facts(
+            self.spec, self.task, self.inventory, layers, self.example, engine=self.engine.about, command=self.options.command
         )
-        return StudyFacts(
-            name=self.spec.name,
-            seed=self.spec.seed,
-            spec=self.spec.to_dict(),
-            score_name=task.score_name,
-            dense=dense,
-            layers=_layer_facts(found, {name: layer.vbmf for name, layer in layers.layers.items()}),
-            skipped=dict(found.skipped),
-            versions={"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES},
-            machine=f"{platform.machine()}, {os.cpu_count()} cores, device {self.device.type}, "
-            f"{self.engine.about}",
-            command=self.options.command,
-            data=task.data.about,
-        )  # fmt: skip
 
     def _finalist(self, trial: TrialRecord, answer: Answer) -> None:
         if answer.outcome is Outcome.WORKER_LOST:
@@ -439,26 +391,7 @@ def _engine(options: Options) -> Engine:
     return local.engine(options.workers if options.workers is not None else (os.cpu_count() or 1))
 
 
-def _space(spec: StudySpec, found: Inventory) -> Space:
-    about = spec.space
-    return make_space(found, about.methods, layers=about.layers, skip=about.skip, offer=_offer(spec))
-
-
 def _check_min_score(spec: StudySpec, task: Task) -> None:
     least = spec.search.min_score
     if task.score is accuracy and least is not None and least > 1:
         raise SpecError(f"search.min_score must be at most 1 for accuracy, but got {least:g}; 97 % is 0.97.")
-
-
-def _offer(spec: StudySpec) -> Offer:
-    return Offer(spec.space.rank_multiple, spec.space.smaller_in)
-
-
-def _layer_facts(found: Inventory, vbmf: Mapping[str, tuple[int | None, int | None]]) -> tuple[LayerFacts, ...]:
-    return tuple(
-        LayerFacts(
-            name=layer.name, kind=layer.kind, weight=layer.weight, params=layer.params, macs=layer.macs,
-            vbmf=vbmf[layer.name],
-        )
-        for layer in found.layers
-    )  # fmt: skip

@@ -33,6 +33,7 @@ FLOORS = [
     ["storage"],
     ["folder"],
     ["options"],
+    ["facts"],
     ["study"],
     ["api"],
     ["cli"],

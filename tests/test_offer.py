@@ -16,6 +16,7 @@ from torch import nn
 import ranksearch
 from ranksearch.errors import SpecError
 from ranksearch.factorization import METHODS, Offer
+from ranksearch.facts import look
 from ranksearch.layers import inventory
 from ranksearch.options import Options
 from ranksearch.plan import CP, SVD, Dense, Plan, Spatial, Tucker2
@@ -25,7 +26,7 @@ from ranksearch.spec import COSTS
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import at_vbmf, quarter, vbmf_plans
 from ranksearch.strategy.space import applies, make_space
-from ranksearch.study import look, run_study
+from ranksearch.study import run_study
 from tests.conftest import small_spec
 from tests.nets import small
 from tests.test_factorization import BY_NAME, PAIRS, given_geometry

@@ -15,6 +15,7 @@ from ranksearch.factorization import FEWER_PARAMS, METHODS, Method, Offer, neare
 from ranksearch.layers import Inventory, Layer
 from ranksearch.limits import Limits
 from ranksearch.plan import Dense, Factorization, Plan
+from ranksearch.spec import SpaceSpec
 
 DENSE = Dense.method
 
@@ -122,6 +123,16 @@ class Space:
     def params(self, plan: Plan) -> dict[str, Any]:
         """Parameters that choose `plan`: the inverse of `plan` for plans inside the space."""
         return {key: value for axis in self.axes for key, value in axis.params(plan[axis.layer.name]).items()}
+
+
+def offer_of(about: SpaceSpec) -> Offer:
+    """The ranks that a study offers."""
+    return Offer(about.rank_multiple, about.smaller_in)
+
+
+def space_of(about: SpaceSpec, inventory: Inventory) -> Space:
+    """The space of a study; raises as `make_space` does."""
+    return make_space(inventory, about.methods, layers=about.layers, skip=about.skip, offer=offer_of(about))
 
 
 def make_space(
