@@ -17,8 +17,8 @@ class FrontLine:
     """One trial of the front as text; `near` marks the smallest model near the dense one."""
 
     trial: int
-    size: str
-    """How many times smaller in what the study minimises: the mean of both, where that is two costs."""
+    sizes: list[str]
+    """How many times smaller in what the study minimises: `36.4x`, and `3.67x MACs` where it is those."""
     ratio: str
     params: str
     macs: str
@@ -126,7 +126,7 @@ def _line(record: StudyRecord, trial: TrialRecord, *, knee: bool, near: bool) ->
     dense, name, final = record.facts.dense, record.facts.score_name, trial.finalist
     return FrontLine(
         trial=trial.number,
-        size=text.ratio(record.facts.objectives.ratio(trial)),
+        sizes=_sizes(record, trial),
         ratio=text.ratio(trial.ratio),
         params=text.whole(trial.params),
         macs=text.whole(trial.macs),
@@ -142,6 +142,12 @@ def _line(record: StudyRecord, trial: TrialRecord, *, knee: bool, near: bool) ->
         knee=knee,
         near=near,
     )
+
+
+def _sizes(record: StudyRecord, trial: TrialRecord) -> list[str]:
+    objectives, kinds = record.facts.objectives, {"params": "", "macs": " MACs"}
+    ratios = zip(objectives.minimize, objectives.ratios(trial), strict=True)
+    return [text.ratio(ratio) + kinds[cost] for cost, ratio in ratios]
 
 
 def _difference(score: float | None, dense: float, name: str) -> str:
