@@ -110,6 +110,8 @@ def main() -> None:
         runs = Runs(name)
         if not given.frozen:
             _measure(runs, given)
+        if not runs.entries:
+            raise SystemExit(f"{KEPT} must hold runs of {name!r} to make its table, but holds none; leave --frozen out.")
         dates = sorted({entry["date"] for entry in runs.entries})
         machines = sorted({entry["machine"] for entry in runs.entries})
         lines = [said(f"{', '.join(machines)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.\n")]
@@ -175,8 +177,12 @@ def _rounded(value: Any) -> Any:
     return [round(each, 5) for each in value] if isinstance(value, list) else round(value, 5)
 
 
+def _seeds(runs: Runs) -> int:
+    return max(entry["seed"] for entry in runs.entries) + 1
+
+
 def _about(runs: Runs) -> list[str]:
-    seeds, known = max(entry["seed"] for entry in runs.entries) + 1, runs.about
+    seeds, known = _seeds(runs), runs.about
     return [
         said(
             f"{seeds} seeds; {known['layers']} layers; dense score {known['dense_score']:.4f}; the smallest plan has "
@@ -190,24 +196,26 @@ def _table(runs: Runs) -> list[str]:
     lines = table(
         ["search", *(f"{budget} trials" for budget in BUDGETS), "40 trials, on test", "trained in 40, s", "longest ask, s"]
     )
+    seeds = _seeds(runs)
     for key, contender in CONTENDERS.items():
         if key in SLOW.get(runs.name, ()):
             continue
-        cells = [_cell(list(runs.of(key, budget).values()), lambda run: run.curve[-1]) for budget in BUDGETS]
+        cells = [_cell(list(runs.of(key, budget).values()), seeds, lambda run: run.curve[-1]) for budget in BUDGETS]
         asks = [run.longest_ask for run in runs.of(key, BUDGETS[0]).values()]
         longest = f"{max(asks):.2f}" if contender.sampler and asks else "-"
         at40 = list(runs.of(key, 40).values())
         spent = f"{statistics.mean(run.seconds[-1] for run in at40):.0f}" if at40 else "-"
-        lines.append(row(contender.title, *cells, _cell(at40, lambda run: run.test[-1]), spent, longest))
+        lines.append(row(contender.title, *cells, _cell(at40, seeds, lambda run: run.test[-1]), spent, longest))
     return lines
 
 
-def _cell(runs: Sequence[Measured], value: Callable[[Measured], float]) -> str:
+def _cell(runs: Sequence[Measured], seeds: int, value: Callable[[Measured], float]) -> str:
     values = [100 * value(run) for run in runs]
     if len(values) < 2:
         return f"{values[0]:.1f} (1 seed)" if values else "-"
     half = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):.1f} ± {half:.1f}"
+    fewer = f" ({len(values)} seeds)" if len(values) < seeds else ""
+    return f"{statistics.mean(values):.1f} ± {half:.1f}{fewer}"
 
 
 def _words(runs: Runs) -> list[str]:
