@@ -5,7 +5,8 @@
 
 Nets that the thesis designed, the dense nets beside them, and single layers decomposed at its ranks are trained here, by the
 recipe of the study that stands for them. Searched nets come from the folders of finished studies, `ranksearch study NAME`.
-Of a search the nets count that validate no worse than its dense net. Tests are on the test split, once a net.
+Of a search the nets count that validate no worse than its dense net, or the best where none does. Tests are on the test split,
+once a net.
 
 docs/thesis.json keeps every figure that was measured, with its seed, epochs, versions and machine: no machine has run them all.
 """
@@ -199,9 +200,10 @@ def facts(task: Task, spec: StudySpec, seed: int, recipe: training.Recipe, start
 
 
 def searched(front: Entry) -> Entry:
-    """A finished study: its dense net, and the nets of its front that validate no worse, the largest first."""
+    """A finished study: its dense net, and the nets of its front that validate no worse, or the best where none does."""
     dense, kept = front["dense"], ("params", "macs", "score_validation", "score_test", "epochs", "plan_text")
-    fitting = [entry for entry in front["front"] if entry["score_validation"] >= dense["score_validation"]]
+    best = max(entry["score_validation"] for entry in front["front"])
+    fitting = [entry for entry in front["front"] if entry["score_validation"] >= min(dense["score_validation"], best)]
     about = {key: front[key] for key in ("seed", "command", "machine", "versions", "seconds")}
     return {"dense": dense, "nets": [{key: entry[key] for key in kept} for entry in fitting]} | about
 
@@ -250,7 +252,7 @@ def of_search(system: System, search: Search, entry: Entry) -> list[str]:
             search.name, search.thesis, f"{net['params']:,}", f"{smaller:.1f}x", spread(system, [net["score_test"]]),
             spread(system, [gain], gain=True), net["epochs"], seed,
         ))  # fmt: skip
-    return rows if entry["nets"] else [*rows, row(search.name, search.thesis, "none validates as well", *[""] * 5)]
+    return rows
 
 
 def spread(system: System, scores: list[float], *, gain: bool = False) -> str:
