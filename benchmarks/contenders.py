@@ -12,6 +12,8 @@ import numpy as np
 import optuna
 from arenas import Run, Simulated, Trained
 
+from ranksearch.limits import UNLIMITED
+from ranksearch.objectives import Objectives
 from ranksearch.plan import Dense, Plan
 from ranksearch.record import Outcome, Rung
 from ranksearch.strategy.finalists import WORTH
@@ -79,6 +81,7 @@ class Contender:
         floor = arena.dense_score - WORTH
         ledger = Ledger(
             study, arena.space, arena.inventory, plans, sampler=self.sampler, seed=seed, floor=floor,
+            limits=UNLIMITED, objectives=Objectives(),
             knowledge=Knowledge(
                 arena.space, table, arena.dense_score, arena.dense_score - DROP, suggested=self.suggested(arena)
             ),

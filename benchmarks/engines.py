@@ -26,7 +26,9 @@ from ranksearch import folder
 from ranksearch.engines import local, ray
 from ranksearch.engines.base import Engine
 from ranksearch.layers import inventory
+from ranksearch.limits import UNLIMITED
 from ranksearch.models import lenet
+from ranksearch.objectives import Objectives
 from ranksearch.record import Outcome, Rung
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.space import make_space
@@ -72,9 +74,9 @@ def ours(make: Callable[[], Engine]) -> Clock:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     found = inventory(lenet(), torch.zeros(1, 3, 32, 32))
     with tempfile.TemporaryDirectory() as scratch:
-        study = folder.open_study("nothing", folder.storage_url(Path(scratch), None), create=True)
+        study = folder.create_study("nothing", folder.storage_url(Path(scratch), None), Objectives())
         space = make_space(found, ("tucker2", "cp", "svd"))
-        ledger = Ledger(study, space, found, [], sampler="random", seed=0, floor=0.0)
+        ledger = Ledger(study, space, found, [], sampler="random", seed=0, floor=0.0, limits=UNLIMITED, objectives=Objectives())
         answers = []
 
         def on_message(job: Job, message: Rung | Answer) -> None:

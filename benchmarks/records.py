@@ -61,14 +61,14 @@ def build(out: Path, costs: str) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     spec = load_spec("lenet", overrides=[*settings(costs), "search.trials=12"])
     study.run_study(spec, out)
-    record = folder.open_study(spec.name, folder.storage_url(out, None), create=False)
+    record = folder.open_study(spec.name, folder.storage_url(out, None))
     task = load_task(spec)
     found = inventory(task.model, example(task.data.train))
     space = make_space(found, spec.space.methods)
     dense = read_facts(record).dense.score_validation
     ledger = Ledger(
         record, space, found, read_firsts(record) or [], sampler="random", seed=spec.seed, floor=dense - 0.15,
-        objectives=Objectives(spec.search.minimize, found.macs),
+        limits=spec.search.limits, objectives=Objectives(spec.search.minimize, found.macs),
     )  # fmt: skip
     for job in ledger.jobs(TRIALS):
         ledger.receive(job, made_up(job, dense))

@@ -231,8 +231,8 @@ def _export(options: argparse.Namespace, given: list[str]) -> int:
 
     record = read_study(_stored(options))
     trial = choose(
-        record.trials, number=options.trial, min_score=options.min_score, min_ratio=options.min_ratio,
-        limits=record.facts.limits, objectives=record.facts.objectives,
+        record.trials, record.facts.objectives, number=options.trial, min_score=options.min_score, min_ratio=options.min_ratio,
+        limits=record.facts.limits,
     )  # fmt: skip
     spec = folder.read_spec(options.folder)
 
@@ -263,4 +263,4 @@ def _stored(options: argparse.Namespace) -> optuna.Study:
     from ranksearch import folder
 
     spec = folder.read_spec(options.folder)
-    return folder.open_study(spec.name, folder.storage_url(options.folder, options.storage), create=False)
+    return folder.open_study(spec.name, folder.storage_url(options.folder, options.storage))

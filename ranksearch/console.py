@@ -150,7 +150,7 @@ class Terminal(View):
         self._note(f"trial {record.number}: {short_outcome(record, self._facts)}", advance=int(record.trained))
         rows = max(4, self._console.height - 12)
         limits, objectives = self._facts.limits, self._facts.objectives
-        front = front_of(trials, limits, objectives) or front_of(trials, objectives=objectives)
+        front = front_of(trials, objectives, limits) or front_of(trials, objectives)
         self._front = front_table(front, self._facts, most=rows, title="front so far")
 
     def _note(self, text: str, *, advance: int) -> None:

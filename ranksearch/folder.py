@@ -20,7 +20,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from ranksearch.errors import StudyError
 from ranksearch.files import write_whole
-from ranksearch.objectives import BY_RATIO, Objectives
+from ranksearch.objectives import Objectives
 from ranksearch.spec import StudySpec, complete_identity, parse_spec
 from ranksearch.storage import CONNECT, QuickStorage, ServerStorage
 
@@ -92,27 +92,34 @@ def storage_url(folder: Path, storage: str | None) -> str:
     return storage or URL.create("sqlite", database=str(folder / DATABASE)).render_as_string()
 
 
-def open_study(
-    name: str, url: str, *, create: bool, objectives: Objectives = BY_RATIO, announce: Callable[[str], None] = lambda text: None
-) -> optuna.Study:
-    """The Optuna study of that name; made, with these objectives, where it is not there and `create` is set.
-
-    `announce` is told when a database server is away, and when it is back.
+def open_study(name: str, url: str) -> optuna.Study:
+    """The Optuna study of that name.
 
     Raises:
         StudyError: the storage cannot be reached, is no Optuna storage, or has no such study.
     """
     address = _address(url)
-    if not create and address.drivername == "sqlite" and not Path(address.database or "").exists():
+    if address.drivername == "sqlite" and not Path(address.database or "").exists():
         raise StudyError(f"The storage {address.database} does not exist; run `ranksearch study` first, or give --storage.")
+    try:
+        return optuna.load_study(study_name=name, storage=check_storage(url))
+    except KeyError:
+        raise StudyError(f"The storage {masked(url)} holds no study {name!r}; run `ranksearch study` first.") from None
+
+
+def create_study(
+    name: str, url: str, objectives: Objectives, *, announce: Callable[[str], None] = lambda text: None
+) -> optuna.Study:
+    """The Optuna study of that name; made, with these objectives, where it is not there.
+
+    `announce` is told when a database server is away, and when it is back.
+
+    Raises:
+        StudyError: the storage cannot be reached or is no Optuna storage.
+    """
     storage = check_storage(url)
     if isinstance(storage, ServerStorage):
         storage.announce = announce
-    if not create:
-        try:
-            return optuna.load_study(study_name=name, storage=storage)
-        except KeyError:
-            raise StudyError(f"The storage {masked(url)} holds no study {name!r}; run `ranksearch study` first.") from None
     study = optuna.create_study(study_name=name, storage=storage, directions=objectives.directions, load_if_exists=True)
     if not study.metric_names:
         with warnings.catch_warnings():

@@ -57,10 +57,6 @@ class Objectives:
         return (score, *map(math.log10, self.ratios(size)))
 
 
-BY_RATIO = Objectives()
-"""Score and compression ratio, what a study has where it says nothing else."""
-
-
 @dataclass(frozen=True)
 class Price:
     """What a parameter and a multiply-accumulate are worth, where several costs are weighed against one loss."""

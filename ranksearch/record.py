@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from ranksearch import pareto
 from ranksearch.errors import StudyError
 from ranksearch.limits import UNLIMITED, Limits
-from ranksearch.objectives import BY_RATIO, Objectives
+from ranksearch.objectives import Objectives
 from ranksearch.plan import Factorization, Plan
 
 
@@ -170,12 +170,12 @@ class StudyRecord:
     @property
     def front(self) -> list[TrialRecord]:
         """The non-dominated trials within the study's limits, the largest first; see `front_of`."""
-        return front_of(self.trials, self.facts.limits, self.facts.objectives)
+        return front_of(self.trials, self.facts.objectives, self.facts.limits)
 
     @property
     def unconstrained_front(self) -> list[TrialRecord]:
         """The front that there would be without the limits."""
-        return front_of(self.trials, objectives=self.facts.objectives)
+        return front_of(self.trials, self.facts.objectives)
 
     @property
     def shown(self) -> list[TrialRecord]:
@@ -221,7 +221,7 @@ def untrained_in_a_row(trials: Iterable[TrialRecord], waiting: Iterable[int] = (
     return sum(number > last for number in untrained)
 
 
-def front_of(trials: Sequence[TrialRecord], limits: Limits = UNLIMITED, objectives: Objectives = BY_RATIO) -> list[TrialRecord]:
+def front_of(trials: Sequence[TrialRecord], objectives: Objectives, limits: Limits = UNLIMITED) -> list[TrialRecord]:
     """The non-dominated trials within the limits by validation score and ratios, the largest first; each plan once.
 
     Once there are finalists only they compete: scores of long and of short fine-tuning do not compare.
@@ -235,12 +235,12 @@ def front_of(trials: Sequence[TrialRecord], limits: Limits = UNLIMITED, objectiv
 
 def choose(
     trials: Sequence[TrialRecord],
+    objectives: Objectives,
     *,
     number: int | None = None,
     min_score: float | None = None,
     min_ratio: float | None = None,
     limits: Limits = UNLIMITED,
-    objectives: Objectives = BY_RATIO,
 ) -> TrialRecord:
     """One finalist: of that number, or the smallest of at least that validation score, or the best of at least that
     compression ratio; the knee of the front where nothing is asked for. One within the study's `limits` where there is one.
@@ -257,8 +257,8 @@ def choose(
             names = ", ".join(map(str, sorted(finalists)))
             raise StudyError(f"Only finalists keep their weights, but trial {number} is none; they are {names}.")
         return finalists[number]
-    whole = front_of(trials, objectives=objectives)
-    front = front_of(trials, limits, objectives) or whole
+    whole = front_of(trials, objectives)
+    front = front_of(trials, objectives, limits) or whole
     if min_score is not None:
         fitting = [t for t in front if _score(t) >= min_score] or [t for t in whole if _score(t) >= min_score]
         if not fitting:

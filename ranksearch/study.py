@@ -95,7 +95,7 @@ def run_study(
     if options.storage and options.fresh:
         folder.check_storage(options.storage)
     elif options.storage:
-        folder.own_study(folder.open_study(spec.name, options.storage, create=True, objectives=objectives), spec)
+        folder.own_study(folder.create_study(spec.name, options.storage, objectives), spec)
     if options.workers != 0:
         check_portable(task)
     with _engine(options) as engine, folder.claimed(out, spec, fresh=options.fresh), view:
@@ -103,7 +103,7 @@ def run_study(
         if options.fresh and options.storage:
             folder.delete_study(spec.name, url)
         folder.write_spec(out, spec, options.storage)
-        study = folder.open_study(spec.name, url, create=True, objectives=objectives, announce=view.note)
+        study = folder.create_study(spec.name, url, objectives, announce=view.note)
         folder.own_study(study, spec)
         run = _Run(spec, out, options, device, task, given, found, space, study, engine, view)
         try:

@@ -36,7 +36,7 @@ def essence(trials):
 
 
 def stored(out):
-    return folder.open_study("small", folder.storage_url(out, None), create=False)
+    return folder.open_study("small", folder.storage_url(out, None))
 
 
 @pytest.fixture(scope="session")

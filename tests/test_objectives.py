@@ -15,6 +15,7 @@ from ranksearch import pareto
 from ranksearch.attributes import read_study
 from ranksearch.errors import StudyError
 from ranksearch.export import load_model
+from ranksearch.limits import UNLIMITED
 from ranksearch.objectives import COSTS, Objectives, prices
 from ranksearch.options import Options
 from ranksearch.plan import Plan
@@ -94,12 +95,12 @@ def test_a_front_equals_brute_force(minimize):
         return any(all(a >= b for a, b in zip(v, own, strict=True)) and v != own for v in values.values())
 
     assert record.front == sorted((t for t in pool if not beaten(t)), key=objectives.ratio)
-    assert set(record.front) >= set(front_of(pool, objectives=objectives.only(minimize[0])))
+    assert set(record.front) >= set(front_of(pool, objectives.only(minimize[0])))
 
 
 def test_fronts_of_other_costs_are_others():
     trials = [replace(trial, finalist=None) for trial in RECORD.trials]
-    found = [{t.number for t in front_of(trials, objectives=Objectives(m, RECORD.facts.dense.macs))} for m in MINIMIZED[:3]]
+    found = [{t.number for t in front_of(trials, Objectives(m, RECORD.facts.dense.macs))} for m in MINIMIZED[:3]]
     assert found[0] != found[1]
     assert found[0] | found[1] < found[2]
 
@@ -109,13 +110,13 @@ def test_finalists_are_of_the_front_and_one_is_taken_home(minimize):
     record = minimizing(*minimize)
     objectives = record.facts.objectives
     trials = [replace(trial, finalist=None) for trial in record.trials]
-    chosen = choose_finalists(trials, record.facts.dense.score_validation, 4, objectives=objectives)
+    chosen = choose_finalists(trials, record.facts.dense.score_validation, 4, UNLIMITED, objectives)
     assert len(chosen) == 4
-    assert {t.number for t in chosen} <= {t.number for t in front_of(trials, objectives=objectives)}
+    assert {t.number for t in chosen} <= {t.number for t in front_of(trials, objectives)}
     assert chosen == sorted(chosen, key=objectives.ratio)
     least = min(t.finalist.score_validation for t in record.front)
-    assert choose(record.trials, min_score=least, objectives=objectives) == max(record.front, key=objectives.ratio)
-    assert choose(record.trials, objectives=objectives) == figures.knee(record.front, objectives)
+    assert choose(record.trials, objectives, min_score=least) == max(record.front, key=objectives.ratio)
+    assert choose(record.trials, objectives) == figures.knee(record.front, objectives)
 
 
 # --- the search ---

@@ -18,6 +18,8 @@ from ranksearch.errors import SpecError
 from ranksearch.factorization import METHODS, Offer
 from ranksearch.facts import look
 from ranksearch.layers import inventory
+from ranksearch.limits import UNLIMITED
+from ranksearch.objectives import Objectives
 from ranksearch.options import Options
 from ranksearch.plan import CP, SVD, Dense, Plan, Spatial, Tucker2
 from ranksearch.profile import LEVELS, profile, rank_grid
@@ -223,8 +225,9 @@ def test_a_plan_is_not_smaller_only_where_nothing_that_must_shrink_does(plan, ru
     assert space.plan(space.params(plan)) == plan
     study = optuna.create_study(directions=["maximize", "maximize"])
     ledger = Ledger(
-        study, space, found, [("given", plan), ("given", Plan.of({"0": Spatial(2)}))], sampler="tpe", seed=0, floor=0
-    )
+        study, space, found, [("given", plan), ("given", Plan.of({"0": Spatial(2)}))], sampler="tpe", seed=0, floor=0,
+        limits=UNLIMITED, objectives=Objectives(),
+    )  # fmt: skip
     job = next(ledger.jobs(2))
     assert (job.plan == plan) == runs
     assert [trial.outcome for trial in ledger.records()] == ([] if runs else [Outcome.NOT_SMALLER])

@@ -16,6 +16,7 @@ import pytest
 from ranksearch import folder, storage
 from ranksearch.console import Silent
 from ranksearch.errors import StudyError
+from ranksearch.objectives import Objectives
 from ranksearch.options import Options
 from ranksearch.record import Outcome
 from ranksearch.study import run_study
@@ -111,7 +112,7 @@ def test_a_study_outlives_a_restart_of_its_database(server, tmp_path):
         away == f"the storage postgresql+psycopg://me:***@127.0.0.1:{server.port}/postgres is away; trying again for 5 minutes"
     )
     assert back.startswith("the storage is back after ")
-    study = folder.open_study("restarted", server.url, create=False)
+    study = folder.open_study("restarted", server.url)
     assert {trial.state.name for trial in study.trials} == {"COMPLETE"}
 
 
@@ -121,7 +122,7 @@ def test_a_commit_without_an_answer_is_made_once(server, loses, monkeypatch):
     monkeypatch.setattr(storage, "INTERVAL", 0.0)
     monkeypatch.setattr("random.random", lambda: 0.0)  # Optuna sleeps for so long between its own attempts
     quiet, torn = Books(), Books()
-    torn.study = folder.open_study(f"torn {loses}", server.url, create=True)
+    torn.study = folder.create_study(f"torn {loses}", server.url, Objectives())
     quiet.run(8)
     commits = 0
     engine = torn.study._storage._backend.engine
@@ -147,7 +148,7 @@ def test_a_commit_without_an_answer_is_made_once(server, loses, monkeypatch):
 def test_a_database_that_stays_away_ends_the_study(server, monkeypatch):
     monkeypatch.setattr(storage, "PATIENCE", 0.1)
     monkeypatch.setattr(storage, "INTERVAL", 0.2)
-    study = folder.open_study("away", server.url, create=True)
+    study = folder.create_study("away", server.url, Objectives())
     server.stop()
     try:
         with pytest.raises(

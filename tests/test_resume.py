@@ -20,6 +20,8 @@ from ranksearch.console import Silent
 from ranksearch.data import example, sample_inputs
 from ranksearch.errors import StudyError
 from ranksearch.layers import inventory
+from ranksearch.limits import UNLIMITED
+from ranksearch.objectives import Objectives
 from ranksearch.options import Options
 from ranksearch.profile import profile
 from ranksearch.record import Outcome, Rung
@@ -101,7 +103,8 @@ def ledger_of(study, dense=None, cache=None, *, firsts=None):
     score = read_facts(study).dense.score_validation if has_facts(study) else 0.65
     return Ledger(
         study, space, found, firsts, sampler="rank", seed=0, floor=score - WORTH,
-        knowledge=Knowledge.of(space, found, layers, probes, dense_loss=dense_loss, dense_score=score),
+        limits=UNLIMITED, objectives=Objectives(),
+        knowledge=Knowledge.of(space, found, layers, probes, dense_loss=dense_loss, dense_score=score, limits=UNLIMITED, minimize=("params",)),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from ranksearch import folder
+from ranksearch.objectives import Objectives
 
 SPACE = {
     "method": CategoricalDistribution(["dense", "cp"]),
@@ -19,12 +20,12 @@ SPACE = {
 def test_all_trials_are_those_that_optuna_reads(tmp_path):
     url = folder.storage_url(tmp_path, None)
     for name in ("one", "other"):
-        fill(folder.open_study(name, url, create=True))
+        fill(folder.create_study(name, url, Objectives()))
     for name in ("one", "other"):
         theirs = optuna.load_study(study_name=name, storage=RDBStorage(url)).trials
-        assert folder.open_study(name, url, create=False).trials == theirs
+        assert folder.open_study(name, url).trials == theirs
         assert [trial.number for trial in theirs] == list(range(6))
-    waiting = folder.open_study("one", url, create=False).get_trials(states=(TrialState.WAITING,))
+    waiting = folder.open_study("one", url).get_trials(states=(TrialState.WAITING,))
     assert [trial.number for trial in waiting] == [5]
 
 

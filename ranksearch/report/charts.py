@@ -43,7 +43,7 @@ class Drawing:
     rows: Mapping[str, Sequence[Mapping[str, Any]]]
 
 
-def front_chart(record: StudyRecord, cost: str = "params") -> Drawing:
+def front_chart(record: StudyRecord, cost: str) -> Drawing:
     """Validation score against the ratio in one cost on a logarithmic axis: trials, front, test scores, the dense model."""
     window = points.window(record, cost)
     dense = record.facts.dense.score_validation

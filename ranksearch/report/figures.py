@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ranksearch import pareto
-from ranksearch.objectives import BY_RATIO, Objectives
+from ranksearch.objectives import Objectives
 from ranksearch.record import DenseFacts, Outcome, Rung, StudyRecord, TrialRecord
 
 NEAR = 0.01
@@ -65,14 +65,14 @@ def epochs_of(trial: TrialRecord) -> float:
     return max((rung.epochs for rung in curve_of(trial)), default=0)
 
 
-def near_dense(front: Sequence[TrialRecord], dense: DenseFacts, objectives: Objectives = BY_RATIO) -> TrialRecord | None:
+def near_dense(front: Sequence[TrialRecord], dense: DenseFacts, objectives: Objectives) -> TrialRecord | None:
     """The front's smallest model whose validation score is at most `NEAR` below the dense one, if there is one."""
     floor = dense.score_validation - NEAR - _ROUNDING
     close = [trial for trial in front if trial.score_validation is not None and trial.score_validation >= floor]
     return max(close, key=objectives.ratio, default=None)
 
 
-def knee(front: Sequence[TrialRecord], objectives: Objectives = BY_RATIO) -> TrialRecord | None:
+def knee(front: Sequence[TrialRecord], objectives: Objectives) -> TrialRecord | None:
     """The front's elbow in validation score and logarithm of the ratio, as the chart shows it, if there is a front."""
     if not front:
         return None

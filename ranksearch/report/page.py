@@ -37,6 +37,7 @@ def _bundle() -> str:
 
 def _context(record: StudyRecord) -> dict[str, Any]:
     facts, name = record.facts, record.facts.score_name
+    window = points.window(record, facts.objectives.minimize[0])  # of scores, it is the same against every cost
     return {
         "facts": facts,
         "headline": _together(summary.headline(record)),
@@ -49,8 +50,8 @@ def _context(record: StudyRecord) -> dict[str, Any]:
         "notes": record.notes,
         "limits": str(facts.limits),
         "trials": text.counted(len(figures.trained(record.trials)), "trial"),
-        "below": points.window(record).below,
-        "floor": text.score(points.window(record).low, name),
+        "below": window.below,
+        "floor": text.score(window.low, name),
         "against": summary.against(record),
         "costs": record.facts.objectives.minimize,
         "pictures": {name: _element(name) for name in summary.pictures(record)},

@@ -26,7 +26,7 @@ class Window:
     below: int
 
 
-def window(record: StudyRecord, cost: str = "params") -> Window:
+def window(record: StudyRecord, cost: str) -> Window:
     """The readable part: scores from `REACH` below the dense one upwards, deeper only if the whole front lies there.
 
     One trial at chance level would otherwise squash the differences that matter into a few pixels.
@@ -43,7 +43,7 @@ def window(record: StudyRecord, cost: str = "params") -> Window:
     return Window(low, max(scores) + pad, (min(ratios) * 0.92, max(max(ratios) * 1.12, 2.0)), len(below))
 
 
-def front_points(record: StudyRecord, cost: str = "params") -> list[dict[str, Any]]:
+def front_points(record: StudyRecord, cost: str) -> list[dict[str, Any]]:
     """Every mark of the front's chart against one cost, drawn in this order: the later stands on top."""
     front = {trial.number for trial in record.shown}
     finalists, trials = figures.finalists(record), figures.trained(record.trials)
@@ -56,13 +56,13 @@ def front_points(record: StudyRecord, cost: str = "params") -> list[dict[str, An
     return [row for row in rows if row["score"] is not None] + [_dense_point(record)]
 
 
-def front_line(record: StudyRecord, cost: str = "params") -> list[dict[str, Any]]:
+def front_line(record: StudyRecord, cost: str) -> list[dict[str, Any]]:
     """The front as a line; of a front in two costs what no other model beats in this one."""
-    best = front_of(record.shown, objectives=record.facts.objectives.only(cost))
+    best = front_of(record.shown, record.facts.objectives.only(cost))
     return [{"ratio": ratio(record, trial, cost), "score": trial.score_validation} for trial in best]
 
 
-def front_labels(record: StudyRecord, cost: str = "params") -> list[dict[str, Any]]:
+def front_labels(record: StudyRecord, cost: str) -> list[dict[str, Any]]:
     """The two points of the front that the report names: the knee, and the smallest model near the dense one."""
     facts = record.facts
     elbow, near = figures.knee(record.shown, facts.objectives), figures.near_dense(record.shown, facts.dense, facts.objectives)
@@ -72,7 +72,7 @@ def front_labels(record: StudyRecord, cost: str = "params") -> list[dict[str, An
     return [{"ratio": x, "score": t.score_validation, "text": f"{text.ratio(x)}{label}"} for t, x, label in ratios]
 
 
-def limit_lines(record: StudyRecord, cost: str = "params") -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def limit_lines(record: StudyRecord, cost: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The least score and the least ratio that the study asks for, where the chart shows them; a size is a ratio too."""
     limits, dense, shown = record.facts.limits, record.facts.dense, window(record, cost)
     ratios = {
@@ -84,7 +84,7 @@ def limit_lines(record: StudyRecord, cost: str = "params") -> tuple[list[dict[st
     return [{"score": score} for score in scores], [{"ratio": ratio} for ratio in inside]
 
 
-def search_line(record: StudyRecord, cost: str = "params") -> list[dict[str, Any]]:
+def search_line(record: StudyRecord, cost: str) -> list[dict[str, Any]]:
     """The front by the search's own scores; empty while it is the front itself, before there are finalists."""
     if not figures.finalists(record):
         return []
@@ -92,7 +92,7 @@ def search_line(record: StudyRecord, cost: str = "params") -> list[dict[str, Any
     return _searched(record, searched, cost)
 
 
-def baseline_line(record: StudyRecord, cost: str = "params") -> list[dict[str, Any]]:
+def baseline_line(record: StudyRecord, cost: str) -> list[dict[str, Any]]:
     """The front of the predicted frontier's plans alone, by the search's scores: what the rest of the search adds to."""
     return _searched(record, figures.baseline(record), cost)
 
@@ -145,7 +145,7 @@ def plan_lines(plan: Plan) -> str:
 
 def _searched(record: StudyRecord, trials: Sequence[TrialRecord], cost: str) -> list[dict[str, Any]]:
     """The front of some trials against one cost, by the search's scores."""
-    found = front_of(trials, objectives=record.facts.objectives.only(cost))
+    found = front_of(trials, record.facts.objectives.only(cost))
     return [{"ratio": ratio(record, trial, cost), "score": trial.score} for trial in found]
 
 

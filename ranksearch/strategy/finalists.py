@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ranksearch import pareto
-from ranksearch.limits import UNLIMITED, Limits
-from ranksearch.objectives import BY_RATIO, Objectives
+from ranksearch.limits import Limits
+from ranksearch.objectives import Objectives
 from ranksearch.record import Outcome, TrialRecord
 
 WORTH = 0.15
@@ -19,8 +19,8 @@ def choose_finalists(
     trials: Sequence[TrialRecord],
     dense_score: float,
     count: int,
-    limits: Limits = UNLIMITED,
-    objectives: Objectives = BY_RATIO,
+    limits: Limits,
+    objectives: Objectives,
 ) -> list[TrialRecord]:
     """At most `count` trials of different plans: the front, filled up with the fronts behind it; the largest model first.
 

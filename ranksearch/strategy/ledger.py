@@ -15,8 +15,8 @@ from optuna.trial import TrialState
 
 from ranksearch.attributes import asked, read_asked, read_trials, told
 from ranksearch.layers import Inventory
-from ranksearch.limits import UNLIMITED, Limits
-from ranksearch.objectives import BY_RATIO, Objectives
+from ranksearch.limits import Limits
+from ranksearch.objectives import Objectives
 from ranksearch.plan import Plan
 from ranksearch.record import GIVE_UP, Outcome, TrialRecord, untrained_in_a_row
 from ranksearch.strategy.sampler import Knowledge, make_sampler
@@ -40,9 +40,9 @@ class Ledger:
         sampler: str,
         seed: int,
         floor: float,
+        limits: Limits,
+        objectives: Objectives,
         knowledge: Knowledge | None = None,
-        limits: Limits = UNLIMITED,
-        objectives: Objectives = BY_RATIO,
         on_untrained: Callable[[TrialRecord], None] = lambda record: None,
     ) -> None:
         """`floor` is the score below which a trial is not worth taking home; samplers then look elsewhere. `knowledge` is

@@ -76,8 +76,8 @@ class Knowledge:
         *,
         dense_loss: float | None,
         dense_score: float,
-        limits: Limits = UNLIMITED,
-        minimize: Sequence[str] = ("params",),
+        limits: Limits,
+        minimize: Sequence[str],
     ) -> Knowledge:
         """What profile, probes and VBMF tell; without the dense model's loss there is nothing to set probes against."""
         choices = predicted_choices(layers, probes if dense_loss is not None else (), dense_loss or 0.0)

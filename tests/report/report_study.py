@@ -29,7 +29,7 @@ def study_record(*, trials: int = 45, finalists: int = 8) -> StudyRecord:
         trials=tuple(_trial(number, draw, facts) for number in range(trials)),
         seconds={"dense": 41.7, "profile": 6.3, "search": 512.4, "finalists": 148.9} if trials else {"dense": 41.7},
     )
-    chosen = front_of(record.trials)
+    chosen = front_of(record.trials, record.facts.objectives)
     chosen = [chosen[i * (len(chosen) - 1) // max(finalists - 1, 1)] for i in range(min(finalists, len(chosen)))]
     finals = {trial.number: _finalist(trial, draw) for trial in chosen}
     return replace(record, trials=tuple(replace(t, finalist=finals.get(t.number)) for t in record.trials))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ from report_study import study_record
 from scipy import stats
 
 from ranksearch import pareto
+from ranksearch.objectives import Objectives
 from ranksearch.record import Outcome, Rung
 from ranksearch.report import charts, figures, points, text
 
@@ -39,8 +41,8 @@ def test_hypervolume_never_falls_and_ends_at_that_of_all():
 def test_one_point_below_dense_counts_as_near():
     dense = replace(RECORD.facts.dense, score_validation=0.98)
     trial = replace(RECORD.front[0], finalist=None, score=0.97)
-    assert figures.near_dense([trial], dense) is trial
-    assert figures.near_dense([replace(trial, score=0.9699)], dense) is None
+    assert figures.near_dense([trial], dense, Objectives()) is trial
+    assert figures.near_dense([replace(trial, score=0.9699)], dense, Objectives()) is None
 
 
 def test_correlations_need_three_trials_that_got_to_the_end():
@@ -52,7 +54,7 @@ def test_correlations_need_three_trials_that_got_to_the_end():
 def test_unfinished_trials_are_in_no_correlation_and_in_no_front_chart():
     trials = tuple(replace(t, outcome=Outcome.DIVERGED, score=None, finalist=None) for t in RECORD.trials if t.curve)
     assert figures.rung_correlations(replace(RECORD, trials=trials)) == []
-    assert [row["kind"] for row in points.front_points(replace(RECORD, trials=trials))] == [points.DENSE]
+    assert [row["kind"] for row in points.front_points(replace(RECORD, trials=trials), "params")] == [points.DENSE]
     assert {row["kind"] for row in points.curve_points(replace(RECORD, trials=trials))} == {points.UNFINISHED}
 
 
@@ -62,7 +64,7 @@ def test_equal_scores_have_no_correlation():
 
 
 def test_the_window_holds_the_front_and_counts_the_rest():
-    window = points.window(RECORD)
+    window = points.window(RECORD, "params")
     assert all(window.low <= trial.score_validation <= window.high for trial in RECORD.front)
     assert all(window.ratios[0] < trial.ratio < window.ratios[1] for trial in RECORD.trials if trial.curve)
     assert window.low >= RECORD.facts.dense.score_validation - 0.10
@@ -72,7 +74,7 @@ def test_the_window_holds_the_front_and_counts_the_rest():
 
 def test_one_bad_trial_does_not_move_the_window():
     bad = replace(RECORD.trials[5], number=99, score=0.02, finalist=None)
-    window, worse = points.window(RECORD), points.window(replace(RECORD, trials=(*RECORD.trials, bad)))
+    window, worse = points.window(RECORD, "params"), points.window(replace(RECORD, trials=(*RECORD.trials, bad)), "params")
     assert worse.low == pytest.approx(window.low, abs=0.01)
     assert worse.below == window.below + 1
 
@@ -80,13 +82,13 @@ def test_one_bad_trial_does_not_move_the_window():
 def test_a_front_far_below_dense_is_still_shown():
     poor = tuple(replace(t, score=t.score and t.score - 0.5, finalist=None) for t in RECORD.trials)
     record = replace(RECORD, trials=poor)
-    window = points.window(record)
+    window = points.window(record, "params")
     assert any(window.low <= t.score <= window.high for t in record.front)
 
 
 @pytest.mark.parametrize("kind", [points.FRONT, points.TEST])
 def test_the_chart_shows_every_finalist_with_its_plan(kind):
-    rows = {int(row["trial"]): row for row in points.front_points(RECORD) if row["kind"] == kind}
+    rows = {int(row["trial"]): row for row in points.front_points(RECORD, "params") if row["kind"] == kind}
     chosen = RECORD.front if kind == points.FRONT else [t for t in RECORD.trials if t.finalist]
     assert set(rows) == {trial.number for trial in chosen}
     for trial in chosen:
@@ -95,15 +97,15 @@ def test_the_chart_shows_every_finalist_with_its_plan(kind):
 
 
 def test_vbmf_has_its_own_mark():
-    rows = [row for row in points.front_points(RECORD) if row["kind"] == points.VBMF]
+    rows = [row for row in points.front_points(RECORD, "params") if row["kind"] == points.VBMF]
     assert [row["origin"] for row in rows] == ["vbmf", "vbmf x 0.5"]
 
 
 def test_the_predicted_frontier_has_its_own_mark_and_line():
     record = study_record()
-    rows = [row for row in points.front_points(record) if row["kind"] == points.PREDICTED]
+    rows = [row for row in points.front_points(record, "params") if row["kind"] == points.PREDICTED]
     assert len(rows) == sum(t.origin.startswith("frontier") and t.score is not None for t in record.trials) > 0
-    line = points.baseline_line(record)
+    line = points.baseline_line(record, "params")
     assert line
     assert {(row["ratio"], row["score"]) for row in line} <= {(row["ratio"], row["score"]) for row in rows}
 
@@ -117,12 +119,12 @@ def test_the_frontier_alone_is_no_better_than_the_whole_search():
 
 def test_before_finalists_the_front_is_the_searchs_own():
     record = study_record(finalists=0)
-    assert points.search_line(record) == []
-    assert points.front_line(record) == points.search_line(RECORD)
+    assert points.search_line(record, "params") == []
+    assert points.front_line(record, "params") == points.search_line(RECORD, "params")
 
 
 def test_charts_have_no_names_that_count_upwards():
-    for chart in (charts.front_chart, charts.hypervolume_chart, charts.curves_chart):
+    for chart in (partial(charts.front_chart, cost="params"), charts.hypervolume_chart, charts.curves_chart):
         assert charts.page_spec(chart(RECORD)) == charts.page_spec(chart(RECORD))
 
 
