@@ -18,7 +18,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -50,8 +50,9 @@ class Net:
     """The thesis's figures, as it gives them."""
     overrides: tuple[str, ...] = ()
     """What differs from the study's file."""
-    plan: dict[str, Factorization] = field(default_factory=dict)
-    """What the system's dense net is decomposed to once it is trained; without one the net is trained from its own weights."""
+    plan: dict[str, Factorization] | None = None
+    """What the system's dense net is decomposed to once it is trained, and then fine-tuned; without one the net is trained from
+    its own weights. An empty one gives the dense net the training that the decomposed ones have on top of its own."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ SYSTEMS = {
         "LeNet of three convolutions: compression", "lenet3", "accuracy",
         (
             Net("dense", "1,415,498 parameters, 74 %"),
+            Net("dense, fine-tuned like those below", "", plan={}),
             Net("conv1 CPD, 4x", "80 %", plan={"conv1": CP4(16)}),
             Net("conv2 CPD, 31x", "82 %", plan={"conv2": CP4(42)}),
             Net("conv3 CPD, R = 85, 25x", "80 %", plan={"conv3": CP4(85)}),
@@ -172,8 +174,8 @@ def train(system: System, net: Net, seed: int, epochs: int | None, dense: Path) 
     spec = load_spec(system.study, overrides=[*net.overrides, f"seed={seed}"])
     task, start = load_task(spec), time.perf_counter()
     model = training.place(task.model, CPU)
-    wanted = recipe(spec.finalists if net.plan else spec.dense)
-    if net.plan:
+    wanted = recipe(spec.dense if net.plan is None else spec.finalists)
+    if net.plan is not None:
         model.load_state_dict(torch.load(dense, weights_only=True))
         training.place(factorize_(model, Plan.of(net.plan), seed=seed), CPU)
         training.recalibrate(model, task, seed=seed, device=CPU)
@@ -209,7 +211,7 @@ def searched(front: Entry) -> Entry:
 
 
 def lines(system: System, entries: Sequence[Entry]) -> list[str]:
-    """A system's table: a row for each net and number of epochs."""
+    """A system's table, with a row for each net and number of epochs, and the commands of its searches below it."""
     machines = sorted({entry["machine"] for entry in entries})
     found = [f"Run on {', and on '.join(machines)}.\n"] if machines else []
     found += [f"Data: {data}.\n" for data in sorted({entry["data"] for entry in entries if "data" in entry})]
@@ -222,17 +224,20 @@ def lines(system: System, entries: Sequence[Entry]) -> list[str]:
         ]
         if not mine:
             found.append(row(net.name, net.thesis, *["not run yet", *[""] * 5]))
+    commands: list[str] = []
     for search in system.searches:
         mine = [entry for entry in entries if entry["net"] == search.name]
-        found += [each for entry in mine for each in of_search(system, search, entry)]
+        for entry in mine:
+            commands.append(entry["command"])
+            found += of_search(system, search, entry, len(commands))
         if not mine:
             found.append(row(f"{search.name}: `ranksearch study {search.study}`", search.thesis, *["not run yet", *[""] * 5]))
-    return found
+    return [*found, *([""] if commands else []), *(f"{i}. Search {i}: `{each}`" for i, each in enumerate(commands, 1))]
 
 
 def trained(system: System, net: Net, entries: Sequence[Entry], dense: Sequence[Entry]) -> str:
     """The row of a net that was trained for some number of epochs; a plan's net counts them from its dense net on."""
-    base = [d for d in dense if net.plan or d["epochs"] == entries[0]["epochs"]]
+    base = [d for d in dense if net.plan is not None or d["epochs"] == entries[0]["epochs"]]
     gains = [e["score_test"] - b["score_test"] for e in entries for b in base if e["seed"] == b["seed"]]
     smaller = f"{base[0]['params'] / entries[0]['params']:.1f}x" if base else ""
     return row(
@@ -241,16 +246,16 @@ def trained(system: System, net: Net, entries: Sequence[Entry], dense: Sequence[
     )  # fmt: skip
 
 
-def of_search(system: System, search: Search, entry: Entry) -> list[str]:
-    """The rows of a search: its own dense net, and what it found."""
+def of_search(system: System, search: Search, entry: Entry, number: int) -> list[str]:
+    """The rows of one search: its own dense net, and what it found."""
     dense, seed = entry["dense"], f"seed {entry['seed']}"
     test = spread(system, [dense["score_test"]])
-    rows = [row(f"dense net of `{entry['command']}`", "", f"{dense['params']:,}", "1.0x", test, "", "", seed)]
+    rows = [row(f"dense net of search {number}", "", f"{dense['params']:,}", "1.0x", test, "", "", seed)]
     for net in entry["nets"]:
         smaller, gain = dense["params"] / net["params"], net["score_test"] - dense["score_test"]
         rows.append(row(
-            search.name, search.thesis, f"{net['params']:,}", f"{smaller:.1f}x", spread(system, [net["score_test"]]),
-            spread(system, [gain], gain=True), net["epochs"], seed,
+            f"{search.name} {number}", search.thesis, f"{net['params']:,}", f"{smaller:.1f}x",
+            spread(system, [net["score_test"]]), spread(system, [gain], gain=True), net["epochs"], seed,
         ))  # fmt: skip
     return rows
 
