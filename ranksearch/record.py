@@ -41,6 +41,8 @@ _UNTRAINED = (Outcome.NOT_SMALLER, Outcome.OVER_BUDGET, Outcome.WORKER_LOST)
 
 GIVE_UP = 100
 """A search ends once so many proposals in a row needed no training: the sampler finds nothing new within the limits."""
+MAX_TRIES = 3
+"""A plan whose worker was lost so often is not tried again: by then the plan is the cause."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ class StudyRecord:
                 f"No model keeps the limits ({self.facts.limits}): shown is the front without them, and the nearest trials "
                 "are the finalists."
             )
-        if trained < planned and untrained_in_a_row(trials) >= GIVE_UP:
+        if trained < planned and untrained_in_a_row(trials, self.facts.limits) >= GIVE_UP:
             found.append(
                 f"The search ended after {trained} of {planned} trials: {GIVE_UP} proposals in a row were over the limits or "
                 "known already; widen the limits or the space."
@@ -207,16 +209,20 @@ class StudyRecord:
         return found
 
 
-def untrained_in_a_row(trials: Iterable[TrialRecord], waiting: Iterable[int] = (), running: Iterable[int] = ()) -> int:
-    """How many proposals since the last that was trained needed no training.
+def untrained_in_a_row(
+    trials: Iterable[TrialRecord], limits: Limits, *, waiting: Iterable[int] = (), running: Iterable[int] = ()
+) -> int:
+    """How many proposals needed no training since the last that was trained, or would be under these limits.
 
     Args:
         trials: those that have an answer.
+        limits: today's. What narrower ones kept out says nothing of whether there is something new within these.
         waiting: numbers of those that wait for the answer to the same plan.
         running: numbers of those that are being trained.
     """
     trials = list(trials)
-    last = max([*running, *(trial.number for trial in trials if trial.trained)], default=-1)
+    let_in = [trial.number for trial in trials if trial.outcome is Outcome.OVER_BUDGET and not limits.excess(trial)]
+    last = max([*running, *let_in, *(trial.number for trial in trials if trial.trained)], default=-1)
     untrained = [*waiting, *(trial.number for trial in trials if not trial.trained)]
     return sum(number > last for number in untrained)
 

@@ -30,12 +30,12 @@ from ranksearch.objectives import Objectives, prices
 from ranksearch.options import Options, choose_device
 from ranksearch.plan import Plan
 from ranksearch.profile import Profile, profile
-from ranksearch.record import Finalist, Outcome, Probe, Rung, StudyFacts, StudyRecord, TrialRecord
+from ranksearch.record import MAX_TRIES, Finalist, Outcome, Probe, Rung, StudyFacts, StudyRecord, TrialRecord
 from ranksearch.report import write_report
 from ranksearch.scratch import check_scratch
 from ranksearch.spec import StudySpec
 from ranksearch.strategy.finalists import choose_finalists, floor_of
-from ranksearch.strategy.ledger import MAX_TRIES, Ledger
+from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import vbmf_plans
 from ranksearch.strategy.sampler import Knowledge
 from ranksearch.strategy.sensitivity import predicted_frontier, rescuable, spread, values_to_probe

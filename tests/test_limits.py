@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 
 import optuna
@@ -16,7 +17,7 @@ from ranksearch.errors import SpecError
 from ranksearch.limits import UNLIMITED, Limits
 from ranksearch.options import Options
 from ranksearch.plan import Plan
-from ranksearch.record import GIVE_UP, Outcome, StudyRecord
+from ranksearch.record import GIVE_UP, MAX_TRIES, Outcome, StudyRecord
 from ranksearch.report import write_report
 from ranksearch.strategy.space import Size, check_limits, size_of
 from ranksearch.strategy.trial import Answer
@@ -150,6 +151,59 @@ def test_a_search_that_finds_nothing_new_ends():
     assert len(books.study.trials) == asked
 
 
+@pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2", "rank"])
+def test_a_search_that_found_nothing_within_its_limits_goes_on_within_wider_ones(sampler):
+    smallest = size_of(SPACE.smallest("params"), FOUND)
+    books = Books(sampler=sampler, limits=Limits(max_params=smallest.params))
+    assert books.run(20)._untrained_in_a_row() == GIVE_UP
+    asked, trained = len(books.study.trials), len(books.trained)
+    books.arguments["limits"] = Limits(min_ratio=1.5)
+    books.run(trained + 8)
+    assert len(books.trained) == trained + 8
+    assert not any(books.arguments["limits"].excess(trial) for trial in books.trained)
+    assert len(books.study.trials) < asked + GIVE_UP
+
+
+def test_what_was_over_the_limits_may_be_proposed_within_wider_ones():
+    books = Books(TINY, sampler="rank", limits=Limits(max_params=1))
+    books.run(1)
+    over = {trial.plan for trial in books.untrained if trial.outcome is Outcome.OVER_BUDGET}
+    assert over
+    books.arguments["limits"] = UNLIMITED
+    books.run(100)
+    assert over <= {trial.plan for trial in books.trained}
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2", "rank"])
+def test_a_plan_that_lost_too_many_workers_is_not_tried_under_another_index(sampler):
+    books = Books(TINY, sampler=sampler)
+    ledger, tried, killer = books.ledger(), Counter(), None
+    for job in ledger.jobs(100):
+        killer, tried[job.plan] = killer or job.plan, tried[job.plan] + 1
+        ledger.receive(job, Answer(Outcome.WORKER_LOST) if job.plan == killer else answer(job.plan))
+    assert tried.pop(killer) == MAX_TRIES
+    assert set(tried.values()) == {1}
+    twins = [trial for trial in ledger.records() if trial.plan == killer and trial.same_as is not None]
+    assert all(trial.outcome is Outcome.WORKER_LOST and not trial.trained for trial in twins)
+
+
+def test_a_trial_that_lost_its_worker_is_queued_before_it_is_told(monkeypatch):
+    """A kill between the two: the next run finds both the orphan and its place in the queue, and asks for it once."""
+    books = Books()
+    ledger = books.ledger()
+    job = next(ledger.jobs(1))
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(books.study, "tell", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ledger.receive(job, Answer(Outcome.WORKER_LOST))
+    books.run(1)
+    assert [record.plan for record in books.ledger().records() if record.outcome is not Outcome.WORKER_LOST] == [job.plan]
+
+
 @settings(deadline=None, max_examples=15)
 @given(st.lists(st.integers(0, 4), max_size=4), st.sampled_from(["random", "tpe", "rank"]), st.integers(0, 9), st.booleans())
 def test_killed_and_resumed_equals_uninterrupted(kills, sampler, seed, tiny):
@@ -160,6 +214,21 @@ def test_killed_and_resumed_equals_uninterrupted(kills, sampler, seed, tiny):
         broken.run(6, kill_after=kill)
     broken.run(6)
     assert essence(broken.ledger().records()) == essence(whole.ledger().records())
+
+
+@pytest.mark.parametrize("kill", [2, 21, 25])
+def test_killed_and_resumed_equals_uninterrupted_over_the_generations_of_nsga2(kill):
+    """Its population holds queued trials too: the first plans, and what was asked for again."""
+    plan = SPACE.smallest("params")
+    firsts = [("frontier", plan), ("vbmf", Plan.of(dict(list(plan)[:1])))]
+    whole, broken = (Books(sampler="nsga2", firsts=firsts) for _ in range(2))
+    whole.run(30)
+    broken.run(30, kill_after=kill)
+    broken.run(30)
+    assert essence(broken.ledger().records()) == essence(whole.ledger().records())
+    generations = [trial.system_attrs.get("NSGAIISampler:generation") for trial in whole.study.trials]
+    assert None not in generations
+    assert max(generations) > 0
 
 
 def test_a_plan_that_runs_now_is_not_trained_beside_itself():
@@ -279,10 +348,13 @@ def test_the_report_counts_what_was_not_trained():
     ]
     many = tuple(replace(over, number=50 + i, index=50 + i) for i in range(GIVE_UP))
     trained = sum(trial.trained for trial in record.trials)
-    assert replace(record, trials=(*record.trials, *many)).notes[0] == (
+    ended = replace(limited(trials=60, max_params=over.params - 1), trials=(*record.trials, *many))
+    assert ended.notes[0] == (
         f"The search ended after {trained} of 60 trials: 100 proposals in a row were over the limits or known already; widen "
         "the limits or the space."
     )
+    wider = replace(ended, facts=limited(trials=60, max_params=over.params).facts)
+    assert not any("ended after" in note for note in wider.notes)
 
 
 def test_a_twin_is_drawn_once(tmp_path):

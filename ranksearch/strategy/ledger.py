@@ -18,13 +18,10 @@ from ranksearch.layers import Inventory
 from ranksearch.limits import Limits
 from ranksearch.objectives import Objectives
 from ranksearch.plan import Plan
-from ranksearch.record import GIVE_UP, Outcome, TrialRecord, untrained_in_a_row
-from ranksearch.strategy.sampler import Knowledge, make_sampler
+from ranksearch.record import GIVE_UP, MAX_TRIES, Outcome, TrialRecord, untrained_in_a_row
+from ranksearch.strategy.sampler import WITHIN, Knowledge, admit, make_sampler
 from ranksearch.strategy.space import Space, size_of
 from ranksearch.strategy.trial import Answer, Job
-
-MAX_TRIES = 3
-"""A plan whose worker was lost so often is not tried again: by then the plan is the cause."""
 
 
 class Ledger:
@@ -100,9 +97,10 @@ class Ledger:
         trial = self._running.pop(job.key)
         place = read_asked(trial)
         assert place is not None, "a job's trial was asked for"
-        record = self._tell(trial, self._record(trial, *place, job.plan, answer))
-        if answer.outcome is Outcome.WORKER_LOST and self._losses(record.index) < MAX_TRIES:
+        # Queued before it is told: a kill in between leaves it to be found again, not lost.
+        if answer.outcome is Outcome.WORKER_LOST and self._losses(job.plan) + 1 < MAX_TRIES:
             self._queue_again(place, trial.params)
+        record = self._tell(trial, self._record(trial, *place, job.plan, answer))
         twins = [twin for number, twin in self._twins if number == job.key]
         self._twins = [(number, twin) for number, twin in self._twins if number != job.key]
         for twin in twins:
@@ -133,11 +131,14 @@ class Ledger:
         trial = self.study.ask(self._distributions)
         place = read_asked(trial)
         assert place is not None, "a queued trial carries its place"
+        admit(self.study, trial, self._sampler)
         return trial, *place
 
     def _answered(self, trial: optuna.Trial, index: int, origin: str, plan: Plan) -> bool:
         """Whether the plan needs no training: it is known, or runs now, or its size alone answers for it."""
         known = next((r for r in self.records() if r.plan == plan and r.outcome is Outcome.DONE), None)
+        if known is None and self._losses(plan) >= MAX_TRIES:
+            known = next(r for r in self.records() if r.plan == plan and r.outcome is Outcome.WORKER_LOST)
         running = next((number for number, other in self._running.items() if self._space.plan(other.params) == plan), None)
         record = self._record(trial, index, origin, plan, Answer(Outcome.OVER_BUDGET))
         if known is not None:
@@ -160,7 +161,9 @@ class Ledger:
         self._on_untrained(self._tell(trial, record))
 
     def _untrained_in_a_row(self) -> int:
-        return untrained_in_a_row(self.records(), [twin.number for _, twin in self._twins], self._running)
+        return untrained_in_a_row(
+            self.records(), self._limits, waiting=[twin.number for _, twin in self._twins], running=self._running
+        )
 
     def _record(self, trial: optuna.Trial, index: int, origin: str, plan: Plan, answer: Answer) -> TrialRecord:
         size = size_of(plan, self._inventory)
@@ -186,14 +189,16 @@ class Ledger:
             # Without it a sampler spends half its trials on ever smaller models that know nothing.
             trial.set_constraint("worth taking home", self._floor - record.score)
         if excess := self._limits.excess(record):
-            trial.set_constraint("within the limits", excess)
+            trial.set_constraint(WITHIN, excess)
         values = self._objectives.point(record.score, record) if record.score is not None else None
         self.study.tell(trial, values if record.outcome is Outcome.DONE else None, state=record.outcome.state)
         self._records[record.number] = record
         return record
 
-    def _losses(self, index: int) -> int:
-        return sum(record.index == index and record.outcome is Outcome.WORKER_LOST for record in self.records())
+    def _losses(self, plan: Plan) -> int:
+        """How many workers were lost over a plan."""
+        lost = [r for r in self._records.values() if r.outcome is Outcome.WORKER_LOST and r.same_as is None]
+        return sum(record.plan == plan for record in lost)
 
     def _queue_again(self, place: tuple[int, str] | None, params: Mapping[str, Any]) -> None:
         # Killed before it was wholly asked for: it has no place yet, and asking again proposes the same.

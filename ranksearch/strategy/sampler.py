@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,7 @@ from ranksearch.layers import Inventory
 from ranksearch.limits import UNLIMITED, Limits
 from ranksearch.plan import Plan
 from ranksearch.profile import Profile
-from ranksearch.record import Probe
+from ranksearch.record import MAX_TRIES, Probe
 from ranksearch.strategy.prior import WEAKENINGS, vbmf_plans
 from ranksearch.strategy.sensitivity import predicted_choices
 from ranksearch.strategy.space import Size, Space
@@ -31,8 +32,10 @@ START = 4
 """Trials from which the project's sampler has something to learn."""
 START_UP = 8
 """Trials that Optuna's TPE and GP take at random first."""
-ANSWERED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-"""Trials whose plans are not proposed again."""
+ASKED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.FAIL)
+"""All trials but the queued ones."""
+WITHIN = "within the limits"
+"""The constraint of a trial that was over the limits of size."""
 WORTHLESS = 0.10
 """So far below the dense score, and lower, a score gains nothing, unless the user sets a limit to it."""
 RESOLVED = 8
@@ -132,6 +135,18 @@ def make_sampler(name: str, *, seed: int, knowledge: Knowledge | None = None) ->
                 return RandomSampler(seed=seed)
 
 
+def admit(study: optuna.Study, trial: optuna.Trial, sampler: str) -> None:
+    """Give a queued trial the place among the sampler's own that one it proposes has.
+
+    Optuna's NSGA-II counts a trial to a generation when it is asked for a parameter, which it is not where all are given; its
+    population would then never hold the first plans, nor a trial that was queued again.
+    """
+    if sampler == "nsga2":
+        genetic = make_sampler(sampler, seed=0)
+        assert isinstance(genetic, NSGAIISampler)
+        genetic.get_trial_generation(study, study.get_trials(deepcopy=False)[trial.number])
+
+
 class RankSampler(BaseSampler):
     """Proposes the plan of the largest expected gain in hypervolume among plans near the predicted and the found front.
 
@@ -155,7 +170,7 @@ class RankSampler(BaseSampler):
         """The parameters of the proposed plan; none where every plan near the fronts was tried."""
         table, floor = self._known.table, self._known.floor
         # A trial that is just being asked for has no parameters yet, one that was killed while it was has some.
-        trials = [t for t in study.get_trials(deepcopy=False, states=ANSWERED) if len(t.params) == len(search_space)]
+        trials = [t for t in study.get_trials(deepcopy=False, states=ASKED) if len(t.params) == len(search_space)]
         done = [t for t in trials if t.state is TrialState.COMPLETE]
         points = np.array([t.values for t in done]).reshape(-1, 1 + len(table.minimize))
         tried, running = self._rows(done), self._rows([t for t in trials if t.state is TrialState.RUNNING])
@@ -168,7 +183,7 @@ class RankSampler(BaseSampler):
                 table, tried[nearest], points[nearest, 0], dense_score=self._known.dense_score, floor=floor, seed=self._seed
             )
             weights = surrogate.weights[:RESOLVED]
-        plans = self._plans(tried, points, weights, {self._known.row(t) for t in trials})
+        plans = self._plans(tried, points, weights, self._seen(trials))
         if not len(plans):
             return {}
         if surrogate is None:
@@ -189,6 +204,17 @@ class RankSampler(BaseSampler):
 
     def _rows(self, trials: Sequence[FrozenTrial]) -> Rows:
         return np.array([self._known.row(t) for t in trials], dtype=np.intp).reshape(-1, len(self._known.table.layers))
+
+    def _seen(self, trials: Sequence[FrozenTrial]) -> set[tuple[int, ...]]:
+        """Plans that are not proposed again: those that are known or running, and those that lost too many workers."""
+        # What was over the limits is not known: the limits may be wider now, and are judged anew.
+        known = {
+            self._known.row(t)
+            for t in trials
+            if t.state is not TrialState.FAIL and not (t.state is TrialState.PRUNED and WITHIN in t.constraints)
+        }
+        lost = Counter(self._known.row(t) for t in trials if t.state is TrialState.FAIL)
+        return known | {row for row, times in lost.items() if times >= MAX_TRIES}
 
     def _plans(self, tried: Rows, points: Values, weights: Values, seen: set[tuple[int, ...]]) -> Rows:
         """The plans to choose from, each once, but for those that were asked for before and the dense one."""
