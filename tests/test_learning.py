@@ -50,6 +50,11 @@ def test_batches_hold_every_input_once(split):
         assert sorted(seen.tolist()) == sorted(targets for _, targets in (split[i] for i in range(7)))
 
 
+@pytest.mark.parametrize("split", [Plain(), TensorDataset(torch.arange(14.0).reshape(7, 2), torch.arange(7))])
+def test_shuffled_batches_of_one_are_all_there(split):
+    assert len(list(batches(split, 1, generator=torch.Generator().manual_seed(0)))) == 7
+
+
 def test_a_last_shuffled_batch_of_one_is_left_out():
     split = TensorDataset(torch.arange(7.0), torch.arange(7))
     generator = torch.Generator().manual_seed(0)

@@ -142,6 +142,19 @@ def test_what_lost_more_is_expected_to_lose_more():
     assert mean[0] < mean[1]
 
 
+@pytest.mark.parametrize("floor", [FLOOR, 0.93])
+def test_scores_above_the_dense_one_are_told_apart(floor):
+    """Of a dense net of 0.9: trials of up to 0.97, whether or not the user asks for 0.93."""
+    corners = TABLE.frontier(np.ones(len(TABLE.layers)))
+    scores = 0.97 - 0.05 * TABLE.rises_of(corners).sum(1)
+    known = Surrogate(TABLE, corners, scores, dense_score=0.9, floor=floor, seed=0)
+    mean, std = known.expect(corners)
+    assert known.top > scores.max()
+    assert mean[0] < mean[len(mean) // 2] < mean[-1]
+    gains = expected_gains(mean, std, TABLE.log_ratios(corners), np.array([(0.95, 0.01)]), top=known.top, floor=floor)
+    assert gains.max() > 0
+
+
 # --- proposals ---
 
 

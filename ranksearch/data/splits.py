@@ -65,8 +65,9 @@ def batches(
     if type(split) is TensorDataset or isinstance(split, Batched):
         order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
         most = split.at_once if isinstance(split, Batched) else None
-        for chosen in order.split(min(batch_size, most or batch_size)):
-            if _lonely(chosen, count, generator):
+        batch_size = min(batch_size, most or batch_size)
+        for chosen in order.split(batch_size):
+            if generator is not None and _lonely(chosen, batch_size, count):
                 continue
             if isinstance(split, Batched):
                 yield split.batch(chosen, device)
@@ -74,13 +75,13 @@ def batches(
                 yield tuple(tensor[chosen].to(device) for tensor in split.tensors)
     else:
         for found in DataLoader(split, batch_size=batch_size, shuffle=generator is not None, generator=generator):
-            if not _lonely(found[0], count, generator):
+            if generator is None or not _lonely(found[0], batch_size, count):
                 yield [part.to(device) if isinstance(part, Tensor) else part for part in found]
 
 
-def _lonely(batch: Tensor, count: int, generator: torch.Generator | None) -> bool:
+def _lonely(batch: Tensor, batch_size: int, count: int) -> bool:
     """A last shuffled batch of one input: batch normalisation cannot train on it, and the next epoch leaves out another."""
-    return generator is not None and len(batch) == 1 and count > 1
+    return len(batch) == 1 < min(batch_size, count)
 
 
 def sample_inputs(split: Dataset[Any], count: int, *, seed: int) -> Tensor:

@@ -169,8 +169,11 @@ class Surrogate:
         from sklearn.ensemble import ExtraTreesRegressor
         from sklearn.isotonic import IsotonicRegression
 
-        self._table, self.top = table, dense_score + RECOVERED
-        drops = np.log(np.clip(dense_score - scores, 0.0, LOST * max(dense_score - floor, RECOVERED)) + RECOVERED)
+        # Plans may beat the dense net, and a user may ask them to: drops are from what is within reach, noise aside.
+        reach = max(dense_score, floor, float(scores.max()) - RECOVERED / 2)
+        self._table, self.top = table, reach + RECOVERED
+        most = LOST * max(reach - min(floor, dense_score), RECOVERED)
+        drops = np.log(np.clip(reach - scores, 0.0, most) + RECOVERED)
         rises, self._sizes = table.rises_of(rows), table.shrunk(rows)
         self._theta, spread = _log_weights(rises, drops)
         draw = np.random.default_rng(seed).standard_normal((TREES, len(self._theta)))
