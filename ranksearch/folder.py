@@ -18,7 +18,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from ranksearch.errors import StudyError
+from ranksearch.errors import SpecError, StudyError
 from ranksearch.files import write_whole
 from ranksearch.objectives import Objectives
 from ranksearch.spec import StudySpec, complete_identity, parse_spec
@@ -28,23 +28,27 @@ SPEC, DATABASE, DENSE = "spec.toml", "study.db", "dense.safetensors"
 OURS = ("study.db*", DENSE, "profile", "models", "report.html", "report.md", "front.*", "front-*.png", "trials.csv", SPEC)
 """All that a study writes into its folder, and all that `--fresh` deletes; the spec goes last, since it marks the folder."""
 MARK = "# Written by ranksearch: the study of this folder, as resolved."
+ELSEWHERE = "# storage: "
+"""Of the spec, the line with the storage's address where it is not the folder's own."""
 IDENTITY = "ranksearch:identity"
 NAMES = {"params": "log10 ratio", "macs": "log10 MACs ratio"}
 """Of the costs, on the axes of optuna-dashboard."""
 
 
 @contextmanager
-def claimed(folder: Path, spec: StudySpec, *, fresh: bool) -> Iterator[None]:
+def claimed(folder: Path, spec: StudySpec, storage: str | None, *, fresh: bool) -> Iterator[None]:
     """Hold the study's folder for this run; `fresh` first deletes what a study wrote there, and nothing else.
 
     Raises:
-        StudyError: the folder is a file, holds something else or another study, cannot be written, or is in use.
+        StudyError: the folder is a file, holds something else, another study or one whose record is in another storage, cannot
+            be written, or is in use.
+        SpecError: the spec in it is damaged, or of another release.
     """
     if folder.exists() and not folder.is_dir():
         raise StudyError(f"The output must be a folder, but {folder} is a file; choose another --out.")
-    found = read_spec(folder) if _is_a_studys(folder) else None
+    ours = _is_a_studys(folder)
     # Hidden files are the lock, and what a killed run was about to write.
-    if found is None and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+    if not ours and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise StudyError(f"The output folder must be a study's or empty, but {folder} holds other files; choose another --out.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,8 +61,9 @@ def claimed(folder: Path, spec: StudySpec, *, fresh: bool) -> Iterator[None]:
     except OSError as error:
         raise StudyError(f"The output folder {folder} cannot be written: {error.strerror}; choose another --out.") from None
     try:
-        if found is not None and not fresh:
-            _same_study(f"The folder {folder}", found.identity(), spec)
+        if ours and not fresh:
+            _same_study(f"The folder {folder}", _spec_of_a_run(folder).identity(), spec)
+            _check_place(folder, spec, storage)
         if fresh:
             _empty(folder)
         yield
@@ -82,7 +87,7 @@ def read_spec(folder: Path) -> StudySpec:
 
 def write_spec(folder: Path, spec: StudySpec, storage: str | None) -> None:
     """Keep the resolved spec, and the storage's address (without its password) where it is not the folder's own."""
-    note = f"# storage: {masked(storage)}\n" if storage else ""
+    note = f"{ELSEWHERE}{masked(storage)}\n" if storage else ""
     write_whole(folder / SPEC, f"{MARK}\n{note}{spec.to_toml()}")
 
 
@@ -101,10 +106,10 @@ def open_study(name: str, url: str) -> optuna.Study:
     address = _address(url)
     if address.drivername == "sqlite" and not Path(address.database or "").exists():
         raise StudyError(f"The storage {address.database} does not exist; run `ranksearch study` first, or give --storage.")
-    try:
-        return optuna.load_study(study_name=name, storage=check_storage(url))
-    except KeyError:
-        raise StudyError(f"The storage {masked(url)} holds no study {name!r}; run `ranksearch study` first.") from None
+    study = _held(name, check_storage(url))
+    if study is None:
+        raise StudyError(f"The storage {masked(url)} holds no study {name!r}; run `ranksearch study` first.")
+    return study
 
 
 def create_study(
@@ -120,13 +125,7 @@ def create_study(
     storage = check_storage(url)
     if isinstance(storage, ServerStorage):
         storage.announce = announce
-    study = optuna.create_study(study_name=name, storage=storage, directions=objectives.directions, load_if_exists=True)
-    if not study.metric_names:
-        with warnings.catch_warnings():
-            # Marked experimental in Optuna since 3.2; it only names the axes of optuna-dashboard.
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names(["validation score", *(NAMES[cost] for cost in objectives.minimize)])
-    return study
+    return optuna.create_study(study_name=name, storage=storage, directions=objectives.directions, load_if_exists=True)
 
 
 def check_storage(url: str) -> RDBStorage:
@@ -166,6 +165,18 @@ def _quick_commits(connection: sqlite3.Connection, about: object) -> None:
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
+def check_study(spec: StudySpec, url: str, *, fresh: bool) -> None:
+    """Refuse a storage whose study of that name is not this one, before anything is written; `fresh` may delete one of ours.
+
+    Raises:
+        StudyError: the storage cannot be used, or its study of that name is another, or none of ranksearch's.
+        SpecError: it was begun with keys that this release does not know.
+    """
+    study = _held(spec.name, check_storage(url))
+    if study is not None:
+        _check_ours(study, spec, fresh=fresh)
+
+
 def delete_study(name: str, url: str) -> None:
     """Remove the study of that name from its storage, if it is there."""
     with suppress(KeyError):
@@ -173,18 +184,16 @@ def delete_study(name: str, url: str) -> None:
 
 
 def own_study(study: optuna.Study, spec: StudySpec) -> None:
-    """Keep in the storage what the study is, or check that it is the same: folders may share a storage, not a study.
-
-    Raises:
-        StudyError: the storage's study of that name is another.
-        SpecError: it was begun with keys that this release does not know.
-    """
-    known = study.user_attrs.get(IDENTITY)
-    if known is None:
+    """Keep in the storage what the study is, where it is new; raises as `check_study` does: folders may share a storage, not a
+    study."""
+    _check_ours(study, spec, fresh=False)
+    if not study.metric_names:
+        with warnings.catch_warnings():
+            # Marked experimental in Optuna since 3.2; it only names the axes of optuna-dashboard.
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(["validation score", *(NAMES[cost] for cost in spec.search.minimize)])
+    if IDENTITY not in study.user_attrs:
         study.set_user_attr(IDENTITY, spec.identity())
-    else:
-        place = f"The storage's study {spec.name!r}"
-        _same_study(place, complete_identity(known, source=place), spec)
 
 
 def masked(url: str) -> str:
@@ -216,12 +225,61 @@ def _same_study(place: str, there: Mapping[str, Any], spec: StudySpec) -> None:
             )
 
 
+def _held(name: str, storage: RDBStorage) -> optuna.Study | None:
+    try:
+        return optuna.load_study(study_name=name, storage=storage)
+    except KeyError:
+        return None
+
+
+def _check_ours(study: optuna.Study, spec: StudySpec, *, fresh: bool) -> None:
+    known = study.user_attrs.get(IDENTITY)
+    place = f"The storage's study {spec.name!r}"
+    if known is None:
+        # An empty one is what a run leaves that was killed as it began.
+        if study.user_attrs or study.get_trials(deepcopy=False) or len(study.directions) != 1 + len(spec.search.minimize):
+            raise StudyError(
+                f"{place} must be one of ranksearch's, but is another program's; choose another name or --storage."
+            )
+    elif not fresh:
+        _same_study(place, complete_identity(known, source=place), spec)
+
+
+def _spec_of_a_run(folder: Path) -> StudySpec:
+    try:
+        return read_spec(folder)
+    except SpecError as error:
+        raise SpecError(
+            f"{error} The file is damaged or another release's; choose another --out, or --fresh to start over."
+        ) from None
+
+
+def _check_place(folder: Path, spec: StudySpec, storage: str | None) -> None:
+    """Refuse to begin a study anew beside its record, as when an option was forgotten; a record that was moved is taken."""
+    noted = next((line for line in _text(folder).splitlines() if line.startswith(ELSEWHERE)), "").removeprefix(ELSEWHERE)
+    was = noted or ("the folder's own" if (folder / DATABASE).exists() else None)
+    now = masked(storage) if storage else "the folder's own"
+    if was is None or was == now:
+        return
+    if (folder / DATABASE).exists() if storage is None else _held(spec.name, check_storage(storage)) is not None:
+        return
+    fix = f"give --storage {noted}" if noted else "leave out --storage"
+    raise StudyError(
+        f"The study in {folder} must go on in the storage that it was begun in, {was}, but {now} holds none of it; {fix}, or "
+        "--fresh to start over."
+    )
+
+
 def _is_a_studys(folder: Path) -> bool:
     """Whether a run of ours wrote the folder; a user's own spec.toml among other files is none of ours."""
+    return _text(folder).startswith(MARK)
+
+
+def _text(folder: Path) -> str:
     try:
-        return (folder / SPEC).read_text(encoding="utf-8").startswith(MARK)
+        return (folder / SPEC).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        return False
+        return ""
 
 
 def _empty(folder: Path) -> None:

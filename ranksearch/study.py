@@ -47,6 +47,8 @@ CALIBRATION = 512
 """Training inputs that data-aware factors are fitted for; with 128 the output error on held-out digits is a tenth higher."""
 FRONTIER_PLANS = 4
 """How many plans of the predicted frontier are tried first."""
+DIGEST = "ranksearch:dense"
+"""Of the dense model's weights, among the study's attributes."""
 WORST_LOSS = 1e6
 """Stands for a probe's loss that is no number, which no storage keeps."""
 
@@ -92,13 +94,11 @@ def run_study(
     objectives = Objectives(spec.search.minimize, found.macs)
     if spec.dense.weights:
         load_given(task.model, Path(spec.dense.weights))
-    if options.storage and options.fresh:
-        folder.check_storage(options.storage)
-    elif options.storage:
-        folder.own_study(folder.create_study(spec.name, options.storage, objectives), spec)
+    if options.storage:
+        folder.check_study(spec, options.storage, fresh=options.fresh)
     if options.workers != 0:
         check_portable(task)
-    with _engine(options) as engine, folder.claimed(out, spec, fresh=options.fresh), view:
+    with _engine(options) as engine, folder.claimed(out, spec, options.storage, fresh=options.fresh), view:
         url = folder.storage_url(out, options.storage)
         if options.fresh and options.storage:
             folder.delete_study(spec.name, url)
@@ -145,9 +145,13 @@ class _Run:
             if self.given or not load_weights(self.task.model, path):
                 train_dense(self.task, self.spec, self.device, self.view)
             weights = weights_of(self.task.model)
-            self._check_dense(hashlib.sha256(weights).hexdigest())
+            digest = hashlib.sha256(weights).hexdigest()
+            self._check_dense(digest)
+            # First the file: a digest without its weights could not be gone on from, since they seldom train to the same bits.
             if not path.exists():
                 write_whole(path, weights)
+            if DIGEST not in self.study.user_attrs:
+                self.study.set_user_attr(DIGEST, digest)
         self.task.model.to(self.device).eval()
         # Trained weights can be what initial ones were not.
         check_weights(self.task.model)
@@ -339,10 +343,7 @@ class _Run:
 
     def _check_dense(self, digest: str) -> None:
         """Go on only with the dense model that the study was begun with."""
-        known = self.study.user_attrs.get("ranksearch:dense")
-        if known is None:
-            self.study.set_user_attr("ranksearch:dense", digest)
-        elif known != digest:
+        if self.study.user_attrs.get(DIGEST, digest) != digest:
             raise StudyError(
                 f"The study {self.spec.name!r} in this storage was made from another dense model; choose another name or "
                 "--storage, or --fresh to start over."
