@@ -12,7 +12,8 @@ from ranksearch.errors import StudyError
 from ranksearch.plan import Plan
 from ranksearch.record import DenseFacts, Finalist, LayerFacts, Outcome, Probe, Rung, StudyFacts, StudyRecord, TrialRecord
 
-_FACTS, _SECONDS, _FINALIST = "ranksearch:facts", "ranksearch:seconds", "ranksearch:finalist:"
+_FACTS, _SECONDS = "ranksearch:facts", "ranksearch:seconds"
+_FINALIST, _FAILED = "ranksearch:finalist:", "ranksearch:failed:"
 _TRIAL, _ASKED, _PROBES, _FIRSTS = "ranksearch:trial", "ranksearch:asked", "ranksearch:probes", "ranksearch:firsts"
 
 
@@ -74,6 +75,11 @@ def write_finalist(study: optuna.Study, number: int, finalist: Finalist) -> None
     study.set_user_attr(f"{_FINALIST}{number}", _plain(finalist))
 
 
+def write_failed(study: optuna.Study, number: int, outcome: Outcome) -> None:
+    """Keep how a trial's longer fine-tuning ended, where it gave no finalist."""
+    study.set_user_attr(f"{_FAILED}{number}", outcome.name)
+
+
 def has_facts(study: optuna.Study) -> bool:
     """Whether the study got as far as its probes, with the dense model measured."""
     return _FACTS in study.user_attrs
@@ -108,16 +114,19 @@ def read_asked(trial: FrozenTrial | optuna.Trial) -> tuple[int, str] | None:
     return (found["index"], found["origin"]) if found else None
 
 
-def read_trial(trial: FrozenTrial, finalist: Mapping[str, Any] | None = None) -> TrialRecord | None:
-    """The record of a finished trial; None while it waits or runs, or where a killed run left it without a result."""
+def read_trial(trial: FrozenTrial, study: Mapping[str, Any] | None = None) -> TrialRecord | None:
+    """The record of a finished trial; None while it waits or runs, or where a killed run left it without a result. What is
+    known of it as a finalist stands among the attributes of its `study`."""
     whole, place = trial.user_attrs.get(_TRIAL), read_asked(trial)
     if whole is None or place is None or trial.state is not Outcome[whole["outcome"]].state:
         return None
+    finalist, failed = ((study or {}).get(f"{key}{trial.number}") for key in (_FINALIST, _FAILED))
     read = {
         "plan": Plan.from_dict(whole["plan"]),
         "outcome": Outcome[whole["outcome"]],
         "curve": tuple(Rung(*point) for point in whole["curve"]),
         "finalist": _finalist(finalist) if finalist else None,
+        "failed": Outcome[failed] if failed and not finalist else None,
     }
     kept = {key: value for key, value in whole.items() if key != "about"}
     return TrialRecord(**kept | read, number=trial.number, index=place[0], origin=place[1])
@@ -130,7 +139,7 @@ def _finalist(data: Mapping[str, Any]) -> Finalist:
 def read_trials(study: optuna.Study) -> tuple[TrialRecord, ...]:
     """Every finished trial of the study, finalists' results included, by number."""
     attrs = study.user_attrs
-    found = (read_trial(t, attrs.get(f"{_FINALIST}{t.number}")) for t in study.get_trials(deepcopy=False))
+    found = (read_trial(trial, attrs) for trial in study.get_trials(deepcopy=False))
     return tuple(record for record in found if record is not None)
 
 

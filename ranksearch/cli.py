@@ -162,7 +162,7 @@ def _study(options: argparse.Namespace, given: list[str]) -> int:
     screen.print(views.front_table(found.shown, found.facts, title="the front"))
     for note in found.notes:
         screen.print(note, markup=False, highlight=False, soft_wrap=True)
-    screen.print(views.final_words(out, _shown([], options.storage)), markup=False, highlight=False, soft_wrap=True)
+    screen.print(views.final_words(out, found, _shown([], options.storage)), markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

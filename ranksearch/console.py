@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID,
 from rich.table import Table
 from rich.text import Text
 
-from ranksearch.record import DenseFacts, LayerFacts, Outcome, Rung, StudyFacts, TrialRecord, front_of
+from ranksearch.record import DenseFacts, LayerFacts, Outcome, Rung, StudyFacts, StudyRecord, TrialRecord, front_of
 
 RATIOS = {"params": "ratio", "macs": "MACs ratio"}
 """What the ratios to the dense model are called over the front's columns, by the cost that is minimised."""
@@ -239,13 +239,12 @@ def front_table(front: Sequence[TrialRecord], facts: StudyFacts, *, most: int | 
     return table
 
 
-def final_words(folder: Path, storage: str) -> str:
+def final_words(folder: Path, record: StudyRecord, storage: str) -> str:
     """Where things are, and what to do next; `storage` is the option that names it, if it is not the folder's own."""
-    return (
-        f"report  {folder / 'report.html'}\n"
-        f"models  {folder / 'models'}\n"
-        f"take one home:  ranksearch export {folder} --knee --format onnx{storage}"
-    )
+    report = f"report  {folder / 'report.html'}"
+    if not any(trial.finalist for trial in record.trials):
+        return report
+    return f"{report}\nmodels  {folder / 'models'}\ntake one home:  ranksearch export {folder} --knee --format onnx{storage}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,10 @@ from typing import TypeVar
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ranksearch.errors import StudyError
+from ranksearch.errors import PlanError, StudyError
 from ranksearch.files import write_whole
 from ranksearch.plan import Plan
 from ranksearch.surgery import skeleton_
@@ -37,6 +37,17 @@ def save_model(folder: Path, plan: Plan, weights: bytes) -> None:
     """Write `plan.json` and `weights.safetensors` (the state dict of the factorized model) into a folder."""
     write_whole(folder / WEIGHTS, weights)
     write_whole(folder / PLAN, plan.to_json())
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder holds a model whose files are whole."""
+    try:
+        Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
+        with safe_open(folder / WEIGHTS, "pt") as weights:
+            weights.keys()
+    except (OSError, UnicodeDecodeError, PlanError, SafetensorError):
+        return False
+    return True
 
 
 def load_model(dense: M, folder: str | Path) -> M:

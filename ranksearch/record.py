@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,6 +84,8 @@ class TrialRecord:
     same_as: int | None = None
     """The number of the trial of the same plan that answered for this one, which was not trained again."""
     finalist: Finalist | None = None
+    failed: Outcome | None = None
+    """How its longer fine-tuning ended, where that gave no finalist."""
 
     @property
     def trained(self) -> bool:
@@ -202,6 +205,14 @@ class StudyRecord:
                 f"The search ended after {trained} of {planned} trials: {GIVE_UP} proposals in a row were over the limits or "
                 "known already; widen the limits or the space."
             )
+        if trials and not any(trial.outcome is Outcome.DONE for trial in trials):
+            ends = Counter(trial.outcome for trial in trials)
+            how = " ".join(f"{count:,} {outcome.value}." for outcome, count in ends.items())
+            found.append(f"Of {len(trials):,} trials none came to a score. {how}")
+        for trial in trials:
+            if trial.failed:
+                reason = trial.failed.value.replace("finetune.", "finalists.")
+                found.append(f"Trial {trial.number} gave no model as a finalist, {reason}.")
         if over:
             found.append(f"Proposals over the limits, which were not trained: {over:,}.")
         if known:
@@ -256,6 +267,8 @@ def choose(
         StudyError: there are no finalists, or none is as asked.
     """
     finalists = {trial.number: trial for trial in trials if trial.finalist}
+    if not finalists and any(trial.failed for trial in trials):
+        raise StudyError("A model must be a finalist to be taken home, but all of them failed; the study's report says how.")
     if not finalists:
         raise StudyError("A model must be a finalist to be taken home, but there are none yet; let the study end first.")
     if number is not None:

@@ -33,11 +33,11 @@ def _checked(rule: str, holds: Callable[[Any], bool], *, choices: Sequence[str] 
 
 
 def _at_least(low: float, **kwargs: Any) -> Any:
-    return _checked(f"at least {low}", lambda value: value >= low, **kwargs)
+    return _checked(f"at least {low}", lambda value: low <= value < math.inf, **kwargs)
 
 
 def _positive(**kwargs: Any) -> Any:
-    return _checked("above 0", lambda value: value > 0, **kwargs)
+    return _checked("a finite number above 0", lambda value: 0 < value < math.inf, **kwargs)
 
 
 def _one_of(choices: Sequence[str], **kwargs: Any) -> Any:
@@ -124,7 +124,7 @@ class SearchSpec:
     minutes: float | None = _positive(default=None)
     min_score: float | None = _checked("a finite number", math.isfinite, default=None)
     """Models with a lower validation score are not on the front."""
-    min_ratio: float | None = _checked("a finite number above 0", lambda value: 0 < value < math.inf, default=None)
+    min_ratio: float | None = _positive(default=None)
     """Plans of a lower compression ratio are not trained; nor are those of more parameters or multiply-accumulates:"""
     max_params: int | None = _at_least(1, default=None)
     max_macs: int | None = _at_least(1, default=None)

@@ -22,7 +22,7 @@ from ranksearch.dense import load_given, load_weights, recipe, train_dense
 from ranksearch.engines import local, ray
 from ranksearch.engines.base import Engine, check_portable
 from ranksearch.errors import SpecError, StudyError
-from ranksearch.export import load_model, save_model, weights_of
+from ranksearch.export import holds_model, load_model, save_model, weights_of
 from ranksearch.facts import study_facts
 from ranksearch.files import write_whole
 from ranksearch.layers import Inventory, check_weights, inventory
@@ -265,7 +265,8 @@ class _Run:
         chosen = choose_finalists(
             trials, facts.dense.score_validation, self.spec.finalists.count, self.spec.search.limits, facts.objectives
         )
-        waiting = [t for t in chosen if not (t.finalist and (self.out / "models" / str(t.number)).is_dir())]
+        # What diverged would again; what ran out of memory may have more of it now.
+        waiting = [t for t in chosen if t.failed is not Outcome.DIVERGED and not (t.finalist and self._kept(t))]
         by_number, answered = {trial.number: trial for trial in trials}, set[int]()
         self.view.stage("finalists", len(chosen), len(chosen) - len(waiting))
 
@@ -296,6 +297,9 @@ class _Run:
         return attributes.read_study(self.study)
 
     # --- details ---
+
+    def _kept(self, trial: TrialRecord) -> bool:
+        return holds_model(self.out / "models" / str(trial.number))
 
     def _fits(self, plan: Plan) -> bool:
         return not self.spec.search.limits.excess(size_of(plan, self.inventory))
@@ -359,7 +363,9 @@ class _Run:
             self.view.note(f"finalist {trial.number}: {answer.outcome.value}")
             return
         if answer.outcome is not Outcome.DONE:
-            self.view.step(f"trial {trial.number}: {answer.outcome.value}")
+            attributes.write_failed(self.study, trial.number, answer.outcome)
+            self.view.note(f"finalist {trial.number}: {answer.outcome.value.replace('finetune.', 'finalists.')}")
+            self.view.step()
             return
         assert answer.score_test is not None
         assert answer.weights is not None

@@ -117,7 +117,7 @@ def test_export_chooses_from_the_front(finished, capsys, tmp_path, choice, monke
         (["study", "small.toml", "--set", "search.min_ratio=1000"], "search.min_ratio must be at most "),
         (["study", "small.toml", "--set", "search.max_params=3"], "search.max_params must be at least "),
         (["study", "small.toml", "--set", "search.max_macs=3"], "search.max_macs must be at least "),
-        (["study", "small.toml", "--minutes", "-1"], "small.toml: search.minutes must be above 0, but got -1.0."),
+        (["study", "small.toml", "--minutes", "-1"], "small.toml: search.minutes must be a finite number above 0, but got -1.0."),
         (["study", "small.toml", "--seed", "-1"], "small.toml: seed must be between 0 and 2147483647, but got -1."),
         (["study", "small.toml", "--workers", "-1"], "--workers must be at least 0, but got -1."),
         (["study", "small.toml", "--set", "space.methods=['tuker2']"], "space.methods must name methods, but 'tuker2' is none."),

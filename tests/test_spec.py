@@ -99,7 +99,7 @@ def test_a_damaged_resolved_study():
         ("search.trails=3", "study.toml: search.trails is not a key of a study. Did you mean 'trials'?"),
         ("search.trials=0", "study.toml: search.trials must be at least 1, but got 0."),
         ("search.trials='many'", "study.toml: search.trials must be a whole number, but got 'many'."),
-        ("search.minutes=0", "study.toml: search.minutes must be above 0, but got 0."),
+        ("search.minutes=0", "study.toml: search.minutes must be a finite number above 0, but got 0."),
         (
             "search.sampler=tpee",
             "study.toml: search.sampler must be one of rank, tpe, nsga2, gp, random, but got 'tpee'. Did you mean 'tpe'?",
@@ -122,7 +122,7 @@ def test_a_damaged_resolved_study():
         ("search.minimize=['latency']", "search.minimize must name costs, but 'latency' is none. Valid: macs, params."),
         ("space.data_aware=1", "study.toml: space.data_aware must be true or false, but got 1."),
         ("space.skip='conv1'", "study.toml: space.skip must be a list of strings, but got 'conv1'."),
-        ("finetune.learning_rate=-1", "study.toml: finetune.learning_rate must be above 0, but got -1."),
+        ("finetune.learning_rate=-1", "study.toml: finetune.learning_rate must be a finite number above 0, but got -1."),
         (
             "finetune.precision=bfloat",
             "study.toml: finetune.precision must be one of float32, bfloat16, but got 'bfloat'. Did you mean 'bfloat16'?",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import optuna
@@ -10,11 +11,12 @@ import pytest
 import torch
 
 import ranksearch
+from ranksearch.console import Silent, final_words
 from ranksearch.dense import train_dense
 from ranksearch.errors import ModelError, SpecError, StudyError
 from ranksearch.export import load_model
 from ranksearch.options import Options
-from ranksearch.record import Outcome
+from ranksearch.record import Outcome, choose
 from ranksearch.report import write_report
 from ranksearch.strategy.finalists import WORTH
 from ranksearch.study import FRONTIER_PLANS, Stopped, run_study
@@ -105,6 +107,71 @@ def test_a_diverged_trial_is_a_record(tmp_path):
     assert {trial.outcome for trial in record.trials} == {Outcome.DIVERGED}
     assert record.front == []
     assert stored(tmp_path / "small").trials[0].state is optuna.trial.TrialState.PRUNED
+    told = (tmp_path / "small" / "report.md").read_text()
+    assert "Of 3 trials none came to a score. 3 diverged: the loss or the score became NaN" in told
+    assert "a lower finetune.learning_rate helps" in told
+    assert "ranksearch export" not in final_words(tmp_path, record, "")
+
+
+class Counted(Silent):
+    """How many steps of each stage a run had to do."""
+
+    def __init__(self):
+        self.stages, self.notes = {}, []
+
+    def stage(self, text, total, done=0):
+        self.stages[text] = total - done
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def test_a_finalist_that_diverges_is_known_and_not_tried_again(tmp_path):
+    out, spec = tmp_path / "small", small_spec("search.trials=2", "finalists.count=1", "finalists.learning_rate=1e30")
+    first, again = Counted(), Counted()
+    record = run_study(spec, out, Options(workers=0), view=first)
+    assert run_study(spec, out, Options(workers=0), view=again).trials == record.trials
+    (failed,) = [trial for trial in record.trials if trial.failed]
+    assert failed.failed is Outcome.DIVERGED
+    assert failed.finalist is None
+    assert first.notes == [f"finalist {failed.number}: {Outcome.DIVERGED.value.replace('finetune', 'finalists')}"]
+    assert again.notes == []
+    (note,) = [note for note in record.notes if "finalist" in note]
+    assert note.startswith(f"Trial {failed.number} gave no model as a finalist, diverged: the loss")
+    assert "finalists.learning_rate" in note
+    with pytest.raises(StudyError, match="to be taken home, but all of them failed; the study's report says how"):
+        choose(record.trials, record.facts.objectives)
+
+
+def test_a_finalist_that_runs_out_of_memory_on_the_test_split_is_tried_again(tmp_path, trained):
+    def search(score):
+        return ranksearch.search(
+            replace(trained, score=score), out=tmp_path / "mine", trials=1, finetune=ranksearch.Recipe(1),
+            finalists=ranksearch.Recipe(1), finalist_count=1, options=Options(workers=0),
+        )  # fmt: skip
+
+    asked = iter(range(100))
+
+    def score(outputs, targets):
+        if next(asked) == 7:  # the check, the dense net twice, a trial's two rungs and a finalist's; then its test
+            raise torch.OutOfMemoryError
+        return 0.5
+
+    assert [trial.failed for trial in search(score).trials] == [Outcome.OUT_OF_MEMORY]
+    (trial,) = search(score).trials
+    assert trial.finalist
+    assert trial.failed is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_finalist_is_made_again(finished, tmp_path, damage):
+    out = shutil.copytree(finished[0], tmp_path / "small")
+    number = finished[1].front[0].number
+    weights = out / "models" / str(number) / "weights.safetensors"
+    before = weights.read_bytes()
+    weights.unlink() if damage == "gone" else weights.write_bytes(before[: len(before) // 2])
+    run_study(small_spec(), out, Options(workers=0))
+    assert weights.read_bytes() == before
 
 
 def test_from_python(trained, tmp_path):

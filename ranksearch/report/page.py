@@ -41,6 +41,7 @@ def _context(record: StudyRecord) -> dict[str, Any]:
     return {
         "facts": facts,
         "headline": _together(summary.headline(record)),
+        "nothing": summary.nothing(record),
         "cards": _cards(record),
         "charts": _charts(record),
         "dense": _dense(record),

@@ -40,7 +40,7 @@ def headline(record: StudyRecord) -> str:
     facts, name = record.facts, record.facts.score_name
     near = text.margin(figures.NEAR, name)
     if not record.shown:
-        return "No trial has finished yet."
+        return nothing(record)
     best = figures.near_dense(record.shown, facts.dense, facts.objectives)
     if best is None:
         top = max(trial.score_validation or 0.0 for trial in record.shown)
@@ -55,6 +55,11 @@ def headline(record: StudyRecord) -> str:
     found = zip(smaller(record, best), facts.objectives.minimize, strict=True)
     size = " and ".join(f"{figure} {words} {sizes[cost]}" for (figure, words), cost in found)
     return f"The smallest model within {near} of the dense net is trial {best.number}: {size}, {_scores(record, best)}."
+
+
+def nothing(record: StudyRecord) -> str:
+    """What stands in the place of what trials would show, where no trial has a score."""
+    return "No trial came to a score." if record.trials else "No trial has finished yet."
 
 
 def smaller(record: StudyRecord, trial: TrialRecord) -> list[tuple[str, str]]:

@@ -91,6 +91,7 @@ class Evaluator:
                     raise Diverged("the score became NaN or infinite")
                 curve.append(rung)
                 yield rung
+            test = training.score(model, self.task, self.task.data.test, device=torch.device(self.device)) if final else None
         except Diverged:
             outcome = Outcome.DIVERGED
         except torch.OutOfMemoryError:
@@ -98,7 +99,6 @@ class Evaluator:
         if outcome is not Outcome.DONE or not final:
             yield Answer(outcome, tuple(curve), time.perf_counter() - start)
             return
-        test = training.score(model, self.task, self.task.data.test, device=torch.device(self.device))
         yield Answer(outcome, tuple(curve), time.perf_counter() - start, test, weights_of(model))
 
     def compressed(self, plan: Plan) -> nn.Module:

@@ -121,7 +121,7 @@ def test_a_study_of_failures_only_has_a_report(written):
     record = replace(record, trials=tuple(t for t in record.trials if t.outcome is not Outcome.DONE))
     report = written(record)
     assert report.json["front"] == []
-    assert "No trial has finished yet." in report.text("report.md")
+    assert "No trial came to a score." in report.text("report.md")
 
 
 def test_an_unknown_latency_is_null(written):
