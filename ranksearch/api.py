@@ -25,17 +25,17 @@ def search(
     task: Task,
     *,
     out: str | Path = "runs/search",
-    methods: Sequence[str] = ("tucker2", "cp", "svd"),
-    layers: Sequence[str] = (),
-    skip: Sequence[str] = (),
+    methods: str | Sequence[str] = ("tucker2", "cp", "svd"),
+    layers: str | Sequence[str] = (),
+    skip: str | Sequence[str] = (),
     rank_multiple: int = 1,
-    smaller_in: Sequence[str] = ("params",),
+    smaller_in: str | Sequence[str] = ("params",),
     data_aware: bool = True,
     start: str = "decomposed",
     sampler: str = "rank",
     trials: int = 60,
     minutes: float | None = None,
-    minimize: Sequence[str] = ("params",),
+    minimize: str | Sequence[str] = ("params",),
     min_score: float | None = None,
     min_ratio: float | None = None,
     max_params: int | None = None,
@@ -97,11 +97,11 @@ def search(
         ),
         dense=DenseSpec(epochs=0),
         space=SpaceSpec(
-            methods=tuple(methods),
-            layers=tuple(layers),
-            skip=tuple(skip),
+            methods=_names(methods),
+            layers=_names(layers),
+            skip=_names(skip),
             rank_multiple=rank_multiple,
-            smaller_in=(smaller_in,) if isinstance(smaller_in, str) else tuple(smaller_in),
+            smaller_in=_names(smaller_in),
             data_aware=data_aware,
             start=start,
         ),
@@ -109,7 +109,7 @@ def search(
             sampler=sampler,
             trials=trials,
             minutes=minutes,
-            minimize=(minimize,) if isinstance(minimize, str) else tuple(minimize),
+            minimize=_names(minimize),
             min_score=min_score,
             min_ratio=min_ratio,
             max_params=max_params,
@@ -127,6 +127,11 @@ def search(
     # By way of its text, so that what Python gives is checked as strictly as a study file.
     spec = parse_spec(spec.to_toml(), source="search()")
     return run_study(spec, Path(out), options, task=replace(task, model=copy.deepcopy(task.model).cpu()), view=view)
+
+
+def _names(given: str | Sequence[str]) -> tuple[str, ...]:
+    """One name, or several."""
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def _train_spec(kind: type[S], recipe: Recipe, **more: Any) -> S:

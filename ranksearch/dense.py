@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from ranksearch import training
 from ranksearch.console import View
@@ -51,15 +50,11 @@ def load_weights(model: nn.Module, path: Path) -> bool:
     """
     if not path.exists():
         return False
+    state = _read(path)
     try:
-        if path.suffix == ".safetensors":
-            state = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, TypeError, AttributeError, OSError, EOFError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ModelError(f"{path} must be a state dict of the model, but cannot be loaded: {first}") from error
+    except RuntimeError as error:
+        raise ModelError(f"{path} must be a state dict of the model, but {_difference(model, state) or error}") from error
     return True
 
 
@@ -67,3 +62,41 @@ def load_given(model: nn.Module, path: Path) -> None:
     """Load the weights that a study file names; raises `ModelError` as `load_weights` does, and where there is no file."""
     if not load_weights(model, path):
         raise ModelError(f"dense.weights must be a state dict of the model, but {path} does not exist.")
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    """The tensors by name that a file holds."""
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # Of a file that is none of its own torch may raise anything, and advises to load it unsafely.
+        reason = error.strerror if isinstance(error, OSError) else "it is damaged, or holds a whole model"
+        raise ModelError(
+            f"{path} must be a state dict, but cannot be read: {reason}; write it by torch.save(model.state_dict(), ...)."
+        ) from error
+    if not isinstance(state, Mapping):
+        raise ModelError(f"{path} must be a state dict, but is a {type(state).__name__}; save model.state_dict().")
+    odd = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
+    if odd is not None:
+        raise ModelError(f"{path} must be a state dict, but its entry {odd!r} is no tensor; save the state dict alone.")
+    return state
+
+
+def _difference(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """How a state dict differs from the model's, and what helps; empty where names and shapes are the same."""
+    own = model.state_dict()
+    missing, unexpected = [name for name in own if name not in state], [name for name in state if name not in own]
+    prefix = next((name.removesuffix(inner) for name in unexpected[:1] for inner in own if name.endswith(f".{inner}")), "")
+    if prefix and all(name.startswith(prefix) for name in unexpected):
+        return f"all its names begin with {prefix!r}; take that off."
+    others = [name for name in own if name in state and own[name].shape != state[name].shape]
+    found = [f"it lacks {_some(missing)}"] if missing else []
+    found += [f"it holds {_some(unexpected)}, which the model has not"] if unexpected else []
+    found += [f"{name} is {tuple(state[name].shape)} there and {tuple(own[name].shape)} in the model" for name in others[:1]]
+    return ", ".join(found) + ("; name the model and the arguments that it was trained with." if found else "")
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

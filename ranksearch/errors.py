@@ -30,6 +30,11 @@ class StudyError(RankSearchError):
     """The study's folder or storage cannot be used."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; another program's error may say a page, or nothing."""
+    return (str(error).strip() or "no message").splitlines()[0].strip()
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the valid name closest to `name`, otherwise the list of valid names."""
     names = sorted(valid)

@@ -6,7 +6,8 @@ import copy
 import io
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ranksearch.errors import PlanError, StudyError
+from ranksearch.errors import PlanError, StudyError, first_line
 from ranksearch.files import write_whole
 from ranksearch.plan import Plan
 from ranksearch.surgery import skeleton_
@@ -114,7 +115,7 @@ def export_onnx(model: nn.Module, inputs: Tensor, target: Path) -> float:
     """Write an ONNX file with a free batch size; returns the largest difference in onnxruntime."""
     import onnxruntime  # here, since workers never need it
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _traced("onnx"):
         warnings.simplefilter("ignore")  # the exporter deprecates its own internals aloud
         program = torch.onnx.export(
             model, (inputs[:2],), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
@@ -135,13 +136,26 @@ def export_onnx(model: nn.Module, inputs: Tensor, target: Path) -> float:
 
 def export_pt2(model: nn.Module, inputs: Tensor, target: Path) -> float:
     """Write a torch.export archive with a free batch size; returns the largest difference after reloading."""
-    program = torch.export.export(model, (inputs[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    with _traced("pt2"):
+        program = torch.export.export(model, (inputs[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     buffer.seek(0)
     difference = _compare(model, torch.export.load(buffer).module(), inputs)
     write_whole(target, buffer.getvalue())
     return difference
+
+
+@contextmanager
+def _traced(form: str) -> Iterator[None]:
+    """What torch.export makes of a user's forward is not foreseen: its errors are of many types."""
+    try:
+        yield
+    except Exception as error:
+        raise StudyError(
+            f"A model must be one that torch.export can trace to be written as {form}, but {type(error).__name__}: "
+            f"{first_line(error)}; take it home by --format plan."
+        ) from error
 
 
 def _compare(model: nn.Module, other: Callable[[Tensor], Tensor], inputs: Tensor) -> float:

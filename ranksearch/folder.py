@@ -18,14 +18,15 @@ from sqlalchemy import event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from ranksearch.errors import SpecError, StudyError
+from ranksearch.errors import SpecError, StudyError, first_line
 from ranksearch.files import write_whole
 from ranksearch.objectives import Objectives
 from ranksearch.spec import StudySpec, complete_identity, parse_spec
 from ranksearch.storage import CONNECT, QuickStorage, ServerStorage
 
 SPEC, DATABASE, DENSE = "spec.toml", "study.db", "dense.safetensors"
-OURS = ("study.db*", DENSE, "profile", "models", "report.html", "report.md", "front.*", "front-*.png", "trials.csv", SPEC)
+REPORT = ("report.html", "report.md", "front.*", "front-*.png", "trials.csv")
+OURS = ("study.db*", DENSE, "profile", "models", "export", *REPORT, SPEC)
 """All that a study writes into its folder, and all that `--fresh` deletes; the spec goes last, since it marks the folder."""
 MARK = "# Written by ranksearch: the study of this folder, as resolved."
 ELSEWHERE = "# storage: "
@@ -140,7 +141,7 @@ def check_storage(url: str) -> RDBStorage:
     except ImportError as error:
         reason = f"the Python package {error.name!r} is not installed" if error.name else str(error)
     except (SQLAlchemyError, StorageInternalError, RuntimeError) as error:
-        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        reason = first_line(getattr(error, "orig", None) or error)
     reason = reason.replace(str(address.password), "***") if address.password else reason
     raise StudyError(f"The storage {masked(url)} cannot be used: {reason}; check its address, and that it is up.")
 
@@ -210,6 +211,10 @@ def _address(url: str) -> URL:
     """The address taken apart; PostgreSQL's is of psycopg 3 where it names no driver."""
     try:
         address = make_url(url)
+        if address.get_backend_name() == "sqlite" and address.database in (None, "", ":memory:"):
+            raise StudyError(
+                f"A storage must outlive its run, but {masked(url)} is in memory; name a file, such as sqlite:///study.db."
+            )
         return address.set(drivername="postgresql+psycopg") if address.drivername == "postgresql" else address
     except ArgumentError:
         raise StudyError(f"A storage must be a database URL such as sqlite:///study.db, but got {masked(url)!r}.") from None

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ranksearch.errors import ModelError
+from ranksearch.errors import ModelError, first_line
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -101,7 +101,7 @@ def inventory(model: nn.Module, example: Tensor) -> Inventory:
     except Exception as error:
         raise ModelError(
             f"The model must accept one input of shape {tuple(example.shape)}, but its forward raised "
-            f"{type(error).__name__}: {_first_line(error)}; check the model's arguments against the data."
+            f"{type(error).__name__}: {first_line(error)}; check the model's arguments against the data."
         ) from error
     layers, skipped = [], {}
     for name, module in watch.candidates.items():
@@ -168,7 +168,7 @@ def _why_not_replaced(model: nn.Module, names: Sequence[str], example: Tensor) -
         except Exception as error:
             raised = error
     if raised and len(names) == 1:
-        return {names[0]: f"the forward fails when it is replaced ({type(raised).__name__}: {_first_line(raised)})"}
+        return {names[0]: f"the forward fails when it is replaced ({type(raised).__name__}: {first_line(raised)})"}
     if raised:
         half = len(names) // 2
         return _why_not_replaced(model, names[:half], example) | _why_not_replaced(model, names[half:], example)
@@ -390,7 +390,3 @@ class evaluating:
     def __exit__(self, *exc: object) -> None:
         for module, training in self._modes.items():
             module.training = training
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or "no message").splitlines()[0]

@@ -43,7 +43,7 @@ class Options:
             raise StudyError("--address, --cpus-per-trial and --gpus-per-trial are for --engine ray, but the engine is local.")
         if self.cpus_per_trial < 1:
             raise StudyError(f"--cpus-per-trial must be at least 1, but got {self.cpus_per_trial}.")
-        if not (0 <= self.gpus_per_trial < 1 or self.gpus_per_trial == int(self.gpus_per_trial) > 0):
+        if not (0 <= self.gpus_per_trial < 1 or (self.gpus_per_trial >= 1 and float(self.gpus_per_trial).is_integer())):
             raise StudyError(f"--gpus-per-trial must be whole or a fraction of one, but got {self.gpus_per_trial:g}.")
         if self.engine == "ray" and self.device == "cuda" and not self.gpus_per_trial:
             raise StudyError("--gpus-per-trial must be above 0 for --device cuda with --engine ray, but got 0.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
+import numbers
 import re
 import tomllib
 import types
@@ -16,7 +17,7 @@ from typing import Any
 
 import tomli_w
 
-from ranksearch.errors import SpecError, nearest
+from ranksearch.errors import SpecError, first_line, nearest
 from ranksearch.limits import Limits
 from ranksearch.objectives import COSTS
 from ranksearch.plan import KINDS
@@ -45,7 +46,7 @@ def _one_of(choices: Sequence[str], **kwargs: Any) -> Any:
 
 
 def _reference(**kwargs: Any) -> Any:
-    return _checked("'package.module:name'", lambda value: bool(re.fullmatch(r"[\w.]+:[\w.]+", value)), **kwargs)
+    return _checked("'package.module:name'", lambda value: bool(re.fullmatch(r"\w[\w.]*:\w[\w.]*", value)), **kwargs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +277,10 @@ def resolve(reference: str, *, key: str) -> Callable[..., Any]:
             f"{key} must be importable, but {reference!r} is not: {error}; check the spelling, install the package, or "
             "run from the folder that holds it."
         ) from None
+    except Exception as error:
+        raise SpecError(
+            f"{key} must be importable, but {reference!r} raised {type(error).__name__}: {first_line(error)}; mend the module."
+        ) from error
     for part in name.split("."):
         if not hasattr(found, part):
             raise SpecError(f"{key}: module {module_name!r} has no {name!r}.{nearest(name, _public(found))}")
@@ -330,11 +335,24 @@ def _value(kind: Any, given: Any, entry: dataclasses.Field[Any], *, source: str,
     value = _typed(kind, given)
     if value is None:
         raise SpecError(f"{source}: {path} must be {_words(kind)}, but got {given!r}.")
+    if isinstance(value, dict):
+        _check_kept(value, f"{source}: {path}")
     if not entry.metadata.get("holds", lambda _: True)(value):
         choices = entry.metadata["choices"]
         hint = nearest(value, choices) if choices else ""
         raise SpecError(f"{source}: {path} must be {entry.metadata['rule']}, but got {given!r}.{hint}")
     return value
+
+
+def _check_kept(value: Any, path: str) -> None:
+    """Arguments of a user's function are kept as JSON, and compared when a study goes on."""
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_kept(inner, f"{path}.{key}")
+    elif not isinstance(value, str | int | float):
+        raise SpecError(f"{path} must be a string, a number, true or false, but got {value}; write it in quotes.")
+    elif value != value:
+        raise SpecError(f"{path} must be a number, but got nan.")
 
 
 def _typed(kind: Any, given: Any) -> Any:
@@ -370,4 +388,6 @@ def _plain(value: Any) -> Any:
         return {name: _plain(entry) for name, entry in pairs if entry is not None}
     if isinstance(value, Mapping):
         return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)  # numpy's too, from Python
     return list(value) if isinstance(value, tuple) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ranksearch.data import Splits, batches
-from ranksearch.errors import DataError, ModelError, SpecError
+from ranksearch.errors import DataError, ModelError, SpecError, first_line
 from ranksearch.spec import StudySpec, resolve
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -46,15 +47,26 @@ class Task:
 
 
 def check_outputs(task: Task) -> None:
-    """Refuse a classifier whose outputs do not fit the classes. Leaves the model in eval mode.
+    """Refuse a classifier whose outputs do not fit the classes, and splits that the model does not accept. Leaves the model in
+    eval mode.
 
     Raises:
-        ModelError: the data has classes and the outputs are not (batch, classes).
+        ModelError: the data has classes and the outputs are not (batch, classes); or the model accepts the inputs of the train
+            split, but not of another.
     """
     classes = task.data.classes
     inputs, targets = next(batches(task.data.train, 2))
     with torch.no_grad():
         outputs = task.model.eval()(inputs)
+        for name, split in (("validation", task.data.validation), ("test", task.data.test)):
+            others = next(batches(split, 1))[0]
+            try:
+                task.model(others)
+            except Exception as error:
+                raise ModelError(
+                    f"The model must accept the inputs of every split, but {name!r} has {tuple(others.shape[1:])}, 'train' has "
+                    f"{tuple(inputs.shape[1:])}, and its forward raised {type(error).__name__}: {first_line(error)}"
+                ) from error
     if not isinstance(outputs, Tensor):
         raise ModelError(f"The model must give one tensor, but gives a {type(outputs).__name__}; wrap it.")
     if task.score is accuracy and classes is not None and (outputs.dim() != 2 or outputs.shape[1] < classes):
@@ -66,10 +78,9 @@ def check_outputs(task: Task) -> None:
         try:
             float(function(outputs, targets))
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
-            first = str(error).strip().splitlines()[0]
             raise ModelError(
                 f"The {name} must give one number for outputs of shape {tuple(outputs.shape)} and targets of shape "
-                f"{tuple(targets.shape)}, but raised {type(error).__name__}: {first}"
+                f"{tuple(targets.shape)}, but raised {type(error).__name__}: {first_line(error)}"
             ) from error
 
 
@@ -99,7 +110,7 @@ def _call(reference: str, arguments: Mapping[str, Any], key: str) -> Any:
         raise SpecError(f"{key}: {reference} must take the arguments {dict(arguments)}, but: {error}.") from None
     try:
         return target(**arguments)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
         raise SpecError(
-            f"{key}: {reference} must succeed with {dict(arguments)}, but raised {type(error).__name__}: {error}"
+            f"{key}: {reference} must succeed with {dict(arguments)}, but raised {type(error).__name__}: {first_line(error)}"
         ) from error

@@ -6,10 +6,11 @@ import os
 import signal
 import sys
 from collections import OrderedDict
+from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from ranksearch.data import Splits, digits
 
@@ -117,6 +118,32 @@ def wrong_labels() -> Splits:
     good = few_digits()
     inputs, targets = good.validation.tensors
     return Splits(good.train, TensorDataset(inputs, targets + 1), good.test, 10, "labels 1..10")
+
+
+class Odd(Dataset):
+    """Inputs that make no batch."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        return self.kind(index), index
+
+
+def pictures() -> Splits:
+    return Splits(*[Odd(lambda index: object())] * 3, 10, "what is no tensor")
+
+
+def ragged() -> Splits:
+    return Splits(*[Odd(lambda index: torch.zeros(1, 8, 8 + index))] * 3, 10, "images of several sizes")
+
+
+def larger_test() -> Splits:
+    found = few_digits()
+    return replace(found, test=TensorDataset(torch.zeros(10, 1, 16, 16), torch.arange(10)))
 
 
 def unpicklable() -> nn.Module:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import ranksearch
 from ranksearch.cli import _shown, main
@@ -135,6 +136,19 @@ def test_export_chooses_from_the_front(finished, capsys, tmp_path, choice, monke
         (["study", "small.toml", "--set", "task.data=tests.nets:wrong_labels"], "Targets must lie in 0..9, but split 'validation' holds"),
         (["study", "small.toml", "--set", "task.data=tests.nets:small"], "task.data must give ranksearch.data.Splits, but"),
         (["study", "small.toml", "--set", "task.model=tests.nets:raises"], "task.model: tests.nets:raises must succeed with {}, but raised"),
+        (["study", "small.toml", "--set", "task.model=.nets:small"], "small.toml: task.model must be 'package.module:name', but got"),
+        (["study", "small.toml", "--set", "task.model=tests.torn:small"], "task.model must be importable, but 'tests.torn:small' raised "),
+        (["study", "small.toml", "--set", "task.model_args.classes=ten"], "task.model: tests.nets:small must succeed with {'classes': 't"),
+        (["study", "small.toml", "--set", "task.model_args.day=2024-01-02"], "small.toml: task.model_args.day must be a string, a number,"),
+        (["study", "small.toml", "--set", "task.data_args.x=[1, nan]"], "small.toml: task.data_args.x.1 must be a number, but got nan."),
+        (["study", "small.toml", "--set", "finetune.weight_decay=inf"], "small.toml: finetune.weight_decay must be at least 0, but got inf"),
+        (["study", "small.toml", "--set", "task.data=tests.nets:pictures"], "A split must give tensors of one shape, which make batches, but"),
+        (["study", "small.toml", "--set", "task.data=tests.nets:ragged"], "A split must give tensors of one shape, which make batches, but"),
+        (["study", "small.toml", "--set", "task.data=tests.nets:larger_test"],
+         "The model must accept the inputs of every split, but 'test' has (1, 16, 16), 'train' has (1, 8, 8), and its forward raised"),
+        (["study", "small.toml", "--storage", "sqlite://"], "A storage must outlive its run, but sqlite:// is in memory; name a file,"),
+        (["study", "small.toml", "--engine", "ray", "--gpus-per-trial", "nan"], "--gpus-per-trial must be whole or a fraction of one"),
+        (["study", "small.toml", "--engine", "ray", "--gpus-per-trial", "inf"], "--gpus-per-trial must be whole or a fraction of one"),
         (["study", "small.toml", "--storage", "nonsense"], "A storage must be a database URL such as sqlite:///study.db, but got"),
         (["study", "small.toml", "--storage", "sqlite:////no/such/folder/x.db"], "The storage sqlite:////no/such/folder/x.db cannot be"),
         (["study", "small.toml", "--storage", "oracel://u:secret@host/db"], "The storage oracel://u:***@host/db cannot be used:"),
@@ -203,6 +217,35 @@ def test_fresh_deletes_only_what_a_study_wrote(copied, study_file):
     assert (copied / "notes.txt").read_text() == "mine"
     assert (copied / "linked").is_symlink()
     assert len((copied / "trials.csv").read_text().splitlines()) == 2
+
+
+def test_an_export_of_a_deleted_study_goes_with_it(copied, study_file):
+    assert main(["export", str(copied), "--knee"]) == 0
+    assert list((copied / "export").iterdir())
+    assert main(["study", "small.toml", "--fresh", "--trials", "1", "--workers", "0"]) == 0
+    assert not (copied / "export").exists()
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda state: {"state_dict": state, "epoch": 3}, "but its entry 'state_dict' is no tensor; save the state dict alone."),
+        (lambda state: {f"module.{name}": value for name, value in state.items()}, "all its names begin with 'module.'; take that off."),
+        (lambda state: state | {"fc2.bias": torch.zeros(3)}, "fc2.bias is (3,) there and (10,) in the model; name the model and the"),
+        (lambda state: {n: v for n, v in state.items() if "norm" not in n}, "but it lacks norm1.weight and "),
+        (lambda state: state | {"fc3.bias": torch.zeros(3)}, "but it holds fc3.bias, which the model has not; name the model"),
+        (lambda state: nets.small(), "cannot be read: it is damaged, or holds a whole model; write it by torch.save("),
+        (lambda state: [1, 2], "must be a state dict, but is a list; save model.state_dict()."),
+        (None, "cannot be read: it is damaged, or holds a whole model; write it by torch.save("),
+    ],
+)  # fmt: skip
+def test_weights_that_are_not_the_models(study_file, tmp_path, capsys, made, message):
+    path = tmp_path / "mine.pt"
+    torch.save(made(nets.small().state_dict()), path) if made else path.write_text("hello")
+    told = refuse(capsys, "study", "small.toml", "--set", "dense.weights=mine.pt")
+    assert told.startswith("mine.pt must be a state dict")
+    assert message in told
+    assert not (tmp_path / "runs").exists()
 
 
 def test_fresh_deletes_nothing_when_the_weights_are_missing(copied, study_file, capsys):

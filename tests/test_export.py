@@ -41,6 +41,16 @@ def test_plan_and_weights_rebuild_on_the_plain_dense_class(compressed, inputs, t
     assert torch.equal(model(inputs), compressed(inputs))
 
 
+@pytest.mark.parametrize("form", ["onnx", "pt2"])
+def test_a_model_that_cannot_be_traced(form, inputs, tmp_path):
+    model = nets.Net(lambda net, x: net.fc(x.flatten(1)) * (2 if x.max() > 100 else 1), fc=torch.nn.Linear(64, 10)).eval()
+    with pytest.raises(
+        StudyError, match=rf"torch.export can trace to be written as {form}, but .*; take it home by --format plan"
+    ):
+        export_model(model, model, Plan(), inputs, tmp_path / "model", form=form)
+    assert not (tmp_path / "model").exists()
+
+
 def test_onnx_takes_any_batch(compressed, inputs, tmp_path):
     export_onnx(compressed, inputs, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")

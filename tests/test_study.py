@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import optuna
 import pytest
 import torch
@@ -233,6 +234,16 @@ def test_folders_may_share_a_storage_but_not_a_study(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+def test_python_may_give_one_name_and_numbers_of_numpy(trained, tmp_path):
+    record = ranksearch.search(
+        trained, out=tmp_path / "mine", methods="svd", skip="fc1", minimize="params", trials=np.int64(1),
+        finetune=ranksearch.Recipe(1), finalists=ranksearch.Recipe(1), finalist_count=1, options=Options(workers=0),
+    )  # fmt: skip
+    assert {name for trial in record.trials for name, _ in trial.plan} == {"fc2"}
+    with pytest.raises(SpecError, match=r"space.layers must name layers that can be decomposed, but 'fc9' is none"):
+        ranksearch.search(trained, out=tmp_path / "two", layers="fc9")
+
+
 def foreign(url, *, directions):
     """A study of another program, of the same name."""
     study = optuna.create_study(study_name="small", storage=url, directions=directions)
@@ -390,7 +401,7 @@ def test_given_dense_weights_must_fit(tmp_path):
     with pytest.raises(ModelError, match=r"dense.weights must be a state dict of the model, but nowhere.pt does not exist"):
         run_study(spec, tmp_path / "small", Options(workers=0))
     (tmp_path / "bad.pt").write_bytes(b"nonsense")
-    with pytest.raises(ModelError, match=r"bad.pt must be a state dict of the model, but cannot be loaded"):
+    with pytest.raises(ModelError, match=r"bad.pt must be a state dict, but cannot be read: it is damaged"):
         run_study(small_spec(f"dense.weights='{tmp_path / 'bad.pt'}'"), tmp_path / "two", Options(workers=0))
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(ModelError, match=r"other.pt must be a state dict of the model, but cannot be loaded"):

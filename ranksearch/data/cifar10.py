@@ -10,7 +10,7 @@ from torch import Tensor
 from ranksearch.data.folders import read_pictures
 from ranksearch.data.images import split_images
 from ranksearch.data.splits import Splits
-from ranksearch.errors import DataError
+from ranksearch.errors import DataError, first_line
 
 SIDE = 32
 PICKLES = "cifar-10-batches-py"
@@ -60,6 +60,6 @@ def _pickled(folder: Path, is_train: bool, download: bool) -> tuple[Tensor, Tens
     try:
         found = CIFAR10(str(folder), train=is_train, download=download)
     except (RuntimeError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise DataError(f"CIFAR-10 cannot be read from {folder}: {first} Unpack {ARCHIVE} there again.") from error
     return torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(found.targets)

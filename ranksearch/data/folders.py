@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ranksearch.errors import DataError
+from ranksearch.errors import DataError, first_line
 from ranksearch.files import write_whole
 
 
@@ -46,7 +46,7 @@ def read_pictures(folder: Path, *, size: int, mode: str = "RGB") -> Pictures:
     try:
         found = ImageFolder(str(folder))
     except FileNotFoundError as error:
-        raise DataError(f"Pictures must lie in {folder}/<class>/, but {str(error).splitlines()[0]}") from None
+        raise DataError(f"Pictures must lie in {folder}/<class>/, but {first_line(error)}") from None
     paths = [Path(path) for path, _ in found.samples]
     listing = "\n".join(f"{path.relative_to(folder)} {path.stat().st_size}" for path in paths)
     digest = hashlib.sha256(listing.encode()).hexdigest()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from ranksearch.data.batched import Batched
-from ranksearch.errors import DataError
+from ranksearch.errors import DataError, first_line
 
 CPU = torch.device("cpu")
 
@@ -114,7 +114,7 @@ def check_splits(splits: Splits) -> None:
             raise DataError(f"Each split must be a map-style Dataset, but {name!r} is a {type(split).__name__}.")
         if size(split) == 0:
             raise DataError(f"Each split must hold at least one input, but {name!r} is empty.")
-        for found in batches(split, 512):
+        for found in _whole_batches(name, split):
             if len(found) != 2 or not all(isinstance(part, Tensor) for part in found):
                 raise DataError(f"A split must hold pairs (input, target) of tensors or numbers, but {name!r} does not.")
             inputs, targets = found
@@ -122,6 +122,17 @@ def check_splits(splits: Splits) -> None:
                 raise DataError(f"Inputs must be finite, but split {name!r} holds NaN or infinity.")
             if splits.classes is not None:
                 _check_labels(name, targets, splits.classes)
+
+
+def _whole_batches(name: str, split: Dataset[Any]) -> Iterator[Any]:
+    """All of a split; what torch cannot make batches of is the data's fault."""
+    try:
+        yield from batches(split, 512)
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise DataError(
+            f"A split must give tensors of one shape, which make batches, but {name!r} raised {type(error).__name__}: "
+            f"{first_line(error)}; for pictures, add Resize and ToTensor."
+        ) from error
 
 
 def _check_labels(name: str, targets: Tensor, classes: int) -> None:
