@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from rich.text import Text
 
 from ranksearch.record import DenseFacts, LayerFacts, Outcome, Rung, StudyFacts, StudyRecord, TrialRecord, front_of
 
+SELDOM = 60.0
+"""Seconds without a line after which a log is told how far a long stage is."""
 RATIOS = {"params": "ratio", "macs": "MACs ratio"}
 """What the ratios to the dense model are called over the front's columns, by the cost that is minimised."""
 
@@ -72,17 +75,21 @@ class Silent(View):
 
 
 class Plain(View):
-    """One line a stage, one a finished trial: for logs and pipes."""
+    """One line a stage, one a finished trial, and one a minute where there is neither: for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._facts: StudyFacts | None = None
+        self._title, self._done, self._total, self._last = "", 0, 0, 0.0
 
     def stage(self, title: str, total: int, done: int = 0) -> None:
+        self._title, self._done, self._total = title, done, total
         begun = f", {done} of them done before" if done else ""
         self._print(f"{title}: {total} {'step' if total == 1 else 'steps'}{begun}")
 
-    def step(self, text: str = "") -> None: ...
+    def step(self, text: str = "") -> None:
+        self._done += 1
+        self._print_seldom(f"{self._title}: {self._done} of {self._total}")
 
     def note(self, text: str) -> None:
         self._print(text)
@@ -91,7 +98,8 @@ class Plain(View):
         self._facts = facts
         self._print(dense_line(facts.dense, facts.score_name))
 
-    def rung(self, number: int, rung: Rung) -> None: ...
+    def rung(self, number: int, rung: Rung) -> None:
+        self._print_seldom(rung_line(number, rung, self._facts))
 
     def trial(self, record: TrialRecord, trials: Sequence[TrialRecord]) -> None:
         # A tight limit turns down many proposals for each that is trained; their number is told at the end.
@@ -99,7 +107,12 @@ class Plain(View):
         if record.outcome is not Outcome.OVER_BUDGET:
             self._print(trial_line(record, self._facts))
 
+    def _print_seldom(self, text: str) -> None:
+        if time.monotonic() - self._last >= SELDOM:
+            self._print(text)
+
     def _print(self, text: str) -> None:
+        self._last = time.monotonic()
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -142,8 +155,7 @@ class Terminal(View):
         self._facts = facts
 
     def rung(self, number: int, rung: Rung) -> None:
-        assert self._facts is not None, "trials come after the facts"
-        self._note(f"trial {number}: epoch {rung.epochs:g}, {score_text(rung.score, self._facts.score_name)}", advance=0)
+        self._note(rung_line(number, rung, self._facts), advance=0)
 
     def trial(self, record: TrialRecord, trials: Sequence[TrialRecord]) -> None:
         assert self._facts is not None, "trials come after the facts"
@@ -205,6 +217,12 @@ def trial_line(record: TrialRecord, facts: StudyFacts) -> str:
     found = short_outcome(record, facts)
     test = f" (test {score_text(record.finalist.score_test, facts.score_name)})" if record.finalist else ""
     return f"{kind} {record.number} [{record.origin}] {found}{test}, {seconds:.1f} s: {record.plan}"
+
+
+def rung_line(number: int, rung: Rung, facts: StudyFacts | None) -> str:
+    """One line about a trial or finalist that is being trained."""
+    assert facts is not None, "trials come after the facts"
+    return f"trial {number}: epoch {rung.epochs:g}, {score_text(rung.score, facts.score_name)}"
 
 
 def dense_line(dense: DenseFacts, score_name: str) -> str:

@@ -101,6 +101,23 @@ def test_plain_lines_for_every_kind_of_trial(finished):
     assert lines[4].startswith("trial 12 [tpe] 2.0x, 50.0 %, the plan of trial 3, 0.0 s: ")
 
 
+def test_a_log_is_told_once_a_minute_how_far_a_long_stage_is(finished, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    out = io.StringIO()
+    view = console.Plain(Console(file=out, width=200))
+    view.stage("training the dense net", 50, 10)
+    for _ in range(4):
+        now += 40
+        view.step()
+    view.facts(finished[1].facts)
+    for epoch in range(4):
+        now += 31
+        view.rung(3, Rung(epoch, 0.5))
+    assert out.getvalue().splitlines()[1:3] == ["training the dense net: 12 of 50", "training the dense net: 14 of 50"]
+    assert out.getvalue().splitlines()[4:] == ["trial 3: epoch 1, 50.0 %", "trial 3: epoch 3, 50.0 %"]
+
+
 def test_scores_and_clocks_for_people():
     assert console.score_text(0.9777, "accuracy") == "97.8 %"
     assert console.score_text(0.87654, "one_minus_auc") == "0.8765"

@@ -404,5 +404,7 @@ def test_given_dense_weights_must_fit(tmp_path):
     with pytest.raises(ModelError, match=r"bad.pt must be a state dict, but cannot be read: it is damaged"):
         run_study(small_spec(f"dense.weights='{tmp_path / 'bad.pt'}'"), tmp_path / "two", Options(workers=0))
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pt")
-    with pytest.raises(ModelError, match=r"other.pt must be a state dict of the model, but it lacks conv1.bias and 11 more, conv1.weight is"):
+    with pytest.raises(
+        ModelError, match=r"other.pt must be a state dict of the model, but it lacks conv1.bias and 11 more, conv1.weight is"
+    ):
         run_study(small_spec(f"dense.weights='{tmp_path / 'other.pt'}'"), tmp_path / "three", Options(workers=0))
