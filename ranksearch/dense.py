@@ -54,7 +54,8 @@ def load_weights(model: nn.Module, path: Path) -> bool:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ModelError(f"{path} must be a state dict of the model, but {_difference(model, state) or error}") from error
+        found = _difference(model, state) or " ".join(str(error).split())
+        raise ModelError(f"{path} must be a state dict of the model, but {found}") from error
     return True
 
 
@@ -66,21 +67,23 @@ def load_given(model: nn.Module, path: Path) -> None:
 
 def _read(path: Path) -> Mapping[str, Tensor]:
     """The tensors by name that a file holds."""
+    safe = path.suffix == ".safetensors"
     try:
-        if path.suffix == ".safetensors":
+        if safe:
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # Of a file that is none of its own torch may raise anything, and advises to load it unsafely.
         reason = error.strerror if isinstance(error, OSError) else "it is damaged, or holds a whole model"
+        writer = "safetensors.torch.save_file" if safe else "torch.save"
         raise ModelError(
-            f"{path} must be a state dict, but cannot be read: {reason}; write it by torch.save(model.state_dict(), ...)."
+            f"{path} must be a state dict, but cannot be read: {reason}; write it by {writer}(model.state_dict(), ...)."
         ) from error
     if not isinstance(state, Mapping):
         raise ModelError(f"{path} must be a state dict, but is a {type(state).__name__}; save model.state_dict().")
-    odd = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
+    odd = next((name for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))), None)
     if odd is not None:
-        raise ModelError(f"{path} must be a state dict, but its entry {odd!r} is no tensor; save the state dict alone.")
+        raise ModelError(f"{path} must be a state dict, but its entry {odd!r} is no tensor by name; save the state dict alone.")
     return state
 
 
@@ -89,7 +92,7 @@ def _difference(model: nn.Module, state: Mapping[str, Tensor]) -> str:
     own = model.state_dict()
     missing, unexpected = [name for name in own if name not in state], [name for name in state if name not in own]
     prefix = next((name.removesuffix(inner) for name in unexpected[:1] for inner in own if name.endswith(f".{inner}")), "")
-    if prefix and all(name.startswith(prefix) for name in unexpected):
+    if prefix and all(name.startswith(prefix) for name in state):
         return f"all its names begin with {prefix!r}; take that off."
     others = [name for name in own if name in state and own[name].shape != state[name].shape]
     found = [f"it lacks {_some(missing)}"] if missing else []

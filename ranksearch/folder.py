@@ -88,8 +88,13 @@ def read_spec(folder: Path) -> StudySpec:
 
 def write_spec(folder: Path, spec: StudySpec, storage: str | None) -> None:
     """Keep the resolved spec, and the storage's address (without its password) where it is not the folder's own."""
-    note = f"{ELSEWHERE}{masked(storage)}\n" if storage else ""
+    note = f"{ELSEWHERE}{_place(storage)}\n" if storage else ""
     write_whole(folder / SPEC, f"{MARK}\n{note}{spec.to_toml()}")
+
+
+def noted_storage(folder: Path) -> str:
+    """The address, without its password, of the storage that the folder's study has elsewhere; empty where it has none."""
+    return next((line for line in _text(folder).splitlines() if line.startswith(ELSEWHERE)), "").removeprefix(ELSEWHERE)
 
 
 def storage_url(folder: Path, storage: str | None) -> str:
@@ -242,7 +247,8 @@ def _check_ours(study: optuna.Study, spec: StudySpec, *, fresh: bool) -> None:
     place = f"The storage's study {spec.name!r}"
     if known is None:
         # An empty one is what a run leaves that was killed as it began.
-        if study.user_attrs or study.get_trials(deepcopy=False) or len(study.directions) != 1 + len(spec.search.minimize):
+        ours = study.directions == [optuna.study.StudyDirection.MAXIMIZE] * (1 + len(spec.search.minimize))
+        if study.user_attrs or study.get_trials(deepcopy=False) or not ours:
             raise StudyError(
                 f"{place} must be one of ranksearch's, but is another program's; choose another name or --storage."
             )
@@ -261,9 +267,9 @@ def _spec_of_a_run(folder: Path) -> StudySpec:
 
 def _check_place(folder: Path, spec: StudySpec, storage: str | None) -> None:
     """Refuse to begin a study anew beside its record, as when an option was forgotten; a record that was moved is taken."""
-    noted = next((line for line in _text(folder).splitlines() if line.startswith(ELSEWHERE)), "").removeprefix(ELSEWHERE)
+    noted = noted_storage(folder)
     was = noted or ("the folder's own" if (folder / DATABASE).exists() else None)
-    now = masked(storage) if storage else "the folder's own"
+    now = _place(storage) if storage else "the folder's own"
     if was is None or was == now:
         return
     if (folder / DATABASE).exists() if storage is None else _held(spec.name, check_storage(storage)) is not None:
@@ -273,6 +279,14 @@ def _check_place(folder: Path, spec: StudySpec, storage: str | None) -> None:
         f"The study in {folder} must go on in the storage that it was begun in, {was}, but {now} holds none of it; {fix}, or "
         "--fresh to start over."
     )
+
+
+def _place(storage: str) -> str:
+    """A storage's address, without its password, from wherever a run may start."""
+    address = _address(storage)
+    if address.get_backend_name() == "sqlite":
+        address = address.set(database=str(Path(address.database or "").resolve()))
+    return masked(address.render_as_string(hide_password=False))
 
 
 def _is_a_studys(folder: Path) -> bool:

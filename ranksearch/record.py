@@ -152,6 +152,8 @@ class StudyFacts:
     command: str
     data: str
     """One sentence: what the images are, and how many stand in each split."""
+    since: int = 0
+    """The number of the first trial within today's limits: earlier ones were proposed within others."""
 
     @property
     def limits(self) -> Limits:
@@ -200,7 +202,7 @@ class StudyRecord:
                 f"No model keeps the limits ({self.facts.limits}): shown is the front without them, and the nearest trials "
                 "are the finalists."
             )
-        if trained < planned and untrained_in_a_row(trials, self.facts.limits) >= GIVE_UP:
+        if trained < planned and untrained_in_a_row(trials, self.facts.since) >= GIVE_UP:
             found.append(
                 f"The search ended after {trained} of {planned} trials: {GIVE_UP} proposals in a row were over the limits or "
                 "known already; widen the limits or the space."
@@ -208,7 +210,7 @@ class StudyRecord:
         if trials and not any(trial.outcome is Outcome.DONE for trial in trials):
             ends = Counter(trial.outcome for trial in trials)
             how = " ".join(f"{count:,} {outcome.value}." for outcome, count in ends.items())
-            found.append(f"Of {len(trials):,} trials none came to a score. {how}")
+            found.append(f"No trial of {len(trials):,} came to a score. {how}")
         for trial in trials:
             if trial.failed:
                 reason = trial.failed.value.replace("finetune.", "finalists.")
@@ -221,19 +223,18 @@ class StudyRecord:
 
 
 def untrained_in_a_row(
-    trials: Iterable[TrialRecord], limits: Limits, *, waiting: Iterable[int] = (), running: Iterable[int] = ()
+    trials: Iterable[TrialRecord], since: int, *, waiting: Iterable[int] = (), running: Iterable[int] = ()
 ) -> int:
-    """How many proposals needed no training since the last that was trained, or would be under these limits.
+    """How many proposals since the last that was trained needed no training.
 
     Args:
         trials: those that have an answer.
-        limits: today's. What narrower ones kept out says nothing of whether there is something new within these.
+        since: the number of the first that counts. What was proposed within other limits says nothing of these.
         waiting: numbers of those that wait for the answer to the same plan.
         running: numbers of those that are being trained.
     """
     trials = list(trials)
-    let_in = [trial.number for trial in trials if trial.outcome is Outcome.OVER_BUDGET and not limits.excess(trial)]
-    last = max([*running, *let_in, *(trial.number for trial in trials if trial.trained)], default=-1)
+    last = max([since - 1, *running, *(trial.number for trial in trials if trial.trained)])
     untrained = [*waiting, *(trial.number for trial in trials if not trial.trained)]
     return sum(number > last for number in untrained)
 
@@ -267,10 +268,12 @@ def choose(
         StudyError: there are no finalists, or none is as asked.
     """
     finalists = {trial.number: trial for trial in trials if trial.finalist}
-    if not finalists and any(trial.failed for trial in trials):
-        raise StudyError("A model must be a finalist to be taken home, but all of them failed; the study's report says how.")
     if not finalists:
-        raise StudyError("A model must be a finalist to be taken home, but there are none yet; let the study end first.")
+        failed = sum(trial.failed is not None for trial in trials)
+        known = f" ({failed} failed, as the report says)" if failed else ""
+        raise StudyError(
+            f"A model must be a finalist to be taken home, but there are none yet{known}; let the study end first."
+        )
     if number is not None:
         if number not in finalists:
             names = ", ".join(map(str, sorted(finalists)))

@@ -171,7 +171,8 @@ class _Run:
     def facts(self, layers: Profile) -> None:
         """The study's facts into its storage; what the dense model is is measured once."""
         known = attributes.read_facts(self.study) if attributes.has_facts(self.study) else self._measured(layers)
-        facts = replace(known, spec=self.spec.to_dict(), command=self.options.command)
+        since = known.since if known.limits == self.spec.search.limits else len(self.study.get_trials(deepcopy=False))
+        facts = replace(known, spec=self.spec.to_dict(), command=self.options.command, since=since)
         attributes.write_facts(self.study, facts)
         self.view.facts(facts)
 
@@ -242,7 +243,7 @@ class _Run:
         )
         ledger = self.ledger = Ledger(
             self.study, self.space, self.inventory, firsts, sampler=self.spec.search.sampler, seed=self.spec.seed,
-            floor=floor, limits=limits, objectives=facts.objectives, knowledge=knowledge,
+            floor=floor, limits=limits, since=facts.since, objectives=facts.objectives, knowledge=knowledge,
             on_untrained=lambda found: self.view.trial(found, ledger.records()),
         )  # fmt: skip
         ledger.recover()

@@ -142,8 +142,8 @@ def test_export_chooses_from_the_front(finished, capsys, tmp_path, choice, monke
         (["study", "small.toml", "--set", "task.model_args.day=2024-01-02"], "small.toml: task.model_args.day must be a string, a number,"),
         (["study", "small.toml", "--set", "task.data_args.x=[1, nan]"], "small.toml: task.data_args.x.1 must be a number, but got nan."),
         (["study", "small.toml", "--set", "finetune.weight_decay=inf"], "small.toml: finetune.weight_decay must be at least 0, but got inf"),
-        (["study", "small.toml", "--set", "task.data=tests.nets:pictures"], "A split must give tensors of one shape, which make batches, but"),
-        (["study", "small.toml", "--set", "task.data=tests.nets:ragged"], "A split must give tensors of one shape, which make batches, but"),
+        (["study", "small.toml", "--set", "task.data=tests.nets:pictures"], "A split must be readable in batches, but 'train' raised Type"),
+        (["study", "small.toml", "--set", "task.data=tests.nets:ragged"], "A split must be readable in batches, but 'train' raised Runt"),
         (["study", "small.toml", "--set", "task.data=tests.nets:larger_test"],
          "The model must accept the inputs of every split, but 'test' has (1, 16, 16), 'train' has (1, 8, 8), and its forward raised"),
         (["study", "small.toml", "--storage", "sqlite://"], "A storage must outlive its run, but sqlite:// is in memory; name a file,"),
@@ -229,7 +229,9 @@ def test_an_export_of_a_deleted_study_goes_with_it(copied, study_file):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (lambda state: {"state_dict": state, "epoch": 3}, "but its entry 'state_dict' is no tensor; save the state dict alone."),
+        (lambda state: {"state_dict": state, "epoch": 3}, "but its entry 'state_dict' is no tensor by name; save the state dict alone."),
+        (lambda state: {0: torch.zeros(1)}, "but its entry 0 is no tensor by name; save the state dict alone."),
+        (lambda state: state | {"aux.fc2.bias": torch.zeros(3)}, "but it holds aux.fc2.bias, which the model has not; name the model"),
         (lambda state: {f"module.{name}": value for name, value in state.items()}, "all its names begin with 'module.'; take that off."),
         (lambda state: state | {"fc2.bias": torch.zeros(3)}, "fc2.bias is (3,) there and (10,) in the model; name the model and the"),
         (lambda state: {n: v for n, v in state.items() if "norm" not in n}, "but it lacks norm1.weight and "),
@@ -323,6 +325,18 @@ def test_a_report_without_its_storage(copied, capsys):
     assert "study.db does not exist; run `ranksearch study` first, or give --storage." in refuse(capsys, "report", copied)
     (copied / "study.db").write_bytes(b"this is no database" * 100)
     assert "cannot be used:" in refuse(capsys, "report", copied)
+
+
+def test_a_report_names_the_storage_that_the_study_was_begun_in(copied, capsys):
+    for path in copied.glob("study.db*"):  # its log beside it
+        path.rename(copied.parent / path.name.replace("study", "else"))
+    url = f"sqlite:///{copied.parent / 'else.db'}"
+    spec = copied / "spec.toml"
+    mark, rest = spec.read_text().split("\n", 1)
+    spec.write_text(f"{mark}\n# storage: {url}\n{rest}")
+    told = refuse(capsys, "report", copied)
+    assert told == f"The record of the study in {copied} is in {url}; give --storage {url}."
+    assert main(["report", str(copied), "--storage", url]) == 0
 
 
 def test_a_report_of_another_optuna_study(copied, capsys):

@@ -13,16 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ranksearch
+from ranksearch.attributes import read_asked
 from ranksearch.errors import SpecError
 from ranksearch.limits import UNLIMITED, Limits
 from ranksearch.options import Options
 from ranksearch.plan import Plan
 from ranksearch.record import GIVE_UP, MAX_TRIES, Outcome, StudyRecord
 from ranksearch.report import write_report
+from ranksearch.strategy.sampler import RankSampler
 from ranksearch.strategy.space import Size, check_limits, size_of
 from ranksearch.strategy.trial import Answer
 from ranksearch.study import run_study
-from tests.books import FOUND, SPACE, TINY, Books, answer
+from tests.books import FOUND, SPACE, TINY, Books, answer, knowledge
 from tests.conftest import essence, small_spec
 from tests.report.report_study import study_record
 
@@ -157,21 +159,44 @@ def test_a_search_that_found_nothing_within_its_limits_goes_on_within_wider_ones
     books = Books(sampler=sampler, limits=Limits(max_params=smallest.params))
     assert books.run(20)._untrained_in_a_row() == GIVE_UP
     asked, trained = len(books.study.trials), len(books.trained)
-    books.arguments["limits"] = Limits(min_ratio=1.5)
+    books.arguments |= {"limits": Limits(max_params=3 * smallest.params), "since": asked}
     books.run(trained + 8)
     assert len(books.trained) == trained + 8
     assert not any(books.arguments["limits"].excess(trial) for trial in books.trained)
     assert len(books.study.trials) < asked + GIVE_UP
 
 
-def test_what_was_over_the_limits_may_be_proposed_within_wider_ones():
-    books = Books(TINY, sampler="rank", limits=Limits(max_params=1))
+def test_the_trials_of_a_study_count_since_its_limits_changed(tmp_path):
+    """Limits that leave next to nothing; then such as let in more, but none of what was turned down at first."""
+    smallest = size_of(SPACE.smallest("params"), FOUND).params
+    out, spec = tmp_path / "small", ["search.sampler=random", "finalists.count=1", "search.trials=20"]
+
+    def run(most):
+        return run_study(small_spec(*spec, f"search.max_params={most}"), out, Options(workers=0))
+
+    first = run(smallest + 1)
+    assert any("The search ended after" in note for note in first.notes)
+    assert run(smallest + 1).trials == first.trials
+    least = min(trial.params for trial in first.trials if trial.outcome is Outcome.OVER_BUDGET)
+    second = run(least - 1)
+    assert len(second.trials) > len(first.trials)
+    assert second.facts.since == len(first.trials)
+
+
+def test_what_was_over_the_limits_may_be_proposed_but_not_what_lost_too_many_workers():
+    books, known = Books(TINY, limits=Limits(max_params=1)), knowledge(TINY)
+
+    def seen():
+        return RankSampler(known, seed=0)._seen([t for t in books.study.trials if t.params]) - {known.table.row(Plan())}
+
     books.run(1)
-    over = {trial.plan for trial in books.untrained if trial.outcome is Outcome.OVER_BUDGET}
-    assert over
-    books.arguments["limits"] = UNLIMITED
-    books.run(100)
-    assert over <= {trial.plan for trial in books.trained}
+    assert any(trial.outcome is Outcome.OVER_BUDGET for trial in books.untrained)
+    assert not seen()
+    books.arguments |= {"limits": UNLIMITED, "since": len(books.study.trials)}
+    ledger = books.ledger()
+    for tries, job in zip(range(1, MAX_TRIES + 1), ledger.jobs(1), strict=False):
+        ledger.receive(job, Answer(Outcome.WORKER_LOST))
+        assert seen() == ({known.table.row(job.plan)} if tries == MAX_TRIES else set())
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2", "rank"])
@@ -185,6 +210,8 @@ def test_a_plan_that_lost_too_many_workers_is_not_tried_under_another_index(samp
     assert set(tried.values()) == {1}
     twins = [trial for trial in ledger.records() if trial.plan == killer and trial.same_as is not None]
     assert all(trial.outcome is Outcome.WORKER_LOST and not trial.trained for trial in twins)
+    if sampler == "rank":
+        assert len(twins) <= GIVE_UP // 2, "it knows what was lost, and proposes it by chance alone"
 
 
 def test_a_trial_that_lost_its_worker_is_queued_before_it_is_told(monkeypatch):
@@ -196,11 +223,16 @@ def test_a_trial_that_lost_its_worker_is_queued_before_it_is_told(monkeypatch):
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(books.study, "tell", killed)
-        with pytest.raises(KeyboardInterrupt):
-            ledger.receive(job, Answer(Outcome.WORKER_LOST))
-    books.run(1)
+    for step in ("enqueue_trial", "tell"):
+        with monkeypatch.context() as patch:
+            patch.setattr(books.study, step, killed)
+            with pytest.raises(KeyboardInterrupt):
+                ledger.receive(job, Answer(Outcome.WORKER_LOST))
+        ledger = books.ledger()
+        ledger.recover()
+        job = next(ledger.jobs(1))
+        assert read_asked(books.study.trials[job.key]) == (0, "random")
+    ledger.receive(job, answer(job.plan))
     assert [record.plan for record in books.ledger().records() if record.outcome is not Outcome.WORKER_LOST] == [job.plan]
 
 
@@ -353,8 +385,8 @@ def test_the_report_counts_what_was_not_trained():
         f"The search ended after {trained} of 60 trials: 100 proposals in a row were over the limits or known already; widen "
         "the limits or the space."
     )
-    wider = replace(ended, facts=limited(trials=60, max_params=over.params).facts)
-    assert not any("ended after" in note for note in wider.notes)
+    since = replace(ended.facts, since=many[1].number)
+    assert not any("ended after" in note for note in replace(ended, facts=since).notes)
 
 
 def test_a_twin_is_drawn_once(tmp_path):

@@ -155,6 +155,15 @@ def test_scores_above_the_dense_one_are_told_apart(floor):
     assert gains.max() > 0
 
 
+def test_a_score_above_every_other_can_still_be_sought():
+    corners = TABLE.frontier(np.ones(len(TABLE.layers)))
+    known = Surrogate(TABLE, corners, 0.9 - 0.05 * TABLE.rises_of(corners).sum(1), dense_score=0.9, floor=0.95, seed=0)
+    mean, std = known.expect(corners)
+    gains = expected_gains(mean, std, TABLE.log_ratios(corners), np.array([(0.9, 0.01)]), top=known.top, floor=0.95)
+    assert known.top > 0.95
+    assert gains.max() > 0
+
+
 # --- proposals ---
 
 

@@ -129,9 +129,10 @@ def _whole_batches(name: str, split: Dataset[Any]) -> Iterator[Any]:
     try:
         yield from batches(split, 512)
     except (TypeError, RuntimeError, ValueError) as error:
+        odd = any(sign in str(error) for sign in ("default_collate", "equal size"))
+        fix = "; for pictures, add Resize and ToTensor." if odd else ""
         raise DataError(
-            f"A split must give tensors of one shape, which make batches, but {name!r} raised {type(error).__name__}: "
-            f"{first_line(error)}; for pictures, add Resize and ToTensor."
+            f"A split must be readable in batches, but {name!r} raised {type(error).__name__}: {first_line(error)}{fix}"
         ) from error
 
 

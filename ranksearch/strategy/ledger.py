@@ -39,6 +39,7 @@ class Ledger:
         floor: float,
         limits: Limits,
         objectives: Objectives,
+        since: int = 0,
         knowledge: Knowledge | None = None,
         on_untrained: Callable[[TrialRecord], None] = lambda record: None,
     ) -> None:
@@ -46,7 +47,7 @@ class Ledger:
         what the sampler "rank" starts from.
 
         Plans over the `limits` in size, and plans that are known already, are answered without a job; `on_untrained` is told
-        of each. Optuna is told the score and the ratios of the `objectives`.
+        of each. The limits hold `since` the trial of that number. Optuna is told the score and the ratios of the `objectives`.
         """
         self.study = study
         self._space, self._inventory, self._firsts = space, inventory, firsts
@@ -58,7 +59,7 @@ class Ledger:
         self._waiting = sum(trial.state is TrialState.WAITING for trial in trials)
         self._next = 1 + max((place[0] for trial in trials if (place := read_asked(trial))), default=-1)
         """The index of the next trial that is not one queued again."""
-        self._limits, self._objectives, self._on_untrained = limits, objectives, on_untrained
+        self._limits, self._since, self._objectives, self._on_untrained = limits, since, objectives, on_untrained
         self._running: dict[int, optuna.Trial] = {}
         self._twins: list[tuple[int, optuna.Trial]] = []
         """Trials of plans that are running, with the numbers of those; they will have their answers."""
@@ -162,7 +163,7 @@ class Ledger:
 
     def _untrained_in_a_row(self) -> int:
         return untrained_in_a_row(
-            self.records(), self._limits, waiting=[twin.number for _, twin in self._twins], running=self._running
+            self.records(), self._since, waiting=[twin.number for _, twin in self._twins], running=self._running
         )
 
     def _record(self, trial: optuna.Trial, index: int, origin: str, plan: Plan, answer: Answer) -> TrialRecord:
