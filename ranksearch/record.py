@@ -269,6 +269,8 @@ def choose(
     """
     finalists = {trial.number: trial for trial in trials if trial.finalist}
     if not finalists:
+        if trials and not any(trial.outcome is Outcome.DONE for trial in trials):
+            raise StudyError("A model must be a finalist to be taken home, but no trial came to a score; the report says why.")
         failed = sum(trial.failed is not None for trial in trials)
         known = f" ({failed} failed, as the report says)" if failed else ""
         raise StudyError(

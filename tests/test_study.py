@@ -112,6 +112,8 @@ def test_a_diverged_trial_is_a_record(tmp_path):
     assert "No trial of 3 came to a score. 3 diverged: the loss or the score became NaN" in told
     assert "a lower finetune.learning_rate helps" in told
     assert "ranksearch export" not in final_words(tmp_path, record, "")
+    with pytest.raises(StudyError, match="to be taken home, but no trial came to a score; the report says why"):
+        choose(record.trials, record.facts.objectives)
 
 
 class Counted(Silent):
