@@ -283,7 +283,7 @@ def _check_place(folder: Path, spec: StudySpec, storage: str | None) -> None:
 
 def _place(storage: str) -> str:
     """A storage's address, without its password, from wherever a run may start."""
-    address = _address(storage)
+    address = make_url(storage)
     if address.get_backend_name() == "sqlite":
         address = address.set(database=str(Path(address.database or "").resolve()))
     return masked(address.render_as_string(hide_password=False))
