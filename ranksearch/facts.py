@@ -55,13 +55,18 @@ def study_facts(
     """The facts of a study whose dense model is trained and stands on the device of `inputs`, a batch of one input.
 
     Raises:
-        ModelError: the dense model's score is no number.
+        ModelError: the dense model's score is no number, or on another scale than a share's.
     """
     device = inputs.device
     task.model.to(device)
     score = training.score(task.model, task, task.data.validation, device=device)
     if not math.isfinite(score):
         raise ModelError(f"The score must be a number for the dense net, but {task.score_name} gave {score}; mend it.")
+    if abs(score) > 1:
+        raise ModelError(
+            f"A score must be on the scale of a share, where 0.01 is a difference that counts, but {task.score_name} gave "
+            f"{score:g} for the dense net; divide it, by 100 where it is a percentage."
+        )
     dense = DenseFacts(
         params=found.params,
         macs=found.macs,

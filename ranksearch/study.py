@@ -123,7 +123,7 @@ class _Run:
         self.given = given
         self.spec, self.out, self.options, self.device, self.task = spec, out, options, device, task
         self.inventory, self.space, self.study, self.engine, self.view = found, space, study, engine, view
-        self.example = example(task.data.train).to(device)
+        self.example = example(task.data.validation).to(device)
         self.seconds: dict[str, float] = dict(study.user_attrs.get("ranksearch:seconds", {}))
         self.ledger: Ledger | None = None
 

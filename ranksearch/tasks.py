@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import math
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,19 +13,22 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from ranksearch.data import Splits, batches
+from ranksearch.data import Splits, batches, seeded
 from ranksearch.errors import DataError, ModelError, SpecError, first_line
 from ranksearch.spec import StudySpec, resolve
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(outputs, targets) -> a scalar to be minimised."""
 Score: TypeAlias = Callable[[Tensor, Tensor], float]
-"""(outputs, targets) of a whole split -> a number, higher is better."""
+"""(outputs, targets) of a whole split -> a number, higher is better, on the scale of a share: 0.01 is a point."""
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> float:
-    """Share of inputs whose largest output, of (inputs, classes), is the target's."""
+    """Share of inputs whose largest output, of (inputs, classes), is the target's; NaN where an output is."""
+    if torch.isnan(outputs).any():
+        return math.nan
     return float((outputs.argmax(1) == targets).float().mean())
 
 
@@ -67,21 +72,45 @@ def check_outputs(task: Task) -> None:
                     f"The model must accept the inputs of every split, but {name!r} has {tuple(others.shape[1:])}, 'train' has "
                     f"{tuple(inputs.shape[1:])}, and its forward raised {type(error).__name__}: {first_line(error)}"
                 ) from error
-    if not isinstance(outputs, Tensor):
-        raise ModelError(f"The model must give one tensor, but gives a {type(outputs).__name__}; wrap it.")
+        try:
+            with seeded(0):
+                trained = copy.deepcopy(task.model).train()(inputs)
+        except Exception as error:
+            raise ModelError(
+                f"The model must run in training mode, but raised {type(error).__name__}: {first_line(error)}"
+            ) from error
+    # Some give more while they are trained, such as the outputs of auxiliary classifiers.
+    for found in (outputs, trained):
+        if not isinstance(found, Tensor):
+            raise ModelError(f"The model must give one tensor, in training too, but gives a {type(found).__name__}; wrap it.")
     if task.score is accuracy and classes is not None and (outputs.dim() != 2 or outputs.shape[1] < classes):
         raise ModelError(
             f"The model must give {classes} outputs an input, one a class, but gives shape {tuple(outputs.shape[1:])}; "
             "check its arguments against the data."
         )
-    for name, function in (("loss", task.loss), ("score", task.score)):
-        try:
-            float(function(outputs, targets))
-        except (TypeError, ValueError, RuntimeError, IndexError) as error:
-            raise ModelError(
-                f"The {name} must give one number for outputs of shape {tuple(outputs.shape)} and targets of shape "
-                f"{tuple(targets.shape)}, but raised {type(error).__name__}: {first_line(error)}"
-            ) from error
+    _check_number("loss", task.loss, outputs, targets)
+    try:
+        _check_number("score", task.score, outputs, targets)
+    except ModelError:
+        # One may need more than two inputs, such as some of each class.
+        _check_number("score", task.score, *_whole(task.model, task.data.validation))
+
+
+def _check_number(name: str, function: Callable[[Tensor, Tensor], Any], outputs: Tensor, targets: Tensor) -> None:
+    try:
+        float(function(outputs, targets))
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise ModelError(
+            f"The {name} must give one number for outputs of shape {tuple(outputs.shape)} and targets of shape "
+            f"{tuple(targets.shape)}, but raised {type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+@torch.no_grad()
+def _whole(model: nn.Module, split: Dataset[Any]) -> tuple[Tensor, Tensor]:
+    """The outputs and targets of a whole split."""
+    pairs = [(model(inputs), targets) for inputs, targets in batches(split, 256)]
+    return torch.cat([outputs for outputs, _ in pairs]), torch.cat([targets for _, targets in pairs])
 
 
 def load_task(spec: StudySpec) -> Task:

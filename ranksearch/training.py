@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ranksearch.data import batches, sample, size
+from ranksearch.data import at_once, batches, sample, seeded, size
 from ranksearch.tasks import Task
 
 M = TypeVar("M", bound=nn.Module)
 
 EVALUATION_BATCH = 256
+ROUNDS, FEWEST_ROUNDS, PATIENCE = 30, 3, 30.0
+"""How often models are timed; less often where that would take longer than so many seconds."""
 CLIP_NORM = 5.0
 """A gradient norm far above what healthy training shows here (below 3); it stops the one step that ruins a CP net."""
 WARM_UP = 0.15
@@ -50,14 +52,13 @@ def fit(model: nn.Module, task: Task, recipe: Recipe, *, seed: int, device: torc
         Diverged: the loss became NaN or infinite.
     """
     order = torch.Generator().manual_seed(seed)
-    steps = math.ceil(size(task.data.train) / recipe.batch_size) * recipe.epochs
+    steps = math.ceil(size(task.data.train) / at_once(task.data.train, recipe.batch_size)) * recipe.epochs
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     lower = recipe.precision == "bfloat16"
     for epoch in range(1, recipe.epochs + 1):
         # The caller's random numbers are its own: an epoch neither follows them nor moves them on.
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed + epoch)
+        with seeded(seed + epoch, device):
             model.train()
             for inputs, targets in batches(task.data.train, recipe.batch_size, generator=order, device=device):
                 with torch.autocast(device.type, torch.bfloat16, enabled=lower):
@@ -83,7 +84,11 @@ def _rate(step: int, steps: int) -> float:
 
 def place(model: M, device: torch.device) -> M:
     """Put a model on a device, 2-D kernels with channels last: a third faster for factorized layers on a CPU."""
-    return model.to(device).to(memory_format=torch.channels_last)
+    model.to(device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dim() == 4:  # all at once is for models without any 3-D kernel
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    return model
 
 
 @torch.no_grad()
@@ -119,8 +124,7 @@ def recalibrate(model: nn.Module, task: Task, *, seed: int, device: torch.device
         norm.train()
     order = torch.Generator().manual_seed(seed)
     # The caller's random numbers are its own, and those of a data set that changes its inputs at random follow the seed.
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, device):
         chosen = sample(task.data.train, inputs, seed=seed)
         for batch, _ in batches(chosen, EVALUATION_BATCH, generator=order, device=device):
             model(batch)
@@ -129,16 +133,18 @@ def recalibrate(model: nn.Module, task: Task, *, seed: int, device: torch.device
 
 
 @torch.no_grad()
-def latencies_ms(models: list[nn.Module], example: Tensor, *, repeats: int = 30) -> list[float]:
+def latencies_ms(models: list[nn.Module], example: Tensor) -> list[float]:
     """Median milliseconds of one pass over `example`, for each model, on the example's device.
 
-    The models run in turn, round after round, so that they compare even where the machine's speed drifts.
+    The models run in turn, round after round, so that they compare even where the machine's speed drifts; and are all laid out
+    alike, wherever they come from.
     """
     times: list[list[float]] = [[] for _ in models]
+    start = time.perf_counter()
     for model in models:
-        model.eval()
-        model(example)
-    for _ in range(repeats):
+        place(model, example.device).eval()(example)
+    whole = time.perf_counter() - start
+    for _ in range(max(FEWEST_ROUNDS, min(ROUNDS, int(PATIENCE / whole)))):
         for model, taken in zip(models, times, strict=True):
             start = time.perf_counter()
             model(example)

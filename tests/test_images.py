@@ -83,6 +83,53 @@ def test_pictures_are_decoded_again_when_they_change(tmp_path):
     assert read_pictures(tmp_path / "train", size=8, mode="L").pixels.shape == (2, 1, 8, 8)
 
 
+def test_pictures_of_a_constant_size_are_decoded_again_when_they_change(tmp_path):
+    for name, gray in (("a", 10), ("b", 200)):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.new("L", (8, 8), gray).save(tmp_path / "train" / name / "0.bmp")
+    before = read_pictures(tmp_path / "train", size=8)
+    one, other = (tmp_path / "train" / name / "0.bmp" for name in "ab")
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+    assert torch.equal(read_pictures(tmp_path / "train", size=8).pixels, before.pixels.flip(0))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_pictures_of_sixteen_bits_are_scaled(tmp_path, suffix):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    ramp = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "train" / "a" / f"0.{suffix}")
+    (pixels,) = read_pictures(tmp_path / "train", size=8, mode="L").pixels
+    assert torch.equal(pixels[0], torch.from_numpy((ramp >> 8).astype(np.uint8)))
+
+
+def test_pictures_stand_as_their_camera_was_held(tmp_path):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    half = np.zeros((8, 8), np.uint8)
+    half[:4] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(half).save(tmp_path / "train" / "a" / "0.png", exif=exif)
+    (pixels,) = read_pictures(tmp_path / "train", size=8, mode="L").pixels
+    assert torch.equal(pixels[0], torch.from_numpy(half[::-1].copy()))
+
+
+def test_pictures_that_cannot_be_read(tmp_path, monkeypatch):
+    path = tmp_path / "train" / "a" / "0.tiff"
+    path.parent.mkdir(parents=True)
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(path)
+    with pytest.raises(
+        DataError, match=r"0\.tiff must be a picture, but cannot be read: its pixels, of mode F, are neither of 8 nor"
+    ):
+        read_pictures(tmp_path / "train", size=8)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(
+        DataError, match=r"0\.tiff must be a picture, but cannot be read: Image size .*; take it out of the folder"
+    ):
+        read_pictures(tmp_path / "train", size=8)
+
+
 def test_cifar10_from_torchvisions_pickles(tmp_path, monkeypatch):
     """Written here as torchvision's archive holds them; their checksums are those of other images."""
     torchvision = pytest.importorskip("torchvision")

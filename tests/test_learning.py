@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from ranksearch import training
-from ranksearch.data import Splits, batches, check_splits, digits, example, sample, size
+from ranksearch.data import Batched, Splits, batches, check_splits, digits, example, sample, size
 from ranksearch.errors import DataError, ModelError
 from ranksearch.models import lenet
 from ranksearch.tasks import Task, accuracy, check_outputs
@@ -120,8 +123,80 @@ def test_a_model_that_gives_no_tensor():
         def forward(self, inputs):
             return inputs, inputs
 
-    with pytest.raises(ModelError, match="The model must give one tensor, but gives a tuple; wrap it"):
+    with pytest.raises(ModelError, match="The model must give one tensor, in training too, but gives a tuple; wrap it"):
         check_outputs(Task(Pair(), nets.few_digits()))
+    auxiliary = nets.Net(lambda net, x: (net.net(x), x) if net.training else net.net(x), net=nets.small())
+    with pytest.raises(ModelError, match="The model must give one tensor, in training too, but gives a tuple; wrap it"):
+        check_outputs(Task(auxiliary, nets.few_digits()))
+    torn = nets.Net(lambda net, x: net.nothing if net.training else net.net(x), net=nets.small())
+    with pytest.raises(ModelError, match="The model must run in training mode, but raised AttributeError: 'Net' object has no"):
+        check_outputs(Task(torn, nets.few_digits()))
+
+
+def test_a_score_may_need_more_than_two_inputs():
+    def of_all_classes(outputs, targets):
+        if len(targets.unique()) < 10:
+            raise ValueError("some class is not there")
+        return 0.5
+
+    check_outputs(Task(nets.small(), nets.few_digits(), score=of_all_classes))
+
+
+def test_the_accuracy_of_what_is_no_number_is_none():
+    outputs = torch.tensor([[0.1, 0.2], [float("nan"), 0.0]])
+    assert math.isnan(accuracy(outputs, torch.tensor([1, 1])))
+
+
+class Noisy(Dataset):
+    """Inputs that numpy and `random` change."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return torch.full((1, 4, 4), np.random.rand() + random.random()), index % 2
+
+
+def test_training_on_a_users_random_inputs_follows_its_seed_alone():
+    def trained(seed):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2))
+        task = Task(model, Splits(Noisy(), Noisy(), Noisy(), 2, ""))
+        training.recalibrate(model, task, seed=seed, device=CPU)
+        for _ in training.fit(model, task, training.Recipe(2, batch_size=8), seed=seed, device=CPU):
+            np.random.rand()  # the caller's own
+        return torch.cat([tensor.flatten() for tensor in model.state_dict().values()])
+
+    first = trained(1)
+    assert torch.equal(first, trained(1))
+    assert not torch.equal(first, trained(2))
+
+
+class Large(Batched):
+    """Inputs that come one at a time."""
+
+    at_once = 1
+
+    def __len__(self):
+        return 12
+
+    def batch(self, chosen, device):
+        return torch.ones(len(chosen), 1, 4, 4) * chosen[:, None, None, None], chosen % 2
+
+    def only(self, chosen):
+        return self
+
+
+def test_the_learning_rate_falls_to_nothing_whatever_a_batch_holds():
+    def trained(batch_size):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
+        task = Task(model, Splits(Large(), Large(), Large(), 2, ""))
+        for _ in training.fit(model, task, training.Recipe(2, batch_size=batch_size), seed=0, device=CPU):
+            pass
+        return torch.cat([weights.flatten() for weights in model.parameters()])
+
+    assert torch.equal(trained(1), trained(8))
 
 
 def test_batches_follow_the_generator():
@@ -312,6 +387,6 @@ def test_recalibration_without_normalisation_changes_nothing(trained):
 
 
 def test_latencies_are_measured_for_each_model(trained):
-    times = training.latencies_ms([trained.model, nn.Flatten()], example(trained.data.train), repeats=3)
+    times = training.latencies_ms([trained.model, nn.Flatten()], example(trained.data.train))
     assert len(times) == 2
     assert all(time > 0 for time in times)

@@ -120,12 +120,13 @@ def test_patches_are_cut_from_their_maps(root):
 
 
 def test_maps_of_several_sizes_stand_in_one_split(root):
-    data = made(root, train_scenes=[1, 1], validation_scenes=[1, 3])
+    write_scenes(root, shifts=(*SHIFTS, 4), folder="four")
+    data = made(root, train="four", train_scenes=[1, 1], validation_scenes=[2, 4])
     sizes = [(inputs.shape, targets.shape) for inputs, targets in batches(data.validation, 8)]
-    assert sizes == [((1, 1, 32, 40), (1, 1, 24, 32))] * 3
+    assert sizes == [((1, 1, 32, 41), (1, 1, 24, 33))] * 3
     assert torch.isnan(data.validation[0][1]).sum() == 2 * 24
     outputs, targets = training.predict(ccnn(), data.validation, device=CPU)
-    assert outputs.shape == targets.shape == (3, 1, 24, 32)
+    assert outputs.shape == targets.shape == (3, 1, 24, 33)
     assert 0 < confidence.one_minus_auc(outputs, targets) < 1
 
 
@@ -206,6 +207,7 @@ def test_kittis_layouts(tmp_path, folders):
     scenes = find_scenes(tmp_path)
     assert [scene.name for scene in scenes] == ["000000", "000001"]
     assert (scenes[0].disparities() == 3).all()
+    assert (scenes[0].disparities(4) == 3).all(), "units are for truth of 8 bits"
 
 
 def test_middleburys_layouts(tmp_path):
@@ -228,6 +230,7 @@ def test_middleburys_layouts(tmp_path):
     assert (piano.disparities().flatten()[1:] == 3.5).all()
     assert (teddy.disparities() == 3).all()
     assert (art.disparities(3) == 4).all()
+    assert (teddy.disparities(2) == 3).all(), "what a file tells is what it is"
     with pytest.raises(
         DataError,
         match=r"The unit of the true disparities must be known, but 8-bit .*disp1\.png does not tell it; give units = 1, 2 or 3",
@@ -243,6 +246,8 @@ def test_middleburys_layouts(tmp_path):
         ({"train_scenes": [2]}, r"train_scenes must be the first and the last of 3 scenes, counted from 1, but got \[2\]"),
         ({"disparities": 256}, r"disparities must lie in 1\.\.255, but got 256"),
         ({"patches": 0}, "patches must be at least 1, but got 0"),
+        ({"train_scenes": [1, 2]}, "No scene may be in two splits, but 000001 is in train and validation; mend validation_scenes"),
+        ({"test_scenes": [1, 1]}, "No scene may be in two splits, but 000000 is in train and test; mend test_scenes"),
     ],
 )  # fmt: skip
 def test_stereo_data_that_is_refused(root, options, message):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import ranksearch
+from ranksearch import Splits
 from ranksearch.console import Silent, final_words
 from ranksearch.dense import train_dense
 from ranksearch.errors import ModelError, SpecError, StudyError
@@ -244,6 +245,28 @@ def test_python_may_give_one_name_and_numbers_of_numpy(trained, tmp_path):
     assert {name for trial in record.trials for name, _ in trial.plan} == {"fc2"}
     with pytest.raises(SpecError, match=r"space.layers must name layers that can be decomposed, but 'fc9' is none"):
         ranksearch.search(trained, out=tmp_path / "two", layers="fc9")
+
+
+def test_a_study_of_volumes(tmp_path):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv3d(1, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv3d(8, 8, 3), torch.nn.ReLU(),
+        torch.nn.Flatten(), torch.nn.Linear(64, 2),
+    )  # fmt: skip
+    split = torch.utils.data.TensorDataset(torch.randn(24, 1, 4, 4, 4), torch.arange(24) % 2)
+    record = ranksearch.search(
+        Task(net, Splits(split, split, split, 2, "noise")), out=tmp_path / "mine", trials=2, finetune=ranksearch.Recipe(1),
+        finalists=ranksearch.Recipe(1), finalist_count=1, options=Options(workers=0),
+    )  # fmt: skip
+    assert record.front[0].finalist
+
+
+def test_a_score_that_is_no_share(trained, tmp_path):
+    percent = replace(trained, score=lambda outputs, targets: 93.5)
+    with pytest.raises(
+        ModelError, match=r"on the scale of a share, where .* but <lambda> gave 93.5 for the dense net; divide it, by"
+    ):
+        ranksearch.search(percent, out=tmp_path / "mine", options=Options(workers=0))
 
 
 def foreign(url, *, directions):

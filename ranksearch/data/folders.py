@@ -10,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ranksearch.errors import DataError, first_line
 from ranksearch.files import write_whole
+
+DECODER = 2
+"""Counts changes in how a picture is decoded, so that what was kept before is decoded again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +33,7 @@ class Pictures:
 def read_pictures(folder: Path, *, size: int, mode: str = "RGB") -> Pictures:
     """The pictures under `folder/<class>/`, scaled so that the shorter side is `size` and cut to the square in the middle.
 
-    They are kept as `<folder>-<size>-<mode>.safetensors`, which is made again when the files' names or sizes change.
+    They are kept as `<folder>-<size>-<mode>.safetensors`, which is made again when the files' names, sizes or times change.
 
     Args:
         folder: torchvision's ImageFolder layout.
@@ -48,8 +51,9 @@ def read_pictures(folder: Path, *, size: int, mode: str = "RGB") -> Pictures:
     except FileNotFoundError as error:
         raise DataError(f"Pictures must lie in {folder}/<class>/, but {first_line(error)}") from None
     paths = [Path(path) for path, _ in found.samples]
-    listing = "\n".join(f"{path.relative_to(folder)} {path.stat().st_size}" for path in paths)
-    digest = hashlib.sha256(listing.encode()).hexdigest()
+    kept = [(path.relative_to(folder), path.stat()) for path in paths]
+    listing = "\n".join(f"{name} {about.st_size} {about.st_mtime_ns}" for name, about in kept)
+    digest = hashlib.sha256(f"{DECODER}\n{listing}".encode()).hexdigest()
     cache = folder.with_name(f"{folder.name}-{size}-{mode}.safetensors")
     pixels = _cached(cache, digest)
     if pixels is None:
@@ -68,11 +72,21 @@ def _cached(path: Path, digest: str) -> Tensor | None:
         return None
 
 
+def _in_eight_bits(picture: Image.Image) -> Image.Image:
+    """Pillow itself clips what is darker or brighter than 8 bits can say."""
+    if picture.mode[0] not in "IF":
+        return picture
+    values = np.array(picture)
+    if picture.mode == "F" or values.min() < 0 or values.max() >= 1 << 16:
+        raise ValueError(f"its pixels, of mode {picture.mode}, are neither of 8 nor of 16 bits")
+    return Image.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8))
+
+
 def _decoded(path: Path, size: int, mode: str) -> Tensor:
     try:
         with Image.open(path) as opened:
-            picture = opened.convert(mode)
-    except (UnidentifiedImageError, OSError) as error:
+            picture = _in_eight_bits(ImageOps.exif_transpose(opened)).convert(mode)
+    except Exception as error:  # Pillow raises of many types on damaged files
         raise DataError(f"{path} must be a picture, but cannot be read: {error}; take it out of the folder.") from None
     if picture.size != (size, size):
         scale = size / min(picture.size)

@@ -56,7 +56,7 @@ class Scene:
         else:
             with Image.open(self.truth) as opened:
                 sixteen, raw = opened.mode.startswith("I"), np.array(opened).astype(np.float32)
-            units = units or self.units or (KITTI_UNITS if sixteen else None)
+            units = self.units or (KITTI_UNITS if sixteen else units)
         if units is None:
             raise DataError(
                 f"The unit of the true disparities must be known, but 8-bit {self.truth} does not tell it; give "

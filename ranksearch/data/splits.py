@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,12 @@ def sample(split: Dataset[Any], count: int, *, seed: int) -> Dataset[Any]:
     return Subset(split, chosen.tolist())
 
 
+def at_once(split: Dataset[Any], batch_size: int) -> int:
+    """How many inputs a batch of a split holds: as many as are asked for, or fewer where they are large."""
+    most = split.at_once if isinstance(split, Batched) else None
+    return min(batch_size, most or batch_size)
+
+
 def batches(
     split: Dataset[Any], batch_size: int, *, generator: torch.Generator | None = None, device: torch.device = CPU
 ) -> Iterator[Any]:
@@ -64,8 +71,7 @@ def batches(
     # Not of a subclass: its own __getitem__ may transform.
     if type(split) is TensorDataset or isinstance(split, Batched):
         order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
-        most = split.at_once if isinstance(split, Batched) else None
-        batch_size = min(batch_size, most or batch_size)
+        batch_size = at_once(split, batch_size)
         for chosen in order.split(batch_size):
             if generator is not None and _lonely(chosen, batch_size, count):
                 continue
@@ -85,14 +91,21 @@ def _lonely(batch: Tensor, batch_size: int, count: int) -> bool:
 
 
 def sample_inputs(split: Dataset[Any], count: int, *, seed: int) -> Tensor:
-    """The inputs of `sample` as one tensor; what their transforms draw from torch, numpy or `random` follows the seed too."""
+    """The inputs of `sample` as one tensor; what their transforms draw at random follows the seed too."""
+    with seeded(seed):
+        return _inputs(split, count, seed)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
+    """What is drawn inside, from torch, numpy or `random`, follows the seed, and leaves what is drawn outside as it was."""
     before = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             random.seed(seed)
-            np.random.seed(seed)
-            return _inputs(split, count, seed)
+            np.random.seed(seed % 2**32)
+            yield
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])

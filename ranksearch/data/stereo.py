@@ -121,9 +121,14 @@ def stereo(
     scale = 1 / max(1, disparities - 1) if scaled else 1.0
     asked = (("train", train, train_scenes, threshold), ("validation", train, validation_scenes, threshold),
              ("test", test, test_scenes, threshold if test_threshold is None else test_threshold))  # fmt: skip
-    parts = {}
+    parts, owners = {}, dict[Path, str]()
     for name, folder, span, most in asked:
         scenes = _block(find_scenes(Path(root) / folder), span, f"{name}_scenes")
+        for scene in scenes:
+            if (other := owners.setdefault(scene.truth, name)) != name:
+                raise DataError(
+                    f"No scene may be in two splits, but {scene.name} is in {other} and {name}; mend {name}_scenes."
+                )
         cache = Path(root) / f"census-{disparities}" / folder
         parts[name] = _maps(scenes, cache, disparities=disparities, threshold=most, units=units, scale=scale)
     pixels = (parts["train"].right != UNKNOWN).nonzero().int()

@@ -92,6 +92,8 @@ class Evaluator:
                 curve.append(rung)
                 yield rung
             test = training.score(model, self.task, self.task.data.test, device=torch.device(self.device)) if final else None
+            if test is not None and not math.isfinite(test):
+                raise Diverged("the score became NaN or infinite")
         except Diverged:
             outcome = Outcome.DIVERGED
         except torch.OutOfMemoryError:
