@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ranksearch.errors import PlanError, StudyError, first_line
+from ranksearch.errors import ModelError, PlanError, StudyError, first_line
 from ranksearch.files import write_whole
 from ranksearch.plan import Plan
 from ranksearch.surgery import skeleton_
@@ -32,6 +32,14 @@ def weights_of(model: nn.Module) -> bytes:
     """The state of a model as safetensors bytes, on the CPU."""
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     return safetensors.torch.save(state)
+
+
+def check_state(model: nn.Module) -> None:
+    """That all of a model's state can be kept as `weights_of` does; raises `ModelError` where it holds more than tensors."""
+    for name, kept in model.state_dict().items():
+        if not isinstance(kept, Tensor):
+            kind = type(kept).__name__
+            raise ModelError(f"A model's state must be of tensors, but {name!r} is a {kind}; keep it elsewhere.")
 
 
 def save_model(folder: Path, plan: Plan, weights: bytes) -> None:
@@ -59,6 +67,8 @@ def load_model(dense: M, folder: str | Path) -> M:
         PlanError: its plan does not fit `dense`.
     """
     folder = Path(folder)
+    if any(parameter.is_meta for parameter in dense.parameters()):
+        raise StudyError("The dense model must hold weights, if any, but it is on the device meta; build it on the CPU.")
     try:
         plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
         state = safetensors.torch.load_file(folder / WEIGHTS)
@@ -122,12 +132,12 @@ def export_onnx(model: nn.Module, inputs: Tensor, target: Path) -> float:
             input_names=["input"], output_names=["output"],
         )  # fmt: skip
     assert program is not None
-    target.parent.mkdir(parents=True, exist_ok=True)
     data = program.model_proto.SerializeToString()
 
     def run(batch: Tensor) -> Tensor:
-        session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-        return torch.from_numpy(session.run(None, {"input": batch.numpy()})[0])
+        with _traced("onnx"):
+            session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+            return torch.from_numpy(session.run(None, {"input": batch.numpy()})[0])
 
     difference = _compare(model, run, inputs)
     write_whole(target, data)
@@ -153,8 +163,8 @@ def _traced(form: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise StudyError(
-            f"A model must be one that torch.export can trace to be written as {form}, but {type(error).__name__}: "
-            f"{first_line(error)}; take it home by --format plan."
+            f"A model must be one that torch can write as {form}, but {type(error).__name__}: {first_line(error)}; take it "
+            "home by --format plan."
         ) from error
 
 

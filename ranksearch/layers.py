@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,12 +15,31 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from ranksearch.errors import ModelError, first_line
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+UNCALLED = "the forward does not call it by its name, but keeps it elsewhere too, as in a list"
+"""Why a layer is skipped that a forward finds elsewhere than under its name."""
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _recurrence(inputs: Tensor, of_inputs: Tensor, of_state: Tensor, *args: Any, **kwargs: Any) -> int:
+    steps, batch = inputs.shape[:2]
+    return 2 * steps * batch * (of_inputs.numel() + of_state.numel())
+
+
+FORMULAS: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten.mkldnn_rnn_layer: _recurrence,
+}
+"""Operations on a CPU that torch's own table leaves out."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +109,8 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
 def inventory(model: nn.Module, example: Tensor) -> Inventory:
     """The decomposable layers of `model`, found by running it on `example`, a batch of one input.
 
-    It runs once as it is, and once with each of those layers behind a stand-in that has no more than its replacement will.
+    It runs as it is, and with each of those layers behind a stand-in that has no more than its replacement will; in training
+    mode too, where it can on a batch of two, as a copy.
 
     Raises:
         ModelError: the model does not accept the example, holds NaN or infinite weights, or has no decomposable layer.
@@ -108,7 +129,11 @@ def inventory(model: nn.Module, example: Tensor) -> Inventory:
         reason = _why_not(name, module, watch)
         if reason:
             skipped[name] = reason
-    skipped |= _why_not_replaced(model, [name for name in watch.order if name not in skipped], example)
+    skipped |= _why_not_replaced(model, [name for name in watch.order if name not in skipped], _evaluated(model, example))
+    if twin := _trained(model, example):
+        found = _why_not_replaced(twin[0], [name for name in watch.order if name not in skipped], twin[1])
+        # A layer that training leaves out is replaced all the same.
+        skipped |= {name: f"{reason}, in training" for name, reason in found.items() if reason != UNCALLED}
     for name in watch.order:
         if name not in skipped:
             layers.append(_describe(name, watch.candidates[name], *watch.shapes[name], watch.maps.get(name), len(example)))
@@ -141,6 +166,8 @@ def _why_not(name: str, module: nn.Module, watch: _Watch) -> str | None:
         return f"{type(module).__name__} has a forward of its own"
     if is_parametrised(module):
         return "its weight is parametrised; remove the parametrisation first"
+    if is_hooked(module):
+        return "it has forward hooks, which its replacement would not have; remove them first"
     if module.weight.is_complex():
         return "its weight is complex"
     if len(watch.owners[id(module.weight)]) > 1:
@@ -156,29 +183,83 @@ def _why_not(name: str, module: nn.Module, watch: _Watch) -> str | None:
     return None
 
 
-def _why_not_replaced(model: nn.Module, names: Sequence[str], example: Tensor) -> dict[str, str]:
+@dataclass(frozen=True)
+class _Pass:
+    """A pass of a model that can be made again, and the outputs that it gave; none where they are another each time."""
+
+    run: Callable[[], Any]
+    outputs: list[Tensor] | None
+
+    @classmethod
+    def of(cls, run: Callable[[], Any]) -> _Pass:
+        first, second = _tensors(run()), _tensors(run())
+        return cls(run, first if _alike(first, second) else None)
+
+
+def _evaluated(model: nn.Module, example: Tensor) -> _Pass:
+    def run() -> Any:
+        # Not watched: fused forms, such as attention's, ask for the weights only where no hook is there.
+        with evaluating(model), torch.no_grad():
+            return model(example)
+
+    return _Pass.of(run)
+
+
+def _trained(model: nn.Module, example: Tensor) -> tuple[nn.Module, _Pass] | None:
+    """A copy of the model in training mode, and its pass; None where it has none on two inputs that are alike."""
+
+    def run() -> Any:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            return twin(torch.cat([example, example]))
+
+    try:
+        twin = copy.deepcopy(model).train()
+        return twin, _Pass.of(run)
+    except Exception:
+        # What stands in the way of training is told where it is trained.
+        return None
+
+
+def _why_not_replaced(model: nn.Module, names: Sequence[str], whole: _Pass) -> dict[str, str]:
     """Why the forward needs some of these layers as they are, found by running it with a stand-in for each."""
     if not names:
         return {}
-    raised = None
-    # Not watched: fused forms, such as attention's, ask for the weights only where no hook is there.
-    with _standing_in(model, names) as stand_ins, evaluating(model), torch.no_grad():
+    failed = ""
+    with _standing_in(model, names) as stand_ins:
         try:
-            model(example)
+            outputs = _tensors(whole.run())
         except Exception as error:
-            raised = error
-    if raised and len(names) == 1:
-        return {names[0]: f"the forward fails when it is replaced ({type(raised).__name__}: {first_line(raised)})"}
-    if raised:
-        half = len(names) // 2
-        return _why_not_replaced(model, names[:half], example) | _why_not_replaced(model, names[half:], example)
+            failed = f"the forward fails when it is replaced ({type(error).__name__}: {first_line(error)})"
     reasons = {}
     for name, stand_in in stand_ins.items():
         if stand_in.asked:
             reasons[name] = f"its {stand_in.asked[0]} is also used outside the layer"
-        elif not stand_in.called:
-            reasons[name] = "the forward does not call it by its name, but keeps it elsewhere too, as in a list"
-    return reasons
+        elif not failed and not stand_in.called:
+            reasons[name] = UNCALLED
+    if not failed and not reasons and whole.outputs is not None and not _alike(whole.outputs, outputs):
+        # Such as where it asks for a layer's type.
+        failed = "the forward gives another result when it is replaced"
+    if failed and len(names) == 1:
+        return {names[0]: failed}
+    if failed:
+        half = len(names) // 2
+        return _why_not_replaced(model, names[:half], whole) | _why_not_replaced(model, names[half:], whole)
+    rest = [name for name in names if name not in reasons]
+    return reasons | (_why_not_replaced(model, rest, whole) if reasons else {})
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    """The tensors of what a forward gives, copied: a module may write over them in the next pass."""
+    return [leaf.clone() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def _alike(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    """Whether two passes gave the same, but for rounding."""
+    return len(first) == len(second) and all(
+        one.shape == two.shape and torch.allclose(one.double(), two.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
+        for one, two in zip(first, second, strict=True)
+    )
 
 
 def _describe(
@@ -263,7 +344,7 @@ class _Multiplications(TorchDispatchMode):
         given = dict(kwargs or {})
         if isinstance(func, torch._ops.HigherOrderOperator):
             return NotImplemented
-        formula = flop_registry.get(func._overloadpacket)
+        formula = FORMULAS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
         if formula is None:
             with self:
                 result = func.decompose(*args, **given)
@@ -323,10 +404,16 @@ def is_parametrised(module: nn.Module) -> bool:
     return parametrize.is_parametrized(module) or not isinstance(module.weight, nn.Parameter)
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a Conv or Linear has hooks of its own, which see or change what goes in or out of it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def runs_as_torch(module: nn.Module) -> bool:
     """Whether a Conv or Linear computes what torch's own does; a subclass may standardise its weights, or pad by itself."""
     base = next(kind for kind in (*CONVOLUTIONS, nn.Linear) if isinstance(module, kind))
-    return all(getattr(type(module), name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward"))
+    own = "forward", "_conv_forward"
+    return all(getattr(type(module), n, None) is getattr(base, n, None) and n not in vars(module) for n in own)
 
 
 def _is_candidate(module: nn.Module) -> bool:

@@ -83,7 +83,10 @@ class Metric:
 def source(model: nn.Module, inputs: Tensor) -> str:
     """The digest of all that a metric follows from: every weight and buffer of the model, and the inputs."""
     digest = hashlib.sha256(f"1|{SHRINKAGE}|{LARGEST}|{POSITIONS}|{BATCH}".encode())
-    for name, value in [*model.state_dict().items(), ("", inputs)]:
+    kept = model.state_dict()
+    # What a model does not keep, such as the mean of its inputs, it computes with all the same.
+    others = [(name, value) for name, value in model.named_buffers() if name not in kept]
+    for name, value in [*kept.items(), *others, ("", inputs)]:
         if isinstance(value, Tensor):
             digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

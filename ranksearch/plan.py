@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+import numbers
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -33,8 +34,11 @@ class Factorization:
         for name in self.rank_names():
             if not _is_positive(rank := getattr(self, name)):
                 raise PlanError(f"A rank must be a whole number of at least 1, but {self.method} got {name}={rank!r}.")
-        if self.kernel is not None and not (self.kernel and all(map(_is_positive, self.kernel))):
-            raise PlanError(f"A kernel must be whole numbers of at least 1, but {self.method} got kernel={self.kernel!r}.")
+            object.__setattr__(self, name, int(rank))  # numpy's too
+        if self.kernel is not None:
+            if not (isinstance(self.kernel, Sequence) and self.kernel and all(map(_is_positive, self.kernel))):
+                raise PlanError(f"A kernel must be whole numbers of at least 1, but {self.method} got kernel={self.kernel!r}.")
+            object.__setattr__(self, "kernel", tuple(map(int, self.kernel)))
 
     @classmethod
     @functools.cache
@@ -165,7 +169,7 @@ class Plan:
 
 
 def _is_positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def _factorization(layer: str, entry: Any) -> Factorization:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.errors import ModelError
+from ranksearch.layers import CONVOLUTIONS, is_parametrised
 from ranksearch.plan import Plan
 from ranksearch.surgery import skeleton_
 
@@ -53,6 +54,11 @@ def initialise_(parts: Sequence[nn.Module], *, last: str = "relu") -> None:
 def check_scratch(model: nn.Module) -> None:
     """Refuse a model that cannot be drawn anew; raises `ModelError` as `scratch_` does."""
     for name, module in model.named_modules():
+        if isinstance(module, (*CONVOLUTIONS, nn.Linear)) and is_parametrised(module):
+            raise ModelError(
+                f"A net can start from scratch if its layers hold their weights as they are, but {name!r} computes its own "
+                "from others; remove its normalisation or pruning, or use space.start = 'decomposed'."
+            )
         if _holds_parameters(module) and not callable(getattr(module, "reset_parameters", None)):
             raise ModelError(
                 f"A net can start from scratch if each module that holds parameters has reset_parameters(), but "

@@ -22,7 +22,7 @@ from ranksearch.dense import load_given, load_weights, recipe, train_dense
 from ranksearch.engines import local, ray
 from ranksearch.engines.base import Engine, check_portable
 from ranksearch.errors import SpecError, StudyError
-from ranksearch.export import holds_model, load_model, save_model, weights_of
+from ranksearch.export import check_state, holds_model, load_model, save_model, weights_of
 from ranksearch.facts import study_facts
 from ranksearch.files import write_whole
 from ranksearch.layers import Inventory, check_weights, inventory
@@ -86,6 +86,7 @@ def run_study(
     check_splits(task.data)
     found = inventory(task.model, example(task.data.train))
     check_outputs(task)
+    check_state(task.model)
     space = space_of(spec.space, found)
     check_limits(spec.search.limits, space, found)
     if spec.space.start == "scratch":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ranksearch.errors import PlanError, nearest
 from ranksearch.factorization import METHODS, Shape
-from ranksearch.layers import CONVOLUTIONS, is_parametrised, replace_, runs_as_torch
+from ranksearch.layers import CONVOLUTIONS, is_hooked, is_parametrised, replace_, runs_as_torch
 from ranksearch.plan import Factorization, Plan
 
 M = TypeVar("M", bound=nn.Module)
@@ -57,6 +57,8 @@ def factorize_(
         kernel = kernel_of(name, module, value)
         method = METHODS[type(value)]
         given = (factors or {}).get(name)
+        if given is None and not torch.isfinite(kernel).all():
+            raise PlanError(f"Weights must be finite, but layer {name!r} holds NaN or infinity; load or train it again.")
         if given is None:
             given = method.factors(kernel, method.prepare(kernel, [value.ranks], seed), value.ranks, seed)
         _check_shapes(name, value, tuple(kernel.shape), given)
@@ -93,8 +95,8 @@ def kernel_of(name: str, module: nn.Module, value: Factorization) -> Tensor:
     """The weight of a layer as the kernel (out, in, *kernel) that `value` decomposes, in float32 or better.
 
     Raises:
-        PlanError: the layer is of another type or grouped, its weight is parametrised or not real and finite, or `value`
-            does not suit its shape.
+        PlanError: the layer is of another type, hooked or grouped, its weight is parametrised, not real or not there yet, or
+            `value` does not suit its shape.
     """
     if not isinstance(module, (*CONVOLUTIONS, nn.Linear)):
         raise PlanError(f"Layer {name!r} must be a Conv1d, Conv2d, Conv3d or Linear, but is a {type(module).__name__}.")
@@ -102,16 +104,18 @@ def kernel_of(name: str, module: nn.Module, value: Factorization) -> Tensor:
         raise PlanError(f"Layer {name!r} has {module.groups} groups; only convolutions of one group are factorized.")
     if not runs_as_torch(module):
         raise PlanError(f"Layer {name!r} must compute what torch's does, but {type(module).__name__} has a forward of its own.")
+    if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters()):
+        raise PlanError(f"Layer {name!r} must have its weight, but it has no shape yet; run the model once on its data first.")
     if is_parametrised(module):
         raise PlanError(
             f"Layer {name!r} must hold its weight as it is, but it is parametrised or pruned; make that permanent first, with "
             "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove."
         )
+    if is_hooked(module):
+        raise PlanError(f"Layer {name!r} has forward hooks, which its replacement would not have; remove them first.")
     weight = module.weight.detach()
     if not weight.is_floating_point():
         raise PlanError(f"Layer {name!r} must have real weights, but they are {weight.dtype}; leave it out of the plan.")
-    if not torch.isfinite(weight).all():
-        raise PlanError(f"Weights must be finite, but layer {name!r} holds NaN or infinity; load or train it again.")
     weight = weight if weight.dtype == torch.float64 else weight.float()
     if value.kernel is not None:
         fits = len(value.kernel) <= len(CONVOLUTIONS) and weight[0].numel() % math.prod(value.kernel) == 0

@@ -8,8 +8,8 @@ import onnxruntime
 import pytest
 import torch
 
-from ranksearch.errors import PlanError, StudyError
-from ranksearch.export import export_model, export_onnx, load_model, save_model, weights_of
+from ranksearch.errors import ModelError, PlanError, StudyError
+from ranksearch.export import check_state, export_model, export_onnx, load_model, save_model, weights_of
 from ranksearch.plan import CP, SVD, Plan, Tucker2
 from ranksearch.surgery import factorize_
 from tests import nets
@@ -45,10 +45,38 @@ def test_plan_and_weights_rebuild_on_the_plain_dense_class(compressed, inputs, t
 def test_a_model_that_cannot_be_traced(form, inputs, tmp_path):
     model = nets.Net(lambda net, x: net.fc(x.flatten(1)) * (2 if x.max() > 100 else 1), fc=torch.nn.Linear(64, 10)).eval()
     with pytest.raises(
-        StudyError, match=rf"torch.export can trace to be written as {form}, but .*; take it home by --format plan"
+        StudyError, match=rf"A model must be one that torch can write as {form}, but .*; take it home by --format plan"
     ):
         export_model(model, model, Plan(), inputs, tmp_path / "model", form=form)
     assert not (tmp_path / "model").exists()
+
+
+def test_a_model_that_onnxruntime_does_not_run(inputs, tmp_path):
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten()).double().eval()
+    with pytest.raises(StudyError, match=r"must be one that torch can write as onnx, but .*; take it home by --format plan"):
+        export_model(model, model, Plan(), inputs.double(), tmp_path / "model", form="onnx")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_state_that_is_no_tensor():
+    class Stateful(torch.nn.Conv2d):
+        def get_extra_state(self):
+            return {"seen": 3}
+
+    with pytest.raises(
+        ModelError, match=r"A model's state must be of tensors, but '0._extra_state' is a dict; keep it elsewhere"
+    ):
+        check_state(torch.nn.Sequential(Stateful(4, 4, 1)))
+
+
+def test_the_weights_of_the_dense_model_do_not_matter(compressed, inputs, tmp_path):
+    save_model(tmp_path, PLAN, weights_of(compressed))
+    dense = nets.small()
+    with torch.no_grad():
+        dense.conv1.weight.fill_(float("nan"))
+    assert torch.equal(load_model(dense, tmp_path)(inputs), compressed(inputs))
+    with pytest.raises(StudyError, match="must hold weights, if any, but it is on the device meta; build it on the CPU"):
+        load_model(nets.small().to("meta"), tmp_path)
 
 
 def test_onnx_takes_any_batch(compressed, inputs, tmp_path):

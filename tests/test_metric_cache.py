@@ -112,6 +112,18 @@ def test_layers_of_equal_weights_and_alike_names_keep_their_own_metric(tmp_path)
     assert not torch.equal(again.layers["a b"].metric.mean, again.layers["a_b"].metric.mean)
 
 
+def test_a_source_reads_what_a_model_does_not_keep():
+    def digest(mean):
+        model = nn.Sequential(nn.Conv2d(1, 2, 3))
+        with torch.no_grad():
+            model[0].weight.fill_(0.5)
+            model[0].bias.fill_(0.5)
+        model.register_buffer("mean", torch.tensor(mean), persistent=False)
+        return source(model, torch.ones(1, 1, 4, 4))
+
+    assert digest(0.0) == digest(0.0) != digest(1.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_a_source_reads_every_type(dtype):
     model, inputs = nn.Linear(3, 3).to(dtype), torch.ones(2, 3, dtype=dtype)

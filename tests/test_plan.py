@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,6 +45,20 @@ def test_a_plan_reads_as_text():
 def test_ranks_are_positive_whole_numbers(bad):
     with pytest.raises(PlanError, match=r"A rank must be a whole number of at least 1, but cp got rank="):
         CP(bad)
+
+
+def test_numbers_may_be_those_of_numpy():
+    assert Tucker2(np.int64(3), 4) == Tucker2(3, 4)
+    assert json.loads(Plan.of({"fc": CP(np.int32(2), kernel=[np.int64(3), 3])}).to_json()) == json.loads(
+        Plan.of({"fc": CP(2, kernel=(3, 3))}).to_json()
+    )
+    assert hash(CP(2, kernel=[3, 3])) == hash(CP(2, kernel=(3, 3)))
+
+
+@pytest.mark.parametrize("kernel", [3, "33", (0, 6), ()])
+def test_kernels_are_rows_of_positive_whole_numbers(kernel):
+    with pytest.raises(PlanError, match="A kernel must be whole numbers of at least 1, but cp got kernel="):
+        CP(2, kernel=kernel)
 
 
 def test_kernels_are_positive_whole_numbers():

@@ -82,6 +82,19 @@ def kept_in_a_list():
     return model
 
 
+def hooked():
+    conv = nn.Conv2d(4, 4, 3)
+    conv.register_forward_pre_hook(lambda module, args: (F.pad(args[0], (1, 1, 1, 1)),))
+    return conv
+
+
+def wrapped():
+    conv = nn.Conv2d(4, 4, 3)
+    inner = conv.forward
+    conv.forward = lambda x: inner(x).relu()
+    return conv
+
+
 def of_its_type(n, x, y):
     return (y,)[0 if isinstance(n.one, nn.Conv2d) else 1]
 
@@ -127,6 +140,13 @@ SKIPPED = {
         kept_in_a_list(),
         "the forward does not call it by its name, but keeps it elsewhere too, as in a list",
     ),
+    "hooked": (before(hooked()), "it has forward hooks, which its replacement would not have; remove them first"),
+    "forward of the instance": (before(wrapped()), "Conv2d has a forward of its own"),
+    "another result": (
+        used(lambda n, x, y: y.exp() if isinstance(n.one, nn.Conv2d) else y),
+        "the forward gives another result when it is replaced",
+    ),
+    "weight in training": (used(lambda n, x, y: y + n.one.weight.sum() if n.training else y), f"{OUTSIDE}, in training"),
     "of its type": (
         used(of_its_type),
         "the forward fails when it is replaced (IndexError: tuple index out of range)",
@@ -153,24 +173,24 @@ def test_what_cannot_be_decomposed_is_skipped_with_the_reason(model, reason):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.sampled_from(["plain", "used", "typed"]), min_size=1, max_size=7))
+@given(st.lists(st.sampled_from(["plain", "used", "typed", "branch"]), min_size=1, max_size=7))
 def test_only_those_that_the_forward_needs_are_skipped(kinds):
     def run(n, x):
         for kind, layer in zip(kinds, n.layers, strict=True):
             x = layer(x) * (layer.weight.sum() if kind == "used" else 1)
+            x = x + 1 if kind == "branch" and isinstance(layer, nn.Conv2d) else x
             assert kind != "typed" or isinstance(layer, nn.Conv2d), "another type"
         return n.last(x)
 
     model = Net(run, layers=nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in kinds), last=nn.Conv2d(4, 2, 1))
     reasons = {"used": OUTSIDE, "typed": "the forward fails when it is replaced (AssertionError: another type)"}
+    reasons["branch"] = "the forward gives another result when it is replaced"
     assert inventory(model, IMAGE).skipped == {f"layers.{i}": reasons[kind] for i, kind in enumerate(kinds) if kind in reasons}
 
 
 def watched():
-    """What may look at weights: it is gone, or looks at others, when the layer is replaced."""
+    """What may look at weights: it looks at others when the layer is replaced."""
     model = Net(lambda n, x: n.two(n.one(x.to(next(n.parameters()).device))), one=nn.Conv2d(4, 4, 1), two=nn.Conv2d(4, 2, 1))
-    model.one.register_forward_pre_hook(lambda module, args: (args[0] + module.weight.sum(),))
-    model.one.register_forward_hook(lambda module, args, output: output * module.weight.mean())
     model.register_forward_hook(lambda module, args, output: output / max(p.norm() for p in module.parameters()))
     return model
 
@@ -200,6 +220,18 @@ ORDINARY = CONVOLUTIONS | {
 @pytest.mark.parametrize(("model", "example"), ORDINARY.values(), ids=ORDINARY)
 def test_ordinary_layers_are_not_skipped(model, example):
     assert not inventory(model, example).skipped
+
+
+def test_a_net_that_draws_in_every_pass_is_not_skipped():
+    model = Net(lambda n, x: n.two(n.one(x) + torch.rand(1)), one=nn.Conv2d(4, 4, 1), two=nn.Conv2d(4, 2, 1))
+    assert not inventory(model, IMAGE).skipped
+
+
+def test_work_that_torchs_table_leaves_out_counts():
+    attention = Net(lambda n, x: n.out(F.scaled_dot_product_attention(x, x, x)), out=nn.Linear(32, 1))
+    assert count_macs(attention, torch.ones(1, 1, 50, 32)) == 2 * 50 * 50 * 32 + 50 * 32
+    recurrent = Net(lambda n, x: n.out(n.lstm(x)[0]), lstm=nn.LSTM(16, 32, batch_first=True), out=nn.Linear(32, 1))
+    assert count_macs(recurrent, torch.ones(1, 20, 16)) == 20 * (4 * 32 * (16 + 32) + 32)
 
 
 def test_hooks_of_every_module_may_look_at_weights():

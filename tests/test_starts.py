@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
+import ranksearch
 from ranksearch.data import example
 from ranksearch.errors import ModelError, SpecError
 from ranksearch.layers import inventory
@@ -137,6 +140,26 @@ def test_a_model_that_cannot_be_drawn_anew():
 def test_starts_and_schedules_that_exclude_each_other(overrides, message):
     with pytest.raises(SpecError, match=message):
         small_spec("space.start=scratch", *overrides)
+
+
+def test_weights_that_are_computed_are_not_drawn_anew():
+    model = torch.nn.Sequential(torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv2d(1, 2, 3)), torch.nn.Conv2d(2, 2, 3))
+    prune.random_unstructured(model[1], "weight", amount=0.5)
+    for inner in (model, torch.nn.Sequential(model[1])):
+        with pytest.raises(
+            ModelError, match="if its layers hold their weights as they are, but '0' computes its own from others"
+        ):
+            scratch_(inner, Plan(), seed=0)
+
+
+def test_a_model_that_cannot_be_copied(trained, tmp_path):
+    model = nets.small()
+    prune.random_unstructured(model.conv2, "weight", amount=0.5)
+    model(trained.data.train.tensors[0][:2])
+    with pytest.raises(
+        ModelError, match=r"one that can be copied, but copy.deepcopy raised: .*; make a weight's normalisation or"
+    ):
+        ranksearch.search(replace(trained, model=model), out=tmp_path / "mine")
 
 
 @pytest.mark.parametrize("override", ["space.start=scratch", "finalists.schedule=layerwise"])
