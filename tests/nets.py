@@ -89,7 +89,7 @@ class Deadly(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         path = os.environ.get("DEADLY", "")
-        if self.training and path and os.path.exists(path):  # noqa: PTH110
+        if self.training and torch.is_grad_enabled() and path and os.path.exists(path):  # noqa: PTH110
             os.unlink(path)  # noqa: PTH108
             os.kill(os.getpid(), signal.SIGKILL)
         return self.net(inputs)
