@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
@@ -11,12 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ranksearch.console import View
-from ranksearch.errors import ModelError, first_line
 from ranksearch.options import Options
 from ranksearch.record import StudyRecord
 from ranksearch.spec import DenseSpec, FinalistSpec, SearchSpec, SpaceSpec, StudySpec, TaskSpec, TrainSpec, parse_spec
 from ranksearch.study import run_study
-from ranksearch.tasks import FROM_PYTHON, Task
+from ranksearch.tasks import FROM_PYTHON, Task, copied
 from ranksearch.training import Recipe
 
 S = TypeVar("S", bound=TrainSpec)
@@ -127,15 +125,7 @@ def search(
     )
     # By way of its text, so that what Python gives is checked as strictly as a study file.
     spec = parse_spec(spec.to_toml(), source="search()")
-    try:
-        model = copy.deepcopy(task.model).cpu()
-    except RuntimeError as error:
-        # So after training with torch.nn.utils.weight_norm, spectral_norm or prune.
-        raise ModelError(
-            f"The model must be one that can be copied, but copy.deepcopy raised: {first_line(error)}; make a weight's "
-            "normalisation or pruning permanent first."
-        ) from error
-    return run_study(spec, Path(out), options, task=replace(task, model=model), view=view)
+    return run_study(spec, Path(out), options, task=replace(task, model=copied(task.model).cpu()), view=view)
 
 
 def _names(given: str | Sequence[str]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import math
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from torch.utils.data import Dataset
 from ranksearch.data import Splits, batches, seeded
 from ranksearch.errors import DataError, ModelError, SpecError, first_line
 from ranksearch.spec import StudySpec, resolve
+
+M = TypeVar("M", bound=nn.Module)
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(outputs, targets) -> a scalar to be minimised."""
@@ -72,9 +74,10 @@ def check_outputs(task: Task) -> None:
                     f"The model must accept the inputs of every split, but {name!r} has {tuple(others.shape[1:])}, 'train' has "
                     f"{tuple(inputs.shape[1:])}, and its forward raised {type(error).__name__}: {first_line(error)}"
                 ) from error
+        twin = copied(task.model).train()
         try:
             with seeded(0):
-                trained = copy.deepcopy(task.model).train()(inputs)
+                trained = twin(inputs)
         except Exception as error:
             raise ModelError(
                 f"The model must run in training mode, but raised {type(error).__name__}: {first_line(error)}"
@@ -94,6 +97,21 @@ def check_outputs(task: Task) -> None:
     except ModelError:
         # One may need more than two inputs, such as some of each class.
         _check_number("score", task.score, *_whole(task.model, task.data.validation))
+
+
+def copied(model: M) -> M:
+    """A copy of a model, as every trial begins with.
+
+    Raises:
+        ModelError: it cannot be copied; so after training with torch.nn.utils.weight_norm, spectral_norm or prune.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise ModelError(
+            f"The model must be one that can be copied, but copy.deepcopy raised {type(error).__name__}: {first_line(error)}; "
+            "make a weight's normalisation or pruning permanent, and keep what is open, such as a file, outside of it."
+        ) from error
 
 
 def _check_number(name: str, function: Callable[[Tensor, Tensor], Any], outputs: Tensor, targets: Tensor) -> None:

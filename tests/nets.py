@@ -146,7 +146,23 @@ def larger_test() -> Splits:
     return replace(found, test=TensorDataset(torch.zeros(10, 1, 16, 16), torch.arange(10)))
 
 
+class Log:
+    """May be copied, but not sent anywhere."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("cannot pickle a log")
+
+
 def unpicklable() -> nn.Module:
+    model = small()
+    model.log = Log()
+    return model
+
+
+def uncopyable() -> nn.Module:
     model = small()
     model.log = sys.stdout
     return model

@@ -142,6 +142,7 @@ def test_export_chooses_from_the_front(finished, capsys, tmp_path, choice, monke
         (["study", "small.toml", "--set", "task.model_args.day=2024-01-02"], "small.toml: task.model_args.day must be a string, a number,"),
         (["study", "small.toml", "--set", "task.data_args.x=[1, nan]"], "small.toml: task.data_args.x.1 must be a number, but got nan."),
         (["study", "small.toml", "--set", "finetune.weight_decay=inf"], "small.toml: finetune.weight_decay must be at least 0, but got inf"),
+        (["study", "small.toml", "--set", "task.model=tests.nets:uncopyable"], "The model must be one that can be copied, but copy.deepc"),
         (["study", "small.toml", "--set", "task.data=tests.nets:pictures"], "A split must be readable in batches, but 'train' raised Type"),
         (["study", "small.toml", "--set", "task.data=tests.nets:ragged"], "A split must be readable in batches, but 'train' raised Runt"),
         (["study", "small.toml", "--set", "task.data=tests.nets:larger_test"],

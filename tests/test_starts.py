@@ -157,7 +157,7 @@ def test_a_model_that_cannot_be_copied(trained, tmp_path):
     prune.random_unstructured(model.conv2, "weight", amount=0.5)
     model(trained.data.train.tensors[0][:2])
     with pytest.raises(
-        ModelError, match=r"one that can be copied, but copy.deepcopy raised: .*; make a weight's normalisation or"
+        ModelError, match=r"one that can be copied, but copy.deepcopy raised RuntimeError: .*; make a weight's normalisation or"
     ):
         ranksearch.search(replace(trained, model=model), out=tmp_path / "mine")
 
