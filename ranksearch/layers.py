@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,32 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from ranksearch.errors import ModelError, first_line
+from ranksearch.macs import Multiplications
+from ranksearch.stand_ins import UNCALLED, evaluated, evaluating, trained, why_not_replaced
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-UNCALLED = "the forward does not call it by its name, but keeps it elsewhere too, as in a list"
-"""Why a layer is skipped that a forward finds elsewhere than under its name."""
-
-
-def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
-
-
-def _recurrence(inputs: Tensor, of_inputs: Tensor, of_state: Tensor, *args: Any, **kwargs: Any) -> int:
-    steps, batch = inputs.shape[:2]
-    return 2 * steps * batch * (of_inputs.numel() + of_state.numel())
-
-
-FORMULAS: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten.mkldnn_rnn_layer: _recurrence,
-}
-"""Operations on a CPU that torch's own table leaves out."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +108,9 @@ def inventory(model: nn.Module, example: Tensor) -> Inventory:
         reason = _why_not(name, module, watch)
         if reason:
             skipped[name] = reason
-    skipped |= _why_not_replaced(model, [name for name in watch.order if name not in skipped], _evaluated(model, example))
-    if twin := _trained(model, example):
-        found = _why_not_replaced(twin[0], [name for name in watch.order if name not in skipped], twin[1])
+    skipped |= why_not_replaced(model, [name for name in watch.order if name not in skipped], evaluated(model, example))
+    if twin := trained(model, example):
+        found = why_not_replaced(twin[0], [name for name in watch.order if name not in skipped], twin[1])
         # A layer that training leaves out is replaced all the same.
         skipped |= {name: f"{reason}, in training" for name, reason in found.items() if reason != UNCALLED}
     for name in watch.order:
@@ -183,85 +162,6 @@ def _why_not(name: str, module: nn.Module, watch: _Watch) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """A pass of a model that can be made again, and the outputs that it gave; none where they are another each time."""
-
-    run: Callable[[], Any]
-    outputs: list[Tensor] | None
-
-    @classmethod
-    def of(cls, run: Callable[[], Any]) -> _Pass:
-        first, second = _tensors(run()), _tensors(run())
-        return cls(run, first if _alike(first, second) else None)
-
-
-def _evaluated(model: nn.Module, example: Tensor) -> _Pass:
-    def run() -> Any:
-        # Not watched: fused forms, such as attention's, ask for the weights only where no hook is there.
-        with evaluating(model), torch.no_grad():
-            return model(example)
-
-    return _Pass.of(run)
-
-
-def _trained(model: nn.Module, example: Tensor) -> tuple[nn.Module, _Pass] | None:
-    """A copy of the model in training mode, and its pass; None where it has none on two inputs that are alike."""
-
-    def run() -> Any:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(0)
-            return twin(torch.cat([example, example]))
-
-    try:
-        twin = copy.deepcopy(model).train()
-        return twin, _Pass.of(run)
-    except Exception:
-        # What stands in the way of training is told where it is trained.
-        return None
-
-
-def _why_not_replaced(model: nn.Module, names: Sequence[str], whole: _Pass) -> dict[str, str]:
-    """Why the forward needs some of these layers as they are, found by running it with a stand-in for each."""
-    if not names:
-        return {}
-    failed = ""
-    with _standing_in(model, names) as stand_ins:
-        try:
-            outputs = _tensors(whole.run())
-        except Exception as error:
-            failed = f"the forward fails when it is replaced ({type(error).__name__}: {first_line(error)})"
-    reasons = {}
-    for name, stand_in in stand_ins.items():
-        if stand_in.asked:
-            reasons[name] = f"its {stand_in.asked[0]} is also used outside the layer"
-        elif not failed and not stand_in.called:
-            reasons[name] = UNCALLED
-    if not failed and not reasons and whole.outputs is not None and not _alike(whole.outputs, outputs):
-        # Such as where it asks for a layer's type.
-        failed = "the forward gives another result when it is replaced"
-    if failed and len(names) == 1:
-        return {names[0]: failed}
-    if failed:
-        half = len(names) // 2
-        return _why_not_replaced(model, names[:half], whole) | _why_not_replaced(model, names[half:], whole)
-    rest = [name for name in names if name not in reasons]
-    return reasons | (_why_not_replaced(model, rest, whole) if reasons else {})
-
-
-def _tensors(outputs: Any) -> list[Tensor]:
-    """The tensors of what a forward gives, copied: a module may write over them in the next pass."""
-    return [leaf.clone() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-
-
-def _alike(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    """Whether two passes gave the same, but for rounding."""
-    return len(first) == len(second) and all(
-        one.shape == two.shape and torch.allclose(one.double(), two.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
-        for one, two in zip(first, second, strict=True)
-    )
-
-
 def _describe(
     name: str,
     module: nn.Module,
@@ -300,7 +200,7 @@ class _Watch:
         handles = []
         for name, module in self.candidates.items():
             handles.append(module.register_forward_hook(self._hook(name, flattened), with_kwargs=True))
-        counter = _Multiplications()
+        counter = Multiplications()
         try:
             with evaluating(self.model), torch.no_grad(), counter, flattened:
                 self.model(example)
@@ -319,83 +219,6 @@ class _Watch:
                     self.maps[name] = source
 
         return note
-
-
-class _Multiplications(TorchDispatchMode):
-    """Counts operations by torch's own formulas, two for a multiply-accumulate, as its FlopCounterMode does.
-
-    That one imports torch's compiler first, which takes a second of every start. The branches of a `torch.cond` count nothing.
-    """
-
-    supports_higher_order_operators = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # What keeps the compiler away from a mode is the import. A torch that no longer asks only takes the second again.
-        return False
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        given = dict(kwargs or {})
-        if isinstance(func, torch._ops.HigherOrderOperator):
-            return NotImplemented
-        formula = FORMULAS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
-        if formula is None:
-            with self:
-                result = func.decompose(*args, **given)
-            if result is not NotImplemented:
-                return result
-        result = func(*args, **given)
-        if formula is not None:
-            self.flops += int(formula(*args, **given, out_val=result))
-        return result
-
-
-class _StandIn(nn.Sequential):
-    """A layer as its replacement will be: called like it, with nothing else of it. Notes what else it is asked for."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.asked: list[str] = []
-        self.called = False
-        self.add_module("0", layer)
-
-    def forward(self, input: Tensor) -> Any:
-        self.called = True
-        return self[0](input)
-
-    def __getattr__(self, name: str) -> Any:
-        # Python comes here for the layer itself, and for what an nn.Sequential does not have.
-        layer = self.__dict__.get("_modules", {}).get("0")
-        if layer is None or name == "0":
-            return super().__getattr__(name)
-        found = getattr(layer, name)
-        self.asked.append(name)
-        return found
-
-
-@contextmanager
-def _standing_in(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, _StandIn]]:
-    layers = {name: model.get_submodule(name) for name in names}
-    stand_ins = {name: _StandIn(layer) for name, layer in layers.items()}
-    try:
-        for name, stand_in in stand_ins.items():
-            replace_(model, name, stand_in)
-        yield stand_ins
-    finally:
-        for name, layer in layers.items():
-            replace_(model, name, layer)
-
-
-def replace_(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where the module of that name stands."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def is_parametrised(module: nn.Module) -> bool:
@@ -462,18 +285,3 @@ class _Flattened(TorchFunctionMode):
         elif func in self.ELEMENTWISE and (known := self._sources.get(id(_subject(args, kwargs)))):
             self._sources[id(result)] = (result, known[1])
         return result
-
-
-class evaluating:
-    """Eval mode for a while; each module gets its own mode back, since a model may hold frozen parts."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._modes = {module: module.training for module in model.modules()}
-        self._model = model
-
-    def __enter__(self) -> None:
-        self._model.eval()
-
-    def __exit__(self, *exc: object) -> None:
-        for module, training in self._modes.items():
-            module.training = training

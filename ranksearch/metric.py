@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ranksearch.errors import ModelError
-from ranksearch.layers import CONVOLUTIONS, Conv, Layer, evaluating
+from ranksearch.layers import CONVOLUTIONS, Conv, Layer
+from ranksearch.stand_ins import evaluating
 
 Modes: TypeAlias = tuple[int, ...]
 """A run of modes of a kernel (out, in, *kernel): (1,) its input channels, (2, 3) the positions of a 2-D kernel."""

@@ -36,6 +36,11 @@ class Outcome(enum.Enum):
         """The state that Optuna is told."""
         return _STATES.get(self, TrialState.PRUNED)
 
+    @property
+    def of_finalist(self) -> str:
+        """The sentence where it was a finalist that ended so."""
+        return self.value.replace("finetune.", "finalists.")
+
 
 _STATES = {Outcome.DONE: TrialState.COMPLETE, Outcome.WORKER_LOST: TrialState.FAIL}
 _UNTRAINED = (Outcome.NOT_SMALLER, Outcome.OVER_BUDGET, Outcome.WORKER_LOST)
@@ -213,8 +218,7 @@ class StudyRecord:
             found.append(f"No trial of {len(trials):,} came to a score. {how}")
         for trial in trials:
             if trial.failed:
-                reason = trial.failed.value.replace("finetune.", "finalists.")
-                found.append(f"Trial {trial.number} gave no model as a finalist, {reason}.")
+                found.append(f"Trial {trial.number} gave no model as a finalist, {trial.failed.of_finalist}.")
         if over:
             found.append(f"Proposals over the limits, which were not trained: {over:,}.")
         if known:

@@ -366,7 +366,7 @@ class _Run:
             return
         if answer.outcome is not Outcome.DONE:
             attributes.write_failed(self.study, trial.number, answer.outcome)
-            self.view.note(f"finalist {trial.number}: {answer.outcome.value.replace('finetune.', 'finalists.')}")
+            self.view.note(f"finalist {trial.number}: {answer.outcome.of_finalist}")
             self.view.step()
             return
         assert answer.score_test is not None

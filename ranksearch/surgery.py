@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ranksearch.errors import PlanError, nearest
 from ranksearch.factorization import METHODS, Shape
-from ranksearch.layers import CONVOLUTIONS, is_hooked, is_parametrised, replace_, runs_as_torch
+from ranksearch.layers import CONVOLUTIONS, is_hooked, is_parametrised, runs_as_torch
 from ranksearch.plan import Factorization, Plan
+from ranksearch.stand_ins import replace_
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -19,6 +19,7 @@ FLOORS = [
     ["attributes"],
     ["report", "console"],
     ["tensors", "confidence"],
+    ["macs", "stand_ins"],
     ["layers"],
     ["factorization", "metric"],
     ["surgery", "profile"],

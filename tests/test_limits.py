@@ -221,12 +221,12 @@ def test_a_trial_that_lost_its_worker_is_queued_before_it_is_told(monkeypatch):
     job = next(ledger.jobs(1))
 
     def killed(*args, **kwargs):
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("killed")
 
     for step in ("enqueue_trial", "tell"):
         with monkeypatch.context() as patch:
             patch.setattr(books.study, step, killed)
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(KeyboardInterrupt, match="killed"):
                 ledger.receive(job, Answer(Outcome.WORKER_LOST))
         ledger = books.ledger()
         ledger.recover()

@@ -342,8 +342,9 @@ def test_a_kill_before_the_dense_weights_are_kept_costs_only_their_training(tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr("ranksearch.study.write_whole", killed)
-        with pytest.raises(Stopped):
+        with pytest.raises(Stopped) as stopped:
             run_study(spec, out, Options(workers=0))
+        assert stopped.value.record is None, "nothing is known of the dense net yet"
 
     def trained_elsewhere(task, *args):
         train_dense(task, *args)

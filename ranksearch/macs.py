@@ -1,0 +1,62 @@
+"""Counting multiply-accumulates while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _recurrence(inputs: Tensor, of_inputs: Tensor, of_state: Tensor, *args: Any, **kwargs: Any) -> int:
+    steps, batch = inputs.shape[:2]
+    return 2 * steps * batch * (of_inputs.numel() + of_state.numel())
+
+
+FORMULAS: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten.mkldnn_rnn_layer: _recurrence,
+}
+"""Operations on a CPU that torch's own table leaves out."""
+
+
+class Multiplications(TorchDispatchMode):
+    """Counts operations by torch's own formulas, two for a multiply-accumulate, as its FlopCounterMode does.
+
+    That one imports torch's compiler first, which takes a second of every start. The branches of a `torch.cond` count nothing.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # What keeps the compiler away from a mode is the import. A torch that no longer asks only takes the second again.
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            return NotImplemented
+        formula = FORMULAS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
+        if formula is None:
+            with self:
+                result = func.decompose(*args, **given)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **given)
+        if formula is not None:
+            self.flops += int(formula(*args, **given, out_val=result))
+        return result

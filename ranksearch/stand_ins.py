@@ -1,0 +1,156 @@
+"""Whether a forward takes a layer's replacement: it is run with stand-ins that have no more than replacements will."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ranksearch.errors import first_line
+
+UNCALLED = "the forward does not call it by its name, but keeps it elsewhere too, as in a list"
+"""Why a layer is skipped that a forward finds elsewhere than under its name."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass of a model that can be made again, and the outputs that it gave; none where they are another each time."""
+
+    run: Callable[[], Any]
+    outputs: list[Tensor] | None
+
+    @classmethod
+    def of(cls, run: Callable[[], Any]) -> Pass:
+        first, second = _tensors(run()), _tensors(run())
+        return cls(run, first if _alike(first, second) else None)
+
+
+def evaluated(model: nn.Module, example: Tensor) -> Pass:
+    """The model's pass in evaluation mode."""
+
+    def run() -> Any:
+        # Not watched: fused forms, such as attention's, ask for the weights only where no hook is there.
+        with evaluating(model), torch.no_grad():
+            return model(example)
+
+    return Pass.of(run)
+
+
+def trained(model: nn.Module, example: Tensor) -> tuple[nn.Module, Pass] | None:
+    """A copy of the model in training mode, and its pass; None where it has none on two inputs that are alike."""
+
+    def run() -> Any:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            return twin(torch.cat([example, example]))
+
+    try:
+        twin = copy.deepcopy(model).train()
+        return twin, Pass.of(run)
+    except Exception:
+        # What stands in the way of training is told where it is trained.
+        return None
+
+
+def why_not_replaced(model: nn.Module, names: Sequence[str], whole: Pass) -> dict[str, str]:
+    """Why the forward needs some of these layers as they are, found by running it with a stand-in for each."""
+    if not names:
+        return {}
+    failed = ""
+    with _standing_in(model, names) as stand_ins:
+        try:
+            outputs = _tensors(whole.run())
+        except Exception as error:
+            failed = f"the forward fails when it is replaced ({type(error).__name__}: {first_line(error)})"
+    reasons = {}
+    for name, stand_in in stand_ins.items():
+        if stand_in.asked:
+            reasons[name] = f"its {stand_in.asked[0]} is also used outside the layer"
+        elif not failed and not stand_in.called:
+            reasons[name] = UNCALLED
+    if not failed and not reasons and whole.outputs is not None and not _alike(whole.outputs, outputs):
+        # Such as where it asks for a layer's type.
+        failed = "the forward gives another result when it is replaced"
+    if failed and len(names) == 1:
+        return {names[0]: failed}
+    if failed:
+        half = len(names) // 2
+        return why_not_replaced(model, names[:half], whole) | why_not_replaced(model, names[half:], whole)
+    rest = [name for name in names if name not in reasons]
+    return reasons | (why_not_replaced(model, rest, whole) if reasons else {})
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    """The tensors of what a forward gives, copied: a module may write over them in the next pass."""
+    return [leaf.clone() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def _alike(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    """Whether two passes gave the same, but for rounding."""
+    return len(first) == len(second) and all(
+        one.shape == two.shape and torch.allclose(one.double(), two.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
+        for one, two in zip(first, second, strict=True)
+    )
+
+
+class _StandIn(nn.Sequential):
+    """A layer as its replacement will be: called like it, with nothing else of it. Notes what else it is asked for."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+        self.called = False
+        self.add_module("0", layer)
+
+    def forward(self, input: Tensor) -> Any:
+        self.called = True
+        return self[0](input)
+
+    def __getattr__(self, name: str) -> Any:
+        # Python comes here for the layer itself, and for what an nn.Sequential does not have.
+        layer = self.__dict__.get("_modules", {}).get("0")
+        if layer is None or name == "0":
+            return super().__getattr__(name)
+        found = getattr(layer, name)
+        self.asked.append(name)
+        return found
+
+
+@contextmanager
+def _standing_in(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, _StandIn]]:
+    layers = {name: model.get_submodule(name) for name in names}
+    stand_ins = {name: _StandIn(layer) for name, layer in layers.items()}
+    try:
+        for name, stand_in in stand_ins.items():
+            replace_(model, name, stand_in)
+        yield stand_ins
+    finally:
+        for name, layer in layers.items():
+            replace_(model, name, layer)
+
+
+def replace_(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where the module of that name stands."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+class evaluating:
+    """Eval mode for a while; each module gets its own mode back, since a model may hold frozen parts."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modes = {module: module.training for module in model.modules()}
+        self._model = model
+
+    def __enter__(self) -> None:
+        self._model.eval()
+
+    def __exit__(self, *exc: object) -> None:
+        for module, training in self._modes.items():
+            module.training = training
