@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import register_random
 
 from ranksearch import folder, training
 from ranksearch.options import Options
@@ -16,6 +17,24 @@ from ranksearch.tasks import Task
 from tests import nets
 
 torch.set_num_threads(1)
+
+
+class TorchRandom:
+    """torch's global generator, as hypothesis wants those that it seeds before every example."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+TORCH_RANDOM = TorchRandom()  # hypothesis holds it weakly
+register_random(TORCH_RANDOM)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """What a test draws with torch does not depend on the tests before it."""
+    torch.manual_seed(0)
 
 
 def small_spec(*overrides):
