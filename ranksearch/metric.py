@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -11,6 +12,8 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from ranksearch.errors import ModelError
 from ranksearch.layers import CONVOLUTIONS, Conv, Layer
@@ -83,7 +86,7 @@ class Metric:
 
 def source(model: nn.Module, inputs: Tensor) -> str:
     """The digest of all that a metric follows from: every weight and buffer of the model, and the inputs."""
-    digest = hashlib.sha256(f"1|{SHRINKAGE}|{LARGEST}|{POSITIONS}|{BATCH}".encode())
+    digest = hashlib.sha256(f"2|{SHRINKAGE}|{LARGEST}|{POSITIONS}|{BATCH}".encode())
     kept = model.state_dict()
     # What a model does not keep, such as the mean of its inputs, it computes with all the same.
     others = [(name, value) for name, value in model.named_buffers() if name not in kept]
@@ -105,7 +108,7 @@ def metrics(model: nn.Module, holds: Mapping[Layer, Iterable[Modes]], inputs: Te
     digits, the LeNet's output errors are what SVD predicts but for 7 %, and what Tucker-2 and CP predict but for a half.
 
     Moments are taken around the mean where the mean's error can be corrected: in the layer's bias, or by the batch
-    normalisation that it feeds, whose statistics are measured again. Uncentred, the mean takes every factor's first rank.
+    normalisation that alone it feeds, whose statistics are measured again. Uncentred, the mean takes every factor's first rank.
 
     Args:
         model: the dense model; it runs in eval mode, without gradients, and is left as it was.
@@ -128,7 +131,7 @@ def metrics(model: nn.Module, holds: Mapping[Layer, Iterable[Modes]], inputs: Te
             handles.append(module.register_forward_pre_hook(followed.normalisation))
     device = next(model.parameters()).device
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad(), followed:
             for batch in inputs.split(BATCH):
                 model(batch.to(device))
                 followed.outputs.clear()
@@ -138,13 +141,18 @@ def metrics(model: nn.Module, holds: Mapping[Layer, Iterable[Modes]], inputs: Te
     return {name: moments.metric(normalised=name in followed.names) for name, moments in found.items()}
 
 
-class _Followed:
-    """Which layers' outputs go straight into a batch normalisation."""
+class _Followed(TorchFunctionMode):
+    """Which layers' outputs are read by batch normalisations and by nothing else, as a shortcut past them would be."""
 
     def __init__(self) -> None:
-        self.names: set[str] = set()
+        super().__init__()
+        self._reads, self._normalised = Counter[str](), Counter[str]()
         # By id, and kept alive for the pass: an id is only unique while its tensor lives.
         self.outputs: dict[int, tuple[str, Tensor]] = {}
+
+    @property
+    def names(self) -> set[str]:
+        return {name for name, count in self._normalised.items() if count == self._reads[name]}
 
     def by_name(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -154,7 +162,15 @@ class _Followed:
 
     def normalisation(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if args and (known := self.outputs.get(id(args[0]))):
-            self.names.add(known[0])
+            self._normalised[known[0]] += 1
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        # What gives no tensor, such as .dim(), reads no values.
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+            self._reads.update(self.outputs[id(leaf)][0] for leaf in tree_leaves((args, kwargs)) if id(leaf) in self.outputs)
+        return result
 
 
 class _Moments:

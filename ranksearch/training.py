@@ -126,7 +126,10 @@ def recalibrate(model: nn.Module, task: Task, *, seed: int, device: torch.device
     # The caller's random numbers are its own, and those of a data set that changes its inputs at random follow the seed.
     with seeded(seed, device):
         chosen = sample(task.data.train, inputs, seed=seed)
-        for batch, _ in batches(chosen, EVALUATION_BATCH, generator=order, device=device):
+        # Batches of one size: each counts alike in the average, and a few inputs left over have poor statistics.
+        most = at_once(chosen, EVALUATION_BATCH)
+        equal = math.ceil(size(chosen) / math.ceil(size(chosen) / most))
+        for batch, _ in batches(chosen, equal, generator=order, device=device):
             model(batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

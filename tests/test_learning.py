@@ -371,12 +371,14 @@ def test_recalibration_reads_no_more_inputs_than_it_says():
     assert len(seen) == len(set(seen)) == 300
 
 
-def test_a_last_input_that_is_alone_is_left_out_of_recalibration():
-    """Batch normalisation of one value a channel would raise."""
-    split = TensorDataset(torch.randn(training.EVALUATION_BATCH + 1, 3), torch.zeros(training.EVALUATION_BATCH + 1).long())
+@pytest.mark.parametrize(("count", "batches"), [(1, 1), (256, 1), (257, 2), (300, 2), (1030, 5)])
+def test_recalibration_counts_all_inputs_alike(count, batches):
+    """A last batch of a few would count as much as a full one; and normalisation of one value a channel would raise."""
+    split = TensorDataset(10 * torch.randn(count, 3, 2), torch.zeros(count).long())
     model = nn.Sequential(nn.BatchNorm1d(3))
     training.recalibrate(model, Task(model, Splits(split, split, split, 10, "")), seed=0, device=CPU)
-    assert int(model[0].num_batches_tracked) == 1
+    torch.testing.assert_close(model[0].running_mean, split.tensors[0].mean((0, 2)), atol=0.02, rtol=0)
+    assert int(model[0].num_batches_tracked) == batches
 
 
 def test_recalibration_without_normalisation_changes_nothing(trained):

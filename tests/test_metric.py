@@ -17,6 +17,7 @@ from ranksearch.metric import Metric, metrics
 from ranksearch.profile import profile
 from ranksearch.surgery import factorize_
 from tests import nets
+from tests.nets import Net
 from tests.test_factorization import BY_NAME, PAIRS, assert_close, given_geometry, normal, some_ranks
 
 contract = pytest.mark.parametrize(("geometry", "name"), PAIRS)
@@ -284,6 +285,24 @@ def test_moments_are_taken_around_the_mean_where_the_mean_can_be_corrected():
     for run in runs:
         assert torch.equal(with_bias.roots[run], with_norm.roots[run])
         assert not torch.allclose(with_bias.roots[run], with_none.roots[run])
+
+
+def test_a_normalisation_corrects_the_mean_only_for_itself():
+    """The shortcut of a pre-activation ResNet takes the convolution's output past the normalisation."""
+    inputs, runs, conv, norm = correlated(normal(1, 4, 9, 8)), [(1,)], nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6)
+
+    def root(run):
+        model = Net(run, conv=conv, norm=norm).double()
+        return metrics(model, {inventory(model, inputs[:1])["conv"]: runs}, inputs)["conv"].roots[1,]
+
+    def beside(n, x):
+        y = n.conv(x)
+        return n.norm(y) + y
+
+    alone, none = root(lambda n, x: n.norm(n.conv(x))), root(lambda n, x: n.conv(x))
+    assert not torch.allclose(alone, none)
+    assert torch.equal(root(beside), none)
+    assert torch.equal(root(lambda n, x: n.norm(n.conv(x)).relu()), alone)
 
 
 def test_a_run_that_is_too_large_is_left_to_its_modes(monkeypatch):
