@@ -200,7 +200,12 @@ def _shown(given: Sequence[str], storage: str | None) -> str:
     if not given:
         return f" --storage {shlex.quote(masked(storage))}" if storage else ""
     words = (word.replace(storage, masked(storage)) if storage else word for word in given)
-    return shlex.join(["ranksearch", *words])
+    return " ".join(["ranksearch", *map(_quoted, words)])
+
+
+def _quoted(word: str) -> str:
+    """A word for the shell, readable where it holds TOML's quotes: "dense.weights='mine.pt'"."""
+    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!\n') else shlex.quote(word)
 
 
 def _screen() -> Console:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -263,6 +264,22 @@ def test_a_command_is_shown_without_the_storages_password():
     for given in (["study", "lenet", "--storage", url], ["study", "lenet", f"--storage={url}"], []):
         assert "s3cret" not in _shown(given, url)
         assert "postgresql://me:***@host/db" in _shown(given, url)
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("dense.weights='mine.pt'", """"dense.weights='mine.pt'\""""),
+        ('dense.weights="mine.pt"', """'dense.weights="mine.pt"'"""),
+        ("task.model_args={a='$HOME'}", None),
+        ("space.layers=['a', \"b\"]", None),
+        ("finetune.epochs=1", "finetune.epochs=1"),
+    ],
+)
+def test_a_command_is_shown_as_a_shell_reads_it(word, shown):
+    found = _shown(["study", "lenet", "--set", word], None)
+    assert shlex.split(found) == ["ranksearch", "study", "lenet", "--set", word]
+    assert shown is None or found.endswith(f"--set {shown}")
 
 
 def test_a_study_made_from_python_is_not_exported_by_the_command_line(trained, tmp_path, capsys):
