@@ -34,6 +34,8 @@ def accuracy(outputs: Tensor, targets: Tensor) -> float:
     return float((outputs.argmax(1) == targets).float().mean())
 
 
+CPU = torch.device("cpu")
+EVALUATION_BATCH = 256
 FROM_PYTHON = "python:given"
 """What stands in the spec of a study for a model and data that were given to `search`, not named in a file."""
 
@@ -51,6 +53,14 @@ class Task:
     def score_name(self) -> str:
         """What the score is called in reports."""
         return getattr(self.score, "__name__", "score")
+
+
+@torch.no_grad()
+def predict(model: nn.Module, split: Dataset[Any], *, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
+    """Outputs and targets of a whole split, in order, on the CPU."""
+    model.eval()
+    pairs = [(model(inputs).cpu(), targets.cpu()) for inputs, targets in batches(split, EVALUATION_BATCH, device=device)]
+    return torch.cat([outputs for outputs, _ in pairs]), torch.cat([targets for _, targets in pairs])
 
 
 def check_outputs(task: Task) -> None:
@@ -96,7 +106,7 @@ def check_outputs(task: Task) -> None:
         _check_number("score", task.score, outputs, targets)
     except ModelError:
         # One may need more than two inputs, such as some of each class.
-        _check_number("score", task.score, *_whole(task.model, task.data.validation))
+        _check_number("score", task.score, *predict(task.model, task.data.validation))
 
 
 def copied(model: M) -> M:
@@ -122,13 +132,6 @@ def _check_number(name: str, function: Callable[[Tensor, Tensor], Any], outputs:
             f"The {name} must give one number for outputs of shape {tuple(outputs.shape)} and targets of shape "
             f"{tuple(targets.shape)}, but raised {type(error).__name__}: {first_line(error)}"
         ) from error
-
-
-@torch.no_grad()
-def _whole(model: nn.Module, split: Dataset[Any]) -> tuple[Tensor, Tensor]:
-    """The outputs and targets of a whole split."""
-    pairs = [(model(inputs), targets) for inputs, targets in batches(split, 256)]
-    return torch.cat([outputs for outputs, _ in pairs]), torch.cat([targets for _, targets in pairs])
 
 
 def load_task(spec: StudySpec) -> Task:

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ranksearch.data import at_once, batches, sample, seeded, size
-from ranksearch.tasks import Task
+from ranksearch.tasks import EVALUATION_BATCH, Task, predict
 
 M = TypeVar("M", bound=nn.Module)
 
-EVALUATION_BATCH = 256
 ROUNDS, FEWEST_ROUNDS, PATIENCE = 30, 3, 30.0
 """How often models are timed; less often where that would take longer than so many seconds."""
 CLIP_NORM = 5.0
@@ -96,14 +95,6 @@ def score(model: nn.Module, task: Task, split: Dataset[Any], *, device: torch.de
     """The task's score of `model` on a whole split."""
     outputs, targets = predict(model, split, device=device)
     return float(task.score(outputs, targets))
-
-
-@torch.no_grad()
-def predict(model: nn.Module, split: Dataset[Any], *, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Outputs and targets of a whole split, in order, on the CPU."""
-    model.eval()
-    pairs = [(model(inputs).cpu(), targets.cpu()) for inputs, targets in batches(split, EVALUATION_BATCH, device=device)]
-    return torch.cat([outputs for outputs, _ in pairs]), torch.cat([targets for _, targets in pairs])
 
 
 @torch.no_grad()

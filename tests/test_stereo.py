@@ -17,7 +17,7 @@ from ranksearch.data.census import census, disparity_map
 from ranksearch.data.scenes import Scene, find_scenes
 from ranksearch.errors import DataError
 from ranksearch.models import ccnn
-from ranksearch.tasks import Task, check_outputs
+from ranksearch.tasks import Task, check_outputs, predict
 
 CPU = torch.device("cpu")
 SHIFTS = (3, 7, 5)
@@ -125,7 +125,7 @@ def test_maps_of_several_sizes_stand_in_one_split(root):
     sizes = [(inputs.shape, targets.shape) for inputs, targets in batches(data.validation, 8)]
     assert sizes == [((1, 1, 32, 41), (1, 1, 24, 33))] * 3
     assert torch.isnan(data.validation[0][1]).sum() == 2 * 24
-    outputs, targets = training.predict(ccnn(), data.validation, device=CPU)
+    outputs, targets = predict(ccnn(), data.validation, device=CPU)
     assert outputs.shape == targets.shape == (3, 1, 24, 33)
     assert 0 < confidence.one_minus_auc(outputs, targets) < 1
 

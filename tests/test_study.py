@@ -22,8 +22,7 @@ from ranksearch.record import Outcome, choose
 from ranksearch.report import write_report
 from ranksearch.strategy.finalists import WORTH
 from ranksearch.study import FRONTIER_PLANS, Stopped, run_study
-from ranksearch.tasks import Task
-from ranksearch.training import predict
+from ranksearch.tasks import Task, predict
 from tests import nets
 from tests.conftest import essence, small_spec, stored
 

@@ -20,7 +20,7 @@ from ranksearch.profile import Profile, kernel
 from ranksearch.record import Outcome, Rung
 from ranksearch.scratch import scratch_
 from ranksearch.surgery import factorize_
-from ranksearch.tasks import Task
+from ranksearch.tasks import Task, predict
 from ranksearch.training import Diverged, Recipe
 
 PROBE_INPUTS = 2048
@@ -135,7 +135,7 @@ class Evaluator:
     def _loss(self, model: nn.Module, seed: int) -> float:
         device = torch.device(self.device)
         training.recalibrate(model, self.task, seed=seed, device=device)
-        outputs, targets = training.predict(model, sample(self.task.data.validation, PROBE_INPUTS, seed=seed), device=device)
+        outputs, targets = predict(model, sample(self.task.data.validation, PROBE_INPUTS, seed=seed), device=device)
         return float(self.task.loss(outputs, targets))
 
     def _rungs(self, model: nn.Module, job: Job) -> Iterator[Rung]:
