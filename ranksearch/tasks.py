@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ranksearch.data import Splits, batches, seeded
+from ranksearch.data.splits import CPU
 from ranksearch.errors import DataError, ModelError, SpecError, first_line
 from ranksearch.spec import StudySpec, resolve
 
@@ -34,8 +35,8 @@ def accuracy(outputs: Tensor, targets: Tensor) -> float:
     return float((outputs.argmax(1) == targets).float().mean())
 
 
-CPU = torch.device("cpu")
 EVALUATION_BATCH = 256
+"""Inputs a pass where nothing is trained."""
 FROM_PYTHON = "python:given"
 """What stands in the spec of a study for a model and data that were given to `search`, not named in a file."""
 
