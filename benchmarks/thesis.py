@@ -5,8 +5,7 @@
 
 Nets that the thesis designed, the dense nets beside them, and single layers decomposed at its ranks are trained here, by the
 recipe of the study that stands for them. Searched nets come from the folders of finished studies, `ranksearch study NAME`.
-Of a search the nets count that validate no worse than its dense net, or the best where none does. Tests are on the test split,
-once a net.
+Of a search the trained nets of its front count. Tests are on the test split, once a net.
 
 docs/thesis.json keeps every figure that was measured, with its seed, epochs, versions and machine: no machine has run them all.
 """
@@ -202,12 +201,10 @@ def facts(task: Task, spec: StudySpec, seed: int, recipe: training.Recipe, start
 
 
 def searched(front: Entry) -> Entry:
-    """A finished study: its dense net, and the nets of its front that validate no worse, or the best where none does."""
-    dense, kept = front["dense"], ("params", "macs", "score_validation", "score_test", "epochs", "plan_text")
-    best = max(entry["score_validation"] for entry in front["front"])
-    fitting = [entry for entry in front["front"] if entry["score_validation"] >= min(dense["score_validation"], best)]
-    about = {key: front[key] for key in ("seed", "command", "machine", "versions", "seconds")}
-    return {"dense": dense, "nets": [{key: entry[key] for key in kept} for entry in fitting]} | about
+    """A finished study: its dense net, and the finalists of its front."""
+    kept = ("params", "macs", "score_validation", "score_test", "epochs", "plan_text")
+    about = {key: front[key] for key in ("dense", "seed", "command", "machine", "versions", "seconds")}
+    return about | {"nets": [{key: entry[key] for key in kept} for entry in front["front"] if entry["score_test"] is not None]}
 
 
 def lines(system: System, entries: Sequence[Entry]) -> list[str]:
@@ -228,7 +225,7 @@ def lines(system: System, entries: Sequence[Entry]) -> list[str]:
         mine = [entry for entry in entries if entry["net"] == search.name]
         for entry in mine:
             commands.append(entry["command"])
-            found += of_search(system, search, entry, len(commands))
+            found += of_search(system, search, entry, entries, len(commands))
         if not mine:
             found.append(row(f"{search.name}: `ranksearch study {search.study}`", search.thesis, *["not run yet", *[""] * 5]))
     return [*found, *([""] if commands else []), *(f"{i}. Search {i}: `{each}`" for i, each in enumerate(commands, 1))]
@@ -241,26 +238,30 @@ def trained(system: System, net: Net, mine: Sequence[Entry], entries: Sequence[E
     rival = next(n for n in system.nets if n.plan == {}) if net.plan else dense
     rivals = [e for e in entries if e["net"] == rival.name and (net.plan == {} or e["epochs"] == mine[0]["epochs"])]
     gains = [e["score_test"] - r["score_test"] for e in mine for r in rivals if e["seed"] == r["seed"]]
-    size = next((e["params"] for e in entries if e["net"] == dense.name), None)
     return row(
-        net.name, net.thesis, f"{mine[0]['params']:,}", f"{size / mine[0]['params']:.1f}x" if size else "",
+        net.name, net.thesis, f"{mine[0]['params']:,}", smaller(mine[0], system, entries, mine[0]),
         spread(system, [e["score_test"] for e in mine]),
         spread(system, gains, gain=True) if gains and net is not dense else "", mine[0]["epochs"], len(mine),
     )  # fmt: skip
 
 
-def of_search(system: System, search: Search, entry: Entry, number: int) -> list[str]:
+def of_search(system: System, search: Search, entry: Entry, entries: Sequence[Entry], number: int) -> list[str]:
     """The rows of one search: its own dense net, and what it found."""
-    dense, seed = entry["dense"], f"seed {entry['seed']}"
-    test = spread(system, [dense["score_test"]])
-    rows = [row(f"dense net of search {number}", "", f"{dense['params']:,}", "1.0x", test, "", "", seed)]
-    for net in entry["nets"]:
-        smaller, gain = dense["params"] / net["params"], net["score_test"] - dense["score_test"]
+    dense, rows = entry["dense"], list[str]()
+    for net in (dense, *entry["nets"]):
+        title, figures = (f"dense net of search {number}", "") if net is dense else (f"{search.name} {number}", search.thesis)
+        gain = "" if net is dense else spread(system, [net["score_test"] - dense["score_test"]], gain=True)
         rows.append(row(
-            f"{search.name} {number}", search.thesis, f"{net['params']:,}", f"{smaller:.1f}x",
-            spread(system, [net["score_test"]]), spread(system, [gain], gain=True), net["epochs"], seed,
+            title, figures, f"{net['params']:,}", smaller(net, system, entries, dense), spread(system, [net["score_test"]]),
+            gain, net.get("epochs", ""), f"seed {entry['seed']}",
         ))  # fmt: skip
     return rows
+
+
+def smaller(net: Entry, system: System, entries: Sequence[Entry], otherwise: Entry) -> str:
+    """How many times smaller a net is than the system's dense net; than another, where that was not trained."""
+    dense = next((entry for entry in entries if entry["net"] == system.nets[0].name), otherwise)
+    return f"{dense['params'] / net['params']:.1f}x"
 
 
 def spread(system: System, scores: list[float], *, gain: bool = False) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 from ranksearch.errors import ModelError
 from ranksearch.factorization import METHODS
 from ranksearch.layers import count_params, inventory
-from ranksearch.models import ccnn, lenet, lenet3, nin, resnet20, resnet56, td_ccnn, td_conv, td_lenet, vgg16
+from ranksearch.models import ccnn, lenet, lenet3, nin, residual_lenet, resnet20, resnet56, td_ccnn, td_conv, td_lenet, vgg16
 from ranksearch.plan import CP, CP4, SVD, Spatial, Tucker2
 from ranksearch.spec import resolve
 
@@ -20,6 +20,7 @@ from ranksearch.spec import resolve
         (lenet, 1_250_858, (3, 32, 32), (10,), 6),
         (lambda: lenet(batch_norm=True), 1_252_266, (3, 32, 32), (10,), 6),
         (lenet3, 1_415_498, (3, 32, 32), (10,), 6),
+        (residual_lenet, 482_730, (3, 32, 32), (10,), 10),
         (lambda: nin(batch_norm=False), 1_004_042, (3, 32, 32), (10,), 10),
         (nin, 1_007_242, (3, 32, 32), (10,), 10),
         (ccnn, 128_125, (1, 9, 9), (1, 1, 1), 7),

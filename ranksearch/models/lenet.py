@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from ranksearch.models.td import td_conv
+from ranksearch.models.td import Residual, td_conv
 from ranksearch.plan import CP4
 
 
@@ -63,6 +63,30 @@ def lenet3(*, channels: int = 3, classes: int = 10, dropout: float = 0.25) -> nn
             fc3=nn.Linear(256, classes),
         )
     )
+
+
+def residual_lenet(*, channels: int = 3, classes: int = 10) -> nn.Sequential:
+    """A LeNet to be searched for nets of residual TD blocks, which the thesis names as its future work.
+
+    For images (batch, channels, 32, 32): 32, pool, 64, pool, 128, each with two residual convolutions behind it (He et al.
+    2016), a mean over the map, FC classes. Batch normalisation is behind each convolution, as in a TD block; the mean stands
+    for the LeNet's first FC layer, which would take a third of 27,000 parameters. With 3 channels and 10 classes it has
+    482,730 parameters.
+    """
+    steps: OrderedDict[str, nn.Module] = OrderedDict()
+
+    def conv(into: int, out: int) -> OrderedDict[str, nn.Module]:
+        return OrderedDict(conv=nn.Conv2d(into, out, 3, padding=1, bias=False), norm=nn.BatchNorm2d(out))
+
+    for stage, (into, out) in enumerate([(channels, 32), (32, 64), (64, 128)], start=1):
+        steps[f"stage{stage}"] = nn.Sequential(conv(into, out) | {"relu": nn.ReLU()})
+        for number in (1, 2):
+            block = Residual(nn.Sequential(conv(out, out)))
+            steps[f"stage{stage}_{number}"] = nn.Sequential(OrderedDict(residual=block, relu=nn.ReLU()))
+        if stage < 3:
+            steps[f"pool{stage}"] = nn.MaxPool2d(2)
+    steps |= {"mean": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "fc": nn.Linear(128, classes)}
+    return nn.Sequential(steps)
 
 
 def td_lenet(*, channels: int = 3, classes: int = 10, dropout: float = 0.25, rank: int = 15) -> nn.Sequential:
