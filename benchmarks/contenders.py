@@ -16,7 +16,6 @@ from ranksearch.limits import UNLIMITED
 from ranksearch.objectives import Objectives
 from ranksearch.plan import Dense, Plan
 from ranksearch.record import Outcome, Rung
-from ranksearch.strategy.finalists import WORTH
 from ranksearch.strategy.frontier import Choice, frontier
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import WEAKENINGS, vbmf_plans
@@ -78,13 +77,10 @@ class Contender:
         assert self.sampler is not None
         study = optuna.create_study(directions=["maximize", "maximize"])
         table = Table(arena.inventory, self.choices(arena))
-        floor = arena.dense_score - WORTH
         ledger = Ledger(
-            study, arena.space, arena.inventory, plans, sampler=self.sampler, seed=seed, floor=floor,
+            study, arena.space, arena.inventory, plans, sampler=self.sampler, seed=seed, dense_score=arena.dense_score,
             limits=UNLIMITED, objectives=Objectives(),
-            knowledge=Knowledge(
-                arena.space, table, arena.dense_score, arena.dense_score - DROP, suggested=self.suggested(arena)
-            ),
+            knowledge=Knowledge(arena.space, table, arena.dense_score, suggested=self.suggested(arena)),
         )  # fmt: skip
         found, start = Found(), time.process_time()
         for job in ledger.jobs(trials):

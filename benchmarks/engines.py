@@ -76,7 +76,9 @@ def ours(make: Callable[[], Engine]) -> Clock:
     with tempfile.TemporaryDirectory() as scratch:
         study = folder.create_study("nothing", folder.storage_url(Path(scratch), None), Objectives())
         space = make_space(found, ("tucker2", "cp", "svd"))
-        ledger = Ledger(study, space, found, [], sampler="random", seed=0, floor=0.0, limits=UNLIMITED, objectives=Objectives())
+        ledger = Ledger(
+            study, space, found, [], sampler="random", seed=0, dense_score=1.0, limits=UNLIMITED, objectives=Objectives()
+        )
         answers = []
 
         def on_message(job: Job, message: Rung | Answer) -> None:

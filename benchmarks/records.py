@@ -67,7 +67,7 @@ def build(out: Path, costs: str) -> None:
     space = make_space(found, spec.space.methods)
     dense = read_facts(record).dense.score_validation
     ledger = Ledger(
-        record, space, found, read_firsts(record) or [], sampler="random", seed=spec.seed, floor=dense - 0.15,
+        record, space, found, read_firsts(record) or [], sampler="random", seed=spec.seed, dense_score=dense,
         limits=spec.search.limits, objectives=Objectives(spec.search.minimize, found.macs),
     )  # fmt: skip
     for job in ledger.jobs(TRIALS):

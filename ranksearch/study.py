@@ -34,7 +34,7 @@ from ranksearch.record import MAX_TRIES, Finalist, Outcome, Probe, Rung, StudyFa
 from ranksearch.report import write_report
 from ranksearch.scratch import check_scratch
 from ranksearch.spec import StudySpec
-from ranksearch.strategy.finalists import choose_finalists, floor_of
+from ranksearch.strategy.finalists import choose_finalists
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import vbmf_plans
 from ranksearch.strategy.sampler import Knowledge
@@ -230,7 +230,6 @@ class _Run:
         firsts = self.firsts(layers)
         limits, facts = self.spec.search.limits, attributes.read_facts(self.study)
         dense_score = facts.dense.score_validation
-        floor = floor_of(dense_score, limits)
         dense_loss, probes = attributes.read_probes(self.study)
         knowledge = Knowledge.of(
             self.space,
@@ -244,7 +243,7 @@ class _Run:
         )
         ledger = self.ledger = Ledger(
             self.study, self.space, self.inventory, firsts, sampler=self.spec.search.sampler, seed=self.spec.seed,
-            floor=floor, limits=limits, since=facts.since, objectives=facts.objectives, knowledge=knowledge,
+            dense_score=dense_score, limits=limits, since=facts.since, objectives=facts.objectives, knowledge=knowledge,
             on_untrained=lambda found: self.view.trial(found, ledger.records()),
         )  # fmt: skip
         ledger.recover()

@@ -225,7 +225,7 @@ def test_a_plan_is_not_smaller_only_where_nothing_that_must_shrink_does(plan, ru
     assert space.plan(space.params(plan)) == plan
     study = optuna.create_study(directions=["maximize", "maximize"])
     ledger = Ledger(
-        study, space, found, [("given", plan), ("given", Plan.of({"0": Spatial(2)}))], sampler="tpe", seed=0, floor=0,
+        study, space, found, [("given", plan), ("given", Plan.of({"0": Spatial(2)}))], sampler="tpe", seed=0, dense_score=0,
         limits=UNLIMITED, objectives=Objectives(),
     )  # fmt: skip
     job = next(ledger.jobs(2))

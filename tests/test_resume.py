@@ -25,7 +25,6 @@ from ranksearch.objectives import Objectives
 from ranksearch.options import Options
 from ranksearch.profile import profile
 from ranksearch.record import Outcome, Rung
-from ranksearch.strategy.finalists import WORTH
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import vbmf_plans
 from ranksearch.strategy.sampler import Knowledge
@@ -102,7 +101,7 @@ def ledger_of(study, dense=None, cache=None, *, firsts=None):
     dense_loss, probes = read_probes(study)
     score = read_facts(study).dense.score_validation if has_facts(study) else 0.65
     return Ledger(
-        study, space, found, firsts, sampler="rank", seed=0, floor=score - WORTH,
+        study, space, found, firsts, sampler="rank", seed=0, dense_score=score,
         limits=UNLIMITED, objectives=Objectives(),
         knowledge=Knowledge.of(space, found, layers, probes, dense_loss=dense_loss, dense_score=score, limits=UNLIMITED, minimize=("params",)),
     )  # fmt: skip

@@ -15,7 +15,7 @@ from ranksearch.plan import CP, Plan
 from ranksearch.record import Outcome
 from ranksearch.spec import SAMPLERS
 from ranksearch.strategy.frontier import Choice, frontier
-from ranksearch.strategy.sampler import RankSampler, expected_gains
+from ranksearch.strategy.sampler import WORTHLESS, RankSampler, expected_gains
 from ranksearch.strategy.space import size_of
 from ranksearch.strategy.surrogate import Surrogate, Table
 from tests.books import FOUND, SPACE, TINY, Books, knowledge, offered
@@ -214,6 +214,12 @@ def test_proposals_keep_to_the_limits(min_ratio, seed):
 def test_suggestions_are_among_the_plans_to_choose_from_until_they_are_tried():
     wanted = tuple(min(3, len(values) - 1) for values in TABLE.values)
     sampler = RankSampler(knowledge(suggested=[TABLE.plan(wanted)]), seed=0)
-    nothing, weights = (as_rows(), np.empty((0, 2))), np.ones((1, len(TABLE.layers)))
-    assert list(wanted) in sampler._plans(*nothing, weights, set()).tolist()
-    assert list(wanted) not in sampler._plans(*nothing, weights, {wanted}).tolist()
+    weights = np.ones((1, len(TABLE.layers)))
+    assert list(wanted) in sampler._plans(as_rows(), weights, set()).tolist()
+    assert list(wanted) not in sampler._plans(as_rows(), weights, {wanted}).tolist()
+
+
+def test_scores_count_from_below_the_best_where_none_reaches_the_dense_one():
+    known = knowledge()
+    assert known.floor(np.array([])) == known.floor(np.array([0.95])) == pytest.approx(known.dense_score - WORTHLESS)
+    assert known.floor(np.array([0.3, 0.5])) == pytest.approx(0.5 - WORTHLESS)

@@ -19,7 +19,7 @@ from ranksearch.objectives import Objectives
 from ranksearch.plan import CP, CP4, Dense, Plan, Tucker2
 from ranksearch.profile import profile
 from ranksearch.record import Finalist, Outcome, Rung, TrialRecord, choose, front_of
-from ranksearch.strategy.finalists import WORTH, choose_finalists
+from ranksearch.strategy.finalists import WORTH, choose_finalists, floor_of
 from ranksearch.strategy.prior import WEAKENINGS, at_vbmf, vbmf_plans
 from ranksearch.strategy.space import make_space
 
@@ -98,9 +98,23 @@ def test_finalists_are_the_front_first(cloud, count):
 
 
 def test_what_lost_too_much_is_no_finalist_while_there_is_better():
-    good, bad = trial(0, 0.95, 10.0), trial(1, 0.96 - WORTH - 0.01, 1000.0)
+    good, bad = trial(0, 0.95, 10.0), trial(1, 0.95 - WORTH - 0.01, 1000.0)
     assert choose_finalists([good, bad], 0.96, 2, UNLIMITED, Objectives()) == [good]
     assert choose_finalists([bad], 0.96, 2, UNLIMITED, Objectives()) == [bad]
+
+
+@given(st.lists(st.floats(0.0, 1.0), min_size=1), st.floats(0.0, 1.0))
+def test_some_trial_is_always_worth_something(scores, dense_score):
+    """Nets from scratch, or that a limit makes tiny, may all be far below the dense one after a few epochs."""
+    floor = floor_of(dense_score, scores, UNLIMITED)
+    assert floor < max(scores)
+    assert floor <= dense_score - WORTH
+    assert floor_of(dense_score, scores, Limits(min_score=0.7)) == 0.7
+
+
+def test_where_none_reaches_the_dense_score_finalists_are_told_apart_by_the_best():
+    best, near, far = trial(0, 0.5, 10.0), trial(1, 0.5 - WORTH + 0.01, 100.0), trial(2, 0.5 - WORTH - 0.01, 1000.0)
+    assert choose_finalists([best, near, far], 0.96, 3, UNLIMITED, Objectives()) == [best, near]
 
 
 limits_of_scores = st.none() | st.floats(0.89, 1.01)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from ranksearch import pareto
-from ranksearch.limits import Limits
+from ranksearch.limits import UNLIMITED, Limits
 from ranksearch.objectives import Objectives
 from ranksearch.record import Outcome, TrialRecord
 
 WORTH = 0.15
-"""How far below the dense score a trial may lie and still be worth taking home: a long fine-tuning gains some points."""
+"""How far below the dense score a trial may lie and still be worth taking home, or below the best trial's where none reaches
+the dense score: a long fine-tuning gains some points."""
 
 
 def choose_finalists(
@@ -27,13 +28,14 @@ def choose_finalists(
     Where a front holds too many, those that add the least hypervolume are left out, one after the other. Trials outside
     the limits come last, the nearest first: a long fine-tuning may yet lift them inside.
     """
-    floor = floor_of(dense_score, limits)
     done = [trial for trial in trials if trial.outcome is Outcome.DONE and trial.score is not None and trial.same_as is None]
     # A study of an older release may hold a plan twice: the first stands for it.
     done = list({trial.plan: trial for trial in reversed(done)}.values())[::-1]
     # Only a size is never mended: what an earlier run trained under wider limits is for want of others.
     done = [trial for trial in done if not limits.excess(trial)] or done
-    worth = [trial for trial in done if trial.score is not None and trial.score >= min(floor, dense_score - WORTH)] or done
+    scores = [trial.score for trial in done if trial.score is not None]
+    floor, least = floor_of(dense_score, scores, limits), floor_of(dense_score, scores, UNLIMITED)
+    worth = [trial for trial in done if trial.score is not None and trial.score >= min(floor, least)]
     # By the score of the search: that of a finalist would change the choice once it is known.
     excess = {trial.number: limits.excess(trial, trial.score) for trial in worth}
     chosen = _fronts([trial for trial in worth if not excess[trial.number]], count, floor, objectives)
@@ -41,9 +43,15 @@ def choose_finalists(
     return sorted([*chosen, *outside[: count - len(chosen)]], key=objectives.ratio)
 
 
-def floor_of(dense_score: float, limits: Limits) -> float:
-    """The score below which a trial is not worth taking home: what the user asks for, or else `WORTH` below dense."""
-    return dense_score - WORTH if limits.min_score is None else limits.min_score
+def floor_of(dense_score: float, scores: Iterable[float], limits: Limits, *, below: float = WORTH) -> float:
+    """The score below which a trial is worth nothing: what the user asks for, or else so far below the dense model's.
+
+    Below the best of `scores` where none reaches the dense model's: what is small by the user's will, or trained from scratch
+    for a few epochs, is not to be told apart by how far it is from that.
+    """
+    if limits.min_score is not None:
+        return limits.min_score
+    return min(dense_score, max(scores, default=dense_score)) - below
 
 
 def _fronts(pool: Sequence[TrialRecord], count: int, floor: float, objectives: Objectives) -> list[TrialRecord]:

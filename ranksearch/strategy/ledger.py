@@ -19,6 +19,7 @@ from ranksearch.limits import Limits
 from ranksearch.objectives import Objectives
 from ranksearch.plan import Plan
 from ranksearch.record import GIVE_UP, MAX_TRIES, Outcome, TrialRecord, untrained_in_a_row
+from ranksearch.strategy.finalists import floor_of
 from ranksearch.strategy.sampler import WITHIN, Knowledge, admit, make_sampler
 from ranksearch.strategy.space import Space, size_of
 from ranksearch.strategy.trial import Answer, Job
@@ -36,22 +37,22 @@ class Ledger:
         *,
         sampler: str,
         seed: int,
-        floor: float,
+        dense_score: float,
         limits: Limits,
         objectives: Objectives,
         since: int = 0,
         knowledge: Knowledge | None = None,
         on_untrained: Callable[[TrialRecord], None] = lambda record: None,
     ) -> None:
-        """`floor` is the score below which a trial is not worth taking home; samplers then look elsewhere. `knowledge` is
-        what the sampler "rank" starts from.
+        """Trials too far below `dense_score` are not worth taking home; samplers then look elsewhere. `knowledge` is what the
+        sampler "rank" starts from.
 
         Plans over the `limits` in size, and plans that are known already, are answered without a job; `on_untrained` is told
         of each. The limits hold `since` the trial of that number. Optuna is told the score and the ratios of the `objectives`.
         """
         self.study = study
         self._space, self._inventory, self._firsts = space, inventory, firsts
-        self._sampler, self._seed, self._floor = sampler, seed, floor
+        self._sampler, self._seed, self._dense_score = sampler, seed, dense_score
         self._knowledge = knowledge
         self._distributions = space.distributions()
         self._records = {record.number: record for record in read_trials(study)}
@@ -188,7 +189,8 @@ class Ledger:
             trial.set_user_attr(key, value)
         if record.score is not None:
             # Without it a sampler spends half its trials on ever smaller models that know nothing.
-            trial.set_constraint("worth taking home", self._floor - record.score)
+            scores = [r.score for r in (*self._records.values(), record) if r.score is not None]
+            trial.set_constraint("worth taking home", floor_of(self._dense_score, scores, self._limits) - record.score)
         if excess := self._limits.excess(record):
             trial.set_constraint(WITHIN, excess)
         values = self._objectives.point(record.score, record) if record.score is not None else None

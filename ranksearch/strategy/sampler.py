@@ -23,6 +23,7 @@ from ranksearch.limits import UNLIMITED, Limits
 from ranksearch.plan import Plan
 from ranksearch.profile import Profile
 from ranksearch.record import MAX_TRIES, Probe
+from ranksearch.strategy.finalists import floor_of
 from ranksearch.strategy.prior import WEAKENINGS, vbmf_plans
 from ranksearch.strategy.sensitivity import predicted_choices
 from ranksearch.strategy.space import Size, Space
@@ -37,7 +38,8 @@ ASKED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.
 WITHIN = "within the limits"
 """The constraint of a trial that was over the limits of size."""
 WORTHLESS = 0.10
-"""So far below the dense score, and lower, a score gains nothing, unless the user sets a limit to it."""
+"""So far below the dense score, and lower, a score gains nothing, unless the user sets a limit to it; so far below the best
+trial's, where none reaches the dense score."""
 RESOLVED = 8
 """How often the frontier is solved again, each time with other weights on the layers' rises."""
 CORNERS = 64
@@ -50,13 +52,12 @@ REACH = 0.8
 
 @dataclass
 class Knowledge:
-    """What the project's sampler starts from, made once in a study: the space, its choices as a table, where scores begin
-    to count. It keeps the rows of the trials it has seen, which is all that it keeps."""
+    """What the project's sampler starts from, made once in a study: the space, its choices as a table, the dense score. It
+    keeps the rows of the trials it has seen, which is all that it keeps."""
 
     space: Space
     table: Table
     dense_score: float
-    floor: float
     limits: Limits = UNLIMITED
     suggested: Sequence[Plan] = ()
     """Plans that a prior suggests; they are tried where they promise a gain."""
@@ -85,9 +86,12 @@ class Knowledge:
         """What profile, probes and VBMF tell; without the dense model's loss there is nothing to set probes against."""
         choices = predicted_choices(layers, probes if dense_loss is not None else (), dense_loss or 0.0)
         table = Table(inventory, {axis.layer.name: choices[axis.layer.name] for axis in space.axes}, minimize)
-        floor = dense_score - WORTHLESS if limits.min_score is None else limits.min_score
         suggested = [plan for _, plan in vbmf_plans(space, layers.vbmf, WEAKENINGS)]
-        return cls(space, table, dense_score, floor, limits, suggested)
+        return cls(space, table, dense_score, limits, suggested)
+
+    def floor(self, scores: Values) -> float:
+        """Where scores begin to count, given those of the trials so far."""
+        return floor_of(self.dense_score, scores.tolist(), self.limits, below=WORTHLESS)
 
     def fits(self, plans: Rows) -> NDArray[np.bool_]:
         """Which plans are within the limits of size."""
@@ -168,11 +172,12 @@ class RankSampler(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The parameters of the proposed plan; none where every plan near the fronts was tried."""
-        table, floor = self._known.table, self._known.floor
+        table = self._known.table
         # A trial that is just being asked for has no parameters yet, one that was killed while it was has some.
         trials = [t for t in study.get_trials(deepcopy=False, states=ASKED) if len(t.params) == len(search_space)]
         done = [t for t in trials if t.state is TrialState.COMPLETE]
         points = np.array([t.values for t in done]).reshape(-1, 1 + len(table.minimize))
+        floor = self._known.floor(points[:, 0])
         tried, running = self._rows(done), self._rows([t for t in trials if t.state is TrialState.RUNNING])
         # Where nothing is known yet, layers' rises are as doubtful as before any trial.
         weights = self._rng.lognormal(0.0, DOUBT, (RESOLVED, len(table.layers)))
@@ -183,7 +188,8 @@ class RankSampler(BaseSampler):
                 table, tried[nearest], points[nearest, 0], dense_score=self._known.dense_score, floor=floor, seed=self._seed
             )
             weights = surrogate.weights[:RESOLVED]
-        plans = self._plans(tried, points, weights, self._seen(trials))
+        worth = points[:, 0] > floor
+        plans = self._plans(tried[worth][pareto.front(points[worth])], weights, self._seen(trials))
         if not len(plans):
             return {}
         if surrogate is None:
@@ -216,14 +222,12 @@ class RankSampler(BaseSampler):
         lost = Counter(self._known.row(t) for t in trials if t.state is TrialState.FAIL)
         return known | {row for row, times in lost.items() if times >= MAX_TRIES}
 
-    def _plans(self, tried: Rows, points: Values, weights: Values, seen: set[tuple[int, ...]]) -> Rows:
+    def _plans(self, parents: Rows, weights: Values, seen: set[tuple[int, ...]]) -> Rows:
         """The plans to choose from, each once, but for those that were asked for before and the dense one."""
         table = self._known.table
         parts = [_evenly(table.frontier(guess, at), CORNERS) for at, guess in enumerate(weights)]
         parts.append(self._known.suggested_rows)
-        worth = np.flatnonzero(points[:, 0] > self._known.floor)
-        if len(worth):
-            parents = tried[worth[pareto.front(points[worth])]]
+        if len(parents):
             parts += [self._moved(parents), self._crossed(parents)]
         plans = np.unique(np.concatenate(parts), axis=0)
         fits = self._known.fits(plans)
