@@ -1,8 +1,8 @@
 """The local workers: processes on this machine, kept warm from the first job to the last; or this process itself.
 
 A worker receives the evaluator once (data, dense model, prepared factors) and then one job at a time. It reports every
-rung and its answer through its own pipe, so a worker that dies takes nothing with it but its job. Where the driver is gone
-nobody reads the pipe, and the worker ends with its next message.
+rung and its answer through its own pipe, so a worker that dies takes nothing with it but its job. It ends with its driver,
+however that ends, in the midst of a job too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -161,6 +162,7 @@ class _Pool(Workers):
 def _work(pipe: Connection, threads: int, path: list[str]) -> None:
     """A worker's life. Ctrl-C is the driver's business; a closed pipe means that the driver is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_driver, daemon=True).start()
     sys.path[:] = path
     torch.set_num_threads(threads)
     try:
@@ -175,6 +177,14 @@ def _work(pipe: Connection, threads: int, path: list[str]) -> None:
                 pipe.send(Crash.of(error))
     except (EOFError, OSError):
         return
+
+
+def _end_with_driver() -> None:
+    """A killed driver ends no one, and a job may be hours from the message that finds nobody there."""
+    driver = multiprocessing.parent_process()
+    assert driver is not None
+    driver.join()
+    os._exit(1)
 
 
 class _DriverGone(Exception):
