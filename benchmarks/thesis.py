@@ -239,7 +239,7 @@ def trained(system: System, net: Net, mine: Sequence[Entry], entries: Sequence[E
     rivals = [e for e in entries if e["net"] == rival.name and (net.plan == {} or e["epochs"] == mine[0]["epochs"])]
     gains = [e["score_test"] - r["score_test"] for e in mine for r in rivals if e["seed"] == r["seed"]]
     return row(
-        net.name, net.thesis, f"{mine[0]['params']:,}", smaller(mine[0], system, entries, mine[0]),
+        net.name, net.thesis, f"{mine[0]['params']:,}", smaller(mine[0], system, entries),
         spread(system, [e["score_test"] for e in mine]),
         spread(system, gains, gain=True) if gains and net is not dense else "", mine[0]["epochs"], len(mine),
     )  # fmt: skip
@@ -258,10 +258,10 @@ def of_search(system: System, search: Search, entry: Entry, entries: Sequence[En
     return rows
 
 
-def smaller(net: Entry, system: System, entries: Sequence[Entry], otherwise: Entry) -> str:
-    """How many times smaller a net is than the system's dense net; than another, where that was not trained."""
+def smaller(net: Entry, system: System, entries: Sequence[Entry], otherwise: Entry | None = None) -> str:
+    """How many times smaller a net is than the system's dense net, or than another where that was not trained."""
     dense = next((entry for entry in entries if entry["net"] == system.nets[0].name), otherwise)
-    return f"{dense['params'] / net['params']:.1f}x"
+    return f"{dense['params'] / net['params']:.1f}x" if dense else ""
 
 
 def spread(system: System, scores: list[float], *, gain: bool = False) -> str:
