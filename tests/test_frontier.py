@@ -22,10 +22,12 @@ from ranksearch.profile import profile
 from ranksearch.record import Probe
 from ranksearch.strategy.frontier import Choice, Corner, frontier
 from ranksearch.strategy.sensitivity import (
+    LOST,
     PROBED_ERRORS,
     Sensitivity,
     error_of,
     predicted_frontier,
+    rescuable,
     sensitivities,
     spread,
     values_to_probe,
@@ -132,6 +134,20 @@ def test_a_spread_is_of_the_frontier_with_its_middle_first(savings, count):
     assert chosen[0].saved == ordered[len(ordered) // 2]
     if count > 1:
         assert {savings[0], savings[-1]} <= set(ordered)
+
+
+@pytest.mark.parametrize(
+    ("rises", "kept"),
+    [
+        ([0.0, 0.1, LOST - 0.1, LOST, LOST + 9], 3),  # by what training makes good
+        ([0.0, LOST + 3, LOST + 4, 2 * LOST + 2.9, 2 * LOST + 3], 4),  # a limit left none such: by the largest within it
+        ([0.0, LOST + 3], 2),
+        ([0.0], 1),
+    ],
+)
+def test_first_plans_are_those_that_training_may_make_good(rises, kept):
+    corners = [Corner(Plan.of({"a": SVD(9 - place)} if place else {}), place, rise) for place, rise in enumerate(rises)]
+    assert rescuable(corners) == corners[:kept]
 
 
 def test_a_frontier_of_nothing_has_no_spread():

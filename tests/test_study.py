@@ -225,16 +225,6 @@ def test_another_score_is_another_study(trained, tmp_path):
         go(other)
 
 
-def test_folders_may_share_a_storage_but_not_a_study(tmp_path):
-    options = Options(workers=0, storage=f"sqlite:///{tmp_path / 'shared.db'}")
-    run_study(small_spec("search.trials=1"), tmp_path / "a", options)
-    with pytest.raises(
-        StudyError, match=r"The storage's study 'small' is another study \(finetune.epochs is 1 there and 2 here\)"
-    ):
-        run_study(small_spec("search.trials=1", "finetune.epochs=2"), tmp_path / "b", options)
-    assert not (tmp_path / "b").exists()
-
-
 def test_python_may_give_one_name_and_numbers_of_numpy(trained, tmp_path):
     record = ranksearch.search(
         trained, out=tmp_path / "mine", methods="svd", skip="fc1", minimize="params", trials=np.int64(1),
@@ -267,70 +257,6 @@ def test_a_score_that_is_no_share(trained, tmp_path):
         ranksearch.search(percent, out=tmp_path / "mine", options=Options(workers=0))
 
 
-def foreign(url, *, directions):
-    """A study of another program, of the same name."""
-    study = optuna.create_study(study_name="small", storage=url, directions=directions)
-    if "maximize" in directions:  # the others differ from ours without a trial
-        study.optimize(lambda trial: [trial.suggest_float("x", 0, 1)] * len(directions), n_trials=2)
-
-
-@pytest.mark.parametrize("fresh", [False, True])
-@pytest.mark.parametrize("directions", [["minimize"], ["maximize", "maximize"], ["minimize", "minimize"]])
-def test_a_study_of_another_program_is_left_alone(tmp_path, directions, fresh):
-    url, out = f"sqlite:///{tmp_path / 'theirs.db'}", tmp_path / "small"
-    foreign(url, directions=directions)
-    with pytest.raises(
-        StudyError,
-        match="The storage's study 'small' must be one of ranksearch's, but is another program's; choose another name",
-    ):
-        run_study(small_spec("search.trials=1"), out, Options(workers=0, storage=url, fresh=fresh))
-    theirs = optuna.load_study(study_name="small", storage=url)
-    assert len(theirs.trials) == 2 * ("maximize" in directions)
-    assert theirs.user_attrs == {}
-    assert not out.exists()
-
-
-def test_a_refused_run_leaves_nothing_in_its_storage(tmp_path):
-    options = Options(workers=0, storage=f"sqlite:///{tmp_path / 'shared.db'}")
-    (tmp_path / "file").write_text("no folder")
-    with pytest.raises(StudyError, match="The output must be a folder"):
-        run_study(small_spec("search.trials=1"), tmp_path / "file", options)
-    run_study(small_spec("search.trials=1", "finetune.epochs=2"), tmp_path / "small", options)
-
-
-def test_a_study_goes_on_where_its_record_is(tmp_path):
-    out, spec = tmp_path / "small", small_spec("search.trials=1", "finalists.count=1")
-    elsewhere, other = (Options(workers=0, storage=f"sqlite:///{tmp_path / name}.db") for name in ("one", "other"))
-    before = run_study(spec, out, elsewhere)
-    fix = rf"must go on in the storage that it was begun in, sqlite:///{tmp_path}/one.db, but {{}} holds none of it; give --storage "
-    with pytest.raises(StudyError, match=fix.format("the folder's own")):
-        run_study(spec, out, Options(workers=0))
-    with pytest.raises(StudyError, match=fix.format(other.storage)):
-        run_study(spec, out, other)
-    assert essence(run_study(spec, out, elsewhere).trials) == essence(before.trials)
-    optuna.copy_study(from_study_name="small", from_storage=elsewhere.storage, to_storage=other.storage)
-    assert essence(run_study(spec, out, other).trials) == essence(before.trials)
-    run_study(spec, out, replace(other, storage=None, fresh=True))
-    with pytest.raises(
-        StudyError, match=r"was begun in, the folder's own, but sqlite.* holds none of it; leave out --storage, or"
-    ):
-        run_study(spec, out, Options(workers=0, storage=f"sqlite:///{tmp_path / 'third'}.db"))
-
-
-def test_a_storage_is_the_same_only_from_the_same_folder(tmp_path, monkeypatch):
-    spec, options = small_spec("search.trials=1", "finalists.count=1"), Options(workers=0, storage="sqlite:///mine.db")
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    monkeypatch.chdir(tmp_path / "one")
-    run_study(spec, tmp_path / "small", options)
-    run_study(spec, tmp_path / "small", options)
-    monkeypatch.chdir(tmp_path / "two")
-    with pytest.raises(
-        StudyError, match=rf"must go on in the storage that it was begun in, sqlite:///{tmp_path}/one/mine.db, but"
-    ):
-        run_study(spec, tmp_path / "small", options)
-
-
 def test_a_kill_before_the_dense_weights_are_kept_costs_only_their_training(tmp_path, monkeypatch):
     """Trained again, to other bits as it may be, they are the study's."""
     out, spec = tmp_path / "small", small_spec("search.trials=1", "finalists.count=1")
@@ -351,19 +277,6 @@ def test_a_kill_before_the_dense_weights_are_kept_costs_only_their_training(tmp_
 
     monkeypatch.setattr("ranksearch.study.train_dense", trained_elsewhere)
     assert run_study(spec, out, Options(workers=0)).trials
-
-
-def test_fresh_starts_over_whatever_the_folder_says(tmp_path):
-    out, spec = tmp_path / "small", small_spec("search.trials=1", "finalists.count=1")
-    run_study(spec, out, Options(workers=0))
-    older = (out / "spec.toml").read_text().replace("[search]", "[search]\nhalving = true")
-    (out / "spec.toml").write_text(older)
-    with pytest.raises(
-        SpecError, match=r"search.halving is not a key of a study.*another release's; choose another --out, or --fresh"
-    ):
-        run_study(spec, out, Options(workers=0))
-    assert (out / "spec.toml").read_text() == older
-    assert run_study(spec, out, Options(workers=0, fresh=True)).trials
 
 
 @pytest.mark.parametrize(

@@ -103,9 +103,12 @@ LOST = 2.0
 
 
 def rescuable(corners: Sequence[Corner]) -> list[Corner]:
-    """The corners that training may make good; all where there are none but the dense one."""
+    """The corners that training may make good. Where there are none but the dense one, as under a hard limit, those that
+    are predicted to lose little more than the largest of the rest."""
     kept = [corner for corner in corners if corner.rise < LOST]
-    return kept if len(kept) > 1 else list(corners)
+    if len(kept) > 1 or len(corners) < 2:
+        return kept
+    return [corner for corner in corners if corner.rise < corners[1].rise + LOST]
 
 
 def spread(corners: Sequence[Corner], whole: float, count: int) -> list[Corner]:
