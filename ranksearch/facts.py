@@ -58,7 +58,6 @@ def study_facts(
         ModelError: the dense model's score is no number, or on another scale than a share's.
     """
     device = inputs.device
-    task.model.to(device)
     score = training.score(task.model, task, task.data.validation, device=device)
     if not math.isfinite(score):
         raise ModelError(f"The score must be a number for the dense net, but {task.score_name} gave {score}; mend it.")

@@ -35,7 +35,8 @@ def front(points: ArrayLike) -> NDArray[np.intp]:
 
 
 def ranks(points: ArrayLike) -> NDArray[np.intp]:
-    """Non-domination rank of each point (Deb et al. 2002): 0 on the front, 1 on the front of the rest, and so on."""
+    """Non-domination rank of each point (Deb et al. 2002): 0 on the front, 1 on the front of the rest, and so on. Of equal
+    points each lies behind the one before."""
     values = _points(points)
     result = np.empty(len(values), dtype=np.intp)
     if values.shape[1] == 2:

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from optuna.trial import TrialState
@@ -61,7 +62,7 @@ class Rung:
 
 @dataclass(frozen=True, kw_only=True)
 class Finalist:
-    """A trial that was fine-tuned for longer, from its decomposed weights, and scored once on the test split."""
+    """A trial that was fine-tuned for longer, from its start, and scored once on the test split."""
 
     score_validation: float
     score_test: float
@@ -179,17 +180,17 @@ class StudyRecord:
     trials: tuple[TrialRecord, ...]
     seconds: Mapping[str, float] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def front(self) -> list[TrialRecord]:
         """The non-dominated trials within the study's limits, the largest first; see `front_of`."""
         return front_of(self.trials, self.facts.objectives, self.facts.limits)
 
-    @property
+    @cached_property
     def unconstrained_front(self) -> list[TrialRecord]:
         """The front that there would be without the limits."""
         return front_of(self.trials, self.facts.objectives)
 
-    @property
+    @cached_property
     def shown(self) -> list[TrialRecord]:
         """What a reader is shown: the front, or the unconstrained one where no model keeps the limits."""
         return self.front or self.unconstrained_front
@@ -243,6 +244,15 @@ def untrained_in_a_row(
     return sum(number > last for number in untrained)
 
 
+def yardstick(dense_score: float, scores: Iterable[float]) -> float:
+    """The score that trials are measured against: the dense model's, or the best of theirs where none reaches it.
+
+    What is small by the user's will, or trained from scratch for a few epochs, is not to be told apart by how far it is from
+    the dense model.
+    """
+    return min(dense_score, max(scores, default=dense_score))
+
+
 def front_of(trials: Sequence[TrialRecord], objectives: Objectives, limits: Limits = UNLIMITED) -> list[TrialRecord]:
     """The non-dominated trials within the limits by validation score and ratios, the largest first; each plan once.
 
@@ -285,20 +295,22 @@ def choose(
             names = ", ".join(map(str, sorted(finalists)))
             raise StudyError(f"Only finalists keep their weights, but trial {number} is none; they are {names}.")
         return finalists[number]
-    whole = front_of(trials, objectives)
-    front = front_of(trials, objectives, limits) or whole
+    # Not of the front alone, which may be of another cost than the compression ratio.
+    whole = list(finalists.values())
+    within = [trial for trial in whole if not limits.excess(trial, _score(trial))]
     if min_score is not None:
-        fitting = [t for t in front if _score(t) >= min_score] or [t for t in whole if _score(t) >= min_score]
+        fitting = [t for t in within if _score(t) >= min_score] or [t for t in whole if _score(t) >= min_score]
         if not fitting:
             best = max(map(_score, whole))
             raise StudyError(f"A model with a score of at least {min_score:g} is asked for, but the best has {best:.4f}.")
-        return max(fitting, key=objectives.ratio)
+        return max(fitting, key=lambda trial: (objectives.ratio(trial), _score(trial)))
     if min_ratio is not None:
-        fitting = [t for t in front if t.ratio >= min_ratio] or [t for t in whole if t.ratio >= min_ratio]
+        fitting = [t for t in within if t.ratio >= min_ratio] or [t for t in whole if t.ratio >= min_ratio]
         if not fitting:
             most = max(trial.ratio for trial in whole)
             raise StudyError(f"A ratio of at least {min_ratio:g} is asked for, but the smallest model has {most:.1f}.")
-        return max(fitting, key=_score)
+        return max(fitting, key=lambda trial: (_score(trial), objectives.ratio(trial)))
+    front = front_of(within or whole, objectives)
     return front[pareto.knee([objectives.point(_score(trial), trial) for trial in front])]
 
 

@@ -25,14 +25,15 @@ def scratch_(model: M, plan: Plan, *, seed: int) -> M:
         PlanError: as `factorize_` does.
     """
     check_scratch(model)
-    skeleton_(model, plan)
-    factorized = tuple(f"{name}." for name, _ in plan)
     # The caller's random numbers are its own.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for name, module in model.named_modules():
-            if _holds_parameters(module) and not name.startswith(factorized):
-                module.reset_parameters()
+        # Before layers are replaced: a block may reset the layers in it by itself.
+        for module in model.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset) and (_holds_parameters(module) or _holds_buffers(module)):
+                reset()
+        skeleton_(model, plan)
         for name, _ in plan:
             initialise_([part for part in model.get_submodule(name).children() if _holds_parameters(part)])
     return model
@@ -69,3 +70,7 @@ def check_scratch(model: nn.Module) -> None:
 
 def _holds_parameters(module: nn.Module) -> bool:
     return any(True for _ in module.parameters(recurse=False))
+
+
+def _holds_buffers(module: nn.Module) -> bool:
+    return any(True for _ in module.buffers(recurse=False))

@@ -85,7 +85,7 @@ class DenseSpec(TrainSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class FinalistSpec(TrainSpec):
-    """The trials of the front that are fine-tuned for longer, from their decomposed weights, and then tested."""
+    """The trials of the front that are fine-tuned for longer, from their start, and then tested."""
 
     count: int = _at_least(1, default=10)
     sweeps: int = _at_least(0, default=0)

@@ -85,7 +85,7 @@ def run_study(
     given, task = task is not None, task or load_task(spec)
     check_splits(task.data)
     found = inventory(task.model, example(task.data.train))
-    check_outputs(task)
+    check_outputs(task, trains=any(part.epochs for part in (spec.dense, spec.finetune, spec.finalists)))
     check_state(task.model)
     space = space_of(spec.space, found)
     check_limits(spec.search.limits, space, found)
@@ -153,7 +153,8 @@ class _Run:
                 write_whole(path, weights)
             if DIGEST not in self.study.user_attrs:
                 self.study.set_user_attr(DIGEST, digest)
-        self.task.model.to(self.device).eval()
+        # As training lays it out: else what a resumed run decomposes would differ in its last bits.
+        training.place(self.task.model, self.device).eval()
         # Trained weights can be what initial ones were not.
         check_weights(self.task.model)
 
@@ -206,16 +207,15 @@ class _Run:
         def jobs() -> Iterator[Job]:
             return (Job(key, plan, self.spec.seed, Stage.PROBE) for key, plan in enumerate(wanted) if plan not in done)
 
-        with self.stage("probes"):
-            self.run_jobs(jobs, evaluate, on_answer)
+        self.run_jobs("probes", jobs, evaluate, on_answer)
 
     def firsts(self, layers: Profile) -> list[tuple[str, Plan]]:
         """The plans within the limits that are tried first, with their origins; chosen once in a study."""
         if (known := attributes.read_firsts(self.study)) is not None:
             return known
         dense, probes = attributes.read_probes(self.study)
-        # Where the worker of the dense probe was lost, there is nothing to set the others against.
         price = prices(self.spec.search.minimize, self.inventory)[0]
+        # Where the worker of the dense probe was lost, there is nothing to set the others against.
         corners = predicted_frontier(layers, probes, dense, price) if dense is not None else []
         # The dense corner, which is never chosen, stays: `spread` takes the first for it.
         within = [*corners[:1], *(corner for corner in corners[1:] if self._fits(corner.plan))]
@@ -257,8 +257,7 @@ class _Run:
         def on_answer(job: Job, answer: Answer) -> None:
             self.view.trial(ledger.receive(job, answer), ledger.records())
 
-        with self.stage("trials"):
-            self.run_jobs(lambda: ledger.jobs(trials), evaluate, on_answer, spent)
+        self.run_jobs("trials", lambda: ledger.jobs(trials), evaluate, on_answer, spent)
 
     def finalists(self, evaluate: Evaluator) -> None:
         """Fine-tune the best trials for longer, score them on the test split, keep their weights, time them."""
@@ -280,8 +279,8 @@ class _Run:
             left = (trial for trial in waiting if trial.number not in answered)
             return (Job(trial.number, trial.plan, trial.seed, Stage.FINALIST) for trial in left)
 
+        self.run_jobs("finalists", jobs, evaluate, on_answer)
         with self.stage("finalists"):
-            self.run_jobs(jobs, evaluate, on_answer)
             self._latencies()
 
     def report(self) -> None:
@@ -306,11 +305,11 @@ class _Run:
         return not self.spec.search.limits.excess(size_of(plan, self.inventory))
 
     def run_jobs(
-        self, jobs: Callable[[], Iterator[Job]], evaluate: Evaluator, on_answer: Callable[[Job, Answer], None],
+        self, stage: str, jobs: Callable[[], Iterator[Job]], evaluate: Evaluator, on_answer: Callable[[Job, Answer], None],
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
         """Evaluate what `jobs()` gives; and again what it gives then, where workers were lost, but none more than `MAX_TRIES`
-        times."""
+        times. The stage's seconds are kept after each answer."""
         losses, again = Counter[int](), True
 
         def on_message(job: Job, message: Rung | Answer) -> None:
@@ -322,10 +321,12 @@ class _Run:
                 losses[job.key] += 1
                 again = again or losses[job.key] < MAX_TRIES
             on_answer(job, message)
+            keep()
 
-        while again:
-            again = False
-            self.engine.run(jobs(), evaluate, on_message=on_message, should_stop=should_stop)
+        with self.stage(stage) as keep:
+            while again:
+                again = False
+                self.engine.run(jobs(), evaluate, on_message=on_message, should_stop=should_stop)
 
     def evaluator(self, layers: Profile) -> Evaluator:
         task = replace(self.task, model=self.task.model.cpu())
@@ -337,14 +338,18 @@ class _Run:
         )  # fmt: skip
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Adds the seconds that a stage takes to those of earlier runs."""
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+    def stage(self, name: str) -> Iterator[Callable[[], None]]:
+        """Adds the seconds that a stage takes to those of earlier runs, at its end and whenever what it gives is called."""
+        before, start = self.seconds.get(name, 0.0), time.monotonic()
+
+        def keep() -> None:
+            self.seconds[name] = before + time.monotonic() - start
             attributes.write_seconds(self.study, self.seconds)
+
+        try:
+            yield keep
+        finally:
+            keep()
 
     def _check_dense(self, digest: str) -> None:
         """Go on only with the dense model that the study was begun with."""
@@ -380,7 +385,8 @@ class _Run:
 
     def _latencies(self) -> None:
         """Milliseconds of the dense model and of every finalist, taken in turn in one go, so that they compare."""
-        trials = [trial for trial in attributes.read_trials(self.study) if trial.finalist]
+        # Weights of one that is a finalist no more may be gone: it is not made again.
+        trials = [trial for trial in attributes.read_trials(self.study) if trial.finalist and self._kept(trial)]
         if all(trial.finalist and trial.finalist.latency_ms is not None for trial in trials):
             return
         folders = [self.out / "models" / str(trial.number) for trial in trials]

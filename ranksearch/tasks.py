@@ -32,7 +32,7 @@ def accuracy(outputs: Tensor, targets: Tensor) -> float:
     """Share of inputs whose largest output, of (inputs, classes), is the target's; NaN where an output is."""
     if torch.isnan(outputs).any():
         return math.nan
-    return float((outputs.argmax(1) == targets).float().mean())
+    return float((outputs.argmax(1) == targets).double().mean())
 
 
 EVALUATION_BATCH = 256
@@ -64,13 +64,13 @@ def predict(model: nn.Module, split: Dataset[Any], *, device: torch.device = CPU
     return torch.cat([outputs for outputs, _ in pairs]), torch.cat([targets for _, targets in pairs])
 
 
-def check_outputs(task: Task) -> None:
-    """Refuse a classifier whose outputs do not fit the classes, and splits that the model does not accept. Leaves the model in
-    eval mode.
+def check_outputs(task: Task, *, trains: bool = True) -> None:
+    """Refuse a classifier whose outputs do not fit the classes, splits that the model does not accept, and, where it `trains`,
+    a model that cannot be. Leaves the model in eval mode.
 
     Raises:
         ModelError: the data has classes and the outputs are not (batch, classes); or the model accepts the inputs of the train
-            split, but not of another.
+            split, but not of another; or its outputs depend on no weight that is trained.
     """
     classes = task.data.classes
     inputs, targets = next(batches(task.data.train, 2))
@@ -87,7 +87,7 @@ def check_outputs(task: Task) -> None:
                 ) from error
         twin = copied(task.model).train()
         try:
-            with seeded(0):
+            with seeded(0), torch.enable_grad():
                 trained = twin(inputs)
         except Exception as error:
             raise ModelError(
@@ -97,6 +97,11 @@ def check_outputs(task: Task) -> None:
     for found in (outputs, trained):
         if not isinstance(found, Tensor):
             raise ModelError(f"The model must give one tensor, in training too, but gives a {type(found).__name__}; wrap it.")
+    if trains and not trained.requires_grad:
+        raise ModelError(
+            "The model must be one that can be trained, but its outputs depend on no weight that is; call requires_grad_() "
+            "where it is frozen, and let its forward run without no_grad."
+        )
     if task.score is accuracy and classes is not None and (outputs.dim() != 2 or outputs.shape[1] < classes):
         raise ModelError(
             f"The model must give {classes} outputs an input, one a class, but gives shape {tuple(outputs.shape[1:])}; "

@@ -81,7 +81,7 @@ def few_digits(count: int = 200) -> Splits:
 
 
 class Deadly(nn.Module):
-    """Kills its own process when it is trained in a worker, while the file named by DEADLY is there."""
+    """Kills its own process when it is trained in a worker, while the file named by DEADLY is there. Two inputs are a check."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Deadly(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         path = os.environ.get("DEADLY", "")
-        if self.training and torch.is_grad_enabled() and path and os.path.exists(path):  # noqa: PTH110
+        if self.training and torch.is_grad_enabled() and len(inputs) > 2 and path and os.path.exists(path):  # noqa: PTH110
             os.unlink(path)  # noqa: PTH108
             os.kill(os.getpid(), signal.SIGKILL)
         return self.net(inputs)

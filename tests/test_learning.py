@@ -133,6 +133,16 @@ def test_a_model_that_gives_no_tensor():
         check_outputs(Task(torn, nets.few_digits()))
 
 
+def test_a_model_that_cannot_be_trained():
+    frozen, without = nets.small().requires_grad_(False), nets.Net(torch.no_grad()(lambda net, x: net.net(x)), net=nets.small())
+    for model in (frozen, without):
+        with pytest.raises(
+            ModelError, match=r"must be one that can be trained, but its outputs depend on no weight that is; call"
+        ):
+            check_outputs(Task(model, nets.few_digits()))
+        check_outputs(Task(model, nets.few_digits()), trains=False)
+
+
 def test_a_score_may_need_more_than_two_inputs():
     def of_all_classes(outputs, targets):
         if len(targets.unique()) < 10:
@@ -140,6 +150,12 @@ def test_a_score_may_need_more_than_two_inputs():
         return 0.5
 
     check_outputs(Task(nets.small(), nets.few_digits(), score=of_all_classes))
+
+
+def test_accuracy_is_the_ratio_of_the_counts():
+    for right, inputs in ((324, 360), (54, 100), (7, 7)):
+        outputs, targets = torch.eye(2).repeat_interleave(torch.tensor([right, inputs - right]), 0), torch.zeros(inputs)
+        assert accuracy(outputs, targets) == right / inputs
 
 
 def test_the_accuracy_of_what_is_no_number_is_none():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from ranksearch import folder
-from ranksearch.attributes import has_facts, read_facts, read_firsts, read_probes, read_trials, write_finalist
+from ranksearch.attributes import has_facts, read_facts, read_firsts, read_probes, read_study, read_trials, write_finalist
 from ranksearch.console import Silent
 from ranksearch.data import example, sample_inputs
 from ranksearch.errors import StudyError
@@ -199,6 +200,28 @@ def test_ctrl_c_leaves_nothing_running(tmp_path, monkeypatch):
     assert (out / "report.html").exists()
     record = run_study(small_spec(), out, Options(workers=2))
     assert sorted(t.index for t in record.trials if t.outcome is Outcome.DONE) == list(range(8))
+
+
+def test_seconds_are_kept_after_each_trial(tmp_path):
+    """So that a kill gives `search.minutes` not anew."""
+    out, seen = tmp_path / "small", []
+
+    class Watching(Silent):
+        def trial(self, record, trials):
+            seen.append(read_study(stored(out)).seconds.get("trials", 0.0))
+
+    run_study(small_spec("search.trials=3", "finalists.count=1"), out, Options(workers=0), view=Watching())
+    assert seen[0] == 0
+    assert 0 < seen[1] < seen[2]
+
+
+def test_what_is_a_finalist_no_more_needs_no_weights(tmp_path):
+    out = tmp_path / "small"
+    before = run_study(small_spec("search.trials=3", "finalists.count=3"), out, Options(workers=0))
+    shutil.rmtree(out / "models")
+    again = run_study(small_spec("search.trials=3", "finalists.count=1"), out, Options(workers=0))
+    assert essence(again.trials) == essence(before.trials)
+    assert len(list((out / "models").iterdir())) == 1
 
 
 def test_latencies_lost_by_a_kill_are_measured_again(tmp_path):

@@ -102,6 +102,31 @@ def test_a_net_from_scratch_knows_nothing_of_the_dense_one(trained):
     assert one["norm1.running_mean"].abs().max() == 0
 
 
+class Gained(nn.Module):
+    """A block that resets the layer in it by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3)
+        self.gain = nn.Parameter(torch.ones(1))
+
+    def reset_parameters(self):
+        self.conv.reset_parameters()
+        nn.init.ones_(self.gain)
+
+    def forward(self, inputs):
+        return self.gain * self.conv(inputs)
+
+
+def test_blocks_and_statistics_start_anew():
+    model = nn.Sequential(Gained(), nn.BatchNorm2d(16, affine=False))
+    nn.init.zeros_(model[0].gain)
+    model(torch.randn(4, 3, 8, 8) + 5)
+    fresh = scratch_(model, Plan.of({"0.conv": CP(2)}), seed=0)
+    assert fresh[0].gain == 1
+    assert fresh[1].running_mean.abs().max() == 0
+
+
 def test_a_net_from_scratch_learns(evaluator):
     found = answer(Evaluator(*_with(evaluator(), Recipe(8, 32, 1e-2)), scratch=True))
     assert found.curve[0].score < 0.4

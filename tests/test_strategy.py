@@ -196,6 +196,16 @@ def test_choosing_keeps_the_studys_limits_where_it_can():
         choose(front(), Objectives(), min_ratio=101, limits=limits)
 
 
+def test_choosing_by_the_compression_ratio_where_the_front_is_of_another_cost():
+    """The front of multiply-accumulates holds the first alone."""
+    few, small = trial(0, 0.97, 10.0, finalist=finalist(0.97)), trial(1, 0.96, 50.0, finalist=finalist(0.96))
+    trials = [replace(few, macs=100), replace(small, macs=200)]
+    objectives = Objectives(("macs",), 1000)
+    assert front_of(trials, objectives) == trials[:1]
+    assert choose(trials, objectives, min_ratio=30).number == 1
+    assert choose(trials, objectives, min_ratio=5).number == 0
+
+
 def test_choosing_before_there_is_a_finalist():
     with pytest.raises(StudyError, match="A model must be a finalist to be taken home, but there are none yet"):
         choose([replace(t, finalist=None) for t in front()], Objectives())

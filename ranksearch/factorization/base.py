@@ -180,7 +180,7 @@ def stack(
     return nn.Sequential(steps).train(module.training)
 
 
-def pointwise(module: nn.Module, weight: Shape, in_channels: int, out_channels: int, *, bias: bool = False) -> nn.Module:
+def pointwise(weight: Shape, in_channels: int, out_channels: int, *, bias: bool = False) -> nn.Module:
     """A 1x1 convolution of as many dimensions as the kernel has; a Linear where it has none."""
     dims = len(weight) - 2
     if dims == 0:

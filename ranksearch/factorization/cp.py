@@ -71,9 +71,9 @@ class CPMethod(Method):
         assert bias is None or isinstance(bias, torch.Tensor)
         every = range(len(weight) - 2)
         parts = [
-            ("reduce", pointwise(module, weight, weight[1], rank), reduce),
+            ("reduce", pointwise(weight, weight[1], rank), reduce),
             ("depthwise", spatial(module, weight, (rank, rank), axes=every, groups=rank), depthwise),
-            ("expand", pointwise(module, weight, rank, weight[0], bias=bias is not None), expand),
+            ("expand", pointwise(weight, rank, weight[0], bias=bias is not None), expand),
         ]
         return stack(module, weight, parts, bias)
 

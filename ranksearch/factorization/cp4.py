@@ -69,9 +69,9 @@ class CP4Method(Method):
         rank, bias = len(reduce), module.bias
         assert bias is None or isinstance(bias, torch.Tensor)
         parts = [
-            ("reduce", pointwise(module, weight, weight[1], rank), reduce),
+            ("reduce", pointwise(weight, weight[1], rank), reduce),
             ("high", spatial(module, weight, (rank, rank), axes=(0,), groups=rank), high),
             ("wide", spatial(module, weight, (rank, rank), axes=(1,), groups=rank), wide),
-            ("expand", pointwise(module, weight, rank, weight[0], bias=bias is not None), expand),
+            ("expand", pointwise(weight, rank, weight[0], bias=bias is not None), expand),
         ]
         return stack(module, weight, parts, bias)

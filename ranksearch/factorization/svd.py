@@ -70,10 +70,10 @@ class SVDMethod(Method):
         assert bias is None or isinstance(bias, torch.Tensor)
         if isinstance(module, nn.Linear):
             weight = _matrix(weight)
-            reduce: nn.Module = pointwise(module, weight, weight[1], rank)
+            reduce: nn.Module = pointwise(weight, weight[1], rank)
         else:
             reduce = spatial(module, weight, (weight[1], rank), axes=range(len(weight) - 2))
-        expand = pointwise(module, weight, rank, weight[0], bias=bias is not None)
+        expand = pointwise(weight, rank, weight[0], bias=bias is not None)
         return stack(module, weight, [("reduce", reduce, first), ("expand", expand, second)], bias)
 
 

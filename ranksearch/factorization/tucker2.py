@@ -75,8 +75,8 @@ class Tucker2Method(Method):
         (rank_out, rank_in), bias = core.shape[:2], module.bias
         assert bias is None or isinstance(bias, torch.Tensor)
         parts = [
-            ("reduce", pointwise(module, weight, weight[1], rank_in), reduce),
+            ("reduce", pointwise(weight, weight[1], rank_in), reduce),
             ("core", spatial(module, weight, (rank_in, rank_out), axes=range(len(weight) - 2)), core),
-            ("expand", pointwise(module, weight, rank_out, weight[0], bias=bias is not None), expand),
+            ("expand", pointwise(weight, rank_out, weight[0], bias=bias is not None), expand),
         ]
         return stack(module, weight, parts, bias)

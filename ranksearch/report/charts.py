@@ -94,7 +94,7 @@ def hypervolume_chart(record: StudyRecord) -> Drawing:
 
 
 def curves_chart(record: StudyRecord) -> Drawing:
-    """Score against epochs of fine-tuning, one line a trial; finalists start again from their decomposed weights."""
+    """Score against epochs of fine-tuning, one line a trial; finalists start anew."""
     rows = points.curve_points(record)
     looks = {points.SEARCH: (GREY, 0.6), points.UNFINISHED: (ORANGE, 0.45), points.FINALIST: (BLUE, 0.95)}
     present = [kind for kind in looks if any(row["kind"] == kind for row in rows)]

@@ -11,13 +11,13 @@ from numpy.typing import ArrayLike
 
 from ranksearch import pareto
 from ranksearch.objectives import Objectives
-from ranksearch.record import DenseFacts, Outcome, Rung, StudyRecord, TrialRecord
+from ranksearch.record import DenseFacts, Outcome, Rung, StudyRecord, TrialRecord, yardstick
 
 NEAR = 0.01
 """A model this close to the dense one on validation counts as "as good": one point of accuracy."""
 
 REACH = 0.10
-"""Scores more than this below the dense one are of no interest: outside the charts, and nothing in the hypervolume."""
+"""Scores more than this below the yardstick are of no interest: outside the charts, and nothing in the hypervolume."""
 
 FRONTIER = "frontier"
 """The origin of trials that were predicted from the profile and the probes, before any sampler."""
@@ -46,8 +46,8 @@ def scored(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
 
 
 def trained(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """The trials, without the proposals that the record or the limits answered for."""
-    return [trial for trial in trials if trial.same_as is None and trial.outcome is not Outcome.OVER_BUDGET]
+    """The trials that `search.trials` counts."""
+    return [trial for trial in trials if trial.trained]
 
 
 def finalists(record: StudyRecord) -> list[TrialRecord]:
@@ -79,18 +79,23 @@ def knee(front: Sequence[TrialRecord], objectives: Objectives) -> TrialRecord | 
     return front[pareto.knee([_point(trial.score_validation, trial, objectives) for trial in front])]
 
 
-def hypervolumes(record: StudyRecord) -> list[tuple[TrialRecord, float]]:
-    """Each trial with the hypervolume of the search's front once it was told.
+def reaches_dense(record: StudyRecord) -> bool:
+    """Whether a trial's score of the search is the dense model's at least, or there is none yet."""
+    return yardstick(record.facts.dense.score_validation, _searched(record)) == record.facts.dense.score_validation
 
-    In validation score and log10 of the ratio, of each where there are two, above the dense score - `REACH` and 1x: half the
-    area of a chart is half the value. Only scores of the search count: longer fine-tuning of finalists would be a jump at the
-    end.
+
+def hypervolumes(record: StudyRecord, trials: Sequence[TrialRecord] | None = None) -> list[tuple[TrialRecord, float]]:
+    """Each trial with the hypervolume of the search's front once it was told; of the record's trials or of some.
+
+    In validation score and log10 of the ratio, of each where there are two, above 1x and `REACH` below the record's yardstick:
+    half the area of a chart is half the value. Only scores of the search count: longer fine-tuning of finalists would be a
+    jump at the end.
     """
     objectives = record.facts.objectives
-    reference = (record.facts.dense.score_validation - REACH, *objectives.reference)
+    reference = (yardstick(record.facts.dense.score_validation, _searched(record)) - REACH, *objectives.reference)
     best: list[tuple[float, ...]] = []
     value, result = 0.0, []
-    for trial in trained(record.trials):
+    for trial in trained(record.trials if trials is None else trials):
         if scored([trial]):
             point, before = _point(trial.score, trial, objectives), best
             best = [(*best, point)[i] for i in pareto.front([*best, point])]
@@ -112,7 +117,7 @@ def gain(record: StudyRecord) -> tuple[float, float] | None:
     """The hypervolume of the predicted frontier's trials alone, and of the whole search; None without such trials."""
     if not scored(baseline(record)):
         return None
-    (_, whole), (_, alone) = hypervolumes(record)[-1], hypervolumes(replace(record, trials=tuple(baseline(record))))[-1]
+    (_, whole), (_, alone) = hypervolumes(record)[-1], hypervolumes(record, baseline(record))[-1]
     return alone, whole
 
 
@@ -159,6 +164,10 @@ def _correlations(pairs: dict[float, list[tuple[float, float]]]) -> list[Correla
         if len(scores) >= 3
     ]
     return [entry for entry in found if math.isfinite(entry.value)]
+
+
+def _searched(record: StudyRecord) -> list[float]:
+    return [trial.score for trial in scored(record.trials) if trial.score is not None]
 
 
 def _point(score: float | None, trial: TrialRecord, objectives: Objectives) -> tuple[float, ...]:

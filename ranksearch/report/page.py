@@ -58,7 +58,7 @@ def _context(record: StudyRecord) -> dict[str, Any]:
         "pictures": {name: _element(name) for name in summary.pictures(record)},
         "logs": ", ".join(f"log10 of the {text.COSTS[cost]}" for cost in facts.objectives.minimize),
         "near": text.margin(figures.NEAR, name),
-        "reach": text.margin(figures.REACH, name),
+        "reach": summary.reach(record),
         "unit": "points" if text.is_percent(name) else name,
         "rank_rows": _rank_rows(record),
         "correlations": _correlations(record),

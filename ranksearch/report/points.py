@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ranksearch.plan import Plan
-from ranksearch.record import Outcome, StudyRecord, TrialRecord, front_of
+from ranksearch.record import Outcome, StudyRecord, TrialRecord, front_of, yardstick
 from ranksearch.report import figures, text
 
 TRIAL, VBMF, DENSE = "trial", "VBMF one-shot", "dense model"
@@ -27,14 +27,14 @@ class Window:
 
 
 def window(record: StudyRecord, cost: str) -> Window:
-    """The readable part: scores from `REACH` below the dense one upwards, deeper only if the whole front lies there.
+    """The readable part: scores from `REACH` below the yardstick of the front upwards.
 
     One trial at chance level would otherwise squash the differences that matter into a few pixels.
     """
     rows = front_points(record, cost)
     scores = [row["score"] for row in rows]
-    best = max((trial.score_validation or 0.0 for trial in record.shown), default=record.facts.dense.score_validation)
-    floor = min(record.facts.dense.score_validation, best) - figures.REACH
+    best = [trial.score_validation or 0.0 for trial in record.shown]
+    floor = yardstick(record.facts.dense.score_validation, best) - figures.REACH
     pad = 0.05 * (max(scores) - max(min(scores), floor)) + 0.002
     band = record.facts.dense.score_validation - 1.5 * figures.NEAR
     low = max(floor, min(min(scores) - pad, band))
@@ -133,7 +133,7 @@ def curve_points(record: StudyRecord) -> list[dict[str, Any]]:
 def curve_domain(record: StudyRecord) -> tuple[float, float]:
     """The scores that the curves' chart shows: three times as deep as the front's, for curves start low."""
     scores = [row["score"] for row in curve_points(record)]
-    low = max(min(scores), min(max(scores), record.facts.dense.score_validation) - 3 * figures.REACH)
+    low = max(min(scores), yardstick(record.facts.dense.score_validation, scores) - 3 * figures.REACH)
     pad = 0.04 * (max(scores) - low) + 0.001
     return low - pad, max(scores) + pad
 

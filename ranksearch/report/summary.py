@@ -29,7 +29,6 @@ class FrontLine:
     test_difference: str
     latency: str
     epochs: str
-    origin: str
     plan: Plan
     knee: bool
     near: bool
@@ -60,6 +59,12 @@ def headline(record: StudyRecord) -> str:
 def nothing(record: StudyRecord) -> str:
     """What stands in the place of what trials would show, where no trial has a score."""
     return "No trial came to a score." if record.trials else "No trial has finished yet."
+
+
+def reach(record: StudyRecord) -> str:
+    """How bad a model is that counts for nothing: `10 points worse than the dense one`."""
+    than = "the dense one" if figures.reaches_dense(record) else "the best trial, as none reaches the dense one,"
+    return f"{text.margin(figures.REACH, record.facts.score_name)} worse than {than}"
 
 
 def smaller(record: StudyRecord, trial: TrialRecord) -> list[tuple[str, str]]:
@@ -142,7 +147,6 @@ def _line(record: StudyRecord, trial: TrialRecord, *, knee: bool, near: bool) ->
         test_difference=_difference(final.score_test if final else None, dense.score_test, name),
         latency=text.milliseconds(figures.known(final.latency_ms if final else None)),
         epochs=f"{figures.epochs_of(trial):g}",
-        origin=trial.origin,
         plan=trial.plan,
         knee=knee,
         near=near,

@@ -15,7 +15,7 @@ def whole(number: float) -> str:
 
 def ratio(number: float) -> str:
     """A ratio with about three digits: `55.3x`, `1,240x`."""
-    return f"{number:.2f}x" if number < 10 else f"{number:.1f}x" if number < 1000 else f"{number:,.0f}x"
+    return f"{number:.2f}x" if number < 9.995 else f"{number:.1f}x" if number < 999.95 else f"{number:,.0f}x"
 
 
 COSTS = {"params": "compression ratio", "macs": "MACs ratio"}

@@ -9,7 +9,7 @@ import numpy as np
 from ranksearch import pareto
 from ranksearch.limits import UNLIMITED, Limits
 from ranksearch.objectives import Objectives
-from ranksearch.record import Outcome, TrialRecord
+from ranksearch.record import Outcome, TrialRecord, yardstick
 
 WORTH = 0.15
 """How far below the dense score a trial may lie and still be worth taking home, or below the best trial's where none reaches
@@ -44,14 +44,10 @@ def choose_finalists(
 
 
 def floor_of(dense_score: float, scores: Iterable[float], limits: Limits, *, below: float = WORTH) -> float:
-    """The score below which a trial is worth nothing: what the user asks for, or else so far below the dense model's.
-
-    Below the best of `scores` where none reaches the dense model's: what is small by the user's will, or trained from scratch
-    for a few epochs, is not to be told apart by how far it is from that.
-    """
+    """The score below which a trial is worth nothing: what the user asks for, or else so far below the `yardstick`."""
     if limits.min_score is not None:
         return limits.min_score
-    return min(dense_score, max(scores, default=dense_score)) - below
+    return yardstick(dense_score, scores) - below
 
 
 def _fronts(pool: Sequence[TrialRecord], count: int, floor: float, objectives: Objectives) -> list[TrialRecord]:

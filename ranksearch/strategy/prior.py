@@ -19,9 +19,9 @@ the estimate is a guess at the order of magnitude; which factor serves best is f
 
 
 def vbmf_plans(space: Space, vbmf: Estimates, weakenings: Sequence[float] = (1.0,)) -> Iterator[tuple[str, Plan]]:
-    """First trials: every layer at its VBMF ranks times each weakening, all by one method where it applies.
+    """Every layer at its VBMF ranks times each weakening, all by one method where it applies.
 
-    Gives pairs (origin, plan), such as ("vbmf cp x0.5", plan), the one-shot plans at x1 first; equal plans only once.
+    Gives pairs (origin, plan), such as ("vbmf cp x0.5", plan), in the order of the weakenings; equal plans only once.
     """
     methods = {method.kind.method: method for axis in space.axes for method in axis.methods}
     # A decomposition that suits the most layers leads; SVD only ever serves those that the leader cannot store.

@@ -183,7 +183,10 @@ class RankSampler(BaseSampler):
         weights = self._rng.lognormal(0.0, DOUBT, (RESOLVED, len(table.layers)))
         surrogate = None
         if len(done) >= START:
-            nearest = np.argsort(pareto.ranks(points), kind="stable")[:RECORDS]
+            ranks, numbers = pareto.ranks(points), np.arange(len(points))
+            # Of those of one rank the newest: the next proposals lie beside them.
+            nearest = np.lexsort((-numbers, ranks))[:RECORDS]
+            nearest = nearest[np.lexsort((nearest, ranks[nearest]))]
             surrogate = Surrogate(
                 table, tried[nearest], points[nearest, 0], dense_score=self._known.dense_score, floor=floor, seed=self._seed
             )

@@ -15,7 +15,7 @@ from scipy import stats
 from ranksearch import pareto
 from ranksearch.objectives import Objectives
 from ranksearch.record import Outcome, Rung
-from ranksearch.report import charts, figures, points, text
+from ranksearch.report import charts, figures, points, summary, text
 
 RECORD = study_record()
 scores = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=3, max_size=20)
@@ -36,6 +36,14 @@ def test_hypervolume_never_falls_and_ends_at_that_of_all():
     done = [(t.score, math.log10(t.ratio)) for t in RECORD.trials if t.outcome is Outcome.DONE]
     reference = (RECORD.facts.dense.score_validation - 0.10, 0)
     assert values[-1] == pytest.approx(pareto.hypervolume(done, reference))
+
+
+def test_hypervolume_is_above_the_best_trial_where_none_reaches_the_dense_model():
+    lowered = replace(RECORD, trials=tuple(replace(t, score=t.score and t.score - 0.3, finalist=None) for t in RECORD.trials))
+    alone, whole = figures.gain(lowered)
+    assert 0 < alone <= whole
+    assert summary.reach(RECORD) == "10 points worse than the dense one"
+    assert summary.reach(lowered) == "10 points worse than the best trial, as none reaches the dense one,"
 
 
 def test_one_point_below_dense_counts_as_near():
@@ -140,6 +148,8 @@ def test_charts_take_more_rows_than_altair_allows_by_default():
         (text.whole(1180160), "1,180,160"),
         (text.percent(0.9781), "97.8 %"),
         (text.ratio(55.31), "55.3x"),
+        (text.ratio(9.996), "10.0x"),
+        (text.ratio(999.96), "1,000x"),
         (text.ratio(1240.4), "1,240x"),
         (text.score(0.9781, "accuracy"), "97.8 %"),
         (text.score(0.9781, "1 - AUC"), "0.9781"),
