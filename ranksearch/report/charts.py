@@ -20,6 +20,9 @@ from ranksearch.report import figures, points, summary, text
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 BLUE, ORANGE, GREEN, RED, GREY, INK = "#2563eb", "#d97706", "#059669", "#dc2626", "#94a3b8", "#1f2937"
 
+TICKS = 30
+"""Ticks on the axis of epochs, at most; a finalist may have hundreds."""
+
 _CLEAR = "transparent"
 # Right above its point, where a front has nothing.
 _LABEL: dict[str, Any] = {"align": "left", "dx": 7, "dy": -9, "fontSize": 11.5, "fontWeight": 600, "fill": INK}
@@ -98,7 +101,8 @@ def curves_chart(record: StudyRecord) -> Drawing:
     rows = points.curve_points(record)
     looks = {points.SEARCH: (GREY, 0.6), points.UNFINISHED: (ORANGE, 0.45), points.FINALIST: (BLUE, 0.95)}
     present = [kind for kind in looks if any(row["kind"] == kind for row in rows)]
-    axis = alt.Axis(values=sorted({row["epochs"] for row in rows}), format="~g", labelOverlap=True)
+    epochs = sorted({row["epochs"] for row in rows})
+    axis = alt.Axis(values=epochs[:: math.ceil(len(epochs) / TICKS)], format="~g", labelOverlap=True)
     x = alt.X("epochs:Q", title="epochs of fine-tuning", scale=alt.Scale(type="sqrt", nice=False), axis=axis)
     y = _score_y(record, points.curve_domain(record))
     colour = alt.Color(
