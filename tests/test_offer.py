@@ -21,7 +21,7 @@ from ranksearch.layers import inventory
 from ranksearch.limits import UNLIMITED
 from ranksearch.objectives import Objectives
 from ranksearch.options import Options
-from ranksearch.plan import CP, SVD, Dense, Plan, Spatial, Tucker2
+from ranksearch.plan import CP, CP4, SVD, Dense, Plan, Spatial, Tucker2
 from ranksearch.profile import LEVELS, profile, rank_grid
 from ranksearch.record import Outcome
 from ranksearch.spec import COSTS
@@ -139,6 +139,13 @@ def test_a_rank_that_cannot_reach_the_multiple_is_held_at_its_bound():
     assert list(rank_in) == [3]
     assert list(rank_out) == [8, 16]
     assert METHODS[Tucker2].offered(layer)[1][-1] > 16
+
+
+def test_so_many_terms_are_not_offered_that_als_takes_an_hour():
+    """As of the first fully connected layer of VGG-16; by hand it may have as many as its bound."""
+    for method in (METHODS[CP], METHODS[CP4]):
+        assert method.limits((4096, 512, 7, 7)) == (1024,)
+        assert method.bounds((4096, 512, 7, 7))[0] > 1024
 
 
 def test_no_rank_beyond_the_limit_is_offered_to_reach_the_multiple():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ranksearch import plan
 from ranksearch.factorization.base import Method, Prepared, Shape, pointwise, spatial, stack
-from ranksearch.factorization.cp import factors_at, prepare_path
+from ranksearch.factorization.cp import factors_at, most_terms, prepare_path
 from ranksearch.layers import Layer
 from ranksearch.tensors.cp import reconstruct
 
@@ -27,8 +27,7 @@ class CP4Method(Method):
         return (math.prod(weight) // max(weight),)
 
     def limits(self, weight: Shape) -> tuple[int, ...]:
-        # More terms than the largest channel mode make ALS overcomplete: they cancel rather than fit.
-        return (min(max(weight[:2]), *self.bounds(weight)),)
+        return (most_terms(weight, *self.bounds(weight)),)
 
     def from_vbmf(self, rank_in: int, rank_out: int) -> tuple[int, ...]:
         return (max(rank_in, rank_out),)
