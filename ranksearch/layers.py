@@ -132,6 +132,12 @@ def check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if nn.parameter.is_lazy(parameter):
             raise ModelError(f"Weights must be there, but {name!r} has no shape yet; run the model once on its data first.")
+        if parameter.is_meta:
+            raise ModelError(f"Weights must be there, but {name!r} is on the meta device; load the model's weights first.")
+        if parameter.is_inference():
+            raise ModelError(
+                f"Weights must be ones to train, but {name!r} was made in inference mode; make the model outside it."
+            )
         if not torch.isfinite(parameter).all():
             raise ModelError(f"Weights must be finite, but {name!r} holds NaN or infinity; load or train the model again.")
 

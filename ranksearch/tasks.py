@@ -166,7 +166,7 @@ def _call(reference: str, arguments: Mapping[str, Any], key: str) -> Any:
         raise SpecError(f"{key}: {reference} must take the arguments {dict(arguments)}, but: {error}.") from None
     try:
         return target(**arguments)
-    except (OSError, ValueError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AssertionError, RuntimeError, pickle.UnpicklingError) as error:
         raise SpecError(
             f"{key}: {reference} must succeed with {dict(arguments)}, but raised {type(error).__name__}: {first_line(error)}"
         ) from error

@@ -140,6 +140,8 @@ def test_export_chooses_from_the_front(finished, capsys, tmp_path, choice, monke
         (["study", "small.toml", "--set", "task.model=.nets:small"], "small.toml: task.model must be 'package.module:name', but got"),
         (["study", "small.toml", "--set", "task.model=tests.torn:small"], "task.model must be importable, but 'tests.torn:small' raised "),
         (["study", "small.toml", "--set", "task.model_args.classes=ten"], "task.model: tests.nets:small must succeed with {'classes': 't"),
+        (["study", "small.toml", "--set", "task.model=torchvision.models:resnet18", "--set", "task.model_args.weights=IMAGENET"],
+         "task.model: torchvision.models:resnet18 must succeed with {'weights': 'IMAGENET'}, but raised KeyError"),
         (["study", "small.toml", "--set", "task.model_args.day=2024-01-02"], "small.toml: task.model_args.day must be a string, a number,"),
         (["study", "small.toml", "--set", "task.data_args.x=[1, nan]"], "small.toml: task.data_args.x.1 must be a number, but got nan."),
         (["study", "small.toml", "--set", "finetune.weight_decay=inf"], "small.toml: finetune.weight_decay must be at least 0, but got inf"),

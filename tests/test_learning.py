@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 from ranksearch import training
 from ranksearch.data import Batched, Splits, batches, check_splits, digits, example, sample, size
 from ranksearch.errors import DataError, ModelError
+from ranksearch.layers import check_weights
 from ranksearch.models import lenet
 from ranksearch.tasks import Task, accuracy, check_outputs
 from tests import nets
@@ -108,6 +109,10 @@ def test_splits_that_are_no_pairs():
         check_splits(Splits(three, three, three, 10, ""))
     with pytest.raises(DataError, match="Each split must be a map-style Dataset, but 'train' is a NoneType"):
         check_splits(Splits(None, three, three, 10, ""))
+    with pytest.raises(DataError, match=r"must be None or how many there are, a whole number, but got \['cat', 'dog'\]"):
+        check_splits(Splits(three, three, three, ["cat", "dog"], ""))
+    pairs = TensorDataset(torch.zeros(2, 1), torch.zeros(2).long())
+    check_splits(Splits(pairs, pairs, pairs, np.int64(10), ""))
 
 
 def test_a_loss_or_score_that_gives_no_number():
@@ -141,6 +146,17 @@ def test_a_model_that_cannot_be_trained():
         ):
             check_outputs(Task(model, nets.few_digits()))
         check_outputs(Task(model, nets.few_digits()), trains=False)
+
+
+def test_weights_that_cannot_be_trained():
+    with torch.device("meta"):
+        nowhere = nets.small()
+    with torch.inference_mode():
+        fixed = nets.small()
+    with pytest.raises(ModelError, match=r"Weights must be there, but 'conv1.weight' is on the meta device; load the model's"):
+        check_weights(nowhere)
+    with pytest.raises(ModelError, match=r"Weights must be ones to train, but 'conv1.weight' was made in inference mode; make"):
+        check_weights(fixed)
 
 
 def test_a_score_may_need_more_than_two_inputs():

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,8 @@ def check_splits(splits: Splits) -> None:
     Raises:
         DataError: an empty split, inputs that are not finite, or targets that are not whole numbers below `classes`.
     """
+    if splits.classes is not None and not isinstance(splits.classes, Integral):
+        raise DataError(f"Splits.classes must be None or how many there are, a whole number, but got {splits.classes!r}.")
     for name in ("train", "validation", "test"):
         split = getattr(splits, name)
         if not isinstance(split, Dataset) or not hasattr(split, "__len__"):
