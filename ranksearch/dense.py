@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,25 +11,29 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch import training
+from ranksearch.checkpoint import Checkpoint
 from ranksearch.console import View
 from ranksearch.errors import ModelError
+from ranksearch.export import weights_of
 from ranksearch.spec import StudySpec, TrainSpec
 from ranksearch.tasks import Task
 from ranksearch.training import Recipe
 
 
-def train_dense(task: Task, spec: StudySpec, device: torch.device, view: View) -> None:
-    """Train the dense model from the weights it has, as `spec.dense` says.
+def train_dense(task: Task, spec: StudySpec, device: torch.device, view: View, *, unfinished: Path) -> None:
+    """Train the dense model from the weights it has, as `spec.dense` says; `unfinished` is the file of its checkpoint.
 
     Raises:
         ModelError: the loss became NaN or infinite.
     """
     if not spec.dense.epochs:
         return
-    view.stage("training the dense net", spec.dense.epochs)
+    how, start = recipe(spec.dense), hashlib.sha256(weights_of(task.model)).hexdigest()
+    checkpoint = Checkpoint(unfinished, f"{how}, seed {spec.seed}, from {start}")
+    view.stage("training the dense net", spec.dense.epochs, checkpoint.epochs)
     training.place(task.model, device)
     try:
-        for _ in training.fit(task.model, task, recipe(spec.dense), seed=spec.seed, device=device):
+        for _ in training.fit(task.model, task, how, seed=spec.seed, device=device, checkpoint=checkpoint):
             view.step()
     except training.Diverged:
         raise ModelError(

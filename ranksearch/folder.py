@@ -25,8 +25,10 @@ from ranksearch.spec import StudySpec, complete_identity, parse_spec
 from ranksearch.storage import CONNECT, QuickStorage, ServerStorage
 
 SPEC, DATABASE, DENSE = "spec.toml", "study.db", "dense.safetensors"
+UNFINISHED = "unfinished"
+"""The folder with the checkpoints of what is being trained."""
 REPORT = ("report.html", "report.md", "front.*", "front-*.png", "trials.csv")
-OURS = ("study.db*", DENSE, "profile", "models", "export", *REPORT, SPEC)
+OURS = ("study.db*", DENSE, UNFINISHED, "profile", "models", "export", *REPORT, SPEC)
 """All that a study writes into its folder, and all that `--fresh` deletes; the spec goes last, since it marks the folder."""
 MARK = "# Written by ranksearch: the study of this folder, as resolved."
 ELSEWHERE = "# storage: "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -127,6 +128,7 @@ class _Run:
         self.example = example(task.data.validation).to(device)
         self.seconds: dict[str, float] = dict(study.user_attrs.get("ranksearch:seconds", {}))
         self.ledger: Ledger | None = None
+        self.unfinished = out / folder.UNFINISHED
 
     def straight_on(self) -> None:
         self.dense()
@@ -140,17 +142,18 @@ class _Run:
 
     def dense(self) -> None:
         """The dense model's weights: from an earlier run, or from the spec's file and training."""
-        path = self.out / folder.DENSE
+        path, unfinished = self.out / folder.DENSE, self.unfinished / "dense.pt"
         with self.stage("dense"):
             # A model given from Python is what it is; the folder's weights are those of an earlier one.
             if self.given or not load_weights(self.task.model, path):
-                train_dense(self.task, self.spec, self.device, self.view)
+                train_dense(self.task, self.spec, self.device, self.view, unfinished=unfinished)
             weights = weights_of(self.task.model)
             digest = hashlib.sha256(weights).hexdigest()
             self._check_dense(digest)
             # First the file: a digest without its weights could not be gone on from, since they seldom train to the same bits.
             if not path.exists():
                 write_whole(path, weights)
+            unfinished.unlink(missing_ok=True)
             if DIGEST not in self.study.user_attrs:
                 self.study.set_user_attr(DIGEST, digest)
         # As training lays it out: else what a resumed run decomposes would differ in its last bits.
@@ -279,7 +282,11 @@ class _Run:
             left = (trial for trial in waiting if trial.number not in answered)
             return (Job(trial.number, trial.plan, trial.seed, Stage.FINALIST) for trial in left)
 
+        self.unfinished.mkdir(exist_ok=True)
         self.run_jobs("finalists", jobs, evaluate, on_answer)
+        # What lost its worker too often goes on in the next run.
+        if all(trial.number in answered for trial in waiting):
+            shutil.rmtree(self.unfinished)
         with self.stage("finalists"):
             self._latencies()
 
@@ -335,6 +342,7 @@ class _Run:
         return Evaluator(
             task, layers, recipe(self.spec.finetune), recipe(long), device, long.sweeps,
             layerwise=long.schedule == "layerwise", scratch=self.spec.space.start == "scratch",
+            unfinished=self.unfinished.resolve(),
         )  # fmt: skip
 
     @contextmanager

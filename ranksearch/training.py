@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ranksearch.checkpoint import Checkpoint
 from ranksearch.data import at_once, batches, sample, seeded, size
 from ranksearch.tasks import EVALUATION_BATCH, Task, predict
 
@@ -42,10 +43,13 @@ class Diverged(Exception):
     """The loss, or the score, became NaN or infinite."""
 
 
-def fit(model: nn.Module, task: Task, recipe: Recipe, *, seed: int, device: torch.device) -> Iterator[int]:
+def fit(
+    model: nn.Module, task: Task, recipe: Recipe, *, seed: int, device: torch.device, checkpoint: Checkpoint | None = None
+) -> Iterator[int]:
     """Train `model` in place, yielding the number of epochs done after each; the caller may score it or stop.
 
-    The shuffling, and whatever the model draws (dropout), follow `seed` alone.
+    The shuffling, and whatever the model draws (dropout), follow `seed` alone. From a checkpoint training goes on as if it had
+    never stopped; it is written once the caller has had the epoch.
 
     Raises:
         Diverged: the loss became NaN or infinite.
@@ -55,7 +59,9 @@ def fit(model: nn.Module, task: Task, recipe: Recipe, *, seed: int, device: torc
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     lower = recipe.precision == "bfloat16"
-    for epoch in range(1, recipe.epochs + 1):
+    checkpoint = checkpoint or Checkpoint()
+    done = checkpoint.restore(order, model=model, optimizer=optimizer, schedule=schedule)
+    for epoch in range(done + 1, recipe.epochs + 1):
         # The caller's random numbers are its own: an epoch neither follows them nor moves them on.
         with seeded(seed + epoch, device):
             model.train()
@@ -72,6 +78,7 @@ def fit(model: nn.Module, task: Task, recipe: Recipe, *, seed: int, device: torc
                 optimizer.step()
                 schedule.step()
         yield epoch
+        checkpoint.keep(epoch, order, model=model, optimizer=optimizer, schedule=schedule)
 
 
 def _rate(step: int, steps: int) -> float:

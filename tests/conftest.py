@@ -9,11 +9,18 @@ import torch
 from hypothesis import register_random
 
 from ranksearch import folder, training
+from ranksearch.data import example
+from ranksearch.layers import inventory
 from ranksearch.options import Options
+from ranksearch.plan import CP, SVD, Plan, Tucker2
+from ranksearch.profile import profile
 from ranksearch.record import Outcome
 from ranksearch.spec import parse_spec
+from ranksearch.strategy.space import make_space
+from ranksearch.strategy.trial import Evaluator
 from ranksearch.study import run_study
 from ranksearch.tasks import Task
+from ranksearch.training import Recipe
 from tests import nets
 
 torch.set_num_threads(1)
@@ -35,6 +42,10 @@ register_random(TORCH_RANDOM)
 def _seeded():
     """What a test draws with torch does not depend on the tests before it."""
     torch.manual_seed(0)
+
+
+PLAN = Plan.of({"conv1": CP(2), "conv2": Tucker2(4, 5), "fc1": SVD(6)})
+"""Of the small net."""
 
 
 def small_spec(*overrides):
@@ -76,3 +87,16 @@ def finished(tmp_path_factory) -> tuple[Path, object]:
     """The folder and the record of one finished small study; not to be changed."""
     folder = tmp_path_factory.mktemp("finished") / "small"
     return folder, run_study(small_spec(), folder, Options(workers=0))
+
+
+@pytest.fixture(scope="session")
+def evaluator(trained):
+    """Makes evaluators of the trained net, with two epochs for finalists."""
+    found = inventory(trained.model, example(trained.data.train))
+    space = make_space(found, ("tucker2", "cp", "svd"))
+    prepared = profile(trained.model, found, {axis.layer.name: axis.methods for axis in space.axes})
+
+    def make(**options):
+        return Evaluator(trained, prepared, Recipe(1), Recipe(2, learning_rate=3e-3), "cpu", **options)
+
+    return make

@@ -13,32 +13,15 @@ from torch.nn.utils import prune
 import ranksearch
 from ranksearch.data import example
 from ranksearch.errors import ModelError, SpecError
-from ranksearch.layers import inventory
 from ranksearch.options import Options
 from ranksearch.plan import CP, SVD, Plan, Tucker2
-from ranksearch.profile import profile
 from ranksearch.scratch import scratch_
-from ranksearch.strategy.space import make_space
 from ranksearch.strategy.trial import Answer, Evaluator, Job, Stage
 from ranksearch.study import run_study
 from ranksearch.surgery import factorize_
 from ranksearch.training import Recipe
 from tests import nets
-from tests.conftest import essence, small_spec
-
-PLAN = Plan.of({"conv1": CP(2), "conv2": Tucker2(4, 5), "fc1": SVD(6)})
-
-
-@pytest.fixture(scope="module")
-def evaluator(trained):
-    found = inventory(trained.model, example(trained.data.train))
-    space = make_space(found, ("tucker2", "cp", "svd"))
-    prepared = profile(trained.model, found, {axis.layer.name: axis.methods for axis in space.axes})
-
-    def make(**options):
-        return Evaluator(trained, prepared, Recipe(1), Recipe(2, learning_rate=3e-3), "cpu", **options)
-
-    return make
+from tests.conftest import PLAN, essence, small_spec
 
 
 def answer(evaluator, stage=Stage.FINALIST, plan=PLAN, seed=0):

@@ -270,8 +270,8 @@ def test_a_kill_before_the_dense_weights_are_kept_costs_only_their_training(tmp_
             run_study(spec, out, Options(workers=0))
         assert stopped.value.record is None, "nothing is known of the dense net yet"
 
-    def trained_elsewhere(task, *args):
-        train_dense(task, *args)
+    def trained_elsewhere(task, *args, **kwargs):
+        train_dense(task, *args, **kwargs)
         with torch.no_grad():
             next(task.model.parameters()).mul_(1.001)
 

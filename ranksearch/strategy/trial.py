@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import enum
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from ranksearch import training
+from ranksearch.checkpoint import Checkpoint
 from ranksearch.data import sample
 from ranksearch.export import weights_of
 from ranksearch.plan import Plan
@@ -74,19 +75,23 @@ class Evaluator:
     """Decompose a finalist's layers one by one, the last one first, and fine-tune after each, as the thesis does."""
     scratch: bool = False
     """Train trials and finalists from weights drawn anew. Probes are of decomposed weights all the same."""
+    unfinished: Path | None = None
+    """The folder of the finalists' checkpoints; a worker that does not see it, on another machine, keeps none."""
 
     def __call__(self, job: Job) -> Iterator[Rung | Answer]:
         """Evaluate a job: a rung after each epoch (the first without training), then the answer, always last."""
-        start, curve = time.perf_counter(), list[Rung]()
+        checkpoint = self._checkpoint(job)
+        curve = checkpoint.rungs
+        yield from curve
         final = job.stage is Stage.FINALIST
         try:
             if job.stage is Stage.PROBE:
                 loss = self._loss(self.compressed(job.plan), job.seed)
-                yield Answer(Outcome.DONE, seconds=time.perf_counter() - start, loss=loss)
+                yield Answer(Outcome.DONE, seconds=checkpoint.seconds(), loss=loss)
                 return
             model = copy.deepcopy(self.task.model)
             outcome = Outcome.DONE
-            for rung in self._rungs(model, job):
+            for rung in self._rungs(model, job, checkpoint):
                 if not math.isfinite(rung.score):
                     raise Diverged("the score became NaN or infinite")
                 curve.append(rung)
@@ -99,9 +104,9 @@ class Evaluator:
         except torch.OutOfMemoryError:
             outcome = Outcome.OUT_OF_MEMORY
         if outcome is not Outcome.DONE or not final:
-            yield Answer(outcome, tuple(curve), time.perf_counter() - start)
+            yield Answer(outcome, tuple(curve), checkpoint.seconds())
             return
-        yield Answer(outcome, tuple(curve), time.perf_counter() - start, test, weights_of(model))
+        yield Answer(outcome, tuple(curve), checkpoint.seconds(), test, weights_of(model))
 
     def compressed(self, plan: Plan) -> nn.Module:
         """The dense model with the plan applied to it, before any fine-tuning."""
@@ -138,13 +143,26 @@ class Evaluator:
         outputs, targets = predict(model, sample(self.task.data.validation, PROBE_INPUTS, seed=seed), device=device)
         return float(self.task.loss(outputs, targets))
 
-    def _rungs(self, model: nn.Module, job: Job) -> Iterator[Rung]:
+    def _rungs(self, model: nn.Module, job: Job, checkpoint: Checkpoint) -> Iterator[Rung]:
+        """The rungs that are left; `checkpoint` has those behind it."""
         device = torch.device(self.device)
         recipe = self.finalists if job.stage is Stage.FINALIST else self.finetune
+        done = checkpoint.rungs[-1].epochs if checkpoint.rungs else -1
         for step, _ in enumerate(self._steps(model, job)):
             before = step * recipe.epochs
-            training.recalibrate(model, self.task, seed=job.seed, device=device)
-            if step == 0:
+            if done > before + recipe.epochs:
+                continue  # Trained by an earlier run: only the structure is needed, the checkpoint has the weights.
+            if done <= before:
+                training.recalibrate(model, self.task, seed=job.seed, device=device)
+            if step == 0 and done < 0:
                 yield Rung(0, training.score(model, self.task, self.task.data.validation, device=device))
-            for epoch in training.fit(model, self.task, recipe, seed=job.seed + before, device=device):
+            seed = job.seed + before
+            for epoch in training.fit(model, self.task, recipe, seed=seed, device=device, checkpoint=checkpoint):
                 yield Rung(before + epoch, training.score(model, self.task, self.task.data.validation, device=device))
+
+    def _checkpoint(self, job: Job) -> Checkpoint:
+        """Of a finalist; nothing else trains for long enough."""
+        if job.stage is not Stage.FINALIST or self.unfinished is None or not self.unfinished.is_dir():
+            return Checkpoint()
+        how = f"{self.finalists}, sweeps {self.sweeps}, layerwise {self.layerwise}, scratch {self.scratch}"
+        return Checkpoint(self.unfinished / f"{job.key}.pt", f"{job.plan.to_json()}, seed {job.seed}, {how}")

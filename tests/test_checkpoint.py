@@ -1,0 +1,164 @@
+"""A training that was killed and goes on equals one that never stopped, to the last bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from ranksearch import checkpoint, training
+from ranksearch.checkpoint import Checkpoint
+from ranksearch.console import Silent
+from ranksearch.errors import StudyError
+from ranksearch.options import Options
+from ranksearch.record import Rung
+from ranksearch.strategy.trial import Answer, Job, Stage
+from ranksearch.study import Stopped, run_study
+from ranksearch.tasks import Task
+from ranksearch.training import Recipe
+from tests import nets
+from tests.conftest import PLAN, essence, small_spec
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """A checkpoint after every epoch, however short."""
+    monkeypatch.setattr(checkpoint, "EVERY", 0.0)
+
+
+def forgetful():
+    """A net whose training draws random numbers and changes buffers."""
+    torch.manual_seed(0)
+    model = nets.small()
+    model.relu3 = nn.Dropout(0.5)
+    return Task(model, nets.few_digits())
+
+
+def fitted(task, recipe, path, *, stop_after=99, of="this"):
+    """Train until so many epochs are done, or to the end; the epochs that were told."""
+    told = []
+    for epoch in training.fit(task.model, task, recipe, seed=3, device=CPU, checkpoint=Checkpoint(path, of)):
+        torch.rand(2)
+        told.append(epoch)
+        if len(told) > stop_after:
+            break
+    return told
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_resumed_equals_uninterrupted(always, tmp_path, precision, stop_after):
+    recipe = Recipe(4, batch_size=32, learning_rate=1e-2, precision=precision)
+    whole, first, second = forgetful(), forgetful(), forgetful()
+    assert fitted(whole, recipe, None) == [1, 2, 3, 4]
+    path = tmp_path / "deep" / "net.pt"
+    assert fitted(first, recipe, path, stop_after=stop_after)[-1] == stop_after + 1
+    with torch.no_grad():
+        second.model.conv1.weight.zero_()  # all of the state is the file's
+    assert Checkpoint(path, "this").epochs == stop_after
+    assert fitted(second, recipe, path) == list(range(stop_after + 1, 5))
+    expected, got = whole.model.state_dict(), second.model.state_dict()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_a_short_training_writes_nothing(tmp_path):
+    fitted(forgetful(), Recipe(2), tmp_path / "net.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_another_training_is_passed_over(always, tmp_path):
+    path = tmp_path / "net.pt"
+    fitted(forgetful(), Recipe(3), path, stop_after=2)
+    assert Checkpoint(path, "this").epochs == 2
+    assert Checkpoint(path, "that").epochs == 0
+    assert fitted(forgetful(), Recipe(3), path, of="that") == [1, 2, 3]
+
+
+def test_a_damaged_file_is_told(tmp_path):
+    path = tmp_path / "net.pt"
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(StudyError, match=r"A checkpoint must be whole, but .*net.pt cannot be read \(\w+\); delete it\."):
+        Checkpoint(path, "this")
+
+
+def test_rungs_and_seconds_go_on(always, tmp_path, monkeypatch):
+    path, model = tmp_path / "net.pt", nets.small()
+    now = [100.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+    kept = Checkpoint(path, "this")
+    kept.rungs.append(Rung(0, 0.25))
+    now[0] = 107.0
+    kept.keep(1, torch.Generator(), model=model)
+    now[0] = 200.0
+    again = Checkpoint(path, "this")
+    now[0] = 201.0
+    assert again.rungs == [Rung(0, 0.25)]
+    assert again.seconds() == 8.0
+
+
+@pytest.mark.parametrize("options", [{}, {"scratch": True}, {"layerwise": True}, {"sweeps": 2}], ids=str)
+def test_a_finalist_goes_on_wherever_it_was_killed(always, tmp_path, evaluator, options):
+    job = Job(7, PLAN, 0, Stage.FINALIST)
+    *rungs, whole = evaluator(**options)(job)
+    assert isinstance(whole, Answer)
+    for killed_at in range(1, len(rungs) + 1):
+        folder = tmp_path / str(killed_at)
+        folder.mkdir()
+        messages = evaluator(**options, unfinished=folder)(job)
+        for _ in range(killed_at):
+            next(messages)
+        del messages
+        *again, answer = evaluator(**options, unfinished=folder)(job)
+        assert again == rungs
+        assert answer.curve == whole.curve
+        assert answer.weights == whole.weights
+        assert answer.score_test == whole.score_test
+
+
+def test_a_worker_elsewhere_keeps_none(always, tmp_path, evaluator):
+    *_, answer = evaluator(unfinished=tmp_path / "not here")(Job(7, PLAN, 0, Stage.FINALIST))
+    assert answer.score_test is not None
+    assert not list(tmp_path.iterdir())
+
+
+class Stopping(Silent):
+    """Ctrl-C at the nth message of one stage."""
+
+    def __init__(self, stage, at):
+        self.wanted, self.left, self.now, self.done = stage, at, "", []
+
+    def stage(self, name, total, done=0):
+        self.now = name
+        self.done.append((name, done))
+
+    def tick(self):
+        if self.now == self.wanted:
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+
+    def step(self, text=""):
+        self.tick()
+
+    def rung(self, key, rung):
+        self.tick()
+
+
+@pytest.mark.parametrize(("stage", "at"), [("training the dense net", 8), ("finalists", 4)])
+def test_a_study_goes_on_in_the_midst_of_a_training(always, tmp_path, stage, at):
+    spec = small_spec("search.trials=2", "finalists.count=1", "finalists.epochs=5", "dense.epochs=10")
+    whole = run_study(spec, tmp_path / "whole" / "small", Options(workers=0))
+    out = tmp_path / "small"
+    with pytest.raises(Stopped):
+        run_study(spec, out, Options(workers=0), view=Stopping(stage, at))
+    assert [path.suffix for path in (out / "unfinished").iterdir()] == [".pt"]
+    view = Stopping("", 0)
+    record = run_study(spec, out, Options(workers=0), view=view)
+    assert essence(record.trials) == essence(whole.trials)
+    assert record.facts.dense.score_test == whole.facts.dense.score_test
+    assert not (out / "unfinished").exists()
+    assert (out / "dense.safetensors").read_bytes() == (tmp_path / "whole" / "small" / "dense.safetensors").read_bytes()
+    if stage != "finalists":
+        assert (stage, 7) in view.done
