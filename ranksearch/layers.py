@@ -92,9 +92,11 @@ def inventory(model: nn.Module, example: Tensor) -> Inventory:
     mode too, where it can on a batch of two, as a copy.
 
     Raises:
-        ModelError: the model does not accept the example, holds NaN or infinite weights, or has no decomposable layer.
+        ModelError: the model does not accept the example, holds NaN or infinite weights, is compiled, or has no decomposable
+            layer.
     """
     check_weights(model)
+    _check_uncompiled(model)
     watch = _Watch(model)
     try:
         macs = watch.run(example)
@@ -140,6 +142,17 @@ def check_weights(model: nn.Module) -> None:
             )
         if not torch.isfinite(parameter).all():
             raise ModelError(f"Weights must be finite, but {name!r} holds NaN or infinity; load or train the model again.")
+
+
+def _check_uncompiled(model: nn.Module) -> None:
+    """Compiled code is of a model as it was: each copy with other layers would be compiled anew, for minutes."""
+    for name, module in model.named_modules():
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            which = repr(name) if name else "it"
+            raise ModelError(
+                f"The model must come uncompiled, but {which} went through torch.compile; give the model as it was before, and "
+                "compile the one that you take home."
+            )
 
 
 def _why_not(name: str, module: nn.Module, watch: _Watch) -> str | None:

@@ -347,3 +347,25 @@ def test_an_input_of_another_shape_is_refused_in_torchs_words():
         ModelError, match=r"^The model must accept one input of .* raised RuntimeError: .*\(24x5 and 7x3\); check"
     ):
         inventory(nn.Sequential(nn.Linear(7, 3)), IMAGE)
+
+
+def compiled_within(model):
+    model[0] = torch.compile(model[0])
+    return model
+
+
+def compiled_in_place(model):
+    model.compile()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("compiled", "which"),
+    [(torch.compile, "it"), (compiled_in_place, "it"), (compiled_within, "'0'")],
+    ids=["whole", "in place", "within"],
+)
+def test_a_compiled_model_is_refused(compiled, which):
+    model = compiled(nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU()))
+    message = f"The model must come uncompiled, but {which} went through torch.compile; give the model as it was before, and"
+    with pytest.raises(ModelError, match=message):
+        inventory(model, torch.ones(1, 4, 8, 8))
