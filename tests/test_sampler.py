@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from ranksearch import pareto
 from ranksearch.limits import Limits
 from ranksearch.plan import CP, Plan
-from ranksearch.record import Outcome
+from ranksearch.record import Outcome, Rung
 from ranksearch.spec import SAMPLERS
 from ranksearch.strategy.frontier import Choice, frontier
-from ranksearch.strategy.sampler import WORTHLESS, RankSampler, expected_gains
+from ranksearch.strategy.sampler import START, WORTHLESS, RankSampler, expected_gains
 from ranksearch.strategy.space import size_of
 from ranksearch.strategy.surrogate import Surrogate, Table
-from tests.books import FOUND, SPACE, TINY, Books, knowledge, offered
+from ranksearch.strategy.trial import Answer
+from tests.books import DENSE_SCORE, FOUND, SPACE, TINY, Books, knowledge, offered
 
 CHOICES = offered()
 TABLE = Table(FOUND, CHOICES)
@@ -223,3 +224,18 @@ def test_scores_count_from_below_the_best_where_none_reaches_the_dense_one():
     known = knowledge()
     assert known.floor(np.array([])) == known.floor(np.array([0.95])) == pytest.approx(known.dense_score - WORTHLESS)
     assert known.floor(np.array([0.3, 0.5])) == pytest.approx(0.5 - WORTHLESS)
+
+
+def test_a_score_out_of_reach_is_climbed_to():
+    """Not given up for the smallest plans, which all gain nothing alike."""
+    books = Books(sampler="rank", limits=Limits(min_score=0.99))
+    ledger, scores = books.ledger(), []
+    for job in ledger.jobs(14):
+        rises = TABLE.rises_of(as_rows(TABLE.row(job.plan))).sum()
+        scores.append(DENSE_SCORE - 0.1 - 0.4 * rises)
+        ledger.receive(job, Answer(Outcome.DONE, (Rung(1, scores[-1]),)))
+    assert min(scores[START:]) > np.median(scores[:START])
+    assert max(scores[START:]) > max(scores[:START])
+    known = knowledge(limits=Limits(min_score=0.6))
+    assert known.floor(np.array([0.3, 0.5])) == 0.5
+    assert known.floor(np.array([0.3, 0.7])) == known.floor(np.array([])) == 0.6

@@ -90,8 +90,13 @@ class Knowledge:
         return cls(space, table, dense_score, limits, suggested)
 
     def floor(self, scores: Values) -> float:
-        """Where scores begin to count, given those of the trials so far."""
-        return floor_of(self.dense_score, scores.tolist(), self.limits, below=WORTHLESS)
+        """Where scores begin to count, given those of the trials so far.
+
+        Until one has the score that the user asks for, the next is to score more than the best: at a floor out of reach all
+        plans gain nothing alike.
+        """
+        asked = floor_of(self.dense_score, scores.tolist(), self.limits, below=WORTHLESS)
+        return min(asked, max(scores.tolist(), default=asked))
 
     def fits(self, plans: Rows) -> NDArray[np.bool_]:
         """Which plans are within the limits of size."""
@@ -191,7 +196,7 @@ class RankSampler(BaseSampler):
                 table, tried[nearest], points[nearest, 0], dense_score=self._known.dense_score, floor=floor, seed=self._seed
             )
             weights = surrogate.weights[:RESOLVED]
-        worth = points[:, 0] > floor
+        worth = points[:, 0] >= floor
         plans = self._plans(tried[worth][pareto.front(points[worth])], weights, self._seen(trials))
         if not len(plans):
             return {}
