@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,6 +25,7 @@ import torch
 from pages import about, row, table, write_section
 
 from ranksearch import training
+from ranksearch.checkpoint import Checkpoint
 from ranksearch.data import example
 from ranksearch.dense import recipe
 from ranksearch.files import write_whole
@@ -135,8 +135,12 @@ def main() -> None:
                 path = given.runs / "thesis" / name / f"{net.name} {seed}.json"
                 if not path.exists():
                     print(f"{name}, {net.name}, seed {seed}", flush=True)
-                    found = train(SYSTEMS[name], net, seed, given.epochs, path.with_name(f"dense {seed}.pt"))
+                    unfinished = path.with_suffix(".unfinished.pt")
+                    found = train(
+                        SYSTEMS[name], net, seed, given.epochs, dense=path.with_name(f"dense {seed}.pt"), unfinished=unfinished
+                    )
                     write_whole(path, json.dumps(found, indent=1))
+                    unfinished.unlink(missing_ok=True)
                     print(found, flush=True)
     if given.write:
         kept = gathered(given.runs)
@@ -168,10 +172,11 @@ def gathered(runs: Path) -> list[Entry]:
     return [latest[key] for key in sorted(latest, key=str)]
 
 
-def train(system: System, net: Net, seed: int, epochs: int | None, dense: Path) -> Entry:
-    """Train a net by the recipe of its study, and say what came of it; the dense net's weights are kept in `dense`."""
+def train(system: System, net: Net, seed: int, epochs: int | None, *, dense: Path, unfinished: Path) -> Entry:
+    """Train a net by the recipe of its study, and say what came of it; the dense net's weights are kept in `dense`, and a
+    killed training's checkpoint in `unfinished`."""
     spec = load_spec(system.study, overrides=[*net.overrides, f"seed={seed}"])
-    task, start = load_task(spec), time.perf_counter()
+    task = load_task(spec)
     model = training.place(task.model, CPU)
     wanted = recipe(spec.dense if net.plan is None else spec.finalists)
     if net.plan is not None:
@@ -180,22 +185,23 @@ def train(system: System, net: Net, seed: int, epochs: int | None, dense: Path) 
         training.recalibrate(model, task, seed=seed, device=CPU)
     if epochs is not None:
         wanted = training.Recipe(**(vars(wanted) | {"epochs": epochs}))
-    for epoch in training.fit(model, task, wanted, seed=seed, device=CPU):
-        print(f"  epoch {epoch} of {wanted.epochs}: {time.perf_counter() - start:.0f} s", flush=True)
+    checkpoint = Checkpoint(unfinished, f"{net}, seed {seed}, {wanted}")
+    for epoch in training.fit(model, task, wanted, seed=seed, device=CPU, checkpoint=checkpoint):
+        print(f"  epoch {epoch} of {wanted.epochs}: {checkpoint.seconds():.0f} s", flush=True)
     if net.name == "dense":
         dense.parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), dense)
-    return facts(task, spec, seed, wanted, start)
+    return facts(task, spec, seed, wanted, checkpoint.seconds())
 
 
-def facts(task: Task, spec: StudySpec, seed: int, recipe: training.Recipe, start: float) -> Entry:
+def facts(task: Task, spec: StudySpec, seed: int, recipe: training.Recipe, seconds: float) -> Entry:
     """What is known of a trained net."""
     model, data = task.model, task.data
     validation, test = (training.score(model, task, split, device=CPU) for split in (data.validation, data.test))
     return {
         "params": count_params(model), "macs": inventory(model.cpu(), example(data.train)).macs, "score_validation": validation,
         "score_test": test, "data": data.about, "seed": seed, "epochs": recipe.epochs, "recipe": vars(recipe),
-        "seconds": time.perf_counter() - start, "versions": {name: version(name) for name in ("torch", "ranksearch")},
+        "seconds": seconds, "versions": {name: version(name) for name in ("torch", "ranksearch")},
         "machine": about("torch"),
     }  # fmt: skip
 

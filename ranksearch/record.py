@@ -99,6 +99,11 @@ class TrialRecord:
         return self.same_as is None and self.outcome not in _UNTRAINED
 
     @property
+    def scored(self) -> bool:
+        """Whether it came to a score, its own or that of the trial of the same plan."""
+        return self.outcome is Outcome.DONE and self.score is not None
+
+    @property
     def score_validation(self) -> float | None:
         """The validation score with the most fine-tuning behind it."""
         return self.finalist.score_validation if self.finalist else self.score
@@ -213,7 +218,7 @@ class StudyRecord:
                 f"The search ended after {trained} of {planned} trials: {GIVE_UP} proposals in a row were over the limits or "
                 "known already; widen the limits or the space."
             )
-        if trials and not any(trial.outcome is Outcome.DONE for trial in trials):
+        if trials and not any(trial.scored for trial in trials):
             ends = Counter(trial.outcome for trial in trials)
             how = " ".join(f"{count:,} {outcome.value}." for outcome, count in ends.items())
             found.append(f"No trial of {len(trials):,} came to a score. {how}")
@@ -258,7 +263,7 @@ def front_of(trials: Sequence[TrialRecord], objectives: Objectives, limits: Limi
 
     Once there are finalists only they compete: scores of long and of short fine-tuning do not compare.
     """
-    done = [trial for trial in trials if trial.outcome is Outcome.DONE and trial.score_validation is not None]
+    done = [trial for trial in trials if trial.scored]
     pool = [trial for trial in done if trial.finalist] or [trial for trial in done if trial.same_as is None]
     pool = [trial for trial in pool if not limits.excess(trial, trial.score_validation)]
     chosen = [pool[i] for i in pareto.front([objectives.point(_score(trial), trial) for trial in pool])]
@@ -283,7 +288,7 @@ def choose(
     """
     finalists = {trial.number: trial for trial in trials if trial.finalist}
     if not finalists:
-        if trials and not any(trial.outcome is Outcome.DONE for trial in trials):
+        if trials and not any(trial.scored for trial in trials):
             raise StudyError("A model must be a finalist to be taken home, but no trial came to a score; the report says why.")
         failed = sum(trial.failed is not None for trial in trials)
         known = f" ({failed} failed, as the report says)" if failed else ""

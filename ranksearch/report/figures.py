@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from ranksearch import pareto
 from ranksearch.objectives import Objectives
-from ranksearch.record import DenseFacts, Outcome, Rung, StudyRecord, TrialRecord, yardstick
+from ranksearch.record import DenseFacts, Rung, StudyRecord, TrialRecord, yardstick
 
 NEAR = 0.01
 """A model this close to the dense one on validation counts as "as good": one point of accuracy."""
@@ -42,7 +42,7 @@ def known(value: float | None) -> float | None:
 
 def scored(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
     """The trials that finished with a score."""
-    return [trial for trial in trials if trial.outcome is Outcome.DONE and trial.score is not None]
+    return [trial for trial in trials if trial.scored]
 
 
 def trained(trials: Sequence[TrialRecord]) -> list[TrialRecord]:

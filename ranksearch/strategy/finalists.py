@@ -9,7 +9,7 @@ import numpy as np
 from ranksearch import pareto
 from ranksearch.limits import UNLIMITED, Limits
 from ranksearch.objectives import Objectives
-from ranksearch.record import Outcome, TrialRecord, yardstick
+from ranksearch.record import TrialRecord, yardstick
 
 WORTH = 0.15
 """How far below the dense score a trial may lie and still be worth taking home, or below the best trial's where none reaches
@@ -28,7 +28,7 @@ def choose_finalists(
     Where a front holds too many, those that add the least hypervolume are left out, one after the other. Trials outside
     the limits come last, the nearest first: a long fine-tuning may yet lift them inside.
     """
-    done = [trial for trial in trials if trial.outcome is Outcome.DONE and trial.score is not None and trial.same_as is None]
+    done = [trial for trial in trials if trial.scored and trial.same_as is None]
     # A study of an older release may hold a plan twice: the first stands for it.
     done = list({trial.plan: trial for trial in reversed(done)}.values())[::-1]
     # Only a size is never mended: what an earlier run trained under wider limits is for want of others.

@@ -7,7 +7,7 @@ left behind is told FAIL and queued again under its old index, so that what foll
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import optuna
@@ -23,6 +23,16 @@ from ranksearch.strategy.finalists import floor_of
 from ranksearch.strategy.sampler import WITHIN, Knowledge, admit, make_sampler
 from ranksearch.strategy.space import Space, size_of
 from ranksearch.strategy.trial import Answer, Job
+
+
+@dataclass(frozen=True)
+class _Open:
+    """A trial that was asked for and not told yet: its place in the study, who proposed it, and what."""
+
+    trial: optuna.Trial
+    index: int
+    origin: str
+    plan: Plan
 
 
 class Ledger:
@@ -61,8 +71,8 @@ class Ledger:
         self._next = 1 + max((place[0] for trial in trials if (place := read_asked(trial))), default=-1)
         """The index of the next trial that is not one queued again."""
         self._limits, self._since, self._objectives, self._on_untrained = limits, since, objectives, on_untrained
-        self._running: dict[int, optuna.Trial] = {}
-        self._twins: list[tuple[int, optuna.Trial]] = []
+        self._running: dict[int, _Open] = {}
+        self._twins: list[tuple[int, _Open]] = []
         """Trials of plans that are running, with the numbers of those; they will have their answers."""
 
     def records(self) -> tuple[TrialRecord, ...]:
@@ -78,8 +88,11 @@ class Ledger:
         left = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         for trial in left:
             # Queued before it is told: a kill in between leaves it to be found again, not lost.
-            # Parameters of a queued trial that were not all asked for yet stand in what it was queued with.
-            self._queue_again(read_asked(trial), {**trial.system_attrs.get("fixed_params", {}), **trial.params})
+            # Parameters of a queued trial that were not all asked for yet stand in what it was queued with. One that was not
+            # wholly asked for has no place yet, and asking again proposes the same.
+            params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+            if (place := read_asked(trial)) and set(self._distributions) <= set(params):
+                self._queue_again(*place, params)
             self.study.tell(trial.number, state=TrialState.FAIL)
         self._running.clear()
         self._twins.clear()
@@ -88,65 +101,63 @@ class Ledger:
     def jobs(self, trials: int) -> Iterator[Job]:
         """Jobs until `trials` trials are trained or running, or `GIVE_UP` plans in a row were answered without one."""
         while self.finished() + len(self._running) < trials and self._untrained_in_a_row() < GIVE_UP:
-            trial, index, origin = self._ask()
-            plan = self._space.plan(trial.params)
-            if not self._answered(trial, index, origin, plan):
-                self._running[trial.number] = trial
-                yield Job(trial.number, plan, self.seed_of(index))
+            opened = self._ask()
+            if not self._answered(opened):
+                self._running[opened.trial.number] = opened
+                yield Job(opened.trial.number, opened.plan, self.seed_of(opened.index))
 
     def receive(self, job: Job, answer: Answer) -> TrialRecord:
         """Tell Optuna the answer to a job, and queue it again if its worker was lost, a bounded number of times."""
-        trial = self._running.pop(job.key)
-        place = read_asked(trial)
-        assert place is not None, "a job's trial was asked for"
+        opened = self._running.pop(job.key)
         # Queued before it is told: a kill in between leaves it to be found again, not lost.
-        if answer.outcome is Outcome.WORKER_LOST and self._losses(job.plan) + 1 < MAX_TRIES:
-            self._queue_again(place, trial.params)
-        record = self._tell(trial, self._record(trial, *place, job.plan, answer))
+        if answer.outcome is Outcome.WORKER_LOST and self._losses(opened.plan) + 1 < MAX_TRIES:
+            self._queue_again(opened.index, opened.origin, opened.trial.params)
+        record = self._tell(opened.trial, self._record(opened, answer))
         twins = [twin for number, twin in self._twins if number == job.key]
         self._twins = [(number, twin) for number, twin in self._twins if number != job.key]
         for twin in twins:
-            twins_place = read_asked(twin)
-            assert twins_place is not None, "a twin was asked for"
-            self._tell_known(twin, *twins_place, record)
+            self._tell_known(twin, record)
         return record
 
     def seed_of(self, index: int) -> int:
         """The seed of the trial at an index: its sampler's, its shuffling's, its dropout's."""
         return (self._seed * 1_000_003 + index) % 2**31
 
-    def _ask(self) -> tuple[optuna.Trial, int, str]:
+    def _ask(self) -> _Open:
         if self._waiting:
             self._waiting -= 1
         else:
             index = self._next
+            self._next += 1
             if index >= len(self._firsts):
-                self.study.sampler = make_sampler(self._sampler, seed=self.seed_of(index), knowledge=self._knowledge)
-                trial = self.study.ask(self._distributions)
-                for key, value in asked(index, self._sampler).items():
-                    trial.set_user_attr(key, value)
-                self._next += 1
-                return trial, index, self._sampler
+                return self._propose(index)
             origin, plan = self._firsts[index]
             self.study.enqueue_trial(self._space.params(plan), user_attrs=asked(index, origin))
-            self._next += 1
         trial = self.study.ask(self._distributions)
         place = read_asked(trial)
         assert place is not None, "a queued trial carries its place"
         admit(self.study, trial, self._sampler)
-        return trial, *place
+        return _Open(trial, *place, self._space.plan(trial.params))
 
-    def _answered(self, trial: optuna.Trial, index: int, origin: str, plan: Plan) -> bool:
+    def _propose(self, index: int) -> _Open:
+        self.study.sampler = make_sampler(self._sampler, seed=self.seed_of(index), knowledge=self._knowledge)
+        trial = self.study.ask(self._distributions)
+        for key, value in asked(index, self._sampler).items():
+            trial.set_user_attr(key, value)
+        return _Open(trial, index, self._sampler, self._space.plan(trial.params))
+
+    def _answered(self, opened: _Open) -> bool:
         """Whether the plan needs no training: it is known, or runs now, or its size alone answers for it."""
+        plan, trial = opened.plan, opened.trial
         known = next((r for r in self.records() if r.plan == plan and r.outcome is Outcome.DONE), None)
         if known is None and self._losses(plan) >= MAX_TRIES:
             known = next(r for r in self.records() if r.plan == plan and r.outcome is Outcome.WORKER_LOST)
-        running = next((number for number, other in self._running.items() if self._space.plan(other.params) == plan), None)
-        record = self._record(trial, index, origin, plan, Answer(Outcome.OVER_BUDGET))
+        running = next((number for number, other in self._running.items() if other.plan == plan), None)
+        record = self._record(opened, Answer(Outcome.OVER_BUDGET))
         if known is not None:
-            self._tell_known(trial, index, origin, known)
+            self._tell_known(opened, known)
         elif running is not None:
-            self._twins.append((running, trial))
+            self._twins.append((running, opened))
         elif not plan.layers:
             # Each layer of a plan is smaller than dense in all that must shrink, so the dense plan alone is not.
             self._on_untrained(self._tell(trial, replace(record, outcome=Outcome.NOT_SMALLER)))
@@ -156,24 +167,32 @@ class Ledger:
             return False
         return True
 
-    def _tell_known(self, trial: optuna.Trial, index: int, origin: str, known: TrialRecord) -> None:
+    def _tell_known(self, opened: _Open, known: TrialRecord) -> None:
         """Tell a trial what the first of the same plan found, whatever that was."""
         same_as = known.number if known.same_as is None else known.same_as
-        record = replace(known, number=trial.number, index=index, origin=origin, seconds=0.0, same_as=same_as, finalist=None)
-        self._on_untrained(self._tell(trial, record))
+        record = replace(
+            known,
+            number=opened.trial.number,
+            index=opened.index,
+            origin=opened.origin,
+            seconds=0.0,
+            same_as=same_as,
+            finalist=None,
+        )
+        self._on_untrained(self._tell(opened.trial, record))
 
     def _untrained_in_a_row(self) -> int:
         return untrained_in_a_row(
-            self.records(), self._since, waiting=[twin.number for _, twin in self._twins], running=self._running
+            self.records(), self._since, waiting=[twin.trial.number for _, twin in self._twins], running=self._running
         )
 
-    def _record(self, trial: optuna.Trial, index: int, origin: str, plan: Plan, answer: Answer) -> TrialRecord:
-        size = size_of(plan, self._inventory)
+    def _record(self, opened: _Open, answer: Answer) -> TrialRecord:
+        size = size_of(opened.plan, self._inventory)
         return TrialRecord(
-            number=trial.number,
-            index=index,
-            origin=origin,
-            plan=plan,
+            number=opened.trial.number,
+            index=opened.index,
+            origin=opened.origin,
+            plan=opened.plan,
             outcome=answer.outcome,
             params=size.params,
             macs=size.macs,
@@ -181,7 +200,7 @@ class Ledger:
             score=answer.curve[-1].score if answer.outcome is Outcome.DONE else None,
             curve=answer.curve,
             seconds=answer.seconds,
-            seed=self.seed_of(index),
+            seed=self.seed_of(opened.index),
         )
 
     def _tell(self, trial: optuna.Trial, record: TrialRecord) -> TrialRecord:
@@ -203,9 +222,8 @@ class Ledger:
         lost = [r for r in self._records.values() if r.outcome is Outcome.WORKER_LOST and r.same_as is None]
         return sum(record.plan == plan for record in lost)
 
-    def _queue_again(self, place: tuple[int, str] | None, params: Mapping[str, Any]) -> None:
-        # Killed before it was wholly asked for: it has no place yet, and asking again proposes the same.
+    def _queue_again(self, index: int, origin: str, params: Mapping[str, Any]) -> None:
         waiting = [read_asked(t) for t in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))]
-        if place is not None and place not in waiting and set(self._distributions) <= set(params):
-            self.study.enqueue_trial(dict(params), user_attrs=asked(*place))
+        if (index, origin) not in waiting:
+            self.study.enqueue_trial(dict(params), user_attrs=asked(index, origin))
             self._waiting += 1

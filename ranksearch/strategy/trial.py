@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import enum
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ class Evaluator:
     scratch: bool = False
     """Train trials and finalists from weights drawn anew. Probes are of decomposed weights all the same."""
     unfinished: Path | None = None
-    """The folder of the finalists' checkpoints; a worker that does not see it, on another machine, keeps none."""
+    """The folder of the finalists' checkpoints; a worker that cannot write there, on another machine, keeps none."""
 
     def __call__(self, job: Job) -> Iterator[Rung | Answer]:
         """Evaluate a job: a rung after each epoch (the first without training), then the answer, always last."""
@@ -162,7 +163,7 @@ class Evaluator:
 
     def _checkpoint(self, job: Job) -> Checkpoint:
         """Of a finalist; nothing else trains for long enough."""
-        if job.stage is not Stage.FINALIST or self.unfinished is None or not self.unfinished.is_dir():
+        if job.stage is not Stage.FINALIST or self.unfinished is None or not os.access(self.unfinished, os.W_OK):
             return Checkpoint()
         how = f"{self.finalists}, sweeps {self.sweeps}, layerwise {self.layerwise}, scratch {self.scratch}"
         return Checkpoint(self.unfinished / f"{job.key}.pt", f"{job.plan.to_json()}, seed {job.seed}, {how}")
