@@ -28,6 +28,7 @@ from ranksearch import training
 from ranksearch.checkpoint import Checkpoint
 from ranksearch.data import example
 from ranksearch.dense import recipe
+from ranksearch.export import digest_of
 from ranksearch.files import write_whole
 from ranksearch.layers import count_params, inventory
 from ranksearch.plan import CP, CP4, Factorization, Plan, Tucker2
@@ -185,7 +186,7 @@ def train(system: System, net: Net, seed: int, epochs: int | None, *, dense: Pat
         training.recalibrate(model, task, seed=seed, device=CPU)
     if epochs is not None:
         wanted = training.Recipe(**(vars(wanted) | {"epochs": epochs}))
-    checkpoint = Checkpoint(unfinished, f"{net}, seed {seed}, {wanted}")
+    checkpoint = Checkpoint(unfinished, f"{net}, seed {seed}, {wanted}, from {digest_of(model)}")
     for epoch in training.fit(model, task, wanted, seed=seed, device=CPU, checkpoint=checkpoint):
         print(f"  epoch {epoch} of {wanted.epochs}: {checkpoint.seconds():.0f} s", flush=True)
     if net.name == "dense":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class Checkpoint:
         self._kept = self._start
         self._state = _read(path, of) if path is not None and path.exists() else {}
         self.rungs = [Rung(*rung) for rung in self._state.get("rungs", ())]
-        """The scores so far; who takes them adds to them."""
+        """The scores so far; the evaluator appends each, and `keep` writes them too."""
         self._before: float = self._state.get("seconds", 0.0)
         self.epochs: int = self._state.get("epochs", 0)
         """What the file has behind it, of the fit that was cut short."""
@@ -57,7 +58,7 @@ class Checkpoint:
         return int(state["epochs"])
 
     def keep(self, epochs: int, order: Generator, **parts: nn.Module | Optimizer | LRScheduler) -> None:
-        """Write the state after so many epochs, where the last was written long enough ago."""
+        """Write the state after so many epochs, where the last was written long enough ago, and the disk takes it."""
         if self._path is None or time.monotonic() - self._kept < EVERY:
             return
         state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
@@ -65,7 +66,9 @@ class Checkpoint:
         state |= {"of": self._of, "epochs": epochs, "rungs": rungs, "seconds": self.seconds(), "order": order.get_state()}
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        write_whole(self._path, buffer.getvalue())
+        # On a full disk a training without a checkpoint is better than none.
+        with suppress(OSError):
+            write_whole(self._path, buffer.getvalue())
         self._kept = time.monotonic()
 
 

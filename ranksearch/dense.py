@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from ranksearch import training
 from ranksearch.checkpoint import Checkpoint
 from ranksearch.console import View
 from ranksearch.errors import ModelError
-from ranksearch.export import weights_of
+from ranksearch.export import digest_of
 from ranksearch.spec import StudySpec, TrainSpec
 from ranksearch.tasks import Task
 from ranksearch.training import Recipe
@@ -28,8 +27,8 @@ def train_dense(task: Task, spec: StudySpec, device: torch.device, view: View, *
     """
     if not spec.dense.epochs:
         return
-    how, start = recipe(spec.dense), hashlib.sha256(weights_of(task.model)).hexdigest()
-    checkpoint = Checkpoint(unfinished, f"{how}, seed {spec.seed}, from {start}")
+    how = recipe(spec.dense)
+    checkpoint = Checkpoint(unfinished, f"{how}, seed {spec.seed}, from {digest_of(task.model)}")
     view.stage("training the dense net", spec.dense.epochs, checkpoint.epochs)
     training.place(task.model, device)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import tempfile
 import warnings
@@ -32,6 +33,11 @@ def weights_of(model: nn.Module) -> bytes:
     """The state of a model as safetensors bytes, on the CPU."""
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     return safetensors.torch.save(state)
+
+
+def digest_of(model: nn.Module) -> str:
+    """What tells the weights of one model from those of another: SHA-256 in hexadecimal."""
+    return hashlib.sha256(weights_of(model)).hexdigest()
 
 
 def check_state(model: nn.Module) -> None:

@@ -147,7 +147,8 @@ def check_weights(model: nn.Module) -> None:
 def _check_uncompiled(model: nn.Module) -> None:
     """Compiled code is of a model as it was: each copy with other layers would be compiled anew, for minutes."""
     for name, module in model.named_modules():
-        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+        wrapped, inside = "_orig_mod" in module._modules, hasattr(module.forward, "_torchdynamo_orig_callable")
+        if wrapped or inside or module._compiled_call_impl is not None:
             which = repr(name) if name else "it"
             raise ModelError(
                 f"The model must come uncompiled, but {which} went through torch.compile; give the model as it was before, and "

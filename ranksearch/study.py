@@ -41,7 +41,7 @@ from ranksearch.strategy.prior import vbmf_plans
 from ranksearch.strategy.sampler import Knowledge
 from ranksearch.strategy.sensitivity import predicted_frontier, rescuable, spread, values_to_probe
 from ranksearch.strategy.space import Space, check_limits, offer_of, size_of, space_of
-from ranksearch.strategy.trial import Answer, Evaluator, Job, Stage
+from ranksearch.strategy.trial import Answer, Evaluator, Job, Stage, checkpoint_file
 from ranksearch.tasks import Task, accuracy, check_outputs, load_task
 
 CALIBRATION = 512
@@ -274,9 +274,10 @@ class _Run:
         self.view.stage("finalists", len(chosen), len(chosen) - len(waiting))
 
         def on_answer(job: Job, answer: Answer) -> None:
+            self._finalist(by_number[job.key], answer)
             if answer.outcome is not Outcome.WORKER_LOST:
                 answered.add(job.key)
-            self._finalist(by_number[job.key], answer)
+                checkpoint_file(self.unfinished, job.key).unlink(missing_ok=True)
 
         def jobs() -> Iterator[Job]:
             left = (trial for trial in waiting if trial.number not in answered)
@@ -286,7 +287,7 @@ class _Run:
         self.run_jobs("finalists", jobs, evaluate, on_answer)
         # What lost its worker too often goes on in the next run.
         if all(trial.number in answered for trial in waiting):
-            shutil.rmtree(self.unfinished)
+            shutil.rmtree(self.unfinished, ignore_errors=True)
         with self.stage("finalists"):
             self._latencies()
 

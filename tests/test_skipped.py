@@ -354,6 +354,11 @@ def compiled_within(model):
     return model
 
 
+def compiled_forward(model):
+    model[0].forward = torch.compile(model[0].forward)
+    return model
+
+
 def compiled_in_place(model):
     model.compile()
     return model
@@ -361,8 +366,8 @@ def compiled_in_place(model):
 
 @pytest.mark.parametrize(
     ("compiled", "which"),
-    [(torch.compile, "it"), (compiled_in_place, "it"), (compiled_within, "'0'")],
-    ids=["whole", "in place", "within"],
+    [(torch.compile, "it"), (compiled_in_place, "it"), (compiled_within, "'0'"), (compiled_forward, "'0'")],
+    ids=["whole", "in place", "within", "forward"],
 )
 def test_a_compiled_model_is_refused(compiled, which):
     model = compiled(nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU()))

@@ -169,7 +169,7 @@ class Surrogate:
         from sklearn.ensemble import ExtraTreesRegressor
         from sklearn.isotonic import IsotonicRegression
 
-        # Plans may beat the dense net, and a user may ask them to: drops are from what is within reach, noise aside.
+        # Plans may beat the dense net, and the search may climb on: drops are from what is within reach, noise aside.
         reach = max(dense_score, floor, float(scores.max()) - RECOVERED / 2)
         self._table, self.top = table, reach + RECOVERED
         most = LOST * max(reach - min(floor, dense_score), RECOVERED)

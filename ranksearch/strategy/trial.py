@@ -16,7 +16,7 @@ from torch import nn
 from ranksearch import training
 from ranksearch.checkpoint import Checkpoint
 from ranksearch.data import sample
-from ranksearch.export import weights_of
+from ranksearch.export import digest_of, weights_of
 from ranksearch.plan import Plan
 from ranksearch.profile import Profile, kernel
 from ranksearch.record import Outcome, Rung
@@ -80,10 +80,12 @@ class Evaluator:
     """The folder of the finalists' checkpoints; a worker that cannot write there, on another machine, keeps none."""
 
     def __call__(self, job: Job) -> Iterator[Rung | Answer]:
-        """Evaluate a job: a rung after each epoch (the first without training), then the answer, always last."""
+        """Evaluate a job: a rung after each epoch (the first without training), then the answer, always last.
+
+        Of a finalist that goes on from a checkpoint the rungs that are left; its answer has all.
+        """
         checkpoint = self._checkpoint(job)
         curve = checkpoint.rungs
-        yield from curve
         final = job.stage is Stage.FINALIST
         try:
             if job.stage is Stage.PROBE:
@@ -166,4 +168,10 @@ class Evaluator:
         if job.stage is not Stage.FINALIST or self.unfinished is None or not os.access(self.unfinished, os.W_OK):
             return Checkpoint()
         how = f"{self.finalists}, sweeps {self.sweeps}, layerwise {self.layerwise}, scratch {self.scratch}"
-        return Checkpoint(self.unfinished / f"{job.key}.pt", f"{job.plan.to_json()}, seed {job.seed}, {how}")
+        of = f"{job.plan.to_json()}, seed {job.seed}, {how}, from {digest_of(self.task.model)}"
+        return Checkpoint(checkpoint_file(self.unfinished, job.key), of)
+
+
+def checkpoint_file(unfinished: Path, key: int) -> Path:
+    """Where the checkpoint of the finalist of that key is."""
+    return unfinished / f"{key}.pt"
