@@ -62,7 +62,7 @@ def search(
         start: what a plan's net is trained from: the "decomposed" weights, or weights drawn anew, "scratch".
         sampler: who proposes: rank, or one of Optuna's: tpe, nsga2, gp, random.
         trials: trained trials in all.
-        minutes: ask for no more trials after so long.
+        minutes: ask for no more trials once trials took so long, in all runs.
         minimize: what the front sets against the score: params, macs, or both.
         min_score: models with a lower validation score are not on the front.
         min_ratio: plans of a lower compression ratio are not trained.
@@ -82,7 +82,7 @@ def search(
         str(trial.number))` takes one home.
 
     Raises:
-        RankSearchError: bad input, before anything is written.
+        RankSearchError: bad input, most of it before anything is written; or a cluster, a storage or workers that are lost.
     """
     spec = StudySpec(
         name=re.sub(r"[^\w.-]|^[^A-Za-z0-9]+", "-", Path(out).resolve().name).lstrip("-") or "search",

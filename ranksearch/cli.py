@@ -59,15 +59,21 @@ def _parser() -> argparse.ArgumentParser:
     _overrides(study)
     study.add_argument("--out", type=Path, metavar="DIR", help="the study's folder (runs/NAME)")
     study.add_argument("--trials", type=int, metavar="N", help="trained trials in all (search.trials)")
-    study.add_argument("--minutes", type=float, metavar="M", help="ask for no trial after so long (search.minutes)")
-    study.add_argument("--workers", type=int, metavar="N", help="trials at a time (one a core); 0: in this process")
+    study.add_argument("--minutes", type=float, metavar="M", help="ask for no trial once trials took so long (search.minutes)")
+    study.add_argument(
+        "--workers", type=int, metavar="N", help="trials at a time (one a core; on Ray all that fit); 0: in this process"
+    )
     study.add_argument("--engine", choices=("local", "ray"), default="local", help="where trials run: processes, or Ray Tune")
-    study.add_argument("--address", metavar="HOST:PORT", help="the Ray cluster, or auto (a Ray of its own on this machine)")
+    study.add_argument(
+        "--address", metavar="HOST:PORT", help="a Ray cluster's head, or auto: this machine's (a Ray of its own)"
+    )
     study.add_argument("--cpus-per-trial", type=int, default=1, metavar="N", help="CPUs and threads of a trial on Ray (1)")
     study.add_argument("--gpus-per-trial", type=float, default=0.0, metavar="G", help="GPUs of a trial on Ray, also 0.5 (0)")
-    study.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    study.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train (a GPU if there is one)"
+    )
     study.add_argument("--storage", metavar="URL", help="Optuna storage (SQLite in the study's folder)")
-    study.add_argument("--fresh", action="store_true", help="delete what the folder holds of the study, and start over")
+    study.add_argument("--fresh", action="store_true", help="delete what folder and storage hold of the study, and start over")
     study.set_defaults(run=_study)
 
     studies = commands.add_parser("studies", help="list the built-in studies", description="List the built-in studies.")
@@ -102,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--min-score", type=float, metavar="S", help="the smallest with at least this validation score")
     which.add_argument("--min-ratio", type=float, metavar="R", help="the best with at least this compression ratio")
     export.add_argument("--format", choices=("plan", "onnx", "pt2"), default="plan")
-    export.add_argument("--to", type=Path, metavar="PATH", help="where to write (DIR/export/TRIAL.FORMAT)")
+    export.add_argument("--to", type=Path, metavar="PATH", help="where to write (DIR/export/TRIAL, with the format's ending)")
     export.add_argument("--storage", metavar="URL", help="Optuna storage, if it is not the folder's own")
     export.set_defaults(run=_export)
     return parser

@@ -78,7 +78,7 @@ def run_study(
         The whole record; its `front` is what the user chooses from.
 
     Raises:
-        RankSearchError: bad input, before anything is written.
+        RankSearchError: bad input, most of it before anything is written; or a cluster, a storage or workers that are lost.
         Stopped: Ctrl-C; the running trials were queued again and a report was written.
     """
     options, view = options or Options(), view or Silent()

@@ -46,6 +46,12 @@ def test_the_base_is_pinned_and_the_image_runs_as_no_root():
     assert re.findall(r"^USER (.*)$", DOCKERFILE, re.MULTILINE) == ["ranksearch"]
 
 
+def test_a_login_shell_finds_the_commands_too():
+    """`ray up` runs its commands in one, and Debian's /etc/profile sets a PATH of its own."""
+    (path,) = re.findall(r"^ENV PATH=(\S+)", DOCKERFILE, re.MULTILINE)
+    assert f"echo 'PATH={path}' > /etc/profile.d/" in DOCKERFILE
+
+
 def test_what_is_copied_is_not_ignored():
     """`.dockerignore` leaves out all but what it names."""
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}

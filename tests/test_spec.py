@@ -1,12 +1,16 @@
 """Study files: every key checked, every message one sentence with the rule, the value and the fix."""
 
+import json
 import re
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 from ranksearch.errors import SpecError
 from ranksearch.limits import UNLIMITED, Limits
-from ranksearch.spec import builtin_studies, complete_identity, load_spec, parse_spec, resolve
+from ranksearch.spec import StudySpec, TrainSpec, builtin_studies, complete_identity, load_spec, parse_spec, resolve
 from tests.nets import SMALL
 
 
@@ -186,3 +190,26 @@ def test_unreadable_files(tmp_path):
 def test_bad_references(reference, message):
     with pytest.raises(SpecError, match=f"^{re.escape(message)}"):
         resolve(reference, key="task.model")
+
+
+def test_every_key_and_what_stands_for_it_is_in_the_docs():
+    """docs/studies.md, which names what the three sections of training share once."""
+    page = (Path(__file__).parents[1] / "docs" / "studies.md").read_text()
+    told = dict(re.findall(r"^\| `([\w.]+)` \| (.+?) \|", page, re.MULTILINE))
+    expected = {}
+    for section in fields(StudySpec):
+        kind = get_type_hints(StudySpec)[section.name]
+        for key in fields(kind) if is_dataclass(kind) else [section]:
+            shared = key.name in {entry.name for entry in fields(TrainSpec)} - {"epochs"}
+            name = key.name if shared or key is section else f"{section.name}.{key.name}"
+            expected[name] = stands_for(key)
+    assert {name: left_out for name, left_out in told.items() if ":" not in name} == expected
+
+
+def stands_for(key):
+    default = key.default if key.default_factory is MISSING else key.default_factory()
+    if default is MISSING:
+        return "needed"
+    if default is None:
+        return "no limit"
+    return "empty" if default == "" else json.dumps(default)
