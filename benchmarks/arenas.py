@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 
 from ranksearch import training
+from ranksearch.checkpoint import Checkpoint
 from ranksearch.console import Silent
 from ranksearch.data import example, sample, sample_inputs
-from ranksearch.dense import load_weights, recipe, train_dense
+from ranksearch.dense import load_weights, train_dense
 from ranksearch.export import weights_of
 from ranksearch.factorization import METHODS
 from ranksearch.files import write_whole
@@ -58,8 +59,10 @@ class Trained:
         folder.mkdir(parents=True, exist_ok=True)
         task, self.spec, self.folder = load_task(spec), spec, folder
         if not load_weights(task.model, folder / "dense.safetensors"):
-            train_dense(task, spec, CPU, Silent())
+            unfinished = folder / "dense.pt"
+            train_dense(task, spec, CPU, Silent(), unfinished=unfinished)
             write_whole(folder / "dense.safetensors", weights_of(task.model))
+            unfinished.unlink(missing_ok=True)
         training.place(task.model, CPU).eval()
         self.inventory: Inventory = inventory(task.model, example(task.data.train))
         self.space: Space = make_space(self.inventory, spec.space.methods)
@@ -68,9 +71,7 @@ class Trained:
             inputs=sample_inputs(task.data.train, CALIBRATION, seed=spec.seed), cache=folder / "profile", seed=spec.seed,
         )  # fmt: skip
         fewer = replace(task.data, train=sample(task.data.train, trained_on, seed=spec.seed))
-        self._evaluate = Evaluator(
-            replace(task, data=fewer), self.profile, recipe(spec.finetune), recipe(spec.finalists), "cpu"
-        )
+        self._evaluate = Evaluator(replace(task, data=fewer), self.profile, spec.finetune, spec.finalists, "cpu")
         self.dense_score = training.score(task.model, task, task.data.validation, device=CPU)
         self.dense_test = training.score(task.model, task, task.data.test, device=CPU)
         self.epochs = spec.finetune.epochs
@@ -102,7 +103,7 @@ class Trained:
         task = self._evaluate.task
         model = copy.deepcopy(task.model)
         try:
-            for rung in self._evaluate._rungs(model, Job(0, plan, seed)):
+            for rung in self._evaluate._rungs(model, Job(0, plan, seed), Checkpoint()):
                 scores.append(rung.score)
                 seconds.append(time.process_time() - start)
         except training.Diverged:
@@ -198,7 +199,8 @@ class Simulated:
             return 1 - kept
         full = min(rows, columns)
         # Terms of CP are poorer than those of an SVD: they are held to one direction in every mode.
-        return _tail(value.rank, full, both) if isinstance(value, SVD) else _tail(value.rank, 2 * full, 0.8 * both)
+        (rank,) = value.ranks
+        return _tail(rank, full, both) if isinstance(value, SVD) else _tail(rank, 2 * full, 0.8 * both)
 
     def _estimate(self, layer: Layer, draw: random.Random) -> tuple[int | None, int | None]:
         sizes = (layer.weight[1], layer.weight[0])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ranksearch import confidence, training
 from ranksearch.data import stereo
-from ranksearch.data.stereo import MARGIN
+from ranksearch.data.stereo import MARGIN, Maps
 from ranksearch.models import ccnn
 from ranksearch.tasks import Task
 
@@ -57,6 +57,7 @@ def main() -> None:
         print(f"{path.name}: largest difference of confidence {float((found - expected).abs().max()):.1e}")
     for test in ((1, 20), (21, 40)):
         data = stereo(root=str(options.root), test_scenes=test, scaled=False)
+        assert isinstance(data.test, Maps)
         score = training.score(net, Task(net, data, score=confidence.one_minus_auc), data.test, device=torch.device("cpu"))
         print(f"kitti2015 {test[0]} to {test[1]}: AUC {1 - score:.4f}, optimum {data.test.optimum():.4f}", flush=True)
 

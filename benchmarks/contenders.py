@@ -21,6 +21,7 @@ from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import WEAKENINGS, vbmf_plans
 from ranksearch.strategy.sampler import Knowledge
 from ranksearch.strategy.sensitivity import rescuable, spread
+from ranksearch.strategy.space import size_of
 from ranksearch.strategy.surrogate import Table
 from ranksearch.strategy.trial import Answer
 from ranksearch.study import FRONTIER_PLANS
@@ -108,10 +109,7 @@ def dense_params(arena: Arena) -> dict[str, int]:
 
 def log_ratio(arena: Arena, plan: Plan) -> float:
     """log10 of the compression ratio of a plan."""
-    methods = {axis.layer.name: {m.kind: m for m in axis.methods} for axis in arena.space.axes}
-    layers = {axis.layer.name: axis.layer for axis in arena.space.axes}
-    saved = sum(layers[n].params - methods[n][type(v)].params(layers[n], v.ranks) for n, v in plan)
-    return math.log10(arena.inventory.params / (arena.inventory.params - saved))
+    return math.log10(size_of(plan, arena.inventory).ratio)
 
 
 def vbmf_first(arena: Arena, trials: int) -> list[tuple[str, Plan]]:

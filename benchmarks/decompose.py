@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from typing import TypeVar
 
@@ -159,10 +160,10 @@ def tucker_table(nets: Sequence[str]) -> list[str]:
             tensor, grid = kernel(model, layer).flatten(2), rank_grid(method, layer)
             chosen = [grid[i] for i in np.unique(np.linspace(0, len(grid) - 1, SAMPLES[name]).round().astype(int))]
             times = len(grid) / len(chosen)
-            seconds, fit = timed(lambda t=tensor: hosvd(t))
-            more, errors = timed(lambda f=fit: f.errors())
-            sweep, ours = timed(lambda t=tensor, f=fit, c=chosen: [hooi(t, f, *ranks, sweeps=1) for ranks in c])
-            theirs, found_by_it = timed(lambda t=tensor, c=chosen: [tensorly_hooi(t, *ranks) for ranks in c])
+            seconds, fit = timed(partial(hosvd, tensor))
+            more, errors = timed(fit.errors)
+            sweep, ours = timed(partial(each, partial(hooi, tensor, fit, sweeps=1), chosen))
+            theirs, found_by_it = timed(partial(each, partial(tensorly_hooi, tensor), chosen))
             swept = [tucker_error(tensor, *parts) for parts in ours]
             peers = [tucker_error(tensor, *parts) for parts in found_by_it]
             ratios = [float(errors[i - 1, o - 1]) / e for (i, o), e in zip(chosen, peers, strict=True) if e > 1e-3]
@@ -214,8 +215,8 @@ def cp_table(nets: Sequence[str]) -> list[str]:
                 continue
             seen.add(layer.weight)
             tensor, ranks = kernel(model, layer).flatten(2), [rank for (rank,) in rank_grid(method, layer)]
-            ours, fits = timed(lambda t=tensor, r=ranks: cp_path(t, r))
-            theirs, peers = timed(lambda t=tensor, r=ranks: [parafac_fit(t, rank) for rank in r])
+            ours, fits = timed(partial(cp_path, tensor, ranks))
+            theirs, peers = timed(partial(each, partial(parafac_fit, tensor), [(rank,) for rank in ranks]))
             ratios = [fits[rank].error / error for rank, (error, _) in zip(ranks, peers, strict=True)]
             worst = max(degeneracy for _, degeneracy in peers), max(fit.degeneracy for fit in fits.values())
             lines.append(
@@ -242,6 +243,10 @@ def summed(rows: Sequence[Row]) -> Row:
         sum(r.ours for r in rows), sum(r.theirs for r in rows), ratios, sum(r.sampled for r in rows),
         sum(r.whole for r in rows),
     )  # fmt: skip
+
+
+def each(call: Callable[..., T], arguments: Sequence[Sequence[int]]) -> list[T]:
+    return [call(*given) for given in arguments]
 
 
 def timed(call: Callable[[], T]) -> tuple[float, T]:

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import optuna
 from pages import machine, row, table, write_section
@@ -122,10 +123,10 @@ def start(out: str, costs: str, begun: float) -> None:
             tells.append(time.time() - before)
             return found
 
-    study.Ledger, console.Plain = Timed, lambda screen: clock
     words = [word for setting in settings(costs) for word in ("--set", setting)]
     command = ["study", "lenet", "--out", out, "--trials", str(2 * TRIALS), "--workers", "0", *words]
-    assert cli.main(command) == cli.INTERRUPTED
+    with mock.patch.object(study, "Ledger", Timed), mock.patch.object(console, "Plain", return_value=clock):
+        assert cli.main(command) == cli.INTERRUPTED
     parts = {f"- {name}": seconds for name, seconds in clock.parts.items()}
     later = {"an ask after that, mean": sum(asks[1:]) / ASKS, "an ask, longest": max(asks[1:])}
     print(json.dumps({FIRST: sum(parts.values())} | parts | later | {"a tell, mean": sum(tells) / len(tells)}))

@@ -236,11 +236,10 @@ def _chart(runs: Runs, path: Path) -> None:
         found = [list(runs.of(key, budget).values()) for budget in BUDGETS]
         shown = max(reversed(found), key=len)  # the longest of those with the most seeds
         for n in range(min((len(run.curve) for run in shown), default=0)):
-            mean = {"hypervolume": statistics.mean(run.curve[n] for run in shown)}
-            spent = {"trials": n + 1, "seconds": statistics.mean(run.seconds[n] for run in shown)}
-            rows.append({"search": contender.title.strip("*")} | mean | spent)
+            means = {part: statistics.mean(getattr(run, part)[n] for run in shown) for part in ("curve", "seconds")}
+            rows.append({"search": contender.title.strip("*"), "trials": n + 1} | means)
     base = alt.Chart(alt.Data(values=rows)).mark_line().encode(
-        y=alt.Y("hypervolume:Q", title="share of the ideal hypervolume"), color=alt.Color("search:N", sort=None, title=None),
+        y=alt.Y("curve:Q", title="share of the ideal hypervolume"), color=alt.Color("search:N", sort=None, title=None),
         strokeWidth=alt.condition("datum.search == 'ours'", alt.value(4), alt.value(1.5)),
     )  # fmt: skip
     trials = base.encode(x=alt.X("trials:Q")).properties(width=420, height=320)

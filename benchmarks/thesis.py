@@ -16,7 +16,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,12 +27,11 @@ from pages import about, row, table, write_section
 from ranksearch import training
 from ranksearch.checkpoint import Checkpoint
 from ranksearch.data import example
-from ranksearch.dense import recipe
 from ranksearch.export import digest_of
 from ranksearch.files import write_whole
 from ranksearch.layers import count_params, inventory
 from ranksearch.plan import CP, CP4, Factorization, Plan, Tucker2
-from ranksearch.spec import StudySpec, load_spec
+from ranksearch.spec import Recipe, StudySpec, load_spec
 from ranksearch.surgery import factorize_
 from ranksearch.tasks import Task, load_task
 
@@ -147,8 +146,8 @@ def main() -> None:
         kept = gathered(given.runs)
         write_whole(KEPT, json.dumps(kept, indent=1) + "\n")
         for name, system in SYSTEMS.items():
-            found = [entry for entry in kept if entry["system"] == name]
-            write_section(name, "python benchmarks/thesis.py --write", "\n".join(lines(system, found)), page=PAGE)
+            own = [entry for entry in kept if entry["system"] == name]
+            write_section(name, "python benchmarks/thesis.py --write", "\n".join(lines(system, own)), page=PAGE)
 
 
 Entry: TypeAlias = dict[str, Any]
@@ -179,13 +178,14 @@ def train(system: System, net: Net, seed: int, epochs: int | None, *, dense: Pat
     spec = load_spec(system.study, overrides=[*net.overrides, f"seed={seed}"])
     task = load_task(spec)
     model = training.place(task.model, CPU)
-    wanted = recipe(spec.dense if net.plan is None else spec.finalists)
+    section = spec.dense if net.plan is None else spec.finalists
+    wanted = Recipe(**{entry.name: getattr(section, entry.name) for entry in fields(Recipe)})
+    if epochs is not None:
+        wanted = replace(wanted, epochs=epochs)
     if net.plan is not None:
         model.load_state_dict(torch.load(dense, weights_only=True))
         training.place(factorize_(model, Plan.of(net.plan), seed=seed), CPU)
         training.recalibrate(model, task, seed=seed, device=CPU)
-    if epochs is not None:
-        wanted = training.Recipe(**(vars(wanted) | {"epochs": epochs}))
     checkpoint = Checkpoint(unfinished, f"{net}, seed {seed}, {wanted}, from {digest_of(model)}")
     for epoch in training.fit(model, task, wanted, seed=seed, device=CPU, checkpoint=checkpoint):
         print(f"  epoch {epoch} of {wanted.epochs}: {checkpoint.seconds():.0f} s", flush=True)
@@ -195,7 +195,7 @@ def train(system: System, net: Net, seed: int, epochs: int | None, *, dense: Pat
     return facts(task, spec, seed, wanted, checkpoint.seconds())
 
 
-def facts(task: Task, spec: StudySpec, seed: int, recipe: training.Recipe, seconds: float) -> Entry:
+def facts(task: Task, spec: StudySpec, seed: int, recipe: Recipe, seconds: float) -> Entry:
     """What is known of a trained net."""
     model, data = task.model, task.data
     validation, test = (training.score(model, task, split, device=CPU) for split in (data.validation, data.test))

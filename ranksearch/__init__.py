@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from ranksearch.plan import Plan as Plan
     from ranksearch.plan import Spatial as Spatial
     from ranksearch.plan import Tucker2 as Tucker2
+    from ranksearch.spec import Recipe as Recipe
     from ranksearch.surgery import factorize_ as factorize_
     from ranksearch.tasks import Task as Task
-    from ranksearch.training import Recipe as Recipe
 
 __version__ = "0.1.0"
 
@@ -33,9 +33,9 @@ _HOMES = {
     "layers": ("inventory",),
     "options": ("Options",),
     "plan": ("CP", "CP4", "SVD", "Dense", "Plan", "Spatial", "Tucker2"),
+    "spec": ("Recipe",),
     "surgery": ("factorize_",),
     "tasks": ("Task",),
-    "training": ("Recipe",),
 }
 
 

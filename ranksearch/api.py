@@ -7,17 +7,14 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ranksearch.console import View
 from ranksearch.options import Options
 from ranksearch.record import StudyRecord
-from ranksearch.spec import DenseSpec, FinalistSpec, SearchSpec, SpaceSpec, StudySpec, TaskSpec, TrainSpec, parse_spec
+from ranksearch.spec import DenseSpec, FinalistSpec, Recipe, SearchSpec, SpaceSpec, StudySpec, TaskSpec, parse_spec
 from ranksearch.study import run_study
 from ranksearch.tasks import FROM_PYTHON, Task, copied
-from ranksearch.training import Recipe
-
-S = TypeVar("S", bound=TrainSpec)
 
 
 def search(
@@ -114,10 +111,9 @@ def search(
             max_params=max_params,
             max_macs=max_macs,
         ),
-        finetune=_train_spec(TrainSpec, finetune or Recipe(epochs=3)),
-        finalists=_train_spec(
-            FinalistSpec,
-            finalists or Recipe(epochs=12),
+        finetune=finetune or Recipe(epochs=3),
+        finalists=FinalistSpec(
+            **dataclasses.asdict(finalists or Recipe(epochs=12)),
             count=finalist_count,
             sweeps=finalist_sweeps,
             schedule=finalist_schedule,
@@ -131,10 +127,6 @@ def search(
 def _names(given: str | Sequence[str]) -> tuple[str, ...]:
     """One name, or several."""
     return (given,) if isinstance(given, str) else tuple(given)
-
-
-def _train_spec(kind: type[S], recipe: Recipe, **more: Any) -> S:
-    return kind(**dataclasses.asdict(recipe), **more)
 
 
 def _word(function: Callable[..., Any]) -> str:

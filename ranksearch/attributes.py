@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,9 +18,8 @@ _FINALIST, _FAILED = "ranksearch:finalist:", "ranksearch:failed:"
 _TRIAL, _ASKED, _PROBES, _FIRSTS = "ranksearch:trial", "ranksearch:asked", "ranksearch:probes", "ranksearch:firsts"
 
 
-def told(record: TrialRecord) -> dict[str, Any]:
-    """The attribute of a trial that was told, plain JSON values: the whole record, first what a person wants to see. One, since
-    each is a commit of its own."""
+def write_trial(trial: optuna.Trial, record: TrialRecord) -> None:
+    """Keep a trial's whole record, first what a person wants to see. As one attribute, since each is a commit of its own."""
     whole = {
         "about": f"{record.plan}: {record.ending}",
         "plan": record.plan.to_dict(),
@@ -28,22 +28,27 @@ def told(record: TrialRecord) -> dict[str, Any]:
         "macs": record.macs,
         "ratio": record.ratio,
         "score": record.score,
-        "curve": [_plain(rung) for rung in record.curve],
+        "curve": _points(record.curve),
         "seconds": record.seconds,
         "seed": record.seed,
         "same_as": record.same_as,
     }
-    return {_TRIAL: whole}
+    trial.set_user_attr(_TRIAL, whole)
 
 
 def write_facts(study: optuna.Study, facts: StudyFacts) -> None:
     """Keep the study's facts in its storage."""
-    study.set_user_attr(_FACTS, _plain(facts))
+    study.set_user_attr(_FACTS, dataclasses.asdict(facts))
 
 
 def write_seconds(study: optuna.Study, seconds: Mapping[str, float]) -> None:
     """Keep the seconds that each stage has taken so far."""
     study.set_user_attr(_SECONDS, dict(seconds))
+
+
+def read_seconds(study: optuna.Study) -> dict[str, float]:
+    """What `write_seconds` kept."""
+    return dict(study.user_attrs.get(_SECONDS, {}))
 
 
 def write_probes(study: optuna.Study, dense_loss: float | None, probes: Sequence[Probe]) -> None:
@@ -72,7 +77,7 @@ def read_firsts(study: optuna.Study) -> list[tuple[str, Plan]] | None:
 
 def write_finalist(study: optuna.Study, number: int, finalist: Finalist) -> None:
     """Keep a finalist's result. Optuna closes finished trials, so it stands among the study's attributes."""
-    study.set_user_attr(f"{_FINALIST}{number}", _plain(finalist))
+    study.set_user_attr(f"{_FINALIST}{number}", dataclasses.asdict(finalist) | {"curve": _points(finalist.curve)})
 
 
 def write_failed(study: optuna.Study, number: int, outcome: Outcome) -> None:
@@ -145,17 +150,8 @@ def read_trials(study: optuna.Study) -> tuple[TrialRecord, ...]:
 
 def read_study(study: optuna.Study) -> StudyRecord:
     """Everything the report needs; raises `StudyError` as `read_facts` does."""
-    return StudyRecord(facts=read_facts(study), trials=read_trials(study), seconds=study.user_attrs.get(_SECONDS, {}))
+    return StudyRecord(facts=read_facts(study), trials=read_trials(study), seconds=read_seconds(study))
 
 
-def _plain(value: Any) -> Any:
-    """Dataclasses to plain JSON values; a `Rung` becomes the pair [epochs, score]."""
-    if isinstance(value, Rung):
-        return [value.epochs, value.score]
-    if hasattr(value, "__dataclass_fields__"):
-        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return value
+def _points(curve: Sequence[Rung]) -> list[tuple[float, float]]:
+    return [(rung.epochs, rung.score) for rung in curve]

@@ -163,12 +163,12 @@ def _study(options: argparse.Namespace, given: list[str]) -> int:
         if isinstance(stop, Stopped) and stop.record:
             screen.print(views.front_table(stop.record.shown, stop.record.facts, title="the front so far"))
         again = _shown([word for word in given if word != "--fresh"], options.storage)
-        screen.print(f"\nStopped. Go on with:  {again}", markup=False, highlight=False, soft_wrap=True)
+        screen.out(f"\nStopped. Go on with:  {again}", highlight=False)
         return INTERRUPTED
     screen.print(views.front_table(found.shown, found.facts, title="the front"))
     for note in found.notes:
-        screen.print(note, markup=False, highlight=False, soft_wrap=True)
-    screen.print(views.final_words(out, found, _shown([], options.storage)), markup=False, highlight=False, soft_wrap=True)
+        screen.out(note, highlight=False)
+    screen.out(views.final_words(out, found, _storage_option(options.storage)), highlight=False)
     return 0
 
 
@@ -195,16 +195,21 @@ def _layers(options: argparse.Namespace, given: list[str]) -> int:
     found = look(spec, options.out or Path("runs") / spec.name)
     screen = _screen()
     screen.print(views.layers_table(found))
-    screen.print(views.layers_words(found), markup=False, highlight=False, soft_wrap=True)
+    screen.out(views.layers_words(found), highlight=False)
     return 0
+
+
+def _storage_option(storage: str | None) -> str:
+    """The option that names a storage, without its password; empty where it is the folder's own."""
+    from ranksearch.folder import masked
+
+    return f" --storage {shlex.quote(masked(storage))}" if storage else ""
 
 
 def _shown(given: Sequence[str], storage: str | None) -> str:
     """A command as it may be shown and kept: without the storage's password."""
     from ranksearch.folder import masked
 
-    if not given:
-        return f" --storage {shlex.quote(masked(storage))}" if storage else ""
     words = (word.replace(storage, masked(storage)) if storage else word for word in given)
     return " ".join(["ranksearch", *map(_quoted, words)])
 

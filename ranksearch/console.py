@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID,
 from rich.table import Table
 from rich.text import Text
 
-from ranksearch.record import DenseFacts, LayerFacts, Outcome, Rung, StudyFacts, StudyRecord, TrialRecord, front_of
+from ranksearch.record import DenseFacts, LayerFacts, Outcome, Rung, StudyFacts, StudyRecord, TrialRecord
 
 SELDOM = 60.0
 """Seconds without a line after which a log is told how far a long stage is."""
@@ -113,7 +113,7 @@ class Plain(View):
 
     def _print(self, text: str) -> None:
         self._last = time.monotonic()
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.out(text, highlight=False)
 
 
 class Terminal(View):
@@ -161,8 +161,7 @@ class Terminal(View):
         assert self._facts is not None, "trials come after the facts"
         self._note(f"trial {record.number}: {short_outcome(record, self._facts)}", advance=int(record.trained))
         rows = max(4, self._console.height - 12)
-        limits, objectives = self._facts.limits, self._facts.objectives
-        front = front_of(trials, objectives, limits) or front_of(trials, objectives)
+        front = StudyRecord(facts=self._facts, trials=tuple(trials)).shown
         self._front = front_table(front, self._facts, most=rows, title="front so far")
 
     def _note(self, text: str, *, advance: int) -> None:

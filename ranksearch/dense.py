@@ -14,9 +14,8 @@ from ranksearch.checkpoint import Checkpoint
 from ranksearch.console import View
 from ranksearch.errors import ModelError
 from ranksearch.export import digest_of
-from ranksearch.spec import StudySpec, TrainSpec
+from ranksearch.spec import StudySpec
 from ranksearch.tasks import Task
-from ranksearch.training import Recipe
 
 
 def train_dense(task: Task, spec: StudySpec, device: torch.device, view: View, *, unfinished: Path) -> None:
@@ -27,23 +26,17 @@ def train_dense(task: Task, spec: StudySpec, device: torch.device, view: View, *
     """
     if not spec.dense.epochs:
         return
-    how = recipe(spec.dense)
-    checkpoint = Checkpoint(unfinished, f"{how}, seed {spec.seed}, from {digest_of(task.model)}")
+    checkpoint = Checkpoint(unfinished, f"{spec.dense}, seed {spec.seed}, from {digest_of(task.model)}")
     view.stage("training the dense net", spec.dense.epochs, checkpoint.epochs)
     training.place(task.model, device)
     try:
-        for _ in training.fit(task.model, task, how, seed=spec.seed, device=device, checkpoint=checkpoint):
+        for _ in training.fit(task.model, task, spec.dense, seed=spec.seed, device=device, checkpoint=checkpoint):
             view.step()
     except training.Diverged:
         raise ModelError(
             f"The dense net must train, but its loss became NaN or infinite at learning rate {spec.dense.learning_rate}; "
             "lower dense.learning_rate."
         ) from None
-
-
-def recipe(spec: TrainSpec) -> Recipe:
-    """The recipe that a section of a study file describes."""
-    return Recipe(spec.epochs, spec.batch_size, spec.learning_rate, spec.weight_decay, spec.precision)
 
 
 def load_weights(model: nn.Module, path: Path) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ranksearch import folder, training
 from ranksearch.console import Look
 from ranksearch.data import example
-from ranksearch.dense import load_weights
+from ranksearch.dense import load_given, load_weights
 from ranksearch.errors import ModelError
 from ranksearch.layers import Inventory, inventory
 from ranksearch.profile import Profile, kernel, vbmf_ranks
@@ -30,11 +30,14 @@ PACKAGES = ("ranksearch", "torch", "torchvision", "optuna", "tensorly", "scikit-
 def look(spec: StudySpec, out: Path) -> Look:
     """The layers of a study's model, their VBMF ranks, and what each method would cost there; writes nothing.
 
-    The dense weights are those in the study's folder `out`, or those of `dense.weights`, or the initial ones.
+    The dense weights are those in the study's folder `out`, or those of `dense.weights`, or what the model comes with, which
+    are trained ones where the study trains none.
     """
     task = load_task(spec)
-    given = Path(spec.dense.weights) if spec.dense.weights else None
-    trained = load_weights(task.model, out / folder.DENSE) or (given is not None and load_weights(task.model, given))
+    kept = load_weights(task.model, out / folder.DENSE)
+    if spec.dense.weights and not kept:
+        load_given(task.model, Path(spec.dense.weights))
+    trained = kept or bool(spec.dense.weights) or not spec.dense.epochs
     found = inventory(task.model, example(task.data.train))
     space = space_of(spec.space, found)
     vbmf = {layer.name: vbmf_ranks(kernel(task.model, layer)) for layer in found.layers}
@@ -79,7 +82,7 @@ def study_facts(
         spec=spec.to_dict(),
         score_name=task.score_name,
         dense=dense,
-        layers=layer_facts(found, {name: layer.vbmf for name, layer in layers.layers.items()}),
+        layers=layer_facts(found, layers.vbmf),
         skipped=dict(found.skipped),
         versions={"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES},
         machine=f"{platform.machine()}, {os.cpu_count()} cores, device {device.type}, {engine}",

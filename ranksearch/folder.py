@@ -288,7 +288,7 @@ def _place(storage: str) -> str:
     address = make_url(storage)
     if address.get_backend_name() == "sqlite":
         address = address.set(database=str(Path(address.database or "").resolve()))
-    return masked(address.render_as_string(hide_password=False))
+    return address.set(query={}).render_as_string()
 
 
 def _is_a_studys(folder: Path) -> bool:

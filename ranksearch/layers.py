@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -217,28 +219,23 @@ class _Watch:
     def run(self, example: Tensor) -> int:
         """One pass in eval mode; returns the multiply-accumulates counted in it."""
         flattened = _Flattened()
-        handles = []
-        for name, module in self.candidates.items():
-            handles.append(module.register_forward_hook(self._hook(name, flattened), with_kwargs=True))
         counter = Multiplications()
-        try:
+        with ExitStack() as hooks:
+            for name, module in self.candidates.items():
+                hooks.enter_context(module.register_forward_hook(partial(self._note, name, flattened), with_kwargs=True))
             with evaluating(self.model), torch.no_grad(), counter, flattened:
                 self.model(example)
-        finally:
-            for handle in handles:
-                handle.remove()
         return counter.flops // 2
 
-    def _hook(self, name: str, flattened: _Flattened) -> Callable[[nn.Module, tuple[Any, ...], Any, Any], None]:
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
-            self.order.append(name)
-            given = _subject(args, kwargs)
-            if isinstance(given, Tensor) and isinstance(output, Tensor):
-                self.shapes[name] = (tuple(given.shape), tuple(output.shape))
-                if (source := flattened.source(given)) is not None:
-                    self.maps[name] = source
-
-        return note
+    def _note(
+        self, name: str, flattened: _Flattened, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
+    ) -> None:
+        self.order.append(name)
+        given = subject(args, kwargs)
+        if isinstance(given, Tensor) and isinstance(output, Tensor):
+            self.shapes[name] = (tuple(given.shape), tuple(output.shape))
+            if (source := flattened.source(given)) is not None:
+                self.maps[name] = source
 
 
 def is_parametrised(module: nn.Module) -> bool:
@@ -267,7 +264,7 @@ def _is_candidate(module: nn.Module) -> bool:
     return isinstance(module, (*CONVOLUTIONS, nn.Linear)) or (named and all("PackedParams" in child for child in inner))
 
 
-def _subject(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Any:
+def subject(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Any:
     """The tensor that a function or module is about: its first argument, which torch calls `input`."""
     return args[0] if args else (kwargs or {}).get("input")
 
@@ -299,9 +296,9 @@ class _Flattened(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in self.FLATTEN:
-            before = _subject(args, kwargs)
+            before = subject(args, kwargs)
             if before.dim() > 2 and result.dim() == 2 and result.shape[0] == before.shape[0]:
                 self._sources[id(result)] = (result, tuple(before.shape[1:]))
-        elif func in self.ELEMENTWISE and (known := self._sources.get(id(_subject(args, kwargs)))):
+        elif func in self.ELEMENTWISE and (known := self._sources.get(id(subject(args, kwargs)))):
             self._sources[id(result)] = (result, known[1])
         return result

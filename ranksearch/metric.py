@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -16,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ranksearch.errors import ModelError
-from ranksearch.layers import CONVOLUTIONS, Conv, Layer
+from ranksearch.layers import CONVOLUTIONS, Conv, Layer, subject
 from ranksearch.stand_ins import evaluating
 
 Modes: TypeAlias = tuple[int, ...]
@@ -121,23 +123,19 @@ def metrics(model: nn.Module, holds: Mapping[Layer, Iterable[Modes]], inputs: Te
     """
     found = {layer.name: _Moments(layer, runs) for layer, runs in holds.items()}
     followed = _Followed()
-    handles = []
-    for name, moments in found.items():
-        layer = model.get_submodule(name)
-        handles.append(layer.register_forward_pre_hook(_watching(moments), with_kwargs=True))
-        handles.append(layer.register_forward_hook(followed.by_name(name)))
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-            handles.append(module.register_forward_pre_hook(followed.normalisation))
     device = next(model.parameters()).device
-    try:
+    with ExitStack() as hooks:
+        for name, moments in found.items():
+            layer = model.get_submodule(name)
+            hooks.enter_context(layer.register_forward_pre_hook(moments.add, with_kwargs=True))
+            hooks.enter_context(layer.register_forward_hook(partial(followed.output, name)))
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+                hooks.enter_context(module.register_forward_pre_hook(followed.normalisation))
         with evaluating(model), torch.no_grad(), followed:
             for batch in inputs.split(BATCH):
                 model(batch.to(device))
                 followed.outputs.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: moments.metric(normalised=name in followed.names) for name, moments in found.items()}
 
 
@@ -154,11 +152,8 @@ class _Followed(TorchFunctionMode):
     def names(self) -> set[str]:
         return {name for name, count in self._normalised.items() if count == self._reads[name]}
 
-    def by_name(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self.outputs[id(output)] = (name, output)
-
-        return note
+    def output(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.outputs[id(output)] = (name, output)
 
     def normalisation(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if args and (known := self.outputs.get(id(args[0]))):
@@ -184,9 +179,9 @@ class _Moments:
         for run in dict.fromkeys(part for whole in runs if whole for part in self._parts(whole)):
             self._products[run] = torch.zeros((self._size(run),) * 2, dtype=torch.float64)
 
-    def add(self, module: nn.Module, inputs: Tensor) -> None:
-        """Add the patches (count, in, *kernel) of a batch of the layer's inputs."""
-        patches = self._patches(module, inputs.detach()).double()
+    def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Add the patches (count, in, *kernel) of a batch of the layer's inputs: what a hook in front of the layer is given."""
+        patches = self._patches(module, subject(args, kwargs).detach()).double()
         if not bool(torch.isfinite(patches).all()):
             raise ModelError(
                 f"The inputs of every layer must be finite on the training data, but those of {self.layer.name!r} hold NaN "
@@ -232,13 +227,6 @@ class _Moments:
 
     def _drawn(self, positions: int) -> Tensor:
         return torch.randperm(positions, generator=self._generator)[:POSITIONS]
-
-
-def _watching(moments: _Moments) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        moments.add(module, args[0] if args else kwargs["input"])
-
-    return watch
 
 
 def _padded(module: Conv, inputs: Tensor) -> Tensor:

@@ -63,20 +63,20 @@ class TaskSpec:
     score: str = _reference(default="ranksearch.tasks:accuracy")
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainSpec:
-    """One way to train, as `ranksearch.training.Recipe` says."""
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: AdamW, learning rate rising over the first 15 % of the steps and falling to zero as a cosine."""
 
     epochs: int = _at_least(0)
     batch_size: int = _at_least(1, default=64)
     learning_rate: float = _positive(default=1e-3)
     weight_decay: float = _at_least(0, default=1e-4)
     precision: str = _one_of(PRECISIONS, default="float32")
-    """What it computes in while it trains; the weights, and every score, are float32."""
+    """Or bfloat16: mixed precision (Micikevicius et al. 2018) while it trains, which needs no loss scaling."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseSpec(TrainSpec):
+class DenseSpec(Recipe):
     """How the dense model comes by its weights: a file of them, training, or both; neither if the model has them."""
 
     weights: str = ""
@@ -84,10 +84,10 @@ class DenseSpec(TrainSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinalistSpec(TrainSpec):
+class FinalistSpec(Recipe):
     """The trials of the front that are fine-tuned for longer, from their start, and then tested."""
 
-    count: int = _at_least(1, default=10)
+    count: int = _at_least(1, default=10, repr=False)  # makes no other training
     sweeps: int = _at_least(0, default=0)
     """Further sweeps over their factors before they are fine-tuned: HOOI for Tucker-2, alternating least squares for CP."""
     schedule: str = _one_of(SCHEDULES, default="one-shot")
@@ -147,7 +147,7 @@ class StudySpec:
     dense: DenseSpec
     space: SpaceSpec = field(default_factory=SpaceSpec)
     search: SearchSpec = field(default_factory=SearchSpec)
-    finetune: TrainSpec
+    finetune: Recipe
     finalists: FinalistSpec
 
     def to_dict(self) -> dict[str, Any]:
@@ -332,6 +332,8 @@ def _section(cls: type[Any], data: Any, *, source: str, path: str) -> Any:
 def _value(kind: Any, given: Any, entry: dataclasses.Field[Any], *, source: str, path: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _section(typing.cast(type, kind), given, source=source, path=f"{path}.")
+    if isinstance(kind, types.UnionType):
+        kind = next(option for option in typing.get_args(kind) if option is not type(None))
     value = _typed(kind, given)
     if value is None:
         raise SpecError(f"{source}: {path} must be {_words(kind)}, but got {given!r}.")
@@ -357,27 +359,15 @@ def _check_kept(value: Any, path: str) -> None:
 
 def _typed(kind: Any, given: Any) -> Any:
     """`given` as the field's type, None where it is of another."""
-    if isinstance(kind, types.UnionType):
-        kind = next(option for option in typing.get_args(kind) if option is not type(None))
     origin = typing.get_origin(kind)
-    if kind is float and isinstance(given, int | float) and not isinstance(given, bool):
+    if origin is tuple:
+        return tuple(given) if type(given) is list and all(isinstance(item, str) for item in given) else None
+    if kind is float and type(given) is int:
         return float(given)
-    if kind is int and isinstance(given, int) and not isinstance(given, bool):
-        return given
-    if kind is bool and isinstance(given, bool):
-        return given
-    if kind is str and isinstance(given, str):
-        return given
-    if origin is tuple and isinstance(given, list) and all(isinstance(item, str) for item in given):
-        return tuple(given)
-    if origin is not tuple and origin is not None and isinstance(given, dict):
-        return given
-    return None
+    return given if type(given) is (dict if origin else kind) else None
 
 
 def _words(kind: Any) -> str:
-    if isinstance(kind, types.UnionType):
-        kind = next(option for option in typing.get_args(kind) if option is not type(None))
     names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
     return names.get(kind) or ("a list of strings" if typing.get_origin(kind) is tuple else "a table")
 

@@ -141,16 +141,13 @@ def replace_(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-class evaluating:
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode for a while; each module gets its own mode back, since a model may hold frozen parts."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._modes = {module: module.training for module in model.modules()}
-        self._model = model
-
-    def __enter__(self) -> None:
-        self._model.eval()
-
-    def __exit__(self, *exc: object) -> None:
-        for module, training in self._modes.items():
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
             module.training = training

@@ -19,7 +19,7 @@ import torch
 from ranksearch import attributes, folder, training
 from ranksearch.console import Silent, View
 from ranksearch.data import check_splits, example, sample_inputs
-from ranksearch.dense import load_given, load_weights, recipe, train_dense
+from ranksearch.dense import load_given, load_weights, train_dense
 from ranksearch.engines import local, ray
 from ranksearch.engines.base import Engine, check_portable
 from ranksearch.errors import SpecError, StudyError
@@ -126,7 +126,7 @@ class _Run:
         self.spec, self.out, self.options, self.device, self.task = spec, out, options, device, task
         self.inventory, self.space, self.study, self.engine, self.view = found, space, study, engine, view
         self.example = example(task.data.validation).to(device)
-        self.seconds: dict[str, float] = dict(study.user_attrs.get("ranksearch:seconds", {}))
+        self.seconds: dict[str, float] = attributes.read_seconds(study)
         self.ledger: Ledger | None = None
         self.unfinished = out / folder.UNFINISHED
 
@@ -196,6 +196,7 @@ class _Run:
                 self.view.note(f"probe of {job.plan}: {answer.outcome.value}")
                 return
             if answer.loss is None:
+                done.add(job.plan)  # in this run; the next may have more memory for it
                 self.view.step(f"{job.plan}: {answer.outcome.value}")
                 return
             loss = answer.loss if math.isfinite(answer.loss) else WORST_LOSS
@@ -341,7 +342,7 @@ class _Run:
         long = self.spec.finalists
         device = self.device.type if self.options.engine == "local" else "cuda" if self.options.gpus_per_trial else "cpu"
         return Evaluator(
-            task, layers, recipe(self.spec.finetune), recipe(long), device, long.sweeps,
+            task, layers, self.spec.finetune, long, device, long.sweeps,
             layerwise=long.schedule == "layerwise", scratch=self.spec.space.start == "scratch",
             unfinished=self.unfinished.resolve(),
         )  # fmt: skip

@@ -6,7 +6,6 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +14,7 @@ from torch.utils.data import Dataset
 
 from ranksearch.checkpoint import Checkpoint
 from ranksearch.data import at_once, batches, sample, seeded, size
+from ranksearch.spec import Recipe
 from ranksearch.tasks import EVALUATION_BATCH, Task, predict
 
 M = TypeVar("M", bound=nn.Module)
@@ -25,18 +25,6 @@ CLIP_NORM = 5.0
 """A gradient norm far above what healthy training shows here (below 3); it stops the one step that ruins a CP net."""
 WARM_UP = 0.15
 """Share of the steps over which the learning rate rises; decomposed weights are badly scaled for a full first step."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train: AdamW, learning rate rising over the first 15 % of the steps and falling to zero as a cosine."""
-
-    epochs: int
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-4
-    precision: str = "float32"
-    """Or bfloat16: mixed precision (Micikevicius et al. 2018) while it trains, which needs no loss scaling."""
 
 
 class Diverged(Exception):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import ranksearch
-from ranksearch.cli import _shown, main
+from ranksearch.cli import _shown, _storage_option, main
 from ranksearch.console import Plain
 from tests import nets
 
@@ -69,6 +69,8 @@ def test_layers_lists_shapes_and_costs_and_writes_nothing(study_file, tmp_path, 
     for words in ("conv1", "16x8x3x3", "32x16x4x4, flattened", "not trained yet"):
         assert words in out
     assert {path.name for path in tmp_path.iterdir()} == {"small.toml"}
+    assert main(["layers", str(study_file), "--set", "dense.epochs=0"]) == 0
+    assert "not trained yet" not in capsys.readouterr().out, "the study takes it as it is"
 
 
 def test_layers_of_a_finished_study_shows_what_methods_cost(finished, study_file, capsys):
@@ -131,6 +133,7 @@ def test_export_chooses_from_the_front(finished, capsys, tmp_path, choice, monke
         (["study", "small.toml", "--set", "task.model=tests.nets:not_a_model"], "task.model must give an nn.Module, but"),
         (["study", "small.toml", "--set", "task.model=tests.nets:not_a_number"], "Weights must be finite, but 'conv1.weight' holds"),
         (["study", "small.toml", "--set", "task.model=tests.nets:nothing_to_decompose"], "The model must have a decomposable layer"),
+        (["layers", "small.toml", "--set", "dense.weights=typo.pt"], "dense.weights must be a state dict of the model, but typo.pt does not"),
         (["study", "small.toml", "--set", "task.model_args.clases=3"], "task.model: tests.nets:small must take the arguments"),
         (["study", "small.toml", "--set", "task.model_args.classes=3"], "The model must give 10 outputs an input, one a class, but"),
         (["study", "small.toml", "--set", "task.model=ranksearch.models:lenet"], "The model must accept one input of shape (1, 1, 8, 8)"),
@@ -263,9 +266,11 @@ def test_fresh_deletes_nothing_when_the_weights_are_missing(copied, study_file, 
 
 def test_a_command_is_shown_without_the_storages_password():
     url = "postgresql://me:s3cret@host/db?password=s3cret"
-    for given in (["study", "lenet", "--storage", url], ["study", "lenet", f"--storage={url}"], []):
+    for given in (["study", "lenet", "--storage", url], ["study", "lenet", f"--storage={url}"]):
         assert "s3cret" not in _shown(given, url)
         assert "postgresql://me:***@host/db" in _shown(given, url)
+    assert _storage_option(url) == " --storage 'postgresql://me:***@host/db'"
+    assert _storage_option(None) == ""
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from ranksearch.errors import SpecError
 from ranksearch.limits import UNLIMITED, Limits
-from ranksearch.spec import StudySpec, TrainSpec, builtin_studies, complete_identity, load_spec, parse_spec, resolve
+from ranksearch.spec import Recipe, StudySpec, builtin_studies, complete_identity, load_spec, parse_spec, resolve
 from tests.nets import SMALL
 
 
@@ -200,7 +200,7 @@ def test_every_key_and_what_stands_for_it_is_in_the_docs():
     for section in fields(StudySpec):
         kind = get_type_hints(StudySpec)[section.name]
         for key in fields(kind) if is_dataclass(kind) else [section]:
-            shared = key.name in {entry.name for entry in fields(TrainSpec)} - {"epochs"}
+            shared = key.name in {entry.name for entry in fields(Recipe)} - {"epochs"}
             name = key.name if shared or key is section else f"{section.name}.{key.name}"
             expected[name] = stands_for(key)
     assert {name: left_out for name, left_out in told.items() if ":" not in name} == expected

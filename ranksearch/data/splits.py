@@ -1,4 +1,4 @@
-"""Images and targets in memory, in three splits."""
+"""A data set in three splits, and the batches that it is taken in."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _lonely(batch: Tensor, batch_size: int, count: int) -> bool:
 def sample_inputs(split: Dataset[Any], count: int, *, seed: int) -> Tensor:
     """The inputs of `sample` as one tensor; what their transforms draw at random follows the seed too."""
     with seeded(seed):
-        return _inputs(split, count, seed)
+        return torch.cat([inputs for inputs, _ in batches(sample(split, count, seed=seed), count)])
 
 
 @contextmanager
@@ -110,10 +110,6 @@ def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])
-
-
-def _inputs(split: Dataset[Any], count: int, seed: int) -> Tensor:
-    return torch.cat([inputs for inputs, _ in batches(sample(split, count, seed=seed), count)])
 
 
 def check_splits(splits: Splits) -> None:

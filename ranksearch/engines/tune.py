@@ -272,7 +272,3 @@ def _unpacked(evaluate: bytes) -> Evaluate:
         yield
 
     return refuse
-
-
-if __name__ == "__main__":
-    main()

@@ -131,8 +131,7 @@ class Method(abc.ABC):
 
     def pays(self, layer: Layer, ranks: tuple[int, ...], offer: Offer = FEWER_PARAMS) -> bool:
         """Whether the factorized layer is smaller than the dense one in every cost that the offer names."""
-        costs = {"params": (self.params, layer.params), "macs": (self.macs, layer.macs)}
-        return all(cost(layer, ranks) < dense for cost, dense in (costs[name] for name in offer.smaller_in))
+        return all(getattr(self, cost)(layer, ranks) < getattr(layer, cost) for cost in offer.smaller_in)
 
     def _offered(self, layer: Layer, offer: Offer, least: tuple[int, ...], axis: int, limit: int) -> range:
         def grows(rank: int) -> bool:
@@ -149,15 +148,13 @@ def nearest_rank(ranks: range, wanted: float) -> int:
     return ranks[min(len(ranks), max(1, round(wanted / ranks.step))) - 1]
 
 
-def stack(
-    module: nn.Module, weight: Shape, parts: Sequence[tuple[str, nn.Module, Tensor]], bias: Tensor | None
-) -> nn.Sequential:
+def stack(module: nn.Module, weight: Shape, parts: Sequence[tuple[str, nn.Module, Tensor]]) -> nn.Sequential:
     """The parts as one `nn.Sequential`, weights filled in, on the device and in the dtype of `module`.
 
-    A fully connected `module` is entered and left as one: the map is unflattened before and flattened after. `bias`
+    A fully connected `module` is entered and left as one: the map is unflattened before and flattened after. Its bias
     goes to the last part. The parts come from `pointwise` and `spatial`, without memory.
     """
-    kernel = module.weight
+    kernel, bias = module.weight, module.bias
     assert isinstance(kernel, Tensor)
     steps: OrderedDict[str, nn.Module] = OrderedDict()
     as_kernel = isinstance(module, nn.Linear) and len(weight) > 2
@@ -169,7 +166,7 @@ def stack(
         assert isinstance(part.weight, Tensor)
         with torch.no_grad():
             part.weight.copy_(values.reshape(part.weight.shape))
-    if bias is not None:
+    if isinstance(bias, Tensor):
         last = parts[-1][1]
         assert isinstance(last.bias, Tensor)
         with torch.no_grad():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ranksearch import plan
 from ranksearch.factorization.base import Method, Prepared, Shape, pointwise, spatial, stack
 from ranksearch.layers import Layer
-from ranksearch.tensors.cp import cp_als, cp_path, reconstruct
+from ranksearch.tensors.cp import cp_als, cp_path, exact_rank, reconstruct
 
 # Sweeps for a rank between two prepared ones: the start is good, and this runs at the start of every trial.
 BETWEEN = 20
@@ -29,8 +29,7 @@ class CPMethod(Method):
         return math.prod(weight[2:]) > 1
 
     def bounds(self, weight: Shape) -> tuple[int, ...]:
-        modes = (*weight[:2], math.prod(weight[2:]))
-        return (math.prod(modes) // max(modes),)
+        return (exact_rank((*weight[:2], math.prod(weight[2:]))),)
 
     def limits(self, weight: Shape) -> tuple[int, ...]:
         return (most_terms(weight, *self.bounds(weight)),)
@@ -69,15 +68,14 @@ class CPMethod(Method):
 
     def build(self, module: nn.Module, weight: Shape, factors: Sequence[Tensor]) -> nn.Module:
         reduce, depthwise, expand = factors
-        rank, bias = len(reduce), module.bias
-        assert bias is None or isinstance(bias, torch.Tensor)
+        rank = len(reduce)
         every = range(len(weight) - 2)
         parts = [
             ("reduce", pointwise(weight, weight[1], rank), reduce),
             ("depthwise", spatial(module, weight, (rank, rank), axes=every, groups=rank), depthwise),
-            ("expand", pointwise(weight, rank, weight[0], bias=bias is not None), expand),
+            ("expand", pointwise(weight, rank, weight[0], bias=module.bias is not None), expand),
         ]
-        return stack(module, weight, parts, bias)
+        return stack(module, weight, parts)
 
 
 def most_terms(weight: Shape, bound: int) -> int:
@@ -87,12 +85,11 @@ def most_terms(weight: Shape, bound: int) -> int:
 
 
 def prepare_path(tensor: Tensor, ranks: Sequence[tuple[int, ...]], seed: int) -> dict[str, Tensor]:
-    """CP fits at all `ranks`, warm-started downwards, as tensors `<rank>.<mode>`; with `<rank>.error` and `.degeneracy`."""
+    """CP fits at all `ranks`, warm-started downwards, as tensors `<rank>.<mode>`; with `<rank>.error`."""
     fits = cp_path(tensor, sorted({rank for (rank,) in ranks}), seed=seed)
     factors = {f"{rank}.{mode}": factor for rank, fit in fits.items() for mode, factor in enumerate(fit.factors)}
     for rank, fit in fits.items():
         factors[f"{rank}.error"] = torch.tensor(fit.error, dtype=torch.float64)
-        factors[f"{rank}.degeneracy"] = torch.tensor(fit.degeneracy, dtype=torch.float64)
     return factors
 
 

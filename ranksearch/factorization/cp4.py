@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from ranksearch import plan
 from ranksearch.factorization.base import Method, Prepared, Shape, pointwise, spatial, stack
 from ranksearch.factorization.cp import factors_at, most_terms, prepare_path
 from ranksearch.layers import Layer
-from ranksearch.tensors.cp import reconstruct
+from ranksearch.tensors.cp import exact_rank, reconstruct
 
 
 class CP4Method(Method):
@@ -24,7 +22,7 @@ class CP4Method(Method):
         return len(weight) == 4 and min(weight[2:]) > 1
 
     def bounds(self, weight: Shape) -> tuple[int, ...]:
-        return (math.prod(weight) // max(weight),)
+        return (exact_rank(weight),)
 
     def limits(self, weight: Shape) -> tuple[int, ...]:
         return (most_terms(weight, *self.bounds(weight)),)
@@ -65,12 +63,11 @@ class CP4Method(Method):
 
     def build(self, module: nn.Module, weight: Shape, factors: Sequence[Tensor]) -> nn.Module:
         reduce, high, wide, expand = factors
-        rank, bias = len(reduce), module.bias
-        assert bias is None or isinstance(bias, torch.Tensor)
+        rank = len(reduce)
         parts = [
             ("reduce", pointwise(weight, weight[1], rank), reduce),
             ("high", spatial(module, weight, (rank, rank), axes=(0,), groups=rank), high),
             ("wide", spatial(module, weight, (rank, rank), axes=(1,), groups=rank), wide),
-            ("expand", pointwise(weight, rank, weight[0], bias=bias is not None), expand),
+            ("expand", pointwise(weight, rank, weight[0], bias=module.bias is not None), expand),
         ]
-        return stack(module, weight, parts, bias)
+        return stack(module, weight, parts)

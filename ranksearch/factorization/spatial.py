@@ -43,13 +43,12 @@ class SpatialMethod(Method):
         return out_height * width, out_height * out_width
 
     def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int) -> Prepared:
-        found = svd(kernel.permute(1, 2, 0, 3).flatten(2).flatten(0, 1))
-        return {"left": found.left, "singular": found.singular, "right": found.right}
+        return vars(svd(kernel.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)))
 
     def factors(
         self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int, sweeps: int = 0
     ) -> tuple[Tensor, ...]:
-        left, right = SVDFactors(prepared["left"], prepared["singular"], prepared["right"]).at(ranks[0])
+        left, right = SVDFactors(**prepared).at(ranks[0])
         out, into, height, width = kernel.shape
         return left.T.reshape(-1, into, height), right.reshape(-1, out, width).permute(1, 0, 2)
 
@@ -57,7 +56,7 @@ class SpatialMethod(Method):
         return factors
 
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
-        every = SVDFactors(prepared["left"], prepared["singular"], prepared["right"]).errors().tolist()
+        every = SVDFactors(**prepared).errors().tolist()
         return [every[rank - 1] for (rank,) in ranks]
 
     def reconstruct(self, factors: Sequence[Tensor], weight: Shape) -> Tensor:
@@ -66,8 +65,7 @@ class SpatialMethod(Method):
 
     def build(self, module: nn.Module, weight: Shape, factors: Sequence[Tensor]) -> nn.Module:
         first, second = factors
-        rank, bias = len(first), module.bias
-        assert bias is None or isinstance(bias, torch.Tensor)
+        rank = len(first)
         high = spatial(module, weight, (weight[1], rank), axes=(0,))
-        wide = spatial(module, weight, (rank, weight[0]), axes=(1,), bias=bias is not None)
-        return stack(module, weight, [("high", high, first), ("wide", wide, second)], bias)
+        wide = spatial(module, weight, (rank, weight[0]), axes=(1,), bias=module.bias is not None)
+        return stack(module, weight, [("high", high, first), ("wide", wide, second)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from ranksearch import plan
@@ -44,20 +43,19 @@ class SVDMethod(Method):
         return after, after
 
     def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int) -> Prepared:
-        found = svd(kernel.flatten(1))
-        return {"left": found.left, "singular": found.singular, "right": found.right}
+        return vars(svd(kernel.flatten(1)))
 
     def factors(
         self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int, sweeps: int = 0
     ) -> tuple[Tensor, ...]:
-        left, right = SVDFactors(prepared["left"], prepared["singular"], prepared["right"]).at(ranks[0])
+        left, right = SVDFactors(**prepared).at(ranks[0])
         return right, left
 
     def balanced(self, factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return factors
 
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
-        every = SVDFactors(prepared["left"], prepared["singular"], prepared["right"]).errors().tolist()
+        every = SVDFactors(**prepared).errors().tolist()
         return [every[rank - 1] for (rank,) in ranks]
 
     def reconstruct(self, factors: Sequence[Tensor], weight: Shape) -> Tensor:
@@ -66,15 +64,14 @@ class SVDMethod(Method):
 
     def build(self, module: nn.Module, weight: Shape, factors: Sequence[Tensor]) -> nn.Module:
         first, second = factors
-        rank, bias = len(first), module.bias
-        assert bias is None or isinstance(bias, torch.Tensor)
+        rank = len(first)
         if isinstance(module, nn.Linear):
             weight = _matrix(weight)
             reduce: nn.Module = pointwise(weight, weight[1], rank)
         else:
             reduce = spatial(module, weight, (weight[1], rank), axes=range(len(weight) - 2))
-        expand = pointwise(weight, rank, weight[0], bias=bias is not None)
-        return stack(module, weight, [("reduce", reduce, first), ("expand", expand, second)], bias)
+        expand = pointwise(weight, rank, weight[0], bias=module.bias is not None)
+        return stack(module, weight, [("reduce", reduce, first), ("expand", expand, second)])
 
 
 def _matrix(weight: Shape) -> tuple[int, int]:

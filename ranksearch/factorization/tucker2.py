@@ -44,13 +44,12 @@ class Tucker2Method(Method):
         return before, after, after
 
     def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int) -> Prepared:
-        found = hosvd(kernel.flatten(2))
-        return {"core": found.core, "u_out": found.u_out, "u_in": found.u_in}
+        return vars(hosvd(kernel.flatten(2)))
 
     def factors(
         self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int, sweeps: int = 0
     ) -> tuple[Tensor, ...]:
-        fit = HOSVD(prepared["core"], prepared["u_out"], prepared["u_in"])
+        fit = HOSVD(**prepared)
         core, u_out, u_in = hooi(kernel.flatten(2), fit, *ranks, sweeps=sweeps) if sweeps else fit.at(*ranks)
         return u_in.T, core.reshape(*core.shape[:2], *kernel.shape[2:]), u_out
 
@@ -63,7 +62,7 @@ class Tucker2Method(Method):
         return basis.T.to(factors[0].dtype), turned.to(factors[1].dtype), factors[2]
 
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
-        every = HOSVD(prepared["core"], prepared["u_out"], prepared["u_in"]).errors().tolist()
+        every = HOSVD(**prepared).errors().tolist()
         return [every[rank_in - 1][rank_out - 1] for rank_in, rank_out in ranks]
 
     def reconstruct(self, factors: Sequence[Tensor], weight: Shape) -> Tensor:
@@ -72,11 +71,10 @@ class Tucker2Method(Method):
 
     def build(self, module: nn.Module, weight: Shape, factors: Sequence[Tensor]) -> nn.Module:
         reduce, core, expand = factors
-        (rank_out, rank_in), bias = core.shape[:2], module.bias
-        assert bias is None or isinstance(bias, torch.Tensor)
+        rank_out, rank_in = core.shape[:2]
         parts = [
             ("reduce", pointwise(weight, weight[1], rank_in), reduce),
             ("core", spatial(module, weight, (rank_in, rank_out), axes=range(len(weight) - 2)), core),
-            ("expand", pointwise(weight, rank_out, weight[0], bias=bias is not None), expand),
+            ("expand", pointwise(weight, rank_out, weight[0], bias=module.bias is not None), expand),
         ]
-        return stack(module, weight, parts, bias)
+        return stack(module, weight, parts)

@@ -9,12 +9,12 @@ from torch import nn
 from ranksearch.models.td import td_conv
 from ranksearch.plan import CP4, SVD
 
-RECEPTIVE = 9
-"""Pixels of a side that one output sees; no padding, so a map loses 4 of them at each edge."""
-
 
 def ccnn() -> nn.Sequential:
-    """CCNN for disparities (batch, 1, height, width): logits (batch, 1, height - 8, width - 8). 128,125 parameters."""
+    """CCNN for disparities (batch, 1, height, width): logits (batch, 1, height - 8, width - 8), each of 9x9 pixels.
+
+    It has 128,125 parameters.
+    """
     steps: OrderedDict[str, nn.Module] = OrderedDict()
     for number in range(1, 5):
         steps[f"conv{number}"] = nn.Conv2d(1 if number == 1 else 64, 64, 3)

@@ -1,4 +1,4 @@
-"""The three charts, each defined once and drawn by the page (SVG, by the reader's browser) and as pictures.
+"""The three charts, drawn by the page (SVG, by the reader's browser); the front is a picture too.
 
 Colours are middle tones that hold on white and on black; the page's style sheet recolours text and lines for the dark.
 """

@@ -22,7 +22,7 @@ def markdown(record: StudyRecord) -> str:
         *map(_escape, record.notes),
         _escape(f"{facts.data} {summary.effort(record)}; seed {facts.seed}."),
         "## Front",
-        _table(_FRONT_HEAD, [_dense_cells(record), *(_front_cells(line) for line in summary.front_lines(record))]),
+        _table(_FRONT_HEAD, map(_front_cells, [summary.dense_line(record), *summary.front_lines(record)])),
         _front_note(record),
         "## Settings",
         _table(("setting", "value"), summary.settings(facts.spec)),
@@ -44,15 +44,6 @@ def _front_cells(line: summary.FrontLine) -> list[str]:
     return [
         f"{line.trial}{mark}", line.ratio, line.params, line.macs, line.macs_ratio, validation, test, line.latency,
         line.epochs, str(line.plan),
-    ]  # fmt: skip
-
-
-def _dense_cells(record: StudyRecord) -> list[str]:
-    dense, name = record.facts.dense, record.facts.score_name
-    return [
-        "dense", text.ratio(1), text.whole(dense.params), text.whole(dense.macs), text.ratio(1),
-        text.score(dense.score_validation, name), text.score(dense.score_test, name),
-        text.milliseconds(figures.known(dense.latency_ms)), "", "dense",
     ]  # fmt: skip
 
 

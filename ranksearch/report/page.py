@@ -44,7 +44,7 @@ def _context(record: StudyRecord) -> dict[str, Any]:
         "nothing": summary.nothing(record),
         "cards": _cards(record),
         "charts": _charts(record),
-        "dense": _dense(record),
+        "dense": summary.dense_line(record),
         "front": summary.front_lines(record),
         "finalists": len(figures.finalists(record)),
         "gain": figures.gain(record),
@@ -116,18 +116,6 @@ def _trial_card(record: StudyRecord, title: str, trial: TrialRecord | None) -> d
 def _together(words: str) -> str:
     """The words with their per cent signs tied to the numbers, so that no line begins with one."""
     return words.replace(" %", "\N{NO-BREAK SPACE}%")
-
-
-def _dense(record: StudyRecord) -> dict[str, str]:
-    dense, name = record.facts.dense, record.facts.score_name
-    return {
-        "ratio": text.ratio(1),
-        "params": text.whole(dense.params),
-        "macs": text.whole(dense.macs),
-        "validation": text.score(dense.score_validation, name),
-        "test": text.score(dense.score_test, name),
-        "latency": text.milliseconds(figures.known(dense.latency_ms)),
-    }
 
 
 def _rank_rows(record: StudyRecord) -> list[dict[str, Any]]:

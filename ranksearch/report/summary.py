@@ -14,9 +14,9 @@ from ranksearch.report import figures, text
 
 @dataclass(frozen=True)
 class FrontLine:
-    """One trial of the front as text; `near` marks the smallest model near the dense one."""
+    """The dense model, or one trial of the front, as text; `near` marks the smallest model near the dense one."""
 
-    trial: int
+    trial: int | str
     sizes: list[str]
     """How many times smaller in what the study minimises: `36.4x`, and `3.67x MACs` where it is those."""
     ratio: str
@@ -91,6 +91,17 @@ def front_lines(record: StudyRecord) -> list[FrontLine]:
     facts = record.facts
     elbow, near = figures.knee(shown, facts.objectives), figures.near_dense(shown, facts.dense, facts.objectives)
     return [_line(record, trial, knee=trial is elbow, near=trial is near) for trial in shown]
+
+
+def dense_line(record: StudyRecord) -> FrontLine:
+    """The dense model in the words of the front's lines."""
+    dense, name, same = record.facts.dense, record.facts.score_name, text.ratio(1)
+    return FrontLine(
+        trial="dense", sizes=[], ratio=same, params=text.whole(dense.params), macs=text.whole(dense.macs), macs_ratio=same,
+        validation=text.score(dense.score_validation, name), validation_difference="",
+        test=text.score(dense.score_test, name), test_difference="",
+        latency=text.milliseconds(figures.known(dense.latency_ms)), epochs="", plan=Plan(), knee=False, near=False,
+    )  # fmt: skip
 
 
 def effort(record: StudyRecord) -> str:

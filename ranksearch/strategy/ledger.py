@@ -13,7 +13,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from ranksearch.attributes import asked, read_asked, read_trials, told
+from ranksearch.attributes import asked, read_asked, read_trials, write_trial
 from ranksearch.layers import Inventory
 from ranksearch.limits import Limits
 from ranksearch.objectives import Objectives
@@ -204,8 +204,7 @@ class Ledger:
         )
 
     def _tell(self, trial: optuna.Trial, record: TrialRecord) -> TrialRecord:
-        for key, value in told(record).items():
-            trial.set_user_attr(key, value)
+        write_trial(trial, record)
         if record.score is not None:
             # Without it a sampler spends half its trials on ever smaller models that know nothing.
             scores = [r.score for r in (*self._records.values(), record) if r.score is not None]

@@ -53,7 +53,7 @@ REACH = 0.8
 @dataclass
 class Knowledge:
     """What the project's sampler starts from, made once in a study: the space, its choices as a table, the dense score. It
-    keeps the rows of the trials it has seen, which is all that it keeps."""
+    keeps the rows of the trials it has seen, and what moves it has looked up."""
 
     space: Space
     table: Table

@@ -72,9 +72,8 @@ class Axis:
         """The layer at its least cost, which is `params` or `macs`: they rise with the ranks, so these are at their least."""
         layer = self.layer
         least = [(method, tuple(ranks[0] for ranks in self.offered[method.kind])) for method in self.methods]
-        found = min(least, key=lambda choice: getattr(choice[0], cost)(layer, choice[1]))
-        smaller = getattr(found[0], cost)(layer, found[1]) < getattr(layer, cost)
-        return found[0].value(layer, found[1]) if smaller else Dense()
+        method, ranks = min(least, key=lambda choice: getattr(choice[0], cost)(layer, choice[1]))
+        return method.value(layer, ranks) if method.pays(layer, ranks, Offer(smaller_in=(cost,))) else Dense()
 
     def factorization(self, params: Mapping[str, Any]) -> Factorization:
         """What these parameters choose for the layer; dense where the ranks would not make it smaller."""
@@ -83,8 +82,7 @@ class Axis:
         if method is None:
             return Dense()
         offered = self.offered[method.kind]
-        levels = [params[f"{name}.level"]] if len(offered) == 1 else [params[f"{name}.level_in"], params[f"{name}.level"]]
-        ranks = tuple(rank_at(level, kind) for level, kind in zip(levels, offered, strict=True))
+        ranks = tuple(rank_at(params[key], kind) for key, kind in zip(self._levels(method), offered, strict=True))
         return method.value(self.layer, ranks) if method.pays(self.layer, ranks, self.offer) else Dense()
 
     def params(self, value: Factorization) -> dict[str, Any]:
@@ -98,8 +96,12 @@ class Axis:
             raise PlanError(f"Layer {name!r} may not be stored as {value.title} in this study; add it to space.methods.")
         offered = self.offered[method.kind]
         levels = [level_of(rank, kind) for rank, kind in zip(value.ranks, offered, strict=True)]
-        keys = [f"{name}.level"] if len(levels) == 1 else [f"{name}.level_in", f"{name}.level"]
-        return defaults | {f"{name}.method": value.method} | dict(zip(keys, levels, strict=True))
+        return defaults | {f"{name}.method": value.method} | dict(zip(self._levels(method), levels, strict=True))
+
+    def _levels(self, method: Method) -> list[str]:
+        """The parameters that hold the method's ranks."""
+        levels = ["level_in", "level"][-len(method.kind.rank_names()) :]
+        return [f"{self.layer.name}.{level}" for level in levels]
 
 
 @dataclass(frozen=True)

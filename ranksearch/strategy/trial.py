@@ -9,9 +9,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from ranksearch import training
 from ranksearch.checkpoint import Checkpoint
@@ -84,32 +86,22 @@ class Evaluator:
 
         Of a finalist that goes on from a checkpoint the rungs that are left; its answer has all.
         """
-        checkpoint = self._checkpoint(job)
-        curve = checkpoint.rungs
-        final = job.stage is Stage.FINALIST
+        checkpoint, outcome, more = self._checkpoint(job), Outcome.DONE, dict[str, Any]()
         try:
             if job.stage is Stage.PROBE:
-                loss = self._loss(self.compressed(job.plan), job.seed)
-                yield Answer(Outcome.DONE, seconds=checkpoint.seconds(), loss=loss)
-                return
-            model = copy.deepcopy(self.task.model)
-            outcome = Outcome.DONE
-            for rung in self._rungs(model, job, checkpoint):
-                if not math.isfinite(rung.score):
-                    raise Diverged("the score became NaN or infinite")
-                curve.append(rung)
-                yield rung
-            test = training.score(model, self.task, self.task.data.test, device=torch.device(self.device)) if final else None
-            if test is not None and not math.isfinite(test):
-                raise Diverged("the score became NaN or infinite")
+                more = {"loss": self._loss(self.compressed(job.plan), job.seed)}
+            else:
+                model = copy.deepcopy(self.task.model)
+                for rung in self._rungs(model, job, checkpoint):
+                    checkpoint.rungs.append(rung)
+                    yield rung
+                if job.stage is Stage.FINALIST:
+                    more = {"score_test": self._score(model, self.task.data.test), "weights": weights_of(model)}
         except Diverged:
             outcome = Outcome.DIVERGED
         except torch.OutOfMemoryError:
             outcome = Outcome.OUT_OF_MEMORY
-        if outcome is not Outcome.DONE or not final:
-            yield Answer(outcome, tuple(curve), checkpoint.seconds())
-            return
-        yield Answer(outcome, tuple(curve), checkpoint.seconds(), test, weights_of(model))
+        yield Answer(outcome, tuple(checkpoint.rungs), checkpoint.seconds(), **more)
 
     def compressed(self, plan: Plan) -> nn.Module:
         """The dense model with the plan applied to it, before any fine-tuning."""
@@ -146,6 +138,12 @@ class Evaluator:
         outputs, targets = predict(model, sample(self.task.data.validation, PROBE_INPUTS, seed=seed), device=device)
         return float(self.task.loss(outputs, targets))
 
+    def _score(self, model: nn.Module, split: Dataset[Any]) -> float:
+        found = training.score(model, self.task, split, device=torch.device(self.device))
+        if not math.isfinite(found):
+            raise Diverged("the score became NaN or infinite")
+        return found
+
     def _rungs(self, model: nn.Module, job: Job, checkpoint: Checkpoint) -> Iterator[Rung]:
         """The rungs that are left; `checkpoint` has those behind it."""
         device = torch.device(self.device)
@@ -158,10 +156,10 @@ class Evaluator:
             if done <= before:
                 training.recalibrate(model, self.task, seed=job.seed, device=device)
             if step == 0 and done < 0:
-                yield Rung(0, training.score(model, self.task, self.task.data.validation, device=device))
+                yield Rung(0, self._score(model, self.task.data.validation))
             seed = job.seed + before
             for epoch in training.fit(model, self.task, recipe, seed=seed, device=device, checkpoint=checkpoint):
-                yield Rung(before + epoch, training.score(model, self.task, self.task.data.validation, device=device))
+                yield Rung(before + epoch, self._score(model, self.task.data.validation))
 
     def _checkpoint(self, job: Job) -> Checkpoint:
         """Of a finalist; nothing else trains for long enough."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from jaxtyping import Float
@@ -190,7 +191,7 @@ def sweep(core: Float[Tensor, "*dims"], terms: Terms, rule: Rule) -> Terms:
             # One more product with the whole tensor serves all the shorter modes; each leaves it when it is done.
             partial = (rows[long] @ matrix).unflatten(1, [core.shape[m] for m in rest]) if partial is None else partial
             projection = _project(partial, [rows[other] for other in later])
-        others = _product(grams[:mode] + grams[mode + 1 :])
+        others = reduce(torch.mul, grams[:mode] + grams[mode + 1 :])
         solution, ridges[mode] = solve(others, projection.double(), rule, ridges[mode])
         rows[mode], weights = unit(solution.to(core.dtype))
         grams[mode] = _gram(rows[mode])
@@ -199,7 +200,7 @@ def sweep(core: Float[Tensor, "*dims"], terms: Terms, rule: Rule) -> Terms:
             partial = torch.einsum("ri,ri...->r...", rows[mode], partial)
     scaled = weights.double()
     inner = float(scaled @ (projection * rows[rest[-1]]).sum(1).double())
-    squared = 1 - 2 * inner + float(scaled @ _product(grams) @ scaled)
+    squared = 1 - 2 * inner + float(scaled @ reduce(torch.mul, grams) @ scaled)
     return Terms(tuple(rows), weights, math.sqrt(max(squared, 0.0)), ridges=tuple(ridges))
 
 
@@ -234,13 +235,6 @@ def solve(
 def _gram(row: Tensor) -> Tensor:
     # In float64: the normal equations of nearly parallel terms lose twice the digits of the vectors.
     return (row @ row.T).double()
-
-
-def _product(grams: list[Tensor]) -> Tensor:
-    result = grams[0]
-    for gram in grams[1:]:
-        result = result * gram
-    return result
 
 
 def _project(partial: Float[Tensor, "rank dim *others"], rows: list[Tensor]) -> Float[Tensor, "rank dim"]:

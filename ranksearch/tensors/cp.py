@@ -126,11 +126,10 @@ def cp_path(
     *,
     seed: int = 0,
     sweeps: int = 25,
-    tolerance: float = 1e-4,
-    ridge: float = RIDGE,
-    max_degeneracy: float = MAX_DEGENERACY,
 ) -> dict[int, CPFit]:
-    """CP fits of one tensor for all these ranks, by rising rank; the arguments are those of `cp_als`.
+    """CP fits of one tensor for all these ranks, by rising rank.
+
+    Each ends after `sweeps`, or when one lowers the error by less than 1e-4.
 
     Computed from the highest rank down, each fit starting from the largest terms of the one above. Fresh starts beside
     these were measured: the same time spent on more sweeps lowers the error more.
@@ -138,7 +137,7 @@ def cp_path(
     Raises:
         ValueError: as `cp_als`.
     """
-    rule = _rule(sweeps, tolerance, ridge, max_degeneracy)
+    rule = _rule(sweeps, 1e-4, RIDGE, MAX_DEGENERACY)
     falling = sorted(set(ranks), reverse=True)
     if not falling:
         return {}
