@@ -156,8 +156,9 @@ def test_a_study_goes_on_in_the_midst_of_a_training(always, tmp_path, stage, at)
     spec = small_spec("search.trials=2", "finalists.count=1", "finalists.epochs=5", "dense.epochs=10")
     whole = run_study(spec, tmp_path / "whole" / "small", Options(workers=0))
     out = tmp_path / "small"
-    with pytest.raises(Stopped):
+    with pytest.raises(Stopped) as stopped:
         run_study(spec, out, Options(workers=0), view=Stopping(stage, at))
+    assert (stopped.value.record is None) == (stage != "finalists"), "nothing is known before the dense net is trained"
     assert [path.suffix for path in (out / "unfinished").iterdir()] == [".pt"]
     view = Stopping("", 0)
     record = run_study(spec, out, Options(workers=0), view=view)
@@ -170,8 +171,9 @@ def test_a_study_goes_on_in_the_midst_of_a_training(always, tmp_path, stage, at)
 
 def test_a_study_started_over_trains_from_the_beginning(always, tmp_path):
     out, spec = tmp_path / "small", small_spec("search.trials=1", "finalists.count=1")
-    with pytest.raises(Stopped):
+    with pytest.raises(Stopped) as stopped:
         run_study(spec, out, Options(workers=0), view=Stopping("training the dense net", 8))
+    assert stopped.value.record is None
     view = Stopping("", 0)
     run_study(spec, out, Options(workers=0, fresh=True), view=view)
     assert ("training the dense net", 0) in view.done
