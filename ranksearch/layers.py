@@ -159,28 +159,38 @@ def _check_uncompiled(model: nn.Module) -> None:
 
 
 def _why_not(name: str, module: nn.Module, watch: _Watch) -> str | None:
-    if not isinstance(module, (*CONVOLUTIONS, nn.Linear)):
-        return f"{type(module).__name__} is not supported"
     if not name:
         return "it is the model itself; put it into an nn.Sequential"
-    if not runs_as_torch(module):
-        return f"{type(module).__name__} has a forward of its own"
-    if is_parametrised(module):
-        return "its weight is parametrised; remove the parametrisation first"
-    if is_hooked(module):
-        return "it has forward hooks, which its replacement would not have; remove them first"
-    if module.weight.is_complex():
-        return "its weight is complex"
+    if reason := why_not_factorized(module):
+        return reason
     if len(watch.owners[id(module.weight)]) > 1:
         return f"its weight is shared by {', '.join(sorted(watch.owners[id(module.weight)]))}"
     calls = watch.order.count(name)
     if calls != 1:
         return "it is never called by the forward pass" if calls == 0 else f"it is called {calls} times in one pass"
-    if isinstance(module, CONVOLUTIONS) and module.groups > 1:
-        return "it is depthwise" if module.groups == module.in_channels else f"it has {module.groups} groups"
     dims = len(watch.shapes[name][0])
     if dims != module.weight.dim() if isinstance(module, CONVOLUTIONS) else dims < 2:
         return "it is called without a batch dimension"
+    return None
+
+
+def why_not_factorized(module: nn.Module) -> str | None:
+    """Why a module can have no factorization, whatever model it is in; None where it can."""
+    if not isinstance(module, (*CONVOLUTIONS, nn.Linear)):
+        return f"{type(module).__name__} is not supported"
+    if not _runs_as_torch(module):
+        return f"{type(module).__name__} has a forward of its own"
+    if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters()):
+        return "its weight has no shape yet; run the model once on its data first"
+    if is_parametrised(module):
+        return "its weight is parametrised or pruned; make that permanent first, by remove_parametrizations or prune.remove"
+    # Hooks see or change what goes in or out.
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has forward hooks, which its replacement would not have; remove them first"
+    if not module.weight.is_floating_point():
+        return f"its weight is {str(module.weight.dtype).removeprefix('torch.')}, which is not real"
+    if isinstance(module, CONVOLUTIONS) and module.groups > 1:
+        return "it is depthwise" if module.groups == module.in_channels else f"it has {module.groups} groups"
     return None
 
 
@@ -244,12 +254,7 @@ def is_parametrised(module: nn.Module) -> bool:
     return parametrize.is_parametrized(module) or not isinstance(module.weight, nn.Parameter)
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether a Conv or Linear has hooks of its own, which see or change what goes in or out of it."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def runs_as_torch(module: nn.Module) -> bool:
+def _runs_as_torch(module: nn.Module) -> bool:
     """Whether a Conv or Linear computes what torch's own does; a subclass may standardise its weights, or pad by itself."""
     base = next(kind for kind in (*CONVOLUTIONS, nn.Linear) if isinstance(module, kind))
     own = "forward", "_conv_forward"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ranksearch.errors import PlanError, nearest
 from ranksearch.factorization import METHODS, Shape
-from ranksearch.layers import CONVOLUTIONS, is_hooked, is_parametrised, runs_as_torch
+from ranksearch.layers import CONVOLUTIONS, why_not_factorized
 from ranksearch.plan import Factorization, Plan
 from ranksearch.stand_ins import replace_
 
@@ -96,27 +96,12 @@ def kernel_of(name: str, module: nn.Module, value: Factorization) -> Tensor:
     """The weight of a layer as the kernel (out, in, *kernel) that `value` decomposes, in float32 or better.
 
     Raises:
-        PlanError: the layer is of another type, hooked or grouped, its weight is parametrised, not real or not there yet, or
-            `value` does not suit its shape.
+        PlanError: the layer can have no factorization, or not this one.
     """
-    if not isinstance(module, (*CONVOLUTIONS, nn.Linear)):
-        raise PlanError(f"Layer {name!r} must be a Conv1d, Conv2d, Conv3d or Linear, but is a {type(module).__name__}.")
-    if isinstance(module, CONVOLUTIONS) and module.groups > 1:
-        raise PlanError(f"Layer {name!r} has {module.groups} groups; only convolutions of one group are factorized.")
-    if not runs_as_torch(module):
-        raise PlanError(f"Layer {name!r} must compute what torch's does, but {type(module).__name__} has a forward of its own.")
-    if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters()):
-        raise PlanError(f"Layer {name!r} must have its weight, but it has no shape yet; run the model once on its data first.")
-    if is_parametrised(module):
-        raise PlanError(
-            f"Layer {name!r} must hold its weight as it is, but it is parametrised or pruned; make that permanent first, with "
-            "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove."
-        )
-    if is_hooked(module):
-        raise PlanError(f"Layer {name!r} has forward hooks, which its replacement would not have; remove them first.")
+    if reason := why_not_factorized(module):
+        raise PlanError(f"A plan must name layers that can be factorized, but {name!r} cannot: {reason}.")
+    assert isinstance(module, (*CONVOLUTIONS, nn.Linear))
     weight = module.weight.detach()
-    if not weight.is_floating_point():
-        raise PlanError(f"Layer {name!r} must have real weights, but they are {weight.dtype}; leave it out of the plan.")
     weight = weight if weight.dtype == torch.float64 else weight.float()
     if value.kernel is not None:
         fits = len(value.kernel) <= len(CONVOLUTIONS) and weight[0].numel() % math.prod(value.kernel) == 0

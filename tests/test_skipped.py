@@ -104,7 +104,7 @@ def run_second(n, x):
 
 
 OUTSIDE = "its weight is also used outside the layer"
-PARAMETRISED = "its weight is parametrised; remove the parametrisation first"
+PARAMETRISED = "its weight is parametrised or pruned; make that permanent first, by remove_parametrizations or prune.remove"
 SKIPPED = {
     "depthwise": (before(nn.Conv2d(4, 4, 3, groups=4)), "it is depthwise"),
     "depthwise, several out": (before(nn.Conv2d(4, 8, 3, groups=4), 8), "it is depthwise"),
@@ -121,7 +121,7 @@ SKIPPED = {
     ),
     "parametrised": (before(parametrizations.weight_norm(nn.Conv2d(4, 4, 3))), PARAMETRISED),
     "pruned": (before(pruned()), PARAMETRISED),
-    "complex": (complex_convolution(), "its weight is complex"),
+    "complex": (complex_convolution(), "its weight is complex64, which is not real"),
     "transposed": (before(nn.ConvTranspose2d(4, 4, 3)), "ConvTranspose2d is not supported"),
     "bilinear": (Net(lambda n, x: n.last(n.one(x, x)), one=nn.Bilinear(5, 5, 5), last=nn.Conv2d(4, 2, 1)), None),
     "own forward": (before(Standardised(4, 4, 3)), "Standardised has a forward of its own"),

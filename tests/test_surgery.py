@@ -231,6 +231,7 @@ def hooked():
     return conv
 
 
+NOT_SUITED = "A plan must name layers that can be factorized, but {!r} cannot: "
 NOT_FINITE = "Weights must be finite, but layer 'conv' holds NaN or infinity; load or train it again."
 ANOTHER_MAP = "is not fully connected behind a map of size {}; the plan was made for another model or input size."
 # name: (model, layer, value, message)
@@ -244,26 +245,26 @@ MESSAGES = {
         "A plan must name layers of the model, but 'zzz' is none. Valid: a.",
     ),
     "no name": (nn.Linear(3, 3), "", SVD(1), "A plan must name layers of the model, but '' is none."),
-    "type": (net(), "relu", SVD(1), "Layer 'relu' must be a Conv1d, Conv2d, Conv3d or Linear, but is a ReLU."),
+    "type": (net(), "relu", SVD(1), NOT_SUITED.format("relu") + "ReLU is not supported."),
     "groups": (
         net(), "block.2", Tucker2(1, 1),
-        "Layer 'block.2' has 2 groups; only convolutions of one group are factorized.",
+        NOT_SUITED.format("block.2") + "it has 2 groups.",
     ),
     "forward": (
         with_layers(conv=Standardised(2, 2, 3)), "conv", CP(1),
-        "Layer 'conv' must compute what torch's does, but Standardised has a forward of its own.",
+        NOT_SUITED.format("conv") + "Standardised has a forward of its own.",
     ),
     "complex": (
         with_layers(fc=nn.Linear(2, 2, dtype=torch.complex64)), "fc", SVD(1),
-        "Layer 'fc' must have real weights, but they are torch.complex64; leave it out of the plan.",
+        NOT_SUITED.format("fc") + "its weight is complex64, which is not real.",
     ),
     "hooks": (
         with_layers(conv=hooked()), "conv", CP(1),
-        "Layer 'conv' has forward hooks, which its replacement would not have; remove them first.",
+        NOT_SUITED.format("conv") + "it has forward hooks, which its replacement would not have; remove them first.",
     ),
     "lazy": (
         with_layers(conv=nn.LazyConv2d(2, 3)), "conv", CP(1),
-        "Layer 'conv' must have its weight, but it has no shape yet; run the model once on its data first.",
+        NOT_SUITED.format("conv") + "its weight has no shape yet; run the model once on its data first.",
     ),
     "nan": (not_finite(float("nan")), "conv", CP(1), NOT_FINITE),
     "infinity": (not_finite(float("inf")), "conv", CP(1), NOT_FINITE),
@@ -317,8 +318,8 @@ def test_a_parametrised_weight_is_refused(verb, change):
     change(model.last)
     modules, state, buffers = dict(model.named_modules()), copy.deepcopy(model.state_dict()), len(list(model.buffers()))
     message = (
-        "Layer 'last' must hold its weight as it is, but it is parametrised or pruned; make that permanent first, with "
-        "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove."
+        NOT_SUITED.format("last")
+        + "its weight is parametrised or pruned; make that permanent first, by remove_parametrizations or prune.remove."
     )
     with pytest.raises(PlanError, match=f"^{re.escape(message)}$"):
         verb(model, Plan.of({"last": SVD(2), "stem": CP(2)}))
