@@ -15,6 +15,7 @@ from arenas import Run, Simulated, Trained
 from ranksearch.limits import UNLIMITED
 from ranksearch.objectives import Objectives
 from ranksearch.plan import Dense, Plan
+from ranksearch.probing import FRONTIER_PLANS
 from ranksearch.record import Outcome, Rung
 from ranksearch.strategy.frontier import Choice, frontier
 from ranksearch.strategy.ledger import Ledger
@@ -24,7 +25,6 @@ from ranksearch.strategy.sensitivity import rescuable, spread
 from ranksearch.strategy.space import size_of
 from ranksearch.strategy.surrogate import Table
 from ranksearch.strategy.trial import Answer
-from ranksearch.study import FRONTIER_PLANS
 
 Arena: TypeAlias = Trained | Simulated
 Choices: TypeAlias = Mapping[str, Sequence[Choice]]

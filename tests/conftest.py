@@ -15,12 +15,11 @@ from ranksearch.options import Options
 from ranksearch.plan import CP, SVD, Plan, Tucker2
 from ranksearch.profile import profile
 from ranksearch.record import Outcome
-from ranksearch.spec import parse_spec
+from ranksearch.spec import FinalistSpec, Recipe, parse_spec
 from ranksearch.strategy.space import make_space
 from ranksearch.strategy.trial import Evaluator
 from ranksearch.study import run_study
 from ranksearch.tasks import Task
-from ranksearch.training import Recipe
 from tests import nets
 
 torch.set_num_threads(1)
@@ -96,7 +95,8 @@ def evaluator(trained):
     space = make_space(found, ("tucker2", "cp", "svd"))
     prepared = profile(trained.model, found, {axis.layer.name: axis.methods for axis in space.axes})
 
-    def make(**options):
-        return Evaluator(trained, prepared, Recipe(1), Recipe(2, learning_rate=3e-3), "cpu", **options)
+    def make(*, scratch=False, unfinished=None, **finalists):
+        longer = FinalistSpec(2, learning_rate=3e-3, **finalists)
+        return Evaluator(trained, prepared, Recipe(1), longer, "cpu", scratch=scratch, unfinished=unfinished)
 
     return make

@@ -100,7 +100,7 @@ def test_rungs_and_seconds_go_on(always, tmp_path, monkeypatch):
     assert again.seconds() == 8.0
 
 
-@pytest.mark.parametrize("options", [{}, {"scratch": True}, {"layerwise": True}, {"sweeps": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"scratch": True}, {"schedule": "layerwise"}, {"sweeps": 2}], ids=str)
 def test_a_finalist_goes_on_wherever_it_was_killed(always, tmp_path, evaluator, options):
     job = Job(7, PLAN, 0, Stage.FINALIST)
     *rungs, whole = evaluator(**options)(job)

@@ -35,6 +35,8 @@ FLOORS = [
     ["folder"],
     ["options"],
     ["facts"],
+    ["run"],
+    ["probing", "finishing"],
     ["study"],
     ["api"],
     ["cli"],

@@ -16,10 +16,10 @@ from ranksearch.errors import ModelError, SpecError
 from ranksearch.options import Options
 from ranksearch.plan import CP, SVD, Plan, Tucker2
 from ranksearch.scratch import scratch_
-from ranksearch.strategy.trial import Answer, Evaluator, Job, Stage
+from ranksearch.spec import FinalistSpec
+from ranksearch.strategy.trial import Answer, Job, Stage
 from ranksearch.study import run_study
 from ranksearch.surgery import factorize_
-from ranksearch.training import Recipe
 from tests import nets
 from tests.conftest import PLAN, essence, small_spec
 
@@ -32,12 +32,12 @@ def answer(evaluator, stage=Stage.FINALIST, plan=PLAN, seed=0):
 
 def test_layerwise_trains_after_each_layer(evaluator):
     """The curve goes on through all layers, and what was trained before a layer is decomposed is not lost."""
-    found = answer(evaluator(layerwise=True))
+    found = answer(evaluator(schedule="layerwise"))
     assert [rung.epochs for rung in found.curve] == [0, 1, 2, 3, 4, 5, 6]
     at_once = answer(evaluator())
     assert [rung.epochs for rung in at_once.curve] == [0, 1, 2]
     assert found.weights != at_once.weights
-    assert answer(evaluator(layerwise=True)).weights == found.weights
+    assert answer(evaluator(schedule="layerwise")).weights == found.weights
     # fc1 alone is decomposed first, from the dense weights.
     first = answer(evaluator(), plan=Plan.of({"fc1": SVD(6)}))
     assert first.curve[0].score == pytest.approx(found.curve[0].score, abs=0.02)
@@ -48,7 +48,7 @@ def test_layerwise_at_full_rank_is_training_the_dense_net(evaluator, trained):
     """Each layer is decomposed from its weights as they are by then, so nothing is lost where the rank is full."""
     full = Plan.of({"conv2": Tucker2(8, 16), "fc1": SVD(32)})
     model = copy.deepcopy(trained.model)
-    runs = evaluator(layerwise=True)._steps(model, Job(0, full, 0, Stage.FINALIST))
+    runs = evaluator(schedule="layerwise")._steps(model, Job(0, full, 0, Stage.FINALIST))
     inputs = example(trained.data.validation)
     with torch.no_grad():
         for _ in range(2):
@@ -60,7 +60,7 @@ def test_layerwise_at_full_rank_is_training_the_dense_net(evaluator, trained):
 
 
 def test_only_finalists_are_layerwise(evaluator):
-    trial = answer(evaluator(layerwise=True), Stage.TRIAL)
+    trial = answer(evaluator(schedule="layerwise"), Stage.TRIAL)
     assert [rung.epochs for rung in trial.curve] == [0, 1]
 
 
@@ -111,13 +111,9 @@ def test_blocks_and_statistics_start_anew():
 
 
 def test_a_net_from_scratch_learns(evaluator):
-    found = answer(Evaluator(*_with(evaluator(), Recipe(8, 32, 1e-2)), scratch=True))
+    found = answer(replace(evaluator(scratch=True), finalists=FinalistSpec(8, 32, 1e-2)))
     assert found.curve[0].score < 0.4
     assert found.curve[-1].score > found.curve[0].score + 0.3
-
-
-def _with(evaluator, recipe):
-    return evaluator.task, evaluator.profile, evaluator.finetune, recipe, "cpu"
 
 
 def test_a_model_that_cannot_be_drawn_anew():

@@ -18,10 +18,11 @@ from ranksearch.dense import train_dense
 from ranksearch.errors import ModelError, SpecError, StudyError
 from ranksearch.export import load_model
 from ranksearch.options import Options
+from ranksearch.probing import FRONTIER_PLANS
 from ranksearch.record import Outcome, choose
 from ranksearch.report import write_report
 from ranksearch.strategy.finalists import WORTH
-from ranksearch.study import FRONTIER_PLANS, Stopped, run_study
+from ranksearch.study import Stopped, run_study
 from ranksearch.tasks import Task, predict
 from tests import nets
 from tests.conftest import essence, small_spec, stored

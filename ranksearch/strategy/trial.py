@@ -23,9 +23,10 @@ from ranksearch.plan import Plan
 from ranksearch.profile import Profile, kernel
 from ranksearch.record import Outcome, Rung
 from ranksearch.scratch import scratch_
+from ranksearch.spec import FinalistSpec, Recipe
 from ranksearch.surgery import factorize_
 from ranksearch.tasks import Task, predict
-from ranksearch.training import Diverged, Recipe
+from ranksearch.training import Diverged
 
 PROBE_INPUTS = 2048
 """Validation inputs that a probe's loss is measured on, at most: there are several probes a layer."""
@@ -70,12 +71,8 @@ class Evaluator:
     task: Task
     profile: Profile
     finetune: Recipe
-    finalists: Recipe
+    finalists: FinalistSpec
     device: str
-    sweeps: int = 0
-    """What refines a finalist's factors before it is fine-tuned."""
-    layerwise: bool = False
-    """Decompose a finalist's layers one by one, the last one first, and fine-tune after each, as the thesis does."""
     scratch: bool = False
     """Train trials and finalists from weights drawn anew. Probes are of decomposed weights all the same."""
     unfinished: Path | None = None
@@ -116,11 +113,11 @@ class Evaluator:
     def _steps(self, model: nn.Module, job: Job) -> Iterator[None]:
         """Bring `model` to the job's plan, in place: at once, or a layer at a time with a stop after each."""
         final = job.stage is Stage.FINALIST
-        sweeps = self.sweeps if final else 0
+        sweeps = self.finalists.sweeps if final else 0
         if self.scratch:
             training.place(scratch_(model, job.plan, seed=job.seed), torch.device(self.device))
             yield
-        elif final and self.layerwise:
+        elif final and self.finalists.schedule == "layerwise":
             values = dict(job.plan)
             for name in reversed([name for name in self.profile.layers if name in values]):
                 # Of the weights as they are by now: those of the dense net know nothing of what was trained since.
@@ -165,8 +162,8 @@ class Evaluator:
         """Of a finalist; nothing else trains for long enough."""
         if job.stage is not Stage.FINALIST or self.unfinished is None or not os.access(self.unfinished, os.W_OK):
             return Checkpoint()
-        how = f"{self.finalists}, sweeps {self.sweeps}, layerwise {self.layerwise}, scratch {self.scratch}"
-        of = f"{job.plan.to_json()}, seed {job.seed}, {how}, from {digest_of(self.task.model)}"
+        how = f"{self.finalists}, scratch {self.scratch}, from {digest_of(self.task.model)}"
+        of = f"{job.plan.to_json()}, seed {job.seed}, {how}"
         return Checkpoint(checkpoint_file(self.unfinished, job.key), of)
 
 
