@@ -1,0 +1,97 @@
+"""Statistics of normalisation layers, measured again."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from ranksearch import training
+from ranksearch.data import Splits
+from ranksearch.tasks import Task
+
+CPU = torch.device("cpu")
+
+
+def test_recalibration_measures_the_statistics_of_the_training_split(trained):
+    model = copy.deepcopy(trained.model)
+    norm = model.norm1
+    norm.running_mean.fill_(100.0)
+    momentum = norm.momentum
+    training.recalibrate(model, trained, seed=0, device=CPU)
+    with torch.no_grad():
+        maps = model.conv1(trained.data.train.tensors[0])
+    torch.testing.assert_close(norm.running_mean, maps.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert norm.momentum == momentum
+
+
+def by_class(count=3000):
+    """A split as a folder of images gives it: sorted by class, each class of its own mean."""
+    targets = torch.arange(count) * 10 // count
+    return TensorDataset(targets[:, None, None, None] + torch.randn(count, 1, 2, 2), targets)
+
+
+class Shuffling(TensorDataset):
+    """Changes its inputs at random, as augmentation does."""
+
+    def __getitem__(self, index):
+        inputs, target = super().__getitem__(index)
+        return inputs + torch.rand(()), target
+
+
+def statistics(split, seed, **options):
+    model = nn.Sequential(nn.BatchNorm2d(1))
+    task = Task(model, Splits(split, split, split, 10, ""))
+    training.recalibrate(model, task, seed=seed, device=CPU, **options)
+    return float(model[0].running_mean), float(model[0].running_var)
+
+
+@pytest.mark.parametrize("count", [500, 3000])
+def test_recalibration_sees_every_class_of_a_sorted_split(count):
+    torch.manual_seed(0)
+    mean, var = statistics(by_class(count), seed=0, inputs=1000)
+    assert mean == pytest.approx(4.5, abs=0.4)
+    assert var == pytest.approx(8.25 + 1, rel=0.1)  # of the ten means, and within a class
+
+
+@pytest.mark.parametrize("kind", [TensorDataset, Shuffling])
+def test_recalibration_follows_its_seed_alone(kind):
+    split = kind(*by_class(400).tensors)
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    one = statistics(split, seed=1, inputs=300)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(7)
+    assert statistics(split, seed=1, inputs=300) == one
+    assert statistics(split, seed=2, inputs=300) != one
+
+
+def test_recalibration_reads_no_more_inputs_than_it_says():
+    class Counting(TensorDataset):
+        def __getitem__(self, index):
+            seen.append(index)
+            return super().__getitem__(index)
+
+    seen = []
+    statistics(Counting(*by_class(3000).tensors), seed=0, inputs=300)
+    assert len(seen) == len(set(seen)) == 300
+
+
+@pytest.mark.parametrize(("count", "batches"), [(1, 1), (256, 1), (257, 2), (300, 2), (1030, 5)])
+def test_recalibration_counts_all_inputs_alike(count, batches):
+    """A last batch of a few would count as much as a full one; and normalisation of one value a channel would raise."""
+    split = TensorDataset(10 * torch.randn(count, 3, 2), torch.zeros(count).long())
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    training.recalibrate(model, Task(model, Splits(split, split, split, 10, "")), seed=0, device=CPU)
+    torch.testing.assert_close(model[0].running_mean, split.tensors[0].mean((0, 2)), atol=0.02, rtol=0)
+    assert int(model[0].num_batches_tracked) == batches
+
+
+def test_recalibration_without_normalisation_changes_nothing(trained):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    before = copy.deepcopy(model.state_dict())
+    training.recalibrate(model, trained, seed=0, device=CPU)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

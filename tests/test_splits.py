@@ -1,0 +1,138 @@
+"""Splits of data: checked, in batches, and sampled by a seed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset, TensorDataset
+
+from ranksearch.data import Splits, batches, check_splits, digits, example, sample, size
+from ranksearch.errors import DataError
+
+
+def test_digits_are_split_once_for_all():
+    first, second = digits(), digits()
+    assert [size(part) for part in (first.train, first.validation, first.test)] == [1077, 360, 360]
+    assert example(first.train).shape == (1, 1, 32, 32)
+    for one, two in zip(
+        (first.train, first.validation, first.test), (second.train, second.validation, second.test), strict=True
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(one.tensors, two.tensors, strict=True))
+    images = torch.cat([part.tensors[0].flatten(1) for part in (first.train, first.validation, first.test)])
+    assert len(images) == 1797
+    labels = torch.bincount(first.test.tensors[1])
+    assert labels.min() >= 34
+
+
+class Plain(Dataset):
+    """A map-style data set that is no TensorDataset."""
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        return torch.full((2,), float(index)), index % 3
+
+
+@pytest.mark.parametrize("split", [Plain(), TensorDataset(torch.arange(14.0).reshape(7, 2), torch.arange(7))])
+def test_batches_hold_every_input_once(split):
+    for generator in (None, torch.Generator().manual_seed(1)):
+        seen = torch.cat([targets for _, targets in batches(split, 4, generator=generator)])
+        assert sorted(seen.tolist()) == sorted(targets for _, targets in (split[i] for i in range(7)))
+
+
+@pytest.mark.parametrize("split", [Plain(), TensorDataset(torch.arange(14.0).reshape(7, 2), torch.arange(7))])
+def test_shuffled_batches_of_one_are_all_there(split):
+    assert len(list(batches(split, 1, generator=torch.Generator().manual_seed(0)))) == 7
+
+
+def test_a_last_shuffled_batch_of_one_is_left_out():
+    split = TensorDataset(torch.arange(7.0), torch.arange(7))
+    generator = torch.Generator().manual_seed(0)
+    assert [len(targets) for _, targets in batches(split, 3, generator=generator)] == [3, 3]
+    assert [len(targets) for _, targets in batches(Plain(), 3, generator=generator)] == [3, 3]
+    assert [len(targets) for _, targets in batches(split, 3)] == [3, 3, 1]
+
+
+def test_a_subclass_keeps_its_own_items():
+    class Negated(TensorDataset):
+        def __getitem__(self, index):
+            inputs, targets = super().__getitem__(index)
+            return -inputs, targets
+
+    ((inputs, _),) = batches(Negated(torch.ones(3, 2), torch.arange(3)), 3)
+    assert torch.equal(inputs, -torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("split", [Plain(), TensorDataset(torch.arange(14.0).reshape(7, 2), torch.arange(7) % 3)])
+def test_a_sample_holds_some_inputs_once_with_their_targets(split):
+    whole = {tuple(inputs.tolist()): int(target) for inputs, target in (split[i] for i in range(7))}
+    for seed in range(5):
+        found = [(tuple(inputs.tolist()), int(target)) for inputs, target in (sample(split, 4, seed=seed)[i] for i in range(4))]
+        assert size(sample(split, 4, seed=seed)) == len(dict(found)) == 4
+        assert dict(found).items() <= whole.items()
+        assert found == sorted(found)
+    assert sample(split, 7, seed=0) is sample(split, 99, seed=0) is split
+
+
+def test_a_sample_follows_its_seed_and_leaves_out_nothing_for_good():
+    split = TensorDataset(torch.arange(1000))
+
+    def drawn(seed):
+        return set(sample(split, 100, seed=seed).tensors[0].tolist())
+
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    assert drawn(1) == drawn(1) != drawn(2)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert set().union(*(drawn(seed) for seed in range(100))) == set(range(1000))
+
+
+def test_splits_that_are_no_pairs():
+    three = TensorDataset(torch.zeros(2), torch.zeros(2).long(), torch.zeros(2))
+    with pytest.raises(
+        DataError, match=r"A split must hold pairs \(input, target\) of tensors or numbers, but 'train' does not"
+    ):
+        check_splits(Splits(three, three, three, 10, ""))
+    with pytest.raises(DataError, match="Each split must be a map-style Dataset, but 'train' is a NoneType"):
+        check_splits(Splits(None, three, three, 10, ""))
+    with pytest.raises(DataError, match=r"must be None or how many there are, a whole number, but got \['cat', 'dog'\]"):
+        check_splits(Splits(three, three, three, ["cat", "dog"], ""))
+    pairs = TensorDataset(torch.zeros(2, 1), torch.zeros(2).long())
+    check_splits(Splits(pairs, pairs, pairs, np.int64(10), ""))
+
+
+def test_batches_follow_the_generator():
+    split = TensorDataset(torch.arange(50.0), torch.arange(50))
+
+    def order(seed):
+        return torch.cat([t for _, t in batches(split, 8, generator=torch.Generator().manual_seed(seed))])
+
+    assert torch.equal(order(1), order(1))
+    assert not torch.equal(order(1), order(2))
+
+
+def splits(inputs=None, targets=None, classes=10):
+    good = TensorDataset(torch.zeros(4, 2), torch.arange(4))
+    inputs = torch.zeros(4, 2) if inputs is None else inputs
+    return Splits(good, TensorDataset(inputs, torch.arange(4) if targets is None else targets), good, classes, "")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (splits(torch.zeros(0, 2), torch.zeros(0).long()), "Each split must hold at least one input, but 'validation' is empty"),
+        (splits(torch.full((4, 2), float("nan"))), "Inputs must be finite, but split 'validation' holds NaN or infinity"),
+        (splits(targets=torch.tensor([0, 1, 2, 10])), r"Targets must lie in 0\.\.9, but split 'validation' holds 10; mend"),
+        (splits(targets=torch.tensor([0, 1, -2, 3])), r"Targets must lie in 0\.\.9, but split 'validation' holds -2; mend"),
+        (splits(targets=torch.zeros(4)), "Targets must be whole class numbers, one an input, but split 'validation' holds torch.float32"),
+    ],
+)  # fmt: skip
+def test_data_that_is_refused(data, message):
+    with pytest.raises(DataError, match=message):
+        check_splits(data)
+
+
+def test_targets_of_any_kind_without_classes():
+    check_splits(splits(targets=torch.rand(4, 5), classes=None))

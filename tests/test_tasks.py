@@ -1,0 +1,108 @@
+"""Tasks whose model, loss and score work together, and those that do not."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ranksearch import training
+from ranksearch.errors import ModelError
+from ranksearch.layers import check_weights
+from ranksearch.tasks import Task, accuracy, check_outputs
+from tests import nets
+
+CPU = torch.device("cpu")
+
+
+def test_a_loss_or_score_that_gives_no_number():
+    data = nets.few_digits()
+    with pytest.raises(ModelError, match=r"The loss must give one number for outputs of shape .* but raised"):
+        check_outputs(Task(nets.small(), data, loss=nn.CrossEntropyLoss))
+    with pytest.raises(ModelError, match=r"The score must give one number for outputs of shape .* but raised TypeError"):
+        check_outputs(Task(nets.small(), data, score=lambda outputs, targets: None))
+
+
+def test_a_model_that_gives_no_tensor():
+    class Pair(nn.Module):
+        def forward(self, inputs):
+            return inputs, inputs
+
+    with pytest.raises(ModelError, match="The model must give one tensor, in training too, but gives a tuple; wrap it"):
+        check_outputs(Task(Pair(), nets.few_digits()))
+    auxiliary = nets.Net(lambda net, x: (net.net(x), x) if net.training else net.net(x), net=nets.small())
+    with pytest.raises(ModelError, match="The model must give one tensor, in training too, but gives a tuple; wrap it"):
+        check_outputs(Task(auxiliary, nets.few_digits()))
+    torn = nets.Net(lambda net, x: net.nothing if net.training else net.net(x), net=nets.small())
+    with pytest.raises(ModelError, match="The model must run in training mode, but raised AttributeError: 'Net' object has no"):
+        check_outputs(Task(torn, nets.few_digits()))
+
+
+def test_a_model_that_cannot_be_trained():
+    frozen, without = nets.small().requires_grad_(False), nets.Net(torch.no_grad()(lambda net, x: net.net(x)), net=nets.small())
+    for model in (frozen, without):
+        with pytest.raises(
+            ModelError, match=r"must be one that can be trained, but its outputs depend on no weight that is; call"
+        ):
+            check_outputs(Task(model, nets.few_digits()))
+        check_outputs(Task(model, nets.few_digits()), trains=False)
+
+
+def test_weights_that_cannot_be_trained():
+    with torch.device("meta"):
+        nowhere = nets.small()
+    with torch.inference_mode():
+        fixed = nets.small()
+    with pytest.raises(ModelError, match=r"Weights must be there, but 'conv1.weight' is on the meta device; load the model's"):
+        check_weights(nowhere)
+    with pytest.raises(ModelError, match=r"Weights must be ones to train, but 'conv1.weight' was made in inference mode; make"):
+        check_weights(fixed)
+
+
+def test_a_score_may_need_more_than_two_inputs():
+    def of_all_classes(outputs, targets):
+        if len(targets.unique()) < 10:
+            raise ValueError("some class is not there")
+        return 0.5
+
+    check_outputs(Task(nets.small(), nets.few_digits(), score=of_all_classes))
+
+
+def test_accuracy_is_the_ratio_of_the_counts():
+    for right, inputs in ((324, 360), (54, 100), (7, 7)):
+        outputs, targets = torch.eye(2).repeat_interleave(torch.tensor([right, inputs - right]), 0), torch.zeros(inputs)
+        assert accuracy(outputs, targets) == right / inputs
+
+
+def test_the_accuracy_of_what_is_no_number_is_none():
+    outputs = torch.tensor([[0.1, 0.2], [float("nan"), 0.0]])
+    assert math.isnan(accuracy(outputs, torch.tensor([1, 1])))
+
+
+def test_a_classifier_with_too_few_outputs():
+    with pytest.raises(ModelError, match=r"The model must give 10 outputs an input, one a class, but gives shape \(4,\)"):
+        check_outputs(Task(nets.small(classes=4), nets.few_digits()))
+
+
+def test_accuracy():
+    assert accuracy(torch.eye(4), torch.tensor([0, 1, 2, 0])) == 0.75
+
+
+def test_bfloat16_trains_other_weights_that_stay_float32_and_learns():
+    def train(precision):
+        torch.manual_seed(0)
+        kinds = set()
+        task = Task(nets.small(), nets.few_digits(), lambda o, t: kinds.add(o.dtype) or nn.functional.cross_entropy(o, t))
+        for _ in training.fit(task.model, task, training.Recipe(3, 64, 1e-2, precision=precision), seed=0, device=CPU):
+            pass
+        assert kinds == {torch.float32}
+        assert {p.dtype for p in task.model.parameters()} == {torch.float32}
+        return task
+
+    plain, lower = train("float32"), train("bfloat16")
+    weights = [torch.cat([p.detach().flatten() for p in task.model.parameters()]) for task in (plain, lower)]
+    assert not torch.equal(*weights)
+    scores = [training.score(task.model, task, task.data.validation, device=CPU) for task in (plain, lower)]
+    assert abs(scores[0] - scores[1]) < 0.1

@@ -1,0 +1,124 @@
+"""Training: a seed that is used, a loss that falls, a divergence that is told."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+from ranksearch import training
+from ranksearch.data import Batched, Splits, digits, example
+from ranksearch.models import lenet
+from ranksearch.tasks import Task
+from tests import nets
+
+CPU = torch.device("cpu")
+
+
+class Noisy(Dataset):
+    """Inputs that numpy and `random` change."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return torch.full((1, 4, 4), np.random.rand() + random.random()), index % 2
+
+
+def test_training_on_a_users_random_inputs_follows_its_seed_alone():
+    def trained(seed):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2))
+        task = Task(model, Splits(Noisy(), Noisy(), Noisy(), 2, ""))
+        training.recalibrate(model, task, seed=seed, device=CPU)
+        for _ in training.fit(model, task, training.Recipe(2, batch_size=8), seed=seed, device=CPU):
+            np.random.rand()  # the caller's own
+        return torch.cat([tensor.flatten() for tensor in model.state_dict().values()])
+
+    first = trained(1)
+    assert torch.equal(first, trained(1))
+    assert not torch.equal(first, trained(2))
+
+
+class Large(Batched):
+    """Inputs that come one at a time."""
+
+    at_once = 1
+
+    def __len__(self):
+        return 12
+
+    def batch(self, chosen, device):
+        return torch.ones(len(chosen), 1, 4, 4) * chosen[:, None, None, None], chosen % 2
+
+    def only(self, chosen):
+        return self
+
+
+def test_the_learning_rate_falls_to_nothing_whatever_a_batch_holds():
+    def trained(batch_size):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
+        task = Task(model, Splits(Large(), Large(), Large(), 2, ""))
+        for _ in training.fit(model, task, training.Recipe(2, batch_size=batch_size), seed=0, device=CPU):
+            pass
+        return torch.cat([weights.flatten() for weights in model.parameters()])
+
+    assert torch.equal(trained(1), trained(8))
+
+
+def test_a_seed_decides_everything():
+    def weights(seed):
+        torch.manual_seed(0)
+        task = Task(lenet(channels=1), nets_32())
+        for _ in training.fit(task.model, task, training.Recipe(1, batch_size=16), seed=seed, device=CPU):
+            torch.rand(3)  # what the caller draws in between makes no difference to the next run
+        return torch.cat([p.detach().flatten() for p in task.model.parameters()])
+
+    first = weights(1)
+    assert torch.equal(first, weights(1))
+    assert not torch.equal(first, weights(2))
+
+
+def nets_32():
+    data = digits()
+
+    def few(split):
+        return TensorDataset(*(tensor[:48] for tensor in split.tensors))
+
+    return Splits(few(data.train), few(data.validation), few(data.test), 10, "")
+
+
+def test_fitting_leaves_the_callers_random_numbers_alone(trained):
+    task = Task(copy.deepcopy(trained.model), trained.data)
+    torch.manual_seed(5)
+    expected = torch.rand(4)
+    torch.manual_seed(5)
+    for _ in training.fit(task.model, task, training.Recipe(1), seed=0, device=CPU):
+        pass
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_fitting_learns(trained):
+    task = Task(nets.small(), trained.data)
+    before = training.score(task.model, task, task.data.validation, device=CPU)
+    for _ in training.fit(task.model, task, training.Recipe(3, learning_rate=1e-2), seed=0, device=CPU):
+        pass
+    assert training.score(task.model, task, task.data.validation, device=CPU) > before + 0.2
+
+
+def test_divergence_is_told():
+    task = Task(nets.small(), nets.few_digits())
+    with pytest.raises(training.Diverged, match="the loss became NaN or infinite"):
+        list(training.fit(task.model, task, training.Recipe(2, learning_rate=1e30), seed=0, device=CPU))
+
+
+def test_latencies_are_measured_for_each_model(trained):
+    times = training.latencies_ms([trained.model, nn.Flatten()], example(trained.data.train))
+    assert len(times) == 2
+    assert all(time > 0 for time in times)
