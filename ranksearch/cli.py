@@ -61,7 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--trials", type=int, metavar="N", help="trained trials in all (search.trials)")
     study.add_argument("--minutes", type=float, metavar="M", help="ask for no trial once trials took so long (search.minutes)")
     study.add_argument(
-        "--workers", type=int, metavar="N", help="trials at a time (one a core; on Ray all that fit); 0: in this process"
+        "--workers",
+        type=int,
+        metavar="N",
+        help="trials at a time (one a core, one on a GPU, on Ray all that fit); 0: in this process",
     )
     study.add_argument("--engine", choices=("local", "ray"), default="local", help="where trials run: processes, or Ray Tune")
     study.add_argument(

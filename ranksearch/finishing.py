@@ -14,6 +14,9 @@ from ranksearch.run import Run
 from ranksearch.strategy.finalists import choose_finalists
 from ranksearch.strategy.trial import Answer, Evaluator, Job, Stage, checkpoint_file
 
+GOES_ON = {Outcome.WORKER_LOST, Outcome.OUT_OF_MEMORY}
+"""How a finalist may end that the next run trains on, from its checkpoint."""
+
 
 def train_finalists(run: Run, evaluate: Evaluator) -> None:
     """Fine-tune the best trials for longer, score them on the test split, keep their weights, time them."""
@@ -23,23 +26,23 @@ def train_finalists(run: Run, evaluate: Evaluator) -> None:
     )
     # What diverged would again; what ran out of memory may have more of it now.
     waiting = [t for t in chosen if t.failed is not Outcome.DIVERGED and not (t.finalist and _kept(run, t))]
-    by_number, answered = {trial.number: trial for trial in trials}, set[int]()
+    by_number = {trial.number: trial for trial in trials}
+    outcomes = {trial.number: Outcome.WORKER_LOST for trial in waiting}
     run.view.stage("finalists", len(chosen), len(chosen) - len(waiting))
 
     def on_answer(job: Job, answer: Answer) -> None:
         _tell(run, by_number[job.key], answer)
-        if answer.outcome is not Outcome.WORKER_LOST:
-            answered.add(job.key)
+        outcomes[job.key] = answer.outcome
+        if answer.outcome not in GOES_ON:
             checkpoint_file(run.unfinished, job.key).unlink(missing_ok=True)
 
     def jobs() -> Iterator[Job]:
-        left = (trial for trial in waiting if trial.number not in answered)
+        left = (trial for trial in waiting if outcomes[trial.number] is Outcome.WORKER_LOST)
         return (Job(trial.number, trial.plan, trial.seed, Stage.FINALIST) for trial in left)
 
     run.unfinished.mkdir(exist_ok=True)
     run.run_jobs("finalists", jobs, evaluate, on_answer)
-    # What lost its worker too often goes on in the next run.
-    if all(trial.number in answered for trial in waiting):
+    if not GOES_ON & set(outcomes.values()):
         shutil.rmtree(run.unfinished, ignore_errors=True)
     with run.stage("finalists"):
         _time(run)

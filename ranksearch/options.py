@@ -14,7 +14,7 @@ class Options:
     """What a run may change without making another study."""
 
     workers: int | None = None
-    """Trials at a time; by default one a core, or as many as the Ray cluster holds. 0 runs them in this process."""
+    """Trials at a time; by default one a core, one on a GPU, as many as a Ray cluster holds. 0 runs them in this process."""
     engine: str = "local"
     """`local`: processes on this machine; `ray`: Ray Tune."""
     address: str | None = None

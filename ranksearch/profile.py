@@ -148,10 +148,9 @@ def profile(
     inputs: Tensor | None = None,
     cache: Path | None = None,
     seed: int = 0,
-    device: torch.device | str = "cpu",
     on_layer: Callable[[str], None] = lambda name: None,
 ) -> Profile:
-    """Decompose each layer by each of its methods, or read that from `cache`.
+    """Decompose each layer by each of its methods, on the CPU, or read that from `cache`.
 
     Args:
         model: the dense model.
@@ -162,7 +161,6 @@ def profile(
             them every weight counts alike.
         cache: a folder for one file a layer; a torn or foreign file is made again, not trusted.
         seed: of the random starts that CP uses.
-        device: where the decompositions are computed; what comes of them is kept on the CPU.
         on_layer: called with each layer's name when it is done.
 
     Raises:
@@ -180,7 +178,7 @@ def profile(
         metric = measured.get(name, Metric()).to(job.kernel.dtype) if tensors is None else _as_metric(tensors)
         whitened = {kind: metric.whiten(job.kernel, method.holds(job.layer.weight)) for kind, method in job.methods.items()}
         if tensors is None:
-            tensors = _prepare(job, metric, whitened, seed, device)
+            tensors = _prepare(job, metric, whitened, seed)
             tensors |= _weight_errors(_as_profile(job, tensors, metric, whitened, seed, offer), job)
             if job.path:
                 write_whole(job.path, safetensors.torch.save(tensors, {DIGEST: job.digest}))
@@ -253,15 +251,13 @@ def _estimate(kernel: Tensor, mode: int) -> int | None:
     return (vbmf(unfold(kernel, mode)).rank or None) if kernel.shape[mode] >= 4 else None
 
 
-def _prepare(
-    job: _Job, metric: Metric, whitened: Mapping[str, Tensor], seed: int, device: torch.device | str
-) -> dict[str, Tensor]:
-    tensors = {"vbmf": torch.tensor([rank or 0 for rank in vbmf_ranks(job.kernel.to(device))])}
+def _prepare(job: _Job, metric: Metric, whitened: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    tensors = {"vbmf": torch.tensor([rank or 0 for rank in vbmf_ranks(job.kernel)])}
     tensors |= {f"{ROOT}/{','.join(map(str, modes))}": root for modes, root in metric.roots.items()}
     tensors |= {} if metric.mean is None else {MEAN: metric.mean}
     for name, method in job.methods.items():
-        for key, value in method.prepare(whitened[name].to(device), job.grids[name], seed).items():
-            tensors[f"{name}/{key}"] = value.cpu().contiguous().clone()
+        for key, value in method.prepare(whitened[name], job.grids[name], seed).items():
+            tensors[f"{name}/{key}"] = value.contiguous().clone()
     return tensors
 
 

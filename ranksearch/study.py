@@ -7,6 +7,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from ranksearch import attributes, folder, training
 from ranksearch.console import Silent, View
 from ranksearch.data import check_splits, example, sample_inputs
@@ -86,7 +88,7 @@ def run_study(
         folder.check_study(spec, options.storage, fresh=options.fresh)
     if options.workers != 0:
         check_portable(task)
-    with _engine(options) as engine, folder.claimed(out, spec, options.storage, fresh=options.fresh), view:
+    with _engine(options, device) as engine, folder.claimed(out, spec, options.storage, fresh=options.fresh), view:
         url = folder.storage_url(out, options.storage)
         if options.fresh and options.storage:
             folder.delete_study(spec.name, url)
@@ -143,7 +145,7 @@ def _make_profile(run: Run) -> Profile:
         return profile(
             run.task.model, run.inventory, methods, offer=offer_of(run.spec.space),
             inputs=sample_inputs(run.task.data.train, CALIBRATION, seed=seed) if aware else None,
-            cache=run.out / "profile", seed=seed, device=run.device, on_layer=run.view.step,
+            cache=run.out / "profile", seed=seed, on_layer=run.view.step,
         )  # fmt: skip
 
 
@@ -164,6 +166,7 @@ def _measured(run: Run, layers: Profile) -> StudyFacts:
 
 def _evaluator(run: Run, layers: Profile) -> Evaluator:
     task = replace(run.task, model=run.task.model.cpu())
+    training.release(run.device)
     device = run.device.type if run.options.engine == "local" else "cuda" if run.options.gpus_per_trial else "cpu"
     return Evaluator(
         task, layers, run.spec.finetune, run.spec.finalists, device, scratch=run.spec.space.start == "scratch",
@@ -227,10 +230,12 @@ def _check_digest(run: Run, digest: str) -> None:
         )
 
 
-def _engine(options: Options) -> Engine:
+def _engine(options: Options, device: torch.device) -> Engine:
     if options.engine == "ray":
         return ray.engine(ray.Cluster(options.address, options.workers, options.cpus_per_trial, options.gpus_per_trial))
-    return local.engine(options.workers if options.workers is not None else (os.cpu_count() or 1))
+    # All of them share one GPU, and its memory.
+    most = 1 if device.type == "cuda" else os.cpu_count() or 1
+    return local.engine(most if options.workers is None else options.workers)
 
 
 def _check_min_score(spec: StudySpec, task: Task) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ranksearch.data import Splits, batches, seeded
+from ranksearch.data import Splits, batches, example, seeded
 from ranksearch.data.splits import CPU
 from ranksearch.errors import DataError, ModelError, SpecError, first_line
 from ranksearch.spec import StudySpec, resolve
@@ -35,8 +35,9 @@ def accuracy(outputs: Tensor, targets: Tensor) -> float:
     return float((outputs.argmax(1) == targets).double().mean())
 
 
-EVALUATION_BATCH = 256
-"""Inputs a pass where nothing is trained."""
+EVALUATION_BATCH, EVALUATION_VALUES = 256, 2**23
+"""Inputs a pass where nothing is trained, and values in them, at most: of 224 x 224 pictures 55, of which VGG's first layer
+alone makes 0.7 GB."""
 FROM_PYTHON = "python:given"
 """What stands in the spec of a study for a model and data that were given to `search`, not named in a file."""
 
@@ -56,11 +57,18 @@ class Task:
         return getattr(self.score, "__name__", "score")
 
 
+def evaluation_batch(split: Dataset[Any]) -> int:
+    """How many inputs of a split go through a model at once where nothing is trained."""
+    # Reading an input may draw random numbers, which are the caller's.
+    with seeded(0):
+        return max(1, min(EVALUATION_BATCH, EVALUATION_VALUES // example(split).numel()))
+
+
 @torch.no_grad()
 def predict(model: nn.Module, split: Dataset[Any], *, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
     """Outputs and targets of a whole split, in order, on the CPU."""
     model.eval()
-    pairs = [(model(inputs).cpu(), targets.cpu()) for inputs, targets in batches(split, EVALUATION_BATCH, device=device)]
+    pairs = [(model(inputs).cpu(), targets.cpu()) for inputs, targets in batches(split, evaluation_batch(split), device=device)]
     return torch.cat([outputs for outputs, _ in pairs]), torch.cat([targets for _, targets in pairs])
 
 

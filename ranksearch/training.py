@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import time
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset
 from ranksearch.checkpoint import Checkpoint
 from ranksearch.data import at_once, batches, sample, seeded, size
 from ranksearch.spec import Recipe
-from ranksearch.tasks import EVALUATION_BATCH, Task, predict
+from ranksearch.tasks import Task, evaluation_batch, predict
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -47,6 +48,8 @@ def fit(
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     lower = recipe.precision == "bfloat16"
+    # One with weights for its classes has to follow the model; of a copy, since others use it on the CPU.
+    loss_of = copy.deepcopy(task.loss).to(device) if isinstance(task.loss, nn.Module) else task.loss
     checkpoint = checkpoint or Checkpoint()
     done = checkpoint.restore(order, model=model, optimizer=optimizer, schedule=schedule)
     for epoch in range(done + 1, recipe.epochs + 1):
@@ -57,7 +60,7 @@ def fit(
                 with torch.autocast(device.type, torch.bfloat16, enabled=lower):
                     outputs = model(inputs)
                 # The loss in full: it is cheap, and may be one that knows no bfloat16.
-                loss = task.loss(outputs.float() if lower else outputs, targets)
+                loss = loss_of(outputs.float() if lower else outputs, targets)
                 if not torch.isfinite(loss):
                     raise Diverged("the loss became NaN or infinite")
                 optimizer.zero_grad(set_to_none=True)
@@ -83,6 +86,12 @@ def place(model: M, device: torch.device) -> M:
         if tensor.dim() == 4:  # all at once is for models without any 3-D kernel
             tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
     return model
+
+
+def release(device: torch.device) -> None:
+    """Give back the memory of a GPU that torch holds in reserve: other processes share it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @torch.no_grad()
@@ -113,7 +122,7 @@ def recalibrate(model: nn.Module, task: Task, *, seed: int, device: torch.device
     with seeded(seed, device):
         chosen = sample(task.data.train, inputs, seed=seed)
         # Batches of one size: each counts alike in the average, and a few inputs left over have poor statistics.
-        most = at_once(chosen, EVALUATION_BATCH)
+        most = at_once(chosen, evaluation_batch(chosen))
         equal = math.ceil(size(chosen) / math.ceil(size(chosen) / most))
         for batch, _ in batches(chosen, equal, generator=order, device=device):
             model(batch)
@@ -132,12 +141,18 @@ def latencies_ms(models: list[nn.Module], example: Tensor) -> list[float]:
     start = time.perf_counter()
     for model in models:
         place(model, example.device).eval()(example)
+    _finish(example.device)
     whole = time.perf_counter() - start
     for _ in range(max(FEWEST_ROUNDS, min(ROUNDS, int(PATIENCE / whole)))):
         for model, taken in zip(models, times, strict=True):
             start = time.perf_counter()
             model(example)
-            if example.is_cuda:
-                torch.cuda.synchronize()
+            _finish(example.device)
             taken.append((time.perf_counter() - start) * 1e3)
     return [statistics.median(taken) for taken in times]
+
+
+def _finish(device: torch.device) -> None:
+    """Wait for what a GPU was given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()

@@ -13,8 +13,8 @@ from ranksearch.checkpoint import Checkpoint
 from ranksearch.console import Silent
 from ranksearch.errors import StudyError
 from ranksearch.options import Options
-from ranksearch.record import Rung
-from ranksearch.strategy.trial import Answer, Job, Stage
+from ranksearch.record import Outcome, Rung
+from ranksearch.strategy.trial import Answer, Evaluator, Job, Stage
 from ranksearch.study import Stopped, run_study
 from ranksearch.tasks import Task
 from ranksearch.training import Recipe
@@ -167,6 +167,52 @@ def test_a_study_goes_on_in_the_midst_of_a_training(always, tmp_path, stage, at)
     assert not (out / "unfinished").exists()
     assert (out / "dense.safetensors").read_bytes() == (tmp_path / "whole" / "small" / "dense.safetensors").read_bytes()
     assert (stage, 7) in view.done if stage != "finalists" else view.rungs == [3, 4, 5]
+
+
+def test_a_finalist_that_ran_out_of_memory_goes_on(always, tmp_path, monkeypatch):
+    spec, out = small_spec("search.trials=1", "finalists.count=1", "finalists.epochs=4"), tmp_path / "small"
+    rungs = Evaluator._rungs
+
+    def short_of_memory(self, model, job, checkpoint):
+        for rung in rungs(self, model, job, checkpoint):
+            if job.stage is Stage.FINALIST and rung.epochs == 3:
+                raise RuntimeError("CUDA error: out of memory")
+            yield rung
+
+    monkeypatch.setattr(Evaluator, "_rungs", short_of_memory)
+    (trial,) = run_study(spec, out, Options(workers=0)).trials
+    assert trial.failed is Outcome.OUT_OF_MEMORY
+    monkeypatch.setattr(Evaluator, "_rungs", rungs)
+    view = Stopping("", 0)
+    (trial,) = run_study(spec, out, Options(workers=0), view=view).trials
+    assert view.rungs == [3, 4]
+    assert [rung.epochs for rung in trial.finalist.curve] == [0, 1, 2, 3, 4]
+    assert not (out / "unfinished").exists()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+    ],
+)
+def test_memory_that_is_short_in_words_only_is_no_bug(evaluator, trained, message):
+    def failing(outputs, targets):
+        raise RuntimeError(message)
+
+    *_, answer = replace(evaluator(), task=replace(trained, loss=failing))(Job(0, PLAN, 0))
+    assert answer.outcome is Outcome.OUT_OF_MEMORY
+    assert [rung.epochs for rung in answer.curve] == [0]
+
+
+def test_another_runtime_error_is_one(evaluator, trained):
+    def failing(outputs, targets):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        list(replace(evaluator(), task=replace(trained, loss=failing))(Job(0, PLAN, 0)))
 
 
 def test_a_study_started_over_trains_from_the_beginning(always, tmp_path):

@@ -295,6 +295,15 @@ def test_a_node_that_cannot_import_the_model():
         next(refuse(Job(0, Plan(), seed=0)))
 
 
+@pytest.mark.parametrize(
+    ("gpus", "each", "trials"), [(1, 0.1, 10), (1, 0.3, 3), (2, 0.6, 2), (2, 0.5, 4), (4, 1, 4), (5, 2, 2), (0, 0.5, 0)]
+)
+def test_a_trial_lies_on_one_gpu_or_on_whole_ones(monkeypatch, gpus, each, trials):
+    node = {"Alive": True, "Resources": {"CPU": 64, "GPU": gpus}}
+    monkeypatch.setattr(tune.ray, "nodes", lambda: [node])
+    assert tune._slots(ray.Cluster("head:6379", cpus=2, gpus=each)) == trials
+
+
 def test_a_cluster_without_nodes_is_waited_for_and_given_up(monkeypatch):
     clock, nodes = iter(range(0, 1000, 50)), iter([1, 0, 0, 2, 0, 0, 0])
     monkeypatch.setattr(tune, "_slots", lambda cluster: next(nodes))

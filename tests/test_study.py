@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ranksearch
-from ranksearch import Splits
+from ranksearch import Splits, study
 from ranksearch.console import Silent, final_words
 from ranksearch.dense import train_dense
 from ranksearch.errors import ModelError, SpecError, StudyError
@@ -361,3 +361,11 @@ def test_given_dense_weights_must_fit(tmp_path):
         ModelError, match=r"other.pt must be a state dict of the model, but it lacks conv1.bias and 11 more, conv1.weight is"
     ):
         run_study(small_spec(f"dense.weights='{tmp_path / 'other.pt'}'"), tmp_path / "three", Options(workers=0))
+
+
+def test_workers_share_the_cores_but_not_a_gpu_unless_asked(monkeypatch):
+    monkeypatch.setattr(study.local, "engine", lambda workers: workers)
+    monkeypatch.setattr(study.os, "cpu_count", lambda: 8)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [study._engine(Options(), device) for device in (cpu, gpu)] == [8, 1]
+    assert [study._engine(Options(workers=3), device) for device in (cpu, gpu)] == [3, 3]

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from ranksearch import training
+from ranksearch.data import Batched
 from ranksearch.errors import ModelError
 from ranksearch.layers import check_weights
-from ranksearch.tasks import Task, accuracy, check_outputs
+from ranksearch.tasks import Task, accuracy, check_outputs, evaluation_batch, predict
 from tests import nets
 
 CPU = torch.device("cpu")
@@ -106,3 +107,42 @@ def test_bfloat16_trains_other_weights_that_stay_float32_and_learns():
     assert not torch.equal(*weights)
     scores = [training.score(task.model, task, task.data.validation, device=CPU) for task in (plain, lower)]
     assert abs(scores[0] - scores[1]) < 0.1
+
+
+@pytest.mark.parametrize(("shape", "most"), [((1, 8, 8), 256), ((3, 224, 224), 55), ((1, 4096, 4096), 1)])
+def test_large_inputs_are_scored_a_few_at_a_time(shape, most):
+    held = []
+    model = nets.Net(lambda net, x: held.append(len(x)) or x.flatten(1)[:, :2])
+    split = Fixed(shape, 300 if most > 200 else 60)
+    outputs, targets = predict(model, split)
+    assert (max(held), sum(held)) == (most, len(split))
+    assert len(outputs) == len(targets) == len(split)
+
+
+class Fixed(Batched):
+    """Inputs of a shape that take no memory before they are read."""
+
+    def __init__(self, shape, count):
+        self.shape, self.count = shape, count
+
+    def __len__(self):
+        return self.count
+
+    def batch(self, chosen, device):
+        return torch.zeros(1, *self.shape).expand(len(chosen), *self.shape), chosen % 2
+
+    def only(self, chosen):
+        return self
+
+
+def test_the_size_of_a_batch_draws_nothing_of_the_callers():
+    class Drawing(Fixed):
+        def batch(self, chosen, device):
+            torch.rand(1)
+            return super().batch(chosen, device)
+
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    assert evaluation_batch(Drawing((1, 8, 8), 4)) == 256
+    assert torch.equal(torch.rand(2), expected)

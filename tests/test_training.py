@@ -104,6 +104,23 @@ def test_fitting_leaves_the_callers_random_numbers_alone(trained):
     assert torch.equal(torch.rand(4), expected)
 
 
+def test_a_loss_with_weights_of_its_own_follows_the_model_and_stays_as_it_was():
+    moved = []
+
+    class Weighted(nn.CrossEntropyLoss):
+        def to(self, device):
+            moved.append((self, device))
+            return super().to(device)
+
+    loss = Weighted(torch.linspace(0.5, 1.5, 10))
+    task = Task(nets.small(), nets.few_digits(), loss)
+    for _ in training.fit(task.model, task, training.Recipe(1), seed=0, device=CPU):
+        pass
+    ((copied, device),) = moved
+    assert copied is not loss
+    assert device == CPU
+
+
 def test_fitting_learns(trained):
     task = Task(nets.small(), trained.data)
     before = training.score(task.model, task, task.data.validation, device=CPU)

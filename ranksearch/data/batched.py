@@ -14,7 +14,7 @@ class Batched(Dataset[Any], abc.ABC):
     """A split that knows how to make a whole batch: quicker than one input after the other, and where the model is.
 
     What a batch draws at random it draws from torch's default generator on the CPU, which training seeds: so the same
-    seed gives the same batches on every device.
+    seed gives the same batches on every device, of a model that draws none itself (dropout).
     """
 
     at_once: ClassVar[int | None] = None

@@ -95,7 +95,9 @@ def _line(error: Exception) -> str:
 
 def _about(cluster: Cluster) -> str:
     nodes = sum(node["Alive"] for node in ray.nodes())
-    trial = f"{cluster.cpus} {'CPU' if cluster.cpus == 1 else 'CPUs'}" + (f" and {cluster.gpus:g} GPUs" if cluster.gpus else "")
+    trial = f"{cluster.cpus} {'CPU' if cluster.cpus == 1 else 'CPUs'}" + (
+        f" and {cluster.gpus:g} {'GPU' if cluster.gpus <= 1 else 'GPUs'}" if cluster.gpus else ""
+    )
     return f"Ray on {nodes} {'node' if nodes == 1 else 'nodes'}, {_slots(cluster)} trials at a time, {trial} each"
 
 
@@ -104,9 +106,15 @@ def _slots(cluster: Cluster) -> int:
     found = 0
     for node in ray.nodes():
         if node["Alive"]:
-            held = node["Resources"].get("CPU", 0) // cluster.cpus
-            found += int(min(held, node["Resources"].get("GPU", 0) // cluster.gpus) if cluster.gpus else held)
+            cpus, gpus = (node["Resources"].get(kind, 0) for kind in ("CPU", "GPU"))
+            held = cpus // cluster.cpus
+            found += int(min(held, _share(gpus, cluster.gpus)) if cluster.gpus else held)
     return found if cluster.workers is None else min(found, cluster.workers)
+
+
+def _share(gpus: float, each: float) -> int:
+    """How many trials so many GPUs hold; one that takes a fraction lies on one GPU. 1 // 0.1 is 9."""
+    return int(gpus) * int(1 / each + 1e-6) if each < 1 else int(gpus // each)
 
 
 def _run(driver: Connection, cluster: Cluster, evaluate: bytes) -> None:

@@ -6,7 +6,7 @@ import copy
 import enum
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,17 +88,25 @@ class Evaluator:
             if job.stage is Stage.PROBE:
                 more = {"loss": self._loss(self.compressed(job.plan), job.seed)}
             else:
-                model = copy.deepcopy(self.task.model)
-                for rung in self._rungs(model, job, checkpoint):
-                    checkpoint.rungs.append(rung)
-                    yield rung
-                if job.stage is Stage.FINALIST:
-                    more = {"score_test": self._score(model, self.task.data.test), "weights": weights_of(model)}
+                more = yield from self._trained(job, checkpoint)
         except Diverged:
             outcome = Outcome.DIVERGED
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
             outcome = Outcome.OUT_OF_MEMORY
+        training.release(torch.device(self.device))
         yield Answer(outcome, tuple(checkpoint.rungs), checkpoint.seconds(), **more)
+
+    def _trained(self, job: Job, checkpoint: Checkpoint) -> Generator[Rung, None, dict[str, Any]]:
+        """The rungs that are left; at their end, what a finalist is found to be."""
+        model = copy.deepcopy(self.task.model)
+        for rung in self._rungs(model, job, checkpoint):
+            checkpoint.rungs.append(rung)
+            yield rung
+        if job.stage is not Stage.FINALIST:
+            return {}
+        return {"score_test": self._score(model, self.task.data.test), "weights": weights_of(model)}
 
     def compressed(self, plan: Plan) -> nn.Module:
         """The dense model with the plan applied to it, before any fine-tuning."""
@@ -170,3 +178,9 @@ class Evaluator:
 def checkpoint_file(unfinished: Path, key: int) -> Path:
     """Where the checkpoint of the finalist of that key is."""
     return unfinished / f"{key}.pt"
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Only for its own memory on a GPU has torch an exception; cuBLAS, cuDNN, the driver and the CPU say it in words."""
+    words = "out of memory", "ALLOC_FAILED", "can't allocate memory"
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in words)
