@@ -82,7 +82,7 @@ def search(
         RankSearchError: bad input, most of it before anything is written; or a cluster, a storage or workers that are lost.
     """
     spec = StudySpec(
-        name=re.sub(r"[^\w.-]|^[^A-Za-z0-9]+", "-", Path(out).resolve().name).lstrip("-") or "search",
+        name=re.sub(r"^[^A-Za-z0-9]+", "", re.sub(r"[^\w.-]", "-", Path(out).resolve().name)) or "search",
         seed=seed,
         task=TaskSpec(
             model=FROM_PYTHON,

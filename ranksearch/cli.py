@@ -162,10 +162,11 @@ def _study(options: argparse.Namespace, given: list[str]) -> int:
     try:
         found = run_study(spec, out, run, view=view)
     except KeyboardInterrupt as stop:
-        # Before the study's folder was claimed it is a plain one.
+        # Before what --fresh deletes is gone it is a plain one, and the same command does so.
+        begun = isinstance(stop, Stopped)
         if isinstance(stop, Stopped) and stop.record:
             screen.print(views.front_table(stop.record.shown, stop.record.facts, title="the front so far"))
-        again = _shown([word for word in given if word != "--fresh"], options.storage)
+        again = _shown([word for word in given if word != "--fresh" or not begun], options.storage)
         screen.out(f"\nStopped. Go on with:  {again}", highlight=False)
         return INTERRUPTED
     screen.print(views.front_table(found.shown, found.facts, title="the front"))
@@ -234,12 +235,7 @@ def _report(options: argparse.Namespace, given: list[str]) -> int:
     from ranksearch.attributes import read_study
     from ranksearch.report import write_report
 
-    record = read_study(_stored(options))
-    try:
-        page = write_report(record, options.folder)
-    except OSError as error:
-        raise StudyError(f"The report in {options.folder} cannot be written: {error.strerror}.") from None
-    sys.stdout.write(f"{page}\n")
+    sys.stdout.write(f"{write_report(read_study(_stored(options)), options.folder)}\n")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -126,7 +127,7 @@ class Terminal(View):
             BarColumn(bar_width=32),
             MofNCompleteColumn(),
             _TimeLeft(),
-            TextColumn("[dim]{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
             console=console,
         )
         self._front: Table | str = ""
@@ -251,7 +252,7 @@ def front_table(front: Sequence[TrialRecord], facts: StudyFacts, *, most: int | 
             f"{record.macs:,}",
             score_text(record.score_validation, facts.score_name),
             score_text(test, facts.score_name),
-            str(record.plan),
+            Text(str(record.plan)),  # names of layers are no markup
         )
     return table
 
@@ -261,7 +262,8 @@ def final_words(folder: Path, record: StudyRecord, storage: str) -> str:
     report = f"report  {folder / 'report.html'}"
     if not any(trial.finalist for trial in record.trials):
         return report
-    return f"{report}\nmodels  {folder / 'models'}\ntake one home:  ranksearch export {folder} --knee --format onnx{storage}"
+    export = f"ranksearch export {shlex.quote(str(folder))} --knee --format onnx{storage}"
+    return f"{report}\nmodels  {folder / 'models'}\ntake one home:  {export}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +292,7 @@ def layers_table(look: Look) -> Table:
     for layer in look.layers:
         costs = [f"{text}: {params:,} ({layer.params / params:.1f}x)" for text, params in look.costs.get(layer.name, ())]
         table.add_row(
-            layer.name,
+            Text(layer.name),
             "x".join(map(str, layer.weight)) + (", flattened" if layer.kind == "Linear" and len(layer.weight) > 2 else ""),
             f"{layer.params:,}",
             f"{layer.params / look.params:.1%}",

@@ -61,9 +61,12 @@ def study_facts(
         ModelError: the dense model's score is no number, or on another scale than a share's.
     """
     device = inputs.device
-    score = training.score(task.model, task, task.data.validation, device=device)
-    if not math.isfinite(score):
-        raise ModelError(f"The score must be a number for the dense net, but {task.score_name} gave {score}; mend it.")
+    score, tested = (training.score(task.model, task, part, device=device) for part in (task.data.validation, task.data.test))
+    for found_score, split in ((score, "validation"), (tested, "test")):
+        if not math.isfinite(found_score):
+            raise ModelError(
+                f"The score must be a number for the dense net, but {task.score_name} gave {found_score} on {split}; mend it."
+            )
     if abs(score) > 1:
         raise ModelError(
             f"A score must be on the scale of a share, where 0.01 is a difference that counts, but {task.score_name} gave "
@@ -73,7 +76,7 @@ def study_facts(
         params=found.params,
         macs=found.macs,
         score_validation=score,
-        score_test=training.score(task.model, task, task.data.test, device=device),
+        score_test=tested,
         latency_ms=training.latencies_ms([task.model], inputs)[0],
     )
     return StudyFacts(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import filelock
 import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
-from sqlalchemy import event
-from sqlalchemy.engine import URL, make_url
+from sqlalchemy import create_engine, event, func, select
+from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from ranksearch.errors import SpecError, StudyError, first_line
 from ranksearch.files import write_whole
@@ -34,6 +36,8 @@ MARK = "# Written by ranksearch: the study of this folder, as resolved."
 ELSEWHERE = "# storage: "
 """Of the spec, the line with the storage's address where it is not the folder's own."""
 IDENTITY = "ranksearch:identity"
+ATTEMPTS = 3
+"""At a storage whose tables another run is making."""
 NAMES = {"params": "log10 ratio", "macs": "log10 MACs ratio"}
 """Of the costs, on the axes of optuna-dashboard."""
 
@@ -72,6 +76,50 @@ def claimed(folder: Path, spec: StudySpec, storage: str | None, *, fresh: bool) 
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def held_alone(name: str, url: str | None) -> Iterator[None]:
+    """Hold the study of that name for this run, in a storage that several folders or machines share; the folder's own, None, is
+    held with the folder.
+
+    A lock of a file beside an SQLite database, an advisory lock of PostgreSQL, which both end with their process however that
+    ends. In other servers a study is not held.
+
+    Raises:
+        StudyError: another run holds it.
+    """
+    address = _address(url) if url else None
+    with ExitStack() as held:
+        if address and not _taken(name, address, held):
+            raise StudyError(
+                f"One run at a time may go on with a study, but {name!r} in {masked(str(url))} is in use; wait for it, give "
+                "it more --workers, or choose another name."
+            )
+        yield
+
+
+def _taken(name: str, address: URL, held: ExitStack) -> bool:
+    """Whether the study could be taken; `held` gives it back."""
+    if address.get_backend_name() == "sqlite":
+        lock = filelock.FileLock(f"{address.database}.{name}.lock", timeout=0)
+        try:
+            held.enter_context(lock)
+        except filelock.Timeout:
+            return False
+    elif address.get_backend_name() == "postgresql":
+        # One connection for the whole run, in no transaction: the server's lock is the connection's.
+        engine = create_engine(address, connect_args=CONNECT, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+        connection = engine.connect()
+        held.callback(_closed, connection)
+        key = func.hashtextextended(f"ranksearch:{name}", 0)
+        return bool(connection.scalar(select(func.pg_try_advisory_lock(key))))
+    return True
+
+
+def _closed(connection: Connection) -> None:
+    with suppress(SQLAlchemyError):  # the server may have been away
+        connection.close()
 
 
 def read_spec(folder: Path) -> StudySpec:
@@ -143,12 +191,17 @@ def check_storage(url: str) -> RDBStorage:
         StudyError: the address is none, or the storage cannot be reached or is no Optuna storage. Never shows a password.
     """
     address = _address(url)
-    try:
-        return _connected(address)
-    except ImportError as error:
-        reason = f"the Python package {error.name!r} is not installed" if error.name else str(error)
-    except (SQLAlchemyError, StorageInternalError, RuntimeError) as error:
-        reason = first_line(getattr(error, "orig", None) or error)
+    for attempt in range(ATTEMPTS):
+        try:
+            return _connected(address)
+        except ImportError as error:
+            reason = f"the Python package {error.name!r} is not installed" if error.name else str(error)
+        except (SQLAlchemyError, StorageInternalError, RuntimeError) as error:
+            reason = first_line(getattr(error, "orig", None) or error)
+        # Another run that starts at the same time makes the same tables.
+        if "already exists" not in reason:
+            break
+        time.sleep(attempt)
     reason = reason.replace(str(address.password), "***") if address.password else reason
     raise StudyError(f"The storage {masked(url)} cannot be used: {reason}; check its address, and that it is up.")
 

@@ -261,11 +261,10 @@ def yardstick(dense_score: float, scores: Iterable[float]) -> float:
 def front_of(trials: Sequence[TrialRecord], objectives: Objectives, limits: Limits = UNLIMITED) -> list[TrialRecord]:
     """The non-dominated trials within the limits by validation score and ratios, the largest first; each plan once.
 
-    Once there are finalists only they compete: scores of long and of short fine-tuning do not compare.
+    Once there are finalists within them only they compete: scores of long and of short fine-tuning do not compare.
     """
-    done = [trial for trial in trials if trial.scored]
-    pool = [trial for trial in done if trial.finalist] or [trial for trial in done if trial.same_as is None]
-    pool = [trial for trial in pool if not limits.excess(trial, trial.score_validation)]
+    within = [trial for trial in trials if trial.scored and not limits.excess(trial, trial.score_validation)]
+    pool = [trial for trial in within if trial.finalist] or [trial for trial in within if trial.same_as is None]
     chosen = [pool[i] for i in pareto.front([objectives.point(_score(trial), trial) for trial in pool])]
     return sorted(chosen, key=objectives.ratio)
 

@@ -87,4 +87,5 @@ class Run:
         with self.stage(stage) as keep:
             while again:
                 again = False
-                self.engine.run(jobs(), evaluate, on_message=on_message, should_stop=should_stop)
+                left = (job for job in jobs() if losses[job.key] < MAX_TRIES)
+                self.engine.run(left, evaluate, on_message=on_message, should_stop=should_stop)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-import numbers
 import re
 import tomllib
 import types
@@ -248,7 +247,7 @@ def load_spec(source: str, *, overrides: Sequence[str] = ()) -> StudySpec:
             f"A study is a built-in name or a .toml file, but {source!r} is neither.{nearest(source, builtin_studies())}"
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise SpecError(f"The study file {source} cannot be read: {reason}; check the path.") from None
@@ -378,6 +377,6 @@ def _plain(value: Any) -> Any:
         return {name: _plain(entry) for name, entry in pairs if entry is not None}
     if isinstance(value, Mapping):
         return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return int(value)  # numpy's too, from Python
+    if not isinstance(value, str | int | float | tuple) and hasattr(value, "item"):
+        return value.item()  # numpy's numbers, from Python
     return list(value) if isinstance(value, tuple) else value

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -387,3 +388,30 @@ def test_report_does_not_import_torch(finished):
     code = f"import sys; from ranksearch.cli import main; main(['report', {str(finished[0])!r}]); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_ctrl_c_before_the_old_study_is_gone_keeps_fresh(study_file, capsys, monkeypatch):
+    def impatient(spec):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ranksearch.study.load_task", impatient)
+    assert main(["study", "small.toml", "--fresh"]) == 130
+    assert capsys.readouterr().out.endswith("Stopped. Go on with:  ranksearch study small.toml --fresh\n")
+
+
+def test_a_report_that_cannot_be_written_is_one_sentence(study_file, capsys):
+    command = ["study", "small.toml", "--workers", "0", "--set", "search.trials=1", "--set", "finalists.count=1"]
+    assert main(command) == 0
+    page = Path("runs/small/front.csv")
+    page.unlink()
+    page.mkdir()
+    for words in (command, ["report", "runs/small"]):
+        assert refuse(capsys, *words).startswith(
+            "The report in runs/small cannot be written: front.csv: Is a directory; the record is"
+        )
+
+
+def test_a_byte_order_mark_is_read_over(study_file, capsys):
+    file = Path("small.toml")
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert main(["layers", "small.toml"]) == 0

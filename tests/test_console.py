@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from ranksearch import console
+from ranksearch.plan import SVD, Plan
 from ranksearch.record import Outcome, Rung
 from tests.test_strategy import trial
 
@@ -123,3 +125,27 @@ def test_scores_and_clocks_for_people():
     assert console.score_text(0.87654, "one_minus_auc") == "0.8765"
     assert console.score_text(None, "accuracy") == "-"
     assert [console.clock(s) for s in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]
+
+
+@pytest.mark.parametrize("name", ["x[/bold]", "heads[left]", "enc:star:x"])
+def test_names_of_layers_are_no_markup(finished, name):
+    _, record = finished
+    odd = replace(record.front[0], plan=Plan.of({name: SVD(2)}))
+    assert f"{name} SVD 2" in printed(console.front_table([odd], record.facts, title="the front"), width=180)
+    layer = replace(record.facts.layers[0], name=name)
+    look = console.Look(layers=(layer,), skipped={}, params=100, macs=100, costs={}, trained=True)
+    assert name in printed(console.layers_table(look), width=180)
+    screen = Console(file=io.StringIO(), force_terminal=True, width=200)
+    with console.Terminal(screen) as view:
+        view.facts(record.facts)
+        view.stage("probing layers", 1)
+        view.step(str(odd.plan))
+        assert f"{name} SVD 2" in printed(view._render(), width=200)
+        view.trial(odd, [odd])
+        assert f"{name} SVD 2" in printed(view._render(), width=200)
+
+
+def test_the_last_command_is_one_for_a_shell(finished):
+    _, record = finished
+    words = console.final_words(Path("my runs/lenet"), record, "")
+    assert words.endswith("ranksearch export 'my runs/lenet' --knee --format onnx")

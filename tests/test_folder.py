@@ -6,8 +6,11 @@ from dataclasses import replace
 
 import optuna
 import pytest
+from sqlalchemy.exc import OperationalError
 
+from ranksearch import folder
 from ranksearch.errors import SpecError, StudyError
+from ranksearch.folder import check_storage, held_alone
 from ranksearch.options import Options
 from ranksearch.study import run_study
 from tests.conftest import essence, small_spec
@@ -98,3 +101,33 @@ def test_fresh_starts_over_whatever_the_folder_says(tmp_path):
         run_study(spec, out, Options(workers=0))
     assert (out / "spec.toml").read_text() == older
     assert run_study(spec, out, Options(workers=0, fresh=True)).trials
+
+
+def test_one_run_at_a_time_holds_a_study_of_a_shared_storage(tmp_path):
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    words = (
+        rf"One run at a time may go on with a study, but 'small' in {url} is in use; wait for it, give it more --workers, or"
+    )
+    with held_alone("small", url), held_alone("other", url), held_alone("small", None):
+        with pytest.raises(StudyError, match=words):
+            run_study(small_spec("search.trials=1"), tmp_path / "b", Options(workers=0, storage=url))
+        assert not (tmp_path / "b" / "spec.toml").exists()
+    with held_alone("small", url):
+        pass
+
+
+def test_a_storage_whose_tables_another_run_makes_is_tried_again(tmp_path, monkeypatch):
+    connected, left = folder._connected, [1, 1]
+
+    def racing(address):
+        if left:
+            left.pop()
+            raise OperationalError("CREATE TABLE studies", {}, Exception("table studies already exists"))
+        return connected(address)
+
+    monkeypatch.setattr(folder, "_connected", racing)
+    monkeypatch.setattr(folder.time, "sleep", lambda seconds: None)
+    assert check_storage(f"sqlite:///{tmp_path / 'new.db'}")
+    left += [1] * folder.ATTEMPTS
+    with pytest.raises(StudyError, match="cannot be used: table studies already exists; check its address"):
+        check_storage(f"sqlite:///{tmp_path / 'new.db'}")

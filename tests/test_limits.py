@@ -16,9 +16,10 @@ import ranksearch
 from ranksearch.attributes import read_asked
 from ranksearch.errors import SpecError
 from ranksearch.limits import UNLIMITED, Limits
+from ranksearch.objectives import Objectives
 from ranksearch.options import Options
 from ranksearch.plan import Plan
-from ranksearch.record import GIVE_UP, MAX_TRIES, Outcome, StudyRecord
+from ranksearch.record import GIVE_UP, MAX_TRIES, Outcome, StudyRecord, front_of
 from ranksearch.report import write_report
 from ranksearch.strategy.sampler import RankSampler
 from ranksearch.strategy.space import Size, check_limits, size_of
@@ -27,6 +28,7 @@ from ranksearch.study import run_study
 from tests.books import FOUND, SPACE, TINY, Books, answer, knowledge
 from tests.conftest import essence, small_spec
 from tests.report.report_study import study_record
+from tests.test_strategy import finalist, trial
 
 bounds = st.none() | st.floats(0.1, 100)
 
@@ -121,6 +123,21 @@ def test_no_trained_trial_breaks_a_limit_of_size(min_ratio, share, sampler, seed
     told = {trial.number: trial for trial in books.study.trials}
     assert all(told[trial.number].constraints == {"within the limits": limits.excess(trial)} for trial in over)
     assert all(told[trial.number].state is optuna.trial.TrialState.PRUNED for trial in over)
+
+
+def test_every_scored_trial_has_one_constraint_whatever_the_limits_were():
+    """Optuna's "gp" wants as many of each."""
+    books = Books(TINY, sampler="gp")
+    books.run(3)
+    known = next(trial for trial in books.trained if trial.score is not None)
+    narrow = Limits(min_ratio=known.ratio * 1.001)
+    books.arguments |= {"limits": narrow, "since": len(books.study.trials)}
+    books.study.enqueue_trial(TINY.params(known.plan))
+    books.run(4)
+    (again,) = (trial for trial in books.untrained if trial.same_as == known.number and trial.origin == "queued")
+    told = {trial.number: trial.constraints for trial in books.study.trials if trial.state is optuna.trial.TrialState.COMPLETE}
+    assert {name for constraints in told.values() for name in constraints} == {"worth taking home"}
+    assert told[again.number]["worth taking home"] >= narrow.excess(again) > 0
 
 
 @settings(deadline=None, max_examples=10)
@@ -397,3 +414,10 @@ def test_a_twin_is_drawn_once(tmp_path):
         write_report(replace(record, trials=trials), tmp_path / name)
     assert charts(tmp_path / "with") == charts(tmp_path / "without")
     assert (tmp_path / "with" / "front.csv").read_bytes() == (tmp_path / "without" / "front.csv").read_bytes()
+
+
+def test_trials_within_the_limits_are_shown_before_finalists_outside():
+    objectives = Objectives(("params",), 1000)
+    small, large = trial(0, 0.8, 6.0), trial(1, 0.9, 2.0, finalist=finalist(0.95))
+    assert front_of([small, large], objectives) == [large]
+    assert front_of([small, large], objectives, Limits(min_ratio=5)) == [small]

@@ -173,3 +173,15 @@ def test_bad_addresses_are_one_sentence(server, study_file, capsys):  # noqa: F8
         assert reason in told
         assert "pa55word" not in told
         assert "s3cret" not in told
+
+
+def test_one_run_at_a_time_holds_a_study(server):
+    words = rf"One run at a time may go on with a study, but 'alone' in postgresql://me:\*\*\*@127.0.0.1:{server.port}/postgres is in use"
+    again = folder.held_alone("alone", server.url)
+    with folder.held_alone("alone", server.url), folder.held_alone("other", server.url), pytest.raises(StudyError, match=words):
+        again.__enter__()
+    with folder.held_alone("alone", server.url):
+        server.stop()  # which gives the lock back by itself
+        server.start()
+    with folder.held_alone("alone", server.url):
+        pass

@@ -24,6 +24,7 @@ from ranksearch.layers import inventory
 from ranksearch.limits import UNLIMITED
 from ranksearch.objectives import Objectives
 from ranksearch.options import Options
+from ranksearch.plan import SVD, Plan
 from ranksearch.profile import profile
 from ranksearch.record import Outcome, Rung
 from ranksearch.strategy.ledger import Ledger
@@ -33,6 +34,7 @@ from ranksearch.strategy.space import make_space
 from ranksearch.strategy.trial import Answer
 from ranksearch.study import CALIBRATION, Stopped, run_study
 from tests import nets
+from tests.books import SPACE, Books
 from tests.conftest import essence, small_spec, stored
 
 ROOT = Path(__file__).parents[1]
@@ -232,3 +234,15 @@ def test_latencies_lost_by_a_kill_are_measured_again(tmp_path):
     write_finalist(stored(out), number, replace(finalist, latency_ms=None))
     again = run_study(spec, out, Options(workers=0))
     assert all(trial.finalist.latency_ms > 0 for trial in again.trials if trial.finalist)
+
+
+def test_a_plan_that_a_user_queued_is_a_trial_like_others():
+    books = Books()
+    plan = Plan.of({"fc1": SVD(3)})
+    books.run(2)
+    books.study.enqueue_trial(SPACE.params(plan))
+    books.run(4)
+    found = {trial.index: trial for trial in books.trained}
+    assert sorted(found) == [0, 1, 2, 3]
+    assert (found[2].origin, found[2].plan) == ("queued", plan)
+    assert [found[index].origin for index in (0, 1, 3)] == ["random"] * 3

@@ -17,7 +17,7 @@ from ranksearch.spec import SAMPLERS
 from ranksearch.strategy.frontier import Choice, frontier
 from ranksearch.strategy.sampler import START, WORTHLESS, RankSampler, expected_gains
 from ranksearch.strategy.space import size_of
-from ranksearch.strategy.surrogate import Surrogate, Table
+from ranksearch.strategy.surrogate import Surrogate, Table, _log_weights
 from ranksearch.strategy.trial import Answer
 from tests.books import DENSE_SCORE, FOUND, SPACE, TINY, Books, knowledge, offered
 
@@ -239,3 +239,10 @@ def test_a_score_out_of_reach_is_climbed_to():
     known = knowledge(limits=Limits(min_score=0.6))
     assert known.floor(np.array([0.3, 0.5])) == 0.5
     assert known.floor(np.array([0.3, 0.7])) == known.floor(np.array([])) == 0.6
+
+
+def test_sums_that_differ_by_rounding_alone_are_no_holes():
+    rises = np.array([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1], [0.0, 0.1, 0.1], [0.1, 0.1, 0.0], [0.05, 0.0, 0.1]])
+    assert rises[0].sum() != rises[1].sum()
+    for found in _log_weights(rises, np.log([0.3, 0.1, 0.05, 0.04, 0.02])):
+        assert np.isfinite(found).all()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import optuna
@@ -18,10 +21,14 @@ from ranksearch.dense import train_dense
 from ranksearch.errors import ModelError, SpecError, StudyError
 from ranksearch.export import load_model
 from ranksearch.options import Options
+from ranksearch.plan import Plan
 from ranksearch.probing import FRONTIER_PLANS
-from ranksearch.record import Outcome, choose
+from ranksearch.record import MAX_TRIES, Outcome, choose
 from ranksearch.report import write_report
+from ranksearch.run import Run
+from ranksearch.spec import Recipe
 from ranksearch.strategy.finalists import WORTH
+from ranksearch.strategy.trial import Answer, Job
 from ranksearch.study import Stopped, run_study
 from ranksearch.tasks import Task, predict
 from tests import nets
@@ -369,3 +376,47 @@ def test_workers_share_the_cores_but_not_a_gpu_unless_asked(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert [study._engine(Options(), device) for device in (cpu, gpu)] == [8, 1]
     assert [study._engine(Options(workers=3), device) for device in (cpu, gpu)] == [3, 3]
+
+
+def test_a_test_score_that_is_no_number_is_told_before_the_search(trained, tmp_path):
+    asked = iter(range(100))
+
+    def score(outputs, targets):
+        return float("nan") if next(asked) == 2 else 0.5  # the check, then the dense net on validation, then on test
+
+    with pytest.raises(ModelError, match="The score must be a number for the dense net, but score gave nan on test; mend it"):
+        ranksearch.search(replace(trained, score=score), out=tmp_path / "mine", trials=1, options=Options(workers=0))
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("(_x)", "x-"), ("#_1", "1"), ("~.cfg", "cfg"), ("größe 1", "größe-1"), ("日本", "search")]
+)
+def test_any_folder_gives_a_name(trained, tmp_path, folder, name):
+    record = ranksearch.search(
+        trained, out=tmp_path / folder, trials=1, finetune=Recipe(0), finalists=Recipe(0), finalist_count=1,
+        min_score=np.float32(0.25), data_aware=np.bool_(False), options=Options(workers=0),
+    )  # fmt: skip
+    assert record.facts.name == name
+    assert record.facts.limits.min_score == 0.25
+
+
+def test_what_loses_its_worker_is_tried_so_often_and_no_more():
+    tries, done = Counter(), set()
+
+    class Losing:
+        def run(self, jobs, evaluate, *, on_message, should_stop):
+            for job in jobs:
+                tries[job.key] += 1
+                lost = job.key == 0 or (job.key == 1 and tries[0] == MAX_TRIES)
+                on_message(job, Answer(Outcome.WORKER_LOST if lost else Outcome.DONE))
+
+    def jobs():
+        return (Job(key, Plan(), 0) for key in range(3) if key not in done)
+
+    def on_answer(job, answer):
+        if answer.outcome is not Outcome.WORKER_LOST and tries[0] > 1:
+            done.add(job.key)
+
+    run = SimpleNamespace(engine=Losing(), stage=lambda name: nullcontext(lambda: None))
+    Run.run_jobs(run, "finalists", jobs, None, on_answer)
+    assert tries[0] == MAX_TRIES

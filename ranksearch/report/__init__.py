@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ranksearch.errors import StudyError
 from ranksearch.files import write_whole
 from ranksearch.record import StudyRecord
 
@@ -18,7 +19,7 @@ def write_report(record: StudyRecord, folder: Path) -> Path:
     after its end. Equal records give equal bytes.
 
     Raises:
-        OSError: the folder cannot be written to.
+        StudyError: a file of it cannot be written.
     """
     # Loaded here: what draws takes a quarter of a second, which is not for the start of a study.
     from ranksearch.report import charts, markdown, page, summary, tables
@@ -33,5 +34,11 @@ def write_report(record: StudyRecord, folder: Path) -> Path:
         "report.html": page.html(record),
     }
     for name, content in contents.items():
-        write_whole(folder / name, content)
+        try:
+            write_whole(folder / name, content)
+        except OSError as error:
+            raise StudyError(
+                f"The report in {folder} cannot be written: {name}: {error.strerror}; the record is kept, and "
+                "`ranksearch report` makes it again."
+            ) from None
     return folder / "report.html"

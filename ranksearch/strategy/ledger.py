@@ -24,6 +24,9 @@ from ranksearch.strategy.sampler import WITHIN, Knowledge, admit, make_sampler
 from ranksearch.strategy.space import Space, size_of
 from ranksearch.strategy.trial import Answer, Job
 
+QUEUED = "queued"
+"""The origin of trials that a user put into the Optuna study."""
+
 
 @dataclass(frozen=True)
 class _Open:
@@ -135,16 +138,20 @@ class Ledger:
             self.study.enqueue_trial(self._space.params(plan), user_attrs=asked(index, origin))
         trial = self.study.ask(self._distributions)
         place = read_asked(trial)
-        assert place is not None, "a queued trial carries its place"
+        if place is None:  # queued by another hand
+            self._next += 1
+            return self._placed(trial, self._next - 1, QUEUED)
         admit(self.study, trial, self._sampler)
         return _Open(trial, *place, self._space.plan(trial.params))
 
     def _propose(self, index: int) -> _Open:
         self.study.sampler = make_sampler(self._sampler, seed=self.seed_of(index), knowledge=self._knowledge)
-        trial = self.study.ask(self._distributions)
-        for key, value in asked(index, self._sampler).items():
+        return self._placed(self.study.ask(self._distributions), index, self._sampler)
+
+    def _placed(self, trial: optuna.Trial, index: int, origin: str) -> _Open:
+        for key, value in asked(index, origin).items():
             trial.set_user_attr(key, value)
-        return _Open(trial, index, self._sampler, self._space.plan(trial.params))
+        return _Open(trial, index, origin, self._space.plan(trial.params))
 
     def _answered(self, opened: _Open) -> bool:
         """Whether the plan needs no training: it is known, or runs now, or its size alone answers for it."""
@@ -205,11 +212,14 @@ class Ledger:
 
     def _tell(self, trial: optuna.Trial, record: TrialRecord) -> TrialRecord:
         write_trial(trial, record)
+        excess = self._limits.excess(record)
         if record.score is not None:
-            # Without it a sampler spends half its trials on ever smaller models that know nothing.
+            # Without it a sampler spends half its trials on ever smaller models that know nothing. One constraint for every
+            # trial that has a score, since "gp" wants as many of each.
             scores = [r.score for r in (*self._records.values(), record) if r.score is not None]
-            trial.set_constraint("worth taking home", floor_of(self._dense_score, scores, self._limits) - record.score)
-        if excess := self._limits.excess(record):
+            lacking = floor_of(self._dense_score, scores, self._limits) - record.score
+            trial.set_constraint("worth taking home", max(0.0, lacking) + excess if excess else lacking)
+        elif excess:
             trial.set_constraint(WITHIN, excess)
         values = self._objectives.point(record.score, record) if record.score is not None else None
         self.study.tell(trial, values if record.outcome is Outcome.DONE else None, state=record.outcome.state)

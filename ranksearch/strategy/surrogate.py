@@ -229,7 +229,8 @@ def _log_weights(rises: Values, drops: Values) -> tuple[Values, Values]:
     from sklearn.isotonic import IsotonicRegression
 
     total = _log(rises.sum(1))
-    rest = drops - IsotonicRegression().fit_transform(total, drops)
+    # Clipped, since it takes the largest of nearly equal sums for one out of bounds.
+    rest = drops - IsotonicRegression(out_of_bounds="clip").fit_transform(total, drops)
     steepness = max(GENTLE, float(np.polyfit(total, drops, 1)[0])) if np.ptp(total) > 0 else GENTLE
     shares = steepness * rises / (rises.sum(1, keepdims=True) + HARMLESS)
     # A handful of records that the trend goes through have noise all the same.
