@@ -266,8 +266,10 @@ def _export(options: argparse.Namespace, given: list[str]) -> int:
         difference = export_model(model, task.model, trial.plan, inputs, target, form=options.format)
     except OSError as error:
         raise StudyError(f"The export to {target} cannot be written: {error.strerror}; choose another --to.") from None
+    limits = record.facts.limits
+    outside = f", outside the study's limits ({limits})" if limits.excess(trial, trial.score_validation) else ""
     sys.stdout.write(
-        f"{target}\ntrial {trial.number}, {trial.ratio:.1f}x smaller than dense; largest difference of outputs on "
+        f"{target}\ntrial {trial.number}, {trial.ratio:.1f}x smaller than dense{outside}; largest difference of outputs on "
         f"{len(inputs)} real inputs after reloading: {difference:.1e}\n"
     )
     return 0

@@ -61,12 +61,14 @@ def study_facts(
         ModelError: the dense model's score is no number, or on another scale than a share's.
     """
     device = inputs.device
-    score, tested = (training.score(task.model, task, part, device=device) for part in (task.data.validation, task.data.test))
-    for found_score, split in ((score, "validation"), (tested, "test")):
-        if not math.isfinite(found_score):
+    splits = {"validation": task.data.validation, "test": task.data.test}
+    scores = {name: training.score(task.model, task, split, device=device) for name, split in splits.items()}
+    for name, score in scores.items():
+        if not math.isfinite(score):
             raise ModelError(
-                f"The score must be a number for the dense net, but {task.score_name} gave {found_score} on {split}; mend it."
+                f"The score must be a number for the dense net, but {task.score_name} gave {score} on {name}; mend it."
             )
+    score = scores["validation"]
     if abs(score) > 1:
         raise ModelError(
             f"A score must be on the scale of a share, where 0.01 is a difference that counts, but {task.score_name} gave "
@@ -76,7 +78,7 @@ def study_facts(
         params=found.params,
         macs=found.macs,
         score_validation=score,
-        score_test=tested,
+        score_test=scores["test"],
         latency_ms=training.latencies_ms([task.model], inputs)[0],
     )
     return StudyFacts(

@@ -44,11 +44,11 @@ NAMES = {"params": "log10 ratio", "macs": "log10 MACs ratio"}
 
 @contextmanager
 def claimed(folder: Path, spec: StudySpec, storage: str | None, *, fresh: bool) -> Iterator[None]:
-    """Hold the study's folder for this run; `fresh` first deletes what a study wrote there, and nothing else.
+    """Hold the study's folder, and its study, for this run; `fresh` first deletes what a study wrote there, and nothing else.
 
     Raises:
         StudyError: the folder is a file, holds something else, another study or one whose record is in another storage, cannot
-            be written, or is in use.
+            be written, or it or the study is in use.
         SpecError: the spec in it is damaged, or of another release.
     """
     if folder.exists() and not folder.is_dir():
@@ -71,53 +71,60 @@ def claimed(folder: Path, spec: StudySpec, storage: str | None, *, fresh: bool) 
         if ours and not fresh:
             _same_study(f"The folder {folder}", _spec_of_a_run(folder).identity(), spec)
             _check_place(folder, spec, storage)
-        if fresh:
-            _empty(folder)
-        yield
+        with held_alone(spec.name, storage_url(folder, storage)):
+            if fresh:
+                _empty(folder)
+            yield
     finally:
         lock.release()
 
 
 @contextmanager
-def held_alone(name: str, url: str | None) -> Iterator[None]:
-    """Hold the study of that name for this run, in a storage that several folders or machines share; the folder's own, None, is
-    held with the folder.
+def held_alone(name: str, url: str) -> Iterator[None]:
+    """Hold the study of that name in its storage, which several folders or machines may share, for this run.
 
-    A lock of a file beside an SQLite database, an advisory lock of PostgreSQL, which both end with their process however that
-    ends. In other servers a study is not held.
+    By a lock on a hidden file beside an SQLite database, or an advisory lock of PostgreSQL, which both end with their process,
+    however that ends; PostgreSQL's ends with the server too. In other servers a study is not held.
 
     Raises:
-        StudyError: another run holds it.
+        StudyError: another run holds it, or the storage cannot be used.
     """
-    address = _address(url) if url else None
+    address = _address(url)
     with ExitStack() as held:
-        if address and not _taken(name, address, held):
+        try:
+            taken = _take(name, address, held)
+        except (OSError, SQLAlchemyError) as error:
+            raise _unusable(url, first_line(getattr(error, "orig", None) or error)) from None
+        if not taken:
             raise StudyError(
-                f"One run at a time may go on with a study, but {name!r} in {masked(str(url))} is in use; wait for it, give "
-                "it more --workers, or choose another name."
+                f"One run at a time may go on with a study, but {name!r} in {masked(url)} is in use; wait for it, give it more "
+                "--workers, or choose another name."
             )
         yield
 
 
-def _taken(name: str, address: URL, held: ExitStack) -> bool:
+def _take(name: str, address: URL, held: ExitStack) -> bool:
     """Whether the study could be taken; `held` gives it back."""
     if address.get_backend_name() == "sqlite":
-        lock = filelock.FileLock(f"{address.database}.{name}.lock", timeout=0)
+        database = Path(address.database or "").resolve()
         try:
-            held.enter_context(lock)
+            held.enter_context(filelock.FileLock(database.with_name(f".{database.name}.{name}.lock"), timeout=0))
         except filelock.Timeout:
             return False
     elif address.get_backend_name() == "postgresql":
-        # One connection for the whole run, in no transaction: the server's lock is the connection's.
+        # One connection for the whole run, in no transaction: the lock is the connection's.
         engine = create_engine(address, connect_args=CONNECT, poolclass=NullPool, isolation_level="AUTOCOMMIT")
         connection = engine.connect()
-        held.callback(_closed, connection)
+        held.callback(_close, connection)
+        # The server's own idea of when a client is gone is two hours.
+        for setting, value in (("idle", "20"), ("interval", "5"), ("count", "3")):
+            connection.execute(select(func.set_config(f"tcp_keepalives_{setting}", value, False)))
         key = func.hashtextextended(f"ranksearch:{name}", 0)
         return bool(connection.scalar(select(func.pg_try_advisory_lock(key))))
     return True
 
 
-def _closed(connection: Connection) -> None:
+def _close(connection: Connection) -> None:
     with suppress(SQLAlchemyError):  # the server may have been away
         connection.close()
 
@@ -162,7 +169,7 @@ def open_study(name: str, url: str) -> optuna.Study:
     address = _address(url)
     if address.drivername == "sqlite" and not Path(address.database or "").exists():
         raise StudyError(f"The storage {address.database} does not exist; run `ranksearch study` first, or give --storage.")
-    study = _held(name, check_storage(url))
+    study = _find(name, check_storage(url))
     if study is None:
         raise StudyError(f"The storage {masked(url)} holds no study {name!r}; run `ranksearch study` first.")
     return study
@@ -191,19 +198,25 @@ def check_storage(url: str) -> RDBStorage:
         StudyError: the address is none, or the storage cannot be reached or is no Optuna storage. Never shows a password.
     """
     address = _address(url)
-    for attempt in range(ATTEMPTS):
+    for attempt in range(1, ATTEMPTS + 1):
         try:
             return _connected(address)
         except ImportError as error:
             reason = f"the Python package {error.name!r} is not installed" if error.name else str(error)
+            break
         except (SQLAlchemyError, StorageInternalError, RuntimeError) as error:
             reason = first_line(getattr(error, "orig", None) or error)
-        # Another run that starts at the same time makes the same tables.
-        if "already exists" not in reason:
-            break
+            # Another run that starts at the same time makes the same tables.
+            if "already exists" not in str(error) or attempt == ATTEMPTS:
+                break
         time.sleep(attempt)
-    reason = reason.replace(str(address.password), "***") if address.password else reason
-    raise StudyError(f"The storage {masked(url)} cannot be used: {reason}; check its address, and that it is up.")
+    raise _unusable(url, reason)
+
+
+def _unusable(url: str, reason: str) -> StudyError:
+    password = _address(url).password
+    reason = reason.replace(str(password), "***") if password else reason
+    return StudyError(f"The storage {masked(url)} cannot be used: {reason}; check its address, and that it is up.")
 
 
 def _connected(address: URL) -> RDBStorage:
@@ -233,7 +246,7 @@ def check_study(spec: StudySpec, url: str, *, fresh: bool) -> None:
         StudyError: the storage cannot be used, or its study of that name is another, or none of ranksearch's.
         SpecError: it was begun with keys that this release does not know.
     """
-    study = _held(spec.name, check_storage(url))
+    study = _find(spec.name, check_storage(url))
     if study is not None:
         _check_ours(study, spec, fresh=fresh)
 
@@ -290,7 +303,7 @@ def _same_study(place: str, there: Mapping[str, Any], spec: StudySpec) -> None:
             )
 
 
-def _held(name: str, storage: RDBStorage) -> optuna.Study | None:
+def _find(name: str, storage: RDBStorage) -> optuna.Study | None:
     try:
         return optuna.load_study(study_name=name, storage=storage)
     except KeyError:
@@ -327,7 +340,7 @@ def _check_place(folder: Path, spec: StudySpec, storage: str | None) -> None:
     now = _place(storage) if storage else "the folder's own"
     if was is None or was == now:
         return
-    if (folder / DATABASE).exists() if storage is None else _held(spec.name, check_storage(storage)) is not None:
+    if (folder / DATABASE).exists() if storage is None else _find(spec.name, check_storage(storage)) is not None:
         return
     fix = f"give --storage {noted}" if noted else "leave out --storage"
     raise StudyError(

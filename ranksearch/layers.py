@@ -159,10 +159,10 @@ def _check_uncompiled(model: nn.Module) -> None:
 
 
 def _why_not(name: str, module: nn.Module, watch: _Watch) -> str | None:
-    if not name:
-        return "it is the model itself; put it into an nn.Sequential"
     if reason := why_not_factorized(module):
         return reason
+    if not name:
+        return "it is the model itself; put it into an nn.Sequential"
     if len(watch.owners[id(module.weight)]) > 1:
         return f"its weight is shared by {', '.join(sorted(watch.owners[id(module.weight)]))}"
     calls = watch.order.count(name)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tomli_w
 
 from ranksearch.errors import SpecError, first_line, nearest
@@ -377,6 +378,6 @@ def _plain(value: Any) -> Any:
         return {name: _plain(entry) for name, entry in pairs if entry is not None}
     if isinstance(value, Mapping):
         return {key: _plain(entry) for key, entry in value.items()}
-    if not isinstance(value, str | int | float | tuple) and hasattr(value, "item"):
+    if isinstance(value, np.generic):
         return value.item()  # numpy's numbers, from Python
     return list(value) if isinstance(value, tuple) else value

@@ -88,12 +88,7 @@ def run_study(
         folder.check_study(spec, options.storage, fresh=options.fresh)
     if options.workers != 0:
         check_portable(task)
-    with (
-        _engine(options, device) as engine,
-        folder.claimed(out, spec, options.storage, fresh=options.fresh),
-        folder.held_alone(spec.name, options.storage),
-        view,
-    ):
+    with _engine(options, device) as engine, folder.claimed(out, spec, options.storage, fresh=options.fresh), view:
         url = folder.storage_url(out, options.storage)
         if options.fresh and options.storage:
             folder.delete_study(spec.name, url)

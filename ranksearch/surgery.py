@@ -99,7 +99,7 @@ def kernel_of(name: str, module: nn.Module, value: Factorization) -> Tensor:
         PlanError: the layer can have no factorization, or not this one.
     """
     if reason := why_not_factorized(module):
-        raise PlanError(f"A plan must name layers that can be factorized, but {name!r} cannot: {reason}.")
+        raise PlanError(f"A plan must leave out what cannot be factorized, but names {name!r}: {reason}.")
     assert isinstance(module, (*CONVOLUTIONS, nn.Linear))
     weight = module.weight.detach()
     weight = weight if weight.dtype == torch.float64 else weight.float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import optuna
@@ -108,26 +109,55 @@ def test_one_run_at_a_time_holds_a_study_of_a_shared_storage(tmp_path):
     words = (
         rf"One run at a time may go on with a study, but 'small' in {url} is in use; wait for it, give it more --workers, or"
     )
-    with held_alone("small", url), held_alone("other", url), held_alone("small", None):
-        with pytest.raises(StudyError, match=words):
-            run_study(small_spec("search.trials=1"), tmp_path / "b", Options(workers=0, storage=url))
-        assert not (tmp_path / "b" / "spec.toml").exists()
-    with held_alone("small", url):
+    out, spec = tmp_path / "small", small_spec("search.trials=1", "finalists.count=1")
+    run_study(spec, out, Options(workers=0, storage=url))
+    kept = sorted(out.iterdir())
+    for fresh in (False, True):
+        with held_alone("small", url), held_alone("other", url), pytest.raises(StudyError, match=words):
+            run_study(spec, out, Options(workers=0, storage=url, fresh=fresh))
+        assert sorted(out.iterdir()) == kept
+    run_study(spec, out, Options(workers=0, storage=url, fresh=True))
+
+
+def test_the_folders_own_study_is_held_by_whatever_name_it_goes(tmp_path):
+    out, spec = tmp_path / "small", small_spec("search.trials=1", "finalists.count=1")
+    run_study(spec, out, Options(workers=0))
+    (tmp_path / "link.db").symlink_to(out / "study.db")
+    for path in (out / "study.db", tmp_path / "link.db"):
+        with held_alone("small", f"sqlite:///{path}"), pytest.raises(StudyError, match=r"'small' in sqlite.*is in use"):
+            run_study(spec, out, Options(workers=0, fresh=True))
+    assert (out / "study.db").exists()
+
+
+def test_a_study_that_cannot_be_held_is_told(tmp_path):
+    (tmp_path / ".shared.db.small.lock").mkdir()
+    with (
+        pytest.raises(StudyError, match=r"The storage sqlite:.*shared.db cannot be used: .*Is a directory"),
+        held_alone("small", f"sqlite:///{tmp_path / 'shared.db'}"),
+    ):
         pass
 
 
-def test_a_storage_whose_tables_another_run_makes_is_tried_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "told",
+    [
+        "table studies already exists",
+        'duplicate key value violates unique constraint "pg_type_typname_nsp_index"\nDETAIL:  Key (typname, typnamespace)='
+        "(studies, 2200) already exists.",
+    ],
+)
+def test_a_storage_whose_tables_another_run_makes_is_tried_again(tmp_path, monkeypatch, told):
     connected, left = folder._connected, [1, 1]
 
     def racing(address):
         if left:
             left.pop()
-            raise OperationalError("CREATE TABLE studies", {}, Exception("table studies already exists"))
+            raise OperationalError("CREATE TABLE studies", {}, Exception(told))
         return connected(address)
 
     monkeypatch.setattr(folder, "_connected", racing)
     monkeypatch.setattr(folder.time, "sleep", lambda seconds: None)
     assert check_storage(f"sqlite:///{tmp_path / 'new.db'}")
     left += [1] * folder.ATTEMPTS
-    with pytest.raises(StudyError, match="cannot be used: table studies already exists; check its address"):
+    with pytest.raises(StudyError, match=re.escape(f"cannot be used: {told.splitlines()[0]}; check its address")):
         check_storage(f"sqlite:///{tmp_path / 'new.db'}")

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ranksearch
-from ranksearch.attributes import read_asked
+from ranksearch.attributes import asked, read_asked
 from ranksearch.errors import SpecError
 from ranksearch.limits import UNLIMITED, Limits
 from ranksearch.objectives import Objectives
@@ -132,9 +132,10 @@ def test_every_scored_trial_has_one_constraint_whatever_the_limits_were():
     known = next(trial for trial in books.trained if trial.score is not None)
     narrow = Limits(min_ratio=known.ratio * 1.001)
     books.arguments |= {"limits": narrow, "since": len(books.study.trials)}
-    books.study.enqueue_trial(TINY.params(known.plan))
+    # As a killed run leaves it.
+    books.study.enqueue_trial(TINY.params(known.plan), user_attrs=asked(3, "gp"))
     books.run(4)
-    (again,) = (trial for trial in books.untrained if trial.same_as == known.number and trial.origin == "queued")
+    (again,) = (trial for trial in books.untrained if trial.same_as == known.number and trial.index == 3)
     told = {trial.number: trial.constraints for trial in books.study.trials if trial.state is optuna.trial.TrialState.COMPLETE}
     assert {name for constraints in told.values() for name in constraints} == {"worth taking home"}
     assert told[again.number]["worth taking home"] >= narrow.excess(again) > 0

@@ -185,3 +185,9 @@ def test_one_run_at_a_time_holds_a_study(server):
         server.start()
     with folder.held_alone("alone", server.url):
         pass
+    server.stop()
+    try:
+        with pytest.raises(StudyError, match=r"The storage postgresql://me:\*\*\*@.* cannot be used: .*refused"):
+            folder.held_alone("alone", server.url).__enter__()
+    finally:
+        server.start()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -236,13 +237,19 @@ def test_latencies_lost_by_a_kill_are_measured_again(tmp_path):
     assert all(trial.finalist.latency_ms > 0 for trial in again.trials if trial.finalist)
 
 
-def test_a_plan_that_a_user_queued_is_a_trial_like_others():
-    books = Books()
-    plan = Plan.of({"fc1": SVD(3)})
-    books.run(2)
-    books.study.enqueue_trial(SPACE.params(plan))
-    books.run(4)
-    found = {trial.index: trial for trial in books.trained}
-    assert sorted(found) == [0, 1, 2, 3]
-    assert (found[2].origin, found[2].plan) == ("queued", plan)
-    assert [found[index].origin for index in (0, 1, 3)] == ["random"] * 3
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_a_plan_that_another_hand_queued_has_no_place(at):
+    """And changes nothing of what follows, wherever it came between."""
+    alone, disturbed = (
+        Books(sampler="rank", firsts=[("frontier", Plan.of({"fc1": SVD(rank)})) for rank in (2, 4)]) for _ in range(2)
+    )
+    alone.run(5)
+    disturbed.run(at)
+    disturbed.study.enqueue_trial(SPACE.params(Plan.of({"fc1": SVD(3)})))
+    disturbed.study.enqueue_trial({})
+    disturbed.run(5)
+    places = [[(t.index, t.origin, t.plan, t.score) for t in books.trained] for books in (alone, disturbed)]
+    assert places[0] == places[1]
+    states = Counter(trial.state.name for trial in disturbed.study.trials)
+    assert states["FAIL"] == 2
+    assert not states["WAITING"]

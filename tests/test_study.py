@@ -407,7 +407,7 @@ def test_what_loses_its_worker_is_tried_so_often_and_no_more():
         def run(self, jobs, evaluate, *, on_message, should_stop):
             for job in jobs:
                 tries[job.key] += 1
-                lost = job.key == 0 or (job.key == 1 and tries[0] == MAX_TRIES)
+                lost = job.key == 0 or (job.key == 1 and tries[0] >= MAX_TRIES)
                 on_message(job, Answer(Outcome.WORKER_LOST if lost else Outcome.DONE))
 
     def jobs():

@@ -231,7 +231,7 @@ def hooked():
     return conv
 
 
-NOT_SUITED = "A plan must name layers that can be factorized, but {!r} cannot: "
+NOT_SUITED = "A plan must leave out what cannot be factorized, but names {!r}: "
 NOT_FINITE = "Weights must be finite, but layer 'conv' holds NaN or infinity; load or train it again."
 ANOTHER_MAP = "is not fully connected behind a map of size {}; the plan was made for another model or input size."
 # name: (model, layer, value, message)

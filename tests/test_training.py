@@ -14,8 +14,10 @@ from torch.utils.data import Dataset, TensorDataset
 from ranksearch import training
 from ranksearch.data import Batched, Splits, digits, example
 from ranksearch.models import lenet
+from ranksearch.strategy.trial import Job, Stage
 from ranksearch.tasks import Task
 from tests import nets
+from tests.conftest import PLAN
 
 CPU = torch.device("cpu")
 
@@ -139,3 +141,20 @@ def test_latencies_are_measured_for_each_model(trained):
     times = training.latencies_ms([trained.model, nn.Flatten()], example(trained.data.train))
     assert len(times) == 2
     assert all(time > 0 for time in times)
+
+
+def test_memory_of_a_gpu_goes_back_after_every_job(evaluator, monkeypatch):
+    told = []
+    monkeypatch.setattr(training, "release", lambda device: told.append(device.type))
+    for stage in Stage:
+        list(evaluator()(Job(0, PLAN, 0, stage)))
+    assert told == ["cpu"] * len(Stage)
+
+
+def test_only_a_gpu_has_memory_in_reserve(monkeypatch):
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    training.release(CPU)
+    assert not emptied
+    training.release(torch.device("cuda"))
+    assert emptied

@@ -73,7 +73,8 @@ def batches(
     if type(split) is TensorDataset or isinstance(split, Batched):
         order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
         batch_size = at_once(split, batch_size)
-        for chosen in order.split(batch_size):
+        for start in range(0, count, batch_size):
+            chosen = order[start : start + batch_size]
             if generator is not None and _lonely(chosen, batch_size, count):
                 continue
             if isinstance(split, Batched):
@@ -103,7 +104,10 @@ def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
     before = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
+            # Not by torch.manual_seed, which seeds every GPU, too.
+            torch.default_generator.manual_seed(seed)
+            if device.type == "cuda":
+                torch.cuda.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed % 2**32)
             yield

@@ -38,7 +38,7 @@ def write_report(record: StudyRecord, folder: Path) -> Path:
             write_whole(folder / name, content)
         except OSError as error:
             raise StudyError(
-                f"The report in {folder} cannot be written: {name}: {error.strerror}; the record is kept, and "
-                "`ranksearch report` makes it again."
+                f"A report's files must be writable, but {folder / name} is not: {error.strerror}; mend that, and `ranksearch "
+                "report` makes it from the record."
             ) from None
     return folder / "report.html"

@@ -49,7 +49,7 @@ def front_points(record: StudyRecord, cost: str) -> list[dict[str, Any]]:
     finalists, trials = figures.finalists(record), figures.trained(record.trials)
     rows = [_point(record, t, t.score, cost, kind=_kind(t)) for t in trials if t.curve and t.score is not None]
     rows.sort(key=lambda row: row["kind"] in (VBMF, PREDICTED))
-    for trial in finalists or record.shown:
+    for trial in [*finalists, *(trial for trial in record.shown if not trial.finalist)]:
         kind = FRONT if trial.number in front else FINALIST
         rows.append(_point(record, trial, trial.score_validation, cost, kind=kind))
     rows += [_point(record, t, t.finalist.score_test, cost, kind=TEST) for t in finalists if t.finalist]
@@ -85,8 +85,8 @@ def limit_lines(record: StudyRecord, cost: str) -> tuple[list[dict[str, Any]], l
 
 
 def search_line(record: StudyRecord, cost: str) -> list[dict[str, Any]]:
-    """The front by the search's own scores; empty while it is the front itself, before there are finalists."""
-    if not figures.finalists(record):
+    """The front by the search's own scores; empty while it is the front itself, before finalists are on that."""
+    if not any(trial.finalist for trial in record.shown):
         return []
     searched = [replace(trial, finalist=None) for trial in record.trials]
     return _searched(record, searched, cost)

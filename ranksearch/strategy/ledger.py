@@ -24,9 +24,6 @@ from ranksearch.strategy.sampler import WITHIN, Knowledge, admit, make_sampler
 from ranksearch.strategy.space import Space, size_of
 from ranksearch.strategy.trial import Answer, Job
 
-QUEUED = "queued"
-"""The origin of trials that a user put into the Optuna study."""
-
 
 @dataclass(frozen=True)
 class _Open:
@@ -70,7 +67,7 @@ class Ledger:
         self._distributions = space.distributions()
         self._records = {record.number: record for record in read_trials(study)}
         trials = study.get_trials(deepcopy=False)
-        self._waiting = sum(trial.state is TrialState.WAITING for trial in trials)
+        self._waiting = sum(trial.state is TrialState.WAITING and read_asked(trial) is not None for trial in trials)
         self._next = 1 + max((place[0] for trial in trials if (place := read_asked(trial))), default=-1)
         """The index of the next trial that is not one queued again."""
         self._limits, self._since, self._objectives, self._on_untrained = limits, since, objectives, on_untrained
@@ -136,22 +133,26 @@ class Ledger:
                 return self._propose(index)
             origin, plan = self._firsts[index]
             self.study.enqueue_trial(self._space.params(plan), user_attrs=asked(index, origin))
-        trial = self.study.ask(self._distributions)
+        trial = self._drawn()
         place = read_asked(trial)
-        if place is None:  # queued by another hand
-            self._next += 1
-            return self._placed(trial, self._next - 1, QUEUED)
+        assert place is not None, "a queued trial carries its place"
         admit(self.study, trial, self._sampler)
         return _Open(trial, *place, self._space.plan(trial.params))
 
     def _propose(self, index: int) -> _Open:
         self.study.sampler = make_sampler(self._sampler, seed=self.seed_of(index), knowledge=self._knowledge)
-        return self._placed(self.study.ask(self._distributions), index, self._sampler)
-
-    def _placed(self, trial: optuna.Trial, index: int, origin: str) -> _Open:
-        for key, value in asked(index, origin).items():
+        trial = self._drawn()
+        for key, value in asked(index, self._sampler).items():
             trial.set_user_attr(key, value)
-        return _Open(trial, index, origin, self._space.plan(trial.params))
+        return _Open(trial, index, self._sampler, self._space.plan(trial.params))
+
+    def _drawn(self) -> optuna.Trial:
+        """The next trial. One that another hand queued has no place in the order: it is told FAIL, and the next is drawn."""
+        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        others = {trial.number for trial in waiting if read_asked(trial) is None}
+        while (trial := self.study.ask(self._distributions)).number in others:
+            self.study.tell(trial, state=TrialState.FAIL)
+        return trial
 
     def _answered(self, opened: _Open) -> bool:
         """Whether the plan needs no training: it is known, or runs now, or its size alone answers for it."""
