@@ -15,7 +15,7 @@ from ranksearch.console import View
 from ranksearch.errors import ModelError
 from ranksearch.export import digest_of
 from ranksearch.spec import StudySpec
-from ranksearch.tasks import Task
+from ranksearch.tasks import Task, copied
 
 
 def train_dense(task: Task, spec: StudySpec, device: torch.device, view: View, *, unfinished: Path) -> None:
@@ -28,15 +28,17 @@ def train_dense(task: Task, spec: StudySpec, device: torch.device, view: View, *
         return
     checkpoint = Checkpoint(unfinished, f"{spec.dense}, seed {spec.seed}, from {digest_of(task.model)}")
     view.stage("training the dense net", spec.dense.epochs, checkpoint.epochs)
-    training.place(task.model, device)
+    # A copy is trained: some forwards keep what they computed, which no copy could be made of.
+    model = training.place(copied(task.model), device, channels_last=task.channels_last)
     try:
-        for _ in training.fit(task.model, task, spec.dense, seed=spec.seed, device=device, checkpoint=checkpoint):
+        for _ in training.fit(model, task, spec.dense, seed=spec.seed, device=device, checkpoint=checkpoint):
             view.step()
     except training.Diverged:
         raise ModelError(
             f"The dense net must train, but its loss became NaN or infinite at learning rate {spec.dense.learning_rate}; "
             "lower dense.learning_rate."
         ) from None
+    task.model.load_state_dict(model.state_dict())
 
 
 def load_weights(model: nn.Module, path: Path) -> bool:

@@ -152,8 +152,10 @@ def export_onnx(model: nn.Module, inputs: Tensor, target: Path) -> float:
 
 def export_pt2(model: nn.Module, inputs: Tensor, target: Path) -> float:
     """Write a torch.export archive with a free batch size; returns the largest difference after reloading."""
+    # Of one input it would be taken for a constant.
+    two = torch.cat([inputs, inputs])[:2]
     with _traced("pt2"):
-        program = torch.export.export(model, (inputs[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        program = torch.export.export(model, (two,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     buffer.seek(0)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ranksearch import folder, training
 from ranksearch.console import Look
-from ranksearch.data import example
+from ranksearch.data import check_splits, example
 from ranksearch.dense import load_given, load_weights
 from ranksearch.errors import ModelError
 from ranksearch.layers import Inventory, inventory
@@ -34,6 +34,7 @@ def look(spec: StudySpec, out: Path) -> Look:
     are trained ones where the study trains none.
     """
     task = load_task(spec)
+    check_splits(task.data, whole=False)
     kept = load_weights(task.model, out / folder.DENSE)
     if spec.dense.weights and not kept:
         load_given(task.model, Path(spec.dense.weights))
@@ -79,7 +80,7 @@ def study_facts(
         macs=found.macs,
         score_validation=score,
         score_test=scores["test"],
-        latency_ms=training.latencies_ms([task.model], inputs)[0],
+        latency_ms=training.latencies_ms([task.model], inputs, channels_last=task.channels_last)[0],
     )
     return StudyFacts(
         name=spec.name,

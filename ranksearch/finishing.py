@@ -75,7 +75,9 @@ def _time(run: Run) -> None:
     if all(trial.finalist and trial.finalist.latency_ms is not None for trial in trials):
         return
     models = [load_model(run.task.model.cpu(), _folder(run, trial)).to(run.device) for trial in trials]
-    dense, *times = training.latencies_ms([run.task.model.to(run.device), *models], run.example)
+    dense, *times = training.latencies_ms(
+        [run.task.model.to(run.device), *models], run.example, channels_last=run.task.channels_last
+    )
     for trial, latency in zip(trials, times, strict=True):
         assert trial.finalist is not None
         attributes.write_finalist(run.study, trial.number, replace(trial.finalist, latency_ms=latency))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -107,6 +108,7 @@ def inventory(model: nn.Module, example: Tensor) -> Inventory:
             f"The model must accept one input of shape {tuple(example.shape)}, but its forward raised "
             f"{type(error).__name__}: {first_line(error)}; check the model's arguments against the data."
         ) from error
+    _check_copies(model, watch.order, example)
     layers, skipped = [], {}
     for name, module in watch.candidates.items():
         reason = _why_not(name, module, watch)
@@ -148,6 +150,8 @@ def check_weights(model: nn.Module) -> None:
 
 def _check_uncompiled(model: nn.Module) -> None:
     """Compiled code is of a model as it was: each copy with other layers would be compiled anew, for minutes."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("The model must be one in Python, but is TorchScript, whose layers cannot be replaced.")
     for name, module in model.named_modules():
         wrapped, inside = "_orig_mod" in module._modules, hasattr(module.forward, "_torchdynamo_orig_callable")
         if wrapped or inside or module._compiled_call_impl is not None:
@@ -156,6 +160,21 @@ def _check_uncompiled(model: nn.Module) -> None:
                 f"The model must come uncompiled, but {which} went through torch.compile; give the model as it was before, and "
                 "compile the one that you take home."
             )
+
+
+def _check_copies(model: nn.Module, called: Sequence[str], example: Tensor) -> None:
+    """Every trial changes a copy of the model, which a forward that is bound to the model itself would pass by."""
+    try:
+        twin = _Watch(copy.deepcopy(model))
+    except Exception:
+        return  # That it has to be one to copy is told elsewhere.
+    twin.run(example)
+    lost = [name for name in called if name not in twin.order]
+    if lost:
+        raise ModelError(
+            f"A copy of the model must run its own layers, but a copy never calls {lost[0]!r}: the forward reaches it through "
+            "a lambda or another function that holds the model; make that a method."
+        )
 
 
 def _why_not(name: str, module: nn.Module, watch: _Watch) -> str | None:

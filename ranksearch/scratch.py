@@ -21,7 +21,7 @@ def scratch_(model: M, plan: Plan, *, seed: int) -> M:
     other modules as their `reset_parameters` does. Buffers that belong to it, such as running statistics, start anew too.
 
     Raises:
-        ModelError: a module holds parameters that it cannot draw anew.
+        ModelError: a module holds parameters that it cannot draw anew, or that are frozen.
         PlanError: as `factorize_` does.
     """
     check_scratch(model)
@@ -54,6 +54,12 @@ def initialise_(parts: Sequence[nn.Module], *, last: str = "relu") -> None:
 
 def check_scratch(model: nn.Module) -> None:
     """Refuse a model that cannot be drawn anew; raises `ModelError` as `scratch_` does."""
+    frozen = next((name for name, parameter in model.named_parameters() if not parameter.requires_grad), None)
+    if frozen:
+        raise ModelError(
+            f"A net can start from scratch if all its weights are trained, but {frozen!r} is frozen; call requires_grad_(), or "
+            "use space.start = 'decomposed'."
+        )
     for name, module in model.named_modules():
         if isinstance(module, (*CONVOLUTIONS, nn.Linear)) and is_parametrised(module):
             raise ModelError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ranksearch.errors import first_line
+from ranksearch.seeds import seeded
 
 UNCALLED = "the forward does not call it by its name, but keeps it elsewhere too, as in a list"
 """Why a layer is skipped that a forward finds elsewhere than under its name."""
@@ -46,8 +47,7 @@ def trained(model: nn.Module, example: Tensor) -> tuple[nn.Module, Pass] | None:
     """A copy of the model in training mode, and its pass; None where it has none on two inputs that are alike."""
 
     def run() -> Any:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(0)
+        with seeded(0), torch.no_grad():
             return twin(torch.cat([example, example]))
 
     try:

@@ -76,6 +76,7 @@ def run_study(
     found = inventory(task.model, example(task.data.train))
     check_outputs(task, trains=any(part.epochs for part in (spec.dense, spec.finetune, spec.finalists)))
     check_state(task.model)
+    task = replace(task, channels_last=training.takes_channels_last(task))
     space = space_of(spec.space, found)
     check_limits(spec.search.limits, space, found)
     if spec.space.start == "scratch":
@@ -131,7 +132,7 @@ def _make_dense(run: Run, *, given: bool) -> None:
         if DIGEST not in run.study.user_attrs:
             run.study.set_user_attr(DIGEST, digest)
     # As training lays it out: else what a resumed run decomposes would differ in its last bits.
-    training.place(run.task.model, run.device).eval()
+    training.place(run.task.model, run.device, channels_last=run.task.channels_last).eval()
     # Trained weights can be what initial ones were not.
     check_weights(run.task.model)
 

@@ -47,6 +47,9 @@ def factorize_(
     """
     wanted = plan if isinstance(plan, Plan) else Plan.of(plan)
     modules = dict(model.named_modules())
+    weights: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        weights.setdefault(id(parameter), []).append(name)
     replacements = {}
     for name, value in wanted:
         if name not in modules or not name:
@@ -56,6 +59,9 @@ def factorize_(
         if len(owners) > 1:
             raise PlanError(f"A layer must have one name, but {name!r} is also {', '.join(o for o in owners if o != name)}.")
         kernel = kernel_of(name, module, value)
+        tied = [other for other in weights[id(module.weight)] if other != f"{name}.weight"]
+        if tied:
+            raise PlanError(f"A layer's weight must be its own, but that of {name!r} is also {', '.join(tied)}; leave it out.")
         method = METHODS[type(value)]
         given = (factors or {}).get(name)
         if given is None and not torch.isfinite(kernel).all():

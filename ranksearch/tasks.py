@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ranksearch.data import Splits, batches, example, seeded
-from ranksearch.data.splits import CPU
+from ranksearch.data import Splits, batches, example
 from ranksearch.errors import DataError, ModelError, SpecError, first_line
+from ranksearch.seeds import CPU, seeded
 from ranksearch.spec import StudySpec, resolve
 
 M = TypeVar("M", bound=nn.Module)
@@ -50,6 +50,8 @@ class Task:
     data: Splits
     loss: Loss = F.cross_entropy
     score: Score = accuracy
+    channels_last: bool = True
+    """Whether the model runs with 2-D kernels so laid out; a study finds out."""
 
     @property
     def score_name(self) -> str:

@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ranksearch.checkpoint import Checkpoint
-from ranksearch.data import at_once, batches, sample, seeded, size
+from ranksearch.data import at_once, batches, sample, size
+from ranksearch.seeds import seeded
 from ranksearch.spec import Recipe
-from ranksearch.tasks import Task, evaluation_batch, predict
+from ranksearch.tasks import Task, copied, evaluation_batch, predict
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -79,13 +81,26 @@ def _rate(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def place(model: M, device: torch.device) -> M:
+def place(model: M, device: torch.device, *, channels_last: bool = True) -> M:
     """Put a model on a device, 2-D kernels with channels last: a third faster for factorized layers on a CPU."""
     model.to(device)
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.dim() == 4:  # all at once is for models without any 3-D kernel
+        if channels_last and tensor.dim() == 4:  # all at once is for models without any 3-D kernel
             tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
     return model
+
+
+def takes_channels_last(task: Task) -> bool:
+    """Whether the task's model, on the CPU, runs with its kernels so laid out: `x.view(len(x), -1)` fails behind one."""
+    inputs, _ = next(batches(task.data.train, 2))
+    twin = place(copied(task.model), torch.device("cpu"))
+    try:
+        with seeded(0), torch.no_grad():
+            for training in (False, True):
+                twin.train(training)(inputs)
+    except RuntimeError:
+        return False
+    return True
 
 
 def release(device: torch.device) -> None:
@@ -111,15 +126,22 @@ def recalibrate(model: nn.Module, task: Task, *, seed: int, device: torch.device
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return
-    momenta = [norm.momentum for norm in norms]
+    momenta, measured = [norm.momentum for norm in norms], set[nn.Module]()
+
+    def begin(norm: nn.modules.batchnorm._BatchNorm, inputs: Any) -> None:
+        # When it is called, since one that is not, as of another branch, keeps what it has.
+        if norm not in measured:
+            measured.add(norm)
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain average over the batches
+            norm.train()
+
     model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain average over the batches
-        norm.train()
     order = torch.Generator().manual_seed(seed)
     # The caller's random numbers are its own, and those of a data set that changes its inputs at random follow the seed.
-    with seeded(seed, device):
+    with seeded(seed, device), ExitStack() as hooks:
+        for norm in norms:
+            hooks.enter_context(norm.register_forward_pre_hook(begin))
         chosen = sample(task.data.train, inputs, seed=seed)
         # Batches of one size: each counts alike in the average, and a few inputs left over have poor statistics.
         most = at_once(chosen, evaluation_batch(chosen))
@@ -131,7 +153,7 @@ def recalibrate(model: nn.Module, task: Task, *, seed: int, device: torch.device
 
 
 @torch.no_grad()
-def latencies_ms(models: list[nn.Module], example: Tensor) -> list[float]:
+def latencies_ms(models: list[nn.Module], example: Tensor, *, channels_last: bool = True) -> list[float]:
     """Median milliseconds of one pass over `example`, for each model, on the example's device.
 
     The models run in turn, round after round, so that they compare even where the machine's speed drifts; and are all laid out
@@ -140,7 +162,7 @@ def latencies_ms(models: list[nn.Module], example: Tensor) -> list[float]:
     times: list[list[float]] = [[] for _ in models]
     start = time.perf_counter()
     for model in models:
-        place(model, example.device).eval()(example)
+        place(model, example.device, channels_last=channels_last).eval()(example)
     _finish(example.device)
     whole = time.perf_counter() - start
     for _ in range(max(FEWEST_ROUNDS, min(ROUNDS, int(PATIENCE / whole)))):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ranksearch.errors import ModelError, PlanError, StudyError
-from ranksearch.export import check_state, export_model, export_onnx, load_model, save_model, weights_of
+from ranksearch.export import check_state, export_model, export_onnx, export_pt2, load_model, save_model, weights_of
 from ranksearch.plan import CP, SVD, Plan, Tucker2
 from ranksearch.surgery import factorize_
 from tests import nets
@@ -108,3 +108,10 @@ def test_a_model_of_another_dense_class(compressed, tmp_path):
         load_model(nets.small(classes=20), tmp_path)
     with pytest.raises(PlanError, match="A plan must name layers of the model, but 'conv1' is none"):
         load_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), tmp_path)
+
+
+def test_an_archive_of_a_single_input_is_of_any_number(tmp_path):
+    model = nets.small().eval()
+    export_pt2(model, torch.rand(1, 1, 8, 8), tmp_path / "one.pt2")
+    reloaded = torch.export.load(tmp_path / "one.pt2").module()
+    assert reloaded(torch.rand(5, 1, 8, 8)).shape == (5, 10)

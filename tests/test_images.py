@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from ranksearch import training
 from ranksearch.data import batches, check_splits, cifar10, image_folder, sample, size
 from ranksearch.data.folders import read_pictures
-from ranksearch.data.images import Images, moments
+from ranksearch.data.images import Images, moments, split_images
 from ranksearch.errors import DataError
 from ranksearch.models import lenet
 from ranksearch.tasks import Task
@@ -154,7 +154,8 @@ def test_cifar10_from_torchvisions_pickles(tmp_path, monkeypatch):
     ("options", "message"),
     [
         ({"validation": 5}, r"validation must leave and take an image of each class, so lie in 10\.\.70 for 80 training images, but got 5"),
-        ({"validation": 20, "train": 61}, r"train must lie in 10\.\.60, what validation leaves, but got 61"),
+        ({"validation": 20, "train": 61}, r"so lie in 10\.\.50, or be 60, all that validation leaves, but got 61"),
+        ({"validation": 20, "train": 59}, r"train must take an image of each class and leave one, so lie in 10\.\.50, or be 60, "),
         ({"validation": 20, "shift": 33}, r"shift must lie in 0\.\.32, the size of the images, but got 33"),
     ],
 )  # fmt: skip
@@ -278,3 +279,19 @@ def test_image_folders_that_are_refused(tmp_path, options, message):
     write_pictures(tmp_path / "test", each=1, classes=["cat", "cow"])
     with pytest.raises(DataError, match=message):
         image_folder(root=str(tmp_path), **options)
+
+
+@pytest.mark.parametrize(
+    ("counts", "validation", "message"),
+    [
+        ([20, 20, 3], 4, "validation must hold an image of each class, but 4 of 43 hold none of class 2; take more"),
+        ([20, 20, 1], 12, "Classes must have two images or more to be parted, but class 2 has one; add some, or drop it"),
+    ],
+)
+def test_classes_that_are_too_small_to_be_parted(counts, validation, message):
+    labels = torch.arange(3).repeat_interleave(torch.tensor(counts))
+    pixels = torch.randint(0, 256, (len(labels), 3, 4, 4), dtype=torch.uint8)
+    with pytest.raises(DataError, match=message):
+        split_images(
+            (pixels, pixels), (labels, labels), classes=3, about="", train=None, validation=validation, flip=False, shift=0
+        )

@@ -18,7 +18,7 @@ FLOORS = [
     ["record"],
     ["attributes"],
     ["report", "console"],
-    ["tensors", "confidence"],
+    ["tensors", "confidence", "seeds"],
     ["macs", "stand_ins"],
     ["layers"],
     ["factorization", "metric"],

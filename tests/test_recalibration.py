@@ -6,12 +6,14 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from ranksearch import training
-from ranksearch.data import Splits
+from ranksearch.data import Splits, batches
 from ranksearch.tasks import Task
+from tests import nets
 
 CPU = torch.device("cpu")
 
@@ -96,3 +98,30 @@ def test_recalibration_without_normalisation_changes_nothing(trained):
     before = copy.deepcopy(model.state_dict())
     training.recalibrate(model, trained, seed=0, device=CPU)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_recalibration_leaves_what_is_not_called_as_it_is(trained):
+    """A normalisation of another branch, and one whose statistics the forward takes by itself."""
+
+    def forward(net, inputs):
+        inner = F.batch_norm(net.conv(inputs), net.taken.running_mean, net.taken.running_var, training=net.taken.training)
+        return net.last(net.called(inner).flatten(1))
+
+    torch.manual_seed(0)
+    model = nets.Net(
+        forward, conv=nn.Conv2d(1, 4, 3), taken=nn.BatchNorm2d(4), called=nn.BatchNorm2d(4), other=nn.BatchNorm2d(4),
+        last=nn.Linear(4 * 6 * 6, 10),
+    )  # fmt: skip
+    for norm in (model.taken, model.called, model.other):
+        norm.running_mean.fill_(3.0)
+        norm.num_batches_tracked.fill_(7)
+    before = copy.deepcopy(model.state_dict())
+    training.recalibrate(model, Task(model, trained.data), seed=0, device=CPU)
+    after = model.state_dict()
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {"called.running_mean", "called.running_var", "called.num_batches_tracked"}
+    with torch.no_grad():
+        inner = F.batch_norm(
+            model.conv(next(batches(trained.data.train, 2000))[0]), model.taken.running_mean, model.taken.running_var
+        )
+    torch.testing.assert_close(after["called.running_mean"], inner.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)

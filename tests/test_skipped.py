@@ -1,6 +1,7 @@
 """What an inventory leaves out and why, what it refuses, and that it leaves the model as it was."""
 
 import copy
+import random
 import re
 import warnings
 
@@ -198,10 +199,14 @@ def watched():
     return model
 
 
+class UnderAutocast(Net):
+    @torch.autocast("cpu", dtype=torch.bfloat16)
+    def forward(self, inputs):
+        return super().forward(inputs)
+
+
 def under_autocast():
-    model = Net(lambda n, x: n.two(n.one(x)), one=nn.Conv2d(4, 4, 1), two=nn.Conv2d(4, 2, 1))
-    model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
-    return model
+    return UnderAutocast(lambda n, x: n.two(n.one(x)), one=nn.Conv2d(4, 4, 1), two=nn.Conv2d(4, 2, 1))
 
 
 CONVOLUTIONS = {
@@ -374,3 +379,41 @@ def test_a_compiled_model_is_refused(compiled, which):
     message = f"The model must come uncompiled, but {which} went through torch.compile; give the model as it was before, and"
     with pytest.raises(ModelError, match=message):
         inventory(model, torch.ones(1, 4, 8, 8))
+
+
+@pytest.mark.parametrize("holds", ["a lambda", "a wrapped forward"])
+def test_a_forward_that_holds_the_model_is_refused(holds):
+    model = Net(lambda n, x: n.last(n.conv(x)), conv=nn.Conv2d(4, 4, 3), last=nn.Conv2d(4, 2, 1))
+    if holds == "a lambda":
+        model.run = lambda _, inputs: model.last(model.conv(inputs))
+    else:
+        model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+    words = (
+        "A copy of the model must run its own layers, but a copy never calls 'conv': the forward reaches it through a lambda"
+    )
+    with pytest.raises(ModelError, match=words):
+        inventory(model, IMAGE)
+
+
+def test_layers_that_are_left_out_at_random_are_found_all_the_same():
+    def forward(net, inputs):
+        if net.training and random.random() < 0.5:
+            return net.last(inputs)
+        return net.last(net.conv(inputs) + inputs)
+
+    model = Net(forward, conv=nn.Conv2d(4, 4, 3, padding=1), last=nn.Conv2d(4, 2, 1))
+    random.seed(5)
+    before = random.getstate()
+    found = {tuple(layer.name for layer in inventory(model, IMAGE).layers) for _ in range(20)}
+    assert found == {("conv", "last")}
+    assert random.getstate() == before
+
+
+def test_torchscript_is_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.trace(nn.Sequential(nn.Conv2d(4, 2, 1)).eval(), IMAGE)
+    with pytest.raises(
+        ModelError, match="The model must be one in Python, but is TorchScript, whose layers cannot be replaced"
+    ):
+        inventory(scripted, IMAGE)

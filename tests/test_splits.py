@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from ranksearch.data import Splits, batches, check_splits, digits, example, sample, size
 from ranksearch.errors import DataError
@@ -136,3 +136,54 @@ def test_data_that_is_refused(data, message):
 
 def test_targets_of_any_kind_without_classes():
     check_splits(splits(targets=torch.rand(4, 5), classes=None))
+
+
+class Broken(Plain):
+    """Some inputs cannot be read."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __getitem__(self, index):
+        if index == 3:
+            raise self.error
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("cannot identify image file 'x.png'"), KeyError("label"), IndexError("out of range")]
+)
+def test_inputs_that_cannot_be_read(error):
+    good = TensorDataset(torch.zeros(4, 2), torch.arange(4))
+    data = Splits(good, Broken(error), good, None, "")
+    words = rf"A split must be readable in batches, but 'validation' raised {type(error).__name__}: .*{error.args[0]}"
+    with pytest.raises(DataError, match=words):
+        check_splits(data)
+
+
+def test_an_iterable_data_set_is_not_map_style():
+    class Counted(IterableDataset):
+        def __len__(self):
+            return 4
+
+        def __iter__(self):
+            return iter([(torch.zeros(2), 0)] * 4)
+
+    good = TensorDataset(torch.zeros(4, 2), torch.arange(4))
+    with pytest.raises(DataError, match="Each split must be a map-style Dataset, but 'test' is a Counted"):
+        check_splits(Splits(good, good, Counted(), None, ""))
+
+
+def test_a_first_look_reads_one_batch():
+    class Long(Plain):
+        read = 0
+
+        def __len__(self):
+            return 5000
+
+        def __getitem__(self, index):
+            Long.read += 1
+            return torch.zeros(2), 0
+
+    check_splits(Splits(Long(), Long(), Long(), None, ""), whole=False)
+    assert Long.read == 3 * 512

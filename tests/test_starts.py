@@ -177,3 +177,11 @@ def test_such_a_study_resumes(override, tmp_path):
     assert [trial[:9] for trial in essence(resumed.trials)] == [trial[:9] for trial in essence(whole.trials)]
     assert whole.front
     assert (tmp_path / "small" / "report.html").exists()
+
+
+def test_a_net_with_frozen_weights_does_not_start_from_scratch():
+    model = nets.small()
+    model.conv1.requires_grad_(False)
+    words = "A net can start from scratch if all its weights are trained, but 'conv1.weight' is frozen; call requires_grad_"
+    with pytest.raises(ModelError, match=words):
+        scratch_(model, PLAN, seed=0)

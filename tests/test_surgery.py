@@ -351,3 +351,11 @@ def test_a_layer_under_two_names_is_refused():
     with pytest.raises(PlanError, match=r"A layer must have one name, but 'one' is also two\.0\."):
         factorize_(model, {"one": SVD(2)})
     assert model["one"] is shared
+
+
+def test_a_weight_that_another_module_shares_is_refused():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    model[2].weight = model[0].weight
+    with pytest.raises(PlanError, match=r"A layer's weight must be its own, but that of '0' is also 2.weight; leave it out"):
+        factorize_(model, {"0": SVD(2)})
+    assert len(model) == 3

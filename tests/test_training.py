@@ -11,13 +11,19 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
+import ranksearch
 from ranksearch import training
+from ranksearch.console import Silent
 from ranksearch.data import Batched, Splits, digits, example
+from ranksearch.dense import train_dense
 from ranksearch.models import lenet
+from ranksearch.options import Options
+from ranksearch.record import Outcome
+from ranksearch.spec import Recipe
 from ranksearch.strategy.trial import Job, Stage
 from ranksearch.tasks import Task
 from tests import nets
-from tests.conftest import PLAN
+from tests.conftest import PLAN, small_spec
 
 CPU = torch.device("cpu")
 
@@ -158,3 +164,46 @@ def test_only_a_gpu_has_memory_in_reserve(monkeypatch):
     assert not emptied
     training.release(torch.device("cuda"))
     assert emptied
+
+
+class Viewing(nn.Module):
+    """The net of many a tutorial: `view` asks for rows that lie as they are, behind a 3x3 and behind a 1x1 convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.point, self.conv2 = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 16, 3)
+        self.fc = nn.Linear(16 * 4 * 4, 10)
+
+    def forward(self, inputs):
+        inner = self.point(self.conv1(inputs)).view(-1, 8, 6, 6)
+        return self.fc(self.conv2(inner).relu().view(inputs.size(0), -1))
+
+
+@pytest.mark.parametrize("start", ["decomposed", "scratch"])
+def test_a_net_that_views_rows_as_they_lie_is_searched(tmp_path, start):
+    task = Task(Viewing(), nets.few_digits())
+    assert not training.takes_channels_last(task)
+    record = ranksearch.search(
+        task, out=tmp_path / "mine", trials=4, sampler="random", methods=["tucker2", "cp", "svd", "spatial"], start=start,
+        finetune=Recipe(1), finalists=Recipe(1), finalist_count=2, options=Options(workers=0),
+    )  # fmt: skip
+    assert {trial.outcome for trial in record.trials} == {Outcome.DONE}
+    assert record.front
+    assert all(trial.finalist.latency_ms for trial in record.front)
+
+
+def test_a_net_that_flattens_has_its_channels_last():
+    assert training.takes_channels_last(Task(nets.small(), nets.few_digits()))
+
+
+def test_a_dense_net_that_keeps_what_it_computed_can_be_copied(tmp_path):
+    def keeping(net, inputs):
+        outputs = net.net(inputs)
+        if net.training:
+            net.kept = outputs.mean()
+        return outputs
+
+    task = Task(nets.Net(keeping, net=nets.small()), nets.few_digits())
+    before = task.model.net.conv1.weight.clone()
+    train_dense(task, small_spec("dense.epochs=1"), CPU, Silent(), unfinished=tmp_path / "dense.pt")
+    assert not torch.equal(copy.deepcopy(task.model).net.conv1.weight, before)

@@ -85,15 +85,19 @@ def split_images(
             f"validation must leave and take an image of each class, so lie in {least}..{count - least} for {count:,} "
             f"training images, but got {validation}."
         )
-    if train is not None and not least <= train <= count - validation:
-        raise DataError(f"train must lie in {least}..{count - validation:,}, what validation leaves, but got {train:,}.")
+    left = count - validation
+    if train is not None and not least <= train <= left - least and train != left:
+        raise DataError(
+            f"train must take an image of each class and leave one, so lie in {least}..{left - least:,}, or be {left:,}, all "
+            f"that validation leaves, but got {train:,}."
+        )
     if shift < 0 or shift > min(pixels[0].shape[2:]):
         raise DataError(f"shift must lie in 0..{min(pixels[0].shape[2:])}, the size of the images, but got {shift}.")
     mean, std = normalisation or moments(pixels[0])
     whole = Images(pixels[0], labels[0], mean, std)
-    held, rest = _stratified(whole.labels, validation)
+    held, rest = _stratified("validation", whole.labels, validation)
     if train is not None:
-        rest = rest[_stratified(whole.labels[rest], train)[0]]
+        rest = rest[_stratified("train", whole.labels[rest], train)[0]]
     return Splits(
         train=replace(whole.only(rest), flip=flip, shift=shift),
         validation=whole.only(held),
@@ -103,13 +107,22 @@ def split_images(
     )
 
 
-def _stratified(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _stratified(part: str, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The numbers of `count` inputs with each class's share among them, and those of the rest; each in order."""
     if count == len(labels):
         return torch.arange(count), torch.arange(0)
+    if rare := (torch.bincount(labels) == 1).nonzero().flatten().tolist():
+        raise DataError(
+            f"Classes must have two images or more to be parted, but class {rare[0]} has one; add some, or drop it."
+        )
     # Here, since it takes over a second to import, in every worker.
     from sklearn.model_selection import train_test_split
 
     parts = train_test_split(range(len(labels)), train_size=count, stratify=labels, random_state=SPLIT_SEED)
-    taken, rest = (torch.tensor(sorted(part)) for part in parts)
+    taken, rest = (torch.tensor(sorted(numbers)) for numbers in parts)
+    if missing := set(labels.tolist()) - set(labels[taken].tolist()):
+        raise DataError(
+            f"{part} must hold an image of each class, but {count:,} of {len(labels):,} hold none of class {min(missing)}; "
+            "take more."
+        )
     return taken, rest

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from numbers import Integral
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from ranksearch.data.batched import Batched
 from ranksearch.errors import DataError, first_line
-
-CPU = torch.device("cpu")
+from ranksearch.seeds import CPU, seeded
 
 
 @dataclass(frozen=True)
@@ -98,26 +95,8 @@ def sample_inputs(split: Dataset[Any], count: int, *, seed: int) -> Tensor:
         return torch.cat([inputs for inputs, _ in batches(sample(split, count, seed=seed), count)])
 
 
-@contextmanager
-def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
-    """What is drawn inside, from torch, numpy or `random`, follows the seed, and leaves what is drawn outside as it was."""
-    before = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            # Not by torch.manual_seed, which seeds every GPU, too.
-            torch.default_generator.manual_seed(seed)
-            if device.type == "cuda":
-                torch.cuda.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-
-
-def check_splits(splits: Splits) -> None:
-    """Refuse data that a study would stumble over later.
+def check_splits(splits: Splits, *, whole: bool = True) -> None:
+    """Refuse data that a study would stumble over later; all of it, or the first batch of each split.
 
     Raises:
         DataError: an empty split, inputs that are not finite, or targets that are not whole numbers below `classes`.
@@ -126,11 +105,11 @@ def check_splits(splits: Splits) -> None:
         raise DataError(f"Splits.classes must be None or how many there are, a whole number, but got {splits.classes!r}.")
     for name in ("train", "validation", "test"):
         split = getattr(splits, name)
-        if not isinstance(split, Dataset) or not hasattr(split, "__len__"):
+        if not isinstance(split, Dataset) or isinstance(split, IterableDataset) or not hasattr(split, "__len__"):
             raise DataError(f"Each split must be a map-style Dataset, but {name!r} is a {type(split).__name__}.")
         if size(split) == 0:
             raise DataError(f"Each split must hold at least one input, but {name!r} is empty.")
-        for found in _whole_batches(name, split):
+        for found in _readable(name, split) if whole else islice(_readable(name, split), 1):
             if len(found) != 2 or not all(isinstance(part, Tensor) for part in found):
                 raise DataError(f"A split must hold pairs (input, target) of tensors or numbers, but {name!r} does not.")
             inputs, targets = found
@@ -140,11 +119,11 @@ def check_splits(splits: Splits) -> None:
                 _check_labels(name, targets, splits.classes)
 
 
-def _whole_batches(name: str, split: Dataset[Any]) -> Iterator[Any]:
+def _readable(name: str, split: Dataset[Any]) -> Iterator[Any]:
     """All of a split; what torch cannot make batches of is the data's fault."""
     try:
         yield from batches(split, 512)
-    except (TypeError, RuntimeError, ValueError) as error:
+    except Exception as error:  # of a user's data set, as of a picture that is none
         odd = any(sign in str(error) for sign in ("default_collate", "equal size"))
         fix = "; for pictures, add Resize and ToTensor." if odd else ""
         raise DataError(

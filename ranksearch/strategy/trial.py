@@ -116,14 +116,17 @@ class Evaluator:
     def _factorized(self, model: nn.Module, layers: Profile, plan: Plan, sweeps: int) -> nn.Module:
         factors = layers.factors(plan, sweeps=sweeps)
         factorize_(model, plan, factors=factors, shifts=layers.shifts(plan, factors))
-        return training.place(model, torch.device(self.device))
+        return self._placed(model)
+
+    def _placed(self, model: nn.Module) -> nn.Module:
+        return training.place(model, torch.device(self.device), channels_last=self.task.channels_last)
 
     def _steps(self, model: nn.Module, job: Job) -> Iterator[None]:
         """Bring `model` to the job's plan, in place: at once, or a layer at a time with a stop after each."""
         final = job.stage is Stage.FINALIST
         sweeps = self.finalists.sweeps if final else 0
         if self.scratch:
-            training.place(scratch_(model, job.plan, seed=job.seed), torch.device(self.device))
+            self._placed(scratch_(model, job.plan, seed=job.seed))
             yield
         elif final and self.finalists.schedule == "layerwise":
             values = dict(job.plan)
