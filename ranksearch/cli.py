@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         "--workers",
         type=int,
         metavar="N",
-        help="trials at a time (one a core, one on a GPU, on Ray all that fit); 0: in this process",
+        help="trials at a time (one a core, one on a GPU, on Ray all that fit); 0: here",
     )
     study.add_argument("--engine", choices=("local", "ray"), default="local", help="where trials run: processes, or Ray Tune")
     study.add_argument(
@@ -163,11 +163,11 @@ def _study(options: argparse.Namespace, given: list[str]) -> int:
         found = run_study(spec, out, run, view=view)
     except KeyboardInterrupt as stop:
         # Before what --fresh deletes is gone it is a plain one, and the same command does so.
-        begun = isinstance(stop, Stopped)
-        if isinstance(stop, Stopped) and stop.record:
-            screen.print(views.front_table(stop.record.shown, stop.record.facts, title="the front so far"))
-        again = _shown([word for word in given if word != "--fresh" or not begun], options.storage)
-        screen.out(f"\nStopped. Go on with:  {again}", highlight=False)
+        if isinstance(stop, Stopped):
+            given = [word for word in given if word != "--fresh"]
+            if stop.record:
+                screen.print(views.front_table(stop.record.shown, stop.record.facts, title="the front so far"))
+        screen.out(f"\nStopped. Go on with:  {_shown(given, options.storage)}", highlight=False)
         return INTERRUPTED
     screen.print(views.front_table(found.shown, found.facts, title="the front"))
     for note in found.notes:

@@ -82,6 +82,14 @@ def count_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def names_of_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """By the id of each parameter all the names that it has in a model, several where it is shared."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names
+
+
 def count_macs(model: nn.Module, example: Tensor) -> int:
     """Multiply-accumulates of `model` for the batch `example`, counted by torch while it runs (in eval mode)."""
     # Watched like an inventory: attention then does without its fused form for inference, whose work is not counted.
@@ -182,8 +190,8 @@ def _why_not(name: str, module: nn.Module, watch: _Watch) -> str | None:
         return reason
     if not name:
         return "it is the model itself; put it into an nn.Sequential"
-    if len(watch.owners[id(module.weight)]) > 1:
-        return f"its weight is shared by {', '.join(sorted(watch.owners[id(module.weight)]))}"
+    if len(names := watch.names[id(module.weight)]) > 1:
+        return f"its weight is shared by {', '.join(sorted(names))}"
     calls = watch.order.count(name)
     if calls != 1:
         return "it is never called by the forward pass" if calls == 0 else f"it is called {calls} times in one pass"
@@ -238,9 +246,7 @@ class _Watch:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.candidates = {name: module for name, module in model.named_modules() if _is_candidate(module)}
-        self.owners: dict[int, set[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            self.owners.setdefault(id(parameter), set()).add(name)
+        self.names = names_of_parameters(model)
         self.order: list[str] = []
         self.shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self.maps: dict[str, tuple[int, ...]] = {}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ranksearch.errors import PlanError, nearest
 from ranksearch.factorization import METHODS, Shape
-from ranksearch.layers import CONVOLUTIONS, why_not_factorized
+from ranksearch.layers import CONVOLUTIONS, names_of_parameters, why_not_factorized
 from ranksearch.plan import Factorization, Plan
 from ranksearch.stand_ins import replace_
 
@@ -42,14 +42,12 @@ def factorize_(
         `model` itself.
 
     Raises:
-        PlanError: the plan names a layer that is not there or cannot be factorized as it says, a rank is above its
-            bound, a weight holds NaN or infinity, or a shift does not fit. The model is then as it was.
+        PlanError: the plan names a layer that is not there, shares its weight or cannot be factorized as it says, a rank is
+            above its bound, a weight holds NaN or infinity, or a shift does not fit. The model is then as it was.
     """
     wanted = plan if isinstance(plan, Plan) else Plan.of(plan)
     modules = dict(model.named_modules())
-    weights: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        weights.setdefault(id(parameter), []).append(name)
+    names = names_of_parameters(model)
     replacements = {}
     for name, value in wanted:
         if name not in modules or not name:
@@ -59,7 +57,7 @@ def factorize_(
         if len(owners) > 1:
             raise PlanError(f"A layer must have one name, but {name!r} is also {', '.join(o for o in owners if o != name)}.")
         kernel = kernel_of(name, module, value)
-        tied = [other for other in weights[id(module.weight)] if other != f"{name}.weight"]
+        tied = [other for other in names[id(module.weight)] if other != f"{name}.weight"]
         if tied:
             raise PlanError(f"A layer's weight must be its own, but that of {name!r} is also {', '.join(tied)}; leave it out.")
         method = METHODS[type(value)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import register_random
 
 from ranksearch import folder, training
+from ranksearch.cli import main
 from ranksearch.data import example
 from ranksearch.layers import inventory
 from ranksearch.options import Options
@@ -100,3 +102,31 @@ def evaluator(trained):
         return Evaluator(trained, prepared, Recipe(1), longer, "cpu", scratch=scratch, unfinished=unfinished)
 
     return make
+
+
+@pytest.fixture
+def study_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "small.toml"
+    path.write_text(nets.SMALL)
+    return path
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"}
+
+
+def refuse(capsys, *arguments):
+    """Run a command that must be refused; its one sentence."""
+    assert main([str(a) for a in arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("ranksearch: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err.removeprefix("ranksearch: ").rstrip("\n")
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished study, to be misused."""
+    return shutil.copytree(finished[0], tmp_path / "runs" / "small")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,28 +16,7 @@ import ranksearch
 from ranksearch.cli import _shown, _storage_option, main
 from ranksearch.console import Plain
 from tests import nets
-
-
-@pytest.fixture
-def study_file(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "small.toml"
-    path.write_text(nets.SMALL)
-    return path
-
-
-def snapshot(folder):
-    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"}
-
-
-def refuse(capsys, *arguments):
-    """Run a command that must be refused; its one sentence."""
-    assert main([str(a) for a in arguments]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("ranksearch: ")
-    assert err.count("\n") == 1
-    assert "Traceback" not in err
-    return err.removeprefix("ranksearch: ").rstrip("\n")
+from tests.conftest import refuse, snapshot
 
 
 def test_a_study_from_start_to_export(study_file, tmp_path, capsys):
@@ -186,54 +164,6 @@ def test_a_file_that_is_not_toml(study_file, capsys):
     assert refuse(capsys, "study", "small.toml").startswith("A study file must be TOML, but small.toml is not:")
 
 
-@pytest.fixture
-def copied(finished, tmp_path):
-    """A copy of the finished study, to be misused."""
-    return shutil.copytree(finished[0], tmp_path / "runs" / "small")
-
-
-def test_a_folder_of_another_study_is_left_alone(copied, study_file, capsys):
-    before = snapshot(copied)
-    told = refuse(capsys, "study", "small.toml", "--set", "finetune.epochs=2")
-    assert told == (
-        "The folder runs/small is another study (finetune.epochs is 1 there and 2 here); choose another --out or name, or --fresh "
-        "to start over."
-    )
-    assert snapshot(copied) == before
-
-
-def test_a_folder_with_other_files_is_left_alone(study_file, tmp_path, capsys):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    told = refuse(capsys, "study", "small.toml", "--out", tmp_path / "mine", "--fresh")
-    assert told.startswith("The output folder must be a study's or empty, but")
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
-
-
-def test_a_users_own_project_is_never_emptied(study_file, tmp_path, capsys):
-    (tmp_path / "spec.toml").write_text(nets.SMALL)
-    (tmp_path / "nets.py").write_text("mine = 1")
-    told = refuse(capsys, "study", "spec.toml", "--out", ".", "--fresh")
-    assert told.startswith("The output folder must be a study's or empty, but . holds other files")
-    assert (tmp_path / "nets.py").read_text() == "mine = 1"
-
-
-def test_fresh_deletes_only_what_a_study_wrote(copied, study_file):
-    (copied / "notes.txt").write_text("mine")
-    (copied / "linked").symlink_to(copied.parent)
-    assert main(["study", "small.toml", "--fresh", "--trials", "1", "--workers", "0"]) == 0
-    assert (copied / "notes.txt").read_text() == "mine"
-    assert (copied / "linked").is_symlink()
-    assert len((copied / "trials.csv").read_text().splitlines()) == 2
-
-
-def test_an_export_of_a_deleted_study_goes_with_it(copied, study_file):
-    assert main(["export", str(copied), "--knee"]) == 0
-    assert list((copied / "export").iterdir())
-    assert main(["study", "small.toml", "--fresh", "--trials", "1", "--workers", "0"]) == 0
-    assert not (copied / "export").exists()
-
-
 @pytest.mark.parametrize(
     ("made", "message"),
     [
@@ -256,13 +186,6 @@ def test_weights_that_are_not_the_models(study_file, tmp_path, capsys, made, mes
     assert told.startswith("mine.pt must be a state dict")
     assert message in told
     assert not (tmp_path / "runs").exists()
-
-
-def test_fresh_deletes_nothing_when_the_weights_are_missing(copied, study_file, capsys):
-    before = snapshot(copied)
-    told = refuse(capsys, "study", "small.toml", "--fresh", "--set", "dense.weights=nowhere.pt")
-    assert told == "dense.weights must be a state dict of the model, but nowhere.pt does not exist."
-    assert snapshot(copied) == before
 
 
 def test_a_command_is_shown_without_the_storages_password():
@@ -298,32 +221,6 @@ def test_a_study_made_from_python_is_not_exported_by_the_command_line(trained, t
     )  # fmt: skip
     told = refuse(capsys, "export", out, "--knee")
     assert told == "This study was made from Python, which alone has the dense model; use ranksearch.load_model there."
-
-
-def test_an_output_that_is_a_file(study_file, capsys):
-    assert refuse(capsys, "study", "small.toml", "--out", "small.toml").startswith(
-        "The output must be a folder, but small.toml is"
-    )
-
-
-def test_a_folder_in_use(copied, study_file, capsys):
-    import filelock
-
-    with filelock.FileLock(copied / ".lock"):
-        told = refuse(capsys, "study", "small.toml")
-    assert told == "One run at a time may use a folder, but runs/small is in use; wait for it or choose another --out."
-
-
-def test_fresh_does_not_empty_the_folder_when_the_storage_is_out_of_reach(copied, study_file, capsys):
-    before = snapshot(copied)
-    refuse(capsys, "study", "small.toml", "--fresh", "--storage", "sqlite:////no/such/folder/x.db")
-    assert snapshot(copied) == before
-
-
-def test_fresh_starts_over(copied, study_file, capsys):
-    assert main(["study", "small.toml", "--fresh", "--trials", "2", "--workers", "0", "--set", "finetune.epochs=2"]) == 0
-    rows = (copied / "trials.csv").read_text().splitlines()
-    assert len(rows) == 3
 
 
 @pytest.mark.parametrize(
@@ -388,15 +285,6 @@ def test_report_does_not_import_torch(finished):
     code = f"import sys; from ranksearch.cli import main; main(['report', {str(finished[0])!r}]); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
-
-
-def test_ctrl_c_before_the_old_study_is_gone_keeps_fresh(study_file, capsys, monkeypatch):
-    def impatient(spec):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("ranksearch.study.load_task", impatient)
-    assert main(["study", "small.toml", "--fresh"]) == 130
-    assert capsys.readouterr().out.endswith("Stopped. Go on with:  ranksearch study small.toml --fresh\n")
 
 
 def test_a_report_that_cannot_be_written_is_one_sentence(study_file, capsys):

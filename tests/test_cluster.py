@@ -26,10 +26,8 @@ from ranksearch.plan import Plan
 from ranksearch.record import Outcome, Rung
 from ranksearch.strategy.trial import Answer, Job
 from ranksearch.study import run_study
-from tests import nets
 from tests.books import Books
-from tests.conftest import essence, small_spec, stored
-from tests.test_cli import refuse, snapshot
+from tests.conftest import essence, refuse, small_spec, snapshot, stored
 
 KILLS = 2
 """Of the driver; ten went well, too, and take two minutes."""
@@ -100,14 +98,6 @@ class Cluster:
         self._process.stdin.close()
         self._process.stdout.close()
         self._process.wait()
-
-
-@pytest.fixture
-def study_file(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "small.toml"
-    path.write_text(nets.SMALL)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,7 @@ from ranksearch.options import Options
 from ranksearch.record import Outcome
 from ranksearch.study import run_study
 from tests.books import Books
-from tests.conftest import small_spec
-from tests.test_cli import refuse, study_file  # noqa: F401
+from tests.conftest import refuse, small_spec
 
 BINARIES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None)
 INITDB = shutil.which("initdb") or (BINARIES and str(BINARIES / "initdb"))
@@ -159,7 +158,7 @@ def test_a_database_that_stays_away_ends_the_study(server, monkeypatch):
         server.start()
 
 
-def test_bad_addresses_are_one_sentence(server, study_file, capsys):  # noqa: F811
+def test_bad_addresses_are_one_sentence(server, study_file, capsys):
     for url, reason in {
         server.url.replace("s3cret", "pa55word"): 'password authentication failed for user "me"',
         server.url.replace(str(server.port), "1"): "Connection refused",

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from ranksearch.layers import inventory
 from ranksearch.limits import UNLIMITED
 from ranksearch.objectives import Objectives
 from ranksearch.options import Options
-from ranksearch.plan import SVD, Plan
 from ranksearch.profile import profile
 from ranksearch.record import Outcome, Rung
 from ranksearch.strategy.ledger import Ledger
@@ -35,7 +33,6 @@ from ranksearch.strategy.space import make_space
 from ranksearch.strategy.trial import Answer
 from ranksearch.study import CALIBRATION, Stopped, run_study
 from tests import nets
-from tests.books import SPACE, Books
 from tests.conftest import essence, small_spec, stored
 
 ROOT = Path(__file__).parents[1]
@@ -235,21 +232,3 @@ def test_latencies_lost_by_a_kill_are_measured_again(tmp_path):
     write_finalist(stored(out), number, replace(finalist, latency_ms=None))
     again = run_study(spec, out, Options(workers=0))
     assert all(trial.finalist.latency_ms > 0 for trial in again.trials if trial.finalist)
-
-
-@pytest.mark.parametrize("at", [0, 1, 3])
-def test_a_plan_that_another_hand_queued_has_no_place(at):
-    """And changes nothing of what follows, wherever it came between."""
-    alone, disturbed = (
-        Books(sampler="rank", firsts=[("frontier", Plan.of({"fc1": SVD(rank)})) for rank in (2, 4)]) for _ in range(2)
-    )
-    alone.run(5)
-    disturbed.run(at)
-    disturbed.study.enqueue_trial(SPACE.params(Plan.of({"fc1": SVD(3)})))
-    disturbed.study.enqueue_trial({})
-    disturbed.run(5)
-    places = [[(t.index, t.origin, t.plan, t.score) for t in books.trained] for books in (alone, disturbed)]
-    assert places[0] == places[1]
-    states = Counter(trial.state.name for trial in disturbed.study.trials)
-    assert states["FAIL"] == 2
-    assert not states["WAITING"]

@@ -1,0 +1,91 @@
+"""What a command does to folders: those of others stay as they are, and --fresh deletes what a study wrote and nothing else."""
+
+from __future__ import annotations
+
+from ranksearch.cli import main
+from tests import nets
+from tests.conftest import refuse, snapshot
+
+
+def test_a_folder_of_another_study_is_left_alone(copied, study_file, capsys):
+    before = snapshot(copied)
+    told = refuse(capsys, "study", "small.toml", "--set", "finetune.epochs=2")
+    assert told == (
+        "The folder runs/small is another study (finetune.epochs is 1 there and 2 here); choose another --out or name, or --fresh "
+        "to start over."
+    )
+    assert snapshot(copied) == before
+
+
+def test_a_folder_with_other_files_is_left_alone(study_file, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    told = refuse(capsys, "study", "small.toml", "--out", tmp_path / "mine", "--fresh")
+    assert told.startswith("The output folder must be a study's or empty, but")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_a_users_own_project_is_never_emptied(study_file, tmp_path, capsys):
+    (tmp_path / "spec.toml").write_text(nets.SMALL)
+    (tmp_path / "nets.py").write_text("mine = 1")
+    told = refuse(capsys, "study", "spec.toml", "--out", ".", "--fresh")
+    assert told.startswith("The output folder must be a study's or empty, but . holds other files")
+    assert (tmp_path / "nets.py").read_text() == "mine = 1"
+
+
+def test_fresh_deletes_only_what_a_study_wrote(copied, study_file):
+    (copied / "notes.txt").write_text("mine")
+    (copied / "linked").symlink_to(copied.parent)
+    assert main(["study", "small.toml", "--fresh", "--trials", "1", "--workers", "0"]) == 0
+    assert (copied / "notes.txt").read_text() == "mine"
+    assert (copied / "linked").is_symlink()
+    assert len((copied / "trials.csv").read_text().splitlines()) == 2
+
+
+def test_an_export_of_a_deleted_study_goes_with_it(copied, study_file):
+    assert main(["export", str(copied), "--knee"]) == 0
+    assert list((copied / "export").iterdir())
+    assert main(["study", "small.toml", "--fresh", "--trials", "1", "--workers", "0"]) == 0
+    assert not (copied / "export").exists()
+
+
+def test_fresh_deletes_nothing_when_the_weights_are_missing(copied, study_file, capsys):
+    before = snapshot(copied)
+    told = refuse(capsys, "study", "small.toml", "--fresh", "--set", "dense.weights=nowhere.pt")
+    assert told == "dense.weights must be a state dict of the model, but nowhere.pt does not exist."
+    assert snapshot(copied) == before
+
+
+def test_an_output_that_is_a_file(study_file, capsys):
+    assert refuse(capsys, "study", "small.toml", "--out", "small.toml").startswith(
+        "The output must be a folder, but small.toml is"
+    )
+
+
+def test_a_folder_in_use(copied, study_file, capsys):
+    import filelock
+
+    with filelock.FileLock(copied / ".lock"):
+        told = refuse(capsys, "study", "small.toml")
+    assert told == "One run at a time may use a folder, but runs/small is in use; wait for it or choose another --out."
+
+
+def test_fresh_does_not_empty_the_folder_when_the_storage_is_out_of_reach(copied, study_file, capsys):
+    before = snapshot(copied)
+    refuse(capsys, "study", "small.toml", "--fresh", "--storage", "sqlite:////no/such/folder/x.db")
+    assert snapshot(copied) == before
+
+
+def test_fresh_starts_over(copied, study_file, capsys):
+    assert main(["study", "small.toml", "--fresh", "--trials", "2", "--workers", "0", "--set", "finetune.epochs=2"]) == 0
+    rows = (copied / "trials.csv").read_text().splitlines()
+    assert len(rows) == 3
+
+
+def test_ctrl_c_before_the_old_study_is_gone_keeps_fresh(study_file, capsys, monkeypatch):
+    def impatient(spec):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ranksearch.study.load_task", impatient)
+    assert main(["study", "small.toml", "--fresh"]) == 130
+    assert capsys.readouterr().out.endswith("Stopped. Go on with:  ranksearch study small.toml --fresh\n")

@@ -1,0 +1,225 @@
+"""The ledger, with made-up answers: what is asked for, told and queued again, over kills and changes of limits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ranksearch.attributes import (
+    asked,
+    read_asked,
+)
+from ranksearch.limits import UNLIMITED, Limits
+from ranksearch.plan import SVD, Plan
+from ranksearch.record import GIVE_UP, MAX_TRIES, Outcome
+from ranksearch.strategy.sampler import RankSampler
+from ranksearch.strategy.space import size_of
+from ranksearch.strategy.trial import Answer
+from tests.books import FOUND, SPACE, TINY, Books, answer, knowledge
+from tests.conftest import essence
+
+
+@settings(deadline=None, max_examples=10)
+@given(
+    st.floats(1, 20), st.integers(5, 30) | st.none(), st.sampled_from(["random", "tpe", "nsga2", "rank"]), st.integers(0, 99)
+)
+def test_no_trained_trial_breaks_a_limit_of_size(min_ratio, share, sampler, seed):
+    limits = Limits(min_ratio=min_ratio, max_macs=share and FOUND.macs * share // 100)
+    books = Books(limits=limits, sampler=sampler, seed=seed)
+    ledger = books.run(8)
+    assert len(books.trained) == 8 or ledger._untrained_in_a_row() == GIVE_UP
+    assert not any(limits.excess(trial) for trial in books.trained)
+    over = [trial for trial in books.untrained if trial.outcome is Outcome.OVER_BUDGET]
+    assert all(limits.excess(trial) and trial.score is None and not trial.trained for trial in over)
+    told = {trial.number: trial for trial in books.study.trials}
+    assert all(told[trial.number].constraints == {"within the limits": limits.excess(trial)} for trial in over)
+    assert all(told[trial.number].state is optuna.trial.TrialState.PRUNED for trial in over)
+
+
+def test_every_scored_trial_has_one_constraint_whatever_the_limits_were():
+    """Optuna's "gp" wants as many of each."""
+    books = Books(TINY, sampler="gp")
+    books.run(3)
+    known = next(trial for trial in books.trained if trial.score is not None)
+    narrow = Limits(min_ratio=known.ratio * 1.001)
+    books.arguments |= {"limits": narrow, "since": len(books.study.trials)}
+    # As a killed run leaves it.
+    books.study.enqueue_trial(TINY.params(known.plan), user_attrs=asked(3, "gp"))
+    books.run(4)
+    (again,) = (trial for trial in books.untrained if trial.same_as == known.number and trial.index == 3)
+    told = {trial.number: trial.constraints for trial in books.study.trials if trial.state is optuna.trial.TrialState.COMPLETE}
+    assert {name for constraints in told.values() for name in constraints} == {"worth taking home"}
+    assert told[again.number]["worth taking home"] >= narrow.excess(again) > 0
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.integers(0, 99), st.sampled_from(["random", "tpe"]))
+def test_a_known_plan_has_the_record_of_its_original(seed, sampler):
+    books = Books(TINY, sampler=sampler, seed=seed)
+    ledger = books.run(8)  # one more than there are plans
+    records = {trial.number: trial for trial in ledger.records()}
+    twins = [trial for trial in records.values() if trial.same_as is not None]
+    assert twins
+    for twin in twins:
+        original = records[twin.same_as]
+        assert original.same_as is None
+        assert original.seconds == 2.5
+        assert twin == replace(
+            original, number=twin.number, index=twin.index, origin=twin.origin, same_as=original.number, seconds=0.0
+        )
+        assert books.study.trials[twin.number].values == books.study.trials[original.number].values
+    done = [trial.plan for trial in books.trained if trial.outcome is Outcome.DONE]
+    assert len(done) == len(set(done))
+
+
+def test_a_search_that_finds_nothing_new_ends():
+    books = Books(TINY)
+    ledger = books.run(1000)
+    assert ledger.finished() == len(books.trained) < 1000
+    assert all(not trial.trained for trial in ledger.records()[-GIVE_UP:])
+    asked = len(books.study.trials)
+    books.run(1000)
+    assert len(books.study.trials) == asked
+
+
+@pytest.mark.parametrize(("sampler", "seed"), [("random", 0), ("tpe", 8), ("nsga2", 0), ("rank", 0)])
+def test_a_search_that_found_nothing_within_its_limits_goes_on_within_wider_ones(sampler, seed):
+    smallest = size_of(SPACE.smallest("params"), FOUND)
+    books = Books(sampler=sampler, seed=seed, limits=Limits(max_params=smallest.params))
+    assert books.run(20)._untrained_in_a_row() == GIVE_UP
+    asked, trained = len(books.study.trials), len(books.trained)
+    books.arguments |= {"limits": Limits(max_params=3 * smallest.params), "since": asked}
+    books.run(trained + 8)
+    assert len(books.trained) == trained + 8
+    assert not any(books.arguments["limits"].excess(trial) for trial in books.trained)
+    assert len(books.study.trials) < asked + GIVE_UP
+
+
+def test_what_was_over_the_limits_may_be_proposed_but_not_what_lost_too_many_workers():
+    books, known = Books(TINY, limits=Limits(max_params=1)), knowledge(TINY)
+
+    def seen():
+        return RankSampler(known, seed=0)._seen([t for t in books.study.trials if t.params]) - {known.table.row(Plan())}
+
+    books.run(1)
+    assert any(trial.outcome is Outcome.OVER_BUDGET for trial in books.untrained)
+    assert not seen()
+    books.arguments |= {"limits": UNLIMITED, "since": len(books.study.trials)}
+    ledger = books.ledger()
+    for tries, job in zip(range(1, MAX_TRIES + 1), ledger.jobs(1), strict=False):
+        ledger.receive(job, Answer(Outcome.WORKER_LOST))
+        assert seen() == ({known.table.row(job.plan)} if tries == MAX_TRIES else set())
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2", "rank"])
+def test_a_plan_that_lost_too_many_workers_is_not_tried_under_another_index(sampler):
+    books = Books(TINY, sampler=sampler)
+    ledger, tried, killer = books.ledger(), Counter(), None
+    for job in ledger.jobs(100):
+        killer, tried[job.plan] = killer or job.plan, tried[job.plan] + 1
+        ledger.receive(job, Answer(Outcome.WORKER_LOST) if job.plan == killer else answer(job.plan))
+    assert tried.pop(killer) == MAX_TRIES
+    assert set(tried.values()) == {1}
+    twins = [trial for trial in ledger.records() if trial.plan == killer and trial.same_as is not None]
+    assert all(trial.outcome is Outcome.WORKER_LOST and not trial.trained for trial in twins)
+    if sampler == "rank":
+        assert len(twins) <= GIVE_UP // 2, "it knows what was lost, and proposes it by chance alone"
+
+
+def test_a_trial_that_lost_its_worker_is_queued_before_it_is_told(monkeypatch):
+    """A kill between the two: the next run finds both the orphan and its place in the queue, and asks for it once."""
+    books = Books()
+    ledger = books.ledger()
+    job = next(ledger.jobs(1))
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt("killed")
+
+    for step in ("enqueue_trial", "tell"):
+        with monkeypatch.context() as patch:
+            patch.setattr(books.study, step, killed)
+            with pytest.raises(KeyboardInterrupt, match="killed"):
+                ledger.receive(job, Answer(Outcome.WORKER_LOST))
+        ledger = books.ledger()
+        ledger.recover()
+        job = next(ledger.jobs(1))
+        assert read_asked(books.study.trials[job.key]) == (0, "random")
+    ledger.receive(job, answer(job.plan))
+    assert [record.plan for record in books.ledger().records() if record.outcome is not Outcome.WORKER_LOST] == [job.plan]
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.lists(st.integers(0, 4), max_size=4), st.sampled_from(["random", "tpe", "rank"]), st.integers(0, 9), st.booleans())
+def test_killed_and_resumed_equals_uninterrupted(kills, sampler, seed, tiny):
+    space, limits = (TINY, Limits(min_ratio=1.01)) if tiny else (SPACE, Limits(min_ratio=6.0))
+    whole, broken = (Books(space, limits=limits, sampler=sampler, seed=seed) for _ in range(2))
+    whole.run(6)
+    for kill in kills:
+        broken.run(6, kill_after=kill)
+    broken.run(6)
+    assert essence(broken.ledger().records()) == essence(whole.ledger().records())
+
+
+@pytest.mark.parametrize("kill", [2, 21, 25])
+def test_killed_and_resumed_equals_uninterrupted_over_the_generations_of_nsga2(kill):
+    """Its population holds queued trials too: the first plans, and what was asked for again."""
+    plan = SPACE.smallest("params")
+    firsts = [("frontier", plan), ("vbmf", Plan.of(dict(list(plan)[:1])))]
+    whole, broken = (Books(sampler="nsga2", firsts=firsts) for _ in range(2))
+    whole.run(30)
+    broken.run(30, kill_after=kill)
+    broken.run(30)
+    assert essence(broken.ledger().records()) == essence(whole.ledger().records())
+    generations = [trial.system_attrs.get("NSGAIISampler:generation") for trial in whole.study.trials]
+    assert None not in generations
+    assert max(generations) > 0
+
+
+def test_a_plan_that_runs_now_is_not_trained_beside_itself():
+    plan = SPACE.smallest("params")
+    other = Plan.of(dict(list(plan)[:1]))
+    for found in (answer(plan), Answer(Outcome.OUT_OF_MEMORY)):
+        books = Books(firsts=[("first", plan), ("second", plan), ("third", other)])
+        ledger = books.ledger()
+        jobs = ledger.jobs(2)
+        first, second = next(jobs), next(jobs)
+        assert (first.plan, second.plan) == (plan, other)
+        assert books.untrained == []
+        record = ledger.receive(first, found)
+        (twin,) = books.untrained
+        assert twin == replace(record, number=twin.number, index=1, origin="second", seconds=0.0, same_as=record.number)
+        ledger.receive(second, answer(other))
+        assert next(jobs, None) is None
+        assert ledger.finished() == 2
+
+
+def test_a_twin_that_a_kill_left_is_answered_by_the_next_run():
+    plan = SPACE.smallest("params")
+    books = Books(firsts=[("first", plan), ("second", plan), ("third", Plan.of(dict(list(plan)[:1])))])
+    jobs = books.ledger().jobs(2)
+    next(jobs), next(jobs)
+    ledger = books.run(2)
+    assert sorted((t.index, t.same_as is not None) for t in ledger.records()) == [(0, False), (1, True), (2, False)]
+
+
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_a_plan_that_another_hand_queued_has_no_place(at):
+    """And changes nothing of what follows, wherever it came between."""
+    alone, disturbed = (
+        Books(sampler="rank", firsts=[("frontier", Plan.of({"fc1": SVD(rank)})) for rank in (2, 4)]) for _ in range(2)
+    )
+    alone.run(5)
+    disturbed.run(at)
+    disturbed.study.enqueue_trial(SPACE.params(Plan.of({"fc1": SVD(3)})))
+    disturbed.study.enqueue_trial({})
+    disturbed.run(5)
+    places = [[(t.index, t.origin, t.plan, t.score) for t in books.trained] for books in (alone, disturbed)]
+    assert places[0] == places[1]
+    states = Counter(trial.state.name for trial in disturbed.study.trials)
+    assert states["FAIL"] == 2
+    assert not states["WAITING"]

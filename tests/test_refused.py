@@ -1,0 +1,111 @@
+"""Models and examples that an inventory refuses, each in one sentence."""
+
+import re
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from ranksearch.errors import ModelError
+from ranksearch.layers import inventory
+from tests.nets import Net
+from tests.test_skipped import IMAGE, fails
+
+
+def not_finite(value):
+    model = nn.Sequential(nn.Conv2d(4, 3, 3))
+    with torch.no_grad():
+        model[0].bias[1] = value
+    return model
+
+
+FINITE = "Weights must be finite, but '0.bias' holds NaN or infinity; load or train the model again."
+ACCEPT = (
+    "The model must accept one input of shape (1, 4, 6, 5), but its forward raised {}; "
+    "check the model's arguments against the data."
+)
+NOTHING = "The model must have a decomposable layer, but has none ({})."
+MESSAGES = {
+    "nan": (not_finite(float("nan")), FINITE),
+    "infinity": (not_finite(float("-inf")), FINITE),
+    "lazy": (
+        nn.Sequential(nn.LazyConv2d(3, 3)),
+        "Weights must be there, but '0.weight' has no shape yet; run the model once on its data first.",
+    ),
+    "one line": (Net(fails, conv=nn.Conv2d(4, 3, 3), norm=nn.BatchNorm2d(3)), ACCEPT.format("ValueError: a broken forward")),
+    "no message": (Net(lambda n, x: next(iter(())), conv=nn.Conv2d(4, 3, 3)), ACCEPT.format("StopIteration: no message")),
+    "no layer": (nn.Sequential(nn.Flatten()), NOTHING.format("it holds no Conv or Linear module")),
+    "none left": (
+        nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 3, groups=2)),
+        NOTHING.format("0: it is depthwise; 1: it has 2 groups"),
+    ),
+    "the model itself": (
+        nn.Conv2d(4, 3, 3),
+        NOTHING.format("Conv2d: it is the model itself; put it into an nn.Sequential"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("model", "message"), MESSAGES.values(), ids=MESSAGES)
+def test_a_model_that_cannot_be_searched_is_refused(model, message):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
+        inventory(model, IMAGE)
+
+
+def test_an_input_of_another_shape_is_refused_in_torchs_words():
+    with pytest.raises(
+        ModelError, match=r"^The model must accept one input of .* raised RuntimeError: .*\(24x5 and 7x3\); check"
+    ):
+        inventory(nn.Sequential(nn.Linear(7, 3)), IMAGE)
+
+
+def compiled_within(model):
+    model[0] = torch.compile(model[0])
+    return model
+
+
+def compiled_forward(model):
+    model[0].forward = torch.compile(model[0].forward)
+    return model
+
+
+def compiled_in_place(model):
+    model.compile()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("compiled", "which"),
+    [(torch.compile, "it"), (compiled_in_place, "it"), (compiled_within, "'0'"), (compiled_forward, "'0'")],
+    ids=["whole", "in place", "within", "forward"],
+)
+def test_a_compiled_model_is_refused(compiled, which):
+    model = compiled(nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU()))
+    message = f"The model must come uncompiled, but {which} went through torch.compile; give the model as it was before, and"
+    with pytest.raises(ModelError, match=message):
+        inventory(model, torch.ones(1, 4, 8, 8))
+
+
+@pytest.mark.parametrize("holds", ["a lambda", "a wrapped forward"])
+def test_a_forward_that_holds_the_model_is_refused(holds):
+    model = Net(lambda n, x: n.last(n.conv(x)), conv=nn.Conv2d(4, 4, 3), last=nn.Conv2d(4, 2, 1))
+    if holds == "a lambda":
+        model.run = lambda _, inputs: model.last(model.conv(inputs))
+    else:
+        model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+    words = (
+        "A copy of the model must run its own layers, but a copy never calls 'conv': the forward reaches it through a lambda"
+    )
+    with pytest.raises(ModelError, match=words):
+        inventory(model, IMAGE)
+
+
+def test_torchscript_is_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.trace(nn.Sequential(nn.Conv2d(4, 2, 1)).eval(), IMAGE)
+    with pytest.raises(
+        ModelError, match="The model must be one in Python, but is TorchScript, whose layers cannot be replaced"
+    ):
+        inventory(scripted, IMAGE)

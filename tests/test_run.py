@@ -1,0 +1,34 @@
+"""How often a run has jobs evaluated whose workers are lost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+from ranksearch.plan import Plan
+from ranksearch.record import MAX_TRIES, Outcome
+from ranksearch.run import Run
+from ranksearch.strategy.trial import Answer, Job
+
+
+def test_what_loses_its_worker_is_tried_so_often_and_no_more():
+    tries, done = Counter(), set()
+
+    class Losing:
+        def run(self, jobs, evaluate, *, on_message, should_stop):
+            for job in jobs:
+                tries[job.key] += 1
+                lost = job.key == 0 or (job.key == 1 and tries[0] >= MAX_TRIES)
+                on_message(job, Answer(Outcome.WORKER_LOST if lost else Outcome.DONE))
+
+    def jobs():
+        return (Job(key, Plan(), 0) for key in range(3) if key not in done)
+
+    def on_answer(job, answer):
+        if answer.outcome is not Outcome.WORKER_LOST and tries[0] > 1:
+            done.add(job.key)
+
+    run = SimpleNamespace(engine=Losing(), stage=lambda name: nullcontext(lambda: None))
+    Run.run_jobs(run, "finalists", jobs, None, on_answer)
+    assert tries[0] == MAX_TRIES
