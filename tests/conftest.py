@@ -1,4 +1,4 @@
-"""What many tests share: a small trained task, and one small finished study."""
+"""What many tests share: a small trained task, one small finished study, and commands that must be refused."""
 
 from __future__ import annotations
 

@@ -10,10 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ranksearch.attributes import (
-    asked,
-    read_asked,
-)
+from ranksearch.attributes import asked, read_asked
 from ranksearch.limits import UNLIMITED, Limits
 from ranksearch.plan import SVD, Plan
 from ranksearch.record import GIVE_UP, MAX_TRIES, Outcome
