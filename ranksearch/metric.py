@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from ranksearch.axes import as_maps
 from ranksearch.errors import ModelError
 from ranksearch.layers import CONVOLUTIONS, Conv, Layer, subject
 from ranksearch.stand_ins import evaluating
@@ -215,8 +216,9 @@ class _Moments:
 
     def _patches(self, module: nn.Module, inputs: Tensor) -> Tensor:
         if not isinstance(module, CONVOLUTIONS):
-            patches = inputs.reshape(len(inputs), -1, *self.layer.weight[1:])
-            return patches[:, self._drawn(patches.shape[1])].flatten(0, 1)
+            rows = inputs.reshape(len(inputs), -1, math.prod(self.layer.weight[1:]))
+            rows = rows[:, self._drawn(rows.shape[1])].flatten(0, 1)
+            return as_maps(rows, self.layer.weight[1:], self.layer.order)
         views = _padded(module, inputs)
         for axis, (size, step, apart) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
             views = views.unfold(2 + axis, apart * (size - 1) + 1, step)[..., ::apart]

@@ -23,12 +23,15 @@ class Factorization:
     """How one layer is stored. The fields of each kind are its ranks; the type selects the code.
 
     A fully connected layer behind a flatten can be treated as a convolution over the whole map it was flattened from;
-    `kernel` then holds the size of that map, such as (6, 6). It is None for every other layer.
+    `kernel` then holds the size of that map, such as (6, 6). It is None for every other layer. Where the channels were not
+    the first axis of the map, `order` lists its axes as the row holds them, from the slowest to the fastest, 0 for the channels
+    and 1 and up for the positions: (1, 2, 0) where the channels were last.
     """
 
     method: ClassVar[str]
     title: ClassVar[str]
     kernel: tuple[int, ...] | None = field(default=None, kw_only=True)
+    order: tuple[int, ...] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in self.rank_names():
@@ -39,12 +42,20 @@ class Factorization:
             if not (isinstance(self.kernel, Sequence) and self.kernel and all(map(_is_positive, self.kernel))):
                 raise PlanError(f"A kernel must be whole numbers of at least 1, but {self.method} got kernel={self.kernel!r}.")
             object.__setattr__(self, "kernel", tuple(map(int, self.kernel)))
+        if self.order is not None:
+            axes = list(range(1 + len(self.kernel or ())))
+            if not (self.kernel and isinstance(self.order, Sequence) and sorted(self.order, key=str) == axes):
+                raise PlanError(
+                    f"An order must list each axis of the map once, {axes}, but {self.method} got order={self.order!r} and "
+                    f"kernel={self.kernel!r}."
+                )
+            object.__setattr__(self, "order", tuple(self.order))
 
     @classmethod
     @functools.cache
     def rank_names(cls) -> tuple[str, ...]:
         """The names of the ranks, in order; empty for a dense layer."""
-        return tuple(entry.name for entry in fields(cls) if entry.name != "kernel")
+        return tuple(entry.name for entry in fields(cls) if not entry.kw_only)
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -138,6 +149,7 @@ class Plan:
             name: {"method": value.method}
             | dict(zip(value.rank_names(), value.ranks, strict=True))
             | ({"kernel": list(value.kernel)} if value.kernel else {})
+            | ({"order": list(value.order)} if value.order else {})
             for name, value in self
         }
         return {"format": FORMAT, "layers": layers}
@@ -177,9 +189,8 @@ def _factorization(layer: str, entry: Any) -> Factorization:
     if not isinstance(method, str) or method not in KINDS:
         raise PlanError(f"Layer {layer!r} names the method {method!r}, which is none.{nearest(str(method), KINDS)}")
     kind = KINDS[method]
-    given, wanted = set(entry) - {"method", "kernel"}, kind.rank_names()
+    given, wanted = set(entry) - {"method", "kernel", "order"}, kind.rank_names()
     if given != set(wanted):
         need = ", ".join(wanted) or "no rank"
         raise PlanError(f"Layer {layer!r}: method {method!r} takes {need}, but got {', '.join(sorted(given)) or 'none'}.")
-    kernel = entry.get("kernel")
-    return kind(*(entry[name] for name in wanted), kernel=tuple(kernel) if isinstance(kernel, list) else kernel)
+    return kind(*(entry[name] for name in wanted), kernel=entry.get("kernel"), order=entry.get("order"))

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ranksearch.axes import as_maps
 from ranksearch.factorization import FEWER_PARAMS, METHODS, Method, Offer, Prepared, nearest_rank
 from ranksearch.files import write_whole
 from ranksearch.layers import Inventory, Layer
@@ -293,7 +294,8 @@ def _under(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 def kernel(model: nn.Module, layer: Layer) -> Tensor:
     """The layer's weight as the kernel (out, in, *kernel) that is decomposed, on the CPU, in float32 or better."""
     weight = model.get_parameter(f"{layer.name}.weight").detach().cpu()
-    return (weight if weight.dtype == torch.float64 else weight.float()).reshape(layer.weight)
+    weight = weight if weight.dtype == torch.float64 else weight.float()
+    return as_maps(weight, layer.weight[1:], layer.order).contiguous()
 
 
 def _digest(kernel: Tensor, grids: Mapping[str, Grid], metric: str, seed: int) -> str:

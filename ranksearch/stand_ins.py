@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_any, tree_leaves
 
 from ranksearch.errors import first_line
-from ranksearch.seeds import seeded
 
 UNCALLED = "the forward does not call it by its name, but keeps it elsewhere too, as in a list"
 """Why a layer is skipped that a forward finds elsewhere than under its name."""
@@ -21,41 +20,23 @@ UNCALLED = "the forward does not call it by its name, but keeps it elsewhere too
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass of a model that can be made again, and the outputs that it gave; none where they are another each time."""
+    """A pass of a model that can be made again, and the outputs that one such pass gave."""
 
     run: Callable[[], Any]
-    outputs: list[Tensor] | None
+    outputs: list[Tensor]
 
-    @classmethod
-    def of(cls, run: Callable[[], Any]) -> Pass:
-        first, second = _tensors(run()), _tensors(run())
-        return cls(run, first if _alike(first, second) else None)
+    def gave(self, outputs: Sequence[Tensor]) -> bool:
+        """Whether the pass gives these outputs, or others each time, so that nothing can be told."""
+        return _alike(self.outputs, outputs) or self._repeated is None or _alike(self._repeated, outputs)
 
+    @cached_property
+    def _repeated(self) -> list[Tensor] | None:
+        """What the pass gives when it is made again; None where it gives something else each time.
 
-def evaluated(model: nn.Module, example: Tensor) -> Pass:
-    """The model's pass in evaluation mode."""
-
-    def run() -> Any:
-        # Not watched: fused forms, such as attention's, ask for the weights only where no hook is there.
-        with evaluating(model), torch.no_grad():
-            return model(example)
-
-    return Pass.of(run)
-
-
-def trained(model: nn.Module, example: Tensor) -> tuple[nn.Module, Pass] | None:
-    """A copy of the model in training mode, and its pass; None where it has none on two inputs that are alike."""
-
-    def run() -> Any:
-        with seeded(0), torch.no_grad():
-            return twin(torch.cat([example, example]))
-
-    try:
-        twin = copy.deepcopy(model).train()
-        return twin, Pass.of(run)
-    except Exception:
-        # What stands in the way of training is told where it is trained.
-        return None
+        It may differ from `outputs`: a model that is watched does without its fused forms.
+        """
+        first, second = tensors_of(self.run()), tensors_of(self.run())
+        return first if _alike(first, second) else None
 
 
 def why_not_replaced(model: nn.Module, names: Sequence[str], whole: Pass) -> dict[str, str]:
@@ -65,7 +46,7 @@ def why_not_replaced(model: nn.Module, names: Sequence[str], whole: Pass) -> dic
     failed = ""
     with _standing_in(model, names) as stand_ins:
         try:
-            outputs = _tensors(whole.run())
+            outputs = tensors_of(whole.run())
         except Exception as error:
             failed = f"the forward fails when it is replaced ({type(error).__name__}: {first_line(error)})"
     reasons = {}
@@ -74,7 +55,7 @@ def why_not_replaced(model: nn.Module, names: Sequence[str], whole: Pass) -> dic
             reasons[name] = f"its {stand_in.asked[0]} is also used outside the layer"
         elif not failed and not stand_in.called:
             reasons[name] = UNCALLED
-    if not failed and not reasons and whole.outputs is not None and not _alike(whole.outputs, outputs):
+    if not failed and not reasons and not whole.gave(outputs):
         # Such as where it asks for a layer's type.
         failed = "the forward gives another result when it is replaced"
     if failed and len(names) == 1:
@@ -86,7 +67,7 @@ def why_not_replaced(model: nn.Module, names: Sequence[str], whole: Pass) -> dic
     return reasons | (why_not_replaced(model, rest, whole) if reasons else {})
 
 
-def _tensors(outputs: Any) -> list[Tensor]:
+def tensors_of(outputs: Any) -> list[Tensor]:
     """The tensors of what a forward gives, copied: a module may write over them in the next pass."""
     return [leaf.clone() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
@@ -99,13 +80,31 @@ def _alike(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     )
 
 
+def attributes_of(layer: nn.Module) -> dict[str, Any]:
+    """The public attributes of a layer that hold no tensor, module or function, such as `kernel_size` and `in_features`.
+
+    A forward may read them, so the layer's replacement has them too.
+    """
+    return {
+        name: value
+        for name, value in vars(layer).items()
+        if not name.startswith("_") and name != "training" and not tree_any(_is_tied, value)
+    }
+
+
+def _is_tied(value: object) -> bool:
+    return isinstance(value, Tensor | nn.Module) or callable(value)
+
+
 class _StandIn(nn.Sequential):
-    """A layer as its replacement will be: called like it, with nothing else of it. Notes what else it is asked for."""
+    """A layer as its replacement will be: called like it, with its attributes that hold no tensor. Notes what else it is
+    asked for."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.asked: list[str] = []
         self.called = False
+        vars(self).update(attributes_of(layer))
         self.add_module("0", layer)
 
     def forward(self, input: Tensor) -> Any:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ranksearch.axes import as_maps, back
 from ranksearch.errors import PlanError, nearest
 from ranksearch.factorization import METHODS, Shape
 from ranksearch.layers import CONVOLUTIONS, names_of_parameters, why_not_factorized
 from ranksearch.plan import Factorization, Plan
-from ranksearch.stand_ins import replace_
+from ranksearch.stand_ins import attributes_of, replace_
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -67,12 +69,27 @@ def factorize_(
         if given is None:
             given = method.factors(kernel, method.prepare(kernel, [value.ranks], seed), value.ranks, seed)
         _check_shapes(name, value, tuple(kernel.shape), given)
-        replacements[name] = method.build(module, tuple(kernel.shape), given)
+        made = method.build(module, tuple(kernel.shape), given)
         if shifts and name in shifts:
-            _shift(name, module, replacements[name], shifts[name])
+            _shift(name, module, made, shifts[name])
+        made = made if value.order is None else _reordered(made, tuple(kernel.shape[1:]), value.order)
+        vars(made).update(attributes_of(module))
+        replacements[name] = made
     for name, module in replacements.items():
         replace_(model, name, module)
     return model
+
+
+def _reordered(made: nn.Sequential, size: Shape, order: Sequence[int]) -> nn.Sequential:
+    """`made` behind a step that puts the axes of a flattened map (channels, *size) from this order into the usual one."""
+    # Here, since it takes seconds to import, in every worker.
+    from torchvision.ops import Permute
+
+    steps: OrderedDict[str, nn.Module] = OrderedDict()
+    steps["map"] = nn.Unflatten(1, [size[axis] for axis in order])
+    steps["order"] = Permute(list(back(order)))
+    steps["row"] = nn.Flatten()
+    return nn.Sequential(steps | OrderedDict(made.named_children())).train(made.training)
 
 
 def _shift(layer: str, dense: nn.Module, made: nn.Module, shift: Tensor) -> None:
@@ -114,7 +131,8 @@ def kernel_of(name: str, module: nn.Module, value: Factorization) -> Tensor:
                 f"Layer {name!r} of shape {tuple(weight.shape)} is not fully connected behind a map of size "
                 f"{value.kernel}; the plan was made for another model or input size."
             )
-        weight = weight.reshape(len(weight), -1, *value.kernel)
+        channels = weight[0].numel() // math.prod(value.kernel)
+        weight = as_maps(weight, (channels, *value.kernel), value.order)
     method, shape = METHODS[type(value)], tuple(weight.shape)
     if not method.applies(shape, linear=isinstance(module, nn.Linear)):
         hint = "; name the map its input is flattened from, as in CP(16, kernel=(6, 6))" if len(shape) == 2 else ""

@@ -19,7 +19,7 @@ FLOORS = [
     ["attributes"],
     ["report", "console"],
     ["tensors", "confidence", "seeds"],
-    ["macs", "stand_ins"],
+    ["macs", "stand_ins", "axes"],
     ["layers"],
     ["factorization", "metric"],
     ["surgery", "profile"],

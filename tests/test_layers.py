@@ -106,7 +106,7 @@ def test_attention_counts_whole_and_what_its_fused_form_takes_the_weights_of_is_
     found = inventory(model, example)
     assert [layer.name for layer in found.layers] == ["1"]
     assert found.skipped == {
-        "0.self_attn.out_proj": "it is never called by the forward pass",
+        "0.self_attn.out_proj": "the forward uses its weight without calling it, as torch.nn.functional.linear and attention do",
         "0.linear1": "its weight is also used outside the layer",
         "0.linear2": "its weight is also used outside the layer",
     }
@@ -198,3 +198,46 @@ def test_a_map_of_one_position_or_too_many_dimensions_is_a_row(shape):
     found = inventory(through(lambda n, x: x.reshape(1, *shape).flatten(1), 60), IMAGE.reshape(1, -1)[:, :60])["fc"]
     assert found.weight == (3, 60)
     assert not found.flattened
+
+
+# --- examples of any nesting ---
+
+
+def two_inputs(run):
+    return Net(run, conv=nn.Conv2d(4, 3, 3), meta=nn.Linear(7, 5), head=nn.Linear(8, 2))
+
+
+def both(n, image, meta):
+    return n.head(torch.cat([n.conv(image).mean((2, 3)), n.meta(meta)], 1))
+
+
+NESTED = {
+    "tuple": (lambda n, x: both(n, *x), lambda image, meta: (image, meta)),
+    "dict": (lambda n, x: both(n, x["image"], x["meta"]), lambda image, meta: {"image": image, "meta": meta, "scale": 2}),
+    "nested": (lambda n, x: both(n, x[0]["image"], x[1][0]), lambda image, meta: [{"image": image}, (meta, torch.tensor(3.0))]),
+}
+
+
+@pytest.mark.parametrize(("run", "pack"), NESTED.values(), ids=NESTED)
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_nested_example_is_counted_for_one_input(run, pack, batch):
+    found = inventory(two_inputs(run), pack(IMAGE.repeat(batch, 1, 1, 1), torch.ones(batch, 7)))
+    assert {layer.name: layer.macs for layer in found.layers} == {"conv": 3 * 4 * 9 * 4 * 3, "meta": 35, "head": 16}
+    assert found.macs == sum(layer.macs for layer in found.layers)
+
+
+PASSES = {
+    "nothing to skip": (lambda n, x: n.two(n.one(x)), 4),
+    "one to skip": (lambda n, x: n.two(n.one(x)) + n.one.weight.sum(), 5),
+}
+
+
+@pytest.mark.parametrize(("run", "most"), PASSES.values(), ids=PASSES)
+def test_an_inventory_runs_the_model_a_few_times(run, most):
+    def counted(n, x):
+        passes.append(len(x))
+        return run(n, x)
+
+    passes = []
+    inventory(Net(counted, one=nn.Conv2d(4, 4, 1), two=nn.Conv2d(4, 2, 1)), IMAGE)
+    assert len(passes) == most

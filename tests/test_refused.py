@@ -109,3 +109,36 @@ def test_torchscript_is_refused():
         ModelError, match="The model must be one in Python, but is TorchScript, whose layers cannot be replaced"
     ):
         inventory(scripted, IMAGE)
+
+
+EXAMPLES = {
+    "two arguments as one": (
+        Net(lambda n, x: n.head(x), head=nn.Linear(7, 2)),
+        (IMAGE, torch.ones(1, 7)),
+        "The model must accept one input of shape ((1, 4, 6, 5), (1, 7)), but its forward raised TypeError: linear(): argument "
+        "'input' (position 1) must be Tensor, not tuple; a tuple is given as one argument; wrap a model that takes several.",
+    ),
+    "sizes that differ": (
+        Net(lambda n, x: n.head(x[0]), head=nn.Linear(7, 2)),
+        (torch.ones(2, 7), torch.ones(3, 7)),
+        "An example must be a batch of inputs, whose tensors all have the same first size, but has ((2, 7), (3, 7)).",
+    ),
+    "no tensor": (
+        Net(lambda n, x: n.head(x), head=nn.Linear(7, 2)),
+        {"image": 3},
+        "An example must be a batch of inputs, whose tensors all have the same first size, but has {'image': 3}.",
+    ),
+    "half precision": (
+        nn.Sequential(nn.Conv2d(4, 2, 1)).half(),
+        IMAGE,
+        "The model must accept one input of shape (1, 4, 6, 5), but its forward raised RuntimeError: Input type (float) and "
+        "bias type (c10::Half) should be the same; its weights are float16 and the input is float32: call .float() on the "
+        "model, or convert the data.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("model", "example", "message"), EXAMPLES.values(), ids=EXAMPLES)
+def test_an_example_that_the_model_does_not_take_is_refused(model, example, message):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
+        inventory(model, example)

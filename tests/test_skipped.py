@@ -15,6 +15,8 @@ from torch.nn.utils import parametrizations, prune
 
 from ranksearch.errors import ModelError
 from ranksearch.layers import count_macs, inventory
+from ranksearch.plan import SVD, Tucker2
+from ranksearch.surgery import factorize_
 from tests.nets import Net
 
 IMAGE = torch.ones(1, 4, 6, 5)
@@ -26,6 +28,10 @@ class Standardised(nn.Conv2d):
     def forward(self, inputs):
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
         return F.conv2d(inputs, weight, self.bias)
+
+
+class Conv2d(Standardised):
+    """A convolution with the name of torch's own."""
 
 
 class DynamicConv(nn.Module):
@@ -82,6 +88,12 @@ def kept_in_a_list():
     return model
 
 
+def before_a_scale():
+    model = used(lambda n, x, y: y * n.one.scale)
+    model.one.scale = torch.tensor(2.0)
+    return model
+
+
 def hooked():
     conv = nn.Conv2d(4, 4, 3)
     conv.register_forward_pre_hook(lambda module, args: (F.pad(args[0], (1, 1, 1, 1)),))
@@ -103,6 +115,7 @@ def run_second(n, x):
     return n.get_submodule("1")(x)
 
 
+USED = "the forward uses its weight without calling it, as torch.nn.functional.linear and attention do"
 OUTSIDE = "its weight is also used outside the layer"
 PARAMETRISED = "its weight is parametrised or pruned; make that permanent first, by remove_parametrizations or prune.remove"
 SKIPPED = {
@@ -129,19 +142,31 @@ SKIPPED = {
         Net(lambda n, x: n.last(n.one(x, scale=2)["outputs"]), one=DynamicConv(), last=nn.Conv2d(4, 2, 1)),
         "DynamicConv is not supported",
     ),
-    "quantised": (Net(run_second, **{"0": quantised().get_submodule("0"), "1": nn.Conv2d(4, 2, 1)}), "Linear is not supported"),
+    "quantised": (
+        Net(run_second, **{"0": quantised().get_submodule("0"), "1": nn.Conv2d(4, 2, 1)}),
+        "torch.ao.nn.quantized.dynamic.modules.linear.Linear is not supported",
+    ),
+    "weight without a call": (
+        Net(lambda n, x: n.last(F.conv2d(x, n.one.weight)), one=nn.Conv2d(4, 4, 1), last=nn.Conv2d(4, 2, 1)),
+        USED,
+    ),
+    "part of a weight without a call": (
+        Net(lambda n, x: n.last(x * n.one.weight[:, 0, 0].mean()), one=nn.Conv2d(4, 4, 1), last=nn.Conv2d(4, 2, 1)),
+        USED,
+    ),
+    "named as torch's own": (before(Conv2d(4, 4, 3)), "tests.test_skipped.Conv2d has a forward of its own"),
     "weight in a function": (used(lambda n, x, y: y + F.conv2d(x, n.one.weight, n.one.bias)), OUTSIDE),
     "weight as a matrix": (used(lambda n, x, y: y.movedim(1, -1).matmul(n.one.weight.flatten(1).T).movedim(-1, 1)), OUTSIDE),
     "weight in a penalty": (used(lambda n, x, y: y + n.one.weight.pow(2).sum()), OUTSIDE),
     "weight's type": (used(lambda n, x, y: y.to(n.one.weight.dtype)), OUTSIDE),
     "bias": (used(lambda n, x, y: y - n.one.bias[:, None, None]), "its bias is also used outside the layer"),
-    "size": (used(lambda n, x, y: y * n.one.in_channels), "its in_channels is also used outside the layer"),
+    "tensor of its own": (before_a_scale(), "its scale is also used outside the layer"),
     "kept in a list": (
         kept_in_a_list(),
         "the forward does not call it by its name, but keeps it elsewhere too, as in a list",
     ),
     "hooked": (before(hooked()), "it has forward hooks, which its replacement would not have; remove them first"),
-    "forward of the instance": (before(wrapped()), "Conv2d has a forward of its own"),
+    "forward of the instance": (before(wrapped()), "its forward was replaced by another function"),
     "another result": (
         used(lambda n, x, y: y.exp() if isinstance(n.one, nn.Conv2d) else y),
         "the forward gives another result when it is replaced",
@@ -227,6 +252,26 @@ ORDINARY = CONVOLUTIONS | {
 @pytest.mark.parametrize(("model", "example"), ORDINARY.values(), ids=ORDINARY)
 def test_ordinary_layers_are_not_skipped(model, example):
     assert not inventory(model, example).skipped
+
+
+READS = {
+    "sizes": lambda n, x: n.two(F.pad(n.one(x), [n.one.dilation[0] * (k // 2) for k in n.one.kernel_size * 2])),
+    "channels": lambda n, x: n.two(n.one(x)) * n.one.in_channels / n.two.out_channels,
+    "features": lambda n, x: n.head(n.two(n.one(x)).mean((2, 3))[:, : n.head.in_features]),
+    "their own": lambda n, x: n.two(n.one(x)) * n.one.gain,
+}
+
+
+@pytest.mark.parametrize("run", READS.values(), ids=READS)
+def test_attributes_without_tensors_may_be_read_and_the_replacement_has_them(run):
+    model = Net(run, one=nn.Conv2d(4, 4, 3, dilation=2, padding=2), two=nn.Conv2d(4, 2, 1), head=nn.Linear(2, 3))
+    model.one.gain = 0.5
+    found = inventory(model, IMAGE)
+    assert set(found.skipped) <= {"head"}
+    plan = {"one": Tucker2(4, 4), "two": SVD(2)} | ({} if "head" in found.skipped else {"head": SVD(2)})
+    wanted = model(IMAGE)
+    torch.testing.assert_close(factorize_(model, plan)(IMAGE), wanted)
+    assert (model.one.in_channels, model.one.kernel_size, model.one.gain) == (4, (3, 3), 0.5)
 
 
 def test_a_net_that_draws_in_every_pass_is_not_skipped():

@@ -103,7 +103,7 @@ class Method(abc.ABC):
         """The kernel of shape `weight` that the factors stand for."""
 
     @abc.abstractmethod
-    def build(self, module: nn.Module, weight: Shape, factors: Sequence[Tensor]) -> nn.Module:
+    def build(self, module: nn.Module, weight: Shape, factors: Sequence[Tensor]) -> nn.Sequential:
         """Plain torch modules that compute what `module` would with the reconstructed kernel."""
 
     # --- what follows from the above; not overridden ---
@@ -111,8 +111,9 @@ class Method(abc.ABC):
     def value(self, layer: Layer, ranks: tuple[int, ...]) -> Factorization:
         """The plan's value for this layer at these ranks."""
         matrix = (layer.weight[0], math.prod(layer.weight[1:]))
-        as_kernel = layer.flattened and not self.applies(matrix, linear=True)
-        return self.kind(*ranks, kernel=layer.kernel if as_kernel else None)
+        # Factors are of the kernel in its usual order, those of a matrix too.
+        as_kernel = layer.flattened and (layer.order is not None or not self.applies(matrix, linear=True))
+        return self.kind(*ranks, kernel=layer.kernel if as_kernel else None, order=layer.order if as_kernel else None)
 
     def params(self, layer: Layer, ranks: tuple[int, ...]) -> int:
         """Parameters of the factorized layer, bias included."""

@@ -66,7 +66,7 @@ class CPMethod(Method):
         reduce, depthwise, expand = factors
         return reconstruct((expand, reduce.T, depthwise.flatten(1).T)).reshape(weight)
 
-    def build(self, module: nn.Module, weight: Shape, factors: Sequence[Tensor]) -> nn.Module:
+    def build(self, module: nn.Module, weight: Shape, factors: Sequence[Tensor]) -> nn.Sequential:
         reduce, depthwise, expand = factors
         rank = len(reduce)
         every = range(len(weight) - 2)

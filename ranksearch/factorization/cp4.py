@@ -61,7 +61,7 @@ class CP4Method(Method):
         reduce, high, wide, expand = factors
         return reconstruct((expand, reduce.T, high.T, wide.T))
 
-    def build(self, module: nn.Module, weight: Shape, factors: Sequence[Tensor]) -> nn.Module:
+    def build(self, module: nn.Module, weight: Shape, factors: Sequence[Tensor]) -> nn.Sequential:
         reduce, high, wide, expand = factors
         rank = len(reduce)
         parts = [

@@ -63,7 +63,7 @@ class SpatialMethod(Method):
         first, second = factors
         return torch.einsum("rih,orw->oihw", first, second)
 
-    def build(self, module: nn.Module, weight: Shape, factors: Sequence[Tensor]) -> nn.Module:
+    def build(self, module: nn.Module, weight: Shape, factors: Sequence[Tensor]) -> nn.Sequential:
         first, second = factors
         rank = len(first)
         high = spatial(module, weight, (weight[1], rank), axes=(0,))

@@ -62,7 +62,7 @@ class SVDMethod(Method):
         first, second = factors
         return (second @ first).reshape(weight)
 
-    def build(self, module: nn.Module, weight: Shape, factors: Sequence[Tensor]) -> nn.Module:
+    def build(self, module: nn.Module, weight: Shape, factors: Sequence[Tensor]) -> nn.Sequential:
         first, second = factors
         rank = len(first)
         if isinstance(module, nn.Linear):

@@ -69,7 +69,7 @@ class Tucker2Method(Method):
         reduce, core, expand = factors
         return torch.einsum("or,rsk,si->oik", expand, core.flatten(2), reduce).reshape(weight)
 
-    def build(self, module: nn.Module, weight: Shape, factors: Sequence[Tensor]) -> nn.Module:
+    def build(self, module: nn.Module, weight: Shape, factors: Sequence[Tensor]) -> nn.Sequential:
         reduce, core, expand = factors
         rank_out, rank_in = core.shape[:2]
         parts = [

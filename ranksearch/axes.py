@@ -1,0 +1,226 @@
+"""Where the channels are: follows the axes of maps through permutations and reshapes while a model runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+Atom: TypeAlias = tuple[int, int]
+"""A piece of an axis of a map, and its size. Axis 0 is the batch, 1 the channels, 2 and up are the positions."""
+Layout: TypeAlias = tuple[tuple[Atom, ...], ...]
+"""For each dimension of a tensor, the atoms that are merged in it, the slowest first."""
+
+BATCH, CHANNELS = 0, 1
+
+RESHAPES = frozenset(
+    {
+        torch.flatten, Tensor.flatten, Tensor.view, Tensor.view_as, Tensor.reshape, Tensor.reshape_as, torch.reshape,
+        torch.unflatten, Tensor.unflatten, torch.squeeze, Tensor.squeeze, Tensor.squeeze_, torch.unsqueeze, Tensor.unsqueeze,
+        Tensor.unsqueeze_, torch.ravel, Tensor.ravel,
+    }
+)  # fmt: skip
+PERMUTATIONS = frozenset(
+    {
+        torch.permute, Tensor.permute, torch.transpose, Tensor.transpose, Tensor.transpose_, torch.swapaxes, Tensor.swapaxes,
+        Tensor.swapaxes_, torch.swapdims, Tensor.swapdims, Tensor.swapdims_, torch.movedim, Tensor.movedim, torch.moveaxis,
+        Tensor.moveaxis, torch.t, Tensor.t, Tensor.t_, torch.adjoint, Tensor.adjoint,
+        *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")),
+    }
+)  # fmt: skip
+CONVOLUTIONS = frozenset({F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d})
+ELEMENTWISE = frozenset(
+    {
+        F.relu, torch.relu, Tensor.relu, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.hardtanh, F.hardswish, F.mish,
+        torch.tanh, Tensor.tanh, torch.sigmoid, Tensor.sigmoid, F.dropout, F.alpha_dropout, F.batch_norm, F.layer_norm,
+        Tensor.contiguous, Tensor.clone,
+    }
+)  # fmt: skip
+"""What leaves each value of a flattened map in its place."""
+SCRAMBLING = frozenset({torch.einsum, torch.tensordot, torch.as_strided, Tensor.as_strided, F.unfold, F.fold})
+"""What may move axes to where no shape tells."""
+
+
+@dataclass(frozen=True)
+class Flattened:
+    """The map that a row of features was flattened from: its size (channels, *size), and the order of its axes in the row.
+
+    `order` lists them from the slowest to the fastest, 0 for the channels and 1 and up for the positions: (0, 1, 2) behind
+    `x.flatten(1)`, (1, 2, 0) behind `x.permute(0, 2, 3, 1).flatten(1)`.
+    """
+
+    size: tuple[int, ...]
+    order: tuple[int, ...]
+
+
+class Axes(TorchFunctionMode):
+    """Follows the axes of every tensor of a pass.
+
+    A tensor that nothing is known of is taken for (batch, channels, *size), as torch's convolutions give it. A fully connected
+    layer over the last dimension makes that the channels. What cannot be followed has no layout.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used: set[int] = set()
+        """The ids of the parameters that functions were called on."""
+        # None where a tensor cannot be followed; most tensors have the usual layout and are not kept.
+        self._layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def source(self, row: Tensor) -> Flattened | None:
+        """What a tensor (batch, features) was flattened from; None where that is no map, or cannot be followed."""
+        layout = self._layout(row)
+        if layout is None or row.dim() != 2 or any(axis != BATCH for axis, _ in layout[0]):
+            return None
+        atoms = _merged(layout[1])
+        size = dict(atoms)
+        if len(size) != len(atoms) or set(size) != set(range(1, len(atoms) + 1)):
+            return None
+        return Flattened(tuple(size[axis] for axis in sorted(size)), tuple(axis - 1 for axis, _ in atoms))
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        inputs = [leaf for leaf in tree_leaves((args, given)) if isinstance(leaf, Tensor)]
+        self.used.update(id(leaf) for leaf in inputs if isinstance(leaf, torch.nn.Parameter))
+        # Before the call, which may work in place.
+        before = [_Input(leaf, tuple(leaf.shape), self._layout(leaf), leaf in self._layouts) for leaf in inputs]
+        result = func(*args, **given)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and before:
+                self._note(leaf, _layout_after(func, args, given, before, leaf))
+        return result
+
+    def _layout(self, tensor: Tensor) -> Layout | None:
+        return self._layouts.get(tensor, usual(tensor.shape))
+
+    def _note(self, tensor: Tensor, layout: Layout | None) -> None:
+        if layout == usual(tensor.shape):
+            self._layouts.pop(tensor, None)
+        else:
+            self._layouts[tensor] = layout
+
+
+@dataclass(frozen=True)
+class _Input:
+    """A tensor that a function is called on, as it was before the call."""
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    layout: Layout | None
+    unusual: bool
+
+
+def _layout_after(
+    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], before: Sequence[_Input], result: Tensor
+) -> Layout | None:
+    first, unusual = before[0], any(tensor.unusual for tensor in before)
+    if func in RESHAPES:
+        return reshaped(first.layout, result.shape) if unusual or len(first.shape) > 2 else usual(result.shape)
+    if func in PERMUTATIONS:
+        return permuted(func, args, kwargs, first.layout)
+    if func in (F.linear, F.embedding):
+        return channels_last(result.shape) if result.dim() > 2 else usual(result.shape)
+    if func in SCRAMBLING:
+        return None
+    if func in CONVOLUTIONS or not unusual or result.dim() < 2:
+        return usual(result.shape)
+    if result.dim() > 2 or func in ELEMENTWISE or any(result is given.tensor for given in before):
+        return next((given.layout for given in before if given.shape == tuple(result.shape)), None)
+    return None
+
+
+def usual(shape: Sequence[int]) -> Layout:
+    """The layout (batch, channels, *size)."""
+    return tuple(((axis, size),) for axis, size in enumerate(shape))
+
+
+def channels_last(shape: Sequence[int]) -> Layout:
+    """The layout (batch, *size, channels)."""
+    last = len(shape) - 1
+    return tuple(((axis if axis == BATCH else CHANNELS if axis == last else axis + 1, n),) for axis, n in enumerate(shape))
+
+
+def permuted(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], layout: Layout | None) -> Layout | None:
+    """The layout after a function that permutes dimensions, found by calling it on a tensor whose sizes tell them apart."""
+    if layout is None:
+        return None
+    rest = {name: value for name, value in kwargs.items() if name != "input"}
+    # Sizes from 2: a dimension of 1 might be taken for another.
+    probe = torch.empty(tuple(range(2, len(layout) + 2)), device="meta")
+    after = func(probe, *(args[1:] if args else ()), **rest)
+    return tuple(layout[size - 2] for size in after.shape)
+
+
+def reshaped(layout: Layout | None, shape: Sequence[int]) -> Layout | None:
+    """The layout after a reshape that keeps the order of the values; None where an axis is cut in pieces that do not fit.
+
+    What is folded into the batch is no axis of a map any more: each part is then a map of its own.
+    """
+    if layout is None:
+        return None
+    left = [atom for dimension in layout for atom in dimension][::-1]
+    if not shape or math.prod(shape) != math.prod(size for _, size in left) or 0 in shape:
+        return None
+    dims = []
+    for size in shape:
+        taken = _take(left, size)
+        if taken is None:
+            return None
+        dims.append(taken)
+    dims[-1] += tuple(left[::-1])  # axes of size 1
+    if len(dims) > 2 and {axis for axis, _ in dims[0]} != {BATCH}:
+        return usual(shape) if _is_usual(layout) else None
+    return tuple(dims)
+
+
+def _take(left: list[Atom], size: int) -> tuple[Atom, ...] | None:
+    """Take the next atoms, `left[-1]` first, that make up a dimension of this size; the last of them may be cut in two."""
+    taken: list[Atom] = []
+    # A dimension of size 1 takes an axis of size 1 if that is next, so that the batch of a single input keeps its place.
+    while left and (size > 1 or (not taken and left[-1][1] == 1)):
+        axis, n = left.pop()
+        part = min(n, size)
+        if n % part or size % part:
+            return None
+        if n > part:
+            left.append((axis, n // part))
+        taken.append((axis, part))
+        size //= part
+    return tuple(taken)
+
+
+def _is_usual(layout: Layout) -> bool:
+    return [axis for dimension in layout for axis, _ in dimension] == list(range(len(layout)))
+
+
+def _merged(atoms: Sequence[Atom]) -> list[Atom]:
+    """Atoms with those of one axis that stand together as one. The order of the channels among themselves does not matter."""
+    merged: list[Atom] = []
+    for axis, size in atoms:
+        if merged and merged[-1][0] == axis:
+            merged[-1] = (axis, merged[-1][1] * size)
+        else:
+            merged.append((axis, size))
+    return merged
+
+
+def as_maps(rows: Tensor, size: Sequence[int], order: Sequence[int] | None) -> Tensor:
+    """Rows (count, features) as maps (count, channels, *size); `order` is as in `Flattened`, None for channels first."""
+    if order is None:
+        return rows.reshape(len(rows), *size)
+    return rows.reshape(len(rows), *(size[axis] for axis in order)).permute(back(order))
+
+
+def back(order: Sequence[int]) -> tuple[int, ...]:
+    """The permutation of (count, *axes in this order) that puts the axes into the usual order."""
+    return 0, *(1 + list(order).index(axis) for axis in range(len(order)))
