@@ -66,12 +66,12 @@ def test_a_choice_outside_the_table_stands_as_the_nearest_of_its_method():
 # --- what is expected ---
 
 ratios = st.floats(0.05, 2.0)
-fronts = st.integers(1, 2).flatmap(
+fronts = st.integers(1, 3).flatmap(
     lambda costs: st.tuples(
         st.lists(st.tuples(st.floats(0.3, 0.9), *[ratios] * costs), min_size=1, max_size=6), st.tuples(*[ratios] * costs)
     )
 )
-"""Trials (score, log ratios), and the log ratios of a plan, in one cost or in two."""
+"""Trials (score, log ratios), and the log ratios of a plan, in one cost to three."""
 
 
 def expected_gain(front, mean, std):

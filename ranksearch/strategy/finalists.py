@@ -64,12 +64,6 @@ def _fronts(pool: Sequence[TrialRecord], count: int, floor: float, objectives: O
 
 def _spread(layer: list[int], points: Sequence[tuple[float, ...]], count: int, reference: tuple[float, ...]) -> list[int]:
     kept, values = list(layer), np.array(points)
-    # What a point adds only grows as others leave: what it added before is a bound.
-    least = dict.fromkeys(kept, 0.0)
     while len(kept) > count:
-        weakest = min(kept, key=lambda i: least[i])
-        adds = pareto.contribution(values[kept], kept.index(weakest), reference)
-        if adds <= least[weakest]:
-            kept.remove(weakest)
-        least[weakest] = adds
+        del kept[int(np.argmin(pareto.contributions(values[kept], reference)))]
     return kept

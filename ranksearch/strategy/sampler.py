@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -266,7 +267,7 @@ def expected_gains(mean: Values, std: Values, log_ratios: Values, points: Values
     Args:
         mean: (plans,) of log(top - score).
         std: (plans,) of the same, above 0.
-        log_ratios: (plans, costs), known: one cost or two.
+        log_ratios: (plans, costs), known before training.
         points: (trials, 1 + costs) score and log ratios.
         top: no score reaches it.
         floor: scores count from here on, and log ratios from 0.
@@ -288,14 +289,15 @@ def expected_gains(mean: Values, std: Values, log_ratios: Values, points: Values
 
 def _beyond(sizes: Values, taken: Values) -> Values:
     """What each box from 0 to `sizes` (plans, costs) holds that none of the boxes from 0 to `taken` (n, costs) holds."""
-    if sizes.shape[1] == 1:  # as of two costs, the other of which is alike for all
-        sizes, taken = (np.column_stack([each, np.ones(len(each))]) for each in (sizes, taken))
-    sizes, taken = np.maximum(sizes, 0.0), np.maximum(taken, 0.0)
-    # Seen from above a staircase that falls; here by rising second cost, step by step.
-    widths, heights = taken[pareto.front(taken)].T
-    below = np.append(0.0, heights)[:-1]
-    covered = np.minimum(sizes[:, :1], widths) * np.clip(sizes[:, 1:] - below, 0.0, heights - below)
-    return np.asarray(sizes.prod(axis=1) - covered.sum(axis=1))
+    if sizes.shape[1] == 1:
+        return np.maximum(sizes[:, 0] - taken.max(initial=0.0), 0.0)
+    # Slice by slice of the last cost: within a slice, the boxes that reach through it take the same of the other costs.
+    levels = [0.0, *np.unique(taken[taken[:, -1] > 0, -1]), np.inf]
+    held = np.zeros(len(sizes))
+    for low, high in pairwise(levels):
+        thickness = np.clip(sizes[:, -1] - low, 0.0, high - low)
+        held += thickness * _beyond(sizes[:, :-1], taken[taken[:, -1] > low, :-1])
+    return held
 
 
 def _evenly(rows: Rows, count: int) -> Rows:
