@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import gc
+import io
 import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ranksearch.errors import RankSearchError, StudyError
+from ranksearch.files import GOES_ON, writing
 
 if TYPE_CHECKING:
     import optuna
     from rich.console import Console
 
 INTERRUPTED = 130
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. 0: done; 2: bad input, one sentence on stderr; 130: Ctrl-C. A bug is a traceback."""
+    _escape_what_streams_lack()
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(given)
     # Torch and a long record are a million objects that stay, which Python would search for garbage again and again: that took
@@ -36,8 +42,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:
         # The reader of our output went away (`| head`): nothing is left to say, nor a place to say it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_output()
         return 1
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _close_output()  # it may be what has no room: what it still holds would fail again at exit
+        where = f" ({error.filename})" if error.filename else ""
+        with suppress(OSError):
+            sys.stderr.write(f"ranksearch: The disk is full{where}: {error.strerror}; {GOES_ON}.\n")
+        return 2
+
+
+def _close_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _escape_what_streams_lack() -> None:
+    """A character that an output lacks is written as its code: a name must not end a finished study in a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -262,10 +287,8 @@ def _export(options: argparse.Namespace, given: list[str]) -> int:
     inputs = next(batches(task.data.validation, 64))[0]
     suffix = "" if options.format == "plan" else f".{options.format}"
     target = options.to or options.folder / "export" / f"{trial.number}{suffix}"
-    try:
+    with writing(f"The export to {target}", "choose another --to"):
         difference = export_model(model, task.model, trial.plan, inputs, target, form=options.format)
-    except OSError as error:
-        raise StudyError(f"The export to {target} cannot be written: {error.strerror}; choose another --to.") from None
     limits = record.facts.limits
     outside = f", outside the study's limits ({limits})" if limits.excess(trial, trial.score_validation) else ""
     sys.stdout.write(
@@ -283,4 +306,9 @@ def _stored(options: argparse.Namespace) -> optuna.Study:
     noted = folder.noted_storage(options.folder)
     if noted and not options.storage and not (options.folder / folder.DATABASE).exists():
         raise StudyError(f"The record of the study in {options.folder} is in {noted}; give --storage {noted}.")
-    return folder.open_study(spec.name, folder.storage_url(options.folder, options.storage))
+    url = folder.storage_url(options.folder, options.storage)
+    return folder.open_study(spec.name, url, announce=_announce)
+
+
+def _announce(text: str) -> None:
+    sys.stderr.write(f"ranksearch: {text}\n")

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from ranksearch.errors import StudyError
+
+GOES_ON = "mend that, and the same command goes on"
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -25,3 +31,12 @@ def write_whole(path: Path, content: str | bytes) -> None:
     except BaseException:
         Path(beside).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def writing(what: str, fix: str = GOES_ON) -> Iterator[None]:
+    """Raises a `StudyError` where `what` cannot be written inside: its disk is full, its folder is protected."""
+    try:
+        yield
+    except OSError as error:
+        raise StudyError(f"{what} cannot be written: {error.strerror}; {fix}.") from None

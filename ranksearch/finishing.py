@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ranksearch import attributes, training
 from ranksearch.export import holds_model, load_model, save_model
+from ranksearch.files import writing
 from ranksearch.record import Finalist, Outcome, TrialRecord
 from ranksearch.run import Run
 from ranksearch.strategy.finalists import choose_finalists
@@ -40,7 +41,8 @@ def train_finalists(run: Run, evaluate: Evaluator) -> None:
         left = (trial for trial in waiting if outcomes[trial.number] is Outcome.WORKER_LOST)
         return (Job(trial.number, trial.plan, trial.seed, Stage.FINALIST) for trial in left)
 
-    run.unfinished.mkdir(exist_ok=True)
+    with writing(f"The folder {run.unfinished}"):
+        run.unfinished.mkdir(exist_ok=True)
     run.run_jobs("finalists", jobs, evaluate, on_answer)
     if not GOES_ON & set(outcomes.values()):
         shutil.rmtree(run.unfinished, ignore_errors=True)
@@ -59,7 +61,8 @@ def _tell(run: Run, trial: TrialRecord, answer: Answer) -> None:
         return
     assert answer.score_test is not None
     assert answer.weights is not None
-    save_model(_folder(run, trial), trial.plan, answer.weights)
+    with writing(f"The model {_folder(run, trial)}"):
+        save_model(_folder(run, trial), trial.plan, answer.weights)
     finalist = Finalist(
         score_validation=answer.curve[-1].score, score_test=answer.score_test, curve=answer.curve,
         seconds=answer.seconds, latency_ms=None,

@@ -10,21 +10,21 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import filelock
 import optuna
 from optuna.exceptions import StorageInternalError
-from optuna.storages import RDBStorage
 from sqlalchemy import create_engine, event, func, select
 from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from ranksearch.errors import SpecError, StudyError, first_line
-from ranksearch.files import write_whole
+from ranksearch.files import write_whole, writing
 from ranksearch.objectives import Objectives
 from ranksearch.spec import StudySpec, complete_identity, parse_spec
-from ranksearch.storage import CONNECT, QuickStorage, ServerStorage
+from ranksearch.storage import BUSY_TIMEOUT, CONNECT, LOCKED, Patience, PatientStorage, Unusable, cause_of
 
 SPEC, DATABASE, DENSE = "spec.toml", "study.db", "dense.safetensors"
 UNFINISHED = "unfinished"
@@ -36,14 +36,22 @@ MARK = "# Written by ranksearch: the study of this folder, as resolved."
 ELSEWHERE = "# storage: "
 """Of the spec, the line with the storage's address where it is not the folder's own."""
 IDENTITY = "ranksearch:identity"
+Announce = Callable[[str], None]
+"""Is told when a run has to wait for its storage, and when it waits no more."""
 ATTEMPTS = 3
 """At a storage whose tables another run is making."""
 NAMES = {"params": "log10 ratio", "macs": "log10 MACs ratio"}
 """Of the costs, on the axes of optuna-dashboard."""
 
 
+def _nothing(text: str) -> None:
+    """Announces nothing."""
+
+
 @contextmanager
-def claimed(folder: Path, spec: StudySpec, storage: str | None, *, fresh: bool) -> Iterator[None]:
+def claimed(
+    folder: Path, spec: StudySpec, storage: str | None, *, fresh: bool, announce: Announce = _nothing
+) -> Iterator[None]:
     """Hold the study's folder, and its study, for this run; `fresh` first deletes what a study wrote there, and nothing else.
 
     Raises:
@@ -70,10 +78,11 @@ def claimed(folder: Path, spec: StudySpec, storage: str | None, *, fresh: bool) 
     try:
         if ours and not fresh:
             _same_study(f"The folder {folder}", _spec_of_a_run(folder).identity(), spec)
-            _check_place(folder, spec, storage)
+            _check_place(folder, spec, storage, announce)
         with held_alone(spec.name, storage_url(folder, storage)):
             if fresh:
-                _empty(folder)
+                with writing(f"The output folder {folder}", "choose another --out"):
+                    _empty(folder)
             yield
     finally:
         lock.release()
@@ -94,7 +103,7 @@ def held_alone(name: str, url: str) -> Iterator[None]:
         try:
             taken = _take(name, address, held)
         except (OSError, SQLAlchemyError) as error:
-            raise _unusable(url, first_line(getattr(error, "orig", None) or error)) from None
+            raise _unusable(url, error) from None
         if not taken:
             raise StudyError(
                 f"One run at a time may go on with a study, but {name!r} in {masked(url)} is in use; wait for it, give it more "
@@ -146,7 +155,8 @@ def read_spec(folder: Path) -> StudySpec:
 def write_spec(folder: Path, spec: StudySpec, storage: str | None) -> None:
     """Keep the resolved spec, and the storage's address (without its password) where it is not the folder's own."""
     note = f"{ELSEWHERE}{_place(storage)}\n" if storage else ""
-    write_whole(folder / SPEC, f"{MARK}\n{note}{spec.to_toml()}")
+    with writing(f"The study's {folder / SPEC}"):
+        write_whole(folder / SPEC, f"{MARK}\n{note}{spec.to_toml()}")
 
 
 def noted_storage(folder: Path) -> str:
@@ -160,7 +170,7 @@ def storage_url(folder: Path, storage: str | None) -> str:
     return storage or URL.create("sqlite", database=str(folder / DATABASE)).render_as_string()
 
 
-def open_study(name: str, url: str) -> optuna.Study:
+def open_study(name: str, url: str, *, announce: Announce = _nothing) -> optuna.Study:
     """The Optuna study of that name.
 
     Raises:
@@ -169,64 +179,74 @@ def open_study(name: str, url: str) -> optuna.Study:
     address = _address(url)
     if address.drivername == "sqlite" and not Path(address.database or "").exists():
         raise StudyError(f"The storage {address.database} does not exist; run `ranksearch study` first, or give --storage.")
-    study = _find(name, check_storage(url))
+    study = _find(name, check_storage(url, announce))
     if study is None:
         raise StudyError(f"The storage {masked(url)} holds no study {name!r}; run `ranksearch study` first.")
     return study
 
 
-def create_study(
-    name: str, url: str, objectives: Objectives, *, announce: Callable[[str], None] = lambda text: None
-) -> optuna.Study:
+def create_study(name: str, url: str, objectives: Objectives, *, announce: Announce = _nothing) -> optuna.Study:
     """The Optuna study of that name; made, with these objectives, where it is not there.
-
-    `announce` is told when a database server is away, and when it is back.
 
     Raises:
         StudyError: the storage cannot be reached or is no Optuna storage.
     """
-    storage = check_storage(url)
-    if isinstance(storage, ServerStorage):
-        storage.announce = announce
+    storage = check_storage(url, announce)
     return optuna.create_study(study_name=name, storage=storage, directions=objectives.directions, load_if_exists=True)
 
 
-def check_storage(url: str) -> RDBStorage:
-    """The Optuna storage at a database address.
+def check_storage(url: str, announce: Announce = _nothing) -> PatientStorage:
+    """The Optuna storage at a database address. Waits where another program locks it.
 
     Raises:
         StudyError: the address is none, or the storage cannot be reached or is no Optuna storage. Never shows a password.
     """
     address = _address(url)
+    patience = Patience(masked(url), announce)
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            return _connected(address)
-        except ImportError as error:
-            reason = f"the Python package {error.name!r} is not installed" if error.name else str(error)
-            break
-        except (SQLAlchemyError, StorageInternalError, RuntimeError) as error:
-            reason = first_line(getattr(error, "orig", None) or error)
+            return patience(lambda again: _connected(address, patience))
+        except (ImportError, SQLAlchemyError, StorageInternalError, RuntimeError) as error:
             # Another run that starts at the same time makes the same tables.
             if "already exists" not in str(error) or attempt == ATTEMPTS:
-                break
+                raise _unusable(url, error) from None
         time.sleep(attempt)
-    raise _unusable(url, reason)
+    raise AssertionError("the last attempt returns or raises")
 
 
-def _unusable(url: str, reason: str) -> StudyError:
-    password = _address(url).password
-    reason = reason.replace(str(password), "***") if password else reason
-    return StudyError(f"The storage {masked(url)} cannot be used: {reason}; check its address, and that it is up.")
+def _unusable(url: str, error: Exception) -> StudyError:
+    if isinstance(error, ImportError) and error.name:
+        reason = f"the Python package {error.name!r} is not installed"
+    else:
+        reason = first_line(getattr(error, "orig", None) or error)
+    fix = "and the room on its disk" if _address(url).get_backend_name() == "sqlite" else "and that it is up"
+    return StudyError(f"The storage {masked(url)} cannot be used: {_without_password(reason, url)}; check its address, {fix}.")
 
 
-def _connected(address: URL) -> RDBStorage:
+def _without_password(text: str, url: str) -> str:
+    """The text with the address masked, whole or in part. The password alone may be a word, or a letter, of the text."""
+    address = _address(url)
+    for whole in (url, address.render_as_string(hide_password=False)):
+        text = text.replace(whole, masked(url))
+    for password in {address.password, quote(str(address.password), safe="")} if address.password else set():
+        text = text.replace(f":{password}@", ":***@")
+    return text
+
+
+def _connected(address: URL, patience: Patience) -> PatientStorage:
     url = address.render_as_string(hide_password=False)
     options: dict[str, Any] = {"pool_pre_ping": True}
+    if address.get_backend_name() == "postgresql":
+        options["connect_args"] = CONNECT
     if address.get_backend_name() != "sqlite":
-        if address.get_backend_name() == "postgresql":
-            options["connect_args"] = CONNECT
-        return ServerStorage(url, masked(url), engine_kwargs=options)
-    storage = QuickStorage(url, engine_kwargs=options)
+        return PatientStorage(url, patience, engine_kwargs=options)
+    options["connect_args"] = {"timeout": BUSY_TIMEOUT}
+    try:
+        storage = PatientStorage(url, patience, engine_kwargs=options)
+    except (SQLAlchemyError, StorageInternalError) as error:
+        if cause_of(error) == LOCKED:
+            raise Unusable(LOCKED) from error
+        raise
     event.listen(storage.engine, "connect", _quick_commits)
     storage.engine.dispose()  # it has connected before
     return storage
@@ -239,22 +259,22 @@ def _quick_commits(connection: sqlite3.Connection, about: object) -> None:
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
-def check_study(spec: StudySpec, url: str, *, fresh: bool) -> None:
+def check_study(spec: StudySpec, url: str, *, fresh: bool, announce: Announce = _nothing) -> None:
     """Refuse a storage whose study of that name is not this one, before anything is written; `fresh` may delete one of ours.
 
     Raises:
         StudyError: the storage cannot be used, or its study of that name is another, or none of ranksearch's.
         SpecError: it was begun with keys that this release does not know.
     """
-    study = _find(spec.name, check_storage(url))
+    study = _find(spec.name, check_storage(url, announce))
     if study is not None:
         _check_ours(study, spec, fresh=fresh)
 
 
-def delete_study(name: str, url: str) -> None:
+def delete_study(name: str, url: str, *, announce: Announce = _nothing) -> None:
     """Remove the study of that name from its storage, if it is there."""
     with suppress(KeyError):
-        optuna.delete_study(study_name=name, storage=check_storage(url))
+        optuna.delete_study(study_name=name, storage=check_storage(url, announce))
 
 
 def own_study(study: optuna.Study, spec: StudySpec) -> None:
@@ -303,7 +323,7 @@ def _same_study(place: str, there: Mapping[str, Any], spec: StudySpec) -> None:
             )
 
 
-def _find(name: str, storage: RDBStorage) -> optuna.Study | None:
+def _find(name: str, storage: PatientStorage) -> optuna.Study | None:
     try:
         return optuna.load_study(study_name=name, storage=storage)
     except KeyError:
@@ -333,14 +353,14 @@ def _spec_of_a_run(folder: Path) -> StudySpec:
         ) from None
 
 
-def _check_place(folder: Path, spec: StudySpec, storage: str | None) -> None:
+def _check_place(folder: Path, spec: StudySpec, storage: str | None, announce: Announce) -> None:
     """Refuse to begin a study anew beside its record, as when an option was forgotten; a record that was moved is taken."""
     noted = noted_storage(folder)
     was = noted or ("the folder's own" if (folder / DATABASE).exists() else None)
     now = _place(storage) if storage else "the folder's own"
     if was is None or was == now:
         return
-    if (folder / DATABASE).exists() if storage is None else _find(spec.name, check_storage(storage)) is not None:
+    if (folder / DATABASE).exists() if storage is None else _find(spec.name, check_storage(storage, announce)) is not None:
         return
     fix = f"give --storage {noted}" if noted else "leave out --storage"
     raise StudyError(

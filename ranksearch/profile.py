@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ranksearch.axes import as_maps
 from ranksearch.factorization import FEWER_PARAMS, METHODS, Method, Offer, Prepared, nearest_rank
-from ranksearch.files import write_whole
+from ranksearch.files import write_whole, writing
 from ranksearch.layers import Inventory, Layer
 from ranksearch.metric import Metric, Modes, metrics, source
 from ranksearch.plan import KINDS, Factorization, Plan
@@ -182,7 +182,8 @@ def profile(
             tensors = _prepare(job, metric, whitened, seed)
             tensors |= _weight_errors(_as_profile(job, tensors, metric, whitened, seed, offer), job)
             if job.path:
-                write_whole(job.path, safetensors.torch.save(tensors, {DIGEST: job.digest}))
+                with writing(f"The layer's factors {job.path}"):
+                    write_whole(job.path, safetensors.torch.save(tensors, {DIGEST: job.digest}))
         return _as_profile(job, tensors, metric, whitened, seed, offer)
 
     found = {}

@@ -53,7 +53,8 @@ class Run:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[], None]]:
-        """Adds the seconds that a stage takes to those of earlier runs, at its end and whenever what it gives is called."""
+        """Adds the seconds that a stage takes to those of earlier runs: at its end, after Ctrl-C, and whenever the yielded
+        function is called."""
         before, start = self.seconds.get(name, 0.0), time.monotonic()
 
         def keep() -> None:
@@ -62,8 +63,10 @@ class Run:
 
         try:
             yield keep
-        finally:
+        except KeyboardInterrupt:
             keep()
+            raise
+        keep()  # not after an error, which may be the storage's
 
     def run_jobs(
         self, stage: str, jobs: Callable[[], Iterator[Job]], evaluate: Evaluator, on_answer: Callable[[Job, Answer], None],

@@ -1,9 +1,10 @@
-"""Optuna storages: one that reads a long record quickly, and one on a server that may be restarted in mid-study."""
+"""The Optuna storage of a study: it reads a long record quickly, and waits for a database that cannot be used for now."""
 
 from __future__ import annotations
 
 import functools
 import json
+import sqlite3
 import time
 import weakref
 from collections import defaultdict
@@ -11,12 +12,12 @@ from collections.abc import Callable, Container, Sequence
 from typing import Any, TypeVar, cast
 
 from optuna.distributions import json_to_distribution
-from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Select
+from sqlalchemy import Select, event
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
@@ -28,6 +29,22 @@ M = TypeVar("M", bound=Callable[..., Any])
 PATIENCE = 300.0
 """Seconds that a study waits for its database."""
 INTERVAL = 2.0
+"""Seconds between two attempts."""
+BUSY_TIMEOUT = 2.0
+"""Seconds that SQLite itself waits for a lock, unannounced; Ctrl-C is heard only after them."""
+LOCKED, FULL = "locked by another program", "on a full disk"
+CAUSES = {
+    "SQLITE_BUSY": LOCKED,
+    "SQLITE_LOCKED": LOCKED,
+    "SQLITE_PROTOCOL": LOCKED,
+    "SQLITE_FULL": FULL,
+    "SQLITE_IOERR": "on a disk that fails",
+    "SQLITE_CANTOPEN": "away",
+    "SQLITE_READONLY": "read-only",
+}
+"""Errors of SQLite that may pass, and what they say of the database; its other errors are bugs."""
+DISK_FULL = "53100"
+"""PostgreSQL's code for it."""
 CONNECT = {"connect_timeout": 10, "keepalives_idle": 20, "keepalives_interval": 5, "keepalives_count": 3}
 """For PostgreSQL, in seconds: a server that is gone without a word is noticed, not waited for."""
 OPEN = (TrialState.RUNNING, TrialState.WAITING)
@@ -81,31 +98,107 @@ def _all_trials(session: Session, study_id: int) -> list[FrozenTrial]:
     return [read(own) for own in session.query(trial).filter(trial.study_id == study_id).order_by(trial.trial_id)]
 
 
+class Unusable(Exception):
+    """A database cannot be used for now; `cause` says what it is: locked by another program, away."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
+def cause_of(error: BaseException | None) -> str | None:
+    """Why a database cannot be used for now, from an error of SQLAlchemy or one that came of it; None if that is not why."""
+    while error is not None:
+        if isinstance(error, OperationalError | InterfaceError):
+            if isinstance(error.orig, sqlite3.Error):
+                name = getattr(error.orig, "sqlite_errorname", "")  # SQLITE_IOERR_WRITE is a kind of SQLITE_IOERR
+                return CAUSES.get("_".join(name.split("_")[:2]))
+            return FULL if getattr(error.orig, "sqlstate", None) == DISK_FULL else "away"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _as_unusable(context: ExceptionContext) -> None:
+    """Raises `Unusable` in place of a driver's error. Optuna would take that for invalid data, and try some calls again itself
+    without asking what became of the first."""
+    cause = cause_of(context.sqlalchemy_exception)
+    # A connection that fails its test before use is replaced, by SQLAlchemy.
+    if cause and not context.is_pre_ping:
+        raise Unusable(cause)
+
+
+class Patience:
+    """Calls again, announced and for a bounded time, what fails because a database cannot be used for now."""
+
+    def __init__(self, shown: str, announce: Callable[[str], None]) -> None:
+        """`shown` is the address without its password."""
+        self._shown, self._announce = shown, announce
+        self._since: float | None = None
+        """When the database began to be unusable."""
+        self._interrupted = False
+        """Ctrl-C came while it was. What a study still writes at its end does not wait then."""
+
+    def __call__(self, call: Callable[[bool], T]) -> T:
+        """What a call returns; it is told whether it was tried before.
+
+        Raises:
+            StudyError: the database cannot be used for too long.
+        """
+        try:
+            return self._tried(call)
+        except KeyboardInterrupt:
+            self._interrupted = self._since is not None
+            raise
+
+    def _tried(self, call: Callable[[bool], T]) -> T:
+        again = False
+        while True:
+            try:
+                result = call(again)
+            except Unusable as error:
+                again = True
+                self._wait(error.cause)
+            else:
+                if self._since is not None and not self._interrupted:
+                    self._announce(f"the storage is back after {time.monotonic() - self._since:.0f} s")
+                    self._since = None
+                return result
+
+    def _wait(self, cause: str) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+        if self._since is None:
+            self._since = time.monotonic()
+            self._announce(f"the storage {self._shown} is {cause}; trying again for {PATIENCE / 60:g} minutes")
+        elif time.monotonic() - self._since > PATIENCE:
+            raise StudyError(
+                f"The storage {self._shown} must be usable as long as a study runs, but has been {cause} for {PATIENCE:.0f} s; "
+                "what was finished is in it, and the same command goes on once that has ended."
+            )
+        time.sleep(INTERVAL)
+
+
 def _retried(method: M) -> M:
     """A method of `RDBStorage` that may be called twice for once."""
 
     @functools.wraps(method)
-    def call(self: ServerStorage, *args: Any, **more: Any) -> Any:
-        return self._patiently(lambda again: method(self, *args, **more))
+    def call(self: PatientStorage, *args: Any, **more: Any) -> Any:
+        return self._patience(lambda again: method(self, *args, **more))
 
     return cast("M", call)
 
 
-class ServerStorage(QuickStorage):
-    """Tries again, announced and for a bounded time, what fails because the server is away.
+class PatientStorage(QuickStorage):
+    """Waits for a database that cannot be used for now: another program locks it, its disk is full, its server is away.
 
     A commit whose answer was lost may have been made or not. To set an attribute or a parameter twice is no harm; a trial
     that was made, or told, without an answer is recognised. That needs what ranksearch keeps to: one driver for a study.
     """
 
-    def __init__(self, url: str, shown: str, **more: Any) -> None:
-        """`shown` is the address without its password."""
-        self.announce: Callable[[str], None] = lambda text: None
-        self._shown = shown
-        self._prepared = False
-        self._away: float | None = None
-        """Since when."""
+    def __init__(self, url: str, patience: Patience, **more: Any) -> None:
+        self._patience = patience
         super().__init__(url, **more)
+        event.listen(self.engine, "handle_error", _as_unusable)
         weakref.finalize(self, self.engine.dispose)  # nothing else closes its connections
 
     create_new_study = _retried(RDBStorage.create_new_study)
@@ -129,69 +222,17 @@ class ServerStorage(QuickStorage):
         known = {trial._trial_id for trial in self.get_all_trials(study_id, deepcopy=False, states=OPEN)}
 
         def create(again: bool) -> FrozenTrial:
-            made = self.get_all_trials(study_id, deepcopy=False, states=OPEN) if again else []
+            # Not patiently: SQLite is read while another program locks it, which would seem to be the end of the wait.
+            made = QuickStorage._get_trials(self, study_id, OPEN, set(), -1) if again else []
             made = [trial for trial in made if trial._trial_id not in known]
-            self._prepared = False
             return made[0] if made else RDBStorage._create_new_trial(self, study_id, template_trial)
 
-        return self._patiently(create)
-
-    def _get_prepared_new_trial(self, *args: Any) -> Any:
-        # Optuna's own second attempt, which does not ask what became of the first.
-        if self._prepared:
-            raise _TriedBefore
-        self._prepared = True
-        return super()._get_prepared_new_trial(*args)
+        return self._patience(create)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         def tell(again: bool) -> bool:
-            if again and self.get_trial(trial_id).state is state:
+            if again and RDBStorage.get_trial(self, trial_id).state is state:
                 return True
             return RDBStorage.set_trial_state_values(self, trial_id, state, values)
 
-        return self._patiently(tell)
-
-    def _patiently(self, call: Callable[[bool], T]) -> T:
-        """What a call returns; it is told whether it was tried before.
-
-        Raises:
-            StudyError: the server stays away.
-        """
-        again = False
-        while True:
-            try:
-                result = call(again)
-            except (StorageInternalError, _TriedBefore) as error:
-                if not isinstance(error, _TriedBefore) and not _is_away(error):
-                    raise
-                again = True
-                self._wait()
-            else:
-                if self._away is not None:
-                    self.announce(f"the storage is back after {time.monotonic() - self._away:.0f} s")
-                    self._away = None
-                return result
-
-    def _wait(self) -> None:
-        if self._away is None:
-            self._away = time.monotonic()
-            self.announce(f"the storage {self._shown} is away; trying again for {PATIENCE / 60:g} minutes")
-        elif time.monotonic() - self._away > PATIENCE:
-            raise StudyError(
-                f"The storage {self._shown} must be there as long as a study runs, but has been away for {PATIENCE:.0f} s; "
-                "what was finished is in it, and the same command goes on once it is back."
-            )
-        time.sleep(INTERVAL)
-
-
-class _TriedBefore(Exception):
-    """A trial was to be made, and may have been."""
-
-
-def _is_away(error: BaseException | None) -> bool:
-    """Whether an error comes from a connection that broke or was refused."""
-    while error is not None:
-        if isinstance(error, OperationalError | InterfaceError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+        return self._patience(tell)

@@ -18,7 +18,7 @@ from ranksearch.engines.base import Engine, check_portable
 from ranksearch.errors import SpecError, StudyError
 from ranksearch.export import check_state, digest_of, weights_of
 from ranksearch.facts import study_facts
-from ranksearch.files import write_whole
+from ranksearch.files import write_whole, writing
 from ranksearch.finishing import train_finalists
 from ranksearch.layers import check_weights, inventory
 from ranksearch.objectives import Objectives
@@ -86,13 +86,17 @@ def run_study(
     if spec.dense.weights:
         load_given(task.model, Path(spec.dense.weights))
     if options.storage:
-        folder.check_study(spec, options.storage, fresh=options.fresh)
+        folder.check_study(spec, options.storage, fresh=options.fresh, announce=view.note)
     if options.workers != 0:
         check_portable(task)
-    with _engine(options, device) as engine, folder.claimed(out, spec, options.storage, fresh=options.fresh), view:
+    with (
+        _engine(options, device) as engine,
+        folder.claimed(out, spec, options.storage, fresh=options.fresh, announce=view.note),
+        view,
+    ):
         url = folder.storage_url(out, options.storage)
         if options.fresh and options.storage:
-            folder.delete_study(spec.name, url)
+            folder.delete_study(spec.name, url, announce=view.note)
         folder.write_spec(out, spec, options.storage)
         study = folder.create_study(spec.name, url, objectives, announce=view.note)
         folder.own_study(study, spec)
@@ -127,7 +131,8 @@ def _make_dense(run: Run, *, given: bool) -> None:
         _check_digest(run, digest)
         # First the file: a digest without its weights could not be gone on from, since they seldom train to the same bits.
         if not path.exists():
-            write_whole(path, weights_of(run.task.model))
+            with writing(f"The dense net's {path}"):
+                write_whole(path, weights_of(run.task.model))
         unfinished.unlink(missing_ok=True)
         if DIGEST not in run.study.user_attrs:
             run.study.set_user_attr(DIGEST, digest)
@@ -215,11 +220,15 @@ def _report(run: Run) -> None:
 
 
 def _stopped(run: Run) -> StudyRecord | None:
-    """After Ctrl-C: the report shows what there is; None before the facts are known."""
-    if not attributes.has_facts(run.study):
+    """After Ctrl-C: the report shows what there is; None before the facts are known, or where the storage cannot be used or
+    Ctrl-C comes again."""
+    try:
+        if not attributes.has_facts(run.study):
+            return None
+        _report(run)
+        return attributes.read_study(run.study)
+    except KeyboardInterrupt:
         return None
-    _report(run)
-    return attributes.read_study(run.study)
 
 
 def _check_digest(run: Run, digest: str) -> None:

@@ -295,7 +295,7 @@ def test_a_report_that_cannot_be_written_is_one_sentence(study_file, capsys):
     page.mkdir()
     for words in (command, ["report", "runs/small"]):
         assert refuse(capsys, *words) == (
-            "A report's files must be writable, but runs/small/front.csv is not: Is a directory; mend that, and `ranksearch "
+            "The report's runs/small/front.csv cannot be written: Is a directory; mend that, and `ranksearch "
             "report` makes it from the record."
         )
 

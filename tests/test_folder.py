@@ -149,11 +149,11 @@ def test_a_study_that_cannot_be_held_is_told(tmp_path):
 def test_a_storage_whose_tables_another_run_makes_is_tried_again(tmp_path, monkeypatch, told):
     connected, left = folder._connected, [1, 1]
 
-    def racing(address):
+    def racing(*arguments):
         if left:
             left.pop()
             raise OperationalError("CREATE TABLE studies", {}, Exception(told))
-        return connected(address)
+        return connected(*arguments)
 
     monkeypatch.setattr(folder, "_connected", racing)
     monkeypatch.setattr(folder.time, "sleep", lambda seconds: None)

@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "ranksearch"
 
 # Each floor may import from itself where its files are a package, and from the floors above it.
 FLOORS = [
-    ["errors", "files"],
+    ["errors"],
+    ["files"],
     ["plan", "pareto", "limits"],
     ["objectives"],
     ["spec"],

@@ -107,9 +107,7 @@ def test_a_study_outlives_a_restart_of_its_database(server, tmp_path):
     assert all(trial.outcome is Outcome.DONE for trial in record.trials)
     assert sum(trial.finalist is not None for trial in record.trials) == 2
     away, back = view.notes
-    assert (
-        away == f"the storage postgresql+psycopg://me:***@127.0.0.1:{server.port}/postgres is away; trying again for 5 minutes"
-    )
+    assert away == f"the storage postgresql://me:***@127.0.0.1:{server.port}/postgres is away; trying again for 5 minutes"
     assert back.startswith("the storage is back after ")
     study = folder.open_study("restarted", server.url)
     assert {trial.state.name for trial in study.trials} == {"COMPLETE"}
@@ -151,7 +149,8 @@ def test_a_database_that_stays_away_ends_the_study(server, monkeypatch):
     server.stop()
     try:
         with pytest.raises(
-            StudyError, match=r"The storage postgresql.*me:\*\*\*@.* must be there as long as a study runs, but has"
+            StudyError,
+            match=r"The storage postgresql.*me:\*\*\*@.* must be usable as long as a study runs, but has been away for",
         ):
             study.set_user_attr("key", 1)
     finally:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ranksearch.errors import StudyError
-from ranksearch.files import write_whole
+from ranksearch.files import write_whole, writing
 from ranksearch.record import StudyRecord
 
 __all__ = ["write_report"]
@@ -34,11 +33,6 @@ def write_report(record: StudyRecord, folder: Path) -> Path:
         "report.html": page.html(record),
     }
     for name, content in contents.items():
-        try:
+        with writing(f"The report's {folder / name}", "mend that, and `ranksearch report` makes it from the record"):
             write_whole(folder / name, content)
-        except OSError as error:
-            raise StudyError(
-                f"A report's files must be writable, but {folder / name} is not: {error.strerror}; mend that, and `ranksearch "
-                "report` makes it from the record."
-            ) from None
     return folder / "report.html"
