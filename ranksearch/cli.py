@@ -36,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A user's `package.module:name` is looked for in the folder the command runs in, as `python -m` does.
     sys.path.insert(0, str(Path.cwd()))
     try:
-        return int(options.run(options, given) or 0)
+        done = int(options.run(options, given) or 0)
+        sys.stdout.flush()  # here, where a full disk or a reader that is gone is answered
+        return done
     except RankSearchError as error:
         sys.stderr.write(f"ranksearch: {error}\n")
         return 2
@@ -230,14 +232,14 @@ def _layers(options: argparse.Namespace, given: list[str]) -> int:
 
 def _storage_option(storage: str | None) -> str:
     """The option that names a storage, without its password; empty where it is the folder's own."""
-    from ranksearch.folder import masked
+    from ranksearch.database import masked
 
     return f" --storage {shlex.quote(masked(storage))}" if storage else ""
 
 
 def _shown(given: Sequence[str], storage: str | None) -> str:
     """A command as it may be shown and kept: without the storage's password."""
-    from ranksearch.folder import masked
+    from ranksearch.database import masked
 
     words = (word.replace(storage, masked(storage)) if storage else word for word in given)
     return " ".join(["ranksearch", *map(_quoted, words)])

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-import sqlite3
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import filelock
 import optuna
-from optuna.exceptions import StorageInternalError
-from sqlalchemy import create_engine, event, func, select
-from sqlalchemy.engine import URL, Connection, make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
-from sqlalchemy.pool import NullPool
+from sqlalchemy.engine import URL, make_url
 
-from ranksearch.errors import SpecError, StudyError, first_line
+from ranksearch.database import Announce, address_of, check_storage, held_alone, masked, silent
+from ranksearch.errors import SpecError, StudyError
 from ranksearch.files import write_whole, writing
 from ranksearch.objectives import Objectives
 from ranksearch.spec import StudySpec, complete_identity, parse_spec
-from ranksearch.storage import BUSY_TIMEOUT, CONNECT, LOCKED, Patience, PatientStorage, Unusable, cause_of
+from ranksearch.storage import PatientStorage
 
 SPEC, DATABASE, DENSE = "spec.toml", "study.db", "dense.safetensors"
 UNFINISHED = "unfinished"
@@ -33,25 +28,25 @@ REPORT = ("report.html", "report.md", "front.*", "front-*.png", "trials.csv")
 OURS = ("study.db*", DENSE, UNFINISHED, "profile", "models", "export", *REPORT, SPEC)
 """All that a study writes into its folder, and all that `--fresh` deletes; the spec goes last, since it marks the folder."""
 MARK = "# Written by ranksearch: the study of this folder, as resolved."
+START_OVER = "choose another --out or name, or --fresh to start over"
 ELSEWHERE = "# storage: "
 """Of the spec, the line with the storage's address where it is not the folder's own."""
-IDENTITY = "ranksearch:identity"
-Announce = Callable[[str], None]
-"""Is told when a run has to wait for its storage, and when it waits no more."""
-ATTEMPTS = 3
-"""At a storage whose tables another run is making."""
+IDENTITY, INPUTS = "ranksearch:identity", "ranksearch:inputs"
+WEIGHTS = "dense.weights"
+TOLERANCE = 1e-3
+"""Of a root mean square, relative. The same pictures, decoded or scaled by other releases of a library, differ by less."""
+INPUTS_WORDS = {
+    "count": "the number of inputs in split {!r} is",
+    "inputs": "the root mean square of some inputs in split {!r} is",
+    "targets": "the root mean square of some targets in split {!r} is",
+}
+"""By the keys of `inputs_of`."""
 NAMES = {"params": "log10 ratio", "macs": "log10 MACs ratio"}
 """Of the costs, on the axes of optuna-dashboard."""
 
 
-def _nothing(text: str) -> None:
-    """Announces nothing."""
-
-
 @contextmanager
-def claimed(
-    folder: Path, spec: StudySpec, storage: str | None, *, fresh: bool, announce: Announce = _nothing
-) -> Iterator[None]:
+def claimed(folder: Path, spec: StudySpec, storage: str | None, *, fresh: bool, announce: Announce = silent) -> Iterator[None]:
     """Hold the study's folder, and its study, for this run; `fresh` first deletes what a study wrote there, and nothing else.
 
     Raises:
@@ -77,7 +72,7 @@ def claimed(
         raise StudyError(f"The output folder {folder} cannot be written: {error.strerror}; choose another --out.") from None
     try:
         if ours and not fresh:
-            _same_study(f"The folder {folder}", _spec_of_a_run(folder).identity(), spec)
+            _same_study(f"The folder {folder}", _spec_of_a_run(folder).identity(), spec, moved=True)
             _check_place(folder, spec, storage, announce)
         with held_alone(spec.name, storage_url(folder, storage)):
             if fresh:
@@ -86,56 +81,6 @@ def claimed(
             yield
     finally:
         lock.release()
-
-
-@contextmanager
-def held_alone(name: str, url: str) -> Iterator[None]:
-    """Hold the study of that name in its storage, which several folders or machines may share, for this run.
-
-    By a lock on a hidden file beside an SQLite database, or an advisory lock of PostgreSQL, which both end with their process,
-    however that ends; PostgreSQL's ends with the server too. In other servers a study is not held.
-
-    Raises:
-        StudyError: another run holds it, or the storage cannot be used.
-    """
-    address = _address(url)
-    with ExitStack() as held:
-        try:
-            taken = _take(name, address, held)
-        except (OSError, SQLAlchemyError) as error:
-            raise _unusable(url, error) from None
-        if not taken:
-            raise StudyError(
-                f"One run at a time may go on with a study, but {name!r} in {masked(url)} is in use; wait for it, give it more "
-                "--workers, or choose another name."
-            )
-        yield
-
-
-def _take(name: str, address: URL, held: ExitStack) -> bool:
-    """Whether the study could be taken; `held` gives it back."""
-    if address.get_backend_name() == "sqlite":
-        database = Path(address.database or "").resolve()
-        try:
-            held.enter_context(filelock.FileLock(database.with_name(f".{database.name}.{name}.lock"), timeout=0))
-        except filelock.Timeout:
-            return False
-    elif address.get_backend_name() == "postgresql":
-        # One connection for the whole run, in no transaction: the lock is the connection's.
-        engine = create_engine(address, connect_args=CONNECT, poolclass=NullPool, isolation_level="AUTOCOMMIT")
-        connection = engine.connect()
-        held.callback(_close, connection)
-        # The server's own idea of when a client is gone is two hours.
-        for setting, value in (("idle", "20"), ("interval", "5"), ("count", "3")):
-            connection.execute(select(func.set_config(f"tcp_keepalives_{setting}", value, False)))
-        key = func.hashtextextended(f"ranksearch:{name}", 0)
-        return bool(connection.scalar(select(func.pg_try_advisory_lock(key))))
-    return True
-
-
-def _close(connection: Connection) -> None:
-    with suppress(SQLAlchemyError):  # the server may have been away
-        connection.close()
 
 
 def read_spec(folder: Path) -> StudySpec:
@@ -170,13 +115,13 @@ def storage_url(folder: Path, storage: str | None) -> str:
     return storage or URL.create("sqlite", database=str(folder / DATABASE)).render_as_string()
 
 
-def open_study(name: str, url: str, *, announce: Announce = _nothing) -> optuna.Study:
+def open_study(name: str, url: str, *, announce: Announce = silent) -> optuna.Study:
     """The Optuna study of that name.
 
     Raises:
         StudyError: the storage cannot be reached, is no Optuna storage, or has no such study.
     """
-    address = _address(url)
+    address = address_of(url)
     if address.drivername == "sqlite" and not Path(address.database or "").exists():
         raise StudyError(f"The storage {address.database} does not exist; run `ranksearch study` first, or give --storage.")
     study = _find(name, check_storage(url, announce))
@@ -185,7 +130,7 @@ def open_study(name: str, url: str, *, announce: Announce = _nothing) -> optuna.
     return study
 
 
-def create_study(name: str, url: str, objectives: Objectives, *, announce: Announce = _nothing) -> optuna.Study:
+def create_study(name: str, url: str, objectives: Objectives, *, announce: Announce = silent) -> optuna.Study:
     """The Optuna study of that name; made, with these objectives, where it is not there.
 
     Raises:
@@ -195,72 +140,9 @@ def create_study(name: str, url: str, objectives: Objectives, *, announce: Annou
     return optuna.create_study(study_name=name, storage=storage, directions=objectives.directions, load_if_exists=True)
 
 
-def check_storage(url: str, announce: Announce = _nothing) -> PatientStorage:
-    """The Optuna storage at a database address. Waits where another program locks it.
-
-    Raises:
-        StudyError: the address is none, or the storage cannot be reached or is no Optuna storage. Never shows a password.
-    """
-    address = _address(url)
-    patience = Patience(masked(url), announce)
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return patience(lambda again: _connected(address, patience))
-        except (ImportError, SQLAlchemyError, StorageInternalError, RuntimeError) as error:
-            # Another run that starts at the same time makes the same tables.
-            if "already exists" not in str(error) or attempt == ATTEMPTS:
-                raise _unusable(url, error) from None
-        time.sleep(attempt)
-    raise AssertionError("the last attempt returns or raises")
-
-
-def _unusable(url: str, error: Exception) -> StudyError:
-    if isinstance(error, ImportError) and error.name:
-        reason = f"the Python package {error.name!r} is not installed"
-    else:
-        reason = first_line(getattr(error, "orig", None) or error)
-    fix = "and the room on its disk" if _address(url).get_backend_name() == "sqlite" else "and that it is up"
-    return StudyError(f"The storage {masked(url)} cannot be used: {_without_password(reason, url)}; check its address, {fix}.")
-
-
-def _without_password(text: str, url: str) -> str:
-    """The text with the address masked, whole or in part. The password alone may be a word, or a letter, of the text."""
-    address = _address(url)
-    for whole in (url, address.render_as_string(hide_password=False)):
-        text = text.replace(whole, masked(url))
-    for password in {address.password, quote(str(address.password), safe="")} if address.password else set():
-        text = text.replace(f":{password}@", ":***@")
-    return text
-
-
-def _connected(address: URL, patience: Patience) -> PatientStorage:
-    url = address.render_as_string(hide_password=False)
-    options: dict[str, Any] = {"pool_pre_ping": True}
-    if address.get_backend_name() == "postgresql":
-        options["connect_args"] = CONNECT
-    if address.get_backend_name() != "sqlite":
-        return PatientStorage(url, patience, engine_kwargs=options)
-    options["connect_args"] = {"timeout": BUSY_TIMEOUT}
-    try:
-        storage = PatientStorage(url, patience, engine_kwargs=options)
-    except (SQLAlchemyError, StorageInternalError) as error:
-        if cause_of(error) == LOCKED:
-            raise Unusable(LOCKED) from error
-        raise
-    event.listen(storage.engine, "connect", _quick_commits)
-    storage.engine.dispose()  # it has connected before
-    return storage
-
-
-def _quick_commits(connection: sqlite3.Connection, about: object) -> None:
-    """Appends to a log instead of waiting for the disk twice at each of a trial's twenty commits. A killed process loses
-    nothing by it; a machine without power may lose the last commits, but no record is torn."""
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=NORMAL")
-
-
-def check_study(spec: StudySpec, url: str, *, fresh: bool, announce: Announce = _nothing) -> None:
+def check_study(spec: StudySpec, url: str, inputs: Mapping[str, Any], *, fresh: bool, announce: Announce = silent) -> None:
     """Refuse a storage whose study of that name is not this one, before anything is written; `fresh` may delete one of ours.
+    `inputs` are those of `inputs_of`.
 
     Raises:
         StudyError: the storage cannot be used, or its study of that name is another, or none of ranksearch's.
@@ -268,19 +150,19 @@ def check_study(spec: StudySpec, url: str, *, fresh: bool, announce: Announce = 
     """
     study = _find(spec.name, check_storage(url, announce))
     if study is not None:
-        _check_ours(study, spec, fresh=fresh)
+        _check_ours(study, spec, inputs, fresh=fresh)
 
 
-def delete_study(name: str, url: str, *, announce: Announce = _nothing) -> None:
+def delete_study(name: str, url: str, *, announce: Announce = silent) -> None:
     """Remove the study of that name from its storage, if it is there."""
     with suppress(KeyError):
         optuna.delete_study(study_name=name, storage=check_storage(url, announce))
 
 
-def own_study(study: optuna.Study, spec: StudySpec) -> None:
+def own_study(study: optuna.Study, spec: StudySpec, inputs: Mapping[str, Any]) -> None:
     """Keep in the storage what the study is, where it is new; raises as `check_study` does: folders may share a storage, not a
     study."""
-    _check_ours(study, spec, fresh=False)
+    _check_ours(study, spec, inputs, fresh=False)
     if not study.metric_names:
         with warnings.catch_warnings():
             # Marked experimental in Optuna since 3.2; it only names the axes of optuna-dashboard.
@@ -288,39 +170,33 @@ def own_study(study: optuna.Study, spec: StudySpec) -> None:
             study.set_metric_names(["validation score", *(NAMES[cost] for cost in spec.search.minimize)])
     if IDENTITY not in study.user_attrs:
         study.set_user_attr(IDENTITY, spec.identity())
+    if INPUTS not in study.user_attrs:
+        study.set_user_attr(INPUTS, dict(inputs))
 
 
-def masked(url: str) -> str:
-    """A storage's address without its password and its options, which may hold one too."""
-    try:
-        return make_url(url).set(query={}).render_as_string(hide_password=True)
-    except ArgumentError:
-        # What is no address may hold a password all the same: all before the last @ is left out.
-        _, at, tail = url.rpartition("@")
-        return f"***@{tail}" if at else url
-
-
-def _address(url: str) -> URL:
-    """The address taken apart; PostgreSQL's is of psycopg 3 where it names no driver."""
-    try:
-        address = make_url(url)
-        if address.get_backend_name() == "sqlite" and address.database in (None, "", ":memory:"):
-            raise StudyError(
-                f"A storage must outlive its run, but {masked(url)} is in memory; name a file, such as sqlite:///study.db."
-            )
-        return address.set(drivername="postgresql+psycopg") if address.drivername == "postgresql" else address
-    except ArgumentError:
-        raise StudyError(f"A storage must be a database URL such as sqlite:///study.db, but got {masked(url)!r}.") from None
-
-
-def _same_study(place: str, there: Mapping[str, Any], spec: StudySpec) -> None:
+def _same_study(place: str, there: Mapping[str, Any], spec: StudySpec, *, moved: bool) -> None:
+    """`moved`: the file of the dense weights may be another one, since what it holds is compared, too."""
     here = spec.identity()
     for key in sorted({*there, *here}):
+        if moved and key == WEIGHTS and there.get(key) and here[key] and Path(here[key]).exists():
+            continue
         if there.get(key) != here.get(key):
             raise StudyError(
-                f"{place} is another study ({key} is {there.get(key)!r} there and {here.get(key)!r} here); "
-                "choose another --out or name, or --fresh to start over."
+                f"{place} is another study ({key} is {there.get(key)!r} there and {here.get(key)!r} here); {START_OVER}."
             )
+
+
+def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """How inputs differ, as `inputs_of` has them, in words; empty where they are the same as far as both are known."""
+    was, now = there.get("dense"), here.get("dense")
+    if was and now and was != now:
+        return f"another dense model (the SHA-256 of its weights is {was[:8]}... there and {now[:8]}... here)"
+    for name in ("train", "validation", "test"):
+        for key, words in INPUTS_WORDS.items():
+            was, now = there[name].get(key), here[name].get(key)
+            if None not in (was, now) and not math.isclose(was, now, rel_tol=0 if key == "count" else TOLERANCE):
+                return f"other data ({words.format(name)} {was:.6g} there and {now:.6g} here)"
+    return ""
 
 
 def _find(name: str, storage: PatientStorage) -> optuna.Study | None:
@@ -330,8 +206,8 @@ def _find(name: str, storage: PatientStorage) -> optuna.Study | None:
         return None
 
 
-def _check_ours(study: optuna.Study, spec: StudySpec, *, fresh: bool) -> None:
-    known = study.user_attrs.get(IDENTITY)
+def _check_ours(study: optuna.Study, spec: StudySpec, inputs: Mapping[str, Any], *, fresh: bool) -> None:
+    known, made_from = study.user_attrs.get(IDENTITY), study.user_attrs.get(INPUTS)
     place = f"The storage's study {spec.name!r}"
     if known is None:
         # An empty one is what a run leaves that was killed as it began.
@@ -341,7 +217,9 @@ def _check_ours(study: optuna.Study, spec: StudySpec, *, fresh: bool) -> None:
                 f"{place} must be one of ranksearch's, but is another program's; choose another name or --storage."
             )
     elif not fresh:
-        _same_study(place, complete_identity(known, source=place), spec)
+        _same_study(place, complete_identity(known, source=place), spec, moved=made_from is not None)
+        if made_from is not None and (found := difference(made_from, inputs)):
+            raise StudyError(f"{place} was made from {found}; {START_OVER}.")
 
 
 def _spec_of_a_run(folder: Path) -> StudySpec:

@@ -20,6 +20,7 @@ from ranksearch.export import check_state, digest_of, weights_of
 from ranksearch.facts import study_facts
 from ranksearch.files import write_whole, writing
 from ranksearch.finishing import train_finalists
+from ranksearch.inputs import inputs_of
 from ranksearch.layers import check_weights, inventory
 from ranksearch.objectives import Objectives
 from ranksearch.options import Options, choose_device
@@ -83,10 +84,10 @@ def run_study(
         check_scratch(task.model)
     _check_min_score(spec, task)
     objectives = Objectives(spec.search.minimize, found.macs)
-    if spec.dense.weights:
-        load_given(task.model, Path(spec.dense.weights))
+    kept = (out / folder.DENSE).exists() and not options.fresh
+    inputs = inputs_of(task.data, _dense_start(spec, task, view, kept=kept))
     if options.storage:
-        folder.check_study(spec, options.storage, fresh=options.fresh, announce=view.note)
+        folder.check_study(spec, options.storage, inputs, fresh=options.fresh, announce=view.note)
     if options.workers != 0:
         check_portable(task)
     with (
@@ -97,9 +98,12 @@ def run_study(
         url = folder.storage_url(out, options.storage)
         if options.fresh and options.storage:
             folder.delete_study(spec.name, url, announce=view.note)
-        folder.write_spec(out, spec, options.storage)
+        # It marks a new folder as a study's. That of an old one stays until the study is known to be the same.
+        if not (out / folder.SPEC).exists():
+            folder.write_spec(out, spec, options.storage)
         study = folder.create_study(spec.name, url, objectives, announce=view.note)
-        folder.own_study(study, spec)
+        folder.own_study(study, spec, inputs)
+        folder.write_spec(out, spec, options.storage)
         one = example(task.data.validation).to(device)
         run = Run(spec, out, options, device, task, one, found, space, study, engine, view)
         try:
@@ -107,6 +111,18 @@ def run_study(
         except KeyboardInterrupt:
             raise Stopped(_stopped(run)) from None
         return attributes.read_study(study)
+
+
+def _dense_start(spec: StudySpec, task: Task, view: View, *, kept: bool) -> str | None:
+    """Load the dense weights that the spec names; the digest of those that the model then has, None where they are drawn at
+    random, or where their file is gone and the study has its dense net `kept` in its folder."""
+    path = Path(spec.dense.weights)
+    if spec.dense.weights and kept and not path.exists():
+        view.note(f"dense.weights {path} is gone; the study goes on with the dense net in its folder")
+        return None
+    if spec.dense.weights:
+        load_given(task.model, path)
+    return digest_of(task.model) if spec.dense.weights or not spec.dense.epochs else None
 
 
 def _straight_on(run: Run, *, given: bool) -> None:

@@ -119,7 +119,9 @@ def test_another_dense_model_is_another_study(trained, tmp_path):
 
     go(trained)
     torch.manual_seed(9)
-    with pytest.raises(StudyError, match="made from another dense model; choose another name or --storage, or --fresh"):
+    with pytest.raises(
+        StudyError, match=r"made from another dense model \(.* here\); choose another --out or name, or --fresh"
+    ):
         go(replace(trained, model=nets.small()))
 
 

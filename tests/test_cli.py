@@ -15,6 +15,7 @@ import torch
 import ranksearch
 from ranksearch.cli import _shown, _storage_option, main
 from ranksearch.console import Plain
+from ranksearch.database import _unusable
 from tests import nets
 from tests.conftest import refuse, snapshot
 
@@ -157,6 +158,36 @@ def test_a_gpu_that_is_not_there(study_file, capsys):
 def test_the_password_of_a_storage_is_never_shown(study_file, capsys):
     for url in ("oracel://user:s3cret@host/db", "not a url:s3cret@host", "sqlite://user:s3cret@/x"):
         assert "s3cret" not in refuse(capsys, "study", "small.toml", "--storage", url)
+
+
+@pytest.mark.parametrize("password", ["e", "s", "*", "p%40ss", "oracel", "a:b/c"])
+def test_a_password_is_masked_where_it_stands_and_nowhere_else(study_file, capsys, password):
+    assert refuse(capsys, "study", "small.toml", "--storage", f"oracel://user:{password}@host/db") == (
+        "The storage oracel://user:***@host/db cannot be used: Can't load plugin: sqlalchemy.dialects:oracel; check its address, "
+        "and that it is up."
+    )
+
+
+def test_an_address_in_a_drivers_words_is_masked():
+    url = "oracel://user:p%40e@host/db?key=1"
+    told = f"no {url}, nor oracel://user:p%40e@host/db?key=1 of user:p@e@host here: peep"
+    assert str(_unusable(url, RuntimeError(told))).startswith(
+        "The storage oracel://user:***@host/db cannot be used: no oracel://user:***@host/db, nor oracel://user:***@host/db of "
+        "user:***@host here: peep; check"
+    )
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("postgresql://me:pa@ss@host/db", "A password's @ must be written as %40 in a storage's address, but '***@host/db' has two."),
+        ("postgresql://me:s@host:port/db", "A storage must be a database URL such as sqlite:///study.db, but got '***@host:port/db'."),
+        ("me:s3cret@host?password=s3cret", "A storage must be a database URL such as sqlite:///study.db, but got '***@host'."),
+    ],
+)  # fmt: skip
+def test_an_address_that_cannot_be_read_shows_no_password(study_file, capsys, url, told):
+    assert refuse(capsys, "study", "small.toml", "--storage", url) == told
+    assert url not in _shown(["study", "--storage", url], url)
 
 
 def test_a_file_that_is_not_toml(study_file, capsys):

@@ -9,9 +9,9 @@ import optuna
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from ranksearch import folder
+from ranksearch import database
+from ranksearch.database import check_storage, held_alone
 from ranksearch.errors import SpecError, StudyError
-from ranksearch.folder import check_storage, held_alone
 from ranksearch.options import Options
 from ranksearch.study import run_study
 from tests.conftest import essence, small_spec
@@ -147,7 +147,7 @@ def test_a_study_that_cannot_be_held_is_told(tmp_path):
     ],
 )
 def test_a_storage_whose_tables_another_run_makes_is_tried_again(tmp_path, monkeypatch, told):
-    connected, left = folder._connected, [1, 1]
+    connected, left = database._connected, [1, 1]
 
     def racing(*arguments):
         if left:
@@ -155,9 +155,9 @@ def test_a_storage_whose_tables_another_run_makes_is_tried_again(tmp_path, monke
             raise OperationalError("CREATE TABLE studies", {}, Exception(told))
         return connected(*arguments)
 
-    monkeypatch.setattr(folder, "_connected", racing)
-    monkeypatch.setattr(folder.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(database, "_connected", racing)
+    monkeypatch.setattr(database.time, "sleep", lambda seconds: None)
     assert check_storage(f"sqlite:///{tmp_path / 'new.db'}")
-    left += [1] * folder.ATTEMPTS
+    left += [1] * database.ATTEMPTS
     with pytest.raises(StudyError, match=re.escape(f"cannot be used: {told.splitlines()[0]}; check its address")):
         check_storage(f"sqlite:///{tmp_path / 'new.db'}")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ranksearch import folder, storage
+from ranksearch import database, folder, storage
 from ranksearch.console import Silent
 from ranksearch.errors import StudyError
 from ranksearch.objectives import Objectives
@@ -175,17 +175,21 @@ def test_bad_addresses_are_one_sentence(server, study_file, capsys):
 
 def test_one_run_at_a_time_holds_a_study(server):
     words = rf"One run at a time may go on with a study, but 'alone' in postgresql://me:\*\*\*@127.0.0.1:{server.port}/postgres is in use"
-    again = folder.held_alone("alone", server.url)
-    with folder.held_alone("alone", server.url), folder.held_alone("other", server.url), pytest.raises(StudyError, match=words):
+    again = database.held_alone("alone", server.url)
+    with (
+        database.held_alone("alone", server.url),
+        database.held_alone("other", server.url),
+        pytest.raises(StudyError, match=words),
+    ):
         again.__enter__()
-    with folder.held_alone("alone", server.url):
+    with database.held_alone("alone", server.url):
         server.stop()  # which gives the lock back by itself
         server.start()
-    with folder.held_alone("alone", server.url):
+    with database.held_alone("alone", server.url):
         pass
     server.stop()
     try:
         with pytest.raises(StudyError, match=r"The storage postgresql://me:\*\*\*@.* cannot be used: .*refused"):
-            folder.held_alone("alone", server.url).__enter__()
+            database.held_alone("alone", server.url).__enter__()
     finally:
         server.start()

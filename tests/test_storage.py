@@ -1,14 +1,26 @@
-"""A record is read as Optuna reads it, only sooner."""
+"""A record is read as Optuna reads it, only sooner; and a database that cannot be used for now is waited for."""
 
 import math
+import sqlite3
+from contextlib import closing
 
 import optuna
+import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
+from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
 
-from ranksearch import folder
+from ranksearch import database, folder, storage
+from ranksearch.console import Silent
+from ranksearch.errors import StudyError
 from ranksearch.objectives import Objectives
+from ranksearch.options import Options
+from ranksearch.study import Stopped, run_study
+from tests.books import Books
+from tests.conftest import small_spec
 
 SPACE = {
     "method": CategoricalDistribution(["dense", "cp"]),
@@ -44,3 +56,144 @@ def fill(study):
         if state is not None:
             study.tell(trial, values, state=state)
     study.enqueue_trial({"method": "cp", "level": 0.5, "rank": 3}, user_attrs={"place": 6})
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """Waits are short."""
+    monkeypatch.setattr(storage, "PATIENCE", 60)
+    monkeypatch.setattr(storage, "INTERVAL", 0.02)
+    monkeypatch.setattr(database, "BUSY_TIMEOUT", 0.02)
+
+
+class Lock:
+    """Another program's write lock of an SQLite database."""
+
+    def __init__(self, path):
+        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+
+    def __enter__(self):
+        self._connection.execute("BEGIN EXCLUSIVE")
+
+    def __exit__(self, *error):
+        self._connection.execute("ROLLBACK")
+
+    def close(self):
+        self._connection.close()
+
+
+def test_books_are_the_same_whenever_another_program_locks_them(tmp_path, hurried):
+    """Before every third commit the database is locked, until the first failure is announced."""
+    quiet, locked, notes = Books(), Books(), []
+    quiet.run(8)
+    url, lock = folder.storage_url(tmp_path, None), Lock(tmp_path / "study.db")
+
+    def announce(text):
+        notes.append(text)
+        if "locked" in text:
+            lock.__exit__()
+
+    locked.study = folder.create_study("locked", url, Objectives(), announce=announce)
+    commits = 0
+
+    @event.listens_for(locked.study._storage._backend.engine, "before_cursor_execute")
+    def every_third(connection, cursor, statement, *more):
+        nonlocal commits
+        if statement.startswith(("INSERT", "UPDATE")):
+            commits += 1
+            if commits % 3 == 0 and not connection.connection.driver_connection.in_transaction:
+                lock.__enter__()
+
+    locked.run(8)
+    lock.close()
+    assert [record.plan for record in locked.trained] == [record.plan for record in quiet.trained]
+    states = [trial.state.name for trial in locked.study.get_trials()]
+    assert states == [trial.state.name for trial in quiet.study.get_trials()]
+    assert len(notes) > 20
+    assert set(notes[::2]) == {f"the storage {url} is locked by another program; trying again for 1 minutes"}
+    assert set(notes[1::2]) == {"the storage is back after 0 s"}
+
+
+def test_a_lock_that_stays_is_one_sentence_wherever_it_is_met(tmp_path, hurried, monkeypatch):
+    monkeypatch.setattr(storage, "PATIENCE", 0.1)
+    url = folder.storage_url(tmp_path, None)
+    words = (
+        rf"The storage {url} must be usable as long as a study runs, but has been locked by another program for 0 s; what was"
+    )
+    lock = Lock(tmp_path / "study.db")
+    with lock, pytest.raises(StudyError, match=words):
+        folder.create_study("begun", url, Objectives())
+    study = folder.create_study("begun", url, Objectives())
+    for change in (
+        lambda: study.set_user_attr("key", 1),
+        lambda: study.ask(SPACE),
+        lambda: study.enqueue_trial({"rank": 1}),
+        lambda: folder.delete_study("begun", url),
+        lambda: folder.create_study("second", url, Objectives()),
+    ):
+        with lock, pytest.raises(StudyError, match=words):
+            change()
+    with lock:  # what only reads need not wait
+        assert folder.open_study("begun", url).get_trials() == []
+    lock.close()
+
+
+def test_a_full_disk_is_waited_for(tmp_path, hurried):
+    """SQLite's own limit stands for the disk."""
+    notes, url = [], folder.storage_url(tmp_path, None)
+
+    def announce(text):
+        notes.append(text)
+        room(1 << 30)
+
+    study = folder.create_study("full", url, Objectives(), announce=announce)
+    engine = study._storage._backend.engine
+
+    def room(pages):
+        with engine.connect() as connection:
+            connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
+
+    room(1)
+    study.set_user_attr("long", "x" * 100_000)
+    assert folder.open_study("full", url).user_attrs == {"long": "x" * 100_000}
+    assert notes == [f"the storage {url} is on a full disk; trying again for 1 minutes", "the storage is back after 0 s"]
+
+
+def test_an_error_that_will_not_pass_is_not_waited_for(tmp_path):
+    url = folder.storage_url(tmp_path, None)
+    study = folder.create_study("torn", url, Objectives(), announce=pytest.fail)
+    with closing(sqlite3.connect(tmp_path / "study.db")) as connection:
+        connection.execute("DROP TABLE study_user_attributes")
+    with pytest.raises(StorageInternalError):
+        study.set_user_attr("key", 1)
+
+
+@pytest.mark.parametrize(("code", "cause"), [("53100", "on a full disk"), ("08006", "away"), (None, "away")])
+def test_what_ails_a_server_is_told_by_its_code(code, cause):
+    error = Exception("a driver's")
+    error.sqlstate = code
+    assert storage.cause_of(OperationalError("INSERT", {}, error)) == cause
+
+
+def test_ctrl_c_ends_the_wait_and_all_that_would_follow(tmp_path, monkeypatch):
+    """Locked from the second trial on: one Ctrl-C ends the study, and the same study goes on once it is released."""
+    monkeypatch.setattr(database, "BUSY_TIMEOUT", 0.02)
+    out, spec, locks = tmp_path / "small", small_spec("search.trials=3", "finalists.count=1"), []
+
+    class Impatient(Silent):
+        def trial(self, record, trials):
+            locks.append(Lock(out / "study.db"))
+            locks[0].__enter__()
+
+        def note(self, text):
+            assert "is locked by another program; trying again" in text, "nothing else is told"
+            raise KeyboardInterrupt
+
+    with pytest.raises(Stopped) as stopped:
+        run_study(spec, out, Options(workers=0), view=Impatient())
+    assert len(stopped.value.record.trials) == 1
+    (lock,) = locks
+    lock.__exit__()
+    lock.close()
+    record = run_study(spec, out, Options(workers=0))
+    assert sorted(trial.index for trial in record.trials) == [0, 1, 2]

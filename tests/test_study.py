@@ -212,6 +212,16 @@ def test_a_kill_before_the_dense_weights_are_kept_costs_only_their_training(tmp_
     assert run_study(spec, out, Options(workers=0)).trials
 
 
+def test_a_second_ctrl_c_ends_the_last_report_too(tmp_path, monkeypatch):
+    def killed(run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "_report", killed)
+    with pytest.raises(Stopped) as stopped:
+        run_study(small_spec("search.trials=1", "finalists.count=1"), tmp_path / "small", Options(workers=0))
+    assert stopped.value.record is None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -47,7 +47,11 @@ def sample(split: Dataset[Any], count: int, *, seed: int) -> Dataset[Any]:
     """`count` inputs of a split, drawn without repeats and in the split's order; the whole split if it holds no more."""
     if size(split) <= count:
         return split
-    chosen = torch.randperm(size(split), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    return part(split, torch.randperm(size(split), generator=torch.Generator().manual_seed(seed))[:count].sort().values)
+
+
+def part(split: Dataset[Any], chosen: Tensor) -> Dataset[Any]:
+    """The split of the inputs with the numbers `chosen` (count,) alone."""
     if isinstance(split, Batched):
         return split.only(chosen)
     if type(split) is TensorDataset:

@@ -1,0 +1,62 @@
+"""Outputs that lack a character, or room: a command says what it has to say, and how it ended."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+from torch.nn import Flatten, Linear, Sequential
+
+from ranksearch.cli import main
+from tests import nets
+
+
+def latin(monkeypatch):
+    """Outputs as Windows' pipes have them; what was written to each. Not a fixture: pytest sets its own outputs after those."""
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding="cp1252", write_through=True) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    return lambda name: streams[name].buffer.getvalue().decode("cp1252")
+
+
+def test_a_study_whose_folder_the_output_cannot_name_ends_well(study_file, monkeypatch):
+    told = latin(monkeypatch)
+    words = ["--workers", "0", "--trials", "1", "--set", "finalists.count=1"]
+    assert main(["study", "small.toml", "--out", "łódź", *words]) == 0
+    assert Path("łódź/report.html").exists()
+    assert told("stdout").rstrip().endswith("ranksearch export '\\u0142ód\\u017a' --knee --format onnx")
+    assert main(["report", "łódź"]) == 0
+    assert told("stdout").rstrip().endswith("\\u0142ód\\u017a/report.html")
+
+
+def test_a_message_that_the_output_cannot_write_is_still_one(study_file, monkeypatch):
+    told = latin(monkeypatch)
+    assert main(["report", "łódź"]) == 2
+    assert told("stderr").startswith("ranksearch: A study's folder must hold spec.toml, but \\u0142ód\\u017a does not")
+    assert main(["study", "small.toml", "--set", "task.model=tests.nets:łódź"]) == 2
+
+
+def test_a_table_goes_to_any_output(study_file, monkeypatch):
+    monkeypatch.setattr(
+        nets, "small", lambda: Sequential(OrderedDict(flat=Flatten(), łódź=Linear(64, 32), last=Linear(32, 10)))
+    )
+    told = latin(monkeypatch)
+    assert main(["layers", "small.toml"]) == 0
+    assert "\\u0142ód\\u017a" in told("stdout")
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert main(["layers", "small.toml"]) == 0
+    assert "łódź" in sys.stdout.getvalue()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("words", [["studies"], ["report", "runs/small"]])
+def test_an_output_without_room_is_one_sentence(copied, study_file, words):
+    code = f"import sys; from ranksearch.cli import main; sys.exit(main({words!r}))"
+    with open("/dev/full", "w") as output:  # noqa: PTH123
+        done = subprocess.run([sys.executable, "-c", code], stdout=output, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == ("ranksearch: The disk is full: No space left on device; mend that, and the same command goes on.\n")

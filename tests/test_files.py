@@ -1,0 +1,73 @@
+"""Files of a study that cannot be written: one sentence, nothing half written, and the same study goes on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+
+import pytest
+
+from ranksearch.errors import StudyError
+from ranksearch.files import write_whole, writing
+from ranksearch.options import Options
+from ranksearch.study import run_study
+from tests.conftest import essence, small_spec, snapshot
+
+FILES = {
+    "spec.toml": r"The study's .*/spec.toml",
+    "dense.safetensors": r"The dense net's .*/dense.safetensors",
+    "conv2-": r"The layer's factors .*/profile/conv2-.*",
+    "weights.safetensors": r"The model .*/models/\d+",
+    "plan.json": r"The model .*/models/\d+",
+    "front.csv": r"The report's .*/front.csv",
+}
+"""By how its name begins, a file of each stage, in the order of their making; and what a message calls it."""
+
+
+def full(monkeypatch, name):
+    """A disk without room for the files whose names so begin."""
+    opened = tempfile.mkstemp
+
+    def mkstemp(dir, prefix):
+        handle, beside = opened(dir=dir, prefix=prefix)
+        if prefix.startswith(f".{name}"):
+            os.close(handle)
+            handle = os.open("/dev/full", os.O_WRONLY)
+        return handle, beside
+
+    monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+
+
+def test_a_full_disk_is_one_sentence_at_every_file(finished, tmp_path, monkeypatch):
+    """The disk is full when each is to be written in turn; the last run is whole and is what an uninterrupted one is."""
+    out, spec = tmp_path / "small", small_spec("search.trials=2", "finalists.count=1")
+    for name, words in FILES.items():
+        kept = {path: bytes_ for path, bytes_ in snapshot(out).items() if path.suffix == ".safetensors"}
+        with monkeypatch.context() as patch:
+            full(patch, name)
+            with pytest.raises(StudyError, match=f"{words} cannot be written: No space left on device; mend that, and "):
+                run_study(spec, out, Options(workers=0))
+        now = snapshot(out)
+        assert not [path for path in now if path.name.startswith(f".{name}")], "nothing half written"
+        assert {path: now[path] for path in kept} == kept, "nothing is made again"
+    record = run_study(spec, out, Options(workers=0))
+    assert [trial[:9] for trial in essence(record.trials)] == [trial[:9] for trial in essence(finished[1].trials[:2])]
+    assert sum(trial.finalist is not None for trial in record.trials) == 1
+    assert (out / "report.html").exists()
+
+
+def test_what_cannot_be_written_is_left_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_whole(path, "old")
+    full(monkeypatch, "file")
+    with (
+        pytest.raises(StudyError, match=r"^The file cannot be written: No space left on device; make room\.$"),
+        writing("The file", "make room"),
+    ):
+        write_whole(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_whole(path, "new")
+    assert caught.value.errno == errno.ENOSPC
