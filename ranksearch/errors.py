@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class RankSearchError(Exception):
@@ -33,6 +35,18 @@ class StudyError(RankSearchError):
 def first_line(error: BaseException) -> str:
     """The first line of what an error says; another program's error may say a page, or nothing."""
     return (str(error).strip() or "no message").splitlines()[0].strip()
+
+
+def unloadable(place: str, error: Exception) -> str:
+    """The sentence for a worker that cannot load what it is to evaluate: the worker's place, the error, where it was raised."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    inside = last.filename.startswith(("<", str(Path(__file__).parent)))  # the import system, or unpickling: no news
+    where = "" if inside else f", in {last.filename} line {last.lineno}"
+    fix = "install its package there" if isinstance(error, ImportError) else "mend that"
+    return (
+        f"Every worker must be able to load model and data, but {place} cannot ({type(error).__name__}: {first_line(error)}"
+        f"{where}); {fix}, or run the trials in the command's own process with --engine local --workers 0."
+    )
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -14,7 +14,8 @@ from ranksearch.console import Silent, View
 from ranksearch.data import check_splits, example, sample_inputs
 from ranksearch.dense import load_given, load_weights, train_dense
 from ranksearch.engines import local, ray
-from ranksearch.engines.base import Engine, check_portable
+from ranksearch.engines.base import Engine
+from ranksearch.engines.shared import check_portable
 from ranksearch.errors import SpecError, StudyError
 from ranksearch.export import check_state, digest_of, weights_of
 from ranksearch.facts import study_facts

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import abc
-import io
 import pickle
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Self, TypeAlias
 
 import cloudpickle
 
@@ -135,29 +135,20 @@ class Engine:
 
 
 def packed(evaluate: Evaluate) -> bytes:
-    """What travels to the workers, pickled; raises as `check_portable` does."""
-    buffer = io.BytesIO()
-    _pickle(evaluate, buffer)
-    return buffer.getvalue()
-
-
-def check_portable(value: Any) -> None:
-    """Whether a part of what is evaluated can travel to the workers; keeps no copy.
+    """What travels to the workers of another machine, pickled.
 
     Raises:
         ModelError: something in it cannot be pickled.
     """
-    _pickle(value, _Nowhere())
+    with picklable():
+        return cloudpickle.dumps(evaluate)
 
 
-class _Nowhere(io.RawIOBase):
-    def write(self, data: Any) -> int:
-        return len(data)
-
-
-def _pickle(value: Any, file: io.IOBase) -> None:
+@contextmanager
+def picklable() -> Iterator[None]:
+    """What cannot be pickled within is told in a sentence."""
     try:
-        cloudpickle.Pickler(file).dump(value)
+        yield
     except Exception as error:
         raise ModelError(
             f"Model, data, loss and score must be picklable to reach the workers, but are not ({error}); mend that, or run the "

@@ -1,29 +1,45 @@
 """The local workers: processes on this machine, kept warm from the first job to the last; or this process itself.
 
-A worker receives the evaluator once (data, dense model, prepared factors) and then one job at a time. It reports every
-rung and its answer through its own pipe, so a worker that dies takes nothing with it but its job. It ends with its driver,
-however that ends, in the midst of a job too.
+A worker maps what jobs are evaluated by (data, dense model, prepared factors; `shared.py`) and then receives one job at a
+time (`worker.py`). It reports every rung and its answer through its own pipe, so a worker that dies takes nothing with it but
+its job. It ends with its driver, however that ends, in the midst of a job too.
+
+Workers do not import the script that calls `search()`, as those of multiprocessing do: what is defined there travels by value
+(cloudpickle), so the script needs no `if __name__ == "__main__":`.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
+import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnContext, SpawnProcess
 
-import cloudpickle
-import torch
-
-from ranksearch.engines.base import Crash, Engine, Evaluate, Messages, Workers, packed
+from ranksearch.engines.base import Crash, Engine, Evaluate, Messages, Workers
+from ranksearch.engines.shared import Packed, pack
+from ranksearch.errors import ModelError
 from ranksearch.record import Outcome, Rung
 from ranksearch.strategy.trial import Answer, Job
+
+START = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's business
+from multiprocessing.connection import Connection
+driver = Connection(int(sys.argv[1]))
+sys.path[:] = driver.recv()
+from ranksearch.errors import unloadable
+try:
+    from ranksearch.engines.worker import serve
+except Exception as error:
+    driver.send(unloadable("a worker process", error))
+else:
+    serve(driver, *map(int, sys.argv[2:]))
+"""
+"""What a worker runs; it imports torch only where a failure can be told to the driver."""
 
 
 def engine(workers: int) -> Engine:
@@ -73,9 +89,19 @@ class _Here(Workers):
 
 @dataclass
 class _Worker:
-    process: SpawnProcess
+    process: subprocess.Popen[bytes]
     pipe: Connection
     job: Job | None = None
+
+    def end(self) -> None:
+        """Wait for its end, not for long."""
+        try:
+            self.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        assert self.process.stdin is not None
+        self.process.stdin.close()
 
 
 class _Pool(Workers):
@@ -83,17 +109,16 @@ class _Pool(Workers):
         self._threads = threads_for(workers)
         counts = ((workers, "worker"), (self._threads, "thread"))
         self.about = " of ".join(f"{count} {thing}{'s' if count > 1 else ''}" for count, thing in counts)
-        self._context: SpawnContext = multiprocessing.get_context("spawn")
         self._limit = workers
         self._evaluate: Evaluate | None = None
-        self._payload = b""
+        self._packed: Packed | None = None
         self._workers: list[_Worker] = []
         self._last_exit: int | None = None
 
     def load(self, evaluate: Evaluate) -> None:
         if evaluate is not self._evaluate:
             self.close()
-            self._evaluate, self._payload = evaluate, packed(evaluate)
+            self._evaluate, self._packed = evaluate, pack(evaluate)
 
     def idle(self) -> bool:
         return len(self._busy()) < self._limit
@@ -113,18 +138,18 @@ class _Pool(Workers):
                 message = worker.pipe.recv()
             except (EOFError, OSError):
                 self._workers.remove(worker)
-                worker.process.join(timeout=5)
-                self._last_exit = worker.process.exitcode
+                worker.pipe.close()
+                worker.end()
+                self._last_exit = worker.process.returncode
                 message = Answer(Outcome.WORKER_LOST)
+            if isinstance(message, str):
+                raise ModelError(message)
             if not isinstance(message, Rung):
                 worker.job = None
             yield key, message
 
     def lost_words(self) -> str:
-        return (
-            f"(last exit code {self._last_exit}); give fewer --workers, or --workers 0 to see what happens in this process. A "
-            "script that calls search() must do so under `if __name__ == '__main__':`."
-        )
+        return f"(last exit code {self._last_exit}); give fewer --workers, or --workers 0 to see what happens in this process."
 
     def close(self) -> None:
         for worker in self._workers:
@@ -132,69 +157,30 @@ class _Pool(Workers):
             if worker.job is not None:
                 worker.process.terminate()
         for worker in self._workers:
-            worker.process.join(timeout=5)
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join()
+            worker.end()
         self._workers.clear()
+        if self._packed is not None:
+            self._packed.close()
+        self._evaluate = self._packed = None
 
     def _busy(self) -> list[_Worker]:
         return [worker for worker in self._workers if worker.job is not None]
 
     def _start(self) -> _Worker:
-        here, there = self._context.Pipe()
-        process = self._context.Process(target=_work, args=(there, self._threads, sys.path), daemon=True)
-        # Read by OpenMP when the child loads torch: later is too late.
-        before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = str(self._threads)
-        try:
-            process.start()
-        finally:
-            os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
+        assert self._packed is not None, "loaded before it is given jobs"
+        here, there = Pipe()
+        given = there.fileno(), self._packed.file.fileno()
+        process = subprocess.Popen(
+            # -P: a file of the current folder must not stand in for a module of Python's before the driver's path is there.
+            [sys.executable, "-P", "-c", START, *map(str, (*given, self._packed.start, self._threads))],
+            # Read by OpenMP when the worker loads torch: later is too late.
+            env=os.environ | {"OMP_NUM_THREADS": str(self._threads)},
+            pass_fds=given,
+            stdin=subprocess.PIPE,
+        )
         there.close()
-        with suppress(OSError):  # it died while starting: its first job is answered as lost
-            here.send_bytes(self._payload)
         worker = _Worker(process, here)
         self._workers.append(worker)
+        with suppress(OSError):  # it died while starting: its first job is answered as lost
+            here.send(sys.path)
         return worker
-
-
-def _work(pipe: Connection, threads: int, path: list[str]) -> None:
-    """A worker's life. Ctrl-C is the driver's business; a closed pipe means that the driver is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_driver, daemon=True).start()
-    sys.path[:] = path
-    torch.set_num_threads(threads)
-    try:
-        evaluate: Evaluate = cloudpickle.loads(pipe.recv_bytes())
-        while True:
-            job = pipe.recv()
-            try:
-                _report(evaluate(job), pipe)
-            except _DriverGone:
-                return
-            except Exception as error:
-                pipe.send(Crash.of(error))
-    except (EOFError, OSError):
-        return
-
-
-def _end_with_driver() -> None:
-    """A killed driver ends no one, and a job may be hours from the message that finds nobody there."""
-    driver = multiprocessing.parent_process()
-    assert driver is not None
-    driver.join()
-    os._exit(1)
-
-
-class _DriverGone(Exception):
-    """Nobody reads any more; apart from the errors of a job, which may be of pipes and files as well."""
-
-
-def _report(messages: Messages, pipe: Connection) -> None:
-    """Send the driver every message of a job."""
-    for message in messages:
-        try:
-            pipe.send(message)
-        except OSError:
-            raise _DriverGone from None
