@@ -37,15 +37,18 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or "no message").splitlines()[0].strip()
 
 
-def unloadable(place: str, error: Exception) -> str:
-    """The sentence for a worker that cannot load what it is to evaluate: the worker's place, the error, where it was raised."""
+def described(error: Exception) -> str:
+    """An error of code that is not ours: its type, its first line, and the file that it was raised in."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     inside = last.filename.startswith(("<", str(Path(__file__).parent)))  # the import system, or unpickling: no news
-    where = "" if inside else f", in {last.filename} line {last.lineno}"
-    fix = "install its package there" if isinstance(error, ImportError) else "mend that"
+    return f"{type(error).__name__}: {first_line(error)}" + ("" if inside else f", in {last.filename} line {last.lineno}")
+
+
+def unloadable(place: str, why: str) -> str:
+    """The sentence for a worker that cannot load what it is to evaluate."""
     return (
-        f"Every worker must be able to load model and data, but {place} cannot ({type(error).__name__}: {first_line(error)}"
-        f"{where}); {fix}, or run the trials in the command's own process with --engine local --workers 0."
+        f"Every worker must be able to load model and data, but {place} cannot ({why}); mend that, or install what it lacks "
+        "there, or run the trials in the command's own process with --engine local --workers 0."
     )
 
 

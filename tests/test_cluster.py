@@ -281,7 +281,10 @@ def test_both_engines_give_the_same_records(finished, tmp_path):
 
 def test_a_node_that_cannot_import_the_model():
     refuse = tune._unpacked(b"cpackage_of_the_user\nnet\n.")  # what pickle writes for a function of a module
-    with pytest.raises(ModelError, match=r"Every node must be able to import model and data, but .* cannot \(No module named"):
+    with pytest.raises(
+        ModelError,
+        match=r"Every worker must be able to load model and data, but the node .* cannot \(ModuleNotFoundError: No module named",
+    ):
         next(refuse(Job(0, Plan(), seed=0)))
 
 

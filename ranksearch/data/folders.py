@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +16,13 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ranksearch.errors import DataError, first_line
+from ranksearch.errors import DataError
 from ranksearch.files import write_whole
 
 DECODER = 2
 """Counts changes in how a picture is decoded, so that what was kept before is decoded again."""
+MOST_NAMED = 3
+"""Files that a message names beside the first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +32,8 @@ class Pictures:
     pixels: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    left_out: tuple[Path, ...]
+    """Files whose names do not end like a picture's."""
 
 
 def read_pictures(folder: Path, *, size: int, mode: str = "RGB") -> Pictures:
@@ -41,27 +47,101 @@ def read_pictures(folder: Path, *, size: int, mode: str = "RGB") -> Pictures:
         mode: RGB, or L for gray.
 
     Raises:
-        DataError: no folder of classes with pictures, or a file that is no picture.
+        DataError: no folder of classes with pictures, or files that are no pictures.
     """
-    # Here, since it takes seconds to import, in every worker.
-    from torchvision.datasets import ImageFolder
-
-    try:
-        found = ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        raise DataError(f"Pictures must lie in {folder}/<class>/, but {first_line(error)}") from None
-    paths = [Path(path) for path, _ in found.samples]
-    kept = [(path.relative_to(folder), path.stat()) for path in paths]
+    classes = class_names(folder)
+    found, left_out = _listed(folder, classes)
+    kept = [(path.relative_to(folder), about) for path, about in _existing(path for path, _ in found)]
     listing = "\n".join(f"{name} {about.st_size} {about.st_mtime_ns}" for name, about in kept)
     digest = hashlib.sha256(f"{DECODER}\n{listing}".encode()).hexdigest()
     cache = folder.with_name(f"{folder.name}-{size}-{mode}.safetensors")
     pixels = _cached(cache, digest)
     if pixels is None:
-        pixels = torch.stack([_decoded(path, size, mode) for path in paths])
+        pixels = _all_decoded([path for path, _ in found], size, mode)
         # A folder that cannot be written to is no reason to stop: its pictures are then decoded in each run.
         with suppress(OSError):
             write_whole(cache, safetensors.torch.save({"pixels": pixels}, {"files": digest}))
-    return Pictures(pixels, torch.tensor(found.targets), tuple(found.classes))
+    return Pictures(pixels, torch.tensor([label for _, label in found]), classes, tuple(left_out))
+
+
+def class_names(folder: Path) -> tuple[str, ...]:
+    """The names of the folders in a folder, sorted; without those that a system or a program left there.
+
+    Raises:
+        DataError: there is no such folder, or none in it.
+    """
+    if not folder.is_dir():
+        raise DataError(f"Pictures must lie in {folder}/<class>/, but there is no folder {folder}{_beside(folder)}.")
+    found = sorted(path for path in folder.iterdir() if not _is_clutter(path.name))
+    if broken := next((path for path in found if not path.exists()), None):
+        raise DataError(f"{broken} must be a folder of pictures, but is a link to nothing; mend or delete it.")
+    names = [path.name for path in found if path.is_dir()]
+    if not names:
+        raise DataError(f"Pictures must lie in {folder}/<class>/, but {folder} holds no folders; make one for each class.")
+    return tuple(names)
+
+
+def _listed(folder: Path, classes: Sequence[str]) -> tuple[list[tuple[Path, int]], list[Path]]:
+    """The pictures of a folder with the numbers of their classes, and the files that are no pictures."""
+    # Here, since it takes seconds to import, in every worker.
+    from torchvision.datasets.folder import make_dataset
+
+    endings = {ending for ending, form in Image.registered_extensions().items() if form in Image.OPEN}
+    left_out: list[Path] = []
+
+    def is_picture(name: str) -> bool:
+        path = Path(name)
+        if any(_is_clutter(part) for part in path.relative_to(folder).parts):
+            return False
+        if path.suffix.lower() not in endings:
+            left_out.append(path.relative_to(folder.parent))
+            return False
+        return True
+
+    numbers = {name: number for number, name in enumerate(classes)}
+    samples = make_dataset(str(folder), numbers, is_valid_file=is_picture, allow_empty=True)
+    if empty := sorted(set(classes) - {classes[label] for _, label in samples}):
+        why = f", only files like {left_out[0]}" if left_out else ""
+        raise DataError(f"Each class must hold pictures, but {folder / empty[0]} holds none{why}; add some, or delete it.")
+    return [(Path(name), label) for name, label in samples], left_out
+
+
+def _beside(folder: Path) -> str:
+    """Which folders there are instead; of a relative path, where it was looked for."""
+    if not folder.parent.is_dir():
+        return "" if folder.is_absolute() else f" in {Path.cwd()}"
+    names = sorted(path.name for path in folder.parent.iterdir() if path.is_dir() and not _is_clutter(path.name))
+    return f", only {', '.join(names)}" if names else ""
+
+
+def _is_clutter(name: str) -> bool:
+    """Whether a system or a program left it: macOS, Windows, Jupyter, a Synology server."""
+    return name.startswith(".") or name in {"__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir"}
+
+
+def _existing(paths: Iterable[Path]) -> Iterator[tuple[Path, os.stat_result]]:
+    for path in paths:
+        try:
+            yield path, path.stat()
+        except OSError as error:
+            raise DataError(f"{path} must be a picture, but is a link to nothing ({error.strerror}); delete it.") from None
+
+
+def _all_decoded(paths: Sequence[Path], size: int, mode: str) -> Tensor:
+    """All pictures (count, channels, size, size); of files that are none, all are told of at once."""
+    decoded, wrong = list[Tensor](), dict[Path, Exception]()
+    for path in paths:
+        try:
+            decoded.append(_decoded(path, size, mode))
+        except Exception as error:  # Pillow raises of many types on damaged files
+            wrong[path] = error
+    if wrong:
+        first, *rest = wrong
+        more = f"; so it is with {', '.join(map(str, rest[:MOST_NAMED]))}" if rest else ""
+        more += f" and {len(rest) - MOST_NAMED:,} more" if len(rest) > MOST_NAMED else ""
+        out = "take them" if rest else "take it"
+        raise DataError(f"{first} must be a picture, but cannot be read: {wrong[first]}{more}; {out} out of the folder.")
+    return torch.stack(decoded)
 
 
 def _cached(path: Path, digest: str) -> Tensor | None:
@@ -83,11 +163,8 @@ def _in_eight_bits(picture: Image.Image) -> Image.Image:
 
 
 def _decoded(path: Path, size: int, mode: str) -> Tensor:
-    try:
-        with Image.open(path) as opened:
-            picture = _in_eight_bits(ImageOps.exif_transpose(opened)).convert(mode)
-    except Exception as error:  # Pillow raises of many types on damaged files
-        raise DataError(f"{path} must be a picture, but cannot be read: {error}; take it out of the folder.") from None
+    with Image.open(path) as opened:
+        picture = _in_eight_bits(ImageOps.exif_transpose(opened)).convert(mode)
     if picture.size != (size, size):
         scale = size / min(picture.size)
         wide, high = (max(size, round(side * scale)) for side in picture.size)

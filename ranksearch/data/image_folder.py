@@ -6,26 +6,34 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from ranksearch.data.folders import read_pictures
+from ranksearch.data.folders import class_names, read_pictures
 from ranksearch.data.images import split_images
 from ranksearch.data.splits import Splits
 from ranksearch.errors import DataError
 
+VALIDATION = ("val", "valid", "validation")
+"""Names that folders of pictures for validation have."""
+
 
 def image_folder(
     *, root: str, size: int = 64, gray: bool = False, train_folder: str = "train", test_folder: str = "test",
-    train: int | None = None, validation: int | None = None, mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None, flip: bool = True, shift: int = 0,
+    validation_folder: str | None = None, train: int | None = None, validation: int | None = None,
+    mean: Sequence[float] | None = None, std: Sequence[float] | None = None, flip: bool = True, shift: int = 0,
 ) -> Splits:  # fmt: skip
-    """Pictures as `root/{train,test}/<class>/<any name>.jpg`, torchvision's ImageFolder layout; decoded once.
+    """Pictures as `root/{train,val,test}/<class>/<any name>.jpg`, torchvision's ImageFolder layout; decoded once.
+
+    Without a folder for validation, pictures for training are held out. Hidden files and folders are passed over.
 
     Args:
         root: holds the folders; relative to the folder the command runs in.
         size: pixels of a side; pictures are scaled to it by their shorter side and cut to the square in the middle.
         gray: one channel instead of three.
-        train_folder: what holds the pictures for training and validation.
+        train_folder: what holds the pictures for training.
         test_folder: what holds those for test.
+        validation_folder: what holds those for validation; `val`, `valid` or `validation` where there is one of them. The
+            `train_folder` again: pictures for training are held out, whatever other folders there are.
         train: how many to train on, stratified by class; all but those for validation by default.
         validation: how many of the training pictures are held out; a tenth by default.
         mean: of each channel in 0..1, for normalisation; that of the training pictures by default.
@@ -34,7 +42,8 @@ def image_folder(
         shift: move each training picture by up to so many pixels both ways; what moves in is black.
 
     Raises:
-        DataError: the pictures are not there, or cannot be read, or are too few; or `mean` or `std` is not one a channel.
+        DataError: the pictures are not there, or cannot be read, or are too few; the folders differ in their classes;
+            `validation` is given and so is a folder for it; or `mean` or `std` is not one a channel.
     """
     if size < 1:
         raise DataError(f"size must be at least 1, but got {size}.")
@@ -43,15 +52,66 @@ def image_folder(
         raise DataError(f"mean and std must both be given, {channels} numbers each, or neither, but got {mean} and {std}.")
     if std is not None and min(std) <= 0:
         raise DataError(f"std must be above 0, but got {std}.")
-    known, tested = (read_pictures(Path(root) / name, size=size, mode="L" if gray else "RGB")
-                     for name in (train_folder, test_folder))  # fmt: skip
-    if known.classes != tested.classes:
-        odd = sorted(set(known.classes) ^ set(tested.classes))
-        raise DataError(f"{train_folder} and {test_folder} in {root} must hold the same classes, but {odd[0]!r} is in one.")
+    validates = _validation_folder(Path(root), train_folder, test_folder, validation_folder)
+    if validates is not None and validation is not None:
+        raise DataError(
+            f"validation = {validation} holds out pictures of {train_folder}, but {validates} in {root} holds those for "
+            f"validation; leave out validation, or give validation_folder = {train_folder!r} too."
+        )
+    names = [train_folder, test_folder, *([validates] if validates is not None else [])]
+    classes = _classes(Path(root), names)
+    known, tested, *held = (read_pictures(Path(root) / name, size=size, mode="L" if gray else "RGB") for name in names)
     given = (torch.tensor(mean), torch.tensor(std)) if mean is not None and std is not None else None
+    if held:
+        out: int | tuple[Tensor, Tensor] = (held[0].pixels, held[0].labels)
+    else:
+        out = max(len(classes), len(known.labels) // 10) if validation is None else validation
     return split_images(
-        (known.pixels, tested.pixels), (known.labels, tested.labels), classes=len(known.classes),
-        about=f"pictures of {root} at {size}x{size}", train=train,
-        validation=max(len(known.classes), len(known.labels) // 10) if validation is None else validation,
-        flip=flip, shift=shift, normalisation=given,
+        (known.pixels, tested.pixels), (known.labels, tested.labels), classes=len(classes),
+        about=_about(root, size, validates, [path for pictures in (known, tested, *held) for path in pictures.left_out]),
+        train=train, validation=out, flip=flip, shift=shift, normalisation=given,
     )  # fmt: skip
+
+
+def _validation_folder(root: Path, train: str, test: str, given: str | None) -> str | None:
+    """The folder of the pictures for validation; None where pictures for training are held out."""
+    if Path(test) in (Path(train), Path(given or "")):
+        raise DataError(f"Pictures for test must serve nothing else, but test_folder = {test!r} does; name another folder.")
+    if given is not None:
+        return None if Path(given) == Path(train) else given
+    there = [name for name in VALIDATION if (root / name).is_dir() and Path(name) not in (Path(train), Path(test))]
+    if len(there) > 1:
+        raise DataError(
+            f"One folder in {root} must hold the pictures for validation, but {' and '.join(there)} are there; name one of "
+            "them with validation_folder."
+        )
+    if there and not (root / test).is_dir():
+        raise DataError(
+            f"Pictures for test must lie in {root / test}, but there is no such folder; to test on {there[0]}, give "
+            f"test_folder = {there[0]!r}, and pictures of {train} are held out for validation."
+        )
+    return there[0] if there else None
+
+
+def _classes(root: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """The classes, which all folders must have."""
+    first, *others = names
+    classes = class_names(root / first)
+    for other in others:
+        theirs = class_names(root / other)
+        sides = ((first, set(classes) - set(theirs)), (other, set(theirs) - set(classes)))
+        if odd := " and ".join(f"{min(only)!r} is only in {name}" for name, only in sides if only):
+            raise DataError(
+                f"{first} and {other} in {root} must hold the same classes, but {odd}; rename or delete those folders."
+            )
+    if len(classes) < 2:
+        raise DataError(f"Pictures must be of two classes or more, but {root / first} holds one folder, {classes[0]!r}.")
+    return classes
+
+
+def _about(root: str, size: int, validates: str | None, left_out: Sequence[Path]) -> str:
+    about = f"pictures of {root} at {size}x{size}"
+    if left_out:
+        files = "1 file that is no picture" if len(left_out) == 1 else f"{len(left_out):,} files that are no pictures"
+        about += f" (left out: {files}, as {left_out[0]})"
+    return about if validates is None else f"{about}, those of {validates} for validation"

@@ -69,42 +69,56 @@ def moments(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 def split_images(
     pixels: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor], *, classes: int, about: str, train: int | None,
-    validation: int, flip: bool, shift: int, normalisation: tuple[Tensor, Tensor] | None = None,
+    validation: int | tuple[Tensor, Tensor], flip: bool, shift: int, normalisation: tuple[Tensor, Tensor] | None = None,
 ) -> Splits:  # fmt: skip
-    """Splits of (training, test) images: `validation` of those for training are held out, and `train` of the rest used.
+    """Splits of (training, test) images, and of those for validation: so many of the training images are held out, or they
+    are given as pixels and labels. `train` of the rest are used.
 
-    Both parts are stratified by class and the same in every run. All are normalised by the mean and standard deviation
-    given, or by those of all images for training. Validation and test are never augmented.
+    Parts are stratified by class and the same in every run. All are normalised by the mean and standard deviation given, or
+    by those of all images for training. Validation and test are never augmented.
 
     Raises:
         DataError: the parts do not fit into what there is.
     """
-    count, least = len(labels[0]), len(labels[0].unique())
+    mean, std = normalisation or moments(pixels[0])
+    whole = Images(pixels[0], labels[0], mean, std)
+    if isinstance(validation, int):
+        held, whole = _held_out(whole, validation)
+    else:
+        held = Images(*validation, mean, std)
+    if train is not None:
+        whole = _taken(whole, train)
+    if shift < 0 or shift > min(pixels[0].shape[2:]):
+        raise DataError(f"shift must lie in 0..{min(pixels[0].shape[2:])}, the size of the images, but got {shift}.")
+    return Splits(
+        train=replace(whole, flip=flip, shift=shift),
+        validation=held,
+        test=Images(pixels[1], labels[1], mean, std),
+        classes=classes,
+        about=f"{about}, {len(whole):,} / {len(held):,} / {len(labels[1]):,} images for training / validation / test",
+    )
+
+
+def _held_out(images: Images, validation: int) -> tuple[Images, Images]:
+    """So many of the images, and the rest."""
+    count, least = len(images), len(images.labels.unique())
     if not least <= validation <= count - least:
         raise DataError(
             f"validation must leave and take an image of each class, so lie in {least}..{count - least} for {count:,} "
             f"training images, but got {validation}."
         )
-    left = count - validation
-    if train is not None and not least <= train <= left - least and train != left:
+    held, rest = _stratified("validation", images.labels, validation)
+    return images.only(held), images.only(rest)
+
+
+def _taken(images: Images, train: int) -> Images:
+    left, least = len(images), len(images.labels.unique())
+    if not least <= train <= left - least and train != left:
         raise DataError(
             f"train must take an image of each class and leave one, so lie in {least}..{left - least:,}, or be {left:,}, all "
-            f"that validation leaves, but got {train:,}."
+            f"that are left, but got {train:,}."
         )
-    if shift < 0 or shift > min(pixels[0].shape[2:]):
-        raise DataError(f"shift must lie in 0..{min(pixels[0].shape[2:])}, the size of the images, but got {shift}.")
-    mean, std = normalisation or moments(pixels[0])
-    whole = Images(pixels[0], labels[0], mean, std)
-    held, rest = _stratified("validation", whole.labels, validation)
-    if train is not None:
-        rest = rest[_stratified("train", whole.labels[rest], train)[0]]
-    return Splits(
-        train=replace(whole.only(rest), flip=flip, shift=shift),
-        validation=whole.only(held),
-        test=Images(pixels[1], labels[1], mean, std),
-        classes=classes,
-        about=f"{about}, {len(rest):,} / {len(held):,} / {len(labels[1]):,} images for training / validation / test",
-    )
+    return images.only(_stratified("train", images.labels, train)[0])
 
 
 def _stratified(part: str, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:

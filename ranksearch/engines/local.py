@@ -31,11 +31,11 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's business
 from multiprocessing.connection import Connection
 driver = Connection(int(sys.argv[1]))
 sys.path[:] = driver.recv()
-from ranksearch.errors import unloadable
+from ranksearch.errors import described, unloadable
 try:
     from ranksearch.engines.worker import serve
 except Exception as error:
-    driver.send(unloadable("a worker process", error))
+    driver.send(unloadable("a worker process", described(error)))
 else:
     serve(driver, *map(int, sys.argv[2:]))
 """

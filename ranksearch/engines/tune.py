@@ -9,24 +9,27 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import sys
 import threading
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
 import ray
 import torch
 from ray import tune
+from ray.exceptions import RayActorError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from ranksearch.engines.base import Crash, Evaluate, Messages
 from ranksearch.engines.ray import Cluster, End, Free, Ready, Said
-from ranksearch.errors import ModelError, StudyError
+from ranksearch.errors import ModelError, StudyError, described, unloadable
 from ranksearch.record import Outcome, Rung
 from ranksearch.strategy.trial import Answer, Job
 
@@ -222,8 +225,14 @@ class _Scheduler(TrialScheduler):
         del trial.last_result["message"]  # Tune keeps every result, and a finalist's holds its weights
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """Only a worker that is gone is an error to Tune: what a job raises is a message."""
-        self._board.say(trial.trial_id, Answer(Outcome.WORKER_LOST))
+        """What a job raises is a message. An error to Tune is a worker that is gone, or that could not begin: its node lacks
+        this package, or one that it needs."""
+        kept = trial.pickled_error_file  # not `get_pickled_error()`, which looks where Tune copies this file later
+        error = cloudpickle.loads(Path(kept).read_bytes()) if kept else None
+        message: Answer | Crash = Answer(Outcome.WORKER_LOST)
+        if isinstance(error, RayActorError) and error.actor_init_failed:
+            message = _unable(error)
+        self._board.say(trial.trial_id, message)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """A trial that was not chosen yet. To one that was, whose actor is starting, Tune would give the next actor that
@@ -242,6 +251,14 @@ class _Scheduler(TrialScheduler):
 
     def debug_string(self) -> str:
         return "the driver decides"
+
+
+def _unable(error: RayActorError) -> Crash:
+    """Ray's words for a worker that could not begin are a page, which names the node and ends with the error."""
+    page = str(error).strip()
+    node = re.search(r"ip=([^,)]+)", page)
+    words = unloadable(f"the node {node[1]}" if node else "a node", page.splitlines()[-1].strip())
+    return Crash(ModelError(words), page)
 
 
 class _Trial(tune.Trainable):
@@ -266,14 +283,11 @@ class _Trial(tune.Trainable):
 
 
 def _unpacked(evaluate: bytes) -> Evaluate:
-    """What the driver packed; where this node cannot import a part of it, what says so at the first step of any job."""
+    """What the driver packed; where this node cannot load it, what says so at the first step of any job."""
     try:
         return cloudpickle.loads(evaluate)
-    except ImportError as error:
-        words = (
-            f"Every node must be able to import model and data, but {platform.node()} cannot ({error}); install their package "
-            "there."
-        )
+    except Exception as error:
+        words = unloadable(f"the node {platform.node()}", described(error))
 
     def refuse(job: Job) -> Messages:
         raise ModelError(words)

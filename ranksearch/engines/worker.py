@@ -11,7 +11,7 @@ import torch
 
 from ranksearch.engines.base import Crash, Evaluate, Messages
 from ranksearch.engines.shared import unpack
-from ranksearch.errors import unloadable
+from ranksearch.errors import described, unloadable
 
 
 def serve(driver: Connection, file: int, start: int, threads: int) -> None:
@@ -22,7 +22,7 @@ def serve(driver: Connection, file: int, start: int, threads: int) -> None:
         evaluate: Evaluate = unpack(file, start)
     except Exception as error:
         with suppress(OSError):
-            driver.send(unloadable("a worker process", error))
+            driver.send(unloadable("a worker process", described(error)))
         return
     # Only the driver's end of the pipe raises these: a job's own errors are sent.
     with suppress(EOFError, OSError):
