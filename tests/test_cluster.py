@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import pickle
 import random
 import re
 import signal
@@ -11,10 +12,12 @@ import socket
 import subprocess
 import sys
 import time
+from multiprocessing import Pipe
 from operator import itemgetter
 from pathlib import Path
 
 import pytest
+from ray.exceptions import RayActorError
 
 from ranksearch.attributes import read_trials
 from ranksearch.cli import main
@@ -28,6 +31,7 @@ from ranksearch.strategy.trial import Answer, Job
 from ranksearch.study import run_study
 from tests.books import Books
 from tests.conftest import essence, refuse, small_spec, snapshot, stored
+from tests.test_engines import REFUSED
 
 KILLS = 2
 """Of the driver; ten went well, too, and take two minutes."""
@@ -279,13 +283,61 @@ def test_both_engines_give_the_same_records(finished, tmp_path):
     assert essence(record.trials) == essence(finished[1].trials)
 
 
-def test_a_node_that_cannot_import_the_model():
-    refuse = tune._unpacked(b"cpackage_of_the_user\nnet\n.")  # what pickle writes for a function of a module
-    with pytest.raises(
-        ModelError,
-        match=r"Every worker must be able to load model and data, but the node .* cannot \(ModuleNotFoundError: No module named",
-    ):
-        next(refuse(Job(0, Plan(), seed=0)))
+def refused_by_a_node(evaluate):
+    with pytest.raises(ModelError) as caught:
+        next(tune._unpacked(evaluate)(Job(0, Plan(), seed=0)))
+    return str(caught.value)
+
+
+def test_a_node_that_cannot_load_the_model():
+    lacks = refused_by_a_node(b"cpackage_of_the_user\nnet\n.")  # what pickle writes for a function of a module
+    assert re.match(
+        r"Every worker must be able to load model and data, but the node \S+ cannot \(ModuleNotFoundError: No module named "
+        r"'package_of_the_user'\); mend that, or install what it lacks there",
+        lacks,
+    )
+    raises = refused_by_a_node(pickle.dumps(REFUSED))
+    assert re.search(r"the node \S+ cannot \(ValueError: no weights here, in .*test_engines\.py line \d+\); mend that", raises)
+
+
+class Ended:
+    """A trial of Tune's whose actor ended with that error."""
+
+    trial_id = "1"
+
+    def __init__(self, path, error):
+        self.pickled_error_file = str(path / "error.pkl") if error else None
+        if error:
+            (path / "error.pkl").write_bytes(pickle.dumps(error))
+
+
+PAGE = """The actor died because of an error raised in its creation task, ray::ResourceTrainable.__init__() (pid=7, ip=10.0.0.7)
+RuntimeError: The actor with name ResourceTrainable failed to import on the worker.
+
+ray::ResourceTrainable.__init__() (pid=7, ip=10.0.0.7, actor_id=1)
+ModuleNotFoundError: No module named 'ranksearch'
+"""
+
+
+def test_a_node_that_lacks_this_package_is_refused_and_a_killed_worker_is_lost(tmp_path):
+    """As Ray 2.60 said it on a node where no worker can import it."""
+    here, there = Pipe()
+    board = tune._Board(there)
+    scheduler = tune._Scheduler(board)
+    for error in (RayActorError(error_msg=PAGE, actor_init_failed=True), RayActorError(error_msg="killed"), None):
+        here.send(Job(5, Plan(), seed=0))
+        board.draw("1")
+        scheduler.on_trial_error(None, Ended(tmp_path, error))
+        assert isinstance(here.recv(), ray.Free)
+        said = here.recv()
+        assert said.key == 5
+        if error and error.actor_init_failed:
+            assert str(said.message.error).startswith(
+                "Every worker must be able to load model and data, but the node 10.0.0.7 cannot (ModuleNotFoundError: No module "
+                "named 'ranksearch'); mend that, or install what it lacks there, or run"
+            )
+        else:
+            assert said.message == Answer(Outcome.WORKER_LOST)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import types
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from ranksearch.engines import local, ray
-from ranksearch.errors import PlanError, StudyError
+from ranksearch.errors import ModelError, PlanError, StudyError
 from ranksearch.plan import Plan
 from ranksearch.record import Outcome, Rung
 from ranksearch.strategy.trial import Answer, Job
@@ -197,21 +198,27 @@ if __name__ == "__main__":
 def test_a_driver_that_dies_leaves_no_worker_behind(tmp_path):
     script = tmp_path / "driver.py"
     script.write_text(DRIVER)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    (tmp_path / "tmp").mkdir()
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "TMPDIR": str(tmp_path / "tmp")}
     # The worker has this pipe from its driver, so its end is read only once both are gone; its job takes far longer.
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def children():
+    return {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
 
 
 @pytest.fixture
 def no_child_more():
     """The processes that a test starts are gone after it, or soon."""
-    before = set(multiprocessing.active_children())
+    before = children()
     yield
     deadline = time.monotonic() + 5
-    while set(multiprocessing.active_children()) - before and time.monotonic() < deadline:
+    while children() - before and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert set(multiprocessing.active_children()) <= before
+    assert children() <= before
 
 
 def test_a_bug_in_the_driver_ends_its_workers(no_child_more):
@@ -228,6 +235,95 @@ def test_a_bug_in_a_worker_carries_its_traceback(make):
         collect(Work(raises_at=0), 1, engine)
     assert "in a worker" in str(caught.value.__cause__)
     assert "__call__" in str(caught.value.__cause__)
+
+
+class Loads:
+    """What does something where it is unpickled."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def refuse_to_load():
+    raise ValueError("no weights here\nand more")
+
+
+REFUSED = Loads(refuse_to_load)
+
+
+def refused_by_a_worker(work, capfd):
+    with local.engine(2) as engine, pytest.raises(ModelError) as caught:
+        collect(work, 3, engine)
+    assert capfd.readouterr() == ("", "")
+    return str(caught.value)
+
+
+def test_what_no_worker_can_load_is_refused_in_a_sentence(capfd):
+    assert re.fullmatch(
+        r"Every worker must be able to load model and data, but a worker process cannot \(ValueError: no weights here, in "
+        r".*test_engines\.py line \d+\); mend that, or install what it lacks there, or run the trials in the command's own "
+        r"process with --engine local --workers 0\.",
+        refused_by_a_worker(REFUSED, capfd),
+    )
+
+
+def test_a_module_that_only_the_driver_has(capfd, monkeypatch):
+    module = types.ModuleType("package_of_the_user")
+    exec("def evaluate(job): yield", vars(module))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    told = refused_by_a_worker(module.evaluate, capfd)
+    assert "a worker process cannot (ModuleNotFoundError: No module named 'package_of_the_user'); mend" in told
+
+
+def test_torch_that_a_worker_cannot_import(capfd, monkeypatch, tmp_path):
+    (tmp_path / "torch.py").write_text("raise OSError('libtorch.so: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    told = refused_by_a_worker(WORK, capfd)
+    assert f"cannot (OSError: libtorch.so: cannot open shared object file, in {tmp_path}/torch.py line 1); mend" in told
+
+
+def test_a_worker_that_is_killed_while_it_loads_is_lost(capfd):
+    with local.engine(1) as engine:
+        found = collect(Loads(kill_me), 1, engine)
+    assert answers(found) == [(0, "WORKER_LOST", ())]
+    assert capfd.readouterr() == ("", "")
+
+
+def kill_me():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+SCRIPT = """
+from ranksearch.engines import local
+from ranksearch.record import Outcome, Rung
+from ranksearch.strategy.trial import Answer
+from tests.test_engines import answers, collect
+
+def evaluate(job):
+    yield Rung(0, offset + job.seed)
+    yield Answer(Outcome.DONE, (Rung(0, offset + job.seed),))
+
+offset = 3.0
+with local.engine(2) as engine:
+    print(answers(collect(evaluate, 2, engine)))
+"""
+
+
+@pytest.mark.parametrize("by", ["file", "standard input"])
+def test_a_script_needs_no_main_guard(tmp_path, by):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "signal.py").write_text("raise AssertionError('a file of the user, not a module of Python')")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    with (tmp_path / "script.py").open() as script:
+        done = subprocess.run(
+            [sys.executable, "-P", tmp_path / "script.py" if by == "file" else "-"],
+            stdin=script, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path,
+        )  # fmt: skip
+    assert done.stderr == ""
+    assert done.stdout == "[(0, 'DONE', (Rung(epochs=0, score=3.0),)), (1, 'DONE', (Rung(epochs=0, score=4.0),))]\n"
 
 
 @engines(0, 1, "ray")
