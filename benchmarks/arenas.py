@@ -22,7 +22,6 @@ from ranksearch.checkpoint import Checkpoint
 from ranksearch.console import Silent
 from ranksearch.data import example, sample, sample_inputs
 from ranksearch.dense import load_weights, train_dense
-from ranksearch.export import weights_of
 from ranksearch.factorization import METHODS
 from ranksearch.files import write_whole
 from ranksearch.layers import Inventory, Layer, inventory
@@ -36,6 +35,7 @@ from ranksearch.strategy.space import Space, make_space
 from ranksearch.strategy.trial import Answer, Evaluator, Job, Stage
 from ranksearch.study import CALIBRATION
 from ranksearch.tasks import load_task
+from ranksearch.weights import weights_of
 
 CPU = torch.device("cpu")
 METHODS_SEARCHED = ("tucker2", "cp", "svd")

@@ -27,13 +27,13 @@ from pages import about, row, table, write_section
 from ranksearch import training
 from ranksearch.checkpoint import Checkpoint
 from ranksearch.data import example
-from ranksearch.export import digest_of
 from ranksearch.files import write_whole
 from ranksearch.layers import count_params, inventory
 from ranksearch.plan import CP, CP4, Factorization, Plan, Tucker2
 from ranksearch.spec import Recipe, StudySpec, load_spec
 from ranksearch.surgery import factorize_
 from ranksearch.tasks import Task, load_task
+from ranksearch.weights import digest_of
 
 CPU = torch.device("cpu")
 PAGE = Path(__file__).parents[1] / "docs" / "thesis.md"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -13,9 +12,9 @@ from ranksearch import training
 from ranksearch.checkpoint import Checkpoint
 from ranksearch.console import View
 from ranksearch.errors import ModelError
-from ranksearch.export import digest_of
 from ranksearch.spec import StudySpec
 from ranksearch.tasks import Task, copied
+from ranksearch.weights import digest_of, load_, state_of
 
 
 def train_dense(task: Task, spec: StudySpec, device: torch.device, view: View, *, unfinished: Path) -> None:
@@ -51,8 +50,8 @@ def load_weights(model: nn.Module, path: Path) -> bool:
         return False
     state = _read(path)
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
+        load_(model, state)
+    except Exception as error:  # a module that loads by code of its own may raise anything
         found = _difference(model, state) or " ".join(str(error).split())
         raise ModelError(f"{path} must be a state dict of the model, but {found}") from error
     return True
@@ -69,7 +68,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     safe = path.suffix == ".safetensors"
     try:
         if safe:
-            return safetensors.torch.load_file(path)
+            return state_of(path.read_bytes())
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # Of a file that is none of its own torch may raise anything, and advises to load it unsafely.

@@ -52,6 +52,11 @@ def unloadable(place: str, why: str) -> str:
     )
 
 
+def last_line(error: BaseException) -> str:
+    """The last line of what an error says; torch lists there what does not fit, below a headline."""
+    return (str(error).strip() or "no message").splitlines()[-1].strip()
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the valid name closest to `name`, otherwise the list of valid names."""
     names = sorted(valid)

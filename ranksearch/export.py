@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import io
 import tempfile
 import warnings
@@ -12,40 +11,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ranksearch.errors import ModelError, PlanError, StudyError, first_line
+from ranksearch.errors import ModelError, PlanError, StudyError, first_line, last_line
 from ranksearch.files import write_whole
 from ranksearch.plan import Plan
-from ranksearch.surgery import skeleton_
+from ranksearch.seeds import seeded
+from ranksearch.surgery import factorize_, skeleton_
+from ranksearch.tasks import copied
+from ranksearch.weights import load_, state_of, weights_of
 
 M = TypeVar("M", bound=nn.Module)
 
 PLAN, WEIGHTS = "plan.json", "weights.safetensors"
 TOLERANCE = 1e-4
 """Largest difference of outputs, relative to the largest output, that another runtime's rounding explains."""
-
-
-def weights_of(model: nn.Module) -> bytes:
-    """The state of a model as safetensors bytes, on the CPU."""
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    return safetensors.torch.save(state)
-
-
-def digest_of(model: nn.Module) -> str:
-    """What tells the weights of one model from those of another: SHA-256 in hexadecimal."""
-    return hashlib.sha256(weights_of(model)).hexdigest()
-
-
-def check_state(model: nn.Module) -> None:
-    """That all of a model's state can be kept as `weights_of` does; raises `ModelError` where it holds more than tensors."""
-    for name, kept in model.state_dict().items():
-        if not isinstance(kept, Tensor):
-            kind = type(kept).__name__
-            raise ModelError(f"A model's state must be of tensors, but {name!r} is a {kind}; keep it elsewhere.")
 
 
 def save_model(folder: Path, plan: Plan, weights: bytes) -> None:
@@ -77,18 +59,76 @@ def load_model(dense: M, folder: str | Path) -> M:
         raise StudyError("The dense model must hold weights, if any, but it is on the device meta; build it on the CPU.")
     try:
         plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
-        state = safetensors.torch.load_file(folder / WEIGHTS)
+        state = state_of((folder / WEIGHTS).read_bytes())
     except OSError:
         raise StudyError(f"A model's folder must hold {PLAN} and {WEIGHTS}, but {folder} does not.") from None
     except SafetensorError as error:
         raise StudyError(f"The weights in {folder} are damaged ({error}); run the study again.") from None
     model = skeleton_(copy.deepcopy(dense), plan)
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        first = str(error).strip().splitlines()[-1].strip()
-        raise StudyError(f"The weights in {folder} must be of the given dense model, but are not: {first}") from None
+        load_(model, state)
+    except Exception as error:  # a module that loads by code of its own may raise anything
+        raise StudyError(f"The weights in {folder} must be of the given dense model, but are not: {last_line(error)}") from None
     return model.eval()
+
+
+def check_comes_home(model: nn.Module, fresh: nn.Module, plan: Plan, inputs: Tensor) -> None:
+    """Refuse a model that cannot be had back from its files, by saving, loading and comparing one factorized copy.
+
+    Args:
+        model: the dense model, on the CPU; it is left as it was.
+        fresh: the dense model as it is when it is made, before its first pass; it is changed.
+        plan: the plan of the copy.
+        inputs: a batch of two inputs at least, which training mode may need.
+
+    Raises:
+        ModelError: the copy cannot be saved or loaded, or the loaded one gives other outputs.
+    """
+    with seeded(0), torch.no_grad():
+        twin = _as_if_trained(factorize_(copied(model), plan), inputs)
+        with _comes_home("saved"):
+            weights = weights_of(twin)
+        with _comes_home("loaded"):
+            back = load_(skeleton_(fresh, plan), state_of(weights))
+        with _comes_home("run once it was loaded"):
+            first, again, loaded = (_outputs(net, inputs) for net in (twin, twin, back))
+    # Outputs that are others each time cannot be compared.
+    if _alike(first, again) and not _alike(first, loaded):
+        raise ModelError(_lost("the outputs of a factorized copy changed when it was saved and loaded"))
+
+
+@contextmanager
+def _comes_home(step: str) -> Iterator[None]:
+    """The model's own code runs here, and may raise anything; safetensors does not take every tensor."""
+    try:
+        yield
+    except Exception as error:
+        raise ModelError(_lost(f"a factorized copy cannot be {step}: {type(error).__name__}: {last_line(error)}")) from error
+
+
+def _lost(what: str) -> str:
+    return (
+        f"A compressed model must come back from its files as it was, but {what}; let state_dict() keep "
+        "all that a forward needs and training changes, and make buffers in __init__."
+    )
+
+
+def _as_if_trained(model: M, inputs: Tensor) -> M:
+    """Change, in place, all that training changes."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.mul_(1 + 0.01 * torch.randn_like(parameter))
+    model.train()(inputs)
+    return model
+
+
+def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
+    with seeded(0):
+        return model.eval()(inputs).clone()
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one.double(), other.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
 
 
 def export_model(model: nn.Module, dense: nn.Module, plan: Plan, inputs: Tensor, target: Path, *, form: str = "plan") -> float:

@@ -11,13 +11,13 @@ import torch
 
 from ranksearch import attributes, folder, training
 from ranksearch.console import Silent, View
-from ranksearch.data import check_splits, example, sample_inputs
+from ranksearch.data import batches, check_splits, example, sample_inputs
 from ranksearch.dense import load_given, load_weights, train_dense
 from ranksearch.engines import local, ray
 from ranksearch.engines.base import Engine
 from ranksearch.engines.shared import check_portable
 from ranksearch.errors import SpecError, StudyError
-from ranksearch.export import check_state, digest_of, weights_of
+from ranksearch.export import check_comes_home
 from ranksearch.facts import study_facts
 from ranksearch.files import write_whole, writing
 from ranksearch.finishing import train_finalists
@@ -25,6 +25,7 @@ from ranksearch.inputs import inputs_of
 from ranksearch.layers import check_weights, inventory
 from ranksearch.objectives import Objectives
 from ranksearch.options import Options, choose_device
+from ranksearch.plan import Plan
 from ranksearch.probing import first_plans, probe_layers
 from ranksearch.profile import Profile, profile
 from ranksearch.record import StudyFacts, StudyRecord
@@ -34,9 +35,10 @@ from ranksearch.scratch import check_scratch
 from ranksearch.spec import StudySpec
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.sampler import Knowledge
-from ranksearch.strategy.space import check_limits, offer_of, space_of
+from ranksearch.strategy.space import Space, check_limits, offer_of, space_of
 from ranksearch.strategy.trial import Answer, Evaluator, Job
-from ranksearch.tasks import Task, accuracy, check_outputs, load_task
+from ranksearch.tasks import Task, accuracy, check_outputs, copied, load_task
+from ranksearch.weights import check_state, digest_of, weights_of
 
 CALIBRATION = 512
 """Training inputs that data-aware factors are fitted for; with 128 the output error on held-out digits is a tenth higher."""
@@ -75,12 +77,14 @@ def run_study(
     device = choose_device(options.device)
     given, task = task is not None, task or load_task(spec)
     check_splits(task.data)
+    fresh = copied(task.model)
     found = inventory(task.model, example(task.data.train))
     check_outputs(task, trains=any(part.epochs for part in (spec.dense, spec.finetune, spec.finalists)))
     check_state(task.model)
     task = replace(task, channels_last=training.takes_channels_last(task))
     space = space_of(spec.space, found)
     check_limits(spec.search.limits, space, found)
+    check_comes_home(task.model, fresh, _smallest_layer(space), next(batches(task.data.train, 2))[0])
     if spec.space.start == "scratch":
         check_scratch(task.model)
     _check_min_score(spec, task)
@@ -263,6 +267,12 @@ def _engine(options: Options, device: torch.device) -> Engine:
     # All of them share one GPU, and its memory.
     most = 1 if device.type == "cuda" else os.cpu_count() or 1
     return local.engine(most if options.workers is None else options.workers)
+
+
+def _smallest_layer(space: Space) -> Plan:
+    """The smallest layer at its least ranks, the others dense: the plan that is made soonest."""
+    axis = min(space.axes, key=lambda axis: axis.layer.params)
+    return Plan.of({axis.layer.name: axis.smallest(axis.offer.smaller_in[0])})
 
 
 def _check_min_score(spec: StudySpec, task: Task) -> None:

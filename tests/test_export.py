@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from ranksearch.errors import ModelError, PlanError, StudyError
-from ranksearch.export import check_state, export_model, export_onnx, export_pt2, load_model, save_model, weights_of
+from ranksearch.export import export_model, export_onnx, export_pt2, load_model, save_model
 from ranksearch.plan import CP, SVD, Plan, Tucker2
 from ranksearch.surgery import factorize_
+from ranksearch.weights import check_state, weights_of
 from tests import nets
 
 PLAN = Plan.of({"conv1": CP(2), "conv2": Tucker2(4, 8), "fc1": CP(8, kernel=(4, 4)), "fc2": SVD(6)})

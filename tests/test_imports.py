@@ -26,7 +26,7 @@ FLOORS = [
     ["surgery", "profile"],
     ["scratch"],
     ["data", "models"],
-    ["tasks", "checkpoint", "inputs"],
+    ["tasks", "checkpoint", "inputs", "weights"],
     ["training"],
     ["export"],
     ["dense"],

@@ -18,7 +18,6 @@ from torch.utils.data import Dataset
 from ranksearch import training
 from ranksearch.checkpoint import Checkpoint
 from ranksearch.data import sample
-from ranksearch.export import digest_of, weights_of
 from ranksearch.plan import Plan
 from ranksearch.profile import Profile, kernel
 from ranksearch.record import Outcome, Rung
@@ -27,6 +26,7 @@ from ranksearch.spec import FinalistSpec, Recipe
 from ranksearch.surgery import factorize_
 from ranksearch.tasks import Task, predict
 from ranksearch.training import Diverged
+from ranksearch.weights import digest_of, weights_of
 
 PROBE_INPUTS = 2048
 """Validation inputs that a probe's loss is measured on, at most: there are several probes a layer."""
