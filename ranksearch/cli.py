@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ranksearch import __version__
 from ranksearch.errors import RankSearchError, StudyError
 from ranksearch.files import GOES_ON, writing
 
@@ -79,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="ranksearch",
         description="Finds, layer by layer, the tensor decomposition and rank that make a trained CNN many times smaller.",
     )
+    parser.add_argument("--version", action="version", version=f"ranksearch {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
     study = commands.add_parser("study", help="run a study, or go on with it", description="Run a study, or go on with it.")
@@ -100,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--cpus-per-trial", type=int, default=1, metavar="N", help="CPUs and threads of a trial on Ray (1)")
     study.add_argument("--gpus-per-trial", type=float, default=0.0, metavar="G", help="GPUs of a trial on Ray, also 0.5 (0)")
     study.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train (a GPU if there is one)"
+        "--device", default="auto", metavar="DEVICE", help="where to train: cpu, cuda, cuda:1, mps (auto: cuda if it is there)"
     )
     study.add_argument("--storage", metavar="URL", help="Optuna storage (SQLite in the study's folder)")
     study.add_argument("--fresh", action="store_true", help="delete what folder and storage hold of the study, and start over")
@@ -138,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--min-score", type=float, metavar="S", help="the smallest with at least this validation score")
     which.add_argument("--min-ratio", type=float, metavar="R", help="the best with at least this compression ratio")
     export.add_argument("--format", choices=("plan", "onnx", "pt2"), default="plan")
+    export.add_argument("--opset", type=int, metavar="N", help="ONNX operator set, for --format onnx (the exporter's default)")
     export.add_argument("--to", type=Path, metavar="PATH", help="where to write (DIR/export/TRIAL, with the format's ending)")
     export.add_argument("--storage", metavar="URL", help="Optuna storage, if it is not the folder's own")
     export.set_defaults(run=_export)
@@ -267,6 +270,8 @@ def _report(options: argparse.Namespace, given: list[str]) -> int:
 
 
 def _export(options: argparse.Namespace, given: list[str]) -> int:
+    if options.opset is not None and options.format != "onnx":
+        raise StudyError(f"--opset is for --format onnx, but the format is {options.format}; leave one of them out.")
     from ranksearch import folder
     from ranksearch.attributes import read_study
     from ranksearch.record import choose
@@ -290,7 +295,7 @@ def _export(options: argparse.Namespace, given: list[str]) -> int:
     suffix = "" if options.format == "plan" else f".{options.format}"
     target = options.to or options.folder / "export" / f"{trial.number}{suffix}"
     with writing(f"The export to {target}", "choose another --to"):
-        difference = export_model(model, task.model, trial.plan, inputs, target, form=options.format)
+        difference = export_model(model, task.model, trial.plan, inputs, target, form=options.format, opset=options.opset)
     limits = record.facts.limits
     outside = f", outside the study's limits ({limits})" if limits.excess(trial, trial.score_validation) else ""
     sys.stdout.write(

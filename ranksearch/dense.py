@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import pickle
+import re
+import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,23 +72,74 @@ def load_given(model: nn.Module, path: Path) -> None:
 def _read(path: Path) -> Mapping[str, Tensor]:
     """The tensors by name that a file holds."""
     safe = path.suffix == ".safetensors"
+    writer = "safetensors.torch.save_file" if safe else "torch.save"
     try:
-        if safe:
-            return state_of(path.read_bytes())
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # Of a file that is none of its own torch may raise anything, and advises to load it unsafely.
-        reason = error.strerror if isinstance(error, OSError) else "it is damaged, or holds a whole model"
-        writer = "safetensors.torch.save_file" if safe else "torch.save"
+        content = path.read_bytes()
+        state = state_of(content) if safe else _unpickled(content)
+    except Exception as error:  # of a file that another program wrote torch may raise anything
         raise ModelError(
-            f"{path} must be a state dict, but cannot be read: {reason}; write it by {writer}(model.state_dict(), ...)."
+            f"{path} must be a state dict, but cannot be read: {_reason(error, writer)}; write it by "
+            f"{writer}(model.state_dict(), ...)."
         ) from error
-    if not isinstance(state, Mapping):
-        raise ModelError(f"{path} must be a state dict, but is a {type(state).__name__}; save model.state_dict().")
-    odd = next((name for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))), None)
-    if odd is not None:
-        raise ModelError(f"{path} must be a state dict, but its entry {odd!r} is no tensor by name; save the state dict alone.")
+    if why := _why_no_state_dict(state):
+        raise ModelError(f"{path} must be a state dict, but {why}")
     return state
+
+
+class _Inert:
+    """Stands for an object of a class that is not loaded, and keeps its attributes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            vars(self).update(state)
+
+
+def _unpickled(content: bytes) -> Any:
+    """The content of a file of torch.save. Objects that torch does not load safely are `_Inert`: no code of theirs runs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces TorchScript, which it then refuses
+        try:
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            if not zipfile.is_zipfile(io.BytesIO(content)):
+                raise
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
+        inert: list[Any] = [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in names]
+        with torch.serialization.safe_globals(inert):
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def _reason(error: Exception, writer: str) -> str:
+    """Why a file could not be read."""
+    if isinstance(error, OSError) and error.filename:  # of the file system; torch raises OSError for cut files, too
+        return str(error.strerror)
+    if held := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+        return f"it holds a {held[1]}"
+    return f"it is damaged, or was not written by {writer}"
+
+
+def _why_no_state_dict(state: Any) -> str:
+    """What a file holds instead of a state dict, and what helps; empty for a state dict."""
+    if _is_model(state):
+        return f"is a whole model, a {type(state).__name__}; save model.state_dict()."
+    if not isinstance(state, Mapping):
+        return f"is a {type(state).__name__}; save model.state_dict()."
+    odd = next((name for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))), None)
+    if odd is None:
+        return ""
+    for name, value in state.items():
+        if isinstance(value, Mapping) and value and not _why_no_state_dict(value):
+            return f"is a training's checkpoint, which holds one as {name!r}; save that alone."
+        if _is_model(value):
+            return f"is a training's checkpoint, which holds a whole model as {name!r}; save the state_dict() of that alone."
+    return f"its entry {odd!r} is no tensor by name; save the state dict alone."
+
+
+def _is_model(value: Any) -> bool:
+    return isinstance(value, _Inert) and "_modules" in vars(value)
 
 
 def _difference(model: nn.Module, state: Mapping[str, Tensor]) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +23,9 @@ from ranksearch.seeds import seeded
 from ranksearch.surgery import factorize_, skeleton_
 from ranksearch.tasks import copied
 from ranksearch.weights import load_, state_of, weights_of
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -131,7 +135,16 @@ def _alike(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one.double(), other.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
 
 
-def export_model(model: nn.Module, dense: nn.Module, plan: Plan, inputs: Tensor, target: Path, *, form: str = "plan") -> float:
+def export_model(
+    model: nn.Module,
+    dense: nn.Module,
+    plan: Plan,
+    inputs: Tensor,
+    target: Path,
+    *,
+    form: str = "plan",
+    opset: int | None = None,
+) -> float:
     """Write a compressed model, reload it, and compare the two on real inputs.
 
     Args:
@@ -141,18 +154,19 @@ def export_model(model: nn.Module, dense: nn.Module, plan: Plan, inputs: Tensor,
         inputs: a batch of real inputs.
         target: a file, or a folder for the form `plan`.
         form: `plan` (plan.json and weights.safetensors), `onnx`, or `pt2` (torch.export).
+        opset: the version of ONNX's operators, for the form `onnx`; torch's default where it is None.
 
     Returns:
         The largest absolute difference of the outputs.
 
     Raises:
-        StudyError: the difference is more than rounding; nothing is kept then.
+        StudyError: the difference is more than rounding, or the model cannot be written so; nothing is kept then.
     """
     match form:
         case "plan":
             return export_plan(model, dense, plan, inputs, target)
         case "onnx":
-            return export_onnx(model, inputs, target)
+            return export_onnx(model, inputs, target, opset)
         case _:
             return export_pt2(model, inputs, target)
 
@@ -167,18 +181,11 @@ def export_plan(model: nn.Module, dense: nn.Module, plan: Plan, inputs: Tensor, 
     return difference
 
 
-def export_onnx(model: nn.Module, inputs: Tensor, target: Path) -> float:
+def export_onnx(model: nn.Module, inputs: Tensor, target: Path, opset: int | None = None) -> float:
     """Write an ONNX file with a free batch size; returns the largest difference in onnxruntime."""
     import onnxruntime  # here, since workers never need it
 
-    with warnings.catch_warnings(), _traced("onnx"):
-        warnings.simplefilter("ignore")  # the exporter deprecates its own internals aloud
-        program = torch.onnx.export(
-            model, (inputs[:2],), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
-            input_names=["input"], output_names=["output"],
-        )  # fmt: skip
-    assert program is not None
-    data = program.model_proto.SerializeToString()
+    data = _onnx(model, inputs, opset).SerializeToString()
 
     def run(batch: Tensor) -> Tensor:
         with _traced("onnx"):
@@ -190,12 +197,65 @@ def export_onnx(model: nn.Module, inputs: Tensor, target: Path) -> float:
     return difference
 
 
+def _onnx(model: nn.Module, inputs: Tensor, opset: int | None) -> ModelProto:
+    """The model as ONNX, of that opset, without paths and source lines of this machine."""
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if opset is not None and not 1 <= opset <= newest:
+        raise StudyError(f"--opset must be between 1 and {newest}, the newest that the installed onnx knows, but got {opset}.")
+    with _traced("onnx"), _quiet():
+        program = torch.onnx.export(
+            model, (inputs[:2],), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
+            input_names=["input"], output_names=["output"], opset_version=opset,
+        )  # fmt: skip
+    assert program is not None
+    found = program.model_proto
+    # Where the exporter cannot convert a model it only warns, and leaves the opset that it wrote first.
+    written = next(known.version for known in found.opset_import if not known.domain)
+    if opset not in (None, written):
+        raise StudyError(
+            f"--opset must be one that the installed exporter can write this model in, but from {written} it could not be "
+            f"converted to {opset}; give {written} to {newest}."
+        )
+    _strip(found)
+    return found
+
+
+def _strip(message: Any) -> None:
+    """Remove notes and descriptions from an ONNX message and all within: stack traces, source lines, names of classes."""
+    for field, value in message.ListFields():
+        if field.name in ("metadata_props", "doc_string"):
+            message.ClearField(field.name)
+        elif field.message_type:
+            for inner in value if isinstance(value, Sequence) else [value]:
+                _strip(inner)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of its own internals, and logs tracebacks of what it then does in another way."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
 def export_pt2(model: nn.Module, inputs: Tensor, target: Path) -> float:
     """Write a torch.export archive with a free batch size; returns the largest difference after reloading."""
-    # Of one input it would be taken for a constant.
-    two = torch.cat([inputs, inputs])[:2]
+    # An archive keeps the inputs that it was traced with, which are nobody's business. Of one input the batch size would be
+    # taken for a constant.
+    two = torch.zeros_like(torch.cat([inputs, inputs])[:2])
     with _traced("pt2"):
         program = torch.export.export(model, (two,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     buffer.seek(0)

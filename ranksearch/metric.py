@@ -182,7 +182,9 @@ class _Moments:
 
     def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Add the patches (count, in, *kernel) of a batch of the layer's inputs: what a hook in front of the layer is given."""
-        patches = self._patches(module, subject(args, kwargs).detach()).double()
+        patches = self._patches(module, subject(args, kwargs).detach())
+        # Apple's GPUs have no float64; on CUDA the products are taken there.
+        patches = (patches.cpu() if patches.device.type == "mps" else patches).double()
         if not bool(torch.isfinite(patches).all()):
             raise ModelError(
                 f"The inputs of every layer must be finite on the training data, but those of {self.layer.name!r} hold NaN "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,8 @@ class Options:
     gpus_per_trial: float = 0.0
     """GPUs of a trial on Ray, whole or a fraction."""
     device: str = "auto"
-    """Where to train; on Ray, trials are on a GPU where `gpus_per_trial` says so."""
+    """Where to train: `cpu`, `cuda`, one GPU of several such as `cuda:1`, `mps`, or `auto`: CUDA if it is there. On Ray, trials
+    are on a GPU where `gpus_per_trial` says so."""
     storage: str | None = None
     """An Optuna database address; the folder's own SQLite file by default."""
     fresh: bool = False
@@ -35,6 +37,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 0:
             raise StudyError(f"--workers must be at least 0, but got {self.workers}.")
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            raise StudyError(f"--device must be auto, cpu, cuda, cuda:N or mps, but got {self.device!r}.")
         if self.engine not in ("local", "ray"):
             raise StudyError(f"--engine must be local or ray, but got {self.engine!r}.")
         if self.engine == "ray" and self.workers == 0:
@@ -45,16 +49,20 @@ class Options:
             raise StudyError(f"--cpus-per-trial must be at least 1, but got {self.cpus_per_trial}.")
         if not (0 <= self.gpus_per_trial < 1 or (self.gpus_per_trial >= 1 and float(self.gpus_per_trial).is_integer())):
             raise StudyError(f"--gpus-per-trial must be whole or a fraction of one, but got {self.gpus_per_trial:g}.")
-        if self.engine == "ray" and self.device == "cuda" and not self.gpus_per_trial:
-            raise StudyError("--gpus-per-trial must be above 0 for --device cuda with --engine ray, but got 0.")
+        if self.engine == "ray" and self.device.startswith("cuda") and not self.gpus_per_trial:
+            raise StudyError(f"--gpus-per-trial must be above 0 for --device {self.device} with --engine ray, but got 0.")
+        if self.engine == "ray" and self.device == "mps":
+            raise StudyError("--device must be auto, cpu or cuda for --engine ray, which has no other GPUs, but got mps.")
         if self.device == "cpu" and self.gpus_per_trial:
             raise StudyError(f"--gpus-per-trial must be 0 for --device cpu, but got {self.gpus_per_trial:g}.")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise StudyError(f"--device must be auto, cpu or cuda, but got {self.device!r}.")
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is a GPU; raises `StudyError` for `cuda` where there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise StudyError("A CUDA device must be there for --device cuda, but torch finds none; use --device cpu.")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    """The device of that name; `auto` is CUDA where there is a GPU. Raises `StudyError` for a device that is not there."""
+    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if cuda else "cpu")
+    there = ["cpu", *(f"cuda:{index}" for index in range(cuda)), *(["mps"] if torch.backends.mps.is_available() else [])]
+    if name not in there and not (name == "cuda" and cuda):
+        raise StudyError(f"--device must be one that torch finds on this machine ({', '.join(there)}), but got {name}.")
+    return torch.device(name)

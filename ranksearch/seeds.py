@@ -17,14 +17,21 @@ def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
     """What is drawn inside, from torch, numpy or `random`, follows the seed, and leaves what is drawn outside as it was."""
     before = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
             # Not by torch.manual_seed, which seeds every GPU, too.
             torch.default_generator.manual_seed(seed)
-            if device.type == "cuda":
-                torch.cuda.manual_seed(seed)
+            _seed(device, seed)
             random.seed(seed)
             np.random.seed(seed % 2**32)
             yield
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # only the current GPU is seeded
+            torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)

@@ -37,7 +37,7 @@ from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.sampler import Knowledge
 from ranksearch.strategy.space import Space, check_limits, offer_of, space_of
 from ranksearch.strategy.trial import Answer, Evaluator, Job
-from ranksearch.tasks import Task, accuracy, check_outputs, copied, load_task
+from ranksearch.tasks import Task, accuracy, check_float32, check_outputs, copied, load_task
 from ranksearch.weights import check_state, digest_of, weights_of
 
 CALIBRATION = 512
@@ -80,6 +80,8 @@ def run_study(
     fresh = copied(task.model)
     found = inventory(task.model, example(task.data.train))
     check_outputs(task, trains=any(part.epochs for part in (spec.dense, spec.finetune, spec.finalists)))
+    if device.type == "mps":
+        check_float32(task)
     check_state(task.model)
     task = replace(task, channels_last=training.takes_channels_last(task))
     space = space_of(spec.space, found)
@@ -194,7 +196,7 @@ def _measured(run: Run, layers: Profile) -> StudyFacts:
 def _evaluator(run: Run, layers: Profile) -> Evaluator:
     task = replace(run.task, model=run.task.model.cpu())
     training.release(run.device)
-    device = run.device.type if run.options.engine == "local" else "cuda" if run.options.gpus_per_trial else "cpu"
+    device = str(run.device) if run.options.engine == "local" else "cuda" if run.options.gpus_per_trial else "cpu"
     return Evaluator(
         task, layers, run.spec.finetune, run.spec.finalists, device, scratch=run.spec.space.start == "scratch",
         unfinished=run.unfinished.resolve(),
@@ -265,7 +267,7 @@ def _engine(options: Options, device: torch.device) -> Engine:
     if options.engine == "ray":
         return ray.engine(ray.Cluster(options.address, options.workers, options.cpus_per_trial, options.gpus_per_trial))
     # All of them share one GPU, and its memory.
-    most = 1 if device.type == "cuda" else os.cpu_count() or 1
+    most = 1 if device.type != "cpu" else os.cpu_count() or 1
     return local.engine(most if options.workers is None else options.workers)
 
 

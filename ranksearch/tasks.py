@@ -125,6 +125,25 @@ def check_outputs(task: Task, *, trains: bool = True) -> None:
         _check_number("score", task.score, *predict(task.model, task.data.validation))
 
 
+def check_float32(task: Task) -> None:
+    """Refuse a task that holds float64, which Apple's GPUs do not have.
+
+    Raises:
+        ModelError: a weight or buffer of the model or the loss, an input or a target is of float64 or complex128.
+    """
+    inputs, targets = next(batches(task.data.train, 2))
+    found = {"the inputs": inputs, "the targets": targets}
+    for module in (task.model, task.loss):
+        if isinstance(module, nn.Module):
+            found |= dict(module.named_parameters()) | dict(module.named_buffers())
+    for name, tensor in found.items():
+        if isinstance(tensor, Tensor) and tensor.dtype in (torch.float64, torch.complex128):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"On --device mps there is no float64, but {name} is of {kind}; make it float32, or use --device cpu."
+            )
+
+
 def copied(model: M) -> M:
     """A copy of a model, as every trial begins with.
 

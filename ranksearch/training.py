@@ -105,8 +105,8 @@ def takes_channels_last(task: Task) -> bool:
 
 def release(device: torch.device) -> None:
     """Give back the memory of a GPU that torch holds in reserve: other processes share it."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
 
 
 @torch.no_grad()
@@ -177,4 +177,6 @@ def latencies_ms(models: list[nn.Module], example: Tensor, *, channels_last: boo
 def _finish(device: torch.device) -> None:
     """Wait for what a GPU was given to do."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +20,7 @@ import ranksearch
 from ranksearch.cli import _shown, _storage_option, main
 from ranksearch.console import Plain
 from ranksearch.database import _unusable
+from ranksearch.plan import Plan
 from tests import nets
 from tests.conftest import refuse, snapshot
 
@@ -151,8 +156,45 @@ def test_bad_input_is_one_sentence(study_file, tmp_path, capsys, arguments, mess
 
 
 @pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="there is a GPU")
-def test_a_gpu_that_is_not_there(study_file, capsys):
-    assert refuse(capsys, "study", "small.toml", "--device", "cuda").startswith("A CUDA device must be there for --device cuda")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_gpu_that_is_not_there(study_file, capsys, device):
+    told = refuse(capsys, "study", "small.toml", "--device", device)
+    assert re.fullmatch(rf"--device must be one that torch finds on this machine \(cpu(, mps)?\), but got {device}\.", told)
+
+
+def test_a_device_that_is_none(study_file, capsys):
+    told = refuse(capsys, "study", "small.toml", "--device", "cdua")
+    assert told == "--device must be auto, cpu, cuda, cuda:N or mps, but got 'cdua'."
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"ranksearch {ranksearch.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "pt2", "--opset", "18"], "--opset is for --format onnx, but the format is pt2; leave one of them out."),
+        (["--opset", "18"], "--opset is for --format onnx, but the format is plan; leave one of them out."),
+        (["--format", "onnx", "--opset", "0"], r"--opset must be between 1 and \d+, the newest that the installed onnx knows, but got 0\."),
+        (["--format", "onnx", "--opset", "99"], r"--opset must be between 1 and \d+, the newest that the installed onnx knows, but got 99\."),
+        (["--format", "onnx", "--opset", "7"],
+         r"--opset must be one that the installed exporter can write this model in, but from 18 it could not be converted to 7; give 18 to"),
+    ],
+)  # fmt: skip
+def test_opsets_that_cannot_be(copied, capsys, arguments, message):
+    assert re.match(message, refuse(capsys, "export", copied, "--knee", *arguments))
+    assert not (copied / "export").exists()
+
+
+def test_an_export_of_a_given_opset(copied, capsys):
+    import onnx
+
+    assert main(["export", str(copied), "--knee", "--format", "onnx", "--opset", "19", "--to", str(copied / "a.onnx")]) == 0
+    assert [known.version for known in onnx.load(copied / "a.onnx").opset_import] == [19]
+    assert not capsys.readouterr().err
 
 
 def test_the_password_of_a_storage_is_never_shown(study_file, capsys):
@@ -195,19 +237,29 @@ def test_a_file_that_is_not_toml(study_file, capsys):
     assert refuse(capsys, "study", "small.toml").startswith("A study file must be TOML, but small.toml is not:")
 
 
+NESTED = "but is a training's checkpoint, which holds one as 'state_dict'; save that alone."
+
+
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (lambda state: {"state_dict": state, "epoch": 3}, "but its entry 'state_dict' is no tensor by name; save the state dict alone."),
+        (lambda state: {"state_dict": state, "epoch": 3}, NESTED),
+        (lambda state: {"state_dict": state, "best_acc": np.float64(0.9)}, NESTED),
+        (lambda state: {"epoch": np.arange(3), "args": argparse.Namespace(lr=0.1), "state_dict": state, "out": Path("runs")}, NESTED),
+        (lambda state: {"model": nets.small(), "best_acc": np.float64(0.9)},
+         "but is a training's checkpoint, which holds a whole model as 'model'; save the state_dict() of that alone."),
+        (lambda state: {"epoch": 3, "lr": 0.1}, "but its entry 'epoch' is no tensor by name; save the state dict alone."),
+        (lambda state: {name: value.numpy() for name, value in state.items()}, "but its entry 'conv1.weight' is no tensor by name; save"),
         (lambda state: {0: torch.zeros(1)}, "but its entry 0 is no tensor by name; save the state dict alone."),
         (lambda state: state | {"aux.fc2.bias": torch.zeros(3)}, "but it holds aux.fc2.bias, which the model has not; name the model"),
         (lambda state: {f"module.{name}": value for name, value in state.items()}, "all its names begin with 'module.'; take that off."),
         (lambda state: state | {"fc2.bias": torch.zeros(3)}, "fc2.bias is (3,) there and (10,) in the model; name the model and the"),
         (lambda state: {n: v for n, v in state.items() if "norm" not in n}, "but it lacks norm1.weight and "),
         (lambda state: state | {"fc3.bias": torch.zeros(3)}, "but it holds fc3.bias, which the model has not; name the model"),
-        (lambda state: nets.small(), "cannot be read: it is damaged, or holds a whole model; write it by torch.save("),
+        (lambda state: nets.small(), "but is a whole model, a Sequential; save model.state_dict()."),
+        (lambda state: Plan(), "but is a Plan; save model.state_dict()."),
         (lambda state: [1, 2], "must be a state dict, but is a list; save model.state_dict()."),
-        (None, "cannot be read: it is damaged, or holds a whole model; write it by torch.save("),
+        (None, "cannot be read: it is damaged, or was not written by torch.save; write it by torch.save(model.state_dict(), ...)."),
     ],
 )  # fmt: skip
 def test_weights_that_are_not_the_models(study_file, tmp_path, capsys, made, message):
@@ -217,6 +269,51 @@ def test_weights_that_are_not_the_models(study_file, tmp_path, capsys, made, mes
     assert told.startswith("mine.pt must be a state dict")
     assert message in told
     assert not (tmp_path / "runs").exists()
+
+
+class Hostile:
+    def __init__(self, function):
+        self.function = function
+
+    def __reduce__(self):
+        return self.function, ("small.toml", "ran.toml")
+
+
+@pytest.mark.parametrize("function", [shutil.copy, os.link], ids=["copy", "link"])
+def test_no_code_of_a_weights_file_runs(study_file, tmp_path, capsys, function):
+    torch.save({"state_dict": nets.small().state_dict(), "best": Hostile(function)}, "mine.pt")
+    told = refuse(capsys, "study", "small.toml", "--set", "dense.weights=mine.pt")
+    assert told.startswith("mine.pt must be a state dict, but ")
+    assert {path.name for path in tmp_path.iterdir()} == {"small.toml", "mine.pt"}
+
+
+@pytest.mark.parametrize(
+    "made", [lambda: nets.small(), lambda: {"state_dict": nets.small().state_dict(), "best": np.float64(1)}]
+)
+def test_a_weights_file_that_is_cut_is_damaged(study_file, capsys, made):
+    torch.save(made(), "mine.pt")
+    data = Path("mine.pt").read_bytes()
+    for length in (len(data) - 30, len(data) // 2, 0):
+        Path("mine.pt").write_bytes(data[:length])
+        told = refuse(capsys, "study", "small.toml", "--set", "dense.weights=mine.pt")
+        assert told.startswith(
+            "mine.pt must be a state dict, but cannot be read: it is damaged, or was not written by torch.save;"
+        )
+
+
+@pytest.mark.parametrize(
+    ("made", "held"),
+    [
+        (lambda: nets.small(), "torch.nn.modules.container.Sequential"),
+        (lambda: {"state_dict": {}, "best": np.float64(1)}, "numpy._core.multiarray.scalar"),
+    ],
+)
+def test_old_files_of_torch_that_hold_more_than_tensors(study_file, capsys, made, held):
+    torch.save(made(), "mine.pt", _use_new_zipfile_serialization=False)
+    told = refuse(capsys, "study", "small.toml", "--set", "dense.weights=mine.pt")
+    assert told.startswith(
+        f"mine.pt must be a state dict, but cannot be read: it holds a {held}; write it by torch.save(model.sta"
+    )
 
 
 def test_a_command_is_shown_without_the_storages_password():

@@ -226,7 +226,7 @@ def test_a_second_ctrl_c_ends_the_last_report_too(tmp_path, monkeypatch):
     ("options", "message"),
     [
         ({"workers": -1}, "--workers must be at least 0, but got -1"),
-        ({"device": "cdua"}, "--device must be auto, cpu or cuda, but got 'cdua'"),
+        ({"device": "cdua"}, "--device must be auto, cpu, cuda, cuda:N or mps, but got 'cdua'"),
     ],
 )
 def test_options_are_checked(options, message):
