@@ -132,15 +132,15 @@ def check_float32(task: Task) -> None:
         ModelError: a weight or buffer of the model or the loss, an input or a target is of float64 or complex128.
     """
     inputs, targets = next(batches(task.data.train, 2))
-    found = {"the inputs": inputs, "the targets": targets}
+    found = {"the inputs are": inputs, "the targets are": targets}
     for module in (task.model, task.loss):
         if isinstance(module, nn.Module):
-            found |= dict(module.named_parameters()) | dict(module.named_buffers())
+            found |= {f"{name} is": tensor for name, tensor in (*module.named_parameters(), *module.named_buffers())}
     for name, tensor in found.items():
         if isinstance(tensor, Tensor) and tensor.dtype in (torch.float64, torch.complex128):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ModelError(
-                f"On --device mps there is no float64, but {name} is of {kind}; make it float32, or use --device cpu."
+                f"On --device mps there is no float64, but {name} of {kind}; make it float32, or use --device cpu."
             )
 
 

@@ -65,6 +65,16 @@ def test_resumed_equals_uninterrupted(always, tmp_path, precision, stop_after):
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
+def test_a_module_is_told_the_version_that_its_checkpoint_was_written_by(always, tmp_path):
+    def task():
+        return Task(nets.versioned(), nets.few_digits())
+
+    fitted(task(), Recipe(3), tmp_path / "net.pt", stop_after=1)
+    second = task()
+    fitted(second, Recipe(3), tmp_path / "net.pt")
+    assert second.model.loaded == 2
+
+
 def test_a_short_training_writes_nothing(tmp_path):
     fitted(forgetful(), Recipe(2), tmp_path / "net.pt")
     assert not list(tmp_path.iterdir())
@@ -194,6 +204,7 @@ def test_a_finalist_that_ran_out_of_memory_goes_on(always, tmp_path, monkeypatch
     "message",
     [
         "CUDA error: out of memory",
+        "MPS backend out of memory (MPS allocated: 17.50 GiB, max allowed: 18.13 GiB). Tried to allocate 1.00 GiB on private pool.",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
     ],

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import copy
+import logging
+import re
+import sys
+import zipfile
+from pathlib import Path
 
+import onnx
 import onnxruntime
 import pytest
 import torch
 
+import ranksearch
 from ranksearch.errors import ModelError, PlanError, StudyError
-from ranksearch.export import export_model, export_onnx, export_pt2, load_model, save_model
+from ranksearch.export import _strip, check_comes_home, export_model, export_onnx, export_pt2, load_model, save_model
 from ranksearch.plan import CP, SVD, Plan, Tucker2
 from ranksearch.surgery import factorize_
-from ranksearch.weights import check_state, weights_of
+from ranksearch.tasks import Task
+from ranksearch.weights import weights_of
 from tests import nets
 
 PLAN = Plan.of({"conv1": CP(2), "conv2": Tucker2(4, 8), "fc1": CP(8, kernel=(4, 4)), "fc2": SVD(6)})
@@ -57,17 +65,6 @@ def test_a_model_that_onnxruntime_does_not_run(inputs, tmp_path):
     with pytest.raises(StudyError, match=r"must be one that torch can write as onnx, but .*; take it home by --format plan"):
         export_model(model, model, Plan(), inputs.double(), tmp_path / "model", form="onnx")
     assert not (tmp_path / "model").exists()
-
-
-def test_a_state_that_is_no_tensor():
-    class Stateful(torch.nn.Conv2d):
-        def get_extra_state(self):
-            return {"seen": 3}
-
-    with pytest.raises(
-        ModelError, match=r"A model's state must be of tensors, but '0._extra_state' is a dict; keep it elsewhere"
-    ):
-        check_state(torch.nn.Sequential(Stateful(4, 4, 1)))
 
 
 def test_the_weights_of_the_dense_model_do_not_matter(compressed, inputs, tmp_path):
@@ -116,3 +113,204 @@ def test_an_archive_of_a_single_input_is_of_any_number(tmp_path):
     export_pt2(model, torch.rand(1, 1, 8, 8), tmp_path / "one.pt2")
     reloaded = torch.export.load(tmp_path / "one.pt2").module()
     assert reloaded(torch.rand(5, 1, 8, 8)).shape == (5, 10)
+
+
+@pytest.mark.parametrize("form", ["onnx", "pt2"])
+def test_an_export_tells_nothing_of_the_machine_that_made_it(form, compressed, inputs, tmp_path):
+    target = tmp_path / f"model.{form}"
+    export_model(compressed, nets.small(), PLAN, inputs, target, form=form)
+    files = [target.read_bytes()]
+    if form == "pt2":
+        with zipfile.ZipFile(target) as archive:
+            files = [archive.read(name) for name in archive.namelist()]
+    for content in files:
+        for trace in (b".py", b"line ", str(Path.cwd()).encode(), sys.prefix.encode(), b"forward("):
+            assert trace not in content
+
+
+def test_an_onnx_file_is_not_much_more_than_its_weights(compressed, inputs, tmp_path):
+    export_onnx(compressed, inputs, tmp_path / "model.onnx")
+    weights = sum(4 * parameter.numel() for parameter in compressed.parameters())
+    assert (tmp_path / "model.onnx").stat().st_size < weights + 6_000
+
+
+def test_an_archive_keeps_no_inputs_and_unflattens_to_the_modules(compressed, inputs, tmp_path):
+    export_pt2(compressed, inputs + 1, tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2")
+    assert not any(tensor.any() for tensor in program.example_inputs[0])
+    modules = torch.export.unflatten(program)
+    for count in (1, 7):
+        torch.testing.assert_close(modules(inputs[:count]), compressed(inputs[:count]))
+    assert {name for name, _ in compressed.named_children()} <= {name for name, _ in modules.named_modules()}
+
+
+def test_notes_are_stripped_at_every_depth():
+    def noted(graph):
+        graph.doc_string = "File /home/me/net.py"
+        for node in graph.node:
+            node.metadata_props.add(key="trace", value="File /home/me/net.py")
+            node.doc_string = "line 3"
+        return graph
+
+    one = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1], doc_string="net.py")
+    inner = noted(onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "inner", [], [one]))
+    node = onnx.helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner)
+    start = onnx.helper.make_tensor("x", onnx.TensorProto.FLOAT, [1], [1.0])
+    start.doc_string = "net.py"
+    model = onnx.helper.make_model(noted(onnx.helper.make_graph([node], "outer", [one], [one], [start])), doc_string="net.py")
+    function = model.functions.add(name="f", domain="d", doc_string="net.py")
+    function.node.add(op_type="Identity", doc_string="net.py")
+    _strip(model)
+    data = model.SerializeToString()
+    assert b".py" not in data
+    assert b"Identity" in data
+
+
+@pytest.mark.parametrize("opset", [18, 22])
+def test_an_onnx_file_is_of_the_opset_that_is_asked_for(opset, compressed, inputs, tmp_path):
+    assert export_onnx(compressed, inputs, tmp_path / "model.onnx", opset) < 1e-4
+    assert [(known.domain, known.version) for known in onnx.load(tmp_path / "model.onnx").opset_import] == [("", opset)]
+
+
+def test_an_opset_that_the_exporter_does_not_reach_leaves_nothing(compressed, inputs, tmp_path, capfd):
+    level = logging.root.manager.disable
+    with pytest.raises(
+        StudyError, match=r"can write this model in, but from 18 it could not be converted to 7; give 18 to \d+\."
+    ):
+        export_onnx(compressed, inputs, tmp_path / "model.onnx", 7)
+    assert not list(tmp_path.iterdir())
+    assert not capfd.readouterr().err
+    assert logging.root.manager.disable == level
+
+
+def home(model):
+    """Check a model whose copy, as it was made, is `fresh`; then run passes, as a study does."""
+    fresh = copy.deepcopy(model)
+    inputs = torch.rand(2, 1, 8, 8)
+    model.eval()(inputs)
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    check_comes_home(model, fresh, Plan.of({"net.fc1": SVD(1)}), inputs)
+    assert torch.equal(torch.get_rng_state(), random)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not model.training
+
+
+def drawing(net, inputs):
+    return net.net(inputs) + torch.rand(len(inputs), 1)
+
+
+def counting(net, inputs):
+    net.calls = getattr(net, "calls", 0) + 1
+    return net.net(inputs) + net.calls
+
+
+def frozen():
+    net = nets.small()
+    net.conv1.requires_grad_(False)
+    return nets.Net(lambda net, x: net.net(x), net=net)
+
+
+def renaming():
+    """Keeps its names without a prefix, and puts it back when it loads."""
+    model = nets.Net(lambda net, x: net.net(x), net=nets.small())
+
+    def shorten(module, state, prefix, metadata):
+        for name in list(state):
+            state[name.removeprefix("net.")] = state.pop(name)
+
+    def lengthen(module, state, prefix, *rest):
+        for name in list(state):
+            state[f"net.{name}"] = state.pop(name)
+
+    model.register_state_dict_post_hook(shorten)
+    model.register_load_state_dict_pre_hook(lengthen)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        nets.versioned,
+        renaming,
+        frozen,
+        lambda: nets.Net(drawing, net=nets.small()),
+        lambda: nets.Net(counting, net=nets.small()),
+        lambda: nets.Net(lambda net, x: net.drop(net.net(x)), net=nets.small(), drop=torch.nn.Dropout(0.5)),
+        lambda: nets.Net(lambda net, x: net.net(x) * torch.nan, net=nets.small()),
+    ],
+    ids=["versioned", "renaming", "frozen", "drawing", "counting", "dropout", "nan"],
+)
+def test_a_model_that_comes_home(make):
+    home(make())
+
+
+def lazy(net, inputs):
+    if not hasattr(net, "scale"):
+        net.register_buffer("scale", torch.ones(1))
+    return net.net(inputs) * net.scale
+
+
+def unkept(net, inputs):
+    if net.training:
+        net.shift = net.shift + inputs.mean()
+    return net.net(inputs) + net.shift
+
+
+def losing():
+    model = nets.Net(lambda net, x: net.net(x), net=nets.small())
+    model.register_state_dict_post_hook(lambda module, state, *rest: state.__delitem__("net.fc2.bias"))
+    return model
+
+
+def passing():
+    model = nets.Net(unkept, net=nets.small())
+    model.register_buffer("shift", torch.zeros(1), persistent=False)
+    return model
+
+
+def of_complex_numbers():
+    model = nets.Net(lambda net, x: net.net(x), net=nets.small())
+    model.register_buffer("phases", torch.zeros(2, dtype=torch.complex128))
+    return model
+
+
+def loading_anew():
+    """Loads zeros for what it has kept."""
+    model = nets.Net(lambda net, x: net.net(x), net=nets.small())
+    model.register_load_state_dict_pre_hook(lambda module, state, *rest: state.update({"net.fc2.bias": torch.zeros(10)}))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (
+            lambda: nets.Net(lazy, net=nets.small()),
+            r'cannot be loaded: RuntimeError: Unexpected key\(s\) in state_dict: "scale"',
+        ),
+        (losing, r'cannot be loaded: RuntimeError: Missing key\(s\) in state_dict: "net.fc2.bias"'),
+        (of_complex_numbers, "cannot be saved: "),
+        (passing, "gave other outputs once it was saved and loaded"),
+        (loading_anew, "gave other outputs once it was saved and loaded"),
+    ],
+    ids=["lazy", "losing", "complex", "passing", "anew"],
+)
+def test_a_model_that_does_not_come_home(make, told):
+    with pytest.raises(ModelError) as raised:
+        home(make())
+    assert re.fullmatch(
+        rf"A compressed model must come back from its files as it was, but a factorized copy {told}.*; let state_dict\(\) keep all "
+        r"that a forward needs and training changes, and make buffers in __init__\.",
+        str(raised.value),
+    )
+
+
+def test_what_cannot_come_home_is_refused_before_anything_is_trained(tmp_path):
+    task = Task(nets.Net(lazy, net=nets.small()), nets.few_digits())
+    with pytest.raises(
+        ModelError, match="A compressed model must come back from its files as it was, but a factorized copy cannot be"
+    ):
+        ranksearch.search(task, out=tmp_path / "mine", options=ranksearch.Options(workers=0))
+    assert not list(tmp_path.iterdir())

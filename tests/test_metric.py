@@ -355,3 +355,32 @@ def test_a_layer_called_by_keyword():
     inputs = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
     found = metrics(model, {inventory(model, inputs[:1])["layer"]: [(1,)]}, inputs)["layer"]
     torch.testing.assert_close(found.mean, inputs.double().mean(0))
+
+
+class OnMps(torch.Tensor):
+    """Stands for a tensor on Apple's GPU, which refuses float64."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.cpu:
+            with torch._C.DisableTorchFunctionSubclass():
+                return args[0].as_subclass(torch.Tensor)
+        if func == torch.Tensor.device.__get__:
+            return torch.device("mps")
+        result = super().__torch_function__(func, types, args, kwargs)
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+            raise TypeError("the MPS framework doesn't support float64")
+        return result
+
+
+def test_moments_of_inputs_on_a_gpu_without_float64():
+    model = nets.small()
+    inputs = nets.few_digits().train.tensors[0][:50]
+    found = inventory(model, inputs[:1])
+    holds = {layer: [(1,), (2, 3)][: len(layer.weight) - 2 or 1] for layer in found.layers}
+    far = inputs.as_subclass(OnMps)
+    with pytest.raises(TypeError, match="float64"):
+        far.double()
+    expected, got = metrics(model, holds, inputs), metrics(model, holds, far)
+    for name, metric_of in expected.items():
+        assert all(torch.equal(root, got[name].roots[modes]) for modes, root in metric_of.roots.items())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -16,13 +19,13 @@ from ranksearch.console import Silent, final_words
 from ranksearch.dense import train_dense
 from ranksearch.errors import ModelError, StudyError
 from ranksearch.export import load_model
-from ranksearch.options import Options
+from ranksearch.options import Options, choose_device
 from ranksearch.probing import FRONTIER_PLANS
 from ranksearch.record import Outcome, choose
 from ranksearch.report import write_report
 from ranksearch.strategy.finalists import WORTH
 from ranksearch.study import Stopped, run_study
-from ranksearch.tasks import Task, predict
+from ranksearch.tasks import Task, check_float32, predict
 from tests import nets
 from tests.conftest import small_spec, stored
 
@@ -226,12 +229,87 @@ def test_a_second_ctrl_c_ends_the_last_report_too(tmp_path, monkeypatch):
     ("options", "message"),
     [
         ({"workers": -1}, "--workers must be at least 0, but got -1"),
+        ({"device": "cuda:"}, "--device must be auto, cpu, cuda, cuda:N or mps, but got 'cuda:'"),
+        (
+            {"device": "cuda:1", "engine": "ray"},
+            "--gpus-per-trial must be above 0 for --device cuda:1 with --engine ray, but got 0",
+        ),
+        (
+            {"device": "mps", "engine": "ray"},
+            "--device must be auto, cpu or cuda for --engine ray, which has no other GPUs, but got mps",
+        ),
+        ({"device": "cpu", "engine": "ray", "gpus_per_trial": 1}, "--gpus-per-trial must be 0 for --device cpu, but got 1"),
         ({"device": "cdua"}, "--device must be auto, cpu, cuda, cuda:N or mps, but got 'cdua'"),
     ],
 )
 def test_options_are_checked(options, message):
     with pytest.raises(StudyError, match=message):
         Options(**options)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "mps", "name", "expected"),
+    [
+        (0, False, "auto", "cpu"), (2, False, "auto", "cuda"), (0, True, "auto", "cpu"), (2, True, "cpu", "cpu"),
+        (2, False, "cuda", "cuda"), (2, False, "cuda:1", "cuda:1"), (0, True, "mps", "mps"),
+    ],
+)  # fmt: skip
+def test_a_device_by_its_name(there, gpus, mps, name, expected):
+    there(gpus, mps)
+    assert str(choose_device(name)) == expected
+
+
+@pytest.mark.parametrize(
+    ("gpus", "mps", "name", "found"),
+    [
+        (0, False, "cuda", "cpu"),
+        (0, True, "cuda:0", "cpu, mps"),
+        (2, False, "cuda:2", "cpu, cuda:0, cuda:1"),
+        (2, False, "cuda:01", "cpu, cuda:0, cuda:1"),
+        (1, False, "mps", "cpu, cuda:0"),
+    ],
+)
+def test_a_device_that_is_not_there(there, gpus, mps, name, found):
+    there(gpus, mps)
+    with pytest.raises(
+        StudyError, match=rf"^--device must be one that torch finds on this machine \({found}\), but got {name}\.$"
+    ):
+        choose_device(name)
+
+
+@pytest.fixture
+def there(monkeypatch):
+    def there(gpus, mps):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+    return there
+
+
+def test_apples_gpus_take_no_float64(there, trained, tmp_path):
+    def told(what):
+        return f"On --device mps there is no float64, but {what} of float64; make it float32, or use --device cpu"
+
+    wide = copy.deepcopy(trained.model)
+    wide.norm1.running_mean = wide.norm1.running_mean.double()
+    numbers = torch.utils.data.TensorDataset(torch.rand(4, 1, 8, 8), torch.rand(4, dtype=torch.float64))
+    weighted = torch.nn.CrossEntropyLoss(weight=torch.ones(10, dtype=torch.float64))
+    for task, what in (
+        (replace(trained, model=wide), "norm1.running_mean is"),
+        (replace(trained, data=Splits(numbers, numbers, numbers, None, "numbers")), "the targets are"),
+        (replace(trained, loss=weighted), "weight is"),
+    ):
+        with pytest.raises(ModelError, match=told(what)):
+            check_float32(task)
+    check_float32(trained)
+
+    there(0, True)
+    split = torch.utils.data.TensorDataset(torch.rand(4, 1, 8, 8).double(), torch.arange(4))
+    task = Task(nets.small().double(), Splits(split, split, split, 10, "noise"))
+    with pytest.raises(ModelError, match=told("the inputs are")):
+        ranksearch.search(task, out=tmp_path / "mine", options=Options(workers=0, device="mps"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_report_is_made_again_from_the_storage(finished, tmp_path):
@@ -270,6 +348,25 @@ def test_given_dense_weights_must_fit(tmp_path):
 def test_workers_share_the_cores_but_not_a_gpu_unless_asked(monkeypatch):
     monkeypatch.setattr(study.local, "engine", lambda workers: workers)
     monkeypatch.setattr(study.os, "cpu_count", lambda: 8)
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert [study._engine(Options(), device) for device in (cpu, gpu)] == [8, 1]
-    assert [study._engine(Options(workers=3), device) for device in (cpu, gpu)] == [3, 3]
+    devices = [torch.device(name) for name in ("cpu", "cuda", "cuda:1", "mps")]
+    assert [study._engine(Options(), device) for device in devices] == [8, 1, 1, 1]
+    assert [study._engine(Options(workers=3), device) for device in devices] == [3, 3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "expected"),
+    [
+        ("cpu", Options(), "cpu"),
+        ("cuda", Options(), "cuda"),
+        ("cuda:1", Options(device="cuda:1"), "cuda:1"),
+        ("mps", Options(device="mps"), "mps"),
+        ("cuda:1", Options(engine="ray", device="cuda:1", gpus_per_trial=1), "cuda"),
+        ("cpu", Options(engine="ray"), "cpu"),
+    ],
+)
+def test_workers_train_where_the_driver_does_and_on_ray_where_the_cluster_says(trained, monkeypatch, device, options, expected):
+    monkeypatch.setattr(study.training, "release", lambda device: None)
+    run = SimpleNamespace(
+        task=trained, device=torch.device(device), options=options, spec=small_spec(), unfinished=Path("unfinished")
+    )
+    assert study._evaluator(run, None).device == expected

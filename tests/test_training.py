@@ -19,6 +19,7 @@ from ranksearch.dense import train_dense
 from ranksearch.models import lenet
 from ranksearch.options import Options
 from ranksearch.record import Outcome
+from ranksearch.seeds import seeded
 from ranksearch.spec import Recipe
 from ranksearch.strategy.trial import Job, Stage
 from ranksearch.tasks import Task
@@ -162,8 +163,46 @@ def test_only_a_gpu_has_memory_in_reserve(monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
     training.release(CPU)
     assert not emptied
-    training.release(torch.device("cuda"))
+    training.release(torch.device("cuda:1"))
     assert emptied
+    monkeypatch.setattr(torch.mps, "empty_cache", lambda: emptied.append(2))
+    training.release(torch.device("mps"))
+    assert emptied == [1, 2]
+
+
+def test_a_gpu_is_waited_for_whichever_it_is(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))
+    for device in (CPU, torch.device("cuda:1"), torch.device("mps")):
+        training._finish(device)
+    assert waited == [torch.device("cuda:1"), "mps"]
+
+
+@pytest.mark.parametrize("name", ["cuda:1", "mps"])
+def test_random_numbers_of_a_gpu_follow_the_seed_and_are_given_back(monkeypatch, name):
+    device = torch.device(name)
+    module = torch.get_device_module(device)
+    states, current = {"cuda:0": 5, "cuda:1": 7, "mps": 9}, ["cuda:0" if name != "mps" else "mps"]
+
+    class On:
+        def __init__(self, device):
+            self.device, self.before = str(device), current[0]
+
+        def __enter__(self):
+            current[0] = self.device
+
+        def __exit__(self, *error):
+            current[0] = self.before
+
+    monkeypatch.setattr(torch.cuda, "device", On)
+    monkeypatch.setattr(module, "manual_seed", lambda seed: states.update({current[0]: seed}))
+    monkeypatch.setattr(module, "get_rng_state", lambda device: states[str(device)])
+    monkeypatch.setattr(module, "set_rng_state", lambda state, device: states.update({str(device): state}))
+    before = dict(states)
+    with seeded(3, device):
+        assert states == before | {name: 3}
+    assert states == before
 
 
 class Viewing(nn.Module):
