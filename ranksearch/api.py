@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ranksearch.console import View
+from ranksearch.errors import SpecError
 from ranksearch.options import Options
+from ranksearch.plan import Plan
 from ranksearch.record import StudyRecord
 from ranksearch.spec import DenseSpec, FinalistSpec, Recipe, SearchSpec, SpaceSpec, StudySpec, TaskSpec, parse_spec
 from ranksearch.study import run_study
@@ -31,6 +33,7 @@ def search(
     sampler: str = "rank",
     trials: int = 60,
     minutes: float | None = None,
+    first: Sequence[Plan] = (),
     minimize: str | Sequence[str] = ("params",),
     min_score: float | None = None,
     min_ratio: float | None = None,
@@ -51,8 +54,8 @@ def search(
         task: the trained model, its data, its loss and score.
         out: the study's folder; the same call goes on where an earlier one stopped.
         methods: what to choose from: tucker2, cp, cp4, spatial, svd.
-        layers: only these layers; all that can be decomposed where it is empty.
-        skip: not these layers.
+        layers: only these layers, by names or patterns such as "stage2.*"; all that can be decomposed if it is empty.
+        skip: not these layers, by names or patterns.
         rank_multiple: ranks are multiples of this, as some hardware wants them.
         smaller_in: a layer is only stored in ways that are smaller than dense in each of these: params, macs.
         data_aware: fit the factors for the inputs that each layer sees in training, not for the weights alone.
@@ -60,6 +63,7 @@ def search(
         sampler: who proposes: rank, or one of Optuna's: tpe, nsga2, gp, random.
         trials: trained trials in all.
         minutes: ask for no more trials once trials took so long, in all runs.
+        first: plans to try first.
         minimize: what the front sets against the score: params, macs, or both.
         min_score: models with a lower validation score are not on the front.
         min_ratio: plans of a lower compression ratio are not trained.
@@ -121,12 +125,20 @@ def search(
     )
     # By way of its text, so that what Python gives is checked as strictly as a study file.
     spec = parse_spec(spec.to_toml(), source="search()")
-    return run_study(spec, Path(out), options, task=replace(task, model=copied(task.model).cpu()), view=view)
+    task = replace(task, model=copied(task.model).cpu())
+    return run_study(spec, Path(out), options, task=task, first=_plans(first), view=view)
 
 
 def _names(given: str | Sequence[str]) -> tuple[str, ...]:
     """One name, or several."""
     return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _plans(given: Sequence[Plan]) -> tuple[Plan, ...]:
+    for plan in given:
+        if not isinstance(plan, Plan):
+            raise SpecError(f"search(): first must hold plans, but got {plan!r}; make one by Plan.of or Plan.from_json.")
+    return tuple(given)
 
 
 def _word(function: Callable[..., Any]) -> str:

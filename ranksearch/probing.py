@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import optuna
 
 from ranksearch import attributes
+from ranksearch.errors import PlanError, SpecError, StudyError
+from ranksearch.layers import Inventory
 from ranksearch.objectives import prices
 from ranksearch.plan import Plan
 from ranksearch.profile import Profile
@@ -13,13 +18,58 @@ from ranksearch.record import Outcome, Probe
 from ranksearch.run import Run
 from ranksearch.strategy.prior import vbmf_plans
 from ranksearch.strategy.sensitivity import predicted_frontier, rescuable, spread, values_to_probe
-from ranksearch.strategy.space import size_of
+from ranksearch.strategy.space import Space, check_plan, size_of
 from ranksearch.strategy.trial import Answer, Evaluator, Job, Stage
 
 FRONTIER_PLANS = 4
 """How many plans of the predicted frontier are tried first."""
 WORST_LOSS = 1e6
 """Stands for a probe's loss that is no number, which no storage keeps."""
+
+
+USER = "user"
+"""The origin of the plans that the user wants tried first."""
+
+
+def plans_to_try(paths: Sequence[str], given: Sequence[Plan], space: Space, found: Inventory) -> list[Plan]:
+    """The user's plans to try first: those in the files of a study, then those given from Python.
+
+    Raises:
+        SpecError: a file cannot be read, or a plan is none that the space offers.
+    """
+    plans = []
+    named = [*((path, _read_plan(path)) for path in paths), *((f"plan {at}", plan) for at, plan in enumerate(given, 1))]
+    for name, plan in named:
+        try:
+            check_plan(plan, space, found)
+        except PlanError as error:
+            raise SpecError(f"search.first, {name}: {error}") from None
+        plans.append(plan)
+    return plans
+
+
+def _read_plan(path: str) -> Plan:
+    try:
+        return Plan.from_json(Path(path).read_text(encoding="utf-8-sig"))
+    except PlanError as error:
+        raise SpecError(f"search.first, {path}: {error}") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise SpecError(f"search.first must name files of plans, but {path!r} cannot be read: {reason}.") from None
+
+
+def check_first(study: optuna.Study, plans: Sequence[Plan]) -> None:
+    """Refuse other plans to try first than those that the study has in its storage.
+
+    Raises:
+        StudyError: they differ.
+    """
+    known = attributes.read_firsts(study)
+    if known is not None and [plan for origin, plan in known if origin == USER] != list(plans):
+        raise StudyError(
+            "The plans to try first are chosen once in a study, but search.first now holds others; leave it as it was, choose "
+            "another --out or name, or --fresh to start over."
+        )
 
 
 def probe_layers(run: Run, layers: Profile, evaluate: Evaluator) -> None:
@@ -56,7 +106,8 @@ def probe_layers(run: Run, layers: Profile, evaluate: Evaluator) -> None:
 
 
 def first_plans(run: Run, layers: Profile) -> list[tuple[str, Plan]]:
-    """The plans within the limits that are tried first, with their origins; chosen once in a study."""
+    """The plans that are tried first, with their origins: the user's, then predicted ones within the limits. Chosen once in a
+    study."""
     if (known := attributes.read_firsts(run.study)) is not None:
         return known
     dense, probes = attributes.read_probes(run.study)
@@ -67,7 +118,7 @@ def first_plans(run: Run, layers: Profile) -> list[tuple[str, Plan]]:
     within = [*corners[:1], *(corner for corner in corners[1:] if _fits(run, corner.plan))]
     chosen = spread(rescuable(within), price.of(run.inventory), FRONTIER_PLANS)
     vbmf = [(origin, plan) for origin, plan in vbmf_plans(run.space, layers.vbmf) if _fits(run, plan)]
-    firsts = [*(("frontier", corner.plan) for corner in chosen), *vbmf]
+    firsts = [*((USER, plan) for plan in run.first), *(("frontier", corner.plan) for corner in chosen), *vbmf]
     attributes.write_firsts(run.study, firsts)
     return firsts
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from ranksearch.console import View
 from ranksearch.engines.base import Engine
 from ranksearch.layers import Inventory
 from ranksearch.options import Options
+from ranksearch.plan import Plan
 from ranksearch.record import MAX_TRIES, Outcome, Rung
 from ranksearch.spec import StudySpec
 from ranksearch.strategy.space import Space
@@ -27,7 +28,7 @@ from ranksearch.tasks import Task
 
 @dataclass
 class Run:
-    """One run of one study. `example` is a batch of one input on `device`."""
+    """One run of one study. `example` is a batch of one input on `device`, `first` are the user's plans to try first."""
 
     spec: StudySpec
     out: Path
@@ -37,6 +38,7 @@ class Run:
     example: Tensor
     inventory: Inventory
     space: Space
+    first: Sequence[Plan]
     study: optuna.Study
     engine: Engine
     view: View

@@ -120,6 +120,8 @@ class SearchSpec:
     sampler: str = _one_of(SAMPLERS, default="rank")
     trials: int = _at_least(1, default=60)
     """How many plans are trained; those that need no training do not count."""
+    first: tuple[str, ...] = ()
+    """Files of plans, as models/<trial>/plan.json is one, to try first; relative to the folder the command runs in."""
     minimize: tuple[str, ...] = _checked(f"at least one of {', '.join(COSTS)}", bool, default=("params",))
     """The costs that the front sets against the score: parameters, multiply-accumulates, or both."""
     minutes: float | None = _positive(default=None)
@@ -161,12 +163,13 @@ class StudySpec:
     def identity(self) -> dict[str, Any]:
         """What makes results comparable: all but the budget, the limits and the wording. Flat, `section.key` -> value.
 
-        A limit says what is looked for and leaves every score as it is, so a study may go on under others.
+        A limit says what is looked for and leaves every score as it is, so a study may go on under others. The plans to try
+        first count by what is in their files, which the study's storage holds.
         """
         flat: dict[str, Any] = {}
         for key, value in self.to_dict().items():
             flat |= {f"{key}.{inner}": entry for inner, entry in value.items()} if isinstance(value, dict) else {key: value}
-        free = {"about", "search.trials", "search.minutes", "finalists.count"}
+        free = {"about", "search.trials", "search.minutes", "search.first", "finalists.count"}
         free |= {f"search.{entry.name}" for entry in dataclasses.fields(Limits)}
         return {key: value for key, value in flat.items() if key not in free}
 

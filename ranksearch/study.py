@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from ranksearch.layers import check_weights, inventory
 from ranksearch.objectives import Objectives
 from ranksearch.options import Options, choose_device
 from ranksearch.plan import Plan
-from ranksearch.probing import first_plans, probe_layers
+from ranksearch.probing import check_first, first_plans, plans_to_try, probe_layers
 from ranksearch.profile import Profile, profile
 from ranksearch.record import StudyFacts, StudyRecord
 from ranksearch.report import write_report
@@ -55,7 +56,13 @@ class Stopped(KeyboardInterrupt):
 
 
 def run_study(
-    spec: StudySpec, out: Path, options: Options | None = None, *, task: Task | None = None, view: View | None = None
+    spec: StudySpec,
+    out: Path,
+    options: Options | None = None,
+    *,
+    task: Task | None = None,
+    first: Sequence[Plan] = (),
+    view: View | None = None,
 ) -> StudyRecord:
     """Run a study, or go on with it where an earlier run stopped, and write its folder.
 
@@ -64,6 +71,7 @@ def run_study(
         out: its folder, made if it is not there.
         options: how to run it.
         task: model and data, where they do not come from `spec.task`.
+        first: plans to try first, after those that `spec.search.first` names.
         view: what is told while it runs.
 
     Returns:
@@ -87,6 +95,7 @@ def run_study(
     space = space_of(spec.space, found)
     check_limits(spec.search.limits, space, found)
     check_comes_home(task.model, fresh, _smallest_layer(space), next(batches(task.data.train, 2))[0])
+    firsts = plans_to_try(spec.search.first, first, space, found)
     if spec.space.start == "scratch":
         check_scratch(task.model)
     _check_min_score(spec, task)
@@ -110,9 +119,10 @@ def run_study(
             folder.write_spec(out, spec, options.storage)
         study = folder.create_study(spec.name, url, objectives, announce=view.note)
         folder.own_study(study, spec, inputs)
+        check_first(study, firsts)
         folder.write_spec(out, spec, options.storage)
         one = example(task.data.validation).to(device)
-        run = Run(spec, out, options, device, task, one, found, space, study, engine, view)
+        run = Run(spec, out, options, device, task, one, found, space, firsts, study, engine, view)
         try:
             _straight_on(run, given=given)
         except KeyboardInterrupt:
@@ -216,7 +226,7 @@ def _search(run: Run, layers: Profile, evaluate: Evaluator) -> None:
     ledger = Ledger(
         run.study, run.space, run.inventory, firsts, sampler=run.spec.search.sampler, seed=run.spec.seed,
         dense_score=dense_score, limits=limits, since=facts.since, objectives=facts.objectives, knowledge=knowledge,
-        on_untrained=lambda found: run.view.trial(found, ledger.records()),
+        on_untrained=lambda found: run.view.trial(found, ledger.records()), on_note=run.view.note,
     )  # fmt: skip
     ledger.recover()
     trials, minutes = run.spec.search.trials, run.spec.search.minutes

@@ -63,7 +63,7 @@ class Books:
     ):
         objectives = Objectives(minimize, FOUND.macs)
         self.study = optuna.create_study(directions=objectives.directions)
-        self.untrained, self.trained = [], []
+        self.untrained, self.trained, self.queued = [], [], []
         self.arguments = {"sampler": sampler, "seed": seed, "limits": limits, "objectives": objectives}
         self.arguments["on_untrained"] = self.untrained.append
         self.space, self.firsts, self.suggested = space, firsts, suggested

@@ -133,10 +133,6 @@ def test_a_trial_that_lost_its_worker_is_queued_before_it_is_told(monkeypatch):
     books = Books()
     ledger = books.ledger()
     job = next(ledger.jobs(1))
-
-    def killed(*args, **kwargs):
-        raise KeyboardInterrupt("killed")
-
     for step in ("enqueue_trial", "tell"):
         with monkeypatch.context() as patch:
             patch.setattr(books.study, step, killed)
@@ -204,19 +200,94 @@ def test_a_twin_that_a_kill_left_is_answered_by_the_next_run():
     assert sorted((t.index, t.same_as is not None) for t in ledger.records()) == [(0, False), (1, True), (2, False)]
 
 
+# --- trials that another program queued ---
+
+FIRSTS = [("frontier", Plan.of({"fc1": SVD(rank)})) for rank in (2, 4)]
+MINE = Plan.of({"fc1": SVD(3)})
+
+
 @pytest.mark.parametrize("at", [0, 1, 3])
-def test_a_plan_that_another_hand_queued_has_no_place(at):
-    """And changes nothing of what follows, wherever it came between."""
-    alone, disturbed = (
-        Books(sampler="rank", firsts=[("frontier", Plan.of({"fc1": SVD(rank)})) for rank in (2, 4)]) for _ in range(2)
-    )
+def test_a_trial_that_another_program_queued_has_the_next_place(at):
+    """It is trained like others, keeps every plan that is tried first, and changes nothing of what was asked before."""
+    alone, disturbed = (Books(sampler="rank", firsts=FIRSTS) for _ in range(2))
     alone.run(5)
     disturbed.run(at)
-    disturbed.study.enqueue_trial(SPACE.params(Plan.of({"fc1": SVD(3)})))
-    disturbed.study.enqueue_trial({})
-    disturbed.run(5)
-    places = [[(t.index, t.origin, t.plan, t.score) for t in books.trained] for books in (alone, disturbed)]
-    assert places[0] == places[1]
-    states = Counter(trial.state.name for trial in disturbed.study.trials)
-    assert states["FAIL"] == 2
-    assert not states["WAITING"]
+    disturbed.study.enqueue_trial(SPACE.params(MINE))
+    ledger = disturbed.run(5)
+    assert [(trial.index, trial.origin) for trial in ledger.records()] == [
+        (index, "enqueued" if index == at else "frontier" if index < 2 + (at < 2) else "rank") for index in range(5)
+    ]
+    assert ledger.records()[at].plan == MINE
+    assert ledger.records()[at].score == answer(MINE).curve[-1].score
+    assert essence(ledger.records()[:at]) == essence(alone.ledger().records()[:at])
+    firsts = [trial.plan for trial in ledger.records() if trial.origin == "frontier"]
+    assert firsts == [plan for _, plan in FIRSTS]
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(0, 4), st.lists(st.integers(0, 4), max_size=4), st.sampled_from(["random", "tpe", "nsga2", "rank"]))
+def test_killed_and_resumed_equals_uninterrupted_with_a_trial_of_another_program(at, kills, sampler):
+    """Also where it was queued while the trial ran that a kill left, so that it stands before that in Optuna's queue."""
+
+    def run(kills):
+        books, ledgers = Books(sampler=sampler, firsts=FIRSTS), []
+        for kill in (*kills, None):
+            ledgers.append(books.ledger())
+            ledgers[-1].recover()
+            for count, job in enumerate(ledgers[-1].jobs(6)):
+                if ledgers[-1].finished() == at and len(books.queued) == 0:
+                    books.queued.append(books.study.enqueue_trial(SPACE.params(MINE)))
+                if count == kill:
+                    break
+                ledgers[-1].receive(job, answer(job.plan))
+        return books.ledger().records()
+
+    whole = run([])
+    assert essence(run(kills)) == essence(whole)
+    assert [trial.plan for trial in whole if trial.origin == "enqueued"] == [MINE]
+
+
+BAD = [
+    ({}, "every parameter of the space must be given, but 'conv1.method' is not"),
+    ({"conv2.level": None}, "every parameter of the space must be given, but 'conv2.level' is not"),
+    ({"conv2.level": 1.5}, "'conv2.level' must be a number from 0 to 1, but is 1.5"),
+    ({"conv2.level": "high"}, "'conv2.level' must be a number from 0 to 1, but is 'high'"),
+    ({"fc2.method": "cp"}, "'fc2.method' must be one of dense, svd, but is 'cp'"),
+]
+
+
+@pytest.mark.parametrize("change", range(len(BAD)))
+def test_parameters_that_the_space_does_not_hold_are_told_in_words(change):
+    changed, reason = BAD[change]
+    params = {**SPACE.params(MINE), **changed} if changed else {}
+    books, said = Books(sampler="rank", firsts=FIRSTS), []
+    books.arguments["on_note"] = said.append
+    books.run(1)
+    books.study.enqueue_trial({name: value for name, value in params.items() if value is not None})
+    ledger = books.run(4)
+    assert said == [f"trial 1, which another program queued, is not evaluated: {reason}"]
+    assert books.study.trials[1].state is optuna.trial.TrialState.FAIL
+    alone = Books(sampler="rank", firsts=FIRSTS)
+    assert essence(ledger.records()) == essence(alone.run(4).records())
+
+
+def test_a_trial_of_another_program_is_not_lost_by_a_kill(monkeypatch):
+    """Drawn from the queue, but without a place yet; nor is it tried twice."""
+    books = Books()
+    books.study.enqueue_trial(SPACE.params(MINE), user_attrs={"why": "a guess"})
+    for name in ("_suggest", "asked"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"ranksearch.strategy.ledger.{name}", killed)
+            with pytest.raises(KeyboardInterrupt, match="killed"):
+                books.run(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(books.study, "tell", killed)
+        with pytest.raises(KeyboardInterrupt, match="killed"):
+            books.ledger().recover()
+    ledger = books.run(2)
+    assert [(trial.index, trial.origin) for trial in ledger.records()] == [(0, "enqueued"), (1, "random")]
+    assert books.study.trials[ledger.records()[0].number].user_attrs["why"] == "a guess"
+
+
+def killed(*args, **kwargs):
+    raise KeyboardInterrupt("killed")

@@ -185,11 +185,28 @@ def test_layers_can_be_chosen_and_skipped():
     assert names(skip=[]) == names(layers=[]) == list(AXES)
 
 
+def test_patterns_choose_the_layers_that_they_match():
+    def names(**options):
+        return [axis.layer.name for axis in make_space(INVENTORY, ALL, **options).axes]
+
+    assert names(layers=["conv*"]) == ["conv1", "conv2"]
+    assert names(layers=["fc?", "conv1"]) == ["conv1", "fc1", "fc2"]
+    assert names(skip=["conv[!1]", "fc2"]) == ["conv1", "fc1"]
+    assert names(layers=["*1"], skip=["fc*"]) == ["conv1"]
+    with pytest.raises(SpecError, match="but 'CONV\\*' is none"):
+        names(layers=["CONV*"])
+
+
+def test_a_pattern_takes_the_layers_that_can_be_decomposed_and_leaves_the_others():
+    assert [axis.layer.name for axis in make_space(grouped(), ALL, layers=["*"]).axes] == ["0"]
+
+
 # --- messages ---
 
 
-def grouped():
-    return inventory(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, groups=4)), EXAMPLE)
+def grouped(count=1):
+    depthwise = (nn.Conv2d(4, 4, 3, padding=1, groups=4) for _ in range(count))
+    return inventory(nn.Sequential(nn.Conv2d(1, 4, 3), *depthwise), EXAMPLE)
 
 
 @pytest.mark.parametrize("key", ["layers", "skip"])
@@ -199,6 +216,14 @@ def grouped():
         (INVENTORY, "conv3", "but 'conv3' is none. Did you mean 'conv2'?"),
         (INVENTORY, "x", "but 'x' is none. Valid: conv1, conv2, fc1, fc2."),
         (grouped(), "1", "but '1' is none. Skipped: it is depthwise."),
+        (INVENTORY, "conv[3-9]", "but 'conv[3-9]' is none. Valid: conv1, conv2, fc1, fc2."),
+        (INVENTORY, "cnov*", "but 'cnov*' is none. Did you mean 'conv2'?"),
+        (grouped(), "[1-9]", "but '[1-9]' is none. Skipped: 1 (it is depthwise)."),
+        (
+            grouped(5),
+            "[1-9]",
+            "but '[1-9]' is none. Skipped: 1 (it is depthwise), 2 (it is depthwise), 3 (it is depthwise), 2 more.",
+        ),
     ],
 )
 def test_a_name_that_is_no_layer_is_refused(key, found, name, rest):

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import optuna
-from optuna.trial import TrialState
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, TrialState
 
 from ranksearch.attributes import asked, read_asked, read_trials, write_trial
 from ranksearch.layers import Inventory
@@ -23,6 +24,11 @@ from ranksearch.strategy.finalists import floor_of
 from ranksearch.strategy.sampler import WITHIN, Knowledge, admit, make_sampler
 from ranksearch.strategy.space import Space, size_of
 from ranksearch.strategy.trial import Answer, Job
+
+ENQUEUED = "enqueued"
+"""The origin of trials that another program queued, by Optuna's `enqueue_trial`."""
+_FIXED = "fixed_params"
+"""Where Optuna keeps the parameters that a trial was queued with."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +59,14 @@ class Ledger:
         since: int = 0,
         knowledge: Knowledge | None = None,
         on_untrained: Callable[[TrialRecord], None] = lambda record: None,
+        on_note: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Trials too far below `dense_score` are not worth taking home; samplers then look elsewhere. `knowledge` is what the
         sampler "rank" starts from.
 
         Plans over the `limits` in size, and plans that are known already, are answered without a job; `on_untrained` is told
         of each. The limits hold `since` the trial of that number. Optuna is told the score and the ratios of the `objectives`.
+        `on_note` is told why a trial that another program queued cannot be evaluated.
         """
         self.study = study
         self._space, self._inventory, self._firsts = space, inventory, firsts
@@ -68,9 +76,14 @@ class Ledger:
         self._records = {record.number: record for record in read_trials(study)}
         trials = study.get_trials(deepcopy=False)
         self._waiting = sum(trial.state is TrialState.WAITING and read_asked(trial) is not None for trial in trials)
-        self._next = 1 + max((place[0] for trial in trials if (place := read_asked(trial))), default=-1)
+        """How many trials with a place are queued."""
+        places = {place for trial in trials if (place := read_asked(trial))}
+        self._next = 1 + max((index for index, _ in places), default=-1)
         """The index of the next trial that is not one queued again."""
-        self._limits, self._since, self._objectives, self._on_untrained = limits, since, objectives, on_untrained
+        self._begun = sum(origin in {first for first, _ in firsts} for _, origin in places)
+        """How many of the plans that are tried first have a place."""
+        self._limits, self._since, self._objectives = limits, since, objectives
+        self._on_untrained, self._on_note = on_untrained, on_note
         self._running: dict[int, _Open] = {}
         self._twins: list[tuple[int, _Open]] = []
         """Trials of plans that are running, with the numbers of those; they will have their answers."""
@@ -90,9 +103,12 @@ class Ledger:
             # Queued before it is told: a kill in between leaves it to be found again, not lost.
             # Parameters of a queued trial that were not all asked for yet stand in what it was queued with. One that was not
             # wholly asked for has no place yet, and asking again proposes the same.
-            params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-            if (place := read_asked(trial)) and set(self._distributions) <= set(params):
+            params = {**trial.system_attrs.get(_FIXED, {}), **trial.params}
+            place = read_asked(trial)
+            if place and set(self._distributions) <= set(params):
                 self._queue_again(*place, params)
+            elif place is None and self._fixed(trial) is not None:
+                self._put_back(trial)
             self.study.tell(trial.number, state=TrialState.FAIL)
         self._running.clear()
         self._twins.clear()
@@ -124,35 +140,59 @@ class Ledger:
         return (self._seed * 1_000_003 + index) % 2**31
 
     def _ask(self) -> _Open:
-        if self._waiting:
-            self._waiting -= 1
-        else:
-            index = self._next
+        while (trial := self._drawn()) and (reason := self._unfit(trial)):
+            self.study.tell(trial, state=TrialState.FAIL)
+            self._on_note(f"trial {trial.number}, which another program queued, is not evaluated: {reason}")
+        place, queued = read_asked(trial), self._fixed(trial) is not None
+        for name, kind in self._distributions.items():
+            _suggest(trial, name, kind)
+        if place is None:
+            # Set last: a proposal without all of its parameters is made anew by the next run, at the same index.
+            place = self._next, ENQUEUED if queued else self._sampler
             self._next += 1
-            if index >= len(self._firsts):
-                return self._propose(index)
-            origin, plan = self._firsts[index]
-            self.study.enqueue_trial(self._space.params(plan), user_attrs=asked(index, origin))
-        trial = self._drawn()
-        place = read_asked(trial)
-        assert place is not None, "a queued trial carries its place"
-        admit(self.study, trial, self._sampler)
+            for key, value in asked(*place).items():
+                trial.set_user_attr(key, value)
+        if queued:
+            admit(self.study, trial, self._sampler)
         return _Open(trial, *place, self._space.plan(trial.params))
 
-    def _propose(self, index: int) -> _Open:
-        self.study.sampler = make_sampler(self._sampler, seed=self.seed_of(index), knowledge=self._knowledge)
-        trial = self._drawn()
-        for key, value in asked(index, self._sampler).items():
-            trial.set_user_attr(key, value)
-        return _Open(trial, index, self._sampler, self._space.plan(trial.params))
-
     def _drawn(self) -> optuna.Trial:
-        """The next trial. One that another hand queued has no place in the order: it is told FAIL, and the next is drawn."""
-        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        others = {trial.number for trial in waiting if read_asked(trial) is None}
-        while (trial := self.study.ask(self._distributions)).number in others:
+        """The next trial: of ours that were queued again, then of those that another program queued, then of the plans that
+        are tried first; or a new one, for the sampler."""
+        while True:
+            if not self._waiting:
+                self._prepare()
+            trial = self.study.ask()
+            if read_asked(trial) is not None:
+                self._waiting -= 1
+                return trial
+            if not self._waiting or self._fixed(trial) is None:
+                return trial
+            # Samplers see trials in the order of their numbers, so it is queued behind ours.
+            self._put_back(trial)
             self.study.tell(trial, state=TrialState.FAIL)
-        return trial
+
+    def _prepare(self) -> None:
+        """Queue the next of the plans that are tried first, or set the sampler for a proposal."""
+        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        if self._begun < len(self._firsts) and not waiting:
+            origin, plan = self._firsts[self._begun]
+            self.study.enqueue_trial(self._space.params(plan), user_attrs=asked(self._next, origin))
+            self._begun, self._next, self._waiting = self._begun + 1, self._next + 1, self._waiting + 1
+        else:
+            self.study.sampler = make_sampler(self._sampler, seed=self.seed_of(self._next), knowledge=self._knowledge)
+
+    def _unfit(self, trial: optuna.Trial) -> str | None:
+        """Why a trial that another program queued cannot be evaluated; None if it can, and for all other trials."""
+        params = self._fixed(trial)
+        if params is None or read_asked(trial) is not None:
+            return None
+        for name, kind in self._distributions.items():
+            if name not in params:
+                return f"every parameter of the space must be given, but {name!r} is not"
+            if not _holds(kind, params[name]):
+                return f"{name!r} must be {_range(kind)}, but is {params[name]!r}"
+        return None
 
     def _answered(self, opened: _Open) -> bool:
         """Whether the plan needs no training: it is known, or runs now, or its size alone answers for it."""
@@ -237,3 +277,37 @@ class Ledger:
         if (index, origin) not in waiting:
             self.study.enqueue_trial(dict(params), user_attrs=asked(index, origin))
             self._waiting += 1
+
+    def _fixed(self, trial: FrozenTrial | optuna.Trial) -> dict[str, Any] | None:
+        """The parameters that a trial was queued with; None for a new one."""
+        return self.study.get_trials(deepcopy=False)[trial.number].system_attrs.get(_FIXED)
+
+    def _put_back(self, trial: FrozenTrial | optuna.Trial) -> None:
+        """Queue a trial of another program again that was drawn but has no place yet."""
+        params = self._fixed(trial)
+        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        # A run that was killed in between has queued it already.
+        if not any(read_asked(other) is None and self._fixed(other) == params for other in waiting):
+            self.study.enqueue_trial(params or {}, user_attrs=trial.user_attrs)
+
+
+def _suggest(trial: optuna.Trial, name: str, kind: BaseDistribution) -> None:
+    if isinstance(kind, CategoricalDistribution):
+        trial.suggest_categorical(name, kind.choices)
+    else:
+        assert isinstance(kind, FloatDistribution)
+        trial.suggest_float(name, kind.low, kind.high)
+
+
+def _holds(kind: BaseDistribution, value: Any) -> bool:
+    if isinstance(kind, CategoricalDistribution):
+        return value in kind.choices
+    assert isinstance(kind, FloatDistribution)
+    return isinstance(value, int | float) and kind.low <= value <= kind.high
+
+
+def _range(kind: BaseDistribution) -> str:
+    if isinstance(kind, CategoricalDistribution):
+        return f"one of {', '.join(map(str, kind.choices))}"
+    assert isinstance(kind, FloatDistribution)
+    return f"a number from {kind.low:g} to {kind.high:g}"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
@@ -91,12 +92,39 @@ class Axis:
         defaults = {key: 0.5 for key in self.distributions() if not key.endswith(".method")}
         if isinstance(value, Dense):
             return defaults | {f"{name}.method": DENSE}
-        method = METHODS[type(value)]
-        if method not in self.methods:
-            raise PlanError(f"Layer {name!r} may not be stored as {value.title} in this study; add it to space.methods.")
+        method = self._method(value)
         offered = self.offered[method.kind]
         levels = [level_of(rank, kind) for rank, kind in zip(value.ranks, offered, strict=True)]
         return defaults | {f"{name}.method": value.method} | dict(zip(self._levels(method), levels, strict=True))
+
+    def check(self, value: Factorization) -> None:
+        """Refuse what no parameters choose.
+
+        Raises:
+            PlanError: another method, a rank that is not offered, another kernel, or the layer would not be smaller.
+        """
+        method, layer = self._method(value), self.layer
+        ranks = zip(value.rank_names(), value.ranks, self.offered[method.kind], method.bounds(layer.weight), strict=True)
+        for name, rank, offered, bound in ranks:
+            said = f"Layer {layer.name!r}: {name} of {value.title} must be"
+            if rank > bound:
+                raise PlanError(f"{said} at most {bound}, but got {rank}.")
+            if rank not in offered:
+                several = f" a multiple of {offered.step} and" if offered.step > 1 else ""
+                raise PlanError(f"{said}{several} at most {offered[-1]} in this study, but got {rank}.")
+        if not method.pays(layer, value.ranks, self.offer):
+            costs = " and ".join(self.offer.smaller_in)
+            raise PlanError(f"Layer {layer.name!r} must become smaller in {costs} (space.smaller_in), but {value} is not.")
+        if value != (mine := method.value(layer, value.ranks)):
+            raise PlanError(f"Layer {layer.name!r} has kernel={mine.kernel} in this study, but the plan has {value.kernel}.")
+
+    def _method(self, value: Factorization) -> Method:
+        method, name = METHODS[type(value)], self.layer.name
+        if method in self.methods:
+            return method
+        if not method.applies(self.layer.weight, linear=self.layer.kind == "Linear"):
+            raise PlanError(f"Layer {name!r} of shape {self.layer.weight} cannot be stored as {value.title}.")
+        raise PlanError(f"Layer {name!r} may not be stored as {value.title} in this study; add it to space.methods.")
 
     def _levels(self, method: Method) -> list[str]:
         """The parameters that hold the method's ranks."""
@@ -127,6 +155,24 @@ class Space:
         return {key: value for axis in self.axes for key, value in axis.params(plan[axis.layer.name]).items()}
 
 
+def check_plan(plan: Plan, space: Space, inventory: Inventory) -> None:
+    """Refuse a plan that no trial of the space can have.
+
+    Raises:
+        PlanError: it names a layer, a method or a rank that the space does not offer, or no layer.
+    """
+    axes = {axis.layer.name: axis for axis in space.axes}
+    if not plan.layers:
+        raise PlanError("A plan to try must make a layer smaller, but this one leaves all of them dense.")
+    for name, value in plan:
+        if name not in axes:
+            known = any(layer.name == name for layer in inventory.layers)
+            reason = "This study leaves it dense." if known else _why_skipped(name, inventory.skipped).strip()
+            hint = f" {reason}" if reason else nearest(name, axes)
+            raise PlanError(f"A plan must name layers of the space, but {name!r} is none.{hint}")
+        axes[name].check(value)
+
+
 def offer_of(about: SpaceSpec) -> Offer:
     """The ranks that a study offers."""
     return Offer(about.rank_multiple, about.smaller_in)
@@ -150,24 +196,19 @@ def make_space(
     Args:
         inventory: the model's layers.
         methods: names of the methods to choose from.
-        layers: only these layers; all where it is empty.
+        layers: names or patterns (as of `fnmatch.fnmatchcase`) of the only layers; all where it is empty.
         skip: not these.
         offer: what ranks must be multiples of, and which costs must shrink.
 
     Raises:
-        SpecError: a name is no layer that can be decomposed, or no layer is left.
+        SpecError: a name or pattern matches no layer that can be decomposed, or no layer is left.
     """
     known = [layer.name for layer in inventory.layers]
-    for key, names in (("space.layers", layers), ("space.skip", skip)):
-        for name in names:
-            if name not in known:
-                reason = inventory.skipped.get(name)
-                hint = f" Skipped: {reason}." if reason else nearest(name, known)
-                raise SpecError(f"{key} must name layers that can be decomposed, but {name!r} is none.{hint}")
+    only, never = _matching("space.layers", layers, inventory), _matching("space.skip", skip, inventory)
     chosen = [m for kind, m in METHODS.items() if kind.method in methods]
     axes = []
     for layer in inventory.layers:
-        if (not layers or layer.name in layers) and layer.name not in skip:
+        if (not layers or layer.name in only) and layer.name not in never:
             fitting = tuple(method for method in chosen if applies(method, layer, offer))
             if fitting:
                 axes.append(Axis(layer, fitting, offer))
@@ -176,6 +217,33 @@ def make_space(
             f"The search needs a layer to decompose, but {', '.join(methods)} make none of {known} smaller{_terms(offer)}."
         )
     return Space(tuple(axes))
+
+
+def _matching(key: str, patterns: Sequence[str], inventory: Inventory) -> set[str]:
+    """The names of the layers that the patterns match."""
+    known = [layer.name for layer in inventory.layers]
+    found = set[str]()
+    for pattern in patterns:
+        matches = _matches(pattern, known)
+        if not matches:
+            hint = _why_skipped(pattern, inventory.skipped) or nearest(pattern, known)
+            raise SpecError(f"{key} must name layers that can be decomposed, but {pattern!r} is none.{hint}")
+        found.update(matches)
+    return found
+
+
+def _matches(pattern: str, names: Iterable[str]) -> list[str]:
+    # A name may hold a pattern's characters itself.
+    return [name for name in names if name == pattern or fnmatchcase(name, pattern)]
+
+
+def _why_skipped(pattern: str, skipped: Mapping[str, str]) -> str:
+    """The reasons of the skipped layers that a pattern matches, of three at most."""
+    names = _matches(pattern, skipped)
+    if names == [pattern]:
+        return f" Skipped: {skipped[pattern]}."
+    reasons = [f"{name} ({skipped[name]})" for name in names[:3]] + [f"{len(names) - 3} more"] * (len(names) > 3)
+    return f" Skipped: {', '.join(reasons)}." if names else ""
 
 
 def check_limits(limits: Limits, space: Space, inventory: Inventory) -> None:

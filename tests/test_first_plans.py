@@ -1,0 +1,124 @@
+"""Plans of the user's own among the first trials: from files, from Python, and what is refused before anything is trained."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+import ranksearch
+from ranksearch.data import example
+from ranksearch.errors import PlanError, SpecError, StudyError
+from ranksearch.factorization import Offer
+from ranksearch.layers import inventory
+from ranksearch.options import Options
+from ranksearch.plan import CP, CP4, SVD, Plan, Tucker2
+from ranksearch.strategy.space import check_plan, make_space
+from ranksearch.study import run_study
+from tests import nets
+from tests.conftest import essence, refuse, small_spec, snapshot
+from tests.test_space import AXES, VALUES
+
+FOUND = inventory(nets.small(), example(nets.few_digits().train))
+MINE = [Plan.of({"conv2": Tucker2(4, 5), "fc1": SVD(6)}), Plan.of({"conv1": CP(2)})]
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """Two plans' files in the folder that the command runs in."""
+    monkeypatch.chdir(tmp_path)
+    for name, plan in zip(("one.json", "other.json"), MINE, strict=True):
+        (tmp_path / name).write_text(plan.to_json())
+    return ["one.json", "other.json"]
+
+
+def run(first, out, *, trials=3, given=()):
+    spec = small_spec("dense.epochs=1", f"search.trials={trials}", "finalists.count=1", f"search.first={first}")
+    return run_study(spec, out, Options(workers=0), first=given)
+
+
+def test_they_are_the_first_trials_however_they_are_given(files, tmp_path):
+    found = run(files, tmp_path / "small")
+    assert [(trial.origin, trial.plan) for trial in found.trials[:2]] == [("user", plan) for plan in MINE]
+    assert found.trials[2].origin == "frontier"
+    again = run([], tmp_path / "python", given=MINE)
+    assert essence(again.trials) == essence(found.trials)
+
+
+def test_a_study_goes_on_with_the_same_plans_whatever_their_files_are_called(files, tmp_path):
+    whole = run(files, tmp_path / "whole" / "small")
+    run(files, tmp_path / "small", trials=1)
+    for name in files:
+        (tmp_path / name).rename(tmp_path / f"moved-{name}")
+    moved = [f"moved-{name}" for name in files]
+    message = "The plans to try first are chosen once in a study, but search.first now holds others; leave it as it was"
+    for other in ([], moved[:1], moved[::-1]):
+        with pytest.raises(StudyError, match=message):
+            run(other, tmp_path / "small")
+    found = run(moved, tmp_path / "small")
+    assert [trial[:9] for trial in essence(found.trials)] == [trial[:9] for trial in essence(whole.trials)]
+
+
+def test_from_python(trained, tmp_path):
+    options = {"trials": 1, "finetune": ranksearch.Recipe(1), "finalists": ranksearch.Recipe(1)}
+    out = tmp_path / "mine"
+    with pytest.raises(SpecError, match=r"^search\(\): first must hold plans, but got 'plan.json'; make one by Plan.of or"):
+        ranksearch.search(trained, out=out, first=["plan.json"], **options)
+    with pytest.raises(SpecError, match=r"^search.first, plan 2: A plan must name layers of the space, but 'fc' is none. Did"):
+        ranksearch.search(trained, out=out, first=[MINE[0], Plan.of({"fc": SVD(2)})], **options)
+    assert not out.exists()
+    record = ranksearch.search(trained, out=out, first=MINE[:1], options=Options(workers=0), **options)
+    assert (record.trials[0].origin, record.trials[0].plan) == ("user", MINE[0])
+
+
+def test_the_plan_of_a_finished_study_can_be_tried_first(finished, tmp_path):
+    folder, record = finished
+    best = record.front[0]
+    found = run([str(folder / "models" / str(best.number) / "plan.json")], tmp_path / "small", trials=1)
+    assert (found.trials[0].origin, found.trials[0].plan) == ("user", best.plan)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "search.first must name files of plans, but 'plan.json' cannot be read: No such file or directory."),
+        (b"\xff\xfe", "search.first must name files of plans, but 'plan.json' cannot be read: it is not UTF-8 text."),
+        (b"{", "search.first, plan.json: A plan must be JSON, but line 1 is not: Expecting property name enclosed in double quotes."),
+        (b"[]", 'search.first, plan.json: A plan needs "format": "ranksearch-plan/1" and a "layers" object, but got \'list\'.'),
+        (Plan.of({"conv9": CP(1)}), "search.first, plan.json: A plan must name layers of the space, but 'conv9' is none. Did you mean 'conv2'?"),
+    ],
+)  # fmt: skip
+def test_a_bad_file_is_refused_before_anything_is_written(content, message, study_file, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / "plan.json").write_bytes(content.to_json().encode() if isinstance(content, Plan) else content)
+    before = snapshot(tmp_path)
+    assert refuse(capsys, "study", "small.toml", "--set", "search.first=['plan.json']") == message
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("layers", "options", "message"),
+    [
+        ({}, {}, "A plan to try must make a layer smaller, but this one leaves all of them dense."),
+        ({"fc3": SVD(2)}, {}, "A plan must name layers of the space, but 'fc3' is none. Did you mean 'fc2'?"),
+        ({"fc1": SVD(2)}, {"skip": ["fc*"]}, "A plan must name layers of the space, but 'fc1' is none. This study leaves it dense."),
+        ({"conv2": CP4(2)}, {}, "Layer 'conv2' may not be stored as CP-4 in this study; add it to space.methods."),
+        ({"conv2": SVD(2)}, {}, "Layer 'conv2' of shape (16, 8, 3, 3) cannot be stored as SVD."),
+        ({"fc1": SVD(33)}, {}, "Layer 'fc1': rank of SVD must be at most 32, but got 33."),
+        ({"fc1": SVD(30)}, {}, "Layer 'fc1': rank of SVD must be at most 28 in this study, but got 30."),
+        ({"fc1": SVD(6)}, {"offer": Offer(4)}, "Layer 'fc1': rank of SVD must be a multiple of 4 and at most 28 in this study, but got 6."),
+        ({"conv2": Tucker2(8, 14)}, {}, "Layer 'conv2' must become smaller in params (space.smaller_in), but Tucker-2 8x14 is not."),
+        ({"fc1": Tucker2(2, 2, kernel=(2, 8))}, {}, "Layer 'fc1' has kernel=(4, 4) in this study, but the plan has (2, 8)."),
+    ],
+)  # fmt: skip
+def test_a_plan_that_the_space_does_not_offer_is_refused(layers, options, message):
+    space = make_space(FOUND, ("tucker2", "cp", "svd"), **options)
+    with pytest.raises(PlanError, match=f"^{re.escape(message)}$"):
+        check_plan(Plan.of(layers), space, FOUND)
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_every_value_that_parameters_choose_is_taken(name):
+    for value in VALUES[name]:
+        if value.ranks:
+            AXES[name].check(value)
