@@ -17,25 +17,26 @@ from pathlib import Path
 
 import torch
 
-from ranksearch import training
-from ranksearch.checkpoint import Checkpoint
+from ranksearch.compress.inventory import Inventory, inventory
+from ranksearch.compress.profile import Profile, profile, rank_grid
+from ranksearch.compress.weights import weights_of
 from ranksearch.console import Silent
 from ranksearch.data import example, sample, sample_inputs
-from ranksearch.dense import load_weights, train_dense
-from ranksearch.factorization import METHODS
-from ranksearch.files import write_whole
-from ranksearch.layers import Inventory, Layer, inventory
+from ranksearch.methods import METHODS
+from ranksearch.methods.layer import Layer
 from ranksearch.plan import SVD, Dense, Factorization, Plan, Tucker2
-from ranksearch.profile import Profile, profile, rank_grid
-from ranksearch.record import Probe
+from ranksearch.results.record import Probe
 from ranksearch.spec import StudySpec, load_spec
 from ranksearch.strategy.frontier import Choice
 from ranksearch.strategy.sensitivity import predicted_choices, values_to_probe
 from ranksearch.strategy.space import Space, make_space
-from ranksearch.strategy.trial import Answer, Evaluator, Job, Stage
-from ranksearch.study import CALIBRATION
-from ranksearch.tasks import load_task
-from ranksearch.weights import weights_of
+from ranksearch.study.dense import load_weights, train_dense
+from ranksearch.study.study import CALIBRATION
+from ranksearch.support.files import write_whole
+from ranksearch.task import training
+from ranksearch.task.checkpoint import Checkpoint
+from ranksearch.task.evaluation import Answer, Evaluator, Job, Stage
+from ranksearch.task.task import load_task
 
 CPU = torch.device("cpu")
 METHODS_SEARCHED = ("tucker2", "cp", "svd")

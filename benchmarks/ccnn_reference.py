@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ranksearch import confidence, training
-from ranksearch.data import stereo
+from ranksearch.data import confidence, stereo
 from ranksearch.data.stereo import MARGIN, Maps
 from ranksearch.models import ccnn
-from ranksearch.tasks import Task
+from ranksearch.task import training
+from ranksearch.task.task import Task
 
 NAMES = {
     "conv1": "conv1", "conv2": "conv2", "conv3": "conv3", "conv4": "conv4", "fc1": "fully_connected_1",

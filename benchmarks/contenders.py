@@ -12,11 +12,10 @@ import numpy as np
 import optuna
 from arenas import Run, Simulated, Trained
 
-from ranksearch.limits import UNLIMITED
-from ranksearch.objectives import Objectives
 from ranksearch.plan import Dense, Plan
-from ranksearch.probing import FRONTIER_PLANS
-from ranksearch.record import Outcome, Rung
+from ranksearch.results.limits import UNLIMITED
+from ranksearch.results.objectives import Objectives
+from ranksearch.results.record import Outcome, Rung
 from ranksearch.strategy.frontier import Choice, frontier
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import WEAKENINGS, vbmf_plans
@@ -24,7 +23,8 @@ from ranksearch.strategy.sampler import Knowledge
 from ranksearch.strategy.sensitivity import rescuable, spread
 from ranksearch.strategy.space import size_of
 from ranksearch.strategy.surrogate import Table
-from ranksearch.strategy.trial import Answer
+from ranksearch.study.probing import FRONTIER_PLANS
+from ranksearch.task.evaluation import Answer
 
 Arena: TypeAlias = Trained | Simulated
 Choices: TypeAlias = Mapping[str, Sequence[Choice]]

@@ -33,11 +33,11 @@ from pages import machine, row, said, table, write_section
 from tensorly.decomposition import parafac, partial_tucker
 from torch import Tensor, nn
 
-from ranksearch.factorization import METHODS
-from ranksearch.layers import Inventory, inventory
+from ranksearch.compress.inventory import Inventory, inventory
+from ranksearch.compress.profile import kernel, profile, rank_grid
+from ranksearch.methods import METHODS
 from ranksearch.models import lenet
 from ranksearch.plan import CP, Tucker2
-from ranksearch.profile import kernel, profile, rank_grid
 from ranksearch.strategy.space import applies
 from ranksearch.tensors.cp import cp_path, reconstruct
 from ranksearch.tensors.tucker import hooi, hosvd

@@ -22,17 +22,17 @@ import optuna
 import torch
 from pages import machine, row, table, write_section
 
-from ranksearch import folder
+from ranksearch.compress.inventory import inventory
 from ranksearch.engines import local, ray
 from ranksearch.engines.base import Engine
-from ranksearch.layers import inventory
-from ranksearch.limits import UNLIMITED
 from ranksearch.models import lenet
-from ranksearch.objectives import Objectives
-from ranksearch.record import Outcome, Rung
+from ranksearch.results.limits import UNLIMITED
+from ranksearch.results.objectives import Objectives
+from ranksearch.results.record import Outcome, Rung
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.space import make_space
-from ranksearch.strategy.trial import Answer, Job
+from ranksearch.study import folder
+from ranksearch.task.evaluation import Answer, Job
 
 TRIALS, WORKERS = 100, 2
 

@@ -24,17 +24,18 @@ from unittest import mock
 import optuna
 from pages import machine, row, table, write_section
 
-from ranksearch import cli, console, folder, study
-from ranksearch.attributes import read_facts, read_firsts
+from ranksearch import cli, console
+from ranksearch.compress.inventory import inventory
 from ranksearch.data import example
-from ranksearch.layers import inventory
-from ranksearch.objectives import Objectives
-from ranksearch.record import Outcome, Rung, TrialRecord
+from ranksearch.results.attributes import read_facts, read_firsts
+from ranksearch.results.objectives import Objectives
+from ranksearch.results.record import Outcome, Rung, TrialRecord
 from ranksearch.spec import load_spec
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.space import make_space
-from ranksearch.strategy.trial import Answer, Job
-from ranksearch.tasks import load_task
+from ranksearch.study import folder, study
+from ranksearch.task.evaluation import Answer, Job
+from ranksearch.task.task import load_task
 
 TRIALS, ASKS, REPEATS = 5000, 20, 3
 SHORT = ("dense.epochs=3", "finetune.epochs=1", "finalists.epochs=1", "finalists.count=3")

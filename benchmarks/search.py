@@ -33,9 +33,9 @@ from contenders import CONTENDERS, DROP, Arena, Found
 from pages import PAGE, about, row, said, table, write_section
 from scipy.stats import t as student
 
-from ranksearch import pareto
-from ranksearch.files import write_whole
+from ranksearch.results import pareto
 from ranksearch.strategy.space import size_of
+from ranksearch.support.files import write_whole
 
 BUDGETS = (20, 40, 100)
 SLOW = {"simulated": {"gp"}}

@@ -24,16 +24,16 @@ from typing import Any, TypeAlias
 import torch
 from pages import about, row, table, write_section
 
-from ranksearch import training
-from ranksearch.checkpoint import Checkpoint
+from ranksearch.compress.inventory import count_params, inventory
+from ranksearch.compress.surgery import factorize_
+from ranksearch.compress.weights import digest_of
 from ranksearch.data import example
-from ranksearch.files import write_whole
-from ranksearch.layers import count_params, inventory
 from ranksearch.plan import CP, CP4, Factorization, Plan, Tucker2
 from ranksearch.spec import Recipe, StudySpec, load_spec
-from ranksearch.surgery import factorize_
-from ranksearch.tasks import Task, load_task
-from ranksearch.weights import digest_of
+from ranksearch.support.files import write_whole
+from ranksearch.task import training
+from ranksearch.task.checkpoint import Checkpoint
+from ranksearch.task.task import Task, load_task
 
 CPU = torch.device("cpu")
 PAGE = Path(__file__).parents[1] / "docs" / "thesis.md"

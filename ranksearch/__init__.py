@@ -7,36 +7,64 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ranksearch.api import search as search
+    from ranksearch.compress.export import export_model as export_model
+    from ranksearch.compress.export import load_model as load_model
+    from ranksearch.compress.inventory import Inventory as Inventory
+    from ranksearch.compress.inventory import inventory as inventory
+    from ranksearch.compress.surgery import factorize_ as factorize_
     from ranksearch.data import Splits as Splits
     from ranksearch.errors import RankSearchError as RankSearchError
-    from ranksearch.export import load_model as load_model
-    from ranksearch.layers import inventory as inventory
-    from ranksearch.options import Options as Options
+    from ranksearch.methods.layer import Layer as Layer
     from ranksearch.plan import CP as CP
     from ranksearch.plan import CP4 as CP4
     from ranksearch.plan import SVD as SVD
     from ranksearch.plan import Dense as Dense
+    from ranksearch.plan import Factorization as Factorization
     from ranksearch.plan import Plan as Plan
     from ranksearch.plan import Spatial as Spatial
     from ranksearch.plan import Tucker2 as Tucker2
+    from ranksearch.results.record import StudyRecord as StudyRecord
+    from ranksearch.results.record import TrialRecord as TrialRecord
     from ranksearch.spec import Recipe as Recipe
-    from ranksearch.surgery import factorize_ as factorize_
-    from ranksearch.tasks import Task as Task
+    from ranksearch.study.options import Options as Options
+    from ranksearch.task.task import Task as Task
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "api": ("search",),
+    "compress.export": (
+        "export_model",
+        "load_model",
+    ),
+    "compress.inventory": (
+        "Inventory",
+        "inventory",
+    ),
+    "compress.surgery": ("factorize_",),
     "data": ("Splits",),
     "errors": ("RankSearchError",),
-    "export": ("load_model",),
-    "layers": ("inventory",),
-    "options": ("Options",),
-    "plan": ("CP", "CP4", "SVD", "Dense", "Plan", "Spatial", "Tucker2"),
+    "methods.layer": ("Layer",),
+    "plan": (
+        "CP",
+        "CP4",
+        "Dense",
+        "Factorization",
+        "Plan",
+        "SVD",
+        "Spatial",
+        "Tucker2",
+    ),
+    "results.record": (
+        "StudyRecord",
+        "TrialRecord",
+    ),
     "spec": ("Recipe",),
-    "surgery": ("factorize_",),
-    "tasks": ("Task",),
+    "study.options": ("Options",),
+    "task.task": ("Task",),
 }
+
+__all__ = ["__version__", *(name for names in _HOMES.values() for name in names)]
 
 
 def __getattr__(name: str) -> Any:
@@ -45,3 +73,7 @@ def __getattr__(name: str) -> Any:
         if name in names:
             return getattr(importlib.import_module(f"ranksearch.{module}"), name)
     raise AttributeError(f"module 'ranksearch' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

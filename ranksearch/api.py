@@ -9,14 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ranksearch.compress.surgery import copied
 from ranksearch.console import View
 from ranksearch.errors import SpecError
-from ranksearch.options import Options
 from ranksearch.plan import Plan
-from ranksearch.record import StudyRecord
+from ranksearch.results.record import StudyRecord
 from ranksearch.spec import DenseSpec, FinalistSpec, Recipe, SearchSpec, SpaceSpec, StudySpec, TaskSpec, parse_spec
-from ranksearch.study import run_study
-from ranksearch.tasks import FROM_PYTHON, Task, copied
+from ranksearch.study.options import Options
+from ranksearch.study.study import run_study
+from ranksearch.task.task import FROM_PYTHON, Task
 
 
 def search(

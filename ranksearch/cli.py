@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ranksearch import __version__
 from ranksearch.errors import RankSearchError, StudyError
-from ranksearch.files import GOES_ON, writing
+from ranksearch.support.files import GOES_ON, writing
 
 if TYPE_CHECKING:
     import optuna
@@ -171,8 +171,8 @@ def _study(options: argparse.Namespace, given: list[str]) -> int:
     import optuna
 
     from ranksearch import console as views
-    from ranksearch.options import Options
-    from ranksearch.study import Stopped, run_study
+    from ranksearch.study.options import Options
+    from ranksearch.study.study import Stopped, run_study
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     screen = _screen()
@@ -222,8 +222,8 @@ def _studies(options: argparse.Namespace, given: list[str]) -> int:
 
 def _layers(options: argparse.Namespace, given: list[str]) -> int:
     from ranksearch import console as views
-    from ranksearch.facts import look
     from ranksearch.spec import load_spec
+    from ranksearch.study.facts import look
 
     spec = load_spec(options.source, overrides=_all_overrides(options))
     found = look(spec, options.out or Path("runs") / spec.name)
@@ -235,14 +235,14 @@ def _layers(options: argparse.Namespace, given: list[str]) -> int:
 
 def _storage_option(storage: str | None) -> str:
     """The option that names a storage, without its password; empty where it is the folder's own."""
-    from ranksearch.database import masked
+    from ranksearch.study.database import masked
 
     return f" --storage {shlex.quote(masked(storage))}" if storage else ""
 
 
 def _shown(given: Sequence[str], storage: str | None) -> str:
     """A command as it may be shown and kept: without the storage's password."""
-    from ranksearch.database import masked
+    from ranksearch.study.database import masked
 
     words = (word.replace(storage, masked(storage)) if storage else word for word in given)
     return " ".join(["ranksearch", *map(_quoted, words)])
@@ -262,8 +262,8 @@ def _screen() -> Console:
 
 
 def _report(options: argparse.Namespace, given: list[str]) -> int:
-    from ranksearch.attributes import read_study
     from ranksearch.report import write_report
+    from ranksearch.results.attributes import read_study
 
     sys.stdout.write(f"{write_report(read_study(_stored(options)), options.folder)}\n")
     return 0
@@ -272,9 +272,9 @@ def _report(options: argparse.Namespace, given: list[str]) -> int:
 def _export(options: argparse.Namespace, given: list[str]) -> int:
     if options.opset is not None and options.format != "onnx":
         raise StudyError(f"--opset is for --format onnx, but the format is {options.format}; leave one of them out.")
-    from ranksearch import folder
-    from ranksearch.attributes import read_study
-    from ranksearch.record import choose
+    from ranksearch.results.attributes import read_study
+    from ranksearch.results.record import choose
+    from ranksearch.study import folder
 
     record = read_study(_stored(options))
     trial = choose(
@@ -283,9 +283,9 @@ def _export(options: argparse.Namespace, given: list[str]) -> int:
     )  # fmt: skip
     spec = folder.read_spec(options.folder)
 
+    from ranksearch.compress.export import export_model, load_model
     from ranksearch.data import batches
-    from ranksearch.export import export_model, load_model
-    from ranksearch.tasks import FROM_PYTHON, load_task
+    from ranksearch.task.task import FROM_PYTHON, load_task
 
     if spec.task.model == FROM_PYTHON:
         raise StudyError("This study was made from Python, which alone has the dense model; use ranksearch.load_model there.")
@@ -307,7 +307,7 @@ def _export(options: argparse.Namespace, given: list[str]) -> int:
 
 def _stored(options: argparse.Namespace) -> optuna.Study:
     """The Optuna study of a folder that `ranksearch study` made."""
-    from ranksearch import folder
+    from ranksearch.study import folder
 
     spec = folder.read_spec(options.folder)
     noted = folder.noted_storage(options.folder)

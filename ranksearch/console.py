@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID,
 from rich.table import Table
 from rich.text import Text
 
-from ranksearch.record import DenseFacts, LayerFacts, Outcome, Rung, StudyFacts, StudyRecord, TrialRecord
+from ranksearch.results.record import DenseFacts, LayerFacts, Outcome, Rung, StudyFacts, StudyRecord, TrialRecord
 
 SELDOM = 60.0
 """Seconds without a line after which a log is told how far a long stage is."""

@@ -1,7 +1,7 @@
 """What a compressed model is, on paper: one frozen factorization value per layer, and the plan that maps layers to them.
 
 No torch here, so that reports and tools can read a plan in milliseconds. What a factorization costs and how it is
-built stands in `ranksearch.factorization`, one file for each value below.
+built stands in `ranksearch.methods`, one file for each value below.
 """
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ import numpy as np
 import tomli_w
 
 from ranksearch.errors import SpecError, first_line, nearest
-from ranksearch.limits import Limits
-from ranksearch.objectives import COSTS
 from ranksearch.plan import KINDS
+from ranksearch.results.limits import Limits
+from ranksearch.results.objectives import COSTS
 
 SAMPLERS = ("rank", "tpe", "nsga2", "gp", "random")
 PRECISIONS = ("float32", "bfloat16")
@@ -60,7 +60,7 @@ class TaskSpec:
     """A callable that gives `ranksearch.data.Splits`."""
     data_args: Mapping[str, Any] = field(default_factory=dict)
     loss: str = _reference(default="torch.nn.functional:cross_entropy")
-    score: str = _reference(default="ranksearch.tasks:accuracy")
+    score: str = _reference(default="ranksearch.task.task:accuracy")
 
 
 @dataclass(frozen=True)

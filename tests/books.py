@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import optuna
 
+from ranksearch.compress.inventory import inventory
 from ranksearch.data import example
-from ranksearch.layers import inventory
-from ranksearch.limits import UNLIMITED
-from ranksearch.objectives import Objectives
 from ranksearch.plan import Dense
-from ranksearch.record import Outcome, Rung
+from ranksearch.results.limits import UNLIMITED
+from ranksearch.results.objectives import Objectives
+from ranksearch.results.record import Outcome, Rung
 from ranksearch.strategy.frontier import Choice
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.sampler import Knowledge
 from ranksearch.strategy.space import make_space, size_of
 from ranksearch.strategy.surrogate import Table
-from ranksearch.strategy.trial import Answer
+from ranksearch.task.evaluation import Answer
 from tests import nets
 
 FOUND = inventory(nets.small(), example(nets.few_digits().train))

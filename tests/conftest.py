@@ -9,19 +9,20 @@ import pytest
 import torch
 from hypothesis import register_random
 
-from ranksearch import folder, training
 from ranksearch.cli import main
+from ranksearch.compress.inventory import inventory
+from ranksearch.compress.profile import profile
 from ranksearch.data import example
-from ranksearch.layers import inventory
-from ranksearch.options import Options
 from ranksearch.plan import CP, SVD, Plan, Tucker2
-from ranksearch.profile import profile
-from ranksearch.record import Outcome
+from ranksearch.results.record import Outcome
 from ranksearch.spec import FinalistSpec, Recipe, parse_spec
 from ranksearch.strategy.space import make_space
-from ranksearch.strategy.trial import Evaluator
-from ranksearch.study import run_study
-from ranksearch.tasks import Task
+from ranksearch.study import folder
+from ranksearch.study.options import Options
+from ranksearch.study.study import run_study
+from ranksearch.task import training
+from ranksearch.task.evaluation import Evaluator
+from ranksearch.task.task import Task
 from tests import nets
 
 torch.set_num_threads(1)

@@ -10,10 +10,10 @@ import torch
 
 import ranksearch
 from ranksearch.errors import ModelError, SpecError, StudyError
-from ranksearch.options import Options
-from ranksearch.record import Outcome
+from ranksearch.results.record import Outcome
 from ranksearch.spec import Recipe
-from ranksearch.tasks import Task
+from ranksearch.study.options import Options
+from ranksearch.task.task import Task
 from tests import nets
 from tests.conftest import essence
 

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ranksearch.axes import as_maps
-from ranksearch.export import load_model, save_model, weights_of
-from ranksearch.factorization import METHODS
-from ranksearch.layers import inventory
+from ranksearch.compress.axes import as_maps
+from ranksearch.compress.export import load_model, save_model, weights_of
+from ranksearch.compress.inventory import inventory
+from ranksearch.compress.profile import profile
+from ranksearch.compress.surgery import factorize_
+from ranksearch.methods import METHODS
 from ranksearch.plan import CP, SVD, Plan, Tucker2
-from ranksearch.profile import profile
-from ranksearch.surgery import factorize_
 from tests.nets import Net
 
 IMAGE = torch.randn(1, 4, 6, 5, generator=torch.Generator().manual_seed(0))

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from ranksearch import checkpoint, training
-from ranksearch.checkpoint import Checkpoint
 from ranksearch.console import Silent
 from ranksearch.errors import StudyError
-from ranksearch.options import Options
-from ranksearch.record import Outcome, Rung
-from ranksearch.strategy.trial import Answer, Evaluator, Job, Stage
-from ranksearch.study import Stopped, run_study
-from ranksearch.tasks import Task
-from ranksearch.training import Recipe
+from ranksearch.results.record import Outcome, Rung
+from ranksearch.study.options import Options
+from ranksearch.study.study import Stopped, run_study
+from ranksearch.task import checkpoint, training
+from ranksearch.task.checkpoint import Checkpoint
+from ranksearch.task.evaluation import Answer, Evaluator, Job, Stage
+from ranksearch.task.task import Task
+from ranksearch.task.training import Recipe
 from tests import nets
 from tests.conftest import PLAN, essence, small_spec
 

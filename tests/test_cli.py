@@ -19,8 +19,8 @@ import torch
 import ranksearch
 from ranksearch.cli import _shown, _storage_option, main
 from ranksearch.console import Plain
-from ranksearch.database import _unusable
 from ranksearch.plan import Plan
+from ranksearch.study.database import _unusable
 from tests import nets
 from tests.conftest import refuse, snapshot
 

@@ -19,16 +19,16 @@ from pathlib import Path
 import pytest
 from ray.exceptions import RayActorError
 
-from ranksearch.attributes import read_trials
 from ranksearch.cli import main
 from ranksearch.console import Plain
 from ranksearch.engines import ray, tune
 from ranksearch.errors import ModelError, StudyError
-from ranksearch.options import Options
 from ranksearch.plan import Plan
-from ranksearch.record import Outcome, Rung
-from ranksearch.strategy.trial import Answer, Job
-from ranksearch.study import run_study
+from ranksearch.results.attributes import read_trials
+from ranksearch.results.record import Outcome, Rung
+from ranksearch.study.options import Options
+from ranksearch.study.study import run_study
+from ranksearch.task.evaluation import Answer, Job
 from tests.books import Books
 from tests.conftest import essence, refuse, small_spec, snapshot, stored
 from tests.test_engines import REFUSED

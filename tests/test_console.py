@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ranksearch import console
 from ranksearch.plan import SVD, Plan
-from ranksearch.record import Outcome, Rung
+from ranksearch.results.record import Outcome, Rung
 from tests.test_strategy import trial
 
 

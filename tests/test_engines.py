@@ -18,8 +18,8 @@ import pytest
 from ranksearch.engines import local, ray
 from ranksearch.errors import ModelError, PlanError, StudyError
 from ranksearch.plan import Plan
-from ranksearch.record import Outcome, Rung
-from ranksearch.strategy.trial import Answer, Job
+from ranksearch.results.record import Outcome, Rung
+from ranksearch.task.evaluation import Answer, Job
 
 
 @dataclass(frozen=True)
@@ -298,8 +298,8 @@ def kill_me():
 
 SCRIPT = """
 from ranksearch.engines import local
-from ranksearch.record import Outcome, Rung
-from ranksearch.strategy.trial import Answer
+from ranksearch.results.record import Outcome, Rung
+from ranksearch.task.evaluation import Answer
 from tests.test_engines import answers, collect
 
 def evaluate(job):

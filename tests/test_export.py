@@ -15,12 +15,12 @@ import pytest
 import torch
 
 import ranksearch
+from ranksearch.compress.export import _strip, check_comes_home, export_model, export_onnx, export_pt2, load_model, save_model
+from ranksearch.compress.surgery import factorize_
+from ranksearch.compress.weights import weights_of
 from ranksearch.errors import ModelError, PlanError, StudyError
-from ranksearch.export import _strip, check_comes_home, export_model, export_onnx, export_pt2, load_model, save_model
 from ranksearch.plan import CP, SVD, Plan, Tucker2
-from ranksearch.surgery import factorize_
-from ranksearch.tasks import Task
-from ranksearch.weights import weights_of
+from ranksearch.task.task import Task
 from tests import nets
 
 PLAN = Plan.of({"conv1": CP(2), "conv2": Tucker2(4, 8), "fc1": CP(8, kernel=(4, 4)), "fc2": SVD(6)})
@@ -86,7 +86,7 @@ def test_onnx_takes_any_batch(compressed, inputs, tmp_path):
 
 
 def test_an_export_that_differs_is_not_kept(compressed, inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("ranksearch.export.TOLERANCE", -1.0)
+    monkeypatch.setattr("ranksearch.compress.export.TOLERANCE", -1.0)
     for form in ("plan", "onnx", "pt2"):
         with pytest.raises(
             StudyError, match=r"The exported model's outputs must equal the trial's, but differ by .*nothing was kept"

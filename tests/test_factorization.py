@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ranksearch.factorization import METHODS
-from ranksearch.layers import inventory
-from ranksearch.profile import rank_grid
-from ranksearch.surgery import factorize_, kernel_of
+from ranksearch.compress.inventory import inventory
+from ranksearch.compress.profile import rank_grid
+from ranksearch.compress.surgery import factorize_, kernel_of
+from ranksearch.methods import METHODS
 
 PLAIN = {nn.Sequential, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Unflatten, nn.Flatten}
 laws = settings(max_examples=25, deadline=None)

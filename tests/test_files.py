@@ -9,9 +9,9 @@ import tempfile
 import pytest
 
 from ranksearch.errors import StudyError
-from ranksearch.files import write_whole, writing
-from ranksearch.options import Options
-from ranksearch.study import run_study
+from ranksearch.study.options import Options
+from ranksearch.study.study import run_study
+from ranksearch.support.files import write_whole, writing
 from tests.conftest import essence, small_spec, snapshot
 
 FILES = {

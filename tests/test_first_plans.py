@@ -7,14 +7,14 @@ import re
 import pytest
 
 import ranksearch
+from ranksearch.compress.inventory import inventory
 from ranksearch.data import example
 from ranksearch.errors import PlanError, SpecError, StudyError
-from ranksearch.factorization import Offer
-from ranksearch.layers import inventory
-from ranksearch.options import Options
+from ranksearch.methods import Offer
 from ranksearch.plan import CP, CP4, SVD, Plan, Tucker2
 from ranksearch.strategy.space import check_plan, make_space
-from ranksearch.study import run_study
+from ranksearch.study.options import Options
+from ranksearch.study.study import run_study
 from tests import nets
 from tests.conftest import essence, refuse, small_spec, snapshot
 from tests.test_space import AXES, VALUES

@@ -9,11 +9,11 @@ import optuna
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from ranksearch import database
-from ranksearch.database import check_storage, held_alone
 from ranksearch.errors import SpecError, StudyError
-from ranksearch.options import Options
-from ranksearch.study import run_study
+from ranksearch.study import database
+from ranksearch.study.database import check_storage, held_alone
+from ranksearch.study.options import Options
+from ranksearch.study.study import run_study
 from tests.conftest import essence, small_spec
 
 

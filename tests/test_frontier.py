@@ -12,15 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ranksearch import attributes, search
+from ranksearch import search
+from ranksearch.compress.inventory import inventory
+from ranksearch.compress.profile import profile
 from ranksearch.console import Silent
 from ranksearch.data import example
-from ranksearch.layers import inventory
-from ranksearch.options import Options
 from ranksearch.plan import CP, SVD, Dense, Plan
-from ranksearch.probing import FRONTIER_PLANS, WORST_LOSS
-from ranksearch.profile import profile
-from ranksearch.record import Probe
+from ranksearch.results import attributes
+from ranksearch.results.record import Probe
 from ranksearch.strategy.frontier import Choice, Corner, frontier
 from ranksearch.strategy.sensitivity import (
     LOST,
@@ -34,9 +33,11 @@ from ranksearch.strategy.sensitivity import (
     values_to_probe,
 )
 from ranksearch.strategy.space import make_space
-from ranksearch.strategy.trial import Evaluator
-from ranksearch.study import Stopped, run_study
-from ranksearch.tasks import Task
+from ranksearch.study.options import Options
+from ranksearch.study.probing import FRONTIER_PLANS, WORST_LOSS
+from ranksearch.study.study import Stopped, run_study
+from ranksearch.task.evaluation import Evaluator
+from ranksearch.task.task import Task
 from tests import nets
 from tests.conftest import essence, small_spec, stored
 
@@ -213,7 +214,7 @@ def test_the_first_plans_are_chosen_once(tmp_path, monkeypatch):
     run_study(spec, tmp_path / "small", Options(workers=0))
     kept = attributes.read_firsts(stored(tmp_path / "small"))
     assert kept
-    monkeypatch.setattr("ranksearch.probing.predicted_frontier", lambda *args: pytest.fail("chosen again"))
+    monkeypatch.setattr("ranksearch.study.probing.predicted_frontier", lambda *args: pytest.fail("chosen again"))
     again = run_study(small_spec("search.trials=5"), tmp_path / "small", Options(workers=0))
     assert [(trial.origin, trial.plan) for trial in again.trials] == kept[:5]
 
@@ -247,12 +248,12 @@ def test_probes_go_on_where_they_were_stopped(tmp_path, monkeypatch):
         if len(probes) == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("ranksearch.attributes.write_probes", stopping)
+    monkeypatch.setattr("ranksearch.results.attributes.write_probes", stopping)
     with pytest.raises(Stopped) as stopped:
         run_study(small_spec(), tmp_path / "small", Options(workers=0))
     assert stopped.value.record.trials == ()
     assert len(attributes.read_probes(stored(tmp_path / "small"))[1]) == 5
-    monkeypatch.setattr("ranksearch.attributes.write_probes", write)
+    monkeypatch.setattr("ranksearch.results.attributes.write_probes", write)
     again = run_study(small_spec(), tmp_path / "small", Options(workers=0))
     assert attributes.read_probes(stored(tmp_path / "small")) == attributes.read_probes(stored(tmp_path / "whole"))
     assert essence(again.trials) == essence(whole.trials)

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ranksearch import training
 from ranksearch.data import batches, check_splits, cifar10, sample, size
 from ranksearch.data.folders import read_pictures
 from ranksearch.data.images import Images, moments, split_images
 from ranksearch.errors import DataError
 from ranksearch.models import lenet
-from ranksearch.tasks import Task
+from ranksearch.task import training
+from ranksearch.task.task import Task
 
 CPU = torch.device("cpu")
 CLASSES = [f"class{number}" for number in range(10)]

@@ -12,14 +12,15 @@ import safetensors.torch
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
-from ranksearch import Splits, folder
+from ranksearch import Splits
 from ranksearch.console import Silent
 from ranksearch.data.images import Images
 from ranksearch.errors import ModelError, StudyError
-from ranksearch.folder import difference
-from ranksearch.inputs import inputs_of
-from ranksearch.options import Options
-from ranksearch.study import run_study
+from ranksearch.study import folder
+from ranksearch.study.folder import difference
+from ranksearch.study.inputs import inputs_of
+from ranksearch.study.options import Options
+from ranksearch.study.study import run_study
 from tests import nets
 from tests.conftest import essence, small_spec, snapshot, stored
 

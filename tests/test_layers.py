@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ranksearch.layers import count_macs, count_params, inventory
+from ranksearch.compress.inventory import count_macs, count_params, inventory
 from tests.nets import Net
 
 IMAGE = torch.ones(1, 4, 6, 5)

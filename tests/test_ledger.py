@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ranksearch.attributes import asked, read_asked
-from ranksearch.limits import UNLIMITED, Limits
 from ranksearch.plan import SVD, Plan
-from ranksearch.record import GIVE_UP, MAX_TRIES, Outcome
+from ranksearch.results.attributes import asked, read_asked
+from ranksearch.results.limits import UNLIMITED, Limits
+from ranksearch.results.record import GIVE_UP, MAX_TRIES, Outcome
 from ranksearch.strategy.sampler import RankSampler
 from ranksearch.strategy.space import size_of
-from ranksearch.strategy.trial import Answer
+from ranksearch.task.evaluation import Answer
 from tests.books import FOUND, SPACE, TINY, Books, answer, knowledge
 from tests.conftest import essence
 

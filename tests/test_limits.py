@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 import ranksearch
 from ranksearch.errors import SpecError
-from ranksearch.limits import UNLIMITED, Limits
-from ranksearch.objectives import Objectives
-from ranksearch.options import Options
-from ranksearch.record import GIVE_UP, Outcome, StudyRecord, front_of
 from ranksearch.report import write_report
+from ranksearch.results.limits import UNLIMITED, Limits
+from ranksearch.results.objectives import Objectives
+from ranksearch.results.record import GIVE_UP, Outcome, StudyRecord, front_of
 from ranksearch.strategy.space import Size, check_limits, size_of
-from ranksearch.study import run_study
+from ranksearch.study.options import Options
+from ranksearch.study.study import run_study
 from tests.books import FOUND, SPACE
 from tests.conftest import small_spec
 from tests.report.report_study import study_record

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ranksearch import metric
+from ranksearch.compress import whitening as metric
+from ranksearch.compress.inventory import inventory
+from ranksearch.compress.profile import profile
+from ranksearch.compress.surgery import factorize_
+from ranksearch.compress.whitening import Metric, metrics
 from ranksearch.errors import ModelError
-from ranksearch.factorization import METHODS
-from ranksearch.layers import inventory
-from ranksearch.metric import Metric, metrics
-from ranksearch.profile import profile
-from ranksearch.surgery import factorize_
+from ranksearch.methods import METHODS
 from tests import nets
 from tests.nets import Net
 from tests.test_factorization import BY_NAME, PAIRS, assert_close, given_geometry, normal, some_ranks

@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from ranksearch import metric, plan
+from ranksearch import plan
+from ranksearch.compress import whitening as metric
+from ranksearch.compress.inventory import inventory
+from ranksearch.compress.profile import profile
+from ranksearch.compress.surgery import factorize_
+from ranksearch.compress.whitening import metrics, source
 from ranksearch.data import sample_inputs
 from ranksearch.errors import PlanError
-from ranksearch.layers import inventory
-from ranksearch.metric import metrics, source
-from ranksearch.options import Options
-from ranksearch.profile import profile
-from ranksearch.study import run_study
-from ranksearch.surgery import factorize_
+from ranksearch.study.options import Options
+from ranksearch.study.study import run_study
 from tests import nets
 from tests.conftest import essence, small_spec
 from tests.test_factorization import fitting, normal
@@ -55,7 +56,7 @@ def measurements(monkeypatch):
         calls.append([layer.name for layer in holds])
         return metrics(model, holds, inputs)
 
-    monkeypatch.setattr("ranksearch.profile.metrics", noting)
+    monkeypatch.setattr("ranksearch.compress.profile.metrics", noting)
     return calls
 
 

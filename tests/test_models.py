@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from ranksearch.compress.inventory import count_params, inventory
 from ranksearch.errors import ModelError
-from ranksearch.factorization import METHODS
-from ranksearch.layers import count_params, inventory
+from ranksearch.methods import METHODS
 from ranksearch.models import ccnn, lenet, lenet3, nin, residual_lenet, resnet20, resnet56, td_ccnn, td_conv, td_lenet, vgg16
 from ranksearch.plan import CP, CP4, SVD, Spatial, Tucker2
 from ranksearch.spec import resolve

@@ -11,20 +11,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ranksearch import pareto
-from ranksearch.attributes import read_study
+from ranksearch.compress.export import load_model
 from ranksearch.errors import StudyError
-from ranksearch.export import load_model
-from ranksearch.limits import UNLIMITED
-from ranksearch.objectives import COSTS, Objectives, prices
-from ranksearch.options import Options
 from ranksearch.plan import Plan
-from ranksearch.record import Outcome, Rung, choose, front_of
 from ranksearch.report import figures, points, summary, write_report
+from ranksearch.results import pareto
+from ranksearch.results.attributes import read_study
+from ranksearch.results.limits import UNLIMITED
+from ranksearch.results.objectives import COSTS, Objectives, prices
+from ranksearch.results.record import Outcome, Rung, choose, front_of
 from ranksearch.strategy.finalists import choose_finalists
 from ranksearch.strategy.space import size_of
-from ranksearch.strategy.trial import Answer
-from ranksearch.study import run_study
+from ranksearch.study.options import Options
+from ranksearch.study.study import run_study
+from ranksearch.task.evaluation import Answer
 from tests import nets
 from tests.books import FOUND, SPACE, Books, knowledge
 from tests.conftest import essence, small_spec, stored

@@ -14,21 +14,21 @@ from safetensors.torch import load_file
 from torch import nn
 
 import ranksearch
+from ranksearch.compress.inventory import inventory
+from ranksearch.compress.profile import LEVELS, profile, rank_grid
 from ranksearch.errors import SpecError
-from ranksearch.factorization import METHODS, Offer
-from ranksearch.facts import look
-from ranksearch.layers import inventory
-from ranksearch.limits import UNLIMITED
-from ranksearch.objectives import Objectives
-from ranksearch.options import Options
+from ranksearch.methods import METHODS, Offer
 from ranksearch.plan import CP, CP4, SVD, Dense, Plan, Spatial, Tucker2
-from ranksearch.profile import LEVELS, profile, rank_grid
-from ranksearch.record import Outcome
+from ranksearch.results.limits import UNLIMITED
+from ranksearch.results.objectives import Objectives
+from ranksearch.results.record import Outcome
 from ranksearch.spec import COSTS
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import at_vbmf, quarter, vbmf_plans
 from ranksearch.strategy.space import applies, make_space
-from ranksearch.study import run_study
+from ranksearch.study.facts import look
+from ranksearch.study.options import Options
+from ranksearch.study.study import run_study
 from tests.conftest import small_spec
 from tests.nets import small
 from tests.test_factorization import BY_NAME, PAIRS, given_geometry

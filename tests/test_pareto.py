@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ranksearch import pareto
+from ranksearch.results import pareto
 
 coordinates = st.integers(0, 6)
 pairs = st.lists(st.tuples(coordinates, coordinates), max_size=25)

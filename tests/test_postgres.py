@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from ranksearch import database, folder, storage
 from ranksearch.console import Silent
 from ranksearch.errors import StudyError
-from ranksearch.objectives import Objectives
-from ranksearch.options import Options
-from ranksearch.record import Outcome
-from ranksearch.study import run_study
+from ranksearch.results.objectives import Objectives
+from ranksearch.results.record import Outcome
+from ranksearch.study import database, folder, storage
+from ranksearch.study.options import Options
+from ranksearch.study.study import run_study
 from tests.books import Books
 from tests.conftest import refuse, small_spec
 

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from ranksearch import plan
-from ranksearch.factorization import METHODS
-from ranksearch.files import write_whole
-from ranksearch.layers import inventory
-from ranksearch.profile import LEVELS, kernel, profile, rank_grid, vbmf_ranks
-from ranksearch.surgery import factorize_
+from ranksearch.compress.inventory import inventory
+from ranksearch.compress.profile import LEVELS, kernel, profile, rank_grid, vbmf_ranks
+from ranksearch.compress.surgery import factorize_
+from ranksearch.methods import METHODS
+from ranksearch.support.files import write_whole
 from ranksearch.tensors.matrix import unfold
 from ranksearch.tensors.vbmf import vbmf
 
@@ -87,7 +87,7 @@ def prepared(monkeypatch):
 
     for kind, method in METHODS.items():
         monkeypatch.setattr(type(method), "prepare", noting(kind.method, type(method).prepare))
-    monkeypatch.setattr("ranksearch.profile.vbmf", noting("vbmf", vbmf))
+    monkeypatch.setattr("ranksearch.compress.profile.vbmf", noting("vbmf", vbmf))
     return ran
 
 

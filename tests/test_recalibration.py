@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from ranksearch import training
 from ranksearch.data import Splits, batches
-from ranksearch.tasks import Task
+from ranksearch.task import training
+from ranksearch.task.task import Task
 from tests import nets
 
 CPU = torch.device("cpu")

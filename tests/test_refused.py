@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from ranksearch.compress.inventory import inventory
 from ranksearch.errors import ModelError
-from ranksearch.layers import inventory
 from tests.nets import Net
 from tests.test_skipped import IMAGE, fails
 

@@ -15,23 +15,31 @@ import optuna
 import pytest
 from safetensors.torch import load_file
 
-from ranksearch import folder
-from ranksearch.attributes import has_facts, read_facts, read_firsts, read_probes, read_study, read_trials, write_finalist
+from ranksearch.compress.inventory import inventory
+from ranksearch.compress.profile import profile
 from ranksearch.console import Silent
 from ranksearch.data import example, sample_inputs
 from ranksearch.errors import StudyError
-from ranksearch.layers import inventory
-from ranksearch.limits import UNLIMITED
-from ranksearch.objectives import Objectives
-from ranksearch.options import Options
-from ranksearch.profile import profile
-from ranksearch.record import Outcome, Rung
+from ranksearch.results.attributes import (
+    has_facts,
+    read_facts,
+    read_firsts,
+    read_probes,
+    read_study,
+    read_trials,
+    write_finalist,
+)
+from ranksearch.results.limits import UNLIMITED
+from ranksearch.results.objectives import Objectives
+from ranksearch.results.record import Outcome, Rung
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import vbmf_plans
 from ranksearch.strategy.sampler import Knowledge
 from ranksearch.strategy.space import make_space
-from ranksearch.strategy.trial import Answer
-from ranksearch.study import CALIBRATION, Stopped, run_study
+from ranksearch.study import folder
+from ranksearch.study.options import Options
+from ranksearch.study.study import CALIBRATION, Stopped, run_study
+from ranksearch.task.evaluation import Answer
 from tests import nets
 from tests.conftest import essence, small_spec, stored
 
@@ -125,8 +133,8 @@ def test_a_plan_that_keeps_losing_its_worker_is_given_up():
 SCRIPT = """
 import sys
 from pathlib import Path
-from ranksearch.options import Options
-from ranksearch.study import Stopped, run_study
+from ranksearch.study.options import Options
+from ranksearch.study.study import Stopped, run_study
 from tests.conftest import small_spec
 run_study(small_spec("search.trials=14"), Path(sys.argv[1]), Options(workers=2))
 """

@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ranksearch import pareto
-from ranksearch.limits import Limits
 from ranksearch.plan import CP, Plan
-from ranksearch.record import Outcome, Rung
+from ranksearch.results import pareto
+from ranksearch.results.limits import Limits
+from ranksearch.results.record import Outcome, Rung
 from ranksearch.spec import SAMPLERS
 from ranksearch.strategy.frontier import Choice, frontier
 from ranksearch.strategy.sampler import START, WORTHLESS, RankSampler, expected_gains
 from ranksearch.strategy.space import size_of
 from ranksearch.strategy.surrogate import Surrogate, Table, _log_weights
-from ranksearch.strategy.trial import Answer
+from ranksearch.task.evaluation import Answer
 from tests.books import DENSE_SCORE, FOUND, SPACE, TINY, Books, knowledge, offered
 
 CHOICES = offered()

@@ -17,8 +17,8 @@ from ranksearch.engines import local, shared
 from ranksearch.engines.shared import check_portable, pack, unpack
 from ranksearch.errors import DataError, ModelError, StudyError
 from ranksearch.plan import Plan
-from ranksearch.record import Outcome, Rung
-from ranksearch.strategy.trial import Answer, Job
+from ranksearch.results.record import Outcome, Rung
+from ranksearch.task.evaluation import Answer, Job
 
 linux = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="mapped files are found in Linux's /proc alone")
 ROWS = 3 << 20

@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn.modules import module as module_hooks
 from torch.nn.utils import parametrizations, prune
 
+from ranksearch.compress.inventory import count_macs, inventory
+from ranksearch.compress.surgery import factorize_
 from ranksearch.errors import ModelError
-from ranksearch.layers import count_macs, inventory
 from ranksearch.plan import SVD, Tucker2
-from ranksearch.surgery import factorize_
 from tests.nets import Net
 
 IMAGE = torch.ones(1, 4, 6, 5)

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from torch import nn
 
+from ranksearch.compress.inventory import count_params, inventory
+from ranksearch.compress.surgery import skeleton_
 from ranksearch.errors import PlanError, SpecError
-from ranksearch.factorization import METHODS
-from ranksearch.layers import count_params, inventory
+from ranksearch.methods import METHODS
 from ranksearch.plan import CP, KINDS, SVD, Dense, Plan, Spatial, Tucker2
 from ranksearch.strategy.space import level_of, make_space, rank_at
-from ranksearch.surgery import skeleton_
 from tests.nets import small
 
 EXAMPLE = torch.ones(1, 1, 8, 8)

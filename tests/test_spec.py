@@ -9,7 +9,7 @@ from typing import get_type_hints
 import pytest
 
 from ranksearch.errors import SpecError
-from ranksearch.limits import UNLIMITED, Limits
+from ranksearch.results.limits import UNLIMITED, Limits
 from ranksearch.spec import Recipe, StudySpec, builtin_studies, complete_identity, load_spec, parse_spec, resolve
 from tests.nets import SMALL
 

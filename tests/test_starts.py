@@ -11,15 +11,15 @@ from torch import nn
 from torch.nn.utils import prune
 
 import ranksearch
+from ranksearch.compress.scratch import scratch_
+from ranksearch.compress.surgery import factorize_
 from ranksearch.data import example
 from ranksearch.errors import ModelError, SpecError
-from ranksearch.options import Options
 from ranksearch.plan import CP, SVD, Plan, Tucker2
-from ranksearch.scratch import scratch_
 from ranksearch.spec import FinalistSpec
-from ranksearch.strategy.trial import Answer, Job, Stage
-from ranksearch.study import run_study
-from ranksearch.surgery import factorize_
+from ranksearch.study.options import Options
+from ranksearch.study.study import run_study
+from ranksearch.task.evaluation import Answer, Job, Stage
 from tests import nets
 from tests.conftest import PLAN, essence, small_spec
 

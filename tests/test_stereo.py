@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ranksearch import confidence, training
-from ranksearch.data import batches, check_splits, example, stereo
+from ranksearch.data import batches, check_splits, confidence, example, stereo
 from ranksearch.data.census import census, disparity_map
 from ranksearch.data.scenes import Scene, find_scenes
 from ranksearch.errors import DataError
 from ranksearch.models import ccnn
-from ranksearch.tasks import Task, check_outputs, predict
+from ranksearch.task import training
+from ranksearch.task.task import Task, check_outputs, predict
 
 CPU = torch.device("cpu")
 SHIFTS = (3, 7, 5)

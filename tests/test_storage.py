@@ -13,12 +13,12 @@ from optuna.trial import TrialState
 from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 
-from ranksearch import database, folder, storage
 from ranksearch.console import Silent
 from ranksearch.errors import StudyError
-from ranksearch.objectives import Objectives
-from ranksearch.options import Options
-from ranksearch.study import Stopped, run_study
+from ranksearch.results.objectives import Objectives
+from ranksearch.study import database, folder, storage
+from ranksearch.study.options import Options
+from ranksearch.study.study import Stopped, run_study
 from tests.books import Books
 from tests.conftest import small_spec
 

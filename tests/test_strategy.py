@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ranksearch import pareto
+from ranksearch.compress.inventory import inventory
+from ranksearch.compress.profile import profile
 from ranksearch.data import example
 from ranksearch.errors import PlanError, StudyError
-from ranksearch.factorization import METHODS
-from ranksearch.layers import inventory
-from ranksearch.limits import UNLIMITED, Limits
-from ranksearch.objectives import Objectives
+from ranksearch.methods import METHODS
 from ranksearch.plan import CP, CP4, Dense, Plan, Tucker2
-from ranksearch.profile import profile
-from ranksearch.record import Finalist, Outcome, Rung, TrialRecord, choose, front_of
+from ranksearch.results import pareto
+from ranksearch.results.limits import UNLIMITED, Limits
+from ranksearch.results.objectives import Objectives
+from ranksearch.results.record import Finalist, Outcome, Rung, TrialRecord, choose, front_of
 from ranksearch.strategy.finalists import WORTH, choose_finalists, floor_of
 from ranksearch.strategy.prior import WEAKENINGS, at_vbmf, vbmf_plans
 from ranksearch.strategy.space import make_space

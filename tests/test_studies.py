@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from ranksearch.options import Options
 from ranksearch.spec import builtin_studies, load_spec
-from ranksearch.study import run_study
+from ranksearch.study.options import Options
+from ranksearch.study.study import run_study
 from tests.test_images import write_pictures
 from tests.test_stereo import write_scenes
 

@@ -14,18 +14,19 @@ import pytest
 import torch
 
 import ranksearch
-from ranksearch import Splits, study
+from ranksearch import Splits
+from ranksearch.compress.export import load_model
 from ranksearch.console import Silent, final_words
-from ranksearch.dense import train_dense
 from ranksearch.errors import ModelError, StudyError
-from ranksearch.export import load_model
-from ranksearch.options import Options, choose_device
-from ranksearch.probing import FRONTIER_PLANS
-from ranksearch.record import Outcome, choose
 from ranksearch.report import write_report
+from ranksearch.results.record import Outcome, choose
 from ranksearch.strategy.finalists import WORTH
-from ranksearch.study import Stopped, run_study
-from ranksearch.tasks import Task, check_float32, predict
+from ranksearch.study import study
+from ranksearch.study.dense import train_dense
+from ranksearch.study.options import Options, choose_device
+from ranksearch.study.probing import FRONTIER_PLANS
+from ranksearch.study.study import Stopped, run_study
+from ranksearch.task.task import Task, check_float32, predict
 from tests import nets
 from tests.conftest import small_spec, stored
 
@@ -201,7 +202,7 @@ def test_a_kill_before_the_dense_weights_are_kept_costs_only_their_training(tmp_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("ranksearch.study.write_whole", killed)
+        patch.setattr("ranksearch.study.study.write_whole", killed)
         with pytest.raises(Stopped) as stopped:
             run_study(spec, out, Options(workers=0))
         assert stopped.value.record is None, "nothing is known of the dense net yet"
@@ -211,7 +212,7 @@ def test_a_kill_before_the_dense_weights_are_kept_costs_only_their_training(tmp_
         with torch.no_grad():
             next(task.model.parameters()).mul_(1.001)
 
-    monkeypatch.setattr("ranksearch.study.train_dense", trained_elsewhere)
+    monkeypatch.setattr("ranksearch.study.study.train_dense", trained_elsewhere)
     assert run_study(spec, out, Options(workers=0)).trials
 
 

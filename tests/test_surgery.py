@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+from ranksearch.compress.surgery import factorize_, kernel_of, skeleton_
 from ranksearch.errors import PlanError
-from ranksearch.factorization import METHODS
+from ranksearch.methods import METHODS
 from ranksearch.plan import CP, CP4, SVD, Dense, Plan, Spatial, Tucker2
-from ranksearch.surgery import factorize_, kernel_of, skeleton_
 
 PLAN = Plan.of(
     {"stem": CP4(3), "block.0.conv": Tucker2(2, 3), "block.1": Spatial(4), "fc": CP(5, kernel=(4, 4)), "last": SVD(2)}

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from ranksearch import training
+from ranksearch.compress.inventory import check_weights
 from ranksearch.data import Batched
 from ranksearch.errors import ModelError
-from ranksearch.layers import check_weights
-from ranksearch.tasks import Task, accuracy, check_outputs, evaluation_batch, predict
+from ranksearch.task import training
+from ranksearch.task.task import Task, accuracy, check_outputs, evaluation_batch, predict
 from tests import nets
 
 CPU = torch.device("cpu")

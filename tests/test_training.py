@@ -12,17 +12,17 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 import ranksearch
-from ranksearch import training
 from ranksearch.console import Silent
 from ranksearch.data import Batched, Splits, digits, example
-from ranksearch.dense import train_dense
 from ranksearch.models import lenet
-from ranksearch.options import Options
-from ranksearch.record import Outcome
-from ranksearch.seeds import seeded
+from ranksearch.results.record import Outcome
 from ranksearch.spec import Recipe
-from ranksearch.strategy.trial import Job, Stage
-from ranksearch.tasks import Task
+from ranksearch.study.dense import train_dense
+from ranksearch.study.options import Options
+from ranksearch.support.seeds import seeded
+from ranksearch.task import training
+from ranksearch.task.evaluation import Job, Stage
+from ranksearch.task.task import Task
 from tests import nets
 from tests.conftest import PLAN, small_spec
 

@@ -10,16 +10,16 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from ranksearch.compress.export import load_model, save_model
+from ranksearch.compress.surgery import factorize_
+from ranksearch.compress.weights import check_state, digest_of, load_, state_of, weights_of
 from ranksearch.console import Silent
-from ranksearch.dense import load_weights, train_dense
 from ranksearch.errors import ModelError
-from ranksearch.export import load_model, save_model
-from ranksearch.options import Options
 from ranksearch.plan import SVD, Plan
-from ranksearch.study import run_study
-from ranksearch.surgery import factorize_
-from ranksearch.tasks import Task
-from ranksearch.weights import check_state, digest_of, load_, state_of, weights_of
+from ranksearch.study.dense import load_weights, train_dense
+from ranksearch.study.options import Options
+from ranksearch.study.study import run_study
+from ranksearch.task.task import Task
 from tests import nets
 from tests.conftest import small_spec
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ranksearch.errors import DataError
-from ranksearch.files import write_whole
+from ranksearch.support.files import write_whole
 
 DECODER = 2
 """Counts changes in how a picture is decoded, so that what was kept before is decoded again."""

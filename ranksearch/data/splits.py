@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 from ranksearch.data.batched import Batched
 from ranksearch.errors import DataError, first_line
-from ranksearch.seeds import CPU, seeded
+from ranksearch.support.seeds import CPU, seeded
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ranksearch.confidence import optimal_auc
 from ranksearch.data.batched import Batched
 from ranksearch.data.census import disparity_map
+from ranksearch.data.confidence import optimal_auc
 from ranksearch.data.scenes import Scene, find_scenes
 from ranksearch.data.splits import Splits
 from ranksearch.errors import DataError
-from ranksearch.files import write_whole
+from ranksearch.support.files import write_whole
 
 PATCH = 9
 MARGIN = PATCH // 2

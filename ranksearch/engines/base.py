@@ -14,8 +14,8 @@ from typing import Self, TypeAlias
 import cloudpickle
 
 from ranksearch.errors import ModelError, StudyError
-from ranksearch.record import Outcome, Rung
-from ranksearch.strategy.trial import Answer, Job
+from ranksearch.results.record import Outcome, Rung
+from ranksearch.task.evaluation import Answer, Job
 
 Messages: TypeAlias = Iterator[Rung | Answer]
 Evaluate: TypeAlias = Callable[[Job], Messages]

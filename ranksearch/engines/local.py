@@ -22,8 +22,8 @@ from multiprocessing.connection import Connection, wait
 from ranksearch.engines.base import Crash, Engine, Evaluate, Messages, Workers
 from ranksearch.engines.shared import Packed, pack
 from ranksearch.errors import ModelError
-from ranksearch.record import Outcome, Rung
-from ranksearch.strategy.trial import Answer, Job
+from ranksearch.results.record import Outcome, Rung
+from ranksearch.task.evaluation import Answer, Job
 
 START = """
 import signal, sys

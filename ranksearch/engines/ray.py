@@ -20,8 +20,8 @@ from tempfile import TemporaryDirectory
 
 from ranksearch.engines.base import Crash, Engine, Evaluate, Workers, packed
 from ranksearch.errors import StudyError
-from ranksearch.record import Rung
-from ranksearch.strategy.trial import Answer, Job
+from ranksearch.results.record import Rung
+from ranksearch.task.evaluation import Answer, Job
 
 CONNECT_SECONDS = 24
 """For a cluster that is up: two seconds to start, one or two to connect, more on a busy machine."""

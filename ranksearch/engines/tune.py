@@ -30,8 +30,8 @@ from ray.tune.search import Searcher
 from ranksearch.engines.base import Crash, Evaluate, Messages
 from ranksearch.engines.ray import Cluster, End, Free, Ready, Said
 from ranksearch.errors import ModelError, StudyError, described, unloadable
-from ranksearch.record import Outcome, Rung
-from ranksearch.strategy.trial import Answer, Job
+from ranksearch.results.record import Outcome, Rung
+from ranksearch.task.evaluation import Answer, Job
 
 NO_NODE_SECONDS = 120
 """So long a study waits for a node that can run a trial, after all that could are gone."""

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from ranksearch.compress.scratch import initialise_
 from ranksearch.errors import ModelError, nearest
 from ranksearch.plan import CP, CP4, SVD, Factorization, Tucker2
-from ranksearch.scratch import initialise_
 
 NORMS = ("all", "inner", "none")
 

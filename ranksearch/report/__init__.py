@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ranksearch.files import write_whole, writing
-from ranksearch.record import StudyRecord
+from ranksearch.results.record import StudyRecord
+from ranksearch.support.files import write_whole, writing
 
 __all__ = ["write_report"]
 

@@ -14,8 +14,8 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from ranksearch.record import StudyRecord
 from ranksearch.report import figures, points, summary, text
+from ranksearch.results.record import StudyRecord
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 BLUE, ORANGE, GREEN, RED, GREY, INK = "#2563eb", "#d97706", "#059669", "#dc2626", "#94a3b8", "#1f2937"

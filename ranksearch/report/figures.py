@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ranksearch import pareto
-from ranksearch.objectives import Objectives
-from ranksearch.record import DenseFacts, Rung, StudyRecord, TrialRecord, yardstick
+from ranksearch.results import pareto
+from ranksearch.results.objectives import Objectives
+from ranksearch.results.record import DenseFacts, Rung, StudyRecord, TrialRecord, yardstick
 
 NEAR = 0.01
 """A model this close to the dense one on validation counts as "as good": one point of accuracy."""

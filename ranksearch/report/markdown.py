@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from ranksearch.record import StudyRecord
 from ranksearch.report import figures, summary, text
+from ranksearch.results.record import StudyRecord
 
 _FRONT_HEAD = (
     "trial", "compression ratio", "parameters", "MACs", "MACs ratio", "validation", "test", "latency", "epochs", "plan",

@@ -12,8 +12,8 @@ import jinja2
 import vl_convert
 
 from ranksearch.plan import Dense, Factorization
-from ranksearch.record import LayerFacts, StudyRecord, TrialRecord
 from ranksearch.report import charts, figures, points, summary, text
+from ranksearch.results.record import LayerFacts, StudyRecord, TrialRecord
 
 
 def html(record: StudyRecord) -> str:

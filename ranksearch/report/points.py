@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ranksearch.plan import Plan
-from ranksearch.record import Outcome, StudyRecord, TrialRecord, front_of, yardstick
 from ranksearch.report import figures, text
+from ranksearch.results.record import Outcome, StudyRecord, TrialRecord, front_of, yardstick
 
 TRIAL, VBMF, DENSE = "trial", "VBMF one-shot", "dense model"
 PREDICTED = "predicted frontier"

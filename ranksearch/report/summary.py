@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ranksearch.plan import Plan
-from ranksearch.record import Outcome, StudyRecord, TrialRecord
 from ranksearch.report import figures, text
+from ranksearch.results.record import Outcome, StudyRecord, TrialRecord
 
 
 @dataclass(frozen=True)

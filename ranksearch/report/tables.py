@@ -9,8 +9,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ranksearch.record import StudyRecord, TrialRecord
 from ranksearch.report import figures
+from ranksearch.results.record import StudyRecord, TrialRecord
 
 _TRIAL_COLUMNS = (
     "trial", "index", "origin", "outcome", "score", "ratio", "params", "macs", "seconds", "seed", "epochs",

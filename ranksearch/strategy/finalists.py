@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from ranksearch import pareto
-from ranksearch.limits import UNLIMITED, Limits
-from ranksearch.objectives import Objectives
-from ranksearch.record import TrialRecord, yardstick
+from ranksearch.results import pareto
+from ranksearch.results.limits import UNLIMITED, Limits
+from ranksearch.results.objectives import Objectives
+from ranksearch.results.record import TrialRecord, yardstick
 
 WORTH = 0.15
 """How far below the dense score a trial may lie and still be worth taking home, or below the best trial's where none reaches

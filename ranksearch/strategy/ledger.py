@@ -14,16 +14,16 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from ranksearch.attributes import asked, read_asked, read_trials, write_trial
-from ranksearch.layers import Inventory
-from ranksearch.limits import Limits
-from ranksearch.objectives import Objectives
+from ranksearch.compress.inventory import Inventory
 from ranksearch.plan import Plan
-from ranksearch.record import GIVE_UP, MAX_TRIES, Outcome, TrialRecord, untrained_in_a_row
+from ranksearch.results.attributes import asked, read_asked, read_trials, write_trial
+from ranksearch.results.limits import Limits
+from ranksearch.results.objectives import Objectives
+from ranksearch.results.record import GIVE_UP, MAX_TRIES, Outcome, TrialRecord, untrained_in_a_row
 from ranksearch.strategy.finalists import floor_of
 from ranksearch.strategy.sampler import WITHIN, Knowledge, admit, make_sampler
 from ranksearch.strategy.space import Space, size_of
-from ranksearch.strategy.trial import Answer, Job
+from ranksearch.task.evaluation import Answer, Job
 
 ENQUEUED = "enqueued"
 """The origin of trials that another program queued, by Optuna's `enqueue_trial`."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
-from ranksearch.factorization import FEWER_PARAMS, Method, Offer, nearest_rank
-from ranksearch.layers import Layer
+from ranksearch.methods import FEWER_PARAMS, Method, Offer, nearest_rank
+from ranksearch.methods.layer import Layer
 from ranksearch.plan import Dense, Factorization, Plan
 from ranksearch.strategy.space import Axis, Space
 

@@ -18,12 +18,12 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from ranksearch import pareto
-from ranksearch.layers import Inventory
-from ranksearch.limits import UNLIMITED, Limits
+from ranksearch.compress.inventory import Inventory
+from ranksearch.compress.profile import Profile
 from ranksearch.plan import Plan
-from ranksearch.profile import Profile
-from ranksearch.record import MAX_TRIES, Probe
+from ranksearch.results import pareto
+from ranksearch.results.limits import UNLIMITED, Limits
+from ranksearch.results.record import MAX_TRIES, Probe
 from ranksearch.strategy.finalists import floor_of
 from ranksearch.strategy.prior import WEAKENINGS, vbmf_plans
 from ranksearch.strategy.sensitivity import predicted_choices

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ranksearch.objectives import PER_PARAMETER, Price
+from ranksearch.compress.profile import Candidate, LayerProfile, Profile
 from ranksearch.plan import Factorization
-from ranksearch.profile import Candidate, LayerProfile, Profile
-from ranksearch.record import Probe
+from ranksearch.results.objectives import PER_PARAMETER, Price
+from ranksearch.results.record import Probe
 from ranksearch.strategy.frontier import Choice, Corner, frontier
 
 PROBED_ERRORS = (0.3, 0.55, 0.75, 0.95)

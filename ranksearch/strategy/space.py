@@ -11,11 +11,12 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
+from ranksearch.compress.inventory import Inventory
 from ranksearch.errors import PlanError, SpecError, nearest
-from ranksearch.factorization import FEWER_PARAMS, METHODS, Method, Offer, nearest_rank
-from ranksearch.layers import Inventory, Layer
-from ranksearch.limits import Limits
+from ranksearch.methods import FEWER_PARAMS, METHODS, Method, Offer, nearest_rank
+from ranksearch.methods.layer import Layer
 from ranksearch.plan import Dense, Factorization, Plan
+from ranksearch.results.limits import Limits
 from ranksearch.spec import SpaceSpec
 
 DENSE = Dense.method

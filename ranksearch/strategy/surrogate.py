@@ -9,10 +9,10 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ranksearch.factorization import METHODS
-from ranksearch.layers import Inventory
-from ranksearch.objectives import COSTS, Price, prices
+from ranksearch.compress.inventory import Inventory
+from ranksearch.methods import METHODS
 from ranksearch.plan import Dense, Factorization, Plan
+from ranksearch.results.objectives import COSTS, Price, prices
 from ranksearch.strategy.frontier import Choice, edges
 
 Rows: TypeAlias = NDArray[np.intp]

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from report_study import study_record
 
-from ranksearch.record import StudyRecord
 from ranksearch.report import write_report
+from ranksearch.results.record import StudyRecord
 
 
 @dataclass(frozen=True)

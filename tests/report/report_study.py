@@ -7,7 +7,17 @@ import random
 from dataclasses import replace
 
 from ranksearch.plan import CP, SVD, Factorization, Plan, Spatial, Tucker2
-from ranksearch.record import DenseFacts, Finalist, LayerFacts, Outcome, Rung, StudyFacts, StudyRecord, TrialRecord, front_of
+from ranksearch.results.record import (
+    DenseFacts,
+    Finalist,
+    LayerFacts,
+    Outcome,
+    Rung,
+    StudyFacts,
+    StudyRecord,
+    TrialRecord,
+    front_of,
+)
 
 SHAPES = {
     "conv1": ((32, 1, 3, 3), 784),

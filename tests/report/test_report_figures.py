@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from report_study import study_record
 from scipy import stats
 
-from ranksearch import pareto
-from ranksearch.objectives import Objectives
-from ranksearch.record import Outcome, Rung
 from ranksearch.report import charts, figures, points, summary, text
+from ranksearch.results import pareto
+from ranksearch.results.objectives import Objectives
+from ranksearch.results.record import Outcome, Rung
 
 RECORD = study_record()
 scores = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=3, max_size=20)

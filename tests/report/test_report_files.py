@@ -13,8 +13,8 @@ import pytest
 from report_study import study_record
 
 from ranksearch.plan import FORMAT, Plan
-from ranksearch.record import Outcome
 from ranksearch.report import summary, text
+from ranksearch.results.record import Outcome
 
 FILES = {"report.html", "report.md", "front.csv", "front.json", "front.png", "trials.csv"}
 FRONT_KEYS = {

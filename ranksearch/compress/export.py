@@ -1,0 +1,294 @@
+"""A model to take home: plan and weights, ONNX, or torch.export; reloaded and compared before it is called done."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import random
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ranksearch.compress.surgery import copied, factorize_, skeleton_
+from ranksearch.compress.weights import load_, state_of, weights_of
+from ranksearch.errors import ModelError, PlanError, StudyError, first_line, last_line
+from ranksearch.plan import Plan
+from ranksearch.support.files import write_whole
+from ranksearch.support.seeds import seeded
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+M = TypeVar("M", bound=nn.Module)
+
+PLAN, WEIGHTS = "plan.json", "weights.safetensors"
+TOLERANCE = 1e-4
+"""Largest difference of outputs, relative to the largest output, that another runtime's rounding explains."""
+
+
+def save_model(folder: Path, plan: Plan, weights: bytes) -> None:
+    """Write `plan.json` and `weights.safetensors` (the state dict of the factorized model) into a folder."""
+    write_whole(folder / WEIGHTS, weights)
+    write_whole(folder / PLAN, plan.to_json())
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder holds a model whose files are whole."""
+    try:
+        Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
+        with safe_open(folder / WEIGHTS, "pt") as weights:
+            weights.keys()
+    except (OSError, UnicodeDecodeError, PlanError, SafetensorError):
+        return False
+    return True
+
+
+def load_model(dense: M, folder: str | Path) -> M:
+    """The compressed model that a folder holds, built on a copy of the dense model; its weights do not matter.
+
+    Raises:
+        StudyError: the folder holds no model, a damaged one, or one of another dense model.
+        PlanError: its plan does not fit `dense`.
+    """
+    folder = Path(folder)
+    if any(parameter.is_meta for parameter in dense.parameters()):
+        raise StudyError("The dense model must hold weights, if any, but it is on the device meta; build it on the CPU.")
+    try:
+        plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
+        state = state_of((folder / WEIGHTS).read_bytes())
+    except OSError:
+        raise StudyError(f"A model's folder must hold {PLAN} and {WEIGHTS}, but {folder} does not.") from None
+    except SafetensorError as error:
+        raise StudyError(f"The weights in {folder} are damaged ({error}); run the study again.") from None
+    model = skeleton_(copy.deepcopy(dense), plan)
+    try:
+        load_(model, state)
+    except Exception as error:  # a module that loads by code of its own may raise anything
+        raise StudyError(f"The weights in {folder} must be of the given dense model, but are not: {last_line(error)}") from None
+    return model.eval()
+
+
+def check_comes_home(model: nn.Module, fresh: nn.Module, plan: Plan, inputs: Tensor) -> None:
+    """Refuse a model that cannot be had back from its files, by saving, loading and comparing one factorized copy.
+
+    Args:
+        model: the dense model, on the CPU; it is left as it was.
+        fresh: the dense model as it is when it is made, before its first pass; it is changed.
+        plan: the plan of the copy.
+        inputs: a batch of two inputs at least, which training mode may need.
+
+    Raises:
+        ModelError: the copy cannot be saved or loaded, or the loaded one gives other outputs.
+    """
+    with seeded(0), torch.no_grad():
+        twin = _as_if_trained(factorize_(copied(model), plan), inputs)
+        with _comes_home("saved"):
+            weights = weights_of(twin)
+        with _comes_home("loaded"):
+            back = load_(skeleton_(fresh, plan), state_of(weights))
+        with _comes_home("run once it was loaded"):
+            first, again, loaded = (_outputs(net, inputs) for net in (twin, twin, back))
+    # Outputs that are others each time cannot be compared.
+    if _alike(first, again) and not _alike(first, loaded):
+        raise ModelError(_lost("gave other outputs once it was saved and loaded"))
+
+
+@contextmanager
+def _comes_home(step: str) -> Iterator[None]:
+    """The model's own code runs here, and may raise anything; safetensors does not take every tensor."""
+    try:
+        yield
+    except Exception as error:
+        raise ModelError(_lost(f"cannot be {step}: {type(error).__name__}: {last_line(error)}")) from error
+
+
+def _lost(what: str) -> str:
+    return (
+        f"A compressed model must come back from its files as it was, but a factorized copy {what}; let state_dict() keep "
+        "all that a forward needs and training changes, and make buffers in __init__."
+    )
+
+
+def _as_if_trained(model: M, inputs: Tensor) -> M:
+    """Change, in place, all that training changes."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.mul_(1 + 0.1 * random.random())
+    model.train()(inputs)
+    return model
+
+
+def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
+    with seeded(0):
+        return model.eval()(inputs).clone()
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    largest = float(one.double().nan_to_num(posinf=0, neginf=0).abs().max())
+    return torch.allclose(one.double(), other.double(), rtol=1e-3, atol=1e-5 * max(1.0, largest), equal_nan=True)
+
+
+def export_model(
+    model: nn.Module,
+    dense: nn.Module,
+    plan: Plan,
+    inputs: Tensor,
+    target: Path,
+    *,
+    form: str = "plan",
+    opset: int | None = None,
+) -> float:
+    """Write a compressed model, reload it, and compare the two on real inputs.
+
+    Args:
+        model: the compressed model, in eval mode, on the CPU.
+        dense: a model of the dense class, for the form `plan`; its weights do not matter.
+        plan: the plan that made `model`.
+        inputs: a batch of real inputs.
+        target: a file, or a folder for the form `plan`.
+        form: `plan` (plan.json and weights.safetensors), `onnx`, or `pt2` (torch.export).
+        opset: the version of ONNX's operators, for the form `onnx`; torch's default where it is None.
+
+    Returns:
+        The largest absolute difference of the outputs.
+
+    Raises:
+        StudyError: the difference is more than rounding, or the model cannot be written so; nothing is kept then.
+    """
+    match form:
+        case "plan":
+            return export_plan(model, dense, plan, inputs, target)
+        case "onnx":
+            return export_onnx(model, inputs, target, opset)
+        case _:
+            return export_pt2(model, inputs, target)
+
+
+def export_plan(model: nn.Module, dense: nn.Module, plan: Plan, inputs: Tensor, target: Path) -> float:
+    """Write plan and weights into the folder `target`; returns the largest difference after reloading."""
+    weights = weights_of(model)
+    with tempfile.TemporaryDirectory() as beside:
+        save_model(Path(beside), plan, weights)
+        difference = _compare(model, load_model(dense, beside), inputs)
+    save_model(target, plan, weights)
+    return difference
+
+
+def export_onnx(model: nn.Module, inputs: Tensor, target: Path, opset: int | None = None) -> float:
+    """Write an ONNX file with a free batch size; returns the largest difference in onnxruntime."""
+    import onnxruntime  # here, since workers never need it
+
+    data = _onnx(model, inputs, opset).SerializeToString()
+
+    def run(batch: Tensor) -> Tensor:
+        with _traced("onnx"):
+            session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+            return torch.from_numpy(session.run(None, {"input": batch.numpy()})[0])
+
+    difference = _compare(model, run, inputs)
+    write_whole(target, data)
+    return difference
+
+
+def _onnx(model: nn.Module, inputs: Tensor, opset: int | None) -> ModelProto:
+    """The model as ONNX, of that opset, without paths and source lines of this machine."""
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if opset is not None and not 1 <= opset <= newest:
+        raise StudyError(f"--opset must be between 1 and {newest}, the newest that the installed onnx knows, but got {opset}.")
+    with _traced("onnx"), _quiet():
+        program = torch.onnx.export(
+            model, (inputs[:2],), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
+            input_names=["input"], output_names=["output"], opset_version=opset,
+        )  # fmt: skip
+    assert program is not None
+    found = program.model_proto
+    # Where the exporter cannot convert a model it only warns, and leaves the opset that it wrote first.
+    written = next(known.version for known in found.opset_import if not known.domain)
+    if opset not in (None, written):
+        raise StudyError(
+            f"--opset must be one that the installed exporter can write this model in, but from {written} it could not be "
+            f"converted to {opset}; give {written} to {newest}."
+        )
+    _strip(found)
+    return found
+
+
+def _strip(message: Any) -> None:
+    """Remove notes and descriptions from an ONNX message and all within: stack traces, source lines, names of classes."""
+    for field, value in message.ListFields():
+        if field.name in ("metadata_props", "doc_string"):
+            message.ClearField(field.name)
+        elif field.message_type:
+            for inner in value if isinstance(value, Sequence) else [value]:
+                _strip(inner)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of its own internals, and logs tracebacks of what it then does in another way."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def export_pt2(model: nn.Module, inputs: Tensor, target: Path) -> float:
+    """Write a torch.export archive with a free batch size; returns the largest difference after reloading."""
+    # An archive keeps the inputs that it was traced with, which are nobody's business. Of one input the batch size would be
+    # taken for a constant.
+    two = torch.zeros_like(torch.cat([inputs, inputs])[:2])
+    with _traced("pt2"):
+        program = torch.export.export(model, (two,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    difference = _compare(model, torch.export.load(buffer).module(), inputs)
+    write_whole(target, buffer.getvalue())
+    return difference
+
+
+@contextmanager
+def _traced(form: str) -> Iterator[None]:
+    """What torch.export makes of a user's forward is not foreseen: its errors are of many types."""
+    try:
+        yield
+    except Exception as error:
+        raise StudyError(
+            f"A model must be one that torch can write as {form}, but {type(error).__name__}: {first_line(error)}; take it "
+            "home by --format plan."
+        ) from error
+
+
+def _compare(model: nn.Module, other: Callable[[Tensor], Tensor], inputs: Tensor) -> float:
+    """The largest difference of outputs on real inputs.
+
+    Raises:
+        StudyError: it is more than rounding.
+    """
+    with torch.no_grad():
+        expected, got = model(inputs), other(inputs)
+    difference = float((expected - got).abs().max())
+    bound = TOLERANCE * max(1.0, float(expected.abs().max()))
+    if not difference <= bound:
+        raise StudyError(
+            f"The exported model's outputs must equal the trial's, but differ by {difference:.2g}; nothing was kept."
+        )
+    return difference

@@ -1,0 +1,291 @@
+"""What can be decomposed in a model, and why not the rest: one forward pass tells."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ranksearch.compress.stand_ins import UNCALLED, Pass, evaluating, tensors_of, why_not_replaced
+from ranksearch.compress.watch import Watch
+from ranksearch.errors import ModelError, first_line
+from ranksearch.methods.layer import CONVOLUTIONS, Layer
+from ranksearch.support.seeds import seeded
+
+FORWARDS = ("forward", "_conv_forward")
+"""The methods that compute a Conv or Linear layer."""
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The layers in call order, what was skipped and why, and the size of the whole model.
+
+    `params` counts weights, biases and normalisation affine of the whole model, no buffers, shared ones once; `macs` is
+    for one input.
+    """
+
+    layers: tuple[Layer, ...]
+    skipped: Mapping[str, str]
+    params: int
+    macs: int
+
+    def __getitem__(self, name: str) -> Layer:
+        return {layer.name: layer for layer in self.layers}[name]
+
+
+def count_params(model: nn.Module) -> int:
+    """Parameters of a model: weights, biases and normalisation affine; shared ones once, buffers not."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: nn.Module, example: Any) -> int:
+    """Multiply-accumulates of `model` for the batch `example`, counted by torch while it runs (in eval mode)."""
+    # Watched like an inventory: attention then does without its fused form for inference, whose work is not counted.
+    return Watch(model).run(example)
+
+
+def inventory(model: nn.Module, example: Any) -> Inventory:
+    """The decomposable layers of `model`, found by running it on `example`, a batch of one input.
+
+    It runs as it is, and as a copy with each of those layers behind a stand-in that has no more than its replacement will; in
+    training mode too, where it can on a batch of two.
+
+    Args:
+        model: the dense model, on the device of the example; it is left as it was.
+        example: what its forward takes: a tensor (batch, ...), or tuples, lists and dicts of them as one argument.
+
+    Raises:
+        ModelError: the model does not accept the example, holds NaN or infinite weights, is compiled, or has no decomposable
+            layer; or the example's tensors are not of one batch size.
+    """
+    check_weights(model)
+    _check_uncompiled(model)
+    batch, watch = batch_size(example), Watch(model)
+    try:
+        macs = watch.run(example)
+    except Exception as error:
+        raise _not_accepted(model, example, error) from error
+    skipped = {name: reason for name, module in watch.candidates.items() if (reason := _why_not(name, module, watch))}
+    skipped |= _why_not_replaced(model, [name for name in watch.order if name not in skipped], watch, example)
+    layers = [_describe(name, watch, batch) for name in watch.order if name not in skipped]
+    if not layers:
+        reasons = (f"{name or type(model).__name__}: {reason}" for name, reason in skipped.items())
+        why = "; ".join(reasons) or "it holds no Conv or Linear module"
+        raise ModelError(f"The model must have a decomposable layer, but has none ({why}).")
+    return Inventory(tuple(layers), skipped, count_params(model), macs // batch)
+
+
+def batch_size(example: Any) -> int:
+    """How many inputs an example of any nesting holds: the first size of its tensors, which they must share.
+
+    Raises:
+        ModelError: they do not, or there are none.
+    """
+    sizes = {len(leaf) for leaf in tree_leaves(example) if isinstance(leaf, Tensor) and leaf.dim()}
+    if len(sizes) != 1:
+        raise ModelError(
+            f"An example must be a batch of inputs, whose tensors all have the same first size, but has {_shapes(example)}."
+        )
+    return sizes.pop()
+
+
+def _shapes(example: Any) -> Any:
+    """The example with its tensors' shapes in their places."""
+    return tree_map_only(Tensor, lambda tensor: tuple(tensor.shape), example)
+
+
+def _not_accepted(model: nn.Module, example: Any, error: Exception) -> ModelError:
+    kinds = {leaf.dtype for leaf in tree_leaves(example) if isinstance(leaf, Tensor) and leaf.is_floating_point()}
+    odd = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype not in kinds), None)
+    fix = "check the model's arguments against the data"
+    if kinds and odd is not None:
+        inputs = ", ".join(sorted(_name(kind) for kind in kinds))
+        fix = f"its weights are {_name(odd)} and the input is {inputs}: call .float() on the model, or convert the data"
+    elif isinstance(example, tuple):
+        fix = "a tuple is given as one argument; wrap a model that takes several"
+    return ModelError(
+        f"The model must accept one input of shape {_shapes(example)}, but its forward raised "
+        f"{type(error).__name__}: {first_line(error)}; {fix}."
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_weights(model: nn.Module) -> None:
+    """That all weights are there, and finite.
+
+    Raises:
+        ModelError: one is not.
+    """
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise ModelError(f"Weights must be there, but {name!r} has no shape yet; run the model once on its data first.")
+        if parameter.is_meta:
+            raise ModelError(f"Weights must be there, but {name!r} is on the meta device; load the model's weights first.")
+        if parameter.is_inference():
+            raise ModelError(
+                f"Weights must be ones to train, but {name!r} was made in inference mode; make the model outside it."
+            )
+        if not torch.isfinite(parameter).all():
+            raise ModelError(f"Weights must be finite, but {name!r} holds NaN or infinity; load or train the model again.")
+
+
+def _check_uncompiled(model: nn.Module) -> None:
+    """Compiled code is of a model as it was: each copy with other layers would be compiled anew, for minutes."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("The model must be one in Python, but is TorchScript, whose layers cannot be replaced.")
+    for name, module in model.named_modules():
+        wrapped, inside = "_orig_mod" in module._modules, hasattr(module.forward, "_torchdynamo_orig_callable")
+        if wrapped or inside or module._compiled_call_impl is not None:
+            which = repr(name) if name else "it"
+            raise ModelError(
+                f"The model must come uncompiled, but {which} went through torch.compile; give the model as it was before, and "
+                "compile the one that you take home."
+            )
+
+
+def _why_not_replaced(model: nn.Module, names: Sequence[str], watch: Watch, example: Any) -> dict[str, str]:
+    """Why the forward needs some of these layers as they are, in eval mode and in training.
+
+    A copy runs, as every trial does.
+
+    Raises:
+        ModelError: a copy of the model passes by its own layers.
+    """
+    try:
+        twin = copy.deepcopy(model)
+    except Exception:
+        twin = None  # training refuses such a model, with the reason
+    # Without hooks: fused forms, such as attention's, ask for the weights only where there are none.
+    in_eval = Pass(partial(_evaluated, model if twin is None else twin, example), watch.outputs)
+    reasons = why_not_replaced(model if twin is None else twin, names, in_eval)
+    if twin is None:
+        return reasons
+    in_training = _training_pass(twin, example)
+    if in_training is None or not set(watch.order) <= set(in_training[1]):
+        _check_copy(twin, watch.order, example)
+    if in_training is not None:
+        found = why_not_replaced(twin, [name for name in names if name not in reasons], in_training[0])
+        # A layer that training leaves out is replaced all the same.
+        reasons |= {name: f"{reason}, in training" for name, reason in found.items() if reason != UNCALLED}
+    return reasons
+
+
+def _evaluated(model: nn.Module, example: Any) -> Any:
+    with evaluating(model), torch.no_grad():
+        return model(example)
+
+
+def _training_pass(twin: nn.Module, example: Any) -> tuple[Pass, list[str]] | None:
+    """A pass of `twin` in training mode, and the layers called in it; None where it has none on two inputs that are alike."""
+    twice = tree_map_only(Tensor, lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor, example)
+
+    def run() -> Any:
+        with seeded(0), torch.no_grad():
+            return twin(twice)
+
+    twin.train()
+    watch = Watch(twin)
+    try:
+        with watch.noting():
+            outputs = tensors_of(run())
+    except Exception:
+        return None  # training refuses such a model, with the reason
+    return Pass(run, outputs), watch.order
+
+
+def _check_copy(twin: nn.Module, called: Sequence[str], example: Any) -> None:
+    """Every trial changes a copy of the model. A forward that is bound to the model itself would run the dense layers."""
+    watch = Watch(twin)
+    watch.run(example)
+    lost = [name for name in called if name not in watch.order]
+    if lost:
+        raise ModelError(
+            f"A copy of the model must run its own layers, but a copy never calls {lost[0]!r}: the forward reaches it through "
+            "a lambda or another function that holds the model; make that a method."
+        )
+
+
+def _why_not(name: str, module: nn.Module, watch: Watch) -> str | None:
+    if reason := why_not_factorized(module):
+        return reason
+    if not name:
+        return "it is the model itself; put it into an nn.Sequential"
+    if len(names := watch.names[id(module.weight)]) > 1:
+        return f"its weight is shared by {', '.join(sorted(names))}"
+    calls = watch.order.count(name)
+    if calls == 0 and id(module.weight) in watch.axes.used:
+        return "the forward uses its weight without calling it, as torch.nn.functional.linear and attention do"
+    if calls != 1:
+        return "it is never called by the forward pass" if calls == 0 else f"it is called {calls} times in one pass"
+    dims = len(watch.shapes[name][0])
+    if dims != module.weight.dim() if isinstance(module, CONVOLUTIONS) else dims < 2:
+        return "it is called without a batch dimension"
+    return None
+
+
+def why_not_factorized(module: nn.Module) -> str | None:
+    """Why a module can have no factorization, whatever model it is in; None where it can."""
+    if not isinstance(module, (*CONVOLUTIONS, nn.Linear)):
+        return f"{_class_name(module)} is not supported"
+    if any(name in vars(module) for name in FORWARDS):
+        return "its forward was replaced by another function"
+    if not _runs_as_torch(module):
+        return f"{_class_name(module)} has a forward of its own"
+    if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters()):
+        return "its weight has no shape yet; run the model once on its data first"
+    if is_parametrised(module):
+        return "its weight is parametrised or pruned; make that permanent first, by remove_parametrizations or prune.remove"
+    # Hooks see or change what goes in or out.
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has forward hooks, which its replacement would not have; remove them first"
+    if not module.weight.is_floating_point():
+        return f"its weight is {_name(module.weight.dtype)}, which is not real"
+    if isinstance(module, CONVOLUTIONS) and module.groups > 1:
+        return "it is depthwise" if module.groups == module.in_channels else f"it has {module.groups} groups"
+    return None
+
+
+def _describe(name: str, watch: Watch, batch: int) -> Layer:
+    module, (inputs, outputs), flat = watch.candidates[name], watch.shapes[name], watch.maps.get(name)
+    assert isinstance(module, (*CONVOLUTIONS, nn.Linear))
+    kind, bias, weight = type(module).__name__, module.bias is not None, tuple(module.weight.shape)
+    if isinstance(module, CONVOLUTIONS):
+        return Layer(name, kind, weight, bias, inputs[2:], outputs[2:], calls=outputs[0] // batch)
+    # torch has no convolution over more than three dimensions, so a larger map stays a row of features.
+    if flat and math.prod(flat.size[1:]) > 1 and len(flat.size) - 1 <= len(CONVOLUTIONS):
+        size = flat.size[1:]
+        order = None if flat.order == tuple(range(len(flat.size))) else flat.order
+        return Layer(
+            name, kind, (weight[0], *flat.size), bias, size, (1,) * len(size), calls=outputs[0] // batch, flattened=True,
+            order=order,
+        )  # fmt: skip
+    return Layer(name, kind, weight, bias, calls=math.prod(outputs[:-1]) // batch)
+
+
+def is_parametrised(module: nn.Module) -> bool:
+    """Whether a Conv or Linear computes its weight from others, as weight or spectral normalisation and pruning do."""
+    # Not by looking at the weight first: to compute it can change what it is computed from.
+    return parametrize.is_parametrized(module) or not isinstance(module.weight, nn.Parameter)
+
+
+def _runs_as_torch(module: nn.Module) -> bool:
+    """Whether a Conv or Linear computes what torch's own does; a subclass may standardise its weights, or pad by itself."""
+    base = next(kind for kind in (*CONVOLUTIONS, nn.Linear) if isinstance(module, kind))
+    return all(getattr(type(module), name, None) is getattr(base, name, None) for name in FORWARDS)
+
+
+def _class_name(module: nn.Module) -> str:
+    """The name of a module's class, with its package where one of torch's own has the same name."""
+    kind = type(module)
+    return f"{kind.__module__}.{kind.__name__}" if getattr(nn, kind.__name__, kind) is not kind else kind.__name__

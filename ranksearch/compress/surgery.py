@@ -1,0 +1,172 @@
+"""`factorize_(model, plan)`: the one verb that changes a model."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ranksearch.compress.axes import as_maps, back
+from ranksearch.compress.inventory import why_not_factorized
+from ranksearch.compress.stand_ins import attributes_of, replace_
+from ranksearch.compress.watch import names_of_parameters
+from ranksearch.errors import ModelError, PlanError, first_line, nearest
+from ranksearch.methods import METHODS, Shape
+from ranksearch.methods.layer import CONVOLUTIONS
+from ranksearch.plan import Factorization, Plan
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def factorize_(
+    model: M,
+    plan: Plan | Mapping[str, Factorization],
+    *,
+    factors: Mapping[str, Sequence[Tensor]] | None = None,
+    shifts: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+) -> M:
+    """Replace, in place, each layer that `plan` names by the plain torch modules of its factorization.
+
+    All or nothing: every new module is made before the first is put in. Device, dtype, `requires_grad` and mode of a
+    layer pass to its replacement; the rest of the model is not touched.
+
+    Args:
+        model: any module; layers are named as in `model.named_modules()`.
+        plan: what to store each layer as; a layer not named stays dense.
+        factors: factors already computed, by layer; the others are decomposed here.
+        shifts: what to add to the bias (out,) of a layer, by layer.
+        seed: of the random starts that CP uses.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        PlanError: the plan names a layer that is not there, shares its weight or cannot be factorized as it says, a rank is
+            above its bound, a weight holds NaN or infinity, or a shift does not fit. The model is then as it was.
+    """
+    wanted = plan if isinstance(plan, Plan) else Plan.of(plan)
+    modules = dict(model.named_modules())
+    names = names_of_parameters(model)
+    replacements = {}
+    for name, value in wanted:
+        if name not in modules or not name:
+            raise PlanError(f"A plan must name layers of the model, but {name!r} is none.{nearest(name, _layers(model))}")
+        module = modules[name]
+        owners = [other for other, found in model.named_modules(remove_duplicate=False) if found is module]
+        if len(owners) > 1:
+            raise PlanError(f"A layer must have one name, but {name!r} is also {', '.join(o for o in owners if o != name)}.")
+        kernel = kernel_of(name, module, value)
+        tied = [other for other in names[id(module.weight)] if other != f"{name}.weight"]
+        if tied:
+            raise PlanError(f"A layer's weight must be its own, but that of {name!r} is also {', '.join(tied)}; leave it out.")
+        method = METHODS[type(value)]
+        given = (factors or {}).get(name)
+        if given is None and not torch.isfinite(kernel).all():
+            raise PlanError(f"Weights must be finite, but layer {name!r} holds NaN or infinity; load or train it again.")
+        if given is None:
+            given = method.factors(kernel, method.prepare(kernel, [value.ranks], seed), value.ranks, seed)
+        _check_shapes(name, value, tuple(kernel.shape), given)
+        made = method.build(module, tuple(kernel.shape), given)
+        if shifts and name in shifts:
+            _shift(name, module, made, shifts[name])
+        made = made if value.order is None else _reordered(made, tuple(kernel.shape[1:]), value.order)
+        vars(made).update(attributes_of(module))
+        replacements[name] = made
+    for name, module in replacements.items():
+        replace_(model, name, module)
+    return model
+
+
+def _reordered(made: nn.Sequential, size: Shape, order: Sequence[int]) -> nn.Sequential:
+    """`made` behind a step that puts the axes of a flattened map (channels, *size) from this order into the usual one."""
+    # Here, since it takes seconds to import, in every worker.
+    from torchvision.ops import Permute
+
+    steps: OrderedDict[str, nn.Module] = OrderedDict()
+    steps["map"] = nn.Unflatten(1, [size[axis] for axis in order])
+    steps["order"] = Permute(list(back(order)))
+    steps["row"] = nn.Flatten()
+    return nn.Sequential(steps | OrderedDict(made.named_children())).train(made.training)
+
+
+def _shift(layer: str, dense: nn.Module, made: nn.Module, shift: Tensor) -> None:
+    if not isinstance(dense.bias, Tensor) or dense.bias.shape != shift.shape:
+        has = f"has one of shape {tuple(dense.bias.shape)}" if isinstance(dense.bias, Tensor) else "has none"
+        raise PlanError(f"Layer {layer!r}: a shift of shape {tuple(shift.shape)} needs such a bias, but it {has}.")
+    # Of all the parts of a factorization only the last has a bias.
+    bias = next(parameter for name, parameter in made.named_parameters() if name.endswith(".bias"))
+    with torch.no_grad():
+        bias.add_(shift.to(bias))
+
+
+def skeleton_(model: M, plan: Plan) -> M:
+    """Give `model` the structure of `plan` with zeros for factors, for saved weights to be loaded into."""
+    modules = dict(model.named_modules())
+    factors = {}
+    for name, value in plan:
+        if name in modules:
+            shape = tuple(kernel_of(name, modules[name], value).shape)
+            factors[name] = [torch.zeros(s) for s in METHODS[type(value)].factor_shapes(shape, value.ranks)]
+    return factorize_(model, plan, factors=factors)
+
+
+def kernel_of(name: str, module: nn.Module, value: Factorization) -> Tensor:
+    """The weight of a layer as the kernel (out, in, *kernel) that `value` decomposes, in float32 or better.
+
+    Raises:
+        PlanError: the layer can have no factorization, or not this one.
+    """
+    if reason := why_not_factorized(module):
+        raise PlanError(f"A plan must leave out what cannot be factorized, but names {name!r}: {reason}.")
+    assert isinstance(module, (*CONVOLUTIONS, nn.Linear))
+    weight = module.weight.detach()
+    weight = weight if weight.dtype == torch.float64 else weight.float()
+    if value.kernel is not None:
+        fits = len(value.kernel) <= len(CONVOLUTIONS) and weight[0].numel() % math.prod(value.kernel) == 0
+        if not isinstance(module, nn.Linear) or not fits:
+            raise PlanError(
+                f"Layer {name!r} of shape {tuple(weight.shape)} is not fully connected behind a map of size "
+                f"{value.kernel}; the plan was made for another model or input size."
+            )
+        channels = weight[0].numel() // math.prod(value.kernel)
+        weight = as_maps(weight, (channels, *value.kernel), value.order)
+    method, shape = METHODS[type(value)], tuple(weight.shape)
+    if not method.applies(shape, linear=isinstance(module, nn.Linear)):
+        hint = "; name the map its input is flattened from, as in CP(16, kernel=(6, 6))" if len(shape) == 2 else ""
+        raise PlanError(f"Layer {name!r} of shape {shape} cannot be stored as {value.title}{hint}.")
+    for field, rank, bound in zip(value.rank_names(), value.ranks, method.bounds(shape), strict=True):
+        if rank > bound:
+            raise PlanError(f"Layer {name!r}: {field} of {value.title} must be at most {bound}, but got {rank}.")
+    return weight
+
+
+def _check_shapes(name: str, value: Factorization, shape: Shape, factors: Sequence[Tensor]) -> None:
+    wanted = METHODS[type(value)].factor_shapes(shape, value.ranks)
+    got = tuple(tuple(factor.shape) for factor in factors)
+    if got != wanted:
+        raise PlanError(f"Layer {name!r}: the factors of {value} must have shapes {wanted}, but have {got}.")
+
+
+def _layers(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if name and isinstance(module, (*CONVOLUTIONS, nn.Linear))]
+
+
+def copied(model: M) -> M:
+    """A copy of a model, as every trial begins with.
+
+    Raises:
+        ModelError: it cannot be copied; so after training with torch.nn.utils.weight_norm, spectral_norm or prune.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise ModelError(
+            f"The model must be one that can be copied, but copy.deepcopy raised {type(error).__name__}: {first_line(error)}; "
+            "make a weight's normalisation or pruning permanent, and keep what is open, such as a file, outside of it."
+        ) from error

@@ -1,0 +1,75 @@
+"""A pass of a network, watched: which layers are called, in which order, on which shapes, and what it multiplies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ranksearch.compress.axes import Axes, Flattened
+from ranksearch.compress.macs import Multiplications
+from ranksearch.compress.stand_ins import evaluating, tensors_of
+from ranksearch.methods.layer import CONVOLUTIONS
+
+
+class Watch:
+    """Runs a model once and notes which candidate was called, in which order, with which shapes, behind which flatten."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.candidates = {name: module for name, module in model.named_modules() if is_candidate(module)}
+        self.names = names_of_parameters(model)
+        self.axes = Axes()
+        self.order: list[str] = []
+        self.shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        self.maps: dict[str, Flattened] = {}
+        self.outputs: list[Tensor] = []
+
+    def run(self, example: Any) -> int:
+        """One pass in eval mode; returns the multiply-accumulates counted in it."""
+        counter = Multiplications()
+        with self.noting(), evaluating(self.model), torch.no_grad(), counter, self.axes:
+            self.outputs = tensors_of(self.model(example))
+        return counter.flops // 2
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Note the calls of the candidates."""
+        with ExitStack() as hooks:
+            for name, module in self.candidates.items():
+                hooks.enter_context(module.register_forward_hook(partial(self._note, name), with_kwargs=True))
+            yield
+
+    def _note(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
+        self.order.append(name)
+        given = subject(args, kwargs)
+        if isinstance(given, Tensor) and isinstance(output, Tensor):
+            self.shapes[name] = (tuple(given.shape), tuple(output.shape))
+            if (source := self.axes.source(given)) is not None:
+                self.maps[name] = source
+
+
+def is_candidate(module: nn.Module) -> bool:
+    """Whether a module is a convolution or fully connected layer, or something of that name that an inventory explains."""
+    # A class name is how quantised and lazily or transposed convolutions are told from what never had a kernel. Quantised
+    # ones keep their weights in a child.
+    name, inner = type(module).__name__, {type(child).__name__ for child in module.children()}
+    named = ("Conv" in name or "Linear" in name) and "PackedParams" not in name
+    return isinstance(module, (*CONVOLUTIONS, nn.Linear)) or (named and all("PackedParams" in child for child in inner))
+
+
+def subject(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Any:
+    """The tensor that a function or module is about: its first argument, which torch calls `input`."""
+    return args[0] if args else (kwargs or {}).get("input")
+
+
+def names_of_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """By the id of each parameter all the names that it has in a model, several where it is shared."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names

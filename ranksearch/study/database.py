@@ -1,0 +1,170 @@
+"""The database of a storage: its address without the password, opening it, and holding a study in it for one run."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import filelock
+from optuna.exceptions import StorageInternalError
+from sqlalchemy import create_engine, event, func, select
+from sqlalchemy.engine import URL, Connection, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
+
+from ranksearch.errors import StudyError, first_line
+from ranksearch.study.storage import BUSY_TIMEOUT, CONNECT, LOCKED, Patience, PatientStorage, Unusable, cause_of
+
+Announce = Callable[[str], None]
+"""Is told when a run has to wait for its storage, and when it waits no more."""
+ATTEMPTS = 3
+"""At a storage whose tables another run is making."""
+
+
+def silent(text: str) -> None:
+    """Announces nothing."""
+
+
+def check_storage(url: str, announce: Announce = silent) -> PatientStorage:
+    """The Optuna storage at a database address. Waits where another program locks it.
+
+    Raises:
+        StudyError: the address is none, or the storage cannot be reached or is no Optuna storage. Never shows a password.
+    """
+    address = address_of(url)
+    patience = Patience(masked(url), announce)
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return patience(lambda again: _connected(address, patience))
+        except (ImportError, SQLAlchemyError, StorageInternalError, RuntimeError) as error:
+            # Another run that starts at the same time makes the same tables.
+            if "already exists" not in str(error) or attempt == ATTEMPTS:
+                raise _unusable(url, error) from None
+        time.sleep(attempt)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def masked(url: str) -> str:
+    """A storage's address without its password and its options, which may hold one too."""
+    with suppress(ArgumentError, ValueError):
+        address = make_url(url)
+        if "@" not in (address.host or ""):
+            return address.set(query={}).render_as_string(hide_password=True)
+    # What is no address may hold a password all the same: all before the last @ is left out.
+    _, at, tail = url.partition("?")[0].rpartition("@")
+    return f"***@{tail}" if at else tail
+
+
+def address_of(url: str) -> URL:
+    """The address taken apart; PostgreSQL's is of psycopg 3 where it names no driver."""
+    try:
+        address = make_url(url)
+        if address.get_backend_name() == "sqlite" and address.database in (None, "", ":memory:"):
+            raise StudyError(
+                f"A storage must outlive its run, but {masked(url)} is in memory; name a file, such as sqlite:///study.db."
+            )
+        if "@" in (address.host or ""):
+            raise StudyError(f"A password's @ must be written as %40 in a storage's address, but {masked(url)!r} has two.")
+        return address.set(drivername="postgresql+psycopg") if address.drivername == "postgresql" else address
+    except (ArgumentError, ValueError):
+        raise StudyError(f"A storage must be a database URL such as sqlite:///study.db, but got {masked(url)!r}.") from None
+
+
+def _connected(address: URL, patience: Patience) -> PatientStorage:
+    url = address.render_as_string(hide_password=False)
+    options: dict[str, Any] = {"pool_pre_ping": True}
+    if address.get_backend_name() == "postgresql":
+        options["connect_args"] = CONNECT
+    if address.get_backend_name() != "sqlite":
+        return PatientStorage(url, patience, engine_kwargs=options)
+    options["connect_args"] = {"timeout": BUSY_TIMEOUT}
+    try:
+        storage = PatientStorage(url, patience, engine_kwargs=options)
+    except (SQLAlchemyError, StorageInternalError) as error:
+        if cause_of(error) == LOCKED:
+            raise Unusable(LOCKED) from error
+        raise
+    event.listen(storage.engine, "connect", _quick_commits)
+    storage.engine.dispose()  # it has connected before
+    return storage
+
+
+def _quick_commits(connection: sqlite3.Connection, about: object) -> None:
+    """Appends to a log instead of waiting for the disk twice at each of a trial's twenty commits. A killed process loses
+    nothing by it; a machine without power may lose the last commits, but no record is torn."""
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def _unusable(url: str, error: Exception) -> StudyError:
+    if isinstance(error, ImportError) and error.name:
+        reason = f"the Python package {error.name!r} is not installed"
+    else:
+        reason = first_line(getattr(error, "orig", None) or error)
+    fix = "and the room on its disk" if address_of(url).get_backend_name() == "sqlite" else "and that it is up"
+    return StudyError(f"The storage {masked(url)} cannot be used: {_without_password(reason, url)}; check its address, {fix}.")
+
+
+def _without_password(text: str, url: str) -> str:
+    """The text with the address masked, whole or in part. The password alone may be a word, or a letter, of the text."""
+    address = address_of(url)
+    for whole in (url, address.render_as_string(hide_password=False)):
+        text = text.replace(whole, masked(url))
+    for password in {address.password, quote(str(address.password), safe="")} if address.password else set():
+        text = text.replace(f":{password}@", ":***@")
+    return text
+
+
+@contextmanager
+def held_alone(name: str, url: str) -> Iterator[None]:
+    """Hold the study of that name in its storage, which several folders or machines may share, for this run.
+
+    By a lock on a hidden file beside an SQLite database, or an advisory lock of PostgreSQL, which both end with their process,
+    however that ends; PostgreSQL's ends with the server too. In other servers a study is not held.
+
+    Raises:
+        StudyError: another run holds it, or the storage cannot be used.
+    """
+    address = address_of(url)
+    with ExitStack() as held:
+        try:
+            taken = _take(name, address, held)
+        except (OSError, SQLAlchemyError) as error:
+            raise _unusable(url, error) from None
+        if not taken:
+            raise StudyError(
+                f"One run at a time may go on with a study, but {name!r} in {masked(url)} is in use; wait for it, give it more "
+                "--workers, or choose another name."
+            )
+        yield
+
+
+def _take(name: str, address: URL, held: ExitStack) -> bool:
+    """Whether the study could be taken; `held` gives it back."""
+    if address.get_backend_name() == "sqlite":
+        database = Path(address.database or "").resolve()
+        try:
+            held.enter_context(filelock.FileLock(database.with_name(f".{database.name}.{name}.lock"), timeout=0))
+        except filelock.Timeout:
+            return False
+    elif address.get_backend_name() == "postgresql":
+        # One connection for the whole run, in no transaction: the lock is the connection's.
+        engine = create_engine(address, connect_args=CONNECT, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+        connection = engine.connect()
+        held.callback(_close, connection)
+        # The server's own idea of when a client is gone is two hours.
+        for setting, value in (("idle", "20"), ("interval", "5"), ("count", "3")):
+            connection.execute(select(func.set_config(f"tcp_keepalives_{setting}", value, False)))
+        key = func.hashtextextended(f"ranksearch:{name}", 0)
+        return bool(connection.scalar(select(func.pg_try_advisory_lock(key))))
+    return True
+
+
+def _close(connection: Connection) -> None:
+    with suppress(SQLAlchemyError):  # the server may have been away
+        connection.close()

@@ -1,0 +1,161 @@
+"""Where the dense model's weights come from."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ranksearch.compress.surgery import copied
+from ranksearch.compress.weights import digest_of, load_, state_of
+from ranksearch.console import View
+from ranksearch.errors import ModelError
+from ranksearch.spec import StudySpec
+from ranksearch.task import training
+from ranksearch.task.checkpoint import Checkpoint
+from ranksearch.task.task import Task
+
+
+def train_dense(task: Task, spec: StudySpec, device: torch.device, view: View, *, unfinished: Path) -> None:
+    """Train the dense model from the weights it has, as `spec.dense` says; `unfinished` is the file of its checkpoint.
+
+    Raises:
+        ModelError: the loss became NaN or infinite.
+    """
+    if not spec.dense.epochs:
+        return
+    checkpoint = Checkpoint(unfinished, f"{spec.dense}, seed {spec.seed}, from {digest_of(task.model)}")
+    view.stage("training the dense net", spec.dense.epochs, checkpoint.epochs)
+    # A copy is trained: some forwards keep what they computed, which no copy could be made of.
+    model = training.place(copied(task.model), device, channels_last=task.channels_last)
+    try:
+        for _ in training.fit(model, task, spec.dense, seed=spec.seed, device=device, checkpoint=checkpoint):
+            view.step()
+    except training.Diverged:
+        raise ModelError(
+            f"The dense net must train, but its loss became NaN or infinite at learning rate {spec.dense.learning_rate}; "
+            "lower dense.learning_rate."
+        ) from None
+    task.model.load_state_dict(model.state_dict())
+
+
+def load_weights(model: nn.Module, path: Path) -> bool:
+    """Load a state dict into the model; False where there is no such file.
+
+    Raises:
+        ModelError: the file is no state dict, or not one of this model.
+    """
+    if not path.exists():
+        return False
+    state = _read(path)
+    try:
+        load_(model, state)
+    except Exception as error:  # a module that loads by code of its own may raise anything
+        found = _difference(model, state) or " ".join(str(error).split())
+        raise ModelError(f"{path} must be a state dict of the model, but {found}") from error
+    return True
+
+
+def load_given(model: nn.Module, path: Path) -> None:
+    """Load the weights that a study file names; raises `ModelError` as `load_weights` does, and where there is no file."""
+    if not load_weights(model, path):
+        raise ModelError(f"dense.weights must be a state dict of the model, but {path} does not exist.")
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    """The tensors by name that a file holds."""
+    safe = path.suffix == ".safetensors"
+    writer = "safetensors.torch.save_file" if safe else "torch.save"
+    try:
+        content = path.read_bytes()
+        state = state_of(content) if safe else _unpickled(content)
+    except Exception as error:  # of a file that another program wrote torch may raise anything
+        raise ModelError(
+            f"{path} must be a state dict, but cannot be read: {_reason(error, writer)}; write it by "
+            f"{writer}(model.state_dict(), ...)."
+        ) from error
+    if why := _why_no_state_dict(state):
+        raise ModelError(f"{path} must be a state dict, but {why}")
+    return state
+
+
+class _Inert:
+    """Stands for an object of a class that is not loaded, and keeps its attributes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            vars(self).update(state)
+
+
+def _unpickled(content: bytes) -> Any:
+    """The content of a file of torch.save. Objects that torch does not load safely are `_Inert`: no code of theirs runs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces TorchScript, which it then refuses
+        try:
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            if not zipfile.is_zipfile(io.BytesIO(content)):
+                raise
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
+        inert: list[Any] = [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in names]
+        with torch.serialization.safe_globals(inert):
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def _reason(error: Exception, writer: str) -> str:
+    """Why a file could not be read."""
+    if isinstance(error, OSError) and error.filename:  # of the file system; torch raises OSError for cut files, too
+        return str(error.strerror)
+    if held := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+        return f"it holds a {held[1]}"
+    return f"it is damaged, or was not written by {writer}"
+
+
+def _why_no_state_dict(state: Any) -> str:
+    """What a file holds instead of a state dict, and what helps; empty for a state dict."""
+    if _is_model(state):
+        return f"is a whole model, a {type(state).__name__}; save model.state_dict()."
+    if not isinstance(state, Mapping):
+        return f"is a {type(state).__name__}; save model.state_dict()."
+    odd = next((name for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))), None)
+    if odd is None:
+        return ""
+    for name, value in state.items():
+        if isinstance(value, Mapping) and value and not _why_no_state_dict(value):
+            return f"is a training's checkpoint, which holds one as {name!r}; save that alone."
+        if _is_model(value):
+            return f"is a training's checkpoint, which holds a whole model as {name!r}; save the state_dict() of that alone."
+    return f"its entry {odd!r} is no tensor by name; save the state dict alone."
+
+
+def _is_model(value: Any) -> bool:
+    return isinstance(value, _Inert) and "_modules" in vars(value)
+
+
+def _difference(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """How a state dict differs from the model's, and what helps; empty where names and shapes are the same."""
+    own = model.state_dict()
+    missing, unexpected = [name for name in own if name not in state], [name for name in state if name not in own]
+    prefix = next((name.removesuffix(inner) for name in unexpected[:1] for inner in own if name.endswith(f".{inner}")), "")
+    if prefix and all(name.startswith(prefix) for name in state):
+        return f"all its names begin with {prefix!r}; take that off."
+    others = [name for name in own if name in state and own[name].shape != state[name].shape]
+    found = [f"it lacks {_some(missing)}"] if missing else []
+    found += [f"it holds {_some(unexpected)}, which the model has not"] if unexpected else []
+    found += [f"{name} is {tuple(state[name].shape)} there and {tuple(own[name].shape)} in the model" for name in others[:1]]
+    return ", ".join(found) + ("; name the model and the arguments that it was trained with." if found else "")
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

@@ -1,0 +1,97 @@
+"""After the last trial: finalists are trained for longer, scored on the test split, kept and timed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from ranksearch.compress.export import holds_model, load_model, save_model
+from ranksearch.results import attributes
+from ranksearch.results.record import Finalist, Outcome, TrialRecord
+from ranksearch.strategy.finalists import choose_finalists
+from ranksearch.study.run import Run
+from ranksearch.support.files import writing
+from ranksearch.task import training
+from ranksearch.task.evaluation import Answer, Evaluator, Job, Stage, checkpoint_file
+
+GOES_ON = {Outcome.WORKER_LOST, Outcome.OUT_OF_MEMORY}
+"""How a finalist may end that the next run trains on, from its checkpoint."""
+
+
+def train_finalists(run: Run, evaluate: Evaluator) -> None:
+    """Fine-tune the best trials for longer, score them on the test split, keep their weights, time them."""
+    trials, facts = attributes.read_trials(run.study), attributes.read_facts(run.study)
+    chosen = choose_finalists(
+        trials, facts.dense.score_validation, run.spec.finalists.count, run.spec.search.limits, facts.objectives
+    )
+    # What diverged would again; what ran out of memory may have more of it now.
+    waiting = [t for t in chosen if t.failed is not Outcome.DIVERGED and not (t.finalist and _kept(run, t))]
+    by_number = {trial.number: trial for trial in trials}
+    outcomes = {trial.number: Outcome.WORKER_LOST for trial in waiting}
+    run.view.stage("finalists", len(chosen), len(chosen) - len(waiting))
+
+    def on_answer(job: Job, answer: Answer) -> None:
+        _tell(run, by_number[job.key], answer)
+        outcomes[job.key] = answer.outcome
+        if answer.outcome not in GOES_ON:
+            checkpoint_file(run.unfinished, job.key).unlink(missing_ok=True)
+
+    def jobs() -> Iterator[Job]:
+        left = (trial for trial in waiting if outcomes[trial.number] is Outcome.WORKER_LOST)
+        return (Job(trial.number, trial.plan, trial.seed, Stage.FINALIST) for trial in left)
+
+    with writing(f"The folder {run.unfinished}"):
+        run.unfinished.mkdir(exist_ok=True)
+    run.run_jobs("finalists", jobs, evaluate, on_answer)
+    if not GOES_ON & set(outcomes.values()):
+        shutil.rmtree(run.unfinished, ignore_errors=True)
+    with run.stage("finalists"):
+        _time(run)
+
+
+def _tell(run: Run, trial: TrialRecord, answer: Answer) -> None:
+    if answer.outcome is Outcome.WORKER_LOST:
+        run.view.note(f"finalist {trial.number}: {answer.outcome.value}")
+        return
+    if answer.outcome is not Outcome.DONE:
+        attributes.write_failed(run.study, trial.number, answer.outcome)
+        run.view.note(f"finalist {trial.number}: {answer.outcome.of_finalist}")
+        run.view.step()
+        return
+    assert answer.score_test is not None
+    assert answer.weights is not None
+    with writing(f"The model {_folder(run, trial)}"):
+        save_model(_folder(run, trial), trial.plan, answer.weights)
+    finalist = Finalist(
+        score_validation=answer.curve[-1].score, score_test=answer.score_test, curve=answer.curve,
+        seconds=answer.seconds, latency_ms=None,
+    )  # fmt: skip
+    attributes.write_finalist(run.study, trial.number, finalist)
+    run.view.trial(replace(trial, finalist=finalist), attributes.read_trials(run.study))
+
+
+def _time(run: Run) -> None:
+    """Milliseconds of the dense model and of every finalist, taken in turn in one go, so that they compare."""
+    # Weights of one that is a finalist no more may be gone: it is not made again.
+    trials = [trial for trial in attributes.read_trials(run.study) if trial.finalist and _kept(run, trial)]
+    if all(trial.finalist and trial.finalist.latency_ms is not None for trial in trials):
+        return
+    models = [load_model(run.task.model.cpu(), _folder(run, trial)).to(run.device) for trial in trials]
+    dense, *times = training.latencies_ms(
+        [run.task.model.to(run.device), *models], run.example, channels_last=run.task.channels_last
+    )
+    for trial, latency in zip(trials, times, strict=True):
+        assert trial.finalist is not None
+        attributes.write_finalist(run.study, trial.number, replace(trial.finalist, latency_ms=latency))
+    facts = attributes.read_facts(run.study)
+    attributes.write_facts(run.study, replace(facts, dense=replace(facts.dense, latency_ms=dense)))
+
+
+def _folder(run: Run, trial: TrialRecord) -> Path:
+    return run.out / "models" / str(trial.number)
+
+
+def _kept(run: Run, trial: TrialRecord) -> bool:
+    return holds_model(_folder(run, trial))

@@ -1,0 +1,273 @@
+"""The folder of a study: whose it is, that one run at a time has it, and the Optuna storage inside or outside it."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import filelock
+import optuna
+from sqlalchemy.engine import URL, make_url
+
+from ranksearch.errors import SpecError, StudyError
+from ranksearch.results.objectives import Objectives
+from ranksearch.spec import StudySpec, complete_identity, parse_spec
+from ranksearch.study.database import Announce, address_of, check_storage, held_alone, masked, silent
+from ranksearch.study.storage import PatientStorage
+from ranksearch.support.files import write_whole, writing
+
+SPEC, DATABASE, DENSE = "spec.toml", "study.db", "dense.safetensors"
+UNFINISHED = "unfinished"
+"""The folder with the checkpoints of what is being trained."""
+REPORT = ("report.html", "report.md", "front.*", "front-*.png", "trials.csv")
+OURS = ("study.db*", DENSE, UNFINISHED, "profile", "models", "export", *REPORT, SPEC)
+"""All that a study writes into its folder, and all that `--fresh` deletes; the spec goes last, since it marks the folder."""
+MARK = "# Written by ranksearch: the study of this folder, as resolved."
+START_OVER = "choose another --out or name, or --fresh to start over"
+ELSEWHERE = "# storage: "
+"""Of the spec, the line with the storage's address where it is not the folder's own."""
+IDENTITY, INPUTS = "ranksearch:identity", "ranksearch:inputs"
+WEIGHTS = "dense.weights"
+TOLERANCE = 1e-3
+"""Of a root mean square, relative. The same pictures, decoded or scaled by other releases of a library, differ by less."""
+INPUTS_WORDS = {
+    "count": "the number of inputs in split {!r} is",
+    "inputs": "the root mean square of some inputs in split {!r} is",
+    "targets": "the root mean square of some targets in split {!r} is",
+}
+"""By the keys of `inputs_of`."""
+NAMES = {"params": "log10 ratio", "macs": "log10 MACs ratio"}
+"""Of the costs, on the axes of optuna-dashboard."""
+
+
+@contextmanager
+def claimed(folder: Path, spec: StudySpec, storage: str | None, *, fresh: bool, announce: Announce = silent) -> Iterator[None]:
+    """Hold the study's folder, and its study, for this run; `fresh` first deletes what a study wrote there, and nothing else.
+
+    Raises:
+        StudyError: the folder is a file, holds something else, another study or one whose record is in another storage, cannot
+            be written, or it or the study is in use.
+        SpecError: the spec in it is damaged, or of another release.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise StudyError(f"The output must be a folder, but {folder} is a file; choose another --out.")
+    ours = _is_a_studys(folder)
+    # Hidden files are the lock, and what a killed run was about to write.
+    if not ours and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise StudyError(f"The output folder must be a study's or empty, but {folder} holds other files; choose another --out.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except filelock.Timeout:
+        raise StudyError(
+            f"One run at a time may use a folder, but {folder} is in use; wait for it or choose another --out."
+        ) from None
+    except OSError as error:
+        raise StudyError(f"The output folder {folder} cannot be written: {error.strerror}; choose another --out.") from None
+    try:
+        if ours and not fresh:
+            _same_study(f"The folder {folder}", _spec_of_a_run(folder).identity(), spec, moved=True)
+            _check_place(folder, spec, storage, announce)
+        with held_alone(spec.name, storage_url(folder, storage)):
+            if fresh:
+                with writing(f"The output folder {folder}", "choose another --out"):
+                    _empty(folder)
+            yield
+    finally:
+        lock.release()
+
+
+def read_spec(folder: Path) -> StudySpec:
+    """The resolved spec of the study in a folder.
+
+    Raises:
+        StudyError: there is none.
+        SpecError: it is damaged.
+    """
+    try:
+        text = (folder / SPEC).read_text(encoding="utf-8")
+    except OSError:
+        raise StudyError(f"A study's folder must hold {SPEC}, but {folder} does not; name a folder under runs/.") from None
+    return parse_spec(text, source=str(folder / SPEC), resolved=True)
+
+
+def write_spec(folder: Path, spec: StudySpec, storage: str | None) -> None:
+    """Keep the resolved spec, and the storage's address (without its password) where it is not the folder's own."""
+    note = f"{ELSEWHERE}{_place(storage)}\n" if storage else ""
+    with writing(f"The study's {folder / SPEC}"):
+        write_whole(folder / SPEC, f"{MARK}\n{note}{spec.to_toml()}")
+
+
+def noted_storage(folder: Path) -> str:
+    """The address, without its password, of the storage that the folder's study has elsewhere; empty where it has none."""
+    return next((line for line in _text(folder).splitlines() if line.startswith(ELSEWHERE)), "").removeprefix(ELSEWHERE)
+
+
+def storage_url(folder: Path, storage: str | None) -> str:
+    """The address of the study's Optuna storage: the one given, or the SQLite file in its folder."""
+    # Not by pasting text together: a folder's name may hold what an address would read as its options.
+    return storage or URL.create("sqlite", database=str(folder / DATABASE)).render_as_string()
+
+
+def open_study(name: str, url: str, *, announce: Announce = silent) -> optuna.Study:
+    """The Optuna study of that name.
+
+    Raises:
+        StudyError: the storage cannot be reached, is no Optuna storage, or has no such study.
+    """
+    address = address_of(url)
+    if address.drivername == "sqlite" and not Path(address.database or "").exists():
+        raise StudyError(f"The storage {address.database} does not exist; run `ranksearch study` first, or give --storage.")
+    study = _find(name, check_storage(url, announce))
+    if study is None:
+        raise StudyError(f"The storage {masked(url)} holds no study {name!r}; run `ranksearch study` first.")
+    return study
+
+
+def create_study(name: str, url: str, objectives: Objectives, *, announce: Announce = silent) -> optuna.Study:
+    """The Optuna study of that name; made, with these objectives, where it is not there.
+
+    Raises:
+        StudyError: the storage cannot be reached or is no Optuna storage.
+    """
+    storage = check_storage(url, announce)
+    return optuna.create_study(study_name=name, storage=storage, directions=objectives.directions, load_if_exists=True)
+
+
+def check_study(spec: StudySpec, url: str, inputs: Mapping[str, Any], *, fresh: bool, announce: Announce = silent) -> None:
+    """Refuse a storage whose study of that name is not this one, before anything is written; `fresh` may delete one of ours.
+    `inputs` are those of `inputs_of`.
+
+    Raises:
+        StudyError: the storage cannot be used, or its study of that name is another, or none of ranksearch's.
+        SpecError: it was begun with keys that this release does not know.
+    """
+    study = _find(spec.name, check_storage(url, announce))
+    if study is not None:
+        _check_ours(study, spec, inputs, fresh=fresh)
+
+
+def delete_study(name: str, url: str, *, announce: Announce = silent) -> None:
+    """Remove the study of that name from its storage, if it is there."""
+    with suppress(KeyError):
+        optuna.delete_study(study_name=name, storage=check_storage(url, announce))
+
+
+def own_study(study: optuna.Study, spec: StudySpec, inputs: Mapping[str, Any]) -> None:
+    """Keep in the storage what the study is, where it is new; raises as `check_study` does: folders may share a storage, not a
+    study."""
+    _check_ours(study, spec, inputs, fresh=False)
+    if not study.metric_names:
+        with warnings.catch_warnings():
+            # Marked experimental in Optuna since 3.2; it only names the axes of optuna-dashboard.
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(["validation score", *(NAMES[cost] for cost in spec.search.minimize)])
+    if IDENTITY not in study.user_attrs:
+        study.set_user_attr(IDENTITY, spec.identity())
+    if INPUTS not in study.user_attrs:
+        study.set_user_attr(INPUTS, dict(inputs))
+
+
+def _same_study(place: str, there: Mapping[str, Any], spec: StudySpec, *, moved: bool) -> None:
+    """`moved`: the file of the dense weights may be another one, since what it holds is compared, too."""
+    here = spec.identity()
+    for key in sorted({*there, *here}):
+        if moved and key == WEIGHTS and there.get(key) and here[key] and Path(here[key]).exists():
+            continue
+        if there.get(key) != here.get(key):
+            raise StudyError(
+                f"{place} is another study ({key} is {there.get(key)!r} there and {here.get(key)!r} here); {START_OVER}."
+            )
+
+
+def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """How inputs differ, as `inputs_of` has them, in words; empty where they are the same as far as both are known."""
+    was, now = there.get("dense"), here.get("dense")
+    if was and now and was != now:
+        return f"another dense model (the SHA-256 of its weights is {was[:8]}... there and {now[:8]}... here)"
+    for name in ("train", "validation", "test"):
+        for key, words in INPUTS_WORDS.items():
+            was, now = there[name].get(key), here[name].get(key)
+            if None not in (was, now) and not math.isclose(was, now, rel_tol=0 if key == "count" else TOLERANCE):
+                return f"other data ({words.format(name)} {was:.6g} there and {now:.6g} here)"
+    return ""
+
+
+def _find(name: str, storage: PatientStorage) -> optuna.Study | None:
+    try:
+        return optuna.load_study(study_name=name, storage=storage)
+    except KeyError:
+        return None
+
+
+def _check_ours(study: optuna.Study, spec: StudySpec, inputs: Mapping[str, Any], *, fresh: bool) -> None:
+    known, made_from = study.user_attrs.get(IDENTITY), study.user_attrs.get(INPUTS)
+    place = f"The storage's study {spec.name!r}"
+    if known is None:
+        # An empty one is what a run leaves that was killed as it began.
+        ours = study.directions == [optuna.study.StudyDirection.MAXIMIZE] * (1 + len(spec.search.minimize))
+        if study.user_attrs or study.get_trials(deepcopy=False) or not ours:
+            raise StudyError(
+                f"{place} must be one of ranksearch's, but is another program's; choose another name or --storage."
+            )
+    elif not fresh:
+        _same_study(place, complete_identity(known, source=place), spec, moved=made_from is not None)
+        if made_from is not None and (found := difference(made_from, inputs)):
+            raise StudyError(f"{place} was made from {found}; {START_OVER}.")
+
+
+def _spec_of_a_run(folder: Path) -> StudySpec:
+    try:
+        return read_spec(folder)
+    except SpecError as error:
+        raise SpecError(
+            f"{error} The file is damaged or another release's; choose another --out, or --fresh to start over."
+        ) from None
+
+
+def _check_place(folder: Path, spec: StudySpec, storage: str | None, announce: Announce) -> None:
+    """Refuse to begin a study anew beside its record, as when an option was forgotten; a record that was moved is taken."""
+    noted = noted_storage(folder)
+    was = noted or ("the folder's own" if (folder / DATABASE).exists() else None)
+    now = _place(storage) if storage else "the folder's own"
+    if was is None or was == now:
+        return
+    if (folder / DATABASE).exists() if storage is None else _find(spec.name, check_storage(storage, announce)) is not None:
+        return
+    fix = f"give --storage {noted}" if noted else "leave out --storage"
+    raise StudyError(
+        f"The study in {folder} must go on in the storage that it was begun in, {was}, but {now} holds none of it; {fix}, or "
+        "--fresh to start over."
+    )
+
+
+def _place(storage: str) -> str:
+    """A storage's address, without its password, from wherever a run may start."""
+    address = make_url(storage)
+    if address.get_backend_name() == "sqlite":
+        address = address.set(database=str(Path(address.database or "").resolve()))
+    return address.set(query={}).render_as_string()
+
+
+def _is_a_studys(folder: Path) -> bool:
+    """Whether a run of ours wrote the folder; a user's own spec.toml among other files is none of ours."""
+    return _text(folder).startswith(MARK)
+
+
+def _text(folder: Path) -> str:
+    try:
+        return (folder / SPEC).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _empty(folder: Path) -> None:
+    for pattern in OURS:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -1,0 +1,127 @@
+"""Before the first trial: what each layer alone costs, and the plans that are tried first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import optuna
+
+from ranksearch.compress.inventory import Inventory
+from ranksearch.compress.profile import Profile
+from ranksearch.errors import PlanError, SpecError, StudyError
+from ranksearch.plan import Plan
+from ranksearch.results import attributes
+from ranksearch.results.objectives import prices
+from ranksearch.results.record import Outcome, Probe
+from ranksearch.strategy.prior import vbmf_plans
+from ranksearch.strategy.sensitivity import predicted_frontier, rescuable, spread, values_to_probe
+from ranksearch.strategy.space import Space, check_plan, size_of
+from ranksearch.study.run import Run
+from ranksearch.task.evaluation import Answer, Evaluator, Job, Stage
+
+FRONTIER_PLANS = 4
+"""How many plans of the predicted frontier are tried first."""
+WORST_LOSS = 1e6
+"""Stands for a probe's loss that is no number, which no storage keeps."""
+
+
+USER = "user"
+"""The origin of the plans that the user wants tried first."""
+
+
+def plans_to_try(paths: Sequence[str], given: Sequence[Plan], space: Space, found: Inventory) -> list[Plan]:
+    """The user's plans to try first: those in the files of a study, then those given from Python.
+
+    Raises:
+        SpecError: a file cannot be read, or a plan is none that the space offers.
+    """
+    plans = []
+    named = [*((path, _read_plan(path)) for path in paths), *((f"plan {at}", plan) for at, plan in enumerate(given, 1))]
+    for name, plan in named:
+        try:
+            check_plan(plan, space, found)
+        except PlanError as error:
+            raise SpecError(f"search.first, {name}: {error}") from None
+        plans.append(plan)
+    return plans
+
+
+def _read_plan(path: str) -> Plan:
+    try:
+        return Plan.from_json(Path(path).read_text(encoding="utf-8-sig"))
+    except PlanError as error:
+        raise SpecError(f"search.first, {path}: {error}") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise SpecError(f"search.first must name files of plans, but {path!r} cannot be read: {reason}.") from None
+
+
+def check_first(study: optuna.Study, plans: Sequence[Plan]) -> None:
+    """Refuse other plans to try first than those that the study has in its storage.
+
+    Raises:
+        StudyError: they differ.
+    """
+    known = attributes.read_firsts(study)
+    if known is not None and [plan for origin, plan in known if origin == USER] != list(plans):
+        raise StudyError(
+            "The plans to try first are chosen once in a study, but search.first now holds others; leave it as it was, choose "
+            "another --out or name, or --fresh to start over."
+        )
+
+
+def probe_layers(run: Run, layers: Profile, evaluate: Evaluator) -> None:
+    """The loss with one layer at a time decomposed: what the frontier is predicted from. Kept after every one."""
+    wanted = [Plan()]
+    for name, layer in layers.layers.items():
+        wanted += [Plan.of({name: value}) for value in values_to_probe(layer)]
+    dense, known = attributes.read_probes(run.study)
+    done = {Plan.of({probe.layer: probe.value}) for probe in known} | ({Plan()} if dense is not None else set())
+    run.view.stage("probing layers", len(wanted), len(done))
+
+    def on_answer(job: Job, answer: Answer) -> None:
+        nonlocal dense
+        if answer.outcome is Outcome.WORKER_LOST:
+            run.view.note(f"probe of {job.plan}: {answer.outcome.value}")
+            return
+        if answer.loss is None:
+            done.add(job.plan)  # in this run; the next may have more memory for it
+            run.view.step(f"{job.plan}: {answer.outcome.value}")
+            return
+        loss = answer.loss if math.isfinite(answer.loss) else WORST_LOSS
+        if job.plan.layers:
+            known.append(Probe(*job.plan.layers[0], loss))
+        else:
+            dense = loss
+        done.add(job.plan)
+        attributes.write_probes(run.study, dense, known)
+        run.view.step(str(job.plan))
+
+    def jobs() -> Iterator[Job]:
+        return (Job(key, plan, run.spec.seed, Stage.PROBE) for key, plan in enumerate(wanted) if plan not in done)
+
+    run.run_jobs("probes", jobs, evaluate, on_answer)
+
+
+def first_plans(run: Run, layers: Profile) -> list[tuple[str, Plan]]:
+    """The plans that are tried first, with their origins: the user's, then predicted ones within the limits. Chosen once in a
+    study."""
+    if (known := attributes.read_firsts(run.study)) is not None:
+        return known
+    dense, probes = attributes.read_probes(run.study)
+    price = prices(run.spec.search.minimize, run.inventory)[0]
+    # Where the worker of the dense probe was lost, there is nothing to set the others against.
+    corners = predicted_frontier(layers, probes, dense, price) if dense is not None else []
+    # The dense corner, which is never chosen, stays: `spread` takes the first for it.
+    within = [*corners[:1], *(corner for corner in corners[1:] if _fits(run, corner.plan))]
+    chosen = spread(rescuable(within), price.of(run.inventory), FRONTIER_PLANS)
+    vbmf = [(origin, plan) for origin, plan in vbmf_plans(run.space, layers.vbmf) if _fits(run, plan)]
+    firsts = [*((USER, plan) for plan in run.first), *(("frontier", corner.plan) for corner in chosen), *vbmf]
+    attributes.write_firsts(run.study, firsts)
+    return firsts
+
+
+def _fits(run: Run, plan: Plan) -> bool:
+    return not run.spec.search.limits.excess(size_of(plan, run.inventory))

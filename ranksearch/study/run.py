@@ -1,0 +1,97 @@
+"""One run of a study: what its steps share, how long they take, and how they have jobs evaluated."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import optuna
+import torch
+from torch import Tensor
+
+from ranksearch.compress.inventory import Inventory
+from ranksearch.console import View
+from ranksearch.engines.base import Engine
+from ranksearch.plan import Plan
+from ranksearch.results import attributes
+from ranksearch.results.record import MAX_TRIES, Outcome, Rung
+from ranksearch.spec import StudySpec
+from ranksearch.strategy.space import Space
+from ranksearch.study import folder
+from ranksearch.study.options import Options
+from ranksearch.task.evaluation import Answer, Evaluator, Job
+from ranksearch.task.task import Task
+
+
+@dataclass
+class Run:
+    """One run of one study. `example` is a batch of one input on `device`, `first` are the user's plans to try first."""
+
+    spec: StudySpec
+    out: Path
+    options: Options
+    device: torch.device
+    task: Task
+    example: Tensor
+    inventory: Inventory
+    space: Space
+    first: Sequence[Plan]
+    study: optuna.Study
+    engine: Engine
+    view: View
+    seconds: dict[str, float] = field(init=False)
+    """What each stage has taken, in all runs together."""
+
+    def __post_init__(self) -> None:
+        self.seconds = attributes.read_seconds(self.study)
+
+    @property
+    def unfinished(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.out / folder.UNFINISHED
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[], None]]:
+        """Adds the seconds that a stage takes to those of earlier runs: at its end, after Ctrl-C, and whenever the yielded
+        function is called."""
+        before, start = self.seconds.get(name, 0.0), time.monotonic()
+
+        def keep() -> None:
+            self.seconds[name] = before + time.monotonic() - start
+            attributes.write_seconds(self.study, self.seconds)
+
+        try:
+            yield keep
+        except KeyboardInterrupt:
+            keep()
+            raise
+        keep()  # not after an error, which may be the storage's
+
+    def run_jobs(
+        self, stage: str, jobs: Callable[[], Iterator[Job]], evaluate: Evaluator, on_answer: Callable[[Job, Answer], None],
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
+        """Evaluate what `jobs()` gives; and again what it gives then, where workers were lost, but none more than `MAX_TRIES`
+        times. The stage's seconds are kept after each answer."""
+        losses, again = Counter[int](), True
+
+        def on_message(job: Job, message: Rung | Answer) -> None:
+            nonlocal again
+            if isinstance(message, Rung):
+                self.view.rung(job.key, message)
+                return
+            if message.outcome is Outcome.WORKER_LOST:
+                losses[job.key] += 1
+                again = again or losses[job.key] < MAX_TRIES
+            on_answer(job, message)
+            keep()
+
+        with self.stage(stage) as keep:
+            while again:
+                again = False
+                left = (job for job in jobs() if losses[job.key] < MAX_TRIES)
+                self.engine.run(left, evaluate, on_message=on_message, should_stop=should_stop)

@@ -1,0 +1,296 @@
+"""`run_study`: one straight line from a study file to a front, a report and models to take home."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ranksearch.compress.export import check_comes_home
+from ranksearch.compress.inventory import check_weights, inventory
+from ranksearch.compress.profile import Profile, profile
+from ranksearch.compress.scratch import check_scratch
+from ranksearch.compress.surgery import copied
+from ranksearch.compress.weights import check_state, digest_of, weights_of
+from ranksearch.console import Silent, View
+from ranksearch.data import batches, check_splits, example, sample_inputs
+from ranksearch.engines import local, ray
+from ranksearch.engines.base import Engine
+from ranksearch.engines.shared import check_portable
+from ranksearch.errors import SpecError, StudyError
+from ranksearch.plan import Plan
+from ranksearch.report import write_report
+from ranksearch.results import attributes
+from ranksearch.results.objectives import Objectives
+from ranksearch.results.record import StudyFacts, StudyRecord
+from ranksearch.spec import StudySpec
+from ranksearch.strategy.ledger import Ledger
+from ranksearch.strategy.sampler import Knowledge
+from ranksearch.strategy.space import Space, check_limits, offer_of, space_of
+from ranksearch.study import folder
+from ranksearch.study.dense import load_given, load_weights, train_dense
+from ranksearch.study.facts import study_facts
+from ranksearch.study.finishing import train_finalists
+from ranksearch.study.inputs import inputs_of
+from ranksearch.study.options import Options, choose_device
+from ranksearch.study.probing import check_first, first_plans, plans_to_try, probe_layers
+from ranksearch.study.run import Run
+from ranksearch.support.files import write_whole, writing
+from ranksearch.task import training
+from ranksearch.task.evaluation import Answer, Evaluator, Job
+from ranksearch.task.task import Task, accuracy, check_float32, check_outputs, load_task
+
+CALIBRATION = 512
+"""Training inputs that data-aware factors are fitted for; with 128 the output error on held-out digits is a tenth higher."""
+DIGEST = "ranksearch:dense"
+"""Of the dense model's weights, among the study's attributes."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, with the record so far; None where it came before the dense model was measured."""
+
+    def __init__(self, found: StudyRecord | None) -> None:
+        super().__init__()
+        self.record = found
+
+
+def run_study(
+    spec: StudySpec,
+    out: Path,
+    options: Options | None = None,
+    *,
+    task: Task | None = None,
+    first: Sequence[Plan] = (),
+    view: View | None = None,
+) -> StudyRecord:
+    """Run a study, or go on with it where an earlier run stopped, and write its folder.
+
+    Args:
+        spec: the study.
+        out: its folder, made if it is not there.
+        options: how to run it.
+        task: model and data, where they do not come from `spec.task`.
+        first: plans to try first, after those that `spec.search.first` names.
+        view: what is told while it runs.
+
+    Returns:
+        The whole record; its `front` is what the user chooses from.
+
+    Raises:
+        RankSearchError: bad input, most of it before anything is written; or a cluster, a storage or workers that are lost.
+        Stopped: Ctrl-C; the running trials were queued again and a report was written.
+    """
+    options, view = options or Options(), view or Silent()
+    device = choose_device(options.device)
+    given, task = task is not None, task or load_task(spec)
+    check_splits(task.data)
+    fresh = copied(task.model)
+    found = inventory(task.model, example(task.data.train))
+    check_outputs(task, trains=any(part.epochs for part in (spec.dense, spec.finetune, spec.finalists)))
+    if device.type == "mps":
+        check_float32(task)
+    check_state(task.model)
+    task = replace(task, channels_last=training.takes_channels_last(task))
+    space = space_of(spec.space, found)
+    check_limits(spec.search.limits, space, found)
+    check_comes_home(task.model, fresh, _smallest_layer(space), next(batches(task.data.train, 2))[0])
+    firsts = plans_to_try(spec.search.first, first, space, found)
+    if spec.space.start == "scratch":
+        check_scratch(task.model)
+    _check_min_score(spec, task)
+    objectives = Objectives(spec.search.minimize, found.macs)
+    kept = (out / folder.DENSE).exists() and not options.fresh
+    inputs = inputs_of(task.data, _dense_start(spec, task, view, kept=kept))
+    if options.storage:
+        folder.check_study(spec, options.storage, inputs, fresh=options.fresh, announce=view.note)
+    if options.workers != 0:
+        check_portable(task)
+    with (
+        _engine(options, device) as engine,
+        folder.claimed(out, spec, options.storage, fresh=options.fresh, announce=view.note),
+        view,
+    ):
+        url = folder.storage_url(out, options.storage)
+        if options.fresh and options.storage:
+            folder.delete_study(spec.name, url, announce=view.note)
+        # It marks a new folder as a study's. That of an old one stays until the study is known to be the same.
+        if not (out / folder.SPEC).exists():
+            folder.write_spec(out, spec, options.storage)
+        study = folder.create_study(spec.name, url, objectives, announce=view.note)
+        folder.own_study(study, spec, inputs)
+        check_first(study, firsts)
+        folder.write_spec(out, spec, options.storage)
+        one = example(task.data.validation).to(device)
+        run = Run(spec, out, options, device, task, one, found, space, firsts, study, engine, view)
+        try:
+            _straight_on(run, given=given)
+        except KeyboardInterrupt:
+            raise Stopped(_stopped(run)) from None
+        return attributes.read_study(study)
+
+
+def _dense_start(spec: StudySpec, task: Task, view: View, *, kept: bool) -> str | None:
+    """Load the dense weights that the spec names; the digest of those that the model then has, None where they are drawn at
+    random, or where their file is gone and the study has its dense net `kept` in its folder."""
+    path = Path(spec.dense.weights)
+    if spec.dense.weights and kept and not path.exists():
+        view.note(f"dense.weights {path} is gone; the study goes on with the dense net in its folder")
+        return None
+    if spec.dense.weights:
+        load_given(task.model, path)
+    return digest_of(task.model) if spec.dense.weights or not spec.dense.epochs else None
+
+
+def _straight_on(run: Run, *, given: bool) -> None:
+    _make_dense(run, given=given)
+    layers = _make_profile(run)
+    _note_facts(run, layers)
+    evaluate = _evaluator(run, layers)
+    probe_layers(run, layers, evaluate)
+    _search(run, layers, evaluate)
+    train_finalists(run, evaluate)
+    _report(run)
+
+
+def _make_dense(run: Run, *, given: bool) -> None:
+    """The dense model's weights: from an earlier run, or from the spec's file and training."""
+    path, unfinished = run.out / folder.DENSE, run.unfinished / "dense.pt"
+    with run.stage("dense"):
+        # A model given from Python is what it is; the folder's weights are those of an earlier one.
+        if given or not load_weights(run.task.model, path):
+            train_dense(run.task, run.spec, run.device, run.view, unfinished=unfinished)
+        digest = digest_of(run.task.model)
+        _check_digest(run, digest)
+        # First the file: a digest without its weights could not be gone on from, since they seldom train to the same bits.
+        if not path.exists():
+            with writing(f"The dense net's {path}"):
+                write_whole(path, weights_of(run.task.model))
+        unfinished.unlink(missing_ok=True)
+        if DIGEST not in run.study.user_attrs:
+            run.study.set_user_attr(DIGEST, digest)
+    # As training lays it out: else what a resumed run decomposes would differ in its last bits.
+    training.place(run.task.model, run.device, channels_last=run.task.channels_last).eval()
+    # Trained weights can be what initial ones were not.
+    check_weights(run.task.model)
+
+
+def _make_profile(run: Run) -> Profile:
+    """Every candidate's factors and the VBMF ranks."""
+    methods = {axis.layer.name: axis.methods for axis in run.space.axes}
+    run.view.stage("profiling layers", len(run.inventory.layers))
+    aware, seed = run.spec.space.data_aware, run.spec.seed
+    with run.stage("profile"):
+        return profile(
+            run.task.model, run.inventory, methods, offer=offer_of(run.spec.space),
+            inputs=sample_inputs(run.task.data.train, CALIBRATION, seed=seed) if aware else None,
+            cache=run.out / "profile", seed=seed, on_layer=run.view.step,
+        )  # fmt: skip
+
+
+def _note_facts(run: Run, layers: Profile) -> None:
+    """The study's facts into its storage; what the dense model is is measured once."""
+    known = attributes.read_facts(run.study) if attributes.has_facts(run.study) else _measured(run, layers)
+    since = known.since if known.limits == run.spec.search.limits else len(run.study.get_trials(deepcopy=False))
+    facts = replace(known, spec=run.spec.to_dict(), command=run.options.command, since=since)
+    attributes.write_facts(run.study, facts)
+    run.view.facts(facts)
+
+
+def _measured(run: Run, layers: Profile) -> StudyFacts:
+    return study_facts(
+        run.spec, run.task, run.inventory, layers, run.example, engine=run.engine.about, command=run.options.command
+    )
+
+
+def _evaluator(run: Run, layers: Profile) -> Evaluator:
+    task = replace(run.task, model=run.task.model.cpu())
+    training.release(run.device)
+    device = str(run.device) if run.options.engine == "local" else "cuda" if run.options.gpus_per_trial else "cpu"
+    return Evaluator(
+        task, layers, run.spec.finetune, run.spec.finalists, device, scratch=run.spec.space.start == "scratch",
+        unfinished=run.unfinished.resolve(),
+    )  # fmt: skip
+
+
+def _search(run: Run, layers: Profile, evaluate: Evaluator) -> None:
+    """Ask, evaluate, tell, until the budget is spent."""
+    firsts = first_plans(run, layers)
+    limits, facts = run.spec.search.limits, attributes.read_facts(run.study)
+    dense_score = facts.dense.score_validation
+    dense_loss, probes = attributes.read_probes(run.study)
+    knowledge = Knowledge.of(
+        run.space, run.inventory, layers, probes, dense_loss=dense_loss, dense_score=dense_score, limits=limits,
+        minimize=run.spec.search.minimize,
+    )  # fmt: skip
+    ledger = Ledger(
+        run.study, run.space, run.inventory, firsts, sampler=run.spec.search.sampler, seed=run.spec.seed,
+        dense_score=dense_score, limits=limits, since=facts.since, objectives=facts.objectives, knowledge=knowledge,
+        on_untrained=lambda found: run.view.trial(found, ledger.records()), on_note=run.view.note,
+    )  # fmt: skip
+    ledger.recover()
+    trials, minutes = run.spec.search.trials, run.spec.search.minutes
+    run.view.stage("trials", trials, min(trials, ledger.finished()))
+    before, start = run.seconds.get("trials", 0.0), time.monotonic()
+
+    def spent() -> bool:
+        return minutes is not None and before + time.monotonic() - start >= minutes * 60
+
+    def on_answer(job: Job, answer: Answer) -> None:
+        run.view.trial(ledger.receive(job, answer), ledger.records())
+
+    try:
+        run.run_jobs("trials", lambda: ledger.jobs(trials), evaluate, on_answer, spent)
+    except KeyboardInterrupt:
+        # Nothing is left running in the record: other tools read it, and the next run may be long in coming.
+        ledger.recover()
+        raise
+
+
+def _report(run: Run) -> None:
+    """The report, from the storage alone."""
+    write_report(attributes.read_study(run.study), run.out)
+
+
+def _stopped(run: Run) -> StudyRecord | None:
+    """After Ctrl-C: the report shows what there is; None before the facts are known, or where the storage cannot be used or
+    Ctrl-C comes again."""
+    try:
+        if not attributes.has_facts(run.study):
+            return None
+        _report(run)
+        return attributes.read_study(run.study)
+    except KeyboardInterrupt:
+        return None
+
+
+def _check_digest(run: Run, digest: str) -> None:
+    """Go on only with the dense model that the study was begun with."""
+    if run.study.user_attrs.get(DIGEST, digest) != digest:
+        raise StudyError(
+            f"The study {run.spec.name!r} in this storage was made from another dense model; choose another name or "
+            "--storage, or --fresh to start over."
+        )
+
+
+def _engine(options: Options, device: torch.device) -> Engine:
+    if options.engine == "ray":
+        return ray.engine(ray.Cluster(options.address, options.workers, options.cpus_per_trial, options.gpus_per_trial))
+    # All of them share one GPU, and its memory.
+    most = 1 if device.type != "cpu" else os.cpu_count() or 1
+    return local.engine(most if options.workers is None else options.workers)
+
+
+def _smallest_layer(space: Space) -> Plan:
+    """The smallest layer at its least ranks, the others dense: the plan that is made soonest."""
+    axis = min(space.axes, key=lambda axis: axis.layer.params)
+    return Plan.of({axis.layer.name: axis.smallest(axis.offer.smaller_in[0])})
+
+
+def _check_min_score(spec: StudySpec, task: Task) -> None:
+    least = spec.search.min_score
+    if task.score is accuracy and least is not None and least > 1:
+        raise SpecError(f"search.min_score must be at most 1 for accuracy, but got {least:g}; 97 % is 0.97.")

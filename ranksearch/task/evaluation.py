@@ -1,0 +1,189 @@
+"""Evaluate one plan: copy the dense model, factorize it, fine-tune it, score it. Runs inside a worker."""
+
+from __future__ import annotations
+
+import copy
+import enum
+import math
+import os
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from ranksearch.compress.profile import Profile, kernel
+from ranksearch.compress.scratch import scratch_
+from ranksearch.compress.surgery import factorize_
+from ranksearch.compress.weights import digest_of, weights_of
+from ranksearch.data import sample
+from ranksearch.plan import Plan
+from ranksearch.results.record import Outcome, Rung
+from ranksearch.spec import FinalistSpec, Recipe
+from ranksearch.task import training
+from ranksearch.task.checkpoint import Checkpoint
+from ranksearch.task.task import Task, predict
+from ranksearch.task.training import Diverged
+
+PROBE_INPUTS = 2048
+"""Validation inputs that a probe's loss is measured on, at most: there are several probes a layer."""
+
+
+class Stage(enum.Enum):
+    """What a job is for."""
+
+    PROBE = "probe"
+    """The validation loss before any fine-tuning."""
+    TRIAL = "trial"
+    FINALIST = "finalist"
+    """Longer fine-tuning; also scored on the test split, and its weights kept."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One plan to evaluate. `key` tells jobs apart."""
+
+    key: int
+    plan: Plan
+    seed: int
+    stage: Stage = Stage.TRIAL
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a job ended. `curve` holds every rung that was reached, `loss` a probe's; `weights` are safetensors bytes."""
+
+    outcome: Outcome
+    curve: tuple[Rung, ...] = ()
+    seconds: float = 0.0
+    score_test: float | None = None
+    weights: bytes | None = None
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """All that the trials of a study share; made once, sent once to each worker."""
+
+    task: Task
+    profile: Profile
+    finetune: Recipe
+    finalists: FinalistSpec
+    device: str
+    scratch: bool = False
+    """Train trials and finalists from weights drawn anew. Probes are of decomposed weights all the same."""
+    unfinished: Path | None = None
+    """The folder of the finalists' checkpoints; a worker that cannot write there, on another machine, keeps none."""
+
+    def __call__(self, job: Job) -> Iterator[Rung | Answer]:
+        """Evaluate a job: a rung after each epoch (the first without training), then the answer, always last.
+
+        Of a finalist that goes on from a checkpoint the rungs that are left; its answer has all.
+        """
+        checkpoint, outcome, more = self._checkpoint(job), Outcome.DONE, dict[str, Any]()
+        try:
+            if job.stage is Stage.PROBE:
+                more = {"loss": self._loss(self.compressed(job.plan), job.seed)}
+            else:
+                more = yield from self._trained(job, checkpoint)
+        except Diverged:
+            outcome = Outcome.DIVERGED
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            outcome = Outcome.OUT_OF_MEMORY
+        training.release(torch.device(self.device))
+        yield Answer(outcome, tuple(checkpoint.rungs), checkpoint.seconds(), **more)
+
+    def _trained(self, job: Job, checkpoint: Checkpoint) -> Generator[Rung, None, dict[str, Any]]:
+        """The rungs that are left; at their end, what a finalist is found to be."""
+        model = copy.deepcopy(self.task.model)
+        for rung in self._rungs(model, job, checkpoint):
+            checkpoint.rungs.append(rung)
+            yield rung
+        if job.stage is not Stage.FINALIST:
+            return {}
+        return {"score_test": self._score(model, self.task.data.test), "weights": weights_of(model)}
+
+    def compressed(self, plan: Plan) -> nn.Module:
+        """The dense model with the plan applied to it, before any fine-tuning."""
+        model = copy.deepcopy(self.task.model)
+        return self._factorized(model, self.profile, plan, 0)
+
+    def _factorized(self, model: nn.Module, layers: Profile, plan: Plan, sweeps: int) -> nn.Module:
+        factors = layers.factors(plan, sweeps=sweeps)
+        factorize_(model, plan, factors=factors, shifts=layers.shifts(plan, factors))
+        return self._placed(model)
+
+    def _placed(self, model: nn.Module) -> nn.Module:
+        return training.place(model, torch.device(self.device), channels_last=self.task.channels_last)
+
+    def _steps(self, model: nn.Module, job: Job) -> Iterator[None]:
+        """Bring `model` to the job's plan, in place: at once, or a layer at a time with a stop after each."""
+        final = job.stage is Stage.FINALIST
+        sweeps = self.finalists.sweeps if final else 0
+        if self.scratch:
+            self._placed(scratch_(model, job.plan, seed=job.seed))
+            yield
+        elif final and self.finalists.schedule == "layerwise":
+            values = dict(job.plan)
+            for name in reversed([name for name in self.profile.layers if name in values]):
+                # Of the weights as they are by now: those of the dense net know nothing of what was trained since.
+                known = self.profile.layers[name]
+                layers = Profile({name: known.of(kernel(model, known.layer), values[name])})
+                self._factorized(model, layers, Plan.of({name: values[name]}), sweeps)
+                yield
+        else:
+            self._factorized(model, self.profile, job.plan, sweeps)
+            yield
+
+    def _loss(self, model: nn.Module, seed: int) -> float:
+        device = torch.device(self.device)
+        training.recalibrate(model, self.task, seed=seed, device=device)
+        outputs, targets = predict(model, sample(self.task.data.validation, PROBE_INPUTS, seed=seed), device=device)
+        return float(self.task.loss(outputs, targets))
+
+    def _score(self, model: nn.Module, split: Dataset[Any]) -> float:
+        found = training.score(model, self.task, split, device=torch.device(self.device))
+        if not math.isfinite(found):
+            raise Diverged("the score became NaN or infinite")
+        return found
+
+    def _rungs(self, model: nn.Module, job: Job, checkpoint: Checkpoint) -> Iterator[Rung]:
+        """The rungs that are left; `checkpoint` has those behind it."""
+        device = torch.device(self.device)
+        recipe = self.finalists if job.stage is Stage.FINALIST else self.finetune
+        done = checkpoint.rungs[-1].epochs if checkpoint.rungs else -1
+        for step, _ in enumerate(self._steps(model, job)):
+            before = step * recipe.epochs
+            if done > before + recipe.epochs:
+                continue  # Trained by an earlier run: only the structure is needed, the checkpoint has the weights.
+            if done <= before:
+                training.recalibrate(model, self.task, seed=job.seed, device=device)
+            if step == 0 and done < 0:
+                yield Rung(0, self._score(model, self.task.data.validation))
+            seed = job.seed + before
+            for epoch in training.fit(model, self.task, recipe, seed=seed, device=device, checkpoint=checkpoint):
+                yield Rung(before + epoch, self._score(model, self.task.data.validation))
+
+    def _checkpoint(self, job: Job) -> Checkpoint:
+        """Of a finalist; nothing else trains for long enough."""
+        if job.stage is not Stage.FINALIST or self.unfinished is None or not os.access(self.unfinished, os.W_OK):
+            return Checkpoint()
+        how = f"{self.finalists}, scratch {self.scratch}, from {digest_of(self.task.model)}"
+        of = f"{job.plan.to_json()}, seed {job.seed}, {how}"
+        return Checkpoint(checkpoint_file(self.unfinished, job.key), of)
+
+
+def checkpoint_file(unfinished: Path, key: int) -> Path:
+    """Where the checkpoint of the finalist of that key is."""
+    return unfinished / f"{key}.pt"
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Only for its own memory on a GPU has torch an exception; cuBLAS, cuDNN, the driver and the CPU say it in words."""
+    words = "out of memory", "ALLOC_FAILED", "can't allocate memory"
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in words)

@@ -1,0 +1,184 @@
+"""What is searched: a model, its data, a loss and a score."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ranksearch.compress.surgery import copied
+from ranksearch.data import Splits, batches, example
+from ranksearch.errors import DataError, ModelError, SpecError, first_line
+from ranksearch.spec import StudySpec, resolve
+from ranksearch.support.seeds import CPU, seeded
+
+Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""(outputs, targets) -> a scalar to be minimised."""
+Score: TypeAlias = Callable[[Tensor, Tensor], float]
+"""(outputs, targets) of a whole split -> a number, higher is better, on the scale of a share: 0.01 is a point."""
+
+
+def accuracy(outputs: Tensor, targets: Tensor) -> float:
+    """Share of inputs whose largest output, of (inputs, classes), is the target's; NaN where an output is."""
+    if torch.isnan(outputs).any():
+        return math.nan
+    return float((outputs.argmax(1) == targets).double().mean())
+
+
+EVALUATION_BATCH, EVALUATION_VALUES = 256, 2**23
+"""Inputs a pass where nothing is trained, and values in them, at most: of 224 x 224 pictures 55, of which VGG's first layer
+alone makes 0.7 GB."""
+FROM_PYTHON = "python:given"
+"""What stands in the spec of a study for a model and data that were given to `search`, not named in a file."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model to compress and how to judge it. Classification by default; any loss and score make another task."""
+
+    model: nn.Module
+    data: Splits
+    loss: Loss = F.cross_entropy
+    score: Score = accuracy
+    channels_last: bool = True
+    """Whether the model runs with 2-D kernels so laid out; a study finds out."""
+
+    @property
+    def score_name(self) -> str:
+        """What the score is called in reports."""
+        return getattr(self.score, "__name__", "score")
+
+
+def evaluation_batch(split: Dataset[Any]) -> int:
+    """How many inputs of a split go through a model at once where nothing is trained."""
+    # Reading an input may draw random numbers, which are the caller's.
+    with seeded(0):
+        return max(1, min(EVALUATION_BATCH, EVALUATION_VALUES // example(split).numel()))
+
+
+@torch.no_grad()
+def predict(model: nn.Module, split: Dataset[Any], *, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
+    """Outputs and targets of a whole split, in order, on the CPU."""
+    model.eval()
+    pairs = [(model(inputs).cpu(), targets.cpu()) for inputs, targets in batches(split, evaluation_batch(split), device=device)]
+    return torch.cat([outputs for outputs, _ in pairs]), torch.cat([targets for _, targets in pairs])
+
+
+def check_outputs(task: Task, *, trains: bool = True) -> None:
+    """Refuse a classifier whose outputs do not fit the classes, splits that the model does not accept, and, where it `trains`,
+    a model that cannot be. Leaves the model in eval mode.
+
+    Raises:
+        ModelError: the data has classes and the outputs are not (batch, classes); or the model accepts the inputs of the train
+            split, but not of another; or its outputs depend on no weight that is trained.
+    """
+    classes = task.data.classes
+    inputs, targets = next(batches(task.data.train, 2))
+    with torch.no_grad():
+        outputs = task.model.eval()(inputs)
+        for name, split in (("validation", task.data.validation), ("test", task.data.test)):
+            others = next(batches(split, 1))[0]
+            try:
+                task.model(others)
+            except Exception as error:
+                raise ModelError(
+                    f"The model must accept the inputs of every split, but {name!r} has {tuple(others.shape[1:])}, 'train' has "
+                    f"{tuple(inputs.shape[1:])}, and its forward raised {type(error).__name__}: {first_line(error)}"
+                ) from error
+        twin = copied(task.model).train()
+        try:
+            with seeded(0), torch.enable_grad():
+                trained = twin(inputs)
+        except Exception as error:
+            raise ModelError(
+                f"The model must run in training mode, but raised {type(error).__name__}: {first_line(error)}"
+            ) from error
+    # Some give more while they are trained, such as the outputs of auxiliary classifiers.
+    for found in (outputs, trained):
+        if not isinstance(found, Tensor):
+            raise ModelError(f"The model must give one tensor, in training too, but gives a {type(found).__name__}; wrap it.")
+    if trains and not trained.requires_grad:
+        raise ModelError(
+            "The model must be one that can be trained, but its outputs depend on no weight that is; call requires_grad_() "
+            "where it is frozen, and let its forward run without no_grad."
+        )
+    if task.score is accuracy and classes is not None and (outputs.dim() != 2 or outputs.shape[1] < classes):
+        raise ModelError(
+            f"The model must give {classes} outputs an input, one a class, but gives shape {tuple(outputs.shape[1:])}; "
+            "check its arguments against the data."
+        )
+    _check_number("loss", task.loss, outputs, targets)
+    try:
+        _check_number("score", task.score, outputs, targets)
+    except ModelError:
+        # One may need more than two inputs, such as some of each class.
+        _check_number("score", task.score, *predict(task.model, task.data.validation))
+
+
+def check_float32(task: Task) -> None:
+    """Refuse a task that holds float64, which Apple's GPUs do not have.
+
+    Raises:
+        ModelError: a weight or buffer of the model or the loss, an input or a target is of float64 or complex128.
+    """
+    inputs, targets = next(batches(task.data.train, 2))
+    found = {"the inputs are": inputs, "the targets are": targets}
+    for module in (task.model, task.loss):
+        if isinstance(module, nn.Module):
+            found |= {f"{name} is": tensor for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    for name, tensor in found.items():
+        if isinstance(tensor, Tensor) and tensor.dtype in (torch.float64, torch.complex128):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"On --device mps there is no float64, but {name} of {kind}; make it float32, or use --device cpu."
+            )
+
+
+def _check_number(name: str, function: Callable[[Tensor, Tensor], Any], outputs: Tensor, targets: Tensor) -> None:
+    try:
+        float(function(outputs, targets))
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise ModelError(
+            f"The {name} must give one number for outputs of shape {tuple(outputs.shape)} and targets of shape "
+            f"{tuple(targets.shape)}, but raised {type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+def load_task(spec: StudySpec) -> Task:
+    """The task that a spec names.
+
+    Raises:
+        SpecError: a reference cannot be used, or does not take its arguments.
+        ModelError, DataError: it does not give a module, or splits.
+    """
+    about = spec.task
+    torch.manual_seed(spec.seed)  # of the initial weights
+    model = _call(about.model, about.model_args, "task.model")
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"task.model must give an nn.Module, but {about.model!r} gave a {type(model).__name__}.")
+    data = _call(about.data, about.data_args, "task.data")
+    if not isinstance(data, Splits):
+        raise DataError(f"task.data must give ranksearch.data.Splits, but {about.data!r} gave a {type(data).__name__}.")
+    return Task(model, data, resolve(about.loss, key="task.loss"), resolve(about.score, key="task.score"))
+
+
+def _call(reference: str, arguments: Mapping[str, Any], key: str) -> Any:
+    target = resolve(reference, key=key)
+    try:
+        inspect.signature(target).bind(**arguments)
+    except TypeError as error:
+        raise SpecError(f"{key}: {reference} must take the arguments {dict(arguments)}, but: {error}.") from None
+    try:
+        return target(**arguments)
+    except (OSError, ValueError, TypeError, LookupError, AssertionError, RuntimeError, pickle.UnpicklingError) as error:
+        raise SpecError(
+            f"{key}: {reference} must succeed with {dict(arguments)}, but raised {type(error).__name__}: {first_line(error)}"
+        ) from error

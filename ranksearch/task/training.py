@@ -1,0 +1,183 @@
+"""Fitting, scoring, and recalibrating a model on a task."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ranksearch.compress.surgery import copied
+from ranksearch.data import at_once, batches, sample, size
+from ranksearch.spec import Recipe
+from ranksearch.support.seeds import seeded
+from ranksearch.task.checkpoint import Checkpoint
+from ranksearch.task.task import Task, evaluation_batch, predict
+
+M = TypeVar("M", bound=nn.Module)
+
+ROUNDS, FEWEST_ROUNDS, PATIENCE = 30, 3, 30.0
+"""How often models are timed; less often where that would take longer than so many seconds."""
+CLIP_NORM = 5.0
+"""A gradient norm far above what healthy training shows here (below 3); it stops the one step that ruins a CP net."""
+WARM_UP = 0.15
+"""Share of the steps over which the learning rate rises; decomposed weights are badly scaled for a full first step."""
+
+
+class Diverged(Exception):
+    """The loss, or the score, became NaN or infinite."""
+
+
+def fit(
+    model: nn.Module, task: Task, recipe: Recipe, *, seed: int, device: torch.device, checkpoint: Checkpoint | None = None
+) -> Iterator[int]:
+    """Train `model` in place, yielding the number of epochs done after each; the caller may score it or stop.
+
+    The shuffling, and whatever the model draws (dropout), follow `seed` alone. From a checkpoint training goes on as if it had
+    never stopped; it is written once the caller has had the epoch.
+
+    Raises:
+        Diverged: the loss became NaN or infinite.
+    """
+    order = torch.Generator().manual_seed(seed)
+    steps = math.ceil(size(task.data.train) / at_once(task.data.train, recipe.batch_size)) * recipe.epochs
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    lower = recipe.precision == "bfloat16"
+    # One with weights for its classes has to follow the model; of a copy, since others use it on the CPU.
+    loss_of = copy.deepcopy(task.loss).to(device) if isinstance(task.loss, nn.Module) else task.loss
+    checkpoint = checkpoint or Checkpoint()
+    done = checkpoint.restore(order, model=model, optimizer=optimizer, schedule=schedule)
+    for epoch in range(done + 1, recipe.epochs + 1):
+        # The caller's random numbers are its own: an epoch neither follows them nor moves them on.
+        with seeded(seed + epoch, device):
+            model.train()
+            for inputs, targets in batches(task.data.train, recipe.batch_size, generator=order, device=device):
+                with torch.autocast(device.type, torch.bfloat16, enabled=lower):
+                    outputs = model(inputs)
+                # The loss in full: it is cheap, and may be one that knows no bfloat16.
+                loss = loss_of(outputs.float() if lower else outputs, targets)
+                if not torch.isfinite(loss):
+                    raise Diverged("the loss became NaN or infinite")
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+                optimizer.step()
+                schedule.step()
+        yield epoch
+        checkpoint.keep(epoch, order, model=model, optimizer=optimizer, schedule=schedule)
+
+
+def _rate(step: int, steps: int) -> float:
+    warm = max(1, round(steps * WARM_UP))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def place(model: M, device: torch.device, *, channels_last: bool = True) -> M:
+    """Put a model on a device, 2-D kernels with channels last: a third faster for factorized layers on a CPU."""
+    model.to(device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if channels_last and tensor.dim() == 4:  # all at once is for models without any 3-D kernel
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    return model
+
+
+def takes_channels_last(task: Task) -> bool:
+    """Whether the task's model, on the CPU, runs with its kernels so laid out: `x.view(len(x), -1)` fails behind one."""
+    inputs, _ = next(batches(task.data.train, 2))
+    twin = place(copied(task.model), torch.device("cpu"))
+    try:
+        with seeded(0), torch.no_grad():
+            for training in (False, True):
+                twin.train(training)(inputs)
+    except RuntimeError:
+        return False
+    return True
+
+
+def release(device: torch.device) -> None:
+    """Give back the memory of a GPU that torch holds in reserve: other processes share it."""
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
+
+
+@torch.no_grad()
+def score(model: nn.Module, task: Task, split: Dataset[Any], *, device: torch.device) -> float:
+    """The task's score of `model` on a whole split."""
+    outputs, targets = predict(model, split, device=device)
+    return float(task.score(outputs, targets))
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, task: Task, *, seed: int, device: torch.device, inputs: int = 2048) -> None:
+    """Measure the statistics of normalisation layers again, on at most `inputs` of the training split.
+
+    A decomposed layer shifts what the next normalisation sees; a score without this says little (EagleEye, ECCV 2020).
+    Which inputs, and in which batches, follows `seed` alone: a folder of images is often sorted by class.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    momenta, measured = [norm.momentum for norm in norms], set[nn.Module]()
+
+    def begin(norm: nn.modules.batchnorm._BatchNorm, inputs: Any) -> None:
+        # When it is called, since one that is not, as of another branch, keeps what it has.
+        if norm not in measured:
+            measured.add(norm)
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain average over the batches
+            norm.train()
+
+    model.eval()
+    order = torch.Generator().manual_seed(seed)
+    # The caller's random numbers are its own, and those of a data set that changes its inputs at random follow the seed.
+    with seeded(seed, device), ExitStack() as hooks:
+        for norm in norms:
+            hooks.enter_context(norm.register_forward_pre_hook(begin))
+        chosen = sample(task.data.train, inputs, seed=seed)
+        # Batches of one size: each counts alike in the average, and a few inputs left over have poor statistics.
+        most = at_once(chosen, evaluation_batch(chosen))
+        equal = math.ceil(size(chosen) / math.ceil(size(chosen) / most))
+        for batch, _ in batches(chosen, equal, generator=order, device=device):
+            model(batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+@torch.no_grad()
+def latencies_ms(models: list[nn.Module], example: Tensor, *, channels_last: bool = True) -> list[float]:
+    """Median milliseconds of one pass over `example`, for each model, on the example's device.
+
+    The models run in turn, round after round, so that they compare even where the machine's speed drifts; and are all laid out
+    alike, wherever they come from.
+    """
+    times: list[list[float]] = [[] for _ in models]
+    start = time.perf_counter()
+    for model in models:
+        place(model, example.device, channels_last=channels_last).eval()(example)
+    _finish(example.device)
+    whole = time.perf_counter() - start
+    for _ in range(max(FEWEST_ROUNDS, min(ROUNDS, int(PATIENCE / whole)))):
+        for model, taken in zip(models, times, strict=True):
+            start = time.perf_counter()
+            model(example)
+            _finish(example.device)
+            taken.append((time.perf_counter() - start) * 1e3)
+    return [statistics.median(taken) for taken in times]
+
+
+def _finish(device: torch.device) -> None:
+    """Wait for what a GPU was given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
