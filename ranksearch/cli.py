@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RankSearchError as error:
         sys.stderr.write(f"ranksearch: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output went away (`| head`): nothing is left to say, nor a place to say it.
         _close_output()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from ranksearch.cli import main
 from tests import nets
 from tests.conftest import refuse, snapshot
@@ -60,6 +62,12 @@ def test_an_output_that_is_a_file(study_file, capsys):
     assert refuse(capsys, "study", "small.toml", "--out", "small.toml").startswith(
         "The output must be a folder, but small.toml is"
     )
+
+
+def test_an_output_whose_name_is_no_text(study_file, tmp_path, capsys):
+    told = refuse(capsys, "study", "small.toml", "--out", os.fsdecode(b"runs/\xff"))
+    assert told == "The output folder's name must be UTF-8, but is 'runs/\\udcff'; choose another --out."
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_folder_in_use(copied, study_file, capsys):

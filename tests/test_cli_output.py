@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import sqlite3
 import subprocess
 import sys
 from collections import OrderedDict
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from torch.nn import Flatten, Linear, Sequential
 
+from ranksearch import database, storage
 from ranksearch.cli import main
 from tests import nets
 
@@ -50,6 +53,31 @@ def test_a_table_goes_to_any_output(study_file, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     assert main(["layers", "small.toml"]) == 0
     assert "łódź" in sys.stdout.getvalue()
+
+
+def test_ctrl_c_ends_any_command(copied, monkeypatch):
+    def impatient(*arguments, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ranksearch.folder.open_study", impatient)
+    assert main(["report", str(copied)]) == 130
+
+
+def test_a_report_tells_that_it_waits(copied, monkeypatch, capsys):
+    monkeypatch.setattr(storage, "PATIENCE", 0.1)
+    monkeypatch.setattr(storage, "INTERVAL", 0.1)
+    monkeypatch.setattr(database, "BUSY_TIMEOUT", 0.02)
+    with closing(sqlite3.connect(copied / "study.db", isolation_level=None)) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        assert main(["report", str(copied)]) == 2
+    waits, ends = capsys.readouterr().err.splitlines()
+    assert waits.startswith(
+        f"ranksearch: the storage sqlite:///{copied}/study.db is locked by another program; trying again for"
+    )
+    assert ends.startswith(
+        f"ranksearch: The storage sqlite:///{copied}/study.db must be usable as long as a study runs, but has been"
+    )
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")

@@ -1,4 +1,4 @@
-"""The folder of a study: whose it is, that one run at a time has it, and the Optuna storage inside or outside it."""
+"""The folder of a study, and its Optuna record inside or outside it: whose they are, one run at a time, the same study."""
 
 from __future__ import annotations
 
@@ -54,6 +54,10 @@ def claimed(folder: Path, spec: StudySpec, storage: str | None, *, fresh: bool, 
             be written, or it or the study is in use.
         SpecError: the spec in it is damaged, or of another release.
     """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise StudyError(f"The output folder's name must be UTF-8, but is {str(folder)!r}; choose another --out.") from None
     if folder.exists() and not folder.is_dir():
         raise StudyError(f"The output must be a folder, but {folder} is a file; choose another --out.")
     ours = _is_a_studys(folder)
