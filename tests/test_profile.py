@@ -14,6 +14,7 @@ from ranksearch import plan
 from ranksearch.compress.inventory import inventory
 from ranksearch.compress.profile import LEVELS, kernel, profile, rank_grid, vbmf_ranks
 from ranksearch.compress.surgery import factorize_
+from ranksearch.errors import StudyError
 from ranksearch.methods import METHODS
 from ranksearch.support.files import write_whole
 from ranksearch.tensors.matrix import unfold
@@ -372,5 +373,7 @@ def test_profiles_at_once_share_a_cache(cache):
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
     blocked = Path(tmp_path / "file")
     blocked.write_text("not a folder")
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(
+        StudyError, match=r"The layer's factors .*/file/profile/.* cannot be written: .*; mend that, and the same"
+    ):
         made(cache=blocked / "profile")

@@ -167,6 +167,7 @@ def profile(
 
     Raises:
         ModelError: the inputs of a layer hold NaN or infinity.
+        StudyError: a file of the cache cannot be written.
     """
     # A metric is known by what it follows from: its own last bits change with the number of threads.
     about = "" if inputs is None else source(model, inputs)
