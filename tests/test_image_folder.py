@@ -160,6 +160,7 @@ def test_a_class_without_pictures(pets):
         (pets / part / "emu").mkdir()
     with pytest.raises(DataError, match=r"Each class must hold pictures, but .*/train/emu holds none; add some, or delete it"):
         image_folder(root=str(pets), size=16)
+    (pets / "train" / "cat" / "notes.txt").touch()
     (pets / "train" / "emu" / "0.heic").touch()
     with pytest.raises(DataError, match=r"emu holds none, only files like train/emu/0\.heic; add some"):
         image_folder(root=str(pets), size=16)

@@ -101,8 +101,8 @@ def _listed(folder: Path, classes: Sequence[str]) -> tuple[list[tuple[Path, int]
     numbers = {name: number for number, name in enumerate(classes)}
     samples = make_dataset(str(folder), numbers, is_valid_file=is_picture, allow_empty=True)
     if empty := sorted(set(classes) - {classes[label] for _, label in samples}):
-        why = f", only files like {left_out[0]}" if left_out else ""
-        raise DataError(f"Each class must hold pictures, but {folder / empty[0]} holds none{why}; add some, or delete it.")
+        there = next((f", only files like {path}" for path in left_out if path.parts[1] == empty[0]), "")
+        raise DataError(f"Each class must hold pictures, but {folder / empty[0]} holds none{there}; add some, or delete it.")
     return [(Path(name), label) for name, label in samples], left_out
 
 

@@ -75,7 +75,7 @@ def image_folder(
 
 def _validation_folder(root: Path, train: str, test: str, given: str | None) -> str | None:
     """The folder of the pictures for validation; None where pictures for training are held out."""
-    if Path(test) in (Path(train), Path(given or "")):
+    if Path(test) in (Path(train), Path(given or train)):
         raise DataError(f"Pictures for test must serve nothing else, but test_folder = {test!r} does; name another folder.")
     if given is not None:
         return None if Path(given) == Path(train) else given

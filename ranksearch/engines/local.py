@@ -30,7 +30,10 @@ import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's business
 from multiprocessing.connection import Connection
 driver = Connection(int(sys.argv[1]))
-sys.path[:] = driver.recv()
+try:
+    sys.path[:] = driver.recv()
+except EOFError:
+    sys.exit(1)  # the driver is gone
 from ranksearch.errors import described, unloadable
 try:
     from ranksearch.engines.worker import serve
