@@ -59,7 +59,7 @@ def test_ctrl_c_ends_any_command(copied, monkeypatch):
     def impatient(*arguments, **more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ranksearch.folder.open_study", impatient)
+    monkeypatch.setattr("ranksearch.study.folder.open_study", impatient)
     assert main(["report", str(copied)]) == 130
 
 
