@@ -27,7 +27,7 @@ from ranksearch.methods.layer import Layer
 from ranksearch.plan import SVD, Dense, Factorization, Plan, Tucker2
 from ranksearch.results.record import Probe
 from ranksearch.spec import StudySpec, load_spec
-from ranksearch.strategy.frontier import Choice
+from ranksearch.strategy.predicted_front import Choice
 from ranksearch.strategy.sensitivity import predicted_choices, values_to_probe
 from ranksearch.strategy.space import Space, make_space
 from ranksearch.study.dense import load_weights, train_dense
@@ -35,7 +35,7 @@ from ranksearch.study.study import CALIBRATION
 from ranksearch.support.files import write_whole
 from ranksearch.task import training
 from ranksearch.task.checkpoint import Checkpoint
-from ranksearch.task.evaluation import Answer, Evaluator, Job, Stage
+from ranksearch.task.evaluation import Evaluator, Job, Result, Stage
 from ranksearch.task.task import load_task
 
 CPU = torch.device("cpu")
@@ -104,8 +104,8 @@ class Trained:
         task = self._evaluate.task
         model = copy.deepcopy(task.model)
         try:
-            for rung in self._evaluate._rungs(model, Job(0, plan, seed), Checkpoint()):
-                scores.append(rung.score)
+            for curve_point in self._evaluate._curve_points(model, Job(0, plan, seed), Checkpoint()):
+                scores.append(curve_point.score)
                 seconds.append(time.process_time() - start)
         except training.Diverged:
             scores += [0.0] * (self.epochs + 1 - len(scores))
@@ -118,9 +118,9 @@ class Trained:
             start, found = time.process_time(), {}
             wanted = [Plan(), *(Plan.of({n: v}) for n, layer in self.profile.layers.items() for v in values_to_probe(layer))]
             for plan in wanted:
-                (answer,) = list(self._evaluate(Job(0, plan, self.spec.seed, Stage.PROBE)))
-                assert isinstance(answer, Answer)
-                found[json.dumps(plan.to_dict())] = answer.loss
+                (result,) = list(self._evaluate(Job(0, plan, self.spec.seed, Stage.PROBE)))
+                assert isinstance(result, Result)
+                found[json.dumps(plan.to_dict())] = result.loss
             path.write_text(json.dumps({"seconds": time.process_time() - start, "losses": found}))
         data = json.loads(path.read_text())
         losses = {Plan.from_dict(json.loads(text)): loss for text, loss in data["losses"].items()}
@@ -169,8 +169,10 @@ class Simulated:
             found = [m.value(axis.layer, ranks) for m in axis.methods for ranks in rank_grid(m, axis.layer)]
             name, costs = axis.layer.name, [METHODS[type(v)].params(axis.layer, v.ranks) for v in found]
             squares = [self._square(axis.layer, value) for value in found]
-            rise = 4 * self._costs[name] * seen[name]
-            self.choices[name] = [Choice(v, c, rise * e * (1 + e)) for v, c, e in zip(found, costs, squares, strict=True)]
+            loss_increase = 4 * self._costs[name] * seen[name]
+            self.choices[name] = [
+                Choice(v, c, loss_increase * e * (1 + e)) for v, c, e in zip(found, costs, squares, strict=True)
+            ]
             self.blind[name] = [Choice(v, c, e) for v, c, e in zip(found, costs, squares, strict=True)]
 
     def run(self, plan: Plan, seed: int) -> Run:

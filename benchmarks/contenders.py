@@ -15,16 +15,16 @@ from arenas import Run, Simulated, Trained
 from ranksearch.plan import Dense, Plan
 from ranksearch.results.limits import UNLIMITED
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import Outcome, Rung
-from ranksearch.strategy.frontier import Choice, frontier
+from ranksearch.results.record import CurvePoint, Outcome
 from ranksearch.strategy.ledger import Ledger
+from ranksearch.strategy.predicted_front import Choice, predicted_front
 from ranksearch.strategy.prior import WEAKENINGS, vbmf_plans
 from ranksearch.strategy.sampler import Knowledge
 from ranksearch.strategy.sensitivity import rescuable, spread
 from ranksearch.strategy.space import size_of
 from ranksearch.strategy.surrogate import Table
-from ranksearch.study.probing import FRONTIER_PLANS
-from ranksearch.task.evaluation import Answer
+from ranksearch.study.probing import PREDICTED_PLANS
+from ranksearch.task.evaluation import Result
 
 Arena: TypeAlias = Trained | Simulated
 Choices: TypeAlias = Mapping[str, Sequence[Choice]]
@@ -87,8 +87,8 @@ class Contender:
         for job in ledger.jobs(trials):
             asked = time.process_time() - start
             run = arena.run(job.plan, seed)
-            curve = tuple(Rung(epoch, score) for epoch, score in enumerate(run.scores))
-            ledger.receive(job, Answer(Outcome.DONE, curve, run.seconds[-1]))
+            curve = tuple(CurvePoint(epoch, score) for epoch, score in enumerate(run.scores))
+            ledger.receive(job, Result(Outcome.DONE, curve, run.seconds[-1]))
             _note(found, run, log_ratio(arena, job.plan), asked)
             start = time.process_time()
         return found
@@ -122,13 +122,13 @@ def vbmf_sweep(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
 
 
 def frontier_first(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
-    corners = rescuable(frontier(dense_params(arena), arena.choices))
-    return [("frontier", corner.plan) for corner in spread(corners, arena.inventory.params, FRONTIER_PLANS)]
+    corners = rescuable(predicted_front(dense_params(arena), arena.choices))
+    return [("frontier", corner.plan) for corner in spread(corners, arena.inventory.params, PREDICTED_PLANS)]
 
 
 def frontier_alone(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
     """The predicted frontier, evenly spread."""
-    corners = frontier(dense_params(arena), arena.choices)
+    corners = predicted_front(dense_params(arena), arena.choices)
     return [("frontier", corner.plan) for corner in spread(corners, arena.inventory.params, trials)]
 
 
@@ -139,12 +139,12 @@ def greedy(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
     def within(bound: float) -> Plan:
         smallest = {}
         for name, params in dense.items():
-            fitting = [choice for choice in arena.choices[name] if choice.rise <= bound]
-            smallest[name] = min(fitting, key=lambda c: (c.cost, c.rise), default=Choice(Dense(), params, 0.0)).value
+            fitting = [choice for choice in arena.choices[name] if choice.loss_increase <= bound]
+            smallest[name] = min(fitting, key=lambda c: (c.cost, c.loss_increase), default=Choice(Dense(), params, 0.0)).value
         return Plan.of(smallest)
 
-    rises = sorted({choice.rise for choices in arena.choices.values() for choice in choices})
-    plans = list({plan: None for bound in rises if (plan := within(bound)).layers})
+    loss_increases = sorted({choice.loss_increase for choices in arena.choices.values() for choice in choices})
+    plans = list({plan: None for bound in loss_increases if (plan := within(bound)).layers})
     sizes = [log_ratio(arena, plan) for plan in plans]
     wanted = np.linspace(sizes[0], sizes[-1], trials)
     nearest = dict.fromkeys(int(np.argmin(np.abs(np.array(sizes) - at))) for at in wanted)

@@ -28,11 +28,11 @@ from ranksearch.engines.base import Engine
 from ranksearch.models import lenet
 from ranksearch.results.limits import UNLIMITED
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import Outcome, Rung
+from ranksearch.results.record import CurvePoint, Outcome
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.space import make_space
 from ranksearch.study import folder
-from ranksearch.task.evaluation import Answer, Job
+from ranksearch.task.evaluation import Job, Result
 
 TRIALS, WORKERS = 100, 2
 
@@ -81,8 +81,8 @@ def ours(make: Callable[[], Engine]) -> Clock:
         )
         answers = []
 
-        def on_message(job: Job, message: Rung | Answer) -> None:
-            if isinstance(message, Answer):
+        def on_message(job: Job, message: CurvePoint | Result) -> None:
+            if isinstance(message, Result):
                 ledger.receive(job, message)
                 answers.append(time.perf_counter())
 
@@ -92,9 +92,9 @@ def ours(make: Callable[[], Engine]) -> Clock:
         return start, answers, time.perf_counter()
 
 
-def nothing(job: Job) -> Iterator[Rung | Answer]:
-    yield Rung(0, 0.5)
-    yield Answer(Outcome.DONE, (Rung(0, 0.5),))
+def nothing(job: Job) -> Iterator[CurvePoint | Result]:
+    yield CurvePoint(0, 0.5)
+    yield Result(Outcome.DONE, (CurvePoint(0, 0.5),))
 
 
 def plain() -> Clock:

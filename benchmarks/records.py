@@ -27,14 +27,14 @@ from pages import machine, row, table, write_section
 from ranksearch import cli, console
 from ranksearch.compress.inventory import inventory
 from ranksearch.data import example
-from ranksearch.results.attributes import read_facts, read_firsts
+from ranksearch.results.attributes import read_facts, read_initial_plans
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import Outcome, Rung, TrialRecord
+from ranksearch.results.record import CurvePoint, Outcome, TrialRecord
 from ranksearch.spec import load_spec
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.space import make_space
 from ranksearch.study import folder, study
-from ranksearch.task.evaluation import Answer, Job
+from ranksearch.task.evaluation import Job, Result
 from ranksearch.task.task import load_task
 
 TRIALS, ASKS, REPEATS = 5000, 20, 3
@@ -69,7 +69,7 @@ def build(out: Path, costs: str) -> None:
     space = make_space(found, spec.space.methods)
     dense = read_facts(record).dense.score_validation
     ledger = Ledger(
-        record, space, found, read_firsts(record) or [], sampler="random", seed=spec.seed, dense_score=dense,
+        record, space, found, read_initial_plans(record) or [], sampler="random", seed=spec.seed, dense_score=dense,
         limits=spec.search.limits, objectives=Objectives(spec.search.minimize, found.macs),
     )  # fmt: skip
     for job in ledger.jobs(TRIALS):
@@ -81,10 +81,10 @@ def settings(costs: str) -> list[str]:
     return [*SHORT, f"search.minimize={costs}"]
 
 
-def made_up(job: Job, dense: float) -> Answer:
+def made_up(job: Job, dense: float) -> Result:
     """An answer with a curve of four rungs, which rises to somewhere below the dense score."""
     drop = random.Random(job.key).lognormvariate(-2.5, 1.0)
-    return Answer(Outcome.DONE, tuple(Rung(epochs, dense - drop * 2 ** (3 - epochs)) for epochs in range(4)), seconds=1.0)
+    return Result(Outcome.DONE, tuple(CurvePoint(epochs, dense - drop * 2 ** (3 - epochs)) for epochs in range(4)), seconds=1.0)
 
 
 def figures(out: Path, costs: str) -> dict[str, float]:
@@ -118,9 +118,9 @@ def start(out: str, costs: str, begun: float) -> None:
                 yield job
             raise KeyboardInterrupt
 
-        def receive(self, job: Job, answer: Answer) -> TrialRecord:
+        def receive(self, job: Job, result: Result) -> TrialRecord:
             before = time.time()
-            found = super().receive(job, answer)
+            found = super().receive(job, result)
             tells.append(time.time() - before)
             return found
 

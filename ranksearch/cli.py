@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ranksearch import __version__
 from ranksearch.errors import RankSearchError, StudyError
-from ranksearch.support.files import GOES_ON, writing
+from ranksearch.support.files import RESUME_HINT, writing
 
 if TYPE_CHECKING:
     import optuna
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _close_output()  # it may be what has no room: what it still holds would fail again at exit
         where = f" ({error.filename})" if error.filename else ""
         with suppress(OSError):
-            sys.stderr.write(f"ranksearch: The disk is full{where}: {error.strerror}; {GOES_ON}.\n")
+            sys.stderr.write(f"ranksearch: The disk is full{where}: {error.strerror}; {RESUME_HINT}.\n")
         return 2
 
 

@@ -17,9 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID,
 from rich.table import Table
 from rich.text import Text
 
-from ranksearch.results.record import DenseFacts, LayerFacts, Outcome, Rung, StudyFacts, StudyRecord, TrialRecord
+from ranksearch.results.record import CurvePoint, DenseFacts, LayerFacts, Outcome, StudyFacts, StudyRecord, TrialRecord
 
-SELDOM = 60.0
+QUIET_SECONDS = 60.0
 """Seconds without a line after which a log is told how far a long stage is."""
 RATIOS = {"params": "ratio", "macs": "MACs ratio"}
 """What the ratios to the dense model are called over the front's columns, by the cost that is minimised."""
@@ -51,7 +51,7 @@ class View(abc.ABC):
         """The dense model and its layers are known."""
 
     @abc.abstractmethod
-    def rung(self, number: int, rung: Rung) -> None:
+    def curve_point(self, number: int, curve_point: CurvePoint) -> None:
         """A trial or a finalist got so far."""
 
     @abc.abstractmethod
@@ -70,7 +70,7 @@ class Silent(View):
 
     def facts(self, facts: StudyFacts) -> None: ...
 
-    def rung(self, number: int, rung: Rung) -> None: ...
+    def curve_point(self, number: int, curve_point: CurvePoint) -> None: ...
 
     def trial(self, record: TrialRecord, trials: Sequence[TrialRecord]) -> None: ...
 
@@ -99,8 +99,8 @@ class Plain(View):
         self._facts = facts
         self._print(dense_line(facts.dense, facts.score_name))
 
-    def rung(self, number: int, rung: Rung) -> None:
-        self._print_seldom(rung_line(number, rung, self._facts))
+    def curve_point(self, number: int, curve_point: CurvePoint) -> None:
+        self._print_seldom(curve_point_line(number, curve_point, self._facts))
 
     def trial(self, record: TrialRecord, trials: Sequence[TrialRecord]) -> None:
         # A tight limit turns down many proposals for each that is trained; their number is told at the end.
@@ -109,7 +109,7 @@ class Plain(View):
             self._print(trial_line(record, self._facts))
 
     def _print_seldom(self, text: str) -> None:
-        if time.monotonic() - self._last >= SELDOM:
+        if time.monotonic() - self._last >= QUIET_SECONDS:
             self._print(text)
 
     def _print(self, text: str) -> None:
@@ -155,8 +155,8 @@ class Terminal(View):
     def facts(self, facts: StudyFacts) -> None:
         self._facts = facts
 
-    def rung(self, number: int, rung: Rung) -> None:
-        self._note(rung_line(number, rung, self._facts), advance=0)
+    def curve_point(self, number: int, curve_point: CurvePoint) -> None:
+        self._note(curve_point_line(number, curve_point, self._facts), advance=0)
 
     def trial(self, record: TrialRecord, trials: Sequence[TrialRecord]) -> None:
         assert self._facts is not None, "trials come after the facts"
@@ -219,10 +219,10 @@ def trial_line(record: TrialRecord, facts: StudyFacts) -> str:
     return f"{kind} {record.number} [{record.origin}] {found}{test}, {seconds:.1f} s: {record.plan}"
 
 
-def rung_line(number: int, rung: Rung, facts: StudyFacts | None) -> str:
+def curve_point_line(number: int, curve_point: CurvePoint, facts: StudyFacts | None) -> str:
     """One line about a trial or finalist that is being trained."""
     assert facts is not None, "trials come after the facts"
-    return f"trial {number}: epoch {rung.epochs:g}, {score_text(rung.score, facts.score_name)}"
+    return f"trial {number}: epoch {curve_point.epochs:g}, {score_text(curve_point.score, facts.score_name)}"
 
 
 def dense_line(dense: DenseFacts, score_name: str) -> str:

@@ -26,7 +26,7 @@ SAMPLERS = ("rank", "tpe", "nsga2", "gp", "random")
 PRECISIONS = ("float32", "bfloat16")
 STARTS = ("decomposed", "scratch")
 SCHEDULES = ("one-shot", "layerwise")
-METHODS = tuple(name for name in KINDS if name != "dense")
+METHOD_NAMES = tuple(name for name in KINDS if name != "dense")
 
 
 def _checked(rule: str, holds: Callable[[Any], bool], *, choices: Sequence[str] = (), **kwargs: Any) -> Any:
@@ -217,8 +217,8 @@ def parse_spec(text: str, *, source: str, overrides: Sequence[str] = (), resolve
         data = _as_it_was(data)
     spec: StudySpec = _section(StudySpec, data, source=source, path="")
     for method in spec.space.methods:
-        if method not in METHODS:
-            raise SpecError(f"space.methods must name methods, but {method!r} is none.{nearest(method, METHODS)}")
+        if method not in METHOD_NAMES:
+            raise SpecError(f"space.methods must name methods, but {method!r} is none.{nearest(method, METHOD_NAMES)}")
     if spec.space.start == "scratch" and (spec.finalists.schedule != "one-shot" or spec.finalists.sweeps):
         raise SpecError(
             "finalists.schedule must be one-shot and finalists.sweeps 0 where space.start is scratch, which decomposes no "

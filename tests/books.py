@@ -9,13 +9,13 @@ from ranksearch.data import example
 from ranksearch.plan import Dense
 from ranksearch.results.limits import UNLIMITED
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import Outcome, Rung
-from ranksearch.strategy.frontier import Choice
+from ranksearch.results.record import CurvePoint, Outcome
 from ranksearch.strategy.ledger import Ledger
+from ranksearch.strategy.predicted_front import Choice
 from ranksearch.strategy.sampler import Knowledge
 from ranksearch.strategy.space import make_space, size_of
 from ranksearch.strategy.surrogate import Table
-from ranksearch.task.evaluation import Answer
+from ranksearch.task.evaluation import Result
 from tests import nets
 
 FOUND = inventory(nets.small(), example(nets.few_digits().train))
@@ -26,7 +26,7 @@ DENSE_SCORE = 0.65
 """Scores up to 0.87 are made up: some plans beat the dense model, some are worth nothing."""
 
 
-def offered(space=SPACE):
+def rank_ranges(space=SPACE):
     """By layer, some dozen choices over all sizes, whose rises grow with what they save, and in some layers more."""
     found = {}
     for place, axis in enumerate(space.axes):
@@ -44,7 +44,7 @@ def offered(space=SPACE):
 
 def knowledge(space=SPACE, *, limits=UNLIMITED, suggested=(), minimize=("params",)):
     """What the sampler "rank" starts from, without any training."""
-    return Knowledge(space, Table(FOUND, offered(space), minimize), DENSE_SCORE, limits, suggested)
+    return Knowledge(space, Table(FOUND, rank_ranges(space), minimize), DENSE_SCORE, limits, suggested)
 
 
 class Books:
@@ -57,7 +57,7 @@ class Books:
         limits=UNLIMITED,
         sampler="random",
         seed=0,
-        firsts=(),
+        initial_plans=(),
         suggested=(),
         minimize=("params",),
     ):
@@ -66,7 +66,7 @@ class Books:
         self.untrained, self.trained, self.queued = [], [], []
         self.arguments = {"sampler": sampler, "seed": seed, "limits": limits, "objectives": objectives}
         self.arguments["on_untrained"] = self.untrained.append
-        self.space, self.firsts, self.suggested = space, firsts, suggested
+        self.space, self.initial_plans, self.suggested = space, initial_plans, suggested
 
     def ledger(self):
         known = knowledge(
@@ -75,7 +75,9 @@ class Books:
             suggested=self.suggested,
             minimize=self.arguments["objectives"].minimize,
         )
-        return Ledger(self.study, self.space, FOUND, self.firsts, dense_score=DENSE_SCORE, knowledge=known, **self.arguments)
+        return Ledger(
+            self.study, self.space, FOUND, self.initial_plans, dense_score=DENSE_SCORE, knowledge=known, **self.arguments
+        )
 
     def run(self, trials, *, kill_after=None):
         """All trials, or as many as there are before a kill that leaves the last one running."""
@@ -84,11 +86,11 @@ class Books:
         for count, job in enumerate(ledger.jobs(trials)):
             if count == kill_after:
                 break
-            self.trained.append(ledger.receive(job, answer(job.plan)))
+            self.trained.append(ledger.receive(job, result(job.plan)))
         return ledger
 
 
-def answer(plan):
+def result(plan):
     """A score that a plan alone decides; one plan in eight diverges."""
     score = (size_of(plan, FOUND).params * 37 % 101) / 100
-    return Answer(Outcome.DIVERGED if score > 0.87 else Outcome.DONE, (Rung(0, score / 2), Rung(1, score)), 2.5)
+    return Result(Outcome.DIVERGED if score > 0.87 else Outcome.DONE, (CurvePoint(0, score / 2), CurvePoint(1, score)), 2.5)

@@ -127,7 +127,9 @@ def test_data_aware_factors_are_those_of_the_same_net_with_its_channels_first():
         for method in methods:
             plan = Plan.of({"fc": method.value(found["fc"], tuple(min(3, b) for b in method.bounds((7, 4, 6, 5))))})
             factors = layers.factors(plan)
-            small = factorize_(copy.deepcopy(model), plan, factors=factors, shifts=layers.shifts(plan, factors))
+            small = factorize_(
+                copy.deepcopy(model), plan, factors=factors, bias_corrections=layers.bias_corrections(plan, factors)
+            )
             made.append(small(inputs))
     half = len(made) // 2
     torch.testing.assert_close(made[half:], made[:half], rtol=1e-3, atol=1e-4)

@@ -10,12 +10,12 @@ from torch import nn
 
 from ranksearch.console import Silent
 from ranksearch.errors import StudyError
-from ranksearch.results.record import Outcome, Rung
+from ranksearch.results.record import CurvePoint, Outcome
 from ranksearch.study.options import Options
 from ranksearch.study.study import Stopped, run_study
 from ranksearch.task import checkpoint, training
 from ranksearch.task.checkpoint import Checkpoint
-from ranksearch.task.evaluation import Answer, Evaluator, Job, Stage
+from ranksearch.task.evaluation import Evaluator, Job, Result, Stage
 from ranksearch.task.task import Task
 from ranksearch.task.training import Recipe
 from tests import nets
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def always(monkeypatch):
     """A checkpoint after every epoch, however short."""
-    monkeypatch.setattr(checkpoint, "EVERY", 0.0)
+    monkeypatch.setattr(checkpoint, "MIN_SECONDS_BETWEEN", 0.0)
 
 
 def forgetful():
@@ -100,39 +100,39 @@ def test_rungs_and_seconds_go_on(always, tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
     kept = Checkpoint(path, "this")
-    kept.rungs.append(Rung(0, 0.25))
+    kept.curve_points.append(CurvePoint(0, 0.25))
     now[0] = 107.0
     kept.keep(1, torch.Generator(), model=model)
     now[0] = 200.0
     again = Checkpoint(path, "this")
     now[0] = 201.0
-    assert again.rungs == [Rung(0, 0.25)]
+    assert again.curve_points == [CurvePoint(0, 0.25)]
     assert again.seconds() == 8.0
 
 
 @pytest.mark.parametrize("options", [{}, {"scratch": True}, {"schedule": "layerwise"}, {"sweeps": 2}], ids=str)
 def test_a_finalist_goes_on_wherever_it_was_killed(always, tmp_path, evaluator, options):
     job = Job(7, PLAN, 0, Stage.FINALIST)
-    *rungs, whole = evaluator(**options)(job)
-    assert isinstance(whole, Answer)
-    for killed_at in range(1, len(rungs) + 1):
+    *curve_points, whole = evaluator(**options)(job)
+    assert isinstance(whole, Result)
+    for killed_at in range(1, len(curve_points) + 1):
         folder = tmp_path / str(killed_at)
         folder.mkdir()
         messages = evaluator(**options, unfinished=folder)(job)
         for _ in range(killed_at):
             next(messages)
         del messages
-        *again, answer = evaluator(**options, unfinished=folder)(job)
+        *again, result = evaluator(**options, unfinished=folder)(job)
         held = killed_at - 1 if killed_at > 2 else 0  # an epoch is kept once the caller had its score
-        assert again == rungs[held:]
-        assert answer.curve == whole.curve
-        assert answer.weights == whole.weights
-        assert answer.score_test == whole.score_test
+        assert again == curve_points[held:]
+        assert result.curve == whole.curve
+        assert result.weights == whole.weights
+        assert result.score_test == whole.score_test
 
 
 def test_a_worker_elsewhere_keeps_none(always, tmp_path, evaluator):
-    *_, answer = evaluator(unfinished=tmp_path / "not here")(Job(7, PLAN, 0, Stage.FINALIST))
-    assert answer.score_test is not None
+    *_, result = evaluator(unfinished=tmp_path / "not here")(Job(7, PLAN, 0, Stage.FINALIST))
+    assert result.score_test is not None
     assert not list(tmp_path.iterdir())
 
 
@@ -140,7 +140,7 @@ class Stopping(Silent):
     """Ctrl-C at the nth message of one stage."""
 
     def __init__(self, stage, at):
-        self.wanted, self.left, self.now, self.done, self.rungs = stage, at, "", [], []
+        self.wanted, self.left, self.now, self.done, self.curve_points = stage, at, "", [], []
 
     def stage(self, name, total, done=0):
         self.now = name
@@ -155,9 +155,9 @@ class Stopping(Silent):
     def step(self, text=""):
         self.tick()
 
-    def rung(self, key, rung):
+    def curve_point(self, key, curve_point):
         if self.now == "finalists":
-            self.rungs.append(rung.epochs)
+            self.curve_points.append(curve_point.epochs)
         self.tick()
 
 
@@ -176,27 +176,27 @@ def test_a_study_goes_on_in_the_midst_of_a_training(always, tmp_path, stage, at)
     assert record.facts.dense.score_test == whole.facts.dense.score_test
     assert not (out / "unfinished").exists()
     assert (out / "dense.safetensors").read_bytes() == (tmp_path / "whole" / "small" / "dense.safetensors").read_bytes()
-    assert (stage, 7) in view.done if stage != "finalists" else view.rungs == [3, 4, 5]
+    assert (stage, 7) in view.done if stage != "finalists" else view.curve_points == [3, 4, 5]
 
 
 def test_a_finalist_that_ran_out_of_memory_goes_on(always, tmp_path, monkeypatch):
     spec, out = small_spec("search.trials=1", "finalists.count=1", "finalists.epochs=4"), tmp_path / "small"
-    rungs = Evaluator._rungs
+    curve_points = Evaluator._curve_points
 
     def short_of_memory(self, model, job, checkpoint):
-        for rung in rungs(self, model, job, checkpoint):
-            if job.stage is Stage.FINALIST and rung.epochs == 3:
+        for curve_point in curve_points(self, model, job, checkpoint):
+            if job.stage is Stage.FINALIST and curve_point.epochs == 3:
                 raise RuntimeError("CUDA error: out of memory")
-            yield rung
+            yield curve_point
 
-    monkeypatch.setattr(Evaluator, "_rungs", short_of_memory)
+    monkeypatch.setattr(Evaluator, "_curve_points", short_of_memory)
     (trial,) = run_study(spec, out, Options(workers=0)).trials
     assert trial.failed is Outcome.OUT_OF_MEMORY
-    monkeypatch.setattr(Evaluator, "_rungs", rungs)
+    monkeypatch.setattr(Evaluator, "_curve_points", curve_points)
     view = Stopping("", 0)
     (trial,) = run_study(spec, out, Options(workers=0), view=view).trials
-    assert view.rungs == [3, 4]
-    assert [rung.epochs for rung in trial.finalist.curve] == [0, 1, 2, 3, 4]
+    assert view.curve_points == [3, 4]
+    assert [curve_point.epochs for curve_point in trial.finalist.curve] == [0, 1, 2, 3, 4]
     assert not (out / "unfinished").exists()
 
 
@@ -213,9 +213,9 @@ def test_memory_that_is_short_in_words_only_is_no_bug(evaluator, trained, messag
     def failing(outputs, targets):
         raise RuntimeError(message)
 
-    *_, answer = replace(evaluator(), task=replace(trained, loss=failing))(Job(0, PLAN, 0))
-    assert answer.outcome is Outcome.OUT_OF_MEMORY
-    assert [rung.epochs for rung in answer.curve] == [0]
+    *_, result = replace(evaluator(), task=replace(trained, loss=failing))(Job(0, PLAN, 0))
+    assert result.outcome is Outcome.OUT_OF_MEMORY
+    assert [curve_point.epochs for curve_point in result.curve] == [0]
 
 
 def test_another_runtime_error_is_one(evaluator, trained):

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from torch.nn import Flatten, Linear, Sequential
 
-from ranksearch import database, storage
 from ranksearch.cli import main
+from ranksearch.study import database, storage
 from tests import nets
 
 
@@ -64,8 +64,8 @@ def test_ctrl_c_ends_any_command(copied, monkeypatch):
 
 
 def test_a_report_tells_that_it_waits(copied, monkeypatch, capsys):
-    monkeypatch.setattr(storage, "PATIENCE", 0.1)
-    monkeypatch.setattr(storage, "INTERVAL", 0.1)
+    monkeypatch.setattr(storage, "MAX_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(storage, "RETRY_SECONDS", 0.1)
     monkeypatch.setattr(database, "BUSY_TIMEOUT", 0.02)
     with closing(sqlite3.connect(copied / "study.db", isolation_level=None)) as other:
         other.execute("PRAGMA locking_mode = EXCLUSIVE")

@@ -25,10 +25,10 @@ from ranksearch.engines import ray, tune
 from ranksearch.errors import ModelError, StudyError
 from ranksearch.plan import Plan
 from ranksearch.results.attributes import read_trials
-from ranksearch.results.record import Outcome, Rung
+from ranksearch.results.record import CurvePoint, Outcome
 from ranksearch.study.options import Options
 from ranksearch.study.study import run_study
-from ranksearch.task.evaluation import Answer, Job
+from ranksearch.task.evaluation import Job, Result
 from tests.books import Books
 from tests.conftest import essence, refuse, small_spec, snapshot, stored
 from tests.test_engines import REFUSED
@@ -178,11 +178,11 @@ def test_a_model_that_cannot_be_pickled(study_file, capsys, engine):
 
 def slow(job):
     """Three rungs, a second in all; the first holds the process that it runs in."""
-    yield Rung(0, float(os.getpid()))
+    yield CurvePoint(0, float(os.getpid()))
     for epoch in (1, 2):
         time.sleep(0.5)
-        yield Rung(epoch, job.seed / 100)
-    yield Answer(Outcome.DONE, (Rung(2, job.seed / 100),))
+        yield CurvePoint(epoch, job.seed / 100)
+    yield Result(Outcome.DONE, (CurvePoint(2, job.seed / 100),))
 
 
 def test_thirty_trials_on_three_nodes_two_of_which_are_lost():
@@ -198,7 +198,7 @@ def test_thirty_trials_on_three_nodes_two_of_which_are_lost():
 
             def on_message(job, message):
                 nonlocal node_lost
-                if isinstance(message, Answer):
+                if isinstance(message, Result):
                     found = ledger.receive(job, message)
                     (lost if found.outcome is Outcome.WORKER_LOST else answers).append(found)
                 elif message.epochs == 0 and len(answers) >= 6 and not lost:
@@ -223,9 +223,9 @@ def test_a_node_that_joins_is_used():
         running, most = set(), []
 
         def on_message(job, message):
-            (running.discard if isinstance(message, Answer) else running.add)(job.key)
+            (running.discard if isinstance(message, Result) else running.add)(job.key)
             most.append(len(running))
-            if isinstance(message, Answer) and job.key == 0:
+            if isinstance(message, Result) and job.key == 0:
                 cluster.tell("add 2")
 
         jobs = (Job(key, Plan(), seed=key) for key in itertools.takewhile(lambda key: max(most, default=0) < 3, range(90)))
@@ -337,7 +337,7 @@ def test_a_node_that_lacks_this_package_is_refused_and_a_killed_worker_is_lost(t
                 "named 'ranksearch'); mend that, or install what it lacks there, or run"
             )
         else:
-            assert said.message == Answer(Outcome.WORKER_LOST)
+            assert said.message == Result(Outcome.WORKER_LOST)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ import pytest
 from ranksearch.engines import local, ray
 from ranksearch.errors import ModelError, PlanError, StudyError
 from ranksearch.plan import Plan
-from ranksearch.results.record import Outcome, Rung
-from ranksearch.task.evaluation import Answer, Job
+from ranksearch.results.record import CurvePoint, Outcome
+from ranksearch.task.evaluation import Job, Result
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class Work:
     mark: str = ""
 
     def __call__(self, job):
-        yield Rung(0, float(job.seed))
+        yield CurvePoint(0, float(job.seed))
         if job.seed == self.dies_at and (self.always or Path(self.mark).exists()):
             if not self.always:
                 Path(self.mark).unlink()
             os.kill(os.getpid(), signal.SIGKILL)
         if job.seed == self.raises_at:
             raise self.error
-        yield Answer(Outcome.DONE, (Rung(0, float(job.seed)), Rung(1, 2.0 * job.seed)))
+        yield Result(Outcome.DONE, (CurvePoint(0, float(job.seed)), CurvePoint(1, 2.0 * job.seed)))
 
 
 WORK = Work()
@@ -91,15 +91,15 @@ def collect(work, count, engine, should_stop=lambda: False):
 
 
 def answers(found):
-    return sorted((key, message.outcome.name, message.curve) for key, message in found if isinstance(message, Answer))
+    return sorted((key, message.outcome.name, message.curve) for key, message in found if isinstance(message, Result))
 
 
 @ALL
 def test_every_job_is_answered_once_after_its_rungs(engine):
     found = collect(WORK, 5, engine)
-    assert answers(found) == [(key, "DONE", (Rung(0, key), Rung(1, 2.0 * key))) for key in range(5)]
+    assert answers(found) == [(key, "DONE", (CurvePoint(0, key), CurvePoint(1, 2.0 * key))) for key in range(5)]
     for key in range(5):
-        assert [type(message) for k, message in found if k == key] == [Rung, Answer]
+        assert [type(message) for k, message in found if k == key] == [CurvePoint, Result]
 
 
 @engines(2, "ray")
@@ -114,7 +114,7 @@ def test_a_job_is_drawn_only_when_a_worker_is_free(engine):
             yield job
 
     def on_message(job, message):
-        if isinstance(message, Answer):
+        if isinstance(message, Result):
             open_jobs.remove(job.key)
 
     engine.run(lazily(), WORK, on_message=on_message, should_stop=lambda: False)
@@ -156,15 +156,15 @@ def test_a_bug_that_looks_like_a_lost_driver_is_raised_too(engine, error):
 
 def its_process(job):
     """A rung whose score is the worker's process id, then the answer."""
-    yield Rung(0, float(os.getpid()))
-    yield Answer(Outcome.DONE)
+    yield CurvePoint(0, float(os.getpid()))
+    yield Result(Outcome.DONE)
 
 
 def long_second(job):
     """As `its_process`, but the job of key 1 takes long."""
-    yield Rung(0, float(os.getpid()))
+    yield CurvePoint(0, float(os.getpid()))
     time.sleep(600 if job.key == 1 else 0)
-    yield Answer(Outcome.DONE)
+    yield Result(Outcome.DONE)
 
 
 @engines(1, "ray")
@@ -173,7 +173,7 @@ def test_a_worker_that_dies_after_a_rung_loses_its_job_alone(engine):
 
     def on_message(job, message):
         found.append((job.key, message))
-        if isinstance(message, Rung) and job.key == 1:
+        if isinstance(message, CurvePoint) and job.key == 1:
             os.kill(int(message.score), signal.SIGKILL)
 
     engine.run(jobs(3), long_second, on_message=on_message, should_stop=lambda: False)
@@ -331,7 +331,7 @@ def test_nothing_is_drawn_after_the_stop(engine):
     done = []
 
     def on_message(job, message):
-        if isinstance(message, Answer):
+        if isinstance(message, Result):
             done.append(job.key)
 
     engine.run(jobs(50), WORK, on_message=on_message, should_stop=lambda: len(done) >= 3)
@@ -342,7 +342,7 @@ def test_nothing_is_drawn_after_the_stop(engine):
 @engines(1, 2, "ray")
 def test_workers_stay_warm_from_run_to_run(engine):
     """On Ray one of them at least: between two runs, Tune keeps one that is free."""
-    first, second = ({m.score for _, m in collect(its_process, 4, engine) if isinstance(m, Rung)} for _ in range(2))
+    first, second = ({m.score for _, m in collect(its_process, 4, engine) if isinstance(m, CurvePoint)} for _ in range(2))
     assert first & second
 
 

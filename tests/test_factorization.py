@@ -151,7 +151,7 @@ def check_costs(model, inputs, layer, method):
         params = sum(parameter.numel() for parameter in built.layer.parameters())
         assert method.params(layer, ranks) == params
         assert method.macs(layer, ranks) == counted_macs(built, inputs)
-        assert method.pays(layer, ranks) == (params < sum(parameter.numel() for parameter in model.layer.parameters()))
+        assert method.shrinks(layer, ranks) == (params < sum(parameter.numel() for parameter in model.layer.parameters()))
 
 
 def check_reconstruction(model, inputs, layer, method):
@@ -243,7 +243,7 @@ def test_a_layer_never_grows(name):
     grid = rank_grid(method, layer)
     assert grid
     assert all(method.params(layer, ranks) < layer.params for ranks in grid)
-    assert not method.pays(layer, method.bounds(layer.weight))
+    assert not method.shrinks(layer, method.bounds(layer.weight))
 
 
 @pytest.mark.parametrize("name", ["svd", "spatial", "tucker2"])

@@ -10,7 +10,7 @@ import ranksearch
 from ranksearch.compress.inventory import inventory
 from ranksearch.data import example
 from ranksearch.errors import PlanError, SpecError, StudyError
-from ranksearch.methods import Offer
+from ranksearch.methods import RankConstraints
 from ranksearch.plan import CP, CP4, SVD, Plan, Tucker2
 from ranksearch.strategy.space import check_plan, make_space
 from ranksearch.study.options import Options
@@ -106,7 +106,7 @@ def test_a_bad_file_is_refused_before_anything_is_written(content, message, stud
         ({"conv2": SVD(2)}, {}, "Layer 'conv2' of shape (16, 8, 3, 3) cannot be stored as SVD."),
         ({"fc1": SVD(33)}, {}, "Layer 'fc1': rank of SVD must be at most 32, but got 33."),
         ({"fc1": SVD(30)}, {}, "Layer 'fc1': rank of SVD must be at most 28 in this study, but got 30."),
-        ({"fc1": SVD(6)}, {"offer": Offer(4)}, "Layer 'fc1': rank of SVD must be a multiple of 4 and at most 28 in this study, but got 6."),
+        ({"fc1": SVD(6)}, {"constraints": RankConstraints(4)}, "Layer 'fc1': rank of SVD must be a multiple of 4 and at most 28 in this study, but got 6."),
         ({"conv2": Tucker2(8, 14)}, {}, "Layer 'conv2' must become smaller in params (space.smaller_in), but Tucker-2 8x14 is not."),
         ({"fc1": Tucker2(2, 2, kernel=(2, 8))}, {}, "Layer 'fc1' has kernel=(4, 4) in this study, but the plan has (2, 8)."),
     ],

@@ -11,7 +11,7 @@ from sqlalchemy.exc import OperationalError
 
 from ranksearch.errors import SpecError, StudyError
 from ranksearch.study import database
-from ranksearch.study.database import check_storage, held_alone
+from ranksearch.study.database import check_storage, study_lock
 from ranksearch.study.options import Options
 from ranksearch.study.study import run_study
 from tests.conftest import essence, small_spec
@@ -113,7 +113,7 @@ def test_one_run_at_a_time_holds_a_study_of_a_shared_storage(tmp_path):
     run_study(spec, out, Options(workers=0, storage=url))
     kept = sorted(out.iterdir())
     for fresh in (False, True):
-        with held_alone("small", url), held_alone("other", url), pytest.raises(StudyError, match=words):
+        with study_lock("small", url), study_lock("other", url), pytest.raises(StudyError, match=words):
             run_study(spec, out, Options(workers=0, storage=url, fresh=fresh))
         assert sorted(out.iterdir()) == kept
     run_study(spec, out, Options(workers=0, storage=url, fresh=True))
@@ -124,7 +124,7 @@ def test_the_folders_own_study_is_held_by_whatever_name_it_goes(tmp_path):
     run_study(spec, out, Options(workers=0))
     (tmp_path / "link.db").symlink_to(out / "study.db")
     for path in (out / "study.db", tmp_path / "link.db"):
-        with held_alone("small", f"sqlite:///{path}"), pytest.raises(StudyError, match=r"'small' in sqlite.*is in use"):
+        with study_lock("small", f"sqlite:///{path}"), pytest.raises(StudyError, match=r"'small' in sqlite.*is in use"):
             run_study(spec, out, Options(workers=0, fresh=True))
     assert (out / "study.db").exists()
 
@@ -133,7 +133,7 @@ def test_a_study_that_cannot_be_held_is_told(tmp_path):
     (tmp_path / ".shared.db.small.lock").mkdir()
     with (
         pytest.raises(StudyError, match=r"The storage sqlite:.*shared.db cannot be used: .*Is a directory"),
-        held_alone("small", f"sqlite:///{tmp_path / 'shared.db'}"),
+        study_lock("small", f"sqlite:///{tmp_path / 'shared.db'}"),
     ):
         pass
 

@@ -165,7 +165,7 @@ def test_a_study_begun_before_its_inputs_were_kept_goes_on_with_the_same_file(we
 def test_a_dense_net_that_was_put_into_the_folder_is_not_the_studys(finished, tmp_path):
     out, spec = tmp_path / "small", small_spec("search.trials=1", "finalists.count=1")
     run_study(spec, out, Options(workers=0))
-    safetensors.torch.save_file(nets.small().state_dict(), out / folder.DENSE)
+    safetensors.torch.save_file(nets.small().state_dict(), out / folder.DENSE_FILE)
     with pytest.raises(
         StudyError, match="The study 'small' in this storage was made from another dense model; choose another name"
     ):

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from ranksearch.plan import SVD, Plan
 from ranksearch.results.attributes import asked, read_asked
 from ranksearch.results.limits import UNLIMITED, Limits
-from ranksearch.results.record import GIVE_UP, MAX_TRIES, Outcome
+from ranksearch.results.record import MAX_TRIES, MAX_UNTRAINED, Outcome
 from ranksearch.strategy.sampler import RankSampler
 from ranksearch.strategy.space import size_of
-from ranksearch.task.evaluation import Answer
-from tests.books import FOUND, SPACE, TINY, Books, answer, knowledge
+from ranksearch.task.evaluation import Result
+from tests.books import FOUND, SPACE, TINY, Books, knowledge, result
 from tests.conftest import essence
 
 
@@ -29,7 +29,7 @@ def test_no_trained_trial_breaks_a_limit_of_size(min_ratio, share, sampler, seed
     limits = Limits(min_ratio=min_ratio, max_macs=share and FOUND.macs * share // 100)
     books = Books(limits=limits, sampler=sampler, seed=seed)
     ledger = books.run(8)
-    assert len(books.trained) == 8 or ledger._untrained_in_a_row() == GIVE_UP
+    assert len(books.trained) == 8 or ledger._untrained_in_a_row() == MAX_UNTRAINED
     assert not any(limits.excess(trial) for trial in books.trained)
     over = [trial for trial in books.untrained if trial.outcome is Outcome.OVER_BUDGET]
     assert all(limits.excess(trial) and trial.score is None and not trial.trained for trial in over)
@@ -78,7 +78,7 @@ def test_a_search_that_finds_nothing_new_ends():
     books = Books(TINY)
     ledger = books.run(1000)
     assert ledger.finished() == len(books.trained) < 1000
-    assert all(not trial.trained for trial in ledger.records()[-GIVE_UP:])
+    assert all(not trial.trained for trial in ledger.records()[-MAX_UNTRAINED:])
     asked = len(books.study.trials)
     books.run(1000)
     assert len(books.study.trials) == asked
@@ -88,13 +88,13 @@ def test_a_search_that_finds_nothing_new_ends():
 def test_a_search_that_found_nothing_within_its_limits_goes_on_within_wider_ones(sampler, seed):
     smallest = size_of(SPACE.smallest("params"), FOUND)
     books = Books(sampler=sampler, seed=seed, limits=Limits(max_params=smallest.params))
-    assert books.run(20)._untrained_in_a_row() == GIVE_UP
+    assert books.run(20)._untrained_in_a_row() == MAX_UNTRAINED
     asked, trained = len(books.study.trials), len(books.trained)
     books.arguments |= {"limits": Limits(max_params=3 * smallest.params), "since": asked}
     books.run(trained + 8)
     assert len(books.trained) == trained + 8
     assert not any(books.arguments["limits"].excess(trial) for trial in books.trained)
-    assert len(books.study.trials) < asked + GIVE_UP
+    assert len(books.study.trials) < asked + MAX_UNTRAINED
 
 
 def test_what_was_over_the_limits_may_be_proposed_but_not_what_lost_too_many_workers():
@@ -109,7 +109,7 @@ def test_what_was_over_the_limits_may_be_proposed_but_not_what_lost_too_many_wor
     books.arguments |= {"limits": UNLIMITED, "since": len(books.study.trials)}
     ledger = books.ledger()
     for tries, job in zip(range(1, MAX_TRIES + 1), ledger.jobs(1), strict=False):
-        ledger.receive(job, Answer(Outcome.WORKER_LOST))
+        ledger.receive(job, Result(Outcome.WORKER_LOST))
         assert seen() == ({known.table.row(job.plan)} if tries == MAX_TRIES else set())
 
 
@@ -119,13 +119,13 @@ def test_a_plan_that_lost_too_many_workers_is_not_tried_under_another_index(samp
     ledger, tried, killer = books.ledger(), Counter(), None
     for job in ledger.jobs(100):
         killer, tried[job.plan] = killer or job.plan, tried[job.plan] + 1
-        ledger.receive(job, Answer(Outcome.WORKER_LOST) if job.plan == killer else answer(job.plan))
+        ledger.receive(job, Result(Outcome.WORKER_LOST) if job.plan == killer else result(job.plan))
     assert tried.pop(killer) == MAX_TRIES
     assert set(tried.values()) == {1}
     twins = [trial for trial in ledger.records() if trial.plan == killer and trial.same_as is not None]
     assert all(trial.outcome is Outcome.WORKER_LOST and not trial.trained for trial in twins)
     if sampler == "rank":
-        assert len(twins) <= GIVE_UP // 2, "it knows what was lost, and proposes it by chance alone"
+        assert len(twins) <= MAX_UNTRAINED // 2, "it knows what was lost, and proposes it by chance alone"
 
 
 def test_a_trial_that_lost_its_worker_is_queued_before_it_is_told(monkeypatch):
@@ -137,12 +137,12 @@ def test_a_trial_that_lost_its_worker_is_queued_before_it_is_told(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(books.study, step, killed)
             with pytest.raises(KeyboardInterrupt, match="killed"):
-                ledger.receive(job, Answer(Outcome.WORKER_LOST))
+                ledger.receive(job, Result(Outcome.WORKER_LOST))
         ledger = books.ledger()
         ledger.recover()
         job = next(ledger.jobs(1))
         assert read_asked(books.study.trials[job.key]) == (0, "random")
-    ledger.receive(job, answer(job.plan))
+    ledger.receive(job, result(job.plan))
     assert [record.plan for record in books.ledger().records() if record.outcome is not Outcome.WORKER_LOST] == [job.plan]
 
 
@@ -162,8 +162,8 @@ def test_killed_and_resumed_equals_uninterrupted(kills, sampler, seed, tiny):
 def test_killed_and_resumed_equals_uninterrupted_over_the_generations_of_nsga2(kill):
     """Its population holds queued trials too: the first plans, and what was asked for again."""
     plan = SPACE.smallest("params")
-    firsts = [("frontier", plan), ("vbmf", Plan.of(dict(list(plan)[:1])))]
-    whole, broken = (Books(sampler="nsga2", firsts=firsts) for _ in range(2))
+    initial_plans = [("frontier", plan), ("vbmf", Plan.of(dict(list(plan)[:1])))]
+    whole, broken = (Books(sampler="nsga2", initial_plans=initial_plans) for _ in range(2))
     whole.run(30)
     broken.run(30, kill_after=kill)
     broken.run(30)
@@ -176,8 +176,8 @@ def test_killed_and_resumed_equals_uninterrupted_over_the_generations_of_nsga2(k
 def test_a_plan_that_runs_now_is_not_trained_beside_itself():
     plan = SPACE.smallest("params")
     other = Plan.of(dict(list(plan)[:1]))
-    for found in (answer(plan), Answer(Outcome.OUT_OF_MEMORY)):
-        books = Books(firsts=[("first", plan), ("second", plan), ("third", other)])
+    for found in (result(plan), Result(Outcome.OUT_OF_MEMORY)):
+        books = Books(initial_plans=[("first", plan), ("second", plan), ("third", other)])
         ledger = books.ledger()
         jobs = ledger.jobs(2)
         first, second = next(jobs), next(jobs)
@@ -186,14 +186,14 @@ def test_a_plan_that_runs_now_is_not_trained_beside_itself():
         record = ledger.receive(first, found)
         (twin,) = books.untrained
         assert twin == replace(record, number=twin.number, index=1, origin="second", seconds=0.0, same_as=record.number)
-        ledger.receive(second, answer(other))
+        ledger.receive(second, result(other))
         assert next(jobs, None) is None
         assert ledger.finished() == 2
 
 
 def test_a_twin_that_a_kill_left_is_answered_by_the_next_run():
     plan = SPACE.smallest("params")
-    books = Books(firsts=[("first", plan), ("second", plan), ("third", Plan.of(dict(list(plan)[:1])))])
+    books = Books(initial_plans=[("first", plan), ("second", plan), ("third", Plan.of(dict(list(plan)[:1])))])
     jobs = books.ledger().jobs(2)
     next(jobs), next(jobs)
     ledger = books.run(2)
@@ -209,7 +209,7 @@ MINE = Plan.of({"fc1": SVD(3)})
 @pytest.mark.parametrize("at", [0, 1, 3])
 def test_a_trial_that_another_program_queued_has_the_next_place(at):
     """It is trained like others, keeps every plan that is tried first, and changes nothing of what was asked before."""
-    alone, disturbed = (Books(sampler="rank", firsts=FIRSTS) for _ in range(2))
+    alone, disturbed = (Books(sampler="rank", initial_plans=FIRSTS) for _ in range(2))
     alone.run(5)
     disturbed.run(at)
     disturbed.study.enqueue_trial(SPACE.params(MINE))
@@ -218,10 +218,10 @@ def test_a_trial_that_another_program_queued_has_the_next_place(at):
         (index, "enqueued" if index == at else "frontier" if index < 2 + (at < 2) else "rank") for index in range(5)
     ]
     assert ledger.records()[at].plan == MINE
-    assert ledger.records()[at].score == answer(MINE).curve[-1].score
+    assert ledger.records()[at].score == result(MINE).curve[-1].score
     assert essence(ledger.records()[:at]) == essence(alone.ledger().records()[:at])
-    firsts = [trial.plan for trial in ledger.records() if trial.origin == "frontier"]
-    assert firsts == [plan for _, plan in FIRSTS]
+    initial_plans = [trial.plan for trial in ledger.records() if trial.origin == "frontier"]
+    assert initial_plans == [plan for _, plan in FIRSTS]
 
 
 @settings(deadline=None, max_examples=15)
@@ -230,7 +230,7 @@ def test_killed_and_resumed_equals_uninterrupted_with_a_trial_of_another_program
     """Also where it was queued while the trial ran that a kill left, so that it stands before that in Optuna's queue."""
 
     def run(kills):
-        books, ledgers = Books(sampler=sampler, firsts=FIRSTS), []
+        books, ledgers = Books(sampler=sampler, initial_plans=FIRSTS), []
         for kill in (*kills, None):
             ledgers.append(books.ledger())
             ledgers[-1].recover()
@@ -239,7 +239,7 @@ def test_killed_and_resumed_equals_uninterrupted_with_a_trial_of_another_program
                     books.queued.append(books.study.enqueue_trial(SPACE.params(MINE)))
                 if count == kill:
                     break
-                ledgers[-1].receive(job, answer(job.plan))
+                ledgers[-1].receive(job, result(job.plan))
         return books.ledger().records()
 
     whole = run([])
@@ -260,14 +260,14 @@ BAD = [
 def test_parameters_that_the_space_does_not_hold_are_told_in_words(change):
     changed, reason = BAD[change]
     params = {**SPACE.params(MINE), **changed} if changed else {}
-    books, said = Books(sampler="rank", firsts=FIRSTS), []
+    books, said = Books(sampler="rank", initial_plans=FIRSTS), []
     books.arguments["on_note"] = said.append
     books.run(1)
     books.study.enqueue_trial({name: value for name, value in params.items() if value is not None})
     ledger = books.run(4)
     assert said == [f"trial 1, which another program queued, is not evaluated: {reason}"]
     assert books.study.trials[1].state is optuna.trial.TrialState.FAIL
-    alone = Books(sampler="rank", firsts=FIRSTS)
+    alone = Books(sampler="rank", initial_plans=FIRSTS)
     assert essence(ledger.records()) == essence(alone.run(4).records())
 
 

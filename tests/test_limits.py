@@ -15,7 +15,7 @@ from ranksearch.errors import SpecError
 from ranksearch.report import write_report
 from ranksearch.results.limits import UNLIMITED, Limits
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import GIVE_UP, Outcome, StudyRecord, front_of
+from ranksearch.results.record import MAX_UNTRAINED, Outcome, StudyRecord, front_of
 from ranksearch.strategy.space import Size, check_limits, size_of
 from ranksearch.study.options import Options
 from ranksearch.study.study import run_study
@@ -207,7 +207,7 @@ def test_the_report_counts_what_was_not_trained():
         "Proposals over the limits, which were not trained: 1.",
         "Proposals of a plan that was known already, answered from the record: 1.",
     ]
-    many = tuple(replace(over, number=50 + i, index=50 + i) for i in range(GIVE_UP))
+    many = tuple(replace(over, number=50 + i, index=50 + i) for i in range(MAX_UNTRAINED))
     trained = sum(trial.trained for trial in record.trials)
     ended = replace(limited(trials=60, max_params=over.params - 1), trials=(*record.trials, *many))
     assert ended.notes[0] == (

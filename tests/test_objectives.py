@@ -19,12 +19,12 @@ from ranksearch.results import pareto
 from ranksearch.results.attributes import read_study
 from ranksearch.results.limits import UNLIMITED
 from ranksearch.results.objectives import COSTS, Objectives, prices
-from ranksearch.results.record import Outcome, Rung, choose, front_of
+from ranksearch.results.record import CurvePoint, Outcome, choose, front_of
 from ranksearch.strategy.finalists import choose_finalists
 from ranksearch.strategy.space import size_of
 from ranksearch.study.options import Options
 from ranksearch.study.study import run_study
-from ranksearch.task.evaluation import Answer
+from ranksearch.task.evaluation import Result
 from tests import nets
 from tests.books import FOUND, SPACE, Books, knowledge
 from tests.conftest import essence, small_spec, stored
@@ -145,16 +145,16 @@ def test_what_is_minimised_gets_smaller(seed):
         books = Books(sampler="rank", seed=seed, minimize=(cost,))
         ledger = books.ledger()
         for job in ledger.jobs(12):
-            ledger.receive(job, Answer(Outcome.DONE, (Rung(0, 0.4), Rung(1, 0.8))))
+            ledger.receive(job, Result(Outcome.DONE, (CurvePoint(0, 0.4), CurvePoint(1, 0.8))))
         sizes[cost] = min(getattr(trial, cost) for trial in ledger.records())
     assert sizes["params"] <= 1.5 * size_of(SPACE.smallest("params"), FOUND).params
     assert sizes["macs"] <= 1.5 * size_of(SPACE.smallest("macs"), FOUND).macs
 
 
-def test_frontiers_of_two_costs_differ():
+def test_predicted_fronts_of_two_costs_differ():
     table = knowledge(minimize=("params", "macs")).table
     weights = [1.0] * len(table.layers)
-    corners = [table.frontier(weights, at) for at in range(3)]
+    corners = [table.predicted_front(weights, at) for at in range(3)]
     params, macs = zip(*[table.sizes(rows) for rows in corners], strict=True)
     # Each saves the most of its own for the first steps along it.
     assert len({rows.tobytes() for rows in corners}) == 3

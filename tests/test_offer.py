@@ -17,7 +17,7 @@ import ranksearch
 from ranksearch.compress.inventory import inventory
 from ranksearch.compress.profile import LEVELS, profile, rank_grid
 from ranksearch.errors import SpecError
-from ranksearch.methods import METHODS, Offer
+from ranksearch.methods import METHODS, RankConstraints
 from ranksearch.plan import CP, CP4, SVD, Dense, Plan, Spatial, Tucker2
 from ranksearch.results.limits import UNLIMITED
 from ranksearch.results.objectives import Objectives
@@ -41,46 +41,49 @@ contract = pytest.mark.parametrize(("geometry", "name"), PAIRS)
 laws = settings(max_examples=60, deadline=None)
 # Each convolution of even kernel says once in a process that it pads one side more; that is what 'same' means.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
-offers = st.builds(Offer, st.integers(1, 20), st.sampled_from(SHRINKS))
+offers = st.builds(RankConstraints, st.integers(1, 20), st.sampled_from(SHRINKS))
 layer_of = functools.cache(lambda geometry: given_geometry(geometry)[2])
 
 
-def shrinks(method, layer, ranks, offer):
+def shrinks(method, layer, ranks, constraints):
     pairs = {
         "params": (method.params(layer, ranks), layer.params),
         "macs": (method.macs(layer, ranks), layer.macs),
     }
-    return all(pairs[cost][0] < pairs[cost][1] for cost in offer.smaller_in)
+    return all(pairs[cost][0] < pairs[cost][1] for cost in constraints.smaller_in)
 
 
-def allowed(method, layer, offer):
+def allowed(method, layer, constraints):
     """By kind of rank, all that the rule about multiples leaves."""
     pairs = zip(method.bounds(layer.weight), method.limits(layer.weight), strict=True)
     return [
-        [r for r in range(1, limit + 1) if r % offer.multiple == 0 or r == bound < offer.multiple] for bound, limit in pairs
+        [r for r in range(1, limit + 1) if r % constraints.multiple == 0 or r == bound < constraints.multiple]
+        for bound, limit in pairs
     ]
 
 
-def obeys(method, layer, ranks, offer):
-    return all(rank in kind for rank, kind in zip(ranks, allowed(method, layer, offer), strict=True))
+def obeys(method, layer, ranks, constraints):
+    return all(rank in kind for rank, kind in zip(ranks, allowed(method, layer, constraints), strict=True))
 
 
-def offered(method, layer, offer):
+def rank_ranges(method, layer, constraints):
     """Every candidate, by the law alone."""
-    return {ranks for ranks in itertools.product(*allowed(method, layer, offer)) if shrinks(method, layer, ranks, offer)}
+    return {
+        ranks for ranks in itertools.product(*allowed(method, layer, constraints)) if shrinks(method, layer, ranks, constraints)
+    }
 
 
 @functools.cache
-def space_of(offer):
+def space_of(constraints):
     try:
-        return make_space(INVENTORY, ALL, offer=offer)
+        return make_space(INVENTORY, ALL, constraints=constraints)
     except SpecError:
         return None
 
 
 def values(axis):
     """Every value that the axis can choose."""
-    found = ((method, ranks) for method in axis.methods for ranks in offered(method, axis.layer, axis.offer))
+    found = ((method, ranks) for method in axis.methods for ranks in rank_ranges(method, axis.layer, axis.constraints))
     return [Dense(), *(method.value(axis.layer, ranks) for method, ranks in found)]
 
 
@@ -91,12 +94,16 @@ def values(axis):
 @pytest.mark.parametrize("smaller_in", SHRINKS, ids="+".join)
 def test_what_is_offered_is_what_the_law_leaves(geometry, name, smaller_in):
     method, layer = BY_NAME[name], layer_of(geometry)
-    for offer in (Offer(multiple, smaller_in) for multiple in (1, 2, 3, 4, 8)):
-        wanted, kinds, grid = offered(method, layer, offer), method.offered(layer, offer), rank_grid(method, layer, offer)
-        assert {ranks for ranks in itertools.product(*kinds) if method.pays(layer, ranks, offer)} == wanted
+    for constraints in (RankConstraints(multiple, smaller_in) for multiple in (1, 2, 3, 4, 8)):
+        wanted, kinds, grid = (
+            rank_ranges(method, layer, constraints),
+            method.rank_ranges(layer, constraints),
+            rank_grid(method, layer, constraints),
+        )
+        assert {ranks for ranks in itertools.product(*kinds) if method.shrinks(layer, ranks, constraints)} == wanted
         assert set(grid) <= wanted
         assert len(set(grid)) == len(grid)
-        assert applies(method, layer, offer) == bool(wanted) == bool(grid) == all(kinds)
+        assert applies(method, layer, constraints) == bool(wanted) == bool(grid) == all(kinds)
         for axis, kind in enumerate(kinds):
             assert list(kind) == sorted({ranks[axis] for ranks in wanted})
             assert not kind or {kind[0], kind[-1]} <= {ranks[axis] for ranks in grid}
@@ -116,29 +123,31 @@ def test_without_wishes_the_grid_is_log_spaced_between_one_and_the_largest_that_
         steps = [math.exp(math.log(max(paying, default=1)) * step / (LEVELS - 1)) for step in range(LEVELS)]
         axes.append(sorted({round(step) for step in steps}))
     assert rank_grid(method, layer) == [ranks for ranks in itertools.product(*axes) if fewer(ranks)]
-    assert rank_grid(method, layer, Offer()) == rank_grid(method, layer)
+    assert rank_grid(method, layer, RankConstraints()) == rank_grid(method, layer)
 
 
 @contract
 @settings(max_examples=20, deadline=None)
-@given(offer=offers, estimate=st.tuples(st.integers(1, 40), st.integers(1, 40)), weakening=st.sampled_from([0.5, 1.0, 4.0]))
-def test_what_vbmf_suggests_is_the_nearest_that_is_offered(geometry, name, offer, estimate, weakening):
+@given(
+    constraints=offers, estimate=st.tuples(st.integers(1, 40), st.integers(1, 40)), weakening=st.sampled_from([0.5, 1.0, 4.0])
+)
+def test_what_vbmf_suggests_is_the_nearest_that_is_offered(geometry, name, constraints, estimate, weakening):
     method, layer = BY_NAME[name], layer_of(geometry)
-    if applies(method, layer, offer):
-        kinds, wanted = method.offered(layer, offer), method.from_vbmf(*estimate)
-        found = at_vbmf(method, layer, estimate, weakening, offer=offer)
+    if applies(method, layer, constraints):
+        kinds, wanted = method.rank_ranges(layer, constraints), method.from_vbmf(*estimate)
+        found = at_vbmf(method, layer, estimate, weakening, constraints=constraints)
         for rank, kind, aim in zip(found, kinds, wanted, strict=True):
             assert rank in kind
             assert abs(rank - aim * weakening) == min(abs(other - aim * weakening) for other in kind)
-        assert all(rank in kind for rank, kind in zip(quarter(method, layer, offer), kinds, strict=True))
+        assert all(rank in kind for rank, kind in zip(quarter(method, layer, constraints), kinds, strict=True))
 
 
 def test_a_rank_that_cannot_reach_the_multiple_is_held_at_its_bound():
     layer = inventory(nn.Sequential(nn.Conv2d(3, 64, 3)), torch.ones(1, 3, 8, 8)).layers[0]
-    rank_in, rank_out = METHODS[Tucker2].offered(layer, Offer(8))
+    rank_in, rank_out = METHODS[Tucker2].rank_ranges(layer, RankConstraints(8))
     assert list(rank_in) == [3]
     assert list(rank_out) == [8, 16]
-    assert METHODS[Tucker2].offered(layer)[1][-1] > 16
+    assert METHODS[Tucker2].rank_ranges(layer)[1][-1] > 16
 
 
 def test_so_many_terms_are_not_offered_that_als_takes_an_hour():
@@ -151,10 +160,10 @@ def test_so_many_terms_are_not_offered_that_als_takes_an_hour():
 def test_no_rank_beyond_the_limit_is_offered_to_reach_the_multiple():
     """CP at rank 8 would have fewer parameters here, with more terms than ALS can tell apart."""
     layer = inventory(nn.Sequential(nn.Conv2d(4, 4, 3)), torch.ones(1, 4, 8, 8)).layers[0]
-    assert METHODS[CP].pays(layer, (8,))
+    assert METHODS[CP].shrinks(layer, (8,))
     assert METHODS[CP].limits(layer.weight) == (4,)
-    assert not applies(METHODS[CP], layer, Offer(8))
-    assert rank_grid(METHODS[CP], layer, Offer(8)) == []
+    assert not applies(METHODS[CP], layer, RankConstraints(8))
+    assert rank_grid(METHODS[CP], layer, RankConstraints(8)) == []
 
 
 # --- a space ---
@@ -162,8 +171,8 @@ def test_no_rank_beyond_the_limit_is_offered_to_reach_the_multiple():
 
 @laws
 @given(offers, st.data())
-def test_any_parameters_choose_a_plan_that_is_offered(offer, data):
-    space = space_of(offer)
+def test_any_parameters_choose_a_plan_that_is_offered(constraints, data):
+    space = space_of(constraints)
     if space:
         kinds = space.distributions().items()
         plan = space.plan(
@@ -176,15 +185,19 @@ def test_any_parameters_choose_a_plan_that_is_offered(offer, data):
 @pytest.mark.parametrize("smaller_in", SHRINKS, ids="+".join)
 @pytest.mark.parametrize("multiple", [1, 2, 3, 5, 8, 16])
 def test_every_value_that_is_offered_is_chosen_by_its_parameters(multiple, smaller_in):
-    for axis in space_of(Offer(multiple, smaller_in)).axes:
+    for axis in space_of(RankConstraints(multiple, smaller_in)).axes:
         for value in values(axis):
             assert axis.factorization(axis.params(value)) == value
 
 
-@pytest.mark.parametrize("offer", [Offer(1, ("macs",)), Offer(3), Offer(4, ("params", "macs")), Offer(8)], ids=str)
-def test_first_plans_and_profiles_keep_to_what_is_offered(trained, offer):
-    space = space_of(offer)
-    layers = profile(trained.model, INVENTORY, {axis.layer.name: axis.methods for axis in space.axes}, offer=offer)
+@pytest.mark.parametrize(
+    "constraints",
+    [RankConstraints(1, ("macs",)), RankConstraints(3), RankConstraints(4, ("params", "macs")), RankConstraints(8)],
+    ids=str,
+)
+def test_first_plans_and_profiles_keep_to_what_is_offered(trained, constraints):
+    space = space_of(constraints)
+    layers = profile(trained.model, INVENTORY, {axis.layer.name: axis.methods for axis in space.axes}, constraints=constraints)
     plans = [plan for _, plan in vbmf_plans(space, layers.vbmf)]
     assert plans
     for plan in plans:
@@ -193,17 +206,17 @@ def test_first_plans_and_profiles_keep_to_what_is_offered(trained, offer):
         candidates = list(layers.layers[axis.layer.name].candidates())
         assert {METHODS[type(candidate.value)] for candidate in candidates} == set(axis.methods)
         for candidate in candidates:
-            assert obeys(METHODS[type(candidate.value)], axis.layer, candidate.value.ranks, offer)
-            assert candidate.params < axis.layer.params or "params" not in offer.smaller_in
-            assert candidate.macs < axis.layer.macs or "macs" not in offer.smaller_in
+            assert obeys(METHODS[type(candidate.value)], axis.layer, candidate.value.ranks, constraints)
+            assert candidate.params < axis.layer.params or "params" not in constraints.smaller_in
+            assert candidate.macs < axis.layer.macs or "macs" not in constraints.smaller_in
         for value in values(axis)[1::7]:
             assert layers.layers[axis.layer.name].factors(value)
 
 
 def test_other_ranks_are_another_file_of_the_profile(trained, tmp_path):
     counts = []
-    for offer in (Offer(), Offer(2), Offer(2), Offer()):
-        profile(trained.model, INVENTORY, {"conv2": [METHODS[CP]]}, offer=offer, cache=tmp_path)
+    for constraints in (RankConstraints(), RankConstraints(2), RankConstraints(2), RankConstraints()):
+        profile(trained.model, INVENTORY, {"conv2": [METHODS[CP]]}, constraints=constraints, cache=tmp_path)
         counts.append(len(list(tmp_path.glob("conv2*"))))
     assert counts == [1, 2, 2, 2]
 
@@ -214,7 +227,7 @@ def test_a_space_of_nothing_says_what_was_asked_for():
         "macs (space.smaller_in) at ranks that are multiples of 64 (space.rank_multiple)."
     )
     with pytest.raises(SpecError, match=f"^{re.escape(message)}$"):
-        make_space(INVENTORY, ["svd"], offer=Offer(64, ("params", "macs")))
+        make_space(INVENTORY, ["svd"], constraints=RankConstraints(64, ("params", "macs")))
 
 
 # --- a study ---
@@ -228,7 +241,7 @@ def wide_margin():
 @pytest.mark.parametrize(("plan", "runs"), [(Plan.of({"0": Spatial(7)}), True), (Plan(), False)], ids=["larger", "dense"])
 def test_a_plan_is_not_smaller_only_where_nothing_that_must_shrink_does(plan, runs):
     found = wide_margin()
-    space = make_space(found, ALL, offer=Offer(1, ("macs",)))
+    space = make_space(found, ALL, constraints=RankConstraints(1, ("macs",)))
     assert space.plan(space.params(plan)) == plan
     study = optuna.create_study(directions=["maximize", "maximize"])
     ledger = Ledger(
@@ -245,16 +258,16 @@ def test_a_plan_is_not_smaller_only_where_nothing_that_must_shrink_does(plan, ru
 def test_a_study_keeps_to_what_is_offered(tmp_path):
     spec = small_spec("space.rank_multiple=4", "space.smaller_in=['params', 'macs']", "search.trials=7", "finalists.count=1")
     record = run_study(spec, tmp_path / "small", Options(workers=0))
-    offer = Offer(4, ("params", "macs"))
+    constraints = RankConstraints(4, ("params", "macs"))
     found = [(name, value) for trial in record.trials for name, value in trial.plan]
     assert found
     for name, value in found:
-        assert obeys(METHODS[type(value)], INVENTORY[name], value.ranks, offer)
-        assert shrinks(METHODS[type(value)], INVENTORY[name], value.ranks, offer)
+        assert obeys(METHODS[type(value)], INVENTORY[name], value.ranks, constraints)
+        assert shrinks(METHODS[type(value)], INVENTORY[name], value.ranks, constraints)
     assert record.facts.spec["space"]["rank_multiple"] == 4
     for path in (tmp_path / "small" / "profile").glob("conv2*"):
         ranks = {int(name.split("/")[1].split(".")[0]) for name in load_file(path) if name.startswith("cp/")}
-        assert ranks == {rank for (rank,) in rank_grid(METHODS[CP], INVENTORY["conv2"], offer)}
+        assert ranks == {rank for (rank,) in rank_grid(METHODS[CP], INVENTORY["conv2"], constraints)}
 
 
 def test_layers_are_shown_at_ranks_that_are_offered(tmp_path):
@@ -266,7 +279,7 @@ def test_layers_are_shown_at_ranks_that_are_offered(tmp_path):
 
 def test_the_costs_of_a_study_file_are_those_of_a_method():
     layer = INVENTORY["fc2"]
-    assert METHODS[SVD].pays(layer, (1,), Offer(1, COSTS))
+    assert METHODS[SVD].shrinks(layer, (1,), RankConstraints(1, COSTS))
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_a_study_outlives_a_restart_of_its_database(server, tmp_path):
 @pytest.mark.parametrize("loses", ["before", "after"])
 def test_a_commit_without_an_answer_is_made_once(server, loses, monkeypatch):
     """Every third commit breaks its connection, before it is made or after: the books are the same as without."""
-    monkeypatch.setattr(storage, "INTERVAL", 0.0)
+    monkeypatch.setattr(storage, "RETRY_SECONDS", 0.0)
     monkeypatch.setattr("random.random", lambda: 0.0)  # Optuna sleeps for so long between its own attempts
     quiet, torn = Books(), Books()
     torn.study = folder.create_study(f"torn {loses}", server.url, Objectives())
@@ -143,8 +143,8 @@ def test_a_commit_without_an_answer_is_made_once(server, loses, monkeypatch):
 
 
 def test_a_database_that_stays_away_ends_the_study(server, monkeypatch):
-    monkeypatch.setattr(storage, "PATIENCE", 0.1)
-    monkeypatch.setattr(storage, "INTERVAL", 0.2)
+    monkeypatch.setattr(storage, "MAX_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(storage, "RETRY_SECONDS", 0.2)
     study = folder.create_study("away", server.url, Objectives())
     server.stop()
     try:
@@ -175,21 +175,21 @@ def test_bad_addresses_are_one_sentence(server, study_file, capsys):
 
 def test_one_run_at_a_time_holds_a_study(server):
     words = rf"One run at a time may go on with a study, but 'alone' in postgresql://me:\*\*\*@127.0.0.1:{server.port}/postgres is in use"
-    again = database.held_alone("alone", server.url)
+    again = database.study_lock("alone", server.url)
     with (
-        database.held_alone("alone", server.url),
-        database.held_alone("other", server.url),
+        database.study_lock("alone", server.url),
+        database.study_lock("other", server.url),
         pytest.raises(StudyError, match=words),
     ):
         again.__enter__()
-    with database.held_alone("alone", server.url):
+    with database.study_lock("alone", server.url):
         server.stop()  # which gives the lock back by itself
         server.start()
-    with database.held_alone("alone", server.url):
+    with database.study_lock("alone", server.url):
         pass
     server.stop()
     try:
         with pytest.raises(StudyError, match=r"The storage postgresql://me:\*\*\*@.* cannot be used: .*refused"):
-            database.held_alone("alone", server.url).__enter__()
+            database.study_lock("alone", server.url).__enter__()
     finally:
         server.start()

@@ -42,7 +42,7 @@ def suiting(found):
 
 
 def most(method, layer):
-    return tuple(ranks[-1] for ranks in method.offered(layer))
+    return tuple(ranks[-1] for ranks in method.rank_ranges(layer))
 
 
 def made(model=None, cache=None, example=EXAMPLE, **options):
@@ -144,7 +144,7 @@ def test_candidates_are_smaller_and_their_errors_the_measured_ones():
         assert len({candidate.value for candidate in candidates}) == len(candidates)
         for candidate in candidates:
             method, ranks = METHODS[type(candidate.value)], candidate.value.ranks
-            assert method.pays(layer.layer, ranks)
+            assert method.shrinks(layer.layer, ranks)
             assert candidate.params == method.params(layer.layer, ranks) < layer.layer.params
             assert candidate.macs == method.macs(layer.layer, ranks)
             rebuilt = method.reconstruct(layer.factors(candidate.value), layer.layer.weight).double()
@@ -182,9 +182,9 @@ def test_the_grid_pays_and_spans_the_limits():
             grid, limits = rank_grid(method, layer), most(method, layer)
             assert grid[0] == (1,) * len(limits)
             assert len(set(grid)) == len(grid) <= LEVELS ** len(limits)
-            assert all(method.pays(layer, ranks) for ranks in grid)
+            assert all(method.shrinks(layer, ranks) for ranks in grid)
             assert all(rank <= limit for ranks in grid for rank, limit in zip(ranks, limits, strict=True))
-            assert method.pays(layer, limits) == (limits in grid)
+            assert method.shrinks(layer, limits) == (limits in grid)
 
 
 def test_vbmf_ranks_are_those_of_the_unfoldings():

@@ -23,7 +23,7 @@ from ranksearch.errors import StudyError
 from ranksearch.results.attributes import (
     has_facts,
     read_facts,
-    read_firsts,
+    read_initial_plans,
     read_probes,
     read_study,
     read_trials,
@@ -31,7 +31,7 @@ from ranksearch.results.attributes import (
 )
 from ranksearch.results.limits import UNLIMITED
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import Outcome, Rung
+from ranksearch.results.record import CurvePoint, Outcome
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import vbmf_plans
 from ranksearch.strategy.sampler import Knowledge
@@ -39,7 +39,7 @@ from ranksearch.strategy.space import make_space
 from ranksearch.study import folder
 from ranksearch.study.options import Options
 from ranksearch.study.study import CALIBRATION, Stopped, run_study
-from ranksearch.task.evaluation import Answer
+from ranksearch.task.evaluation import Result
 from tests import nets
 from tests.conftest import essence, small_spec, stored
 
@@ -96,7 +96,7 @@ def test_a_study_begun_before_a_better_default_goes_on_as_it_was(tmp_path):
     assert (out / folder.SPEC).read_text() == written
 
 
-def ledger_of(study, dense=None, cache=None, *, firsts=None):
+def ledger_of(study, dense=None, cache=None, *, initial_plans=None):
     """The ledger that a run of the small study has."""
     data, model, spec = nets.few_digits(), nets.small(), small_spec()
     if dense:
@@ -105,12 +105,12 @@ def ledger_of(study, dense=None, cache=None, *, firsts=None):
     space = make_space(found, spec.space.methods)
     inputs = sample_inputs(data.train, CALIBRATION, seed=spec.seed)
     layers = profile(model, found, {a.layer.name: a.methods for a in space.axes}, inputs=inputs, cache=cache)
-    if firsts is None:
-        firsts = read_firsts(study) or list(vbmf_plans(space, layers.vbmf))
+    if initial_plans is None:
+        initial_plans = read_initial_plans(study) or list(vbmf_plans(space, layers.vbmf))
     dense_loss, probes = read_probes(study)
     score = read_facts(study).dense.score_validation if has_facts(study) else 0.65
     return Ledger(
-        study, space, found, firsts, sampler="rank", seed=0, dense_score=score,
+        study, space, found, initial_plans, sampler="rank", seed=0, dense_score=score,
         limits=UNLIMITED, objectives=Objectives(),
         knowledge=Knowledge.of(space, found, layers, probes, dense_loss=dense_loss, dense_score=score, limits=UNLIMITED, minimize=("params",)),
     )  # fmt: skip
@@ -125,7 +125,7 @@ def test_a_plan_that_keeps_losing_its_worker_is_given_up():
     ledger = ledger_of(optuna.create_study(directions=["maximize", "maximize"]))
     indices = []
     for job in ledger.jobs(2):
-        found = ledger.receive(job, Answer(Outcome.WORKER_LOST if len(indices) < 3 else Outcome.DONE, (Rung(0, 0.5),)))
+        found = ledger.receive(job, Result(Outcome.WORKER_LOST if len(indices) < 3 else Outcome.DONE, (CurvePoint(0, 0.5),)))
         indices.append(found.index)
     assert indices == [0, 0, 0, 1, 2]
 

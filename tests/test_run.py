@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from ranksearch.plan import Plan
 from ranksearch.results.record import MAX_TRIES, Outcome
 from ranksearch.study.run import Run
-from ranksearch.task.evaluation import Answer, Job
+from ranksearch.task.evaluation import Job, Result
 
 
 def test_what_loses_its_worker_is_tried_so_often_and_no_more():
@@ -20,15 +20,15 @@ def test_what_loses_its_worker_is_tried_so_often_and_no_more():
             for job in jobs:
                 tries[job.key] += 1
                 lost = job.key == 0 or (job.key == 1 and tries[0] >= MAX_TRIES)
-                on_message(job, Answer(Outcome.WORKER_LOST if lost else Outcome.DONE))
+                on_message(job, Result(Outcome.WORKER_LOST if lost else Outcome.DONE))
 
     def jobs():
         return (Job(key, Plan(), 0) for key in range(3) if key not in done)
 
-    def on_answer(job, answer):
-        if answer.outcome is not Outcome.WORKER_LOST and tries[0] > 1:
+    def on_result(job, result):
+        if result.outcome is not Outcome.WORKER_LOST and tries[0] > 1:
             done.add(job.key)
 
     run = SimpleNamespace(engine=Losing(), stage=lambda name: nullcontext(lambda: None))
-    Run.run_jobs(run, "finalists", jobs, None, on_answer)
+    Run.run_jobs(run, "finalists", jobs, None, on_result)
     assert tries[0] == MAX_TRIES

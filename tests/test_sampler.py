@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from ranksearch.plan import CP, Plan
 from ranksearch.results import pareto
 from ranksearch.results.limits import Limits
-from ranksearch.results.record import Outcome, Rung
+from ranksearch.results.record import CurvePoint, Outcome
 from ranksearch.spec import SAMPLERS
-from ranksearch.strategy.frontier import Choice, frontier
-from ranksearch.strategy.sampler import START, WORTHLESS, RankSampler, expected_gains
+from ranksearch.strategy.predicted_front import Choice, predicted_front
+from ranksearch.strategy.sampler import MAX_SCORE_DROP, MIN_RECORDS, RankSampler, expected_gains
 from ranksearch.strategy.space import size_of
 from ranksearch.strategy.surrogate import Surrogate, Table, _log_weights
-from ranksearch.task.evaluation import Answer
-from tests.books import DENSE_SCORE, FOUND, SPACE, TINY, Books, knowledge, offered
+from ranksearch.task.evaluation import Result
+from tests.books import DENSE_SCORE, FOUND, SPACE, TINY, Books, knowledge, rank_ranges
 
-CHOICES = offered()
+CHOICES = rank_ranges()
 TABLE = Table(FOUND, CHOICES)
 TOP, FLOOR = 0.91, 0.5
 
@@ -47,11 +47,13 @@ def test_a_row_is_a_plan_and_its_size(row):
 @given(st.lists(st.floats(0.1, 10), min_size=len(TABLE.layers), max_size=len(TABLE.layers)))
 def test_a_weighted_frontier_is_that_of_weighted_rises(weights):
     weighted = {
-        name: [Choice(c.value, c.cost, c.rise * weight) for c in CHOICES[name]]
+        name: [Choice(c.value, c.cost, c.loss_increase * weight) for c in CHOICES[name]]
         for name, weight in zip(TABLE.layers, weights, strict=True)
     }
     dense = {name: FOUND[name].params for name in TABLE.layers}
-    assert [TABLE.plan(row) for row in TABLE.frontier(np.array(weights))] == [c.plan for c in frontier(dense, weighted)]
+    assert [TABLE.plan(row) for row in TABLE.predicted_front(np.array(weights))] == [
+        c.plan for c in predicted_front(dense, weighted)
+    ]
 
 
 def test_a_choice_outside_the_table_stands_as_the_nearest_of_its_method():
@@ -130,15 +132,15 @@ def test_scores_that_are_all_alike(score):
 
 
 def test_a_plan_that_was_tried_is_known_better_than_one_that_was_not():
-    corners = TABLE.frontier(np.ones(len(TABLE.layers)))
+    corners = TABLE.predicted_front(np.ones(len(TABLE.layers)))
     tried, far = corners[1::2], corners[-1:]
     known = surrogate(tried[:-1], np.linspace(0.88, 0.6, len(tried) - 1))
     assert known.expect(tried[:1])[1][0] < known.expect(far)[1][0]
 
 
 def test_what_lost_more_is_expected_to_lose_more():
-    corners = TABLE.frontier(np.ones(len(TABLE.layers)))
-    known = surrogate(corners, 0.9 - 0.05 * TABLE.rises_of(corners).sum(1))
+    corners = TABLE.predicted_front(np.ones(len(TABLE.layers)))
+    known = surrogate(corners, 0.9 - 0.05 * TABLE.loss_increases_of(corners).sum(1))
     mean, _ = known.expect(corners[[1, -1]])
     assert mean[0] < mean[1]
 
@@ -146,8 +148,8 @@ def test_what_lost_more_is_expected_to_lose_more():
 @pytest.mark.parametrize("floor", [FLOOR, 0.93])
 def test_scores_above_the_dense_one_are_told_apart(floor):
     """Of a dense net of 0.9: trials of up to 0.97, whether or not the user asks for 0.93."""
-    corners = TABLE.frontier(np.ones(len(TABLE.layers)))
-    scores = 0.97 - 0.05 * TABLE.rises_of(corners).sum(1)
+    corners = TABLE.predicted_front(np.ones(len(TABLE.layers)))
+    scores = 0.97 - 0.05 * TABLE.loss_increases_of(corners).sum(1)
     known = Surrogate(TABLE, corners, scores, dense_score=0.9, floor=floor, seed=0)
     mean, std = known.expect(corners)
     assert known.top > scores.max()
@@ -157,8 +159,8 @@ def test_scores_above_the_dense_one_are_told_apart(floor):
 
 
 def test_a_score_above_every_other_can_still_be_sought():
-    corners = TABLE.frontier(np.ones(len(TABLE.layers)))
-    known = Surrogate(TABLE, corners, 0.9 - 0.05 * TABLE.rises_of(corners).sum(1), dense_score=0.9, floor=0.95, seed=0)
+    corners = TABLE.predicted_front(np.ones(len(TABLE.layers)))
+    known = Surrogate(TABLE, corners, 0.9 - 0.05 * TABLE.loss_increases_of(corners).sum(1), dense_score=0.9, floor=0.95, seed=0)
     mean, std = known.expect(corners)
     gains = expected_gains(mean, std, TABLE.log_ratios(corners), np.array([(0.9, 0.01)]), top=known.top, floor=0.95)
     assert known.top > 0.95
@@ -222,8 +224,8 @@ def test_suggestions_are_among_the_plans_to_choose_from_until_they_are_tried():
 
 def test_scores_count_from_below_the_best_where_none_reaches_the_dense_one():
     known = knowledge()
-    assert known.floor(np.array([])) == known.floor(np.array([0.95])) == pytest.approx(known.dense_score - WORTHLESS)
-    assert known.floor(np.array([0.3, 0.5])) == pytest.approx(0.5 - WORTHLESS)
+    assert known.floor(np.array([])) == known.floor(np.array([0.95])) == pytest.approx(known.dense_score - MAX_SCORE_DROP)
+    assert known.floor(np.array([0.3, 0.5])) == pytest.approx(0.5 - MAX_SCORE_DROP)
 
 
 def test_a_score_out_of_reach_is_climbed_to():
@@ -231,18 +233,18 @@ def test_a_score_out_of_reach_is_climbed_to():
     books = Books(sampler="rank", limits=Limits(min_score=0.99))
     ledger, scores = books.ledger(), []
     for job in ledger.jobs(14):
-        rises = TABLE.rises_of(as_rows(TABLE.row(job.plan))).sum()
-        scores.append(DENSE_SCORE - 0.1 - 0.4 * rises)
-        ledger.receive(job, Answer(Outcome.DONE, (Rung(1, scores[-1]),)))
-    assert min(scores[START:]) > np.median(scores[:START])
-    assert max(scores[START:]) > max(scores[:START])
+        loss_increases = TABLE.loss_increases_of(as_rows(TABLE.row(job.plan))).sum()
+        scores.append(DENSE_SCORE - 0.1 - 0.4 * loss_increases)
+        ledger.receive(job, Result(Outcome.DONE, (CurvePoint(1, scores[-1]),)))
+    assert min(scores[MIN_RECORDS:]) > np.median(scores[:MIN_RECORDS])
+    assert max(scores[MIN_RECORDS:]) > max(scores[:MIN_RECORDS])
     known = knowledge(limits=Limits(min_score=0.6))
     assert known.floor(np.array([0.3, 0.5])) == 0.5
     assert known.floor(np.array([0.3, 0.7])) == known.floor(np.array([])) == 0.6
 
 
 def test_sums_that_differ_by_rounding_alone_are_no_holes():
-    rises = np.array([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1], [0.0, 0.1, 0.1], [0.1, 0.1, 0.0], [0.05, 0.0, 0.1]])
-    assert rises[0].sum() != rises[1].sum()
-    for found in _log_weights(rises, np.log([0.3, 0.1, 0.05, 0.04, 0.02])):
+    loss_increases = np.array([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1], [0.0, 0.1, 0.1], [0.1, 0.1, 0.0], [0.05, 0.0, 0.1]])
+    assert loss_increases[0].sum() != loss_increases[1].sum()
+    for found in _log_weights(loss_increases, np.log([0.3, 0.1, 0.05, 0.04, 0.02])):
         assert np.isfinite(found).all()

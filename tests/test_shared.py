@@ -17,8 +17,8 @@ from ranksearch.engines import local, shared
 from ranksearch.engines.shared import check_portable, pack, unpack
 from ranksearch.errors import DataError, ModelError, StudyError
 from ranksearch.plan import Plan
-from ranksearch.results.record import Outcome, Rung
-from ranksearch.task.evaluation import Answer, Job
+from ranksearch.results.record import CurvePoint, Outcome
+from ranksearch.task.evaluation import Job, Result
 
 linux = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="mapped files are found in Linux's /proc alone")
 ROWS = 3 << 20
@@ -233,15 +233,15 @@ class Writes:
 
     def __call__(self, job):
         images = self.data.tensors[0]
-        yield Rung(0, float(images.sum()))
-        yield Rung(1, float(_anonymous()))
+        yield CurvePoint(0, float(images.sum()))
+        yield CurvePoint(1, float(_anonymous()))
         images[0] += 1
         (self.folder / f"{job.key}").touch()
         while len(list(self.folder.iterdir())) < 2:
             time.sleep(0.01)
-        yield Rung(2, float(images[0].min()))
-        yield Rung(3, float(images[0].max()))
-        yield Answer(Outcome.DONE)
+        yield CurvePoint(2, float(images[0].min()))
+        yield CurvePoint(3, float(images[0].max()))
+        yield Result(Outcome.DONE)
 
 
 def _anonymous():

@@ -31,8 +31,8 @@ def inside(axis):
     """Every value that the axis can choose."""
     yield Dense()
     for method in axis.methods:
-        for ranks in itertools.product(*method.offered(axis.layer)):
-            if method.pays(axis.layer, ranks):
+        for ranks in itertools.product(*method.rank_ranges(axis.layer)):
+            if method.shrinks(axis.layer, ranks):
                 yield method.value(axis.layer, ranks)
 
 
@@ -122,9 +122,9 @@ def test_ranks_that_do_not_pay_are_dense(method):
     axis = AXES["fc1"]
     full = {"fc1.method": method, "fc1.level": 1.0, "fc1.level_in": 1.0}
     least = {"fc1.method": method, "fc1.level": 0.0, "fc1.level_in": 0.0}
-    most = tuple(ranks[-1] for ranks in METHODS[KINDS[method]].offered(axis.layer))
-    pays = METHODS[KINDS[method]].pays(axis.layer, most)
-    assert (axis.factorization(full) != Dense()) == pays
+    most = tuple(ranks[-1] for ranks in METHODS[KINDS[method]].rank_ranges(axis.layer))
+    shrinks = METHODS[KINDS[method]].shrinks(axis.layer, most)
+    assert (axis.factorization(full) != Dense()) == shrinks
     assert set(axis.factorization(least).ranks) == {1}
 
 
@@ -164,8 +164,8 @@ def test_layers_come_in_call_order_with_the_methods_that_pay():
     for name, axis in AXES.items():
         for method in METHODS.values():
             suits = method.applies(axis.layer.weight, linear=axis.layer.kind == "Linear")
-            pays = suits and method.pays(axis.layer, (1,) * len(method.kind.rank_names()))
-            assert (method in axis.methods) == pays, (name, method.kind.method)
+            shrinks = suits and method.shrinks(axis.layer, (1,) * len(method.kind.rank_names()))
+            assert (method in axis.methods) == shrinks, (name, method.kind.method)
 
 
 def test_only_tucker_has_a_second_level():

@@ -19,27 +19,27 @@ from ranksearch.plan import CP, SVD, Plan, Tucker2
 from ranksearch.spec import FinalistSpec
 from ranksearch.study.options import Options
 from ranksearch.study.study import run_study
-from ranksearch.task.evaluation import Answer, Job, Stage
+from ranksearch.task.evaluation import Job, Result, Stage
 from tests import nets
 from tests.conftest import PLAN, essence, small_spec
 
 
-def answer(evaluator, stage=Stage.FINALIST, plan=PLAN, seed=0):
+def result(evaluator, stage=Stage.FINALIST, plan=PLAN, seed=0):
     *_, last = evaluator(Job(0, plan, seed, stage))
-    assert isinstance(last, Answer)
+    assert isinstance(last, Result)
     return last
 
 
 def test_layerwise_trains_after_each_layer(evaluator):
     """The curve goes on through all layers, and what was trained before a layer is decomposed is not lost."""
-    found = answer(evaluator(schedule="layerwise"))
-    assert [rung.epochs for rung in found.curve] == [0, 1, 2, 3, 4, 5, 6]
-    at_once = answer(evaluator())
-    assert [rung.epochs for rung in at_once.curve] == [0, 1, 2]
+    found = result(evaluator(schedule="layerwise"))
+    assert [curve_point.epochs for curve_point in found.curve] == [0, 1, 2, 3, 4, 5, 6]
+    at_once = result(evaluator())
+    assert [curve_point.epochs for curve_point in at_once.curve] == [0, 1, 2]
     assert found.weights != at_once.weights
-    assert answer(evaluator(schedule="layerwise")).weights == found.weights
+    assert result(evaluator(schedule="layerwise")).weights == found.weights
     # fc1 alone is decomposed first, from the dense weights.
-    first = answer(evaluator(), plan=Plan.of({"fc1": SVD(6)}))
+    first = result(evaluator(), plan=Plan.of({"fc1": SVD(6)}))
     assert first.curve[0].score == pytest.approx(found.curve[0].score, abs=0.02)
     assert found.score_test > 0.5
 
@@ -60,8 +60,8 @@ def test_layerwise_at_full_rank_is_training_the_dense_net(evaluator, trained):
 
 
 def test_only_finalists_are_layerwise(evaluator):
-    trial = answer(evaluator(schedule="layerwise"), Stage.TRIAL)
-    assert [rung.epochs for rung in trial.curve] == [0, 1]
+    trial = result(evaluator(schedule="layerwise"), Stage.TRIAL)
+    assert [curve_point.epochs for curve_point in trial.curve] == [0, 1]
 
 
 def test_a_net_from_scratch_knows_nothing_of_the_dense_one(trained):
@@ -111,7 +111,7 @@ def test_blocks_and_statistics_start_anew():
 
 
 def test_a_net_from_scratch_learns(evaluator):
-    found = answer(replace(evaluator(scratch=True), finalists=FinalistSpec(8, 32, 1e-2)))
+    found = result(replace(evaluator(scratch=True), finalists=FinalistSpec(8, 32, 1e-2)))
     assert found.curve[0].score < 0.4
     assert found.curve[-1].score > found.curve[0].score + 0.3
 

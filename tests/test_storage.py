@@ -61,8 +61,8 @@ def fill(study):
 @pytest.fixture
 def hurried(monkeypatch):
     """Waits are short."""
-    monkeypatch.setattr(storage, "PATIENCE", 60)
-    monkeypatch.setattr(storage, "INTERVAL", 0.02)
+    monkeypatch.setattr(storage, "MAX_WAIT_SECONDS", 60)
+    monkeypatch.setattr(storage, "RETRY_SECONDS", 0.02)
     monkeypatch.setattr(database, "BUSY_TIMEOUT", 0.02)
 
 
@@ -115,7 +115,7 @@ def test_books_are_the_same_whenever_another_program_locks_them(tmp_path, hurrie
 
 
 def test_a_lock_that_stays_is_one_sentence_wherever_it_is_met(tmp_path, hurried, monkeypatch):
-    monkeypatch.setattr(storage, "PATIENCE", 0.1)
+    monkeypatch.setattr(storage, "MAX_WAIT_SECONDS", 0.1)
     url = folder.storage_url(tmp_path, None)
     words = (
         rf"The storage {url} must be usable as long as a study runs, but has been locked by another program for 0 s; what was"

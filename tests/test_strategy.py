@@ -18,8 +18,8 @@ from ranksearch.plan import CP, CP4, Dense, Plan, Tucker2
 from ranksearch.results import pareto
 from ranksearch.results.limits import UNLIMITED, Limits
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import Finalist, Outcome, Rung, TrialRecord, choose, front_of
-from ranksearch.strategy.finalists import WORTH, choose_finalists, floor_of
+from ranksearch.results.record import CurvePoint, Finalist, Outcome, TrialRecord, choose, front_of
+from ranksearch.strategy.finalists import MAX_FINALIST_SCORE_DROP, choose_finalists, floor_of
 from ranksearch.strategy.prior import WEAKENINGS, at_vbmf, vbmf_plans
 from ranksearch.strategy.space import make_space
 
@@ -34,7 +34,7 @@ def trial(number, score, ratio, outcome=Outcome.DONE, finalist=None, same_as=Non
 
 
 def finalist(validation, test=0.5):
-    return Finalist(score_validation=validation, score_test=test, curve=(Rung(0, validation),), seconds=1.0)
+    return Finalist(score_validation=validation, score_test=test, curve=(CurvePoint(0, validation),), seconds=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_finalists_are_the_front_first(cloud, count):
 
 
 def test_what_lost_too_much_is_no_finalist_while_there_is_better():
-    good, bad = trial(0, 0.95, 10.0), trial(1, 0.95 - WORTH - 0.01, 1000.0)
+    good, bad = trial(0, 0.95, 10.0), trial(1, 0.95 - MAX_FINALIST_SCORE_DROP - 0.01, 1000.0)
     assert choose_finalists([good, bad], 0.96, 2, UNLIMITED, Objectives()) == [good]
     assert choose_finalists([bad], 0.96, 2, UNLIMITED, Objectives()) == [bad]
 
@@ -108,12 +108,16 @@ def test_some_trial_is_always_worth_something(scores, dense_score):
     """Nets from scratch, or that a limit makes tiny, may all be far below the dense one after a few epochs."""
     floor = floor_of(dense_score, scores, UNLIMITED)
     assert floor < max(scores)
-    assert floor <= dense_score - WORTH
+    assert floor <= dense_score - MAX_FINALIST_SCORE_DROP
     assert floor_of(dense_score, scores, Limits(min_score=0.7)) == 0.7
 
 
 def test_where_none_reaches_the_dense_score_finalists_are_told_apart_by_the_best():
-    best, near, far = trial(0, 0.5, 10.0), trial(1, 0.5 - WORTH + 0.01, 100.0), trial(2, 0.5 - WORTH - 0.01, 1000.0)
+    best, near, far = (
+        trial(0, 0.5, 10.0),
+        trial(1, 0.5 - MAX_FINALIST_SCORE_DROP + 0.01, 100.0),
+        trial(2, 0.5 - MAX_FINALIST_SCORE_DROP - 0.01, 1000.0),
+    )
     assert choose_finalists([best, near, far], 0.96, 3, UNLIMITED, Objectives()) == [best, near]
 
 

@@ -20,11 +20,11 @@ from ranksearch.console import Silent, final_words
 from ranksearch.errors import ModelError, StudyError
 from ranksearch.report import write_report
 from ranksearch.results.record import Outcome, choose
-from ranksearch.strategy.finalists import WORTH
+from ranksearch.strategy.finalists import MAX_FINALIST_SCORE_DROP
 from ranksearch.study import study
 from ranksearch.study.dense import train_dense
 from ranksearch.study.options import Options, choose_device
-from ranksearch.study.probing import FRONTIER_PLANS
+from ranksearch.study.probing import PREDICTED_PLANS
 from ranksearch.study.study import Stopped, run_study
 from ranksearch.task.task import Task, check_float32, predict
 from tests import nets
@@ -54,7 +54,7 @@ def test_the_first_trials_are_of_the_frontier_then_those_of_vbmf(finished):
     origins = [trial.origin for trial in record.trials]
     first = origins.index("vbmf tucker2 x1")
     assert origins[:first] == ["frontier"] * first
-    assert 1 <= first <= FRONTIER_PLANS
+    assert 1 <= first <= PREDICTED_PLANS
     assert origins[first + 1] == "vbmf cp x1"
 
 
@@ -65,7 +65,7 @@ def test_trials_that_lost_too_much_are_marked_infeasible(finished):
     assert told
     for at, trial in enumerate(told, start=1):
         best = max(scores[other.number] for other in told[:at])
-        floor = min(record.facts.dense.score_validation, best) - WORTH
+        floor = min(record.facts.dense.score_validation, best) - MAX_FINALIST_SCORE_DROP
         assert trial.constraints == {"worth taking home": pytest.approx(floor - scores[trial.number])}
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ranksearch.compress.axes import as_maps
 from ranksearch.compress.inventory import Inventory
-from ranksearch.compress.whitening import Metric, Modes, metrics, source
-from ranksearch.methods import FEWER_PARAMS, METHODS, Method, Offer, Prepared, nearest_rank
+from ranksearch.compress.whitening import Modes, Whitening, source, whitenings
+from ranksearch.methods import FEWER_PARAMS, METHODS, Method, Prepared, RankConstraints, nearest_rank
 from ranksearch.methods.layer import Layer
 from ranksearch.plan import KINDS, Factorization, Plan
 from ranksearch.support.files import write_whole, writing
@@ -67,23 +67,23 @@ class LayerProfile:
     prepared: Mapping[str, Prepared]
     vbmf: tuple[int | None, int | None]
     seed: int
-    metric: Metric
+    whitening: Whitening
     whitened: Mapping[str, Tensor]
     errors: Mapping[str, Tensor]
     """By method, the relative weight errors of its `rank_grid`, in that order."""
-    offer: Offer = FEWER_PARAMS
+    constraints: RankConstraints = FEWER_PARAMS
 
     def factors(self, value: Factorization, *, sweeps: int = 0) -> tuple[Tensor, ...]:
         """The factors of `value`, refined by `sweeps`; a pure function of these, the kernel, the metric and the seed."""
         method, name, weight = METHODS[type(value)], value.method, tuple(self.kernel.shape)
         found = method.factors(self.whitened[name], self.prepared[name], value.ranks, self.seed, sweeps)
-        return method.balanced(self.metric.fold(found, method.holds(weight), weight)) if self.metric.roots else found
+        return method.balanced(self.whitening.fold(found, method.holds(weight), weight)) if self.whitening.roots else found
 
     def of(self, kernel: Tensor, value: Factorization) -> LayerProfile:
         """The same layer with another kernel (out, in, *kernel), as after some training, prepared for `value` alone; its
         metric stays that of the inputs that the layer had."""
         method, name = METHODS[type(value)], value.method
-        whitened = self.metric.whiten(kernel, method.holds(tuple(kernel.shape)))
+        whitened = self.whitening.whiten(kernel, method.holds(tuple(kernel.shape)))
         prepared = {name: method.prepare(whitened, [value.ranks], self.seed)}
         return replace(self, kernel=kernel, prepared=prepared, whitened={name: whitened}, errors={})
 
@@ -93,19 +93,19 @@ class LayerProfile:
         # A kernel of zeros is exact at every rank.
         return float(torch.linalg.vector_norm(self._difference(value, self.factors(value))) / norm) if norm else 0.0
 
-    def shift(self, value: Factorization, factors: Sequence[Tensor]) -> Tensor | None:
+    def bias_correction(self, value: Factorization, factors: Sequence[Tensor]) -> Tensor | None:
         """What to add to the layer's bias (out,) with the factors of `value`, so that the mean of its inputs gives what it
         gave before; None: nothing."""
-        if self.metric.mean is None:
+        if self.whitening.mean is None:
             return None
-        return -self._difference(value, factors).flatten(1) @ self.metric.mean.flatten()
+        return -self._difference(value, factors).flatten(1) @ self.whitening.mean.flatten()
 
     def candidates(self) -> Iterator[Candidate]:
         """Every prepared method at every level of rank that is smaller than the dense layer."""
         for name, prepared in self.prepared.items():
             method = METHODS[KINDS[name]]
-            grid = rank_grid(method, self.layer, self.offer)
-            fitted = method.errors(prepared, grid) if self.metric.roots else [None] * len(grid)
+            grid = rank_grid(method, self.layer, self.constraints)
+            fitted = method.errors(prepared, grid) if self.whitening.roots else [None] * len(grid)
             for ranks, error, data_error in zip(grid, self.errors[name].tolist(), fitted, strict=True):
                 params, macs = method.params(self.layer, ranks), method.macs(self.layer, ranks)
                 yield Candidate(method.value(self.layer, ranks), error, params, macs, data_error)
@@ -129,16 +129,16 @@ class Profile:
         """The factors of every layer that the plan names, refined by `sweeps`."""
         return {name: self.layers[name].factors(value, sweeps=sweeps) for name, value in plan}
 
-    def shifts(self, plan: Plan, factors: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    def bias_corrections(self, plan: Plan, factors: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
         """What to add to the biases of the layers that the plan names with its factors, where there is something to add."""
-        found = {name: self.layers[name].shift(value, factors[name]) for name, value in plan}
-        return {name: shift for name, shift in found.items() if shift is not None}
+        found = {name: self.layers[name].bias_correction(value, factors[name]) for name, value in plan}
+        return {name: bias_correction for name, bias_correction in found.items() if bias_correction is not None}
 
 
-def rank_grid(method: Method, layer: Layer, offer: Offer = FEWER_PARAMS) -> list[tuple[int, ...]]:
+def rank_grid(method: Method, layer: Layer, constraints: RankConstraints = FEWER_PARAMS) -> list[tuple[int, ...]]:
     """The levels of rank of one method that pay: log-spaced from its least to its largest, every pair for two ranks."""
-    axes = [_log_spaced(ranks) for ranks in method.offered(layer, offer)]
-    return [ranks for ranks in itertools.product(*axes) if method.pays(layer, ranks, offer)]
+    axes = [_log_spaced(ranks) for ranks in method.rank_ranges(layer, constraints)]
+    return [ranks for ranks in itertools.product(*axes) if method.shrinks(layer, ranks, constraints)]
 
 
 def profile(
@@ -146,7 +146,7 @@ def profile(
     inventory: Inventory,
     methods: Mapping[str, Sequence[Method]],
     *,
-    offer: Offer = FEWER_PARAMS,
+    constraints: RankConstraints = FEWER_PARAMS,
     inputs: Tensor | None = None,
     cache: Path | None = None,
     seed: int = 0,
@@ -171,22 +171,22 @@ def profile(
     """
     # A metric is known by what it follows from: its own last bits change with the number of threads.
     about = "" if inputs is None else source(model, inputs)
-    jobs = [_Job.of(model, layer, methods.get(layer.name, ()), offer, about, seed, cache) for layer in inventory.layers]
+    jobs = [_Job.of(model, layer, methods.get(layer.name, ()), constraints, about, seed, cache) for layer in inventory.layers]
     known = {job.layer.name: _read(job.path, job.digest) for job in jobs if job.path}
     missing = {job.layer: job.holds for job in jobs if known.get(job.layer.name) is None and job.methods}
-    measured = metrics(model, missing, inputs) if inputs is not None and missing else {}
+    measured = whitenings(model, missing, inputs) if inputs is not None and missing else {}
 
     def layer_profile(job: _Job) -> LayerProfile:
         name, tensors = job.layer.name, known.get(job.layer.name)
-        metric = measured.get(name, Metric()).to(job.kernel.dtype) if tensors is None else _as_metric(tensors)
-        whitened = {kind: metric.whiten(job.kernel, method.holds(job.layer.weight)) for kind, method in job.methods.items()}
+        whitening = measured.get(name, Whitening()).to(job.kernel.dtype) if tensors is None else _as_metric(tensors)
+        whitened = {kind: whitening.whiten(job.kernel, method.holds(job.layer.weight)) for kind, method in job.methods.items()}
         if tensors is None:
-            tensors = _prepare(job, metric, whitened, seed)
-            tensors |= _weight_errors(_as_profile(job, tensors, metric, whitened, seed, offer), job)
+            tensors = _prepare(job, whitening, whitened, seed)
+            tensors |= _weight_errors(_as_profile(job, tensors, whitening, whitened, seed, constraints), job)
             if job.path:
                 with writing(f"The layer's factors {job.path}"):
                     write_whole(job.path, safetensors.torch.save(tensors, {DIGEST: job.digest}))
-        return _as_profile(job, tensors, metric, whitened, seed, offer)
+        return _as_profile(job, tensors, whitening, whitened, seed, constraints)
 
     found = {}
     for profiled in _at_once(layer_profile, jobs):
@@ -228,10 +228,17 @@ class _Job:
 
     @classmethod
     def of(
-        cls, model: nn.Module, layer: Layer, methods: Sequence[Method], offer: Offer, about: str, seed: int, cache: Path | None
+        cls,
+        model: nn.Module,
+        layer: Layer,
+        methods: Sequence[Method],
+        constraints: RankConstraints,
+        about: str,
+        seed: int,
+        cache: Path | None,
     ) -> _Job:
         weight, wanted = kernel(model, layer), {method.kind.method: method for method in methods}
-        grids = {name: rank_grid(method, layer, offer) for name, method in wanted.items()}
+        grids = {name: rank_grid(method, layer, constraints) for name, method in wanted.items()}
         # Layers of equal weights are one to a plain profile; their inputs may differ.
         digest = _digest(weight, grids, about and f"{about}|{layer.name}", seed)
         path = cache / f"{_as_file_name(layer.name)}-{digest}.safetensors" if cache else None
@@ -255,10 +262,10 @@ def _estimate(kernel: Tensor, mode: int) -> int | None:
     return (vbmf(unfold(kernel, mode)).rank or None) if kernel.shape[mode] >= 4 else None
 
 
-def _prepare(job: _Job, metric: Metric, whitened: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+def _prepare(job: _Job, whitening: Whitening, whitened: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
     tensors = {"vbmf": torch.tensor([rank or 0 for rank in vbmf_ranks(job.kernel)])}
-    tensors |= {f"{ROOT}/{','.join(map(str, modes))}": root for modes, root in metric.roots.items()}
-    tensors |= {} if metric.mean is None else {MEAN: metric.mean}
+    tensors |= {f"{ROOT}/{','.join(map(str, modes))}": root for modes, root in whitening.roots.items()}
+    tensors |= {} if whitening.mean is None else {MEAN: whitening.mean}
     for name, method in job.methods.items():
         for key, value in method.prepare(whitened[name], job.grids[name], seed).items():
             tensors[f"{name}/{key}"] = value.contiguous().clone()
@@ -269,7 +276,7 @@ def _weight_errors(layer: LayerProfile, job: _Job) -> dict[str, Tensor]:
     """Kept with the rest: where the factors are fitted in a metric, the weights' error asks for a reconstruction each."""
     errors = {}
     for name, method in job.methods.items():
-        if layer.metric.roots:
+        if layer.whitening.roots:
             found = [layer.error(method.value(job.layer, ranks)) for ranks in job.grids[name]]
         else:
             found = method.errors(layer.prepared[name], job.grids[name])
@@ -278,16 +285,23 @@ def _weight_errors(layer: LayerProfile, job: _Job) -> dict[str, Tensor]:
 
 
 def _as_profile(
-    job: _Job, tensors: Mapping[str, Tensor], metric: Metric, whitened: Mapping[str, Tensor], seed: int, offer: Offer
+    job: _Job,
+    tensors: Mapping[str, Tensor],
+    whitening: Whitening,
+    whitened: Mapping[str, Tensor],
+    seed: int,
+    constraints: RankConstraints,
 ) -> LayerProfile:
     prepared = {kind: _under(tensors, kind) for kind in job.methods}
     errors = _under(tensors, ERRORS)
-    return LayerProfile(job.layer, job.kernel, prepared, _ranks(tensors["vbmf"]), seed, metric, whitened, errors, offer)
+    return LayerProfile(
+        job.layer, job.kernel, prepared, _ranks(tensors["vbmf"]), seed, whitening, whitened, errors, constraints
+    )
 
 
-def _as_metric(tensors: Mapping[str, Tensor]) -> Metric:
+def _as_metric(tensors: Mapping[str, Tensor]) -> Whitening:
     roots = {tuple(map(int, modes.split(","))): root for modes, root in _under(tensors, ROOT).items()}
-    return Metric(roots, tensors.get(MEAN))
+    return Whitening(roots, tensors.get(MEAN))
 
 
 def _under(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -301,9 +315,9 @@ def kernel(model: nn.Module, layer: Layer) -> Tensor:
     return as_maps(weight, layer.weight[1:], layer.order).contiguous()
 
 
-def _digest(kernel: Tensor, grids: Mapping[str, Grid], metric: str, seed: int) -> str:
+def _digest(kernel: Tensor, grids: Mapping[str, Grid], whitening: str, seed: int) -> str:
     # The algorithms' own version stands in the hash, so that a cache of an older release is not read.
-    about = f"5|{sorted(grids.items())}|{metric}|{seed}|{tuple(kernel.shape)}|{kernel.dtype}"
+    about = f"5|{sorted(grids.items())}|{whitening}|{seed}|{tuple(kernel.shape)}|{kernel.dtype}"
     return hashlib.sha256(about.encode() + kernel.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 

@@ -28,7 +28,7 @@ def factorize_(
     plan: Plan | Mapping[str, Factorization],
     *,
     factors: Mapping[str, Sequence[Tensor]] | None = None,
-    shifts: Mapping[str, Tensor] | None = None,
+    bias_corrections: Mapping[str, Tensor] | None = None,
     seed: int = 0,
 ) -> M:
     """Replace, in place, each layer that `plan` names by the plain torch modules of its factorization.
@@ -73,8 +73,8 @@ def factorize_(
             given = method.factors(kernel, method.prepare(kernel, [value.ranks], seed), value.ranks, seed)
         _check_shapes(name, value, tuple(kernel.shape), given)
         made = method.build(module, tuple(kernel.shape), given)
-        if shifts and name in shifts:
-            _shift(name, module, made, shifts[name])
+        if bias_corrections and name in bias_corrections:
+            _correct_bias(name, module, made, bias_corrections[name])
         made = made if value.order is None else _reordered(made, tuple(kernel.shape[1:]), value.order)
         vars(made).update(attributes_of(module))
         replacements[name] = made
@@ -95,14 +95,14 @@ def _reordered(made: nn.Sequential, size: Shape, order: Sequence[int]) -> nn.Seq
     return nn.Sequential(steps | OrderedDict(made.named_children())).train(made.training)
 
 
-def _shift(layer: str, dense: nn.Module, made: nn.Module, shift: Tensor) -> None:
-    if not isinstance(dense.bias, Tensor) or dense.bias.shape != shift.shape:
+def _correct_bias(layer: str, dense: nn.Module, made: nn.Module, bias_correction: Tensor) -> None:
+    if not isinstance(dense.bias, Tensor) or dense.bias.shape != bias_correction.shape:
         has = f"has one of shape {tuple(dense.bias.shape)}" if isinstance(dense.bias, Tensor) else "has none"
-        raise PlanError(f"Layer {layer!r}: a shift of shape {tuple(shift.shape)} needs such a bias, but it {has}.")
+        raise PlanError(f"Layer {layer!r}: a shift of shape {tuple(bias_correction.shape)} needs such a bias, but it {has}.")
     # Of all the parts of a factorization only the last has a bias.
     bias = next(parameter for name, parameter in made.named_parameters() if name.endswith(".bias"))
     with torch.no_grad():
-        bias.add_(shift.to(bias))
+        bias.add_(bias_correction.to(bias))
 
 
 def skeleton_(model: M, plan: Plan) -> M:

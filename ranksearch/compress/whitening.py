@@ -30,22 +30,22 @@ SHRINKAGE = 0.01
 """Share of the identity in every matrix of moments. It bounds the condition number, for dead and for copied channels too.
 Measured on the digits LeNet, from 0.001 to 0.1 and by the rule of OAS (Chen et al. 2010), the output error on held-out
 inputs differs by some per cent, with 128 inputs for 2,304 features too; only the error so predicted suffers from 0.1."""
-LARGEST = 4096
+MAX_MOMENT_ROWS = 4096
 """The largest matrix of moments, in rows: its Cholesky factor takes a second or two, and 128 MiB while it is made."""
-POSITIONS = 64
+POSITIONS_PER_INPUT = 64
 """Positions drawn from each input of a convolution, whose neighbours see much the same; it bounds the time."""
 BATCH = 32
 """Inputs a pass: what a convolution sees is held for so many at once."""
-NOTHING = 1e-9
+MIN_RELATIVE_VARIANCE = 1e-9
 """A layer's inputs that vary by less than this part of their energy are constant up to rounding."""
 
 
 @dataclass(frozen=True)
-class Metric:
+class Whitening:
     """The inputs of one layer: ||(W' - W) L||, with L L^T their moments, is the expected error of its outputs.
 
     `roots` holds a lower triangular L (d, d) for each run of kernel modes of joint size d; a run that is not there is
-    the product of its single modes, and a mode that is not there counts alike in all directions. So `Metric()` is the
+    the product of its single modes, and a mode that is not there counts alike in all directions. So `Whitening()` is the
     plain norm of the weights. `mean` (in, *kernel) is the mean patch of inputs where the moments are taken around it:
     the error of the mean is then the bias's to correct.
     """
@@ -53,10 +53,10 @@ class Metric:
     roots: Mapping[Modes, Tensor] = field(default_factory=dict)
     mean: Tensor | None = None
 
-    def to(self, dtype: torch.dtype) -> Metric:
+    def to(self, dtype: torch.dtype) -> Whitening:
         """The same in another type."""
         roots = {run: root.to(dtype) for run, root in self.roots.items()}
-        return Metric(roots, None if self.mean is None else self.mean.to(dtype))
+        return Whitening(roots, None if self.mean is None else self.mean.to(dtype))
 
     def whiten(self, kernel: Tensor, holds: Sequence[Modes]) -> Tensor:
         """The kernel (out, in, *kernel) times the roots of the runs that the factors hold; of the same shape."""
@@ -90,7 +90,7 @@ class Metric:
 
 def source(model: nn.Module, inputs: Tensor) -> str:
     """The digest of all that a metric follows from: every weight and buffer of the model, and the inputs."""
-    digest = hashlib.sha256(f"2|{SHRINKAGE}|{LARGEST}|{POSITIONS}|{BATCH}".encode())
+    digest = hashlib.sha256(f"2|{SHRINKAGE}|{MAX_MOMENT_ROWS}|{POSITIONS_PER_INPUT}|{BATCH}".encode())
     kept = model.state_dict()
     # What a model does not keep, such as the mean of its inputs, it computes with all the same.
     others = [(name, value) for name, value in model.named_buffers() if name not in kept]
@@ -101,7 +101,7 @@ def source(model: nn.Module, inputs: Tensor) -> str:
     return digest.hexdigest()
 
 
-def metrics(model: nn.Module, holds: Mapping[Layer, Iterable[Modes]], inputs: Tensor) -> dict[str, Metric]:
+def whitenings(model: nn.Module, holds: Mapping[Layer, Iterable[Modes]], inputs: Tensor) -> dict[str, Whitening]:
     """The metric of each of these layers, by name; a pure function of the model and the inputs.
 
     The factors of a layer are fitted in the metric of its inputs, so that they keep what its outputs are made of
@@ -116,7 +116,7 @@ def metrics(model: nn.Module, holds: Mapping[Layer, Iterable[Modes]], inputs: Te
 
     Args:
         model: the dense model; it runs in eval mode, without gradients, and is left as it was.
-        holds: by layer, the runs of kernel modes to measure. A run of more than `LARGEST` rows is left to its single
+        holds: by layer, the runs of kernel modes to measure. A run of more than `MAX_MOMENT_ROWS` rows is left to its single
             modes, as the one row of features behind a 512 x 7 x 7 map is; a single mode of more counts alike.
         inputs: (count, ...) of the training split, on any device.
 
@@ -138,7 +138,7 @@ def metrics(model: nn.Module, holds: Mapping[Layer, Iterable[Modes]], inputs: Te
             for batch in inputs.split(BATCH):
                 model(batch.to(device))
                 followed.outputs.clear()
-    return {name: moments.metric(normalised=name in followed.names) for name, moments in found.items()}
+    return {name: moments.whitening(normalised=name in followed.names) for name, moments in found.items()}
 
 
 class _Followed(TorchFunctionMode):
@@ -197,18 +197,18 @@ class _Moments:
             rows = self._rows(patches, run)
             product += (rows.T @ rows).cpu()
 
-    def metric(self, *, normalised: bool) -> Metric:
+    def whitening(self, *, normalised: bool) -> Whitening:
         mean = self._sum / max(1, self.count)
         centred = self.layer.bias or normalised
         roots = {}
         for run, product in self._products.items():
             rows = self._rows(mean[None], run)
             roots[run] = _root(product / max(1, self.count), rows.T @ rows if centred else None)
-        return Metric(roots, mean if centred and self.layer.bias else None)
+        return Whitening(roots, mean if centred and self.layer.bias else None)
 
     def _parts(self, run: Modes) -> list[Modes]:
-        parts = [run] if self._size(run) <= LARGEST else [(mode,) for mode in run]
-        return [part for part in parts if self._size(part) <= LARGEST]
+        parts = [run] if self._size(run) <= MAX_MOMENT_ROWS else [(mode,) for mode in run]
+        return [part for part in parts if self._size(part) <= MAX_MOMENT_ROWS]
 
     def _size(self, run: Modes) -> int:
         return math.prod(self.layer.weight[mode] for mode in run)
@@ -231,7 +231,7 @@ class _Moments:
         return views[:, :, *places].transpose(1, 2).flatten(0, 1)
 
     def _drawn(self, positions: int) -> Tensor:
-        return torch.randperm(positions, generator=self._generator)[:POSITIONS]
+        return torch.randperm(positions, generator=self._generator)[:POSITIONS_PER_INPUT]
 
 
 def _padded(module: Conv, inputs: Tensor) -> Tensor:
@@ -252,6 +252,6 @@ def _root(moments: Tensor, of_mean: Tensor | None) -> Tensor:
     energy = float(moments.diagonal().mean())
     around = moments if of_mean is None else moments - of_mean
     scale = float(around.diagonal().mean())
-    if scale <= NOTHING * energy:
+    if scale <= MIN_RELATIVE_VARIANCE * energy:
         return identity
     return torch.linalg.cholesky((1 - SHRINKAGE) / scale * around + SHRINKAGE * identity).contiguous()

@@ -14,12 +14,12 @@ from typing import Self, TypeAlias
 import cloudpickle
 
 from ranksearch.errors import ModelError, StudyError
-from ranksearch.results.record import Outcome, Rung
-from ranksearch.task.evaluation import Answer, Job
+from ranksearch.results.record import CurvePoint, Outcome
+from ranksearch.task.evaluation import Job, Result
 
-Messages: TypeAlias = Iterator[Rung | Answer]
+Messages: TypeAlias = Iterator[CurvePoint | Result]
 Evaluate: TypeAlias = Callable[[Job], Messages]
-OnMessage: TypeAlias = Callable[[Job, Rung | Answer], None]
+OnMessage: TypeAlias = Callable[[Job, CurvePoint | Result], None]
 
 MAX_LOST = 5
 """Workers lost in a row before the engine gives up: more than one plan is tried for, so the cause is not the plan."""
@@ -57,7 +57,7 @@ class Workers(abc.ABC):
         """Give a free worker a job."""
 
     @abc.abstractmethod
-    def messages(self) -> Iterable[tuple[int, Rung | Answer | Crash]]:
+    def messages(self) -> Iterable[tuple[int, CurvePoint | Result | Crash]]:
         """Waits for news, and gives what has come in with the keys of the jobs; nothing where a worker became free.
 
         A job whose worker is lost is answered with `Outcome.WORKER_LOST`.
@@ -93,7 +93,7 @@ class Engine:
 
         Args:
             jobs: what to evaluate; no two that run at a time have the same key.
-            evaluate: gives the messages of one job, an `Answer` last. Workers elsewhere get it pickled.
+            evaluate: gives the messages of one job, an `Result` last. Workers elsewhere get it pickled.
             on_message: receives every rung and every answer, in this process.
             should_stop: asked before each draw; True lets the running jobs end and draws no more.
 
@@ -124,7 +124,7 @@ class Engine:
                 if isinstance(message, Crash):
                     raise message.error from RuntimeError(f"in a worker:\n{message.trace}")
                 job = running[key]
-                if isinstance(message, Answer):
+                if isinstance(message, Result):
                     del running[key]
                     lost = lost + 1 if message.outcome is Outcome.WORKER_LOST else 0
                 on_message(job, message)

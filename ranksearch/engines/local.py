@@ -22,8 +22,8 @@ from multiprocessing.connection import Connection, wait
 from ranksearch.engines.base import Crash, Engine, Evaluate, Messages, Workers
 from ranksearch.engines.shared import Packed, pack
 from ranksearch.errors import ModelError
-from ranksearch.results.record import Outcome, Rung
-from ranksearch.task.evaluation import Answer, Job
+from ranksearch.results.record import CurvePoint, Outcome
+from ranksearch.task.evaluation import Job, Result
 
 START = """
 import signal, sys
@@ -75,11 +75,11 @@ class _Here(Workers):
         assert self._evaluate is not None, "loaded before it is given jobs"
         self._job, self._messages = job, self._evaluate(job)
 
-    def messages(self) -> Iterator[tuple[int, Rung | Answer]]:
+    def messages(self) -> Iterator[tuple[int, CurvePoint | Result]]:
         assert self._job is not None
         assert self._messages is not None
         key, message = self._job.key, next(self._messages)
-        if isinstance(message, Answer):
+        if isinstance(message, Result):
             self._job = None
         yield key, message
 
@@ -132,7 +132,7 @@ class _Pool(Workers):
         with suppress(OSError):  # dead before its job: `messages` finds its pipe closed and answers for it
             worker.pipe.send(job)
 
-    def messages(self) -> Iterator[tuple[int, Rung | Answer | Crash]]:
+    def messages(self) -> Iterator[tuple[int, CurvePoint | Result | Crash]]:
         ready = wait([worker.pipe for worker in self._busy()])
         for worker in [w for w in self._busy() if w.pipe in ready]:
             assert worker.job is not None
@@ -144,10 +144,10 @@ class _Pool(Workers):
                 worker.pipe.close()
                 worker.end()
                 self._last_exit = worker.process.returncode
-                message = Answer(Outcome.WORKER_LOST)
+                message = Result(Outcome.WORKER_LOST)
             if isinstance(message, str):
                 raise ModelError(message)
-            if not isinstance(message, Rung):
+            if not isinstance(message, CurvePoint):
                 worker.job = None
             yield key, message
 

@@ -20,8 +20,8 @@ from tempfile import TemporaryDirectory
 
 from ranksearch.engines.base import Crash, Engine, Evaluate, Workers, packed
 from ranksearch.errors import StudyError
-from ranksearch.results.record import Rung
-from ranksearch.task.evaluation import Answer, Job
+from ranksearch.results.record import CurvePoint
+from ranksearch.task.evaluation import Job, Result
 
 CONNECT_SECONDS = 24
 """For a cluster that is up: two seconds to start, one or two to connect, more on a busy machine."""
@@ -77,7 +77,7 @@ class Said:
     """A job's message."""
 
     key: int
-    message: Rung | Answer | Crash
+    message: CurvePoint | Result | Crash
 
 
 @dataclass(frozen=True)
@@ -137,12 +137,12 @@ class _Cluster(Workers):
         self._running += 1
         self._reply(job)
 
-    def messages(self) -> Iterator[tuple[int, Rung | Answer | Crash]]:
+    def messages(self) -> Iterator[tuple[int, CurvePoint | Result | Crash]]:
         if self._asked:
             self._reply(None)
         news = self._receive()
         if isinstance(news, Said):
-            self._running -= not isinstance(news.message, Rung)
+            self._running -= not isinstance(news.message, CurvePoint)
             yield news.key, news.message
         else:
             self._asked = True
@@ -168,9 +168,9 @@ class _Cluster(Workers):
         self._running = 0
         self._scratch.cleanup()
 
-    def _reply(self, answer: Job | End | None) -> None:
+    def _reply(self, result: Job | End | None) -> None:
         self._asked = False
-        self._send(answer)
+        self._send(result)
 
     def _send(self, value: object) -> None:
         try:

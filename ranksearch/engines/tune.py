@@ -30,8 +30,8 @@ from ray.tune.search import Searcher
 from ranksearch.engines.base import Crash, Evaluate, Messages
 from ranksearch.engines.ray import Cluster, End, Free, Ready, Said
 from ranksearch.errors import ModelError, StudyError, described, unloadable
-from ranksearch.results.record import Outcome, Rung
-from ranksearch.task.evaluation import Answer, Job
+from ranksearch.results.record import CurvePoint, Outcome
+from ranksearch.task.evaluation import Job, Result
 
 NO_NODE_SECONDS = 120
 """So long a study waits for a node that can run a trial, after all that could are gone."""
@@ -163,9 +163,9 @@ class _Board:
             self._running[trial] = job
         return job
 
-    def say(self, trial: str, message: Rung | Answer | Crash) -> None:
+    def say(self, trial: str, message: CurvePoint | Result | Crash) -> None:
         """Pass a message on; a trial ends with what is no rung."""
-        job = self._running[trial] if isinstance(message, Rung) else self._running.pop(trial)
+        job = self._running[trial] if isinstance(message, CurvePoint) else self._running.pop(trial)
         self._driver.send(Said(job.key, message))
 
 
@@ -229,7 +229,7 @@ class _Scheduler(TrialScheduler):
         this package, or one that it needs."""
         kept = trial.pickled_error_file  # not `get_pickled_error()`, which looks where Tune copies this file later
         error = cloudpickle.loads(Path(kept).read_bytes()) if kept else None
-        message: Answer | Crash = Answer(Outcome.WORKER_LOST)
+        message: Result | Crash = Result(Outcome.WORKER_LOST)
         if isinstance(error, RayActorError) and error.actor_init_failed:
             message = _unable(error)
         self._board.say(trial.trial_id, message)
@@ -274,12 +274,12 @@ class _Trial(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        message: Rung | Answer | Crash
+        message: CurvePoint | Result | Crash
         try:
             message = next(self._messages)
         except Exception as error:
             message = Crash.of(error)
-        return {"message": message, "done": not isinstance(message, Rung)}
+        return {"message": message, "done": not isinstance(message, CurvePoint)}
 
 
 def _unpacked(evaluate: bytes) -> Evaluate:

@@ -29,7 +29,7 @@ NOWHERE = "meta"
 
 
 @dataclass(frozen=True)
-class Offer:
+class RankConstraints:
     """Which candidates are offered for a layer. A layer never grows: a candidate that is not smaller than dense in every
     cost of `smaller_in` ("params", "macs") is not.
 
@@ -40,7 +40,7 @@ class Offer:
     smaller_in: tuple[str, ...] = ("params",)
 
 
-FEWER_PARAMS = Offer()
+FEWER_PARAMS = RankConstraints()
 """Any rank at which the layer has fewer parameters: what is offered unless a study says otherwise."""
 
 
@@ -125,18 +125,20 @@ class Method(abc.ABC):
         shapes, positions = self.factor_shapes(layer.weight, ranks), self.positions(layer)
         return sum(math.prod(shape) * count for shape, count in zip(shapes, positions, strict=True)) * layer.calls
 
-    def offered(self, layer: Layer, offer: Offer = FEWER_PARAMS) -> tuple[range, ...]:
+    def rank_ranges(self, layer: Layer, constraints: RankConstraints = FEWER_PARAMS) -> tuple[range, ...]:
         """The ranks of each kind that pay while the others are at their least: a search's range, empty where none pays."""
-        least = tuple(min(offer.multiple, bound) for bound in self.bounds(layer.weight))
-        return tuple(self._offered(layer, offer, least, axis, limit) for axis, limit in enumerate(self.limits(layer.weight)))
+        least = tuple(min(constraints.multiple, bound) for bound in self.bounds(layer.weight))
+        return tuple(
+            self._rank_range(layer, constraints, least, axis, limit) for axis, limit in enumerate(self.limits(layer.weight))
+        )
 
-    def pays(self, layer: Layer, ranks: tuple[int, ...], offer: Offer = FEWER_PARAMS) -> bool:
+    def shrinks(self, layer: Layer, ranks: tuple[int, ...], constraints: RankConstraints = FEWER_PARAMS) -> bool:
         """Whether the factorized layer is smaller than the dense one in every cost that the offer names."""
-        return all(getattr(self, cost)(layer, ranks) < getattr(layer, cost) for cost in offer.smaller_in)
+        return all(getattr(self, cost)(layer, ranks) < getattr(layer, cost) for cost in constraints.smaller_in)
 
-    def _offered(self, layer: Layer, offer: Offer, least: tuple[int, ...], axis: int, limit: int) -> range:
+    def _rank_range(self, layer: Layer, constraints: RankConstraints, least: tuple[int, ...], axis: int, limit: int) -> range:
         def grows(rank: int) -> bool:
-            return not self.pays(layer, (*least[:axis], rank, *least[axis + 1 :]), offer)
+            return not self.shrinks(layer, (*least[:axis], rank, *least[axis + 1 :]), constraints)
 
         # A bound below the multiple is itself the step, and the only one that fits.
         ranks = range(least[axis], limit + 1, least[axis])
@@ -145,7 +147,7 @@ class Method(abc.ABC):
 
 
 def nearest_rank(ranks: range, wanted: float) -> int:
-    """The rank of `ranks`, one kind's from `Method.offered`, that is nearest to `wanted`."""
+    """The rank of `ranks`, one kind's from `Method.rank_ranges`, that is nearest to `wanted`."""
     return ranks[min(len(ranks), max(1, round(wanted / ranks.step))) - 1]
 
 

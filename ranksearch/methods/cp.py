@@ -15,7 +15,7 @@ from ranksearch.tensors.cp import cp_als, cp_path, exact_rank, reconstruct
 
 # Sweeps for a rank between two prepared ones: the start is good, and this runs at the start of every trial.
 BETWEEN = 20
-LARGEST = 1024
+MAX_RANK = 1024
 """No more terms are offered: ALS solves systems of as many unknowns. At AlexNet's first fully connected layer, 4096x256x36, one
 fit takes 56 s of a core at 1,024 terms and 117 s at 2,048, where a quarter of the layer's parameters are left."""
 
@@ -81,7 +81,7 @@ class CPMethod(Method):
 def most_terms(weight: Shape, bound: int) -> int:
     """The largest rank that is worth a look."""
     # More terms than the largest channel mode make ALS overcomplete: they cancel rather than fit.
-    return min(max(weight[:2]), bound, LARGEST)
+    return min(max(weight[:2]), bound, MAX_RANK)
 
 
 def prepare_path(tensor: Tensor, ranks: Sequence[tuple[int, ...]], seed: int) -> dict[str, Tensor]:

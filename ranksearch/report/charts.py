@@ -57,7 +57,7 @@ def front_chart(record: StudyRecord, cost: str) -> Drawing:
         "front": points.front_line(record, cost),
         "search": points.search_line(record, cost),
         "baseline": points.baseline_line(record, cost),
-        "near": [{"score": dense, "low": dense - figures.NEAR}],
+        "near": [{"score": dense, "low": dense - figures.NEAR_DENSE}],
         "least score": least_score,
         "least ratio": least_ratio,
     }

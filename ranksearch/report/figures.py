@@ -11,15 +11,15 @@ from numpy.typing import ArrayLike
 
 from ranksearch.results import pareto
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import DenseFacts, Rung, StudyRecord, TrialRecord, yardstick
+from ranksearch.results.record import CurvePoint, DenseFacts, StudyRecord, TrialRecord, yardstick
 
-NEAR = 0.01
+NEAR_DENSE = 0.01
 """A model this close to the dense one on validation counts as "as good": one point of accuracy."""
 
-REACH = 0.10
+MAX_SHOWN_SCORE_DROP = 0.10
 """Scores more than this below the yardstick are of no interest: outside the charts, and nothing in the hypervolume."""
 
-FRONTIER = "frontier"
+PREDICTED_ORIGIN = "frontier"
 """The origin of trials that were predicted from the profile and the probes, before any sampler."""
 
 # A score is a ratio of counts, so 0.98 - 0.97 > 0.01 in floating point though both differ by exactly one point.
@@ -55,19 +55,19 @@ def finalists(record: StudyRecord) -> list[TrialRecord]:
     return sorted((trial for trial in record.trials if trial.finalist), key=record.facts.objectives.ratio)
 
 
-def curve_of(trial: TrialRecord) -> tuple[Rung, ...]:
+def curve_of(trial: TrialRecord) -> tuple[CurvePoint, ...]:
     """The curve that ends in the trial's best-trained score: the finalist's, otherwise the search's."""
     return trial.finalist.curve if trial.finalist else trial.curve
 
 
 def epochs_of(trial: TrialRecord) -> float:
     """The epochs of fine-tuning behind `score_validation`; 0 where there was none."""
-    return max((rung.epochs for rung in curve_of(trial)), default=0)
+    return max((curve_point.epochs for curve_point in curve_of(trial)), default=0)
 
 
 def near_dense(front: Sequence[TrialRecord], dense: DenseFacts, objectives: Objectives) -> TrialRecord | None:
-    """The front's smallest model whose validation score is at most `NEAR` below the dense one, if there is one."""
-    floor = dense.score_validation - NEAR - _ROUNDING
+    """The front's smallest model whose validation score is at most `NEAR_DENSE` below the dense one, if there is one."""
+    floor = dense.score_validation - NEAR_DENSE - _ROUNDING
     close = [trial for trial in front if trial.score_validation is not None and trial.score_validation >= floor]
     return max(close, key=objectives.ratio, default=None)
 
@@ -87,12 +87,15 @@ def reaches_dense(record: StudyRecord) -> bool:
 def hypervolumes(record: StudyRecord, trials: Sequence[TrialRecord] | None = None) -> list[tuple[TrialRecord, float]]:
     """Each trial with the hypervolume of the search's front once it was told; of the record's trials or of some.
 
-    In validation score and log10 of the ratio, of each where there are two, above 1x and `REACH` below the record's yardstick:
-    half the area of a chart is half the value. Only scores of the search count: longer fine-tuning of finalists would be a
+    It is measured in validation score and log10 of each ratio, above 1x and the yardstick less `MAX_SHOWN_SCORE_DROP`, so half
+    the area of a chart is half the value. Only scores of the search count: longer fine-tuning of finalists would be a
     jump at the end.
     """
     objectives = record.facts.objectives
-    reference = (yardstick(record.facts.dense.score_validation, _searched(record)) - REACH, *objectives.reference)
+    reference = (
+        yardstick(record.facts.dense.score_validation, _searched(record)) - MAX_SHOWN_SCORE_DROP,
+        *objectives.reference,
+    )
     best: list[tuple[float, ...]] = []
     value, result = 0.0, []
     for trial in trained(record.trials if trials is None else trials):
@@ -110,7 +113,7 @@ def baseline(record: StudyRecord) -> list[TrialRecord]:
 
     A VBMF plan may be one of them too: whichever was trained, both have its score.
     """
-    return [replace(trial, finalist=None, same_as=None) for trial in record.trials if trial.origin.startswith(FRONTIER)]
+    return [replace(trial, finalist=None, same_as=None) for trial in record.trials if trial.origin.startswith(PREDICTED_ORIGIN)]
 
 
 def gain(record: StudyRecord) -> tuple[float, float] | None:
@@ -121,7 +124,7 @@ def gain(record: StudyRecord) -> tuple[float, float] | None:
     return alone, whole
 
 
-def rung_correlations(record: StudyRecord) -> list[Correlation]:
+def curve_correlations(record: StudyRecord) -> list[Correlation]:
     """How well each rung's scores foretell the order after the last rung, among the trials that finished.
 
     A rung is left out where fewer than three trials, or equal scores, leave nothing to correlate.
@@ -131,8 +134,8 @@ def rung_correlations(record: StudyRecord) -> list[Correlation]:
     pairs: dict[float, list[tuple[float, float]]] = {}
     for curve in curves:
         if curve[-1].epochs == last:
-            for rung in curve[:-1]:
-                pairs.setdefault(rung.epochs, []).append((rung.score, curve[-1].score))
+            for curve_point in curve[:-1]:
+                pairs.setdefault(curve_point.epochs, []).append((curve_point.score, curve[-1].score))
     return _correlations(pairs)
 
 
@@ -140,7 +143,7 @@ def finalist_correlations(record: StudyRecord) -> list[Correlation]:
     """How well the search's score of a finalist foretells the order of finalists' scores; at most one entry."""
     chosen = finalists(record)
     pairs = [(t.score, t.finalist.score_validation) for t in chosen if t.finalist and t.score is not None]
-    epochs = max((rung.epochs for trial in chosen for rung in trial.curve), default=0)
+    epochs = max((curve_point.epochs for trial in chosen for curve_point in trial.curve), default=0)
     return _correlations({epochs: pairs})
 
 

@@ -57,7 +57,7 @@ def _context(record: StudyRecord) -> dict[str, Any]:
         "costs": record.facts.objectives.minimize,
         "pictures": {name: _element(name) for name in summary.pictures(record)},
         "logs": ", ".join(f"log10 of the {text.COSTS[cost]}" for cost in facts.objectives.minimize),
-        "near": text.margin(figures.NEAR, name),
+        "near": text.margin(figures.NEAR_DENSE, name),
         "reach": summary.reach(record),
         "unit": "points" if text.is_percent(name) else name,
         "rank_rows": _rank_rows(record),
@@ -96,7 +96,7 @@ def _cards(record: StudyRecord) -> list[dict[str, str]]:
     work += f"{text.counted(finalists, 'finalist')}, " if finalists else ""
     return [
         {"title": f"Dense {name}", "figure": text.score(facts.dense.score_validation, name), "line": _together(dense)},
-        _trial_card(record, f"Within {text.margin(figures.NEAR, name)} of dense", best),
+        _trial_card(record, f"Within {text.margin(figures.NEAR_DENSE, name)} of dense", best),
         _trial_card(record, "Knee of the front", elbow),
         {"title": "Trials", "figure": f"{trials:,}", "line": f"{work}{len(record.front)} on the front"},
     ]
@@ -104,7 +104,7 @@ def _cards(record: StudyRecord) -> list[dict[str, str]]:
 
 def _trial_card(record: StudyRecord, title: str, trial: TrialRecord | None) -> dict[str, str]:
     if trial is None:
-        return {"title": title, "figure": text.NOTHING, "line": "no model yet"}
+        return {"title": title, "figure": text.NO_VALUE, "line": "no model yet"}
     name = record.facts.score_name
     test = f", {text.score(trial.finalist.score_test, name)} on test" if trial.finalist else ""
     (figure, words), *more = summary.smaller(record, trial)
@@ -143,7 +143,7 @@ def _mean_rank(value: Factorization) -> float:
 
 
 def _vbmf(layer: LayerFacts) -> str:
-    return " x ".join(text.NOTHING if rank is None else str(rank) for rank in layer.vbmf)
+    return " x ".join(text.NO_VALUE if rank is None else str(rank) for rank in layer.vbmf)
 
 
 def _layer(layer: LayerFacts, dense_params: int) -> dict[str, str]:
@@ -159,9 +159,9 @@ def _layer(layer: LayerFacts, dense_params: int) -> dict[str, str]:
 
 
 def _correlations(record: StudyRecord) -> list[dict[str, str]]:
-    last = max((rung.epochs for trial in figures.scored(record.trials) for rung in trial.curve), default=0)
+    last = max((curve_point.epochs for trial in figures.scored(record.trials) for curve_point in trial.curve), default=0)
     return [
-        *_correlation_rows(figures.rung_correlations(record), f"score after {last:g} epochs"),
+        *_correlation_rows(figures.curve_correlations(record), f"score after {last:g} epochs"),
         *_correlation_rows(figures.finalist_correlations(record), "score as a finalist"),
     ]
 

@@ -34,9 +34,9 @@ def window(record: StudyRecord, cost: str) -> Window:
     rows = front_points(record, cost)
     scores = [row["score"] for row in rows]
     best = [trial.score_validation or 0.0 for trial in record.shown]
-    floor = yardstick(record.facts.dense.score_validation, best) - figures.REACH
+    floor = yardstick(record.facts.dense.score_validation, best) - figures.MAX_SHOWN_SCORE_DROP
     pad = 0.05 * (max(scores) - max(min(scores), floor)) + 0.002
-    band = record.facts.dense.score_validation - 1.5 * figures.NEAR
+    band = record.facts.dense.score_validation - 1.5 * figures.NEAR_DENSE
     low = max(floor, min(min(scores) - pad, band))
     ratios = [row["ratio"] for row in rows]
     below = {row["trial"] for row in rows} - {row["trial"] for row in rows if row["score"] >= low}
@@ -133,7 +133,7 @@ def curve_points(record: StudyRecord) -> list[dict[str, Any]]:
 def curve_domain(record: StudyRecord) -> tuple[float, float]:
     """The scores that the curves' chart shows: three times as deep as the front's, for curves start low."""
     scores = [row["score"] for row in curve_points(record)]
-    low = max(min(scores), yardstick(record.facts.dense.score_validation, scores) - 3 * figures.REACH)
+    low = max(min(scores), yardstick(record.facts.dense.score_validation, scores) - 3 * figures.MAX_SHOWN_SCORE_DROP)
     pad = 0.04 * (max(scores) - low) + 0.001
     return low - pad, max(scores) + pad
 
@@ -152,7 +152,7 @@ def _searched(record: StudyRecord, trials: Sequence[TrialRecord], cost: str) -> 
 def _kind(trial: TrialRecord) -> str:
     if trial.origin.startswith("vbmf"):
         return VBMF
-    if trial.origin.startswith(figures.FRONTIER):
+    if trial.origin.startswith(figures.PREDICTED_ORIGIN):
         return PREDICTED
     return TRIAL
 
@@ -181,9 +181,9 @@ def _dense_point(record: StudyRecord) -> dict[str, Any]:
         "kind": DENSE,
         "ratio": 1.0,
         "score": dense.score_validation,
-        "trial": text.NOTHING,
+        "trial": text.NO_VALUE,
         "origin": DENSE,
-        "outcome": text.NOTHING,
+        "outcome": text.NO_VALUE,
         "ratio_text": text.ratio(1.0),
         "params": text.whole(dense.params),
         "macs": text.whole(dense.macs),
@@ -200,10 +200,10 @@ def _curve(record: StudyRecord, trial: TrialRecord, curve: Sequence[Any], *, kin
             "kind": kind,
             "trial": trial.number,
             "origin": trial.origin,
-            "epochs": rung.epochs,
-            "score": rung.score,
-            "text": text.score(rung.score, record.facts.score_name),
+            "epochs": curve_point.epochs,
+            "score": curve_point.score,
+            "text": text.score(curve_point.score, record.facts.score_name),
         }
-        for rung in curve
-        if figures.known(rung.score) is not None
+        for curve_point in curve
+        if figures.known(curve_point.score) is not None
     ]

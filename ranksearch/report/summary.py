@@ -37,7 +37,7 @@ class FrontLine:
 def headline(record: StudyRecord) -> str:
     """One sentence: the smallest model near the dense one, or why there is none yet."""
     facts, name = record.facts, record.facts.score_name
-    near = text.margin(figures.NEAR, name)
+    near = text.margin(figures.NEAR_DENSE, name)
     if not record.shown:
         return nothing(record)
     best = figures.near_dense(record.shown, facts.dense, facts.objectives)
@@ -64,7 +64,7 @@ def nothing(record: StudyRecord) -> str:
 def reach(record: StudyRecord) -> str:
     """How bad a model is that counts for nothing: `10 points worse than the dense one`."""
     than = "the dense one" if figures.reaches_dense(record) else "the best trial, as none reaches the dense one,"
-    return f"{text.margin(figures.REACH, record.facts.score_name)} worse than {than}"
+    return f"{text.margin(figures.MAX_SHOWN_SCORE_DROP, record.facts.score_name)} worse than {than}"
 
 
 def smaller(record: StudyRecord, trial: TrialRecord) -> list[tuple[str, str]]:

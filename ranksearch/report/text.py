@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-NOTHING = "\N{EN DASH}"
+NO_VALUE = "\N{EN DASH}"
 """What stands where there is no number."""
 
 _MINUS = "\N{MINUS SIGN}"
@@ -40,7 +40,7 @@ def is_percent(score_name: str) -> bool:
 def score(value: float | None, score_name: str) -> str:
     """A score: `97.8 %` for accuracy, `0.9731` for any other."""
     if value is None:
-        return NOTHING
+        return NO_VALUE
     return percent(value) if is_percent(score_name) else _signed(f"{value:.4f}")
 
 
@@ -59,7 +59,7 @@ def margin(width: float, score_name: str) -> str:
 
 def milliseconds(value: float | None) -> str:
     """A latency with three digits: `0.420 ms`."""
-    return NOTHING if value is None else f"{value:#.3g} ms" if value < 99.5 else f"{value:,.0f} ms"
+    return NO_VALUE if value is None else f"{value:#.3g} ms" if value < 99.5 else f"{value:,.0f} ms"
 
 
 def duration(seconds: float) -> str:

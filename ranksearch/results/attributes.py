@@ -12,12 +12,12 @@ from optuna.trial import FrozenTrial
 from ranksearch.errors import StudyError
 from ranksearch.plan import Plan
 from ranksearch.results.record import (
+    CurvePoint,
     DenseFacts,
     Finalist,
     LayerFacts,
     Outcome,
     Probe,
-    Rung,
     StudyFacts,
     StudyRecord,
     TrialRecord,
@@ -25,7 +25,7 @@ from ranksearch.results.record import (
 
 _FACTS, _SECONDS = "ranksearch:facts", "ranksearch:seconds"
 _FINALIST, _FAILED = "ranksearch:finalist:", "ranksearch:failed:"
-_TRIAL, _ASKED, _PROBES, _FIRSTS = "ranksearch:trial", "ranksearch:asked", "ranksearch:probes", "ranksearch:firsts"
+_TRIAL, _ASKED, _PROBES, _INITIAL_PLANS = "ranksearch:trial", "ranksearch:asked", "ranksearch:probes", "ranksearch:firsts"
 
 
 def write_trial(trial: optuna.Trial, record: TrialRecord) -> None:
@@ -74,14 +74,14 @@ def read_probes(study: optuna.Study) -> tuple[float | None, list[Probe]]:
     return found["dense"], [Probe(*plan.layers[0], loss) for plan, loss in plans]
 
 
-def write_firsts(study: optuna.Study, firsts: Sequence[tuple[str, Plan]]) -> None:
+def write_initial_plans(study: optuna.Study, initial_plans: Sequence[tuple[str, Plan]]) -> None:
     """Keep the plans that are tried first, with their origins: an index means the same trial whenever it is asked for."""
-    study.set_user_attr(_FIRSTS, [{"origin": origin, "plan": plan.to_dict()} for origin, plan in firsts])
+    study.set_user_attr(_INITIAL_PLANS, [{"origin": origin, "plan": plan.to_dict()} for origin, plan in initial_plans])
 
 
-def read_firsts(study: optuna.Study) -> list[tuple[str, Plan]] | None:
-    """What `write_firsts` kept; None before it did."""
-    found = study.user_attrs.get(_FIRSTS)
+def read_initial_plans(study: optuna.Study) -> list[tuple[str, Plan]] | None:
+    """What `write_initial_plans` kept; None before it did."""
+    found = study.user_attrs.get(_INITIAL_PLANS)
     return None if found is None else [(entry["origin"], Plan.from_dict(entry["plan"])) for entry in found]
 
 
@@ -139,7 +139,7 @@ def read_trial(trial: FrozenTrial, study: Mapping[str, Any] | None = None) -> Tr
     read = {
         "plan": Plan.from_dict(whole["plan"]),
         "outcome": Outcome[whole["outcome"]],
-        "curve": tuple(Rung(*point) for point in whole["curve"]),
+        "curve": tuple(CurvePoint(*point) for point in whole["curve"]),
         "finalist": _finalist(finalist) if finalist else None,
         "failed": Outcome[failed] if failed and not finalist else None,
     }
@@ -148,7 +148,7 @@ def read_trial(trial: FrozenTrial, study: Mapping[str, Any] | None = None) -> Tr
 
 
 def _finalist(data: Mapping[str, Any]) -> Finalist:
-    return Finalist(**{**data, "curve": tuple(Rung(*point) for point in data["curve"])})
+    return Finalist(**{**data, "curve": tuple(CurvePoint(*point) for point in data["curve"])})
 
 
 def read_trials(study: optuna.Study) -> tuple[TrialRecord, ...]:
@@ -163,5 +163,5 @@ def read_study(study: optuna.Study) -> StudyRecord:
     return StudyRecord(facts=read_facts(study), trials=read_trials(study), seconds=read_seconds(study))
 
 
-def _points(curve: Sequence[Rung]) -> list[tuple[float, float]]:
-    return [(rung.epochs, rung.score) for rung in curve]
+def _points(curve: Sequence[CurvePoint]) -> list[tuple[float, float]]:
+    return [(curve_point.epochs, curve_point.score) for curve_point in curve]

@@ -46,14 +46,14 @@ class Outcome(enum.Enum):
 _STATES = {Outcome.DONE: TrialState.COMPLETE, Outcome.WORKER_LOST: TrialState.FAIL}
 _UNTRAINED = (Outcome.NOT_SMALLER, Outcome.OVER_BUDGET, Outcome.WORKER_LOST)
 
-GIVE_UP = 100
+MAX_UNTRAINED = 100
 """A search ends once so many proposals in a row needed no training: the sampler finds nothing new within the limits."""
 MAX_TRIES = 3
 """A plan whose worker was lost so often is not tried again: by then the plan is the cause."""
 
 
 @dataclass(frozen=True)
-class Rung:
+class CurvePoint:
     """One point of a trial's curve: the validation score after so many epochs of fine-tuning."""
 
     epochs: float
@@ -66,7 +66,7 @@ class Finalist:
 
     score_validation: float
     score_test: float
-    curve: tuple[Rung, ...]
+    curve: tuple[CurvePoint, ...]
     seconds: float
     latency_ms: float | None = None
 
@@ -84,7 +84,7 @@ class TrialRecord:
     macs: int
     ratio: float
     score: float | None = None
-    curve: tuple[Rung, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
     seconds: float = 0.0
     seed: int = 0
     same_as: int | None = None
@@ -213,10 +213,10 @@ class StudyRecord:
                 f"No model keeps the limits ({self.facts.limits}): shown is the front without them, and the nearest trials "
                 "are the finalists."
             )
-        if trained < planned and untrained_in_a_row(trials, self.facts.since) >= GIVE_UP:
+        if trained < planned and untrained_in_a_row(trials, self.facts.since) >= MAX_UNTRAINED:
             found.append(
-                f"The search ended after {trained} of {planned} trials: {GIVE_UP} proposals in a row were over the limits or "
-                "known already; widen the limits or the space."
+                f"The search ended after {trained} of {planned} trials: {MAX_UNTRAINED} proposals in a row were over the "
+                "limits or known already; widen the limits or the space."
             )
         if trials and not any(trial.scored for trial in trials):
             ends = Counter(trial.outcome for trial in trials)

@@ -11,7 +11,7 @@ from ranksearch.results.limits import UNLIMITED, Limits
 from ranksearch.results.objectives import Objectives
 from ranksearch.results.record import TrialRecord, yardstick
 
-WORTH = 0.15
+MAX_FINALIST_SCORE_DROP = 0.15
 """How far below the dense score a trial may lie and still be worth taking home, or below the best trial's where none reaches
 the dense score: a long fine-tuning gains some points."""
 
@@ -43,7 +43,7 @@ def choose_finalists(
     return sorted([*chosen, *outside[: count - len(chosen)]], key=objectives.ratio)
 
 
-def floor_of(dense_score: float, scores: Iterable[float], limits: Limits, *, below: float = WORTH) -> float:
+def floor_of(dense_score: float, scores: Iterable[float], limits: Limits, *, below: float = MAX_FINALIST_SCORE_DROP) -> float:
     """The score below which a trial is worth nothing: what the user asks for, or else so far below the `yardstick`."""
     if limits.min_score is not None:
         return limits.min_score

@@ -19,11 +19,11 @@ from ranksearch.plan import Plan
 from ranksearch.results.attributes import asked, read_asked, read_trials, write_trial
 from ranksearch.results.limits import Limits
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import GIVE_UP, MAX_TRIES, Outcome, TrialRecord, untrained_in_a_row
+from ranksearch.results.record import MAX_TRIES, MAX_UNTRAINED, Outcome, TrialRecord, untrained_in_a_row
 from ranksearch.strategy.finalists import floor_of
-from ranksearch.strategy.sampler import WITHIN, Knowledge, admit, make_sampler
+from ranksearch.strategy.sampler import SIZE_CONSTRAINT, Knowledge, admit, make_sampler
 from ranksearch.strategy.space import Space, size_of
-from ranksearch.task.evaluation import Answer, Job
+from ranksearch.task.evaluation import Job, Result
 
 ENQUEUED = "enqueued"
 """The origin of trials that another program queued, by Optuna's `enqueue_trial`."""
@@ -49,7 +49,7 @@ class Ledger:
         study: optuna.Study,
         space: Space,
         inventory: Inventory,
-        firsts: Sequence[tuple[str, Plan]],
+        initial_plans: Sequence[tuple[str, Plan]],
         *,
         sampler: str,
         seed: int,
@@ -69,7 +69,7 @@ class Ledger:
         `on_note` is told why a trial that another program queued cannot be evaluated.
         """
         self.study = study
-        self._space, self._inventory, self._firsts = space, inventory, firsts
+        self._space, self._inventory, self._firsts = space, inventory, initial_plans
         self._sampler, self._seed, self._dense_score = sampler, seed, dense_score
         self._knowledge = knowledge
         self._distributions = space.distributions()
@@ -80,7 +80,7 @@ class Ledger:
         places = {place for trial in trials if (place := read_asked(trial))}
         self._next = 1 + max((index for index, _ in places), default=-1)
         """The index of the next trial that is not one queued again."""
-        self._begun = sum(origin in {first for first, _ in firsts} for _, origin in places)
+        self._begun = sum(origin in {first for first, _ in initial_plans} for _, origin in places)
         """How many of the plans that are tried first have a place."""
         self._limits, self._since, self._objectives = limits, since, objectives
         self._on_untrained, self._on_note = on_untrained, on_note
@@ -115,20 +115,20 @@ class Ledger:
         return len(left)
 
     def jobs(self, trials: int) -> Iterator[Job]:
-        """Jobs until `trials` trials are trained or running, or `GIVE_UP` plans in a row were answered without one."""
-        while self.finished() + len(self._running) < trials and self._untrained_in_a_row() < GIVE_UP:
+        """Jobs until `trials` trials are trained or running, or `MAX_UNTRAINED` plans in a row were answered without one."""
+        while self.finished() + len(self._running) < trials and self._untrained_in_a_row() < MAX_UNTRAINED:
             opened = self._ask()
-            if not self._answered(opened):
+            if not self._settled(opened):
                 self._running[opened.trial.number] = opened
                 yield Job(opened.trial.number, opened.plan, self.seed_of(opened.index))
 
-    def receive(self, job: Job, answer: Answer) -> TrialRecord:
+    def receive(self, job: Job, result: Result) -> TrialRecord:
         """Tell Optuna the answer to a job, and queue it again if its worker was lost, a bounded number of times."""
         opened = self._running.pop(job.key)
         # Queued before it is told: a kill in between leaves it to be found again, not lost.
-        if answer.outcome is Outcome.WORKER_LOST and self._losses(opened.plan) + 1 < MAX_TRIES:
+        if result.outcome is Outcome.WORKER_LOST and self._losses(opened.plan) + 1 < MAX_TRIES:
             self._queue_again(opened.index, opened.origin, opened.trial.params)
-        record = self._tell(opened.trial, self._record(opened, answer))
+        record = self._tell(opened.trial, self._record(opened, result))
         twins = [twin for number, twin in self._twins if number == job.key]
         self._twins = [(number, twin) for number, twin in self._twins if number != job.key]
         for twin in twins:
@@ -194,14 +194,14 @@ class Ledger:
                 return f"{name!r} must be {_range(kind)}, but is {params[name]!r}"
         return None
 
-    def _answered(self, opened: _Open) -> bool:
+    def _settled(self, opened: _Open) -> bool:
         """Whether the plan needs no training: it is known, or runs now, or its size alone answers for it."""
         plan, trial = opened.plan, opened.trial
         known = next((r for r in self.records() if r.plan == plan and r.outcome is Outcome.DONE), None)
         if known is None and self._losses(plan) >= MAX_TRIES:
             known = next(r for r in self.records() if r.plan == plan and r.outcome is Outcome.WORKER_LOST)
         running = next((number for number, other in self._running.items() if other.plan == plan), None)
-        record = self._record(opened, Answer(Outcome.OVER_BUDGET))
+        record = self._record(opened, Result(Outcome.OVER_BUDGET))
         if known is not None:
             self._tell_known(opened, known)
         elif running is not None:
@@ -234,20 +234,20 @@ class Ledger:
             self.records(), self._since, waiting=[twin.trial.number for _, twin in self._twins], running=self._running
         )
 
-    def _record(self, opened: _Open, answer: Answer) -> TrialRecord:
+    def _record(self, opened: _Open, result: Result) -> TrialRecord:
         size = size_of(opened.plan, self._inventory)
         return TrialRecord(
             number=opened.trial.number,
             index=opened.index,
             origin=opened.origin,
             plan=opened.plan,
-            outcome=answer.outcome,
+            outcome=result.outcome,
             params=size.params,
             macs=size.macs,
             ratio=size.ratio,
-            score=answer.curve[-1].score if answer.outcome is Outcome.DONE else None,
-            curve=answer.curve,
-            seconds=answer.seconds,
+            score=result.curve[-1].score if result.outcome is Outcome.DONE else None,
+            curve=result.curve,
+            seconds=result.seconds,
             seed=self.seed_of(opened.index),
         )
 
@@ -261,7 +261,7 @@ class Ledger:
             lacking = floor_of(self._dense_score, scores, self._limits) - record.score
             trial.set_constraint("worth taking home", max(0.0, lacking) + excess if excess else lacking)
         elif excess:
-            trial.set_constraint(WITHIN, excess)
+            trial.set_constraint(SIZE_CONSTRAINT, excess)
         values = self._objectives.point(record.score, record) if record.score is not None else None
         self.study.tell(trial, values if record.outcome is Outcome.DONE else None, state=record.outcome.state)
         self._records[record.number] = record

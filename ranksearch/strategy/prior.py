@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
-from ranksearch.methods import FEWER_PARAMS, Method, Offer, nearest_rank
+from ranksearch.methods import FEWER_PARAMS, Method, RankConstraints, nearest_rank
 from ranksearch.methods.layer import Layer
 from ranksearch.plan import Dense, Factorization, Plan
 from ranksearch.strategy.space import Axis, Space
@@ -38,8 +38,8 @@ def vbmf_plans(space: Space, vbmf: Estimates, weakenings: Sequence[float] = (1.0
 def vbmf_factorization(axis: Axis, estimate: tuple[int | None, int | None], leader: str, weakening: float) -> Factorization:
     """The leading method, or else the first that applies, at the VBMF ranks times the weakening; dense if it would grow."""
     method = next((m for m in axis.methods if m.kind.method == leader), axis.methods[0])
-    ranks = at_vbmf(method, axis.layer, estimate, weakening, offer=axis.offer)
-    return method.value(axis.layer, ranks) if ranks and method.pays(axis.layer, ranks, axis.offer) else Dense()
+    ranks = at_vbmf(method, axis.layer, estimate, weakening, constraints=axis.constraints)
+    return method.value(axis.layer, ranks) if ranks and method.shrinks(axis.layer, ranks, axis.constraints) else Dense()
 
 
 def at_vbmf(
@@ -48,17 +48,17 @@ def at_vbmf(
     estimate: tuple[int | None, int | None],
     weakening: float = 1.0,
     *,
-    offer: Offer = FEWER_PARAMS,
+    constraints: RankConstraints = FEWER_PARAMS,
 ) -> tuple[int, ...] | None:
     """The offered ranks nearest to the estimates of the input and output unfolding; None where neither found a signal."""
     known = [rank for rank in estimate if rank]
     if not known:
         return None
     rank_in, rank_out = (rank or max(known) for rank in estimate)
-    wanted, offered = method.from_vbmf(rank_in, rank_out), method.offered(layer, offer)
-    return tuple(nearest_rank(ranks, rank * weakening) for rank, ranks in zip(wanted, offered, strict=True))
+    wanted, rank_ranges = method.from_vbmf(rank_in, rank_out), method.rank_ranges(layer, constraints)
+    return tuple(nearest_rank(ranks, rank * weakening) for rank, ranks in zip(wanted, rank_ranges, strict=True))
 
 
-def quarter(method: Method, layer: Layer, offer: Offer = FEWER_PARAMS) -> tuple[int, ...]:
+def quarter(method: Method, layer: Layer, constraints: RankConstraints = FEWER_PARAMS) -> tuple[int, ...]:
     """A quarter of the method's largest ranks: what to show where VBMF finds no signal."""
-    return tuple(nearest_rank(ranks, ranks[-1] // 4) for ranks in method.offered(layer, offer))
+    return tuple(nearest_rank(ranks, ranks[-1] // 4) for ranks in method.rank_ranges(layer, constraints))

@@ -28,26 +28,26 @@ from ranksearch.strategy.finalists import floor_of
 from ranksearch.strategy.prior import WEAKENINGS, vbmf_plans
 from ranksearch.strategy.sensitivity import predicted_choices
 from ranksearch.strategy.space import Size, Space
-from ranksearch.strategy.surrogate import DOUBT, RECORDS, Rows, Surrogate, Table, Values
+from ranksearch.strategy.surrogate import MAX_RECORDS, PRIOR_STD, Rows, Surrogate, Table, Values
 
-START = 4
+MIN_RECORDS = 4
 """Trials from which the project's sampler has something to learn."""
-START_UP = 8
+RANDOM_TRIALS = 8
 """Trials that Optuna's TPE and GP take at random first."""
-ASKED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.FAIL)
+ASKED_STATES = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.FAIL)
 """All trials but the queued ones."""
-WITHIN = "within the limits"
+SIZE_CONSTRAINT = "within the limits"
 """The constraint of a trial that was over the limits of size."""
-WORTHLESS = 0.10
+MAX_SCORE_DROP = 0.10
 """So far below the dense score, and lower, a score gains nothing, unless the user sets a limit to it; so far below the best
 trial's, where none reaches the dense score."""
-RESOLVED = 8
+RESAMPLED_FRONTS = 8
 """How often the frontier is solved again, each time with other weights on the layers' rises."""
-CORNERS = 64
+PLANS_PER_FRONT = 64
 """Plans of each such frontier that are looked at, evenly spaced over it."""
 MOVES, CROSSINGS = 384, 128
 """Plans that differ from one of the front in a layer or two, and plans that take their layers from two of the front."""
-REACH = 0.8
+MOVE_STD = 0.8
 """How far a move goes: the standard length, in the log of the layer's parameters."""
 
 
@@ -96,7 +96,7 @@ class Knowledge:
         Until one has the score that the user asks for, the next is to score more than the best: at a floor out of reach all
         plans gain nothing alike.
         """
-        asked = floor_of(self.dense_score, scores.tolist(), self.limits, below=WORTHLESS)
+        asked = floor_of(self.dense_score, scores.tolist(), self.limits, below=MAX_SCORE_DROP)
         return min(asked, max(scores.tolist(), default=asked))
 
     def fits(self, plans: Rows) -> NDArray[np.bool_]:
@@ -110,7 +110,7 @@ class Knowledge:
         """Cumulative chances (choices,) of what a move from a choice of a layer ends at: those of about its size."""
         if (layer, place) not in self._near:
             sizes = np.log(self.table.params[layer])
-            chances = np.cumsum(np.exp(-0.5 * ((sizes - sizes[place]) / REACH) ** 2))
+            chances = np.cumsum(np.exp(-0.5 * ((sizes - sizes[place]) / MOVE_STD) ** 2))
             self._near[layer, place] = chances / chances[-1]
         return self._near[layer, place]
 
@@ -136,9 +136,9 @@ def make_sampler(name: str, *, seed: int, knowledge: Knowledge | None = None) ->
                 return RankSampler(knowledge, seed=seed)
             case "tpe":
                 # Constant liar: with several workers, running trials count as bad ones, so that proposals spread.
-                return TPESampler(multivariate=True, constant_liar=True, n_startup_trials=START_UP, seed=seed)
+                return TPESampler(multivariate=True, constant_liar=True, n_startup_trials=RANDOM_TRIALS, seed=seed)
             case "gp":
-                return GPSampler(n_startup_trials=START_UP, deterministic_objective=False, seed=seed)
+                return GPSampler(n_startup_trials=RANDOM_TRIALS, deterministic_objective=False, seed=seed)
             case "nsga2":
                 return NSGAIISampler(population_size=20, seed=seed)
             case _:
@@ -180,23 +180,23 @@ class RankSampler(BaseSampler):
         """The parameters of the proposed plan; none where every plan near the fronts was tried."""
         table = self._known.table
         # A trial that is just being asked for has no parameters yet, one that was killed while it was has some.
-        trials = [t for t in study.get_trials(deepcopy=False, states=ASKED) if len(t.params) == len(search_space)]
+        trials = [t for t in study.get_trials(deepcopy=False, states=ASKED_STATES) if len(t.params) == len(search_space)]
         done = [t for t in trials if t.state is TrialState.COMPLETE]
         points = np.array([t.values for t in done]).reshape(-1, 1 + len(table.minimize))
         floor = self._known.floor(points[:, 0])
         tried, running = self._rows(done), self._rows([t for t in trials if t.state is TrialState.RUNNING])
         # Where nothing is known yet, layers' rises are as doubtful as before any trial.
-        weights = self._rng.lognormal(0.0, DOUBT, (RESOLVED, len(table.layers)))
+        weights = self._rng.lognormal(0.0, PRIOR_STD, (RESAMPLED_FRONTS, len(table.layers)))
         surrogate = None
-        if len(done) >= START:
+        if len(done) >= MIN_RECORDS:
             ranks, numbers = pareto.ranks(points), np.arange(len(points))
             # Of those of one rank the newest: the next proposals lie beside them.
-            nearest = np.lexsort((-numbers, ranks))[:RECORDS]
+            nearest = np.lexsort((-numbers, ranks))[:MAX_RECORDS]
             nearest = nearest[np.lexsort((nearest, ranks[nearest]))]
             surrogate = Surrogate(
                 table, tried[nearest], points[nearest, 0], dense_score=self._known.dense_score, floor=floor, seed=self._seed
             )
-            weights = surrogate.weights[:RESOLVED]
+            weights = surrogate.weights[:RESAMPLED_FRONTS]
         worth = points[:, 0] >= floor
         plans = self._plans(tried[worth][pareto.front(points[worth])], weights, self._seen(trials))
         if not len(plans):
@@ -226,7 +226,7 @@ class RankSampler(BaseSampler):
         known = {
             self._known.row(t)
             for t in trials
-            if t.state is not TrialState.FAIL and not (t.state is TrialState.PRUNED and WITHIN in t.constraints)
+            if t.state is not TrialState.FAIL and not (t.state is TrialState.PRUNED and SIZE_CONSTRAINT in t.constraints)
         }
         lost = Counter(self._known.row(t) for t in trials if t.state is TrialState.FAIL)
         return known | {row for row, times in lost.items() if times >= MAX_TRIES}
@@ -234,7 +234,7 @@ class RankSampler(BaseSampler):
     def _plans(self, parents: Rows, weights: Values, seen: set[tuple[int, ...]]) -> Rows:
         """The plans to choose from, each once, but for those that were asked for before and the dense one."""
         table = self._known.table
-        parts = [_evenly(table.frontier(guess, at), CORNERS) for at, guess in enumerate(weights)]
+        parts = [_evenly(table.predicted_front(guess, at), PLANS_PER_FRONT) for at, guess in enumerate(weights)]
         parts.append(self._known.suggested_rows)
         if len(parents):
             parts += [self._moved(parents), self._crossed(parents)]

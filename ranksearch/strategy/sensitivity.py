@@ -12,13 +12,13 @@ from ranksearch.compress.profile import Candidate, LayerProfile, Profile
 from ranksearch.plan import Factorization
 from ranksearch.results.objectives import PER_PARAMETER, Price
 from ranksearch.results.record import Probe
-from ranksearch.strategy.frontier import Choice, Corner, frontier
+from ranksearch.strategy.predicted_front import Choice, Corner, predicted_front
 
 PROBED_ERRORS = (0.3, 0.55, 0.75, 0.95)
 """Relative errors at which a layer is probed, as near as its candidates come. Below the first the loss hardly moves."""
 
 
-CLOSE = 0.05
+MIN_SQUARED_ERROR_GAP = 0.05
 """Squared errors nearer than this tell no slope to go on along: the difference of their losses is mostly noise."""
 
 
@@ -31,22 +31,22 @@ class Sensitivity:
     """
 
     errors: tuple[float, ...]
-    rises: tuple[float, ...]
+    loss_increases: tuple[float, ...]
 
     @classmethod
     def of(cls, measured: Sequence[tuple[float, float]]) -> Sensitivity:
         """From pairs (error, rise), in any order. Without any, the loss is taken to rise by the squared error."""
         pairs = sorted(measured) or [(1.0, 1.0)]
-        rises = np.maximum.accumulate([0.0, *(rise for _, rise in pairs)])
-        return cls((0.0, *(error for error, _ in pairs)), tuple(rises.tolist()))
+        loss_increases = np.maximum.accumulate([0.0, *(loss_increase for _, loss_increase in pairs)])
+        return cls((0.0, *(error for error, _ in pairs)), tuple(loss_increases.tolist()))
 
-    def rise(self, error: float) -> float:
+    def loss_increase(self, error: float) -> float:
         """The predicted rise of the loss at a relative error."""
         squares = np.square(self.errors)
         if error**2 <= squares[-1]:
-            return float(np.interp(error**2, squares, self.rises))
-        slope = (self.rises[-1] - self.rises[-2]) / max(squares[-1] - squares[-2], CLOSE)
-        return float(self.rises[-1] + slope * (error**2 - squares[-1]))
+            return float(np.interp(error**2, squares, self.loss_increases))
+        slope = (self.loss_increases[-1] - self.loss_increases[-2]) / max(squares[-1] - squares[-2], MIN_SQUARED_ERROR_GAP)
+        return float(self.loss_increases[-1] + slope * (error**2 - squares[-1]))
 
 
 def error_of(candidate: Candidate) -> float:
@@ -75,17 +75,15 @@ def predicted_choices(
     """Every candidate of every layer at a price, with the rise of the loss that the measured sensitivities predict."""
     curves = sensitivities(profile, probes, dense_loss)
     return {
-        name: [Choice(c.value, price.of(c), curves[name].rise(error_of(c))) for c in layer.candidates()]
+        name: [Choice(c.value, price.of(c), curves[name].loss_increase(error_of(c))) for c in layer.candidates()]
         for name, layer in profile.layers.items()
     }
 
 
-def predicted_frontier(
-    profile: Profile, probes: Sequence[Probe], dense_loss: float, price: Price = PER_PARAMETER
-) -> list[Corner]:
-    """The frontier under the measured sensitivities: see `ranksearch.strategy.frontier`."""
+def predict_front(profile: Profile, probes: Sequence[Probe], dense_loss: float, price: Price = PER_PARAMETER) -> list[Corner]:
+    """The frontier under the measured sensitivities: see `ranksearch.strategy.predicted_front`."""
     dense = {name: price.of(layer.layer) for name, layer in profile.layers.items()}
-    return frontier(dense, predicted_choices(profile, probes, dense_loss, price))
+    return predicted_front(dense, predicted_choices(profile, probes, dense_loss, price))
 
 
 def sensitivities(profile: Profile, probes: Sequence[Probe], dense_loss: float) -> Mapping[str, Sensitivity]:
@@ -98,17 +96,17 @@ def sensitivities(profile: Profile, probes: Sequence[Probe], dense_loss: float) 
     return found
 
 
-LOST = 2.0
+MAX_LOSS_INCREASE = 2.0
 """A predicted rise of the loss, in nats, from which a net knows next to nothing: a guess at ten classes is off by 2.3."""
 
 
 def rescuable(corners: Sequence[Corner]) -> list[Corner]:
     """The corners that training may make good. Where there are none but the dense one, as under a hard limit, those that
     are predicted to lose little more than the largest of the rest."""
-    kept = [corner for corner in corners if corner.rise < LOST]
+    kept = [corner for corner in corners if corner.loss_increase < MAX_LOSS_INCREASE]
     if len(kept) > 1 or len(corners) < 2:
         return kept
-    return [corner for corner in corners if corner.rise < corners[1].rise + LOST]
+    return [corner for corner in corners if corner.loss_increase < corners[1].loss_increase + MAX_LOSS_INCREASE]
 
 
 def spread(corners: Sequence[Corner], whole: float, count: int) -> list[Corner]:
@@ -121,7 +119,7 @@ def spread(corners: Sequence[Corner], whole: float, count: int) -> list[Corner]:
         whole: the cost of the whole dense model.
         count: how many at most.
     """
-    pool = [corner for corner in corners if corner.rise > 0] or list(corners[1:])
+    pool = [corner for corner in corners if corner.loss_increase > 0] or list(corners[1:])
     if not pool:
         return []
     ratios = [math.log(whole / (whole - corner.saved)) for corner in pool]

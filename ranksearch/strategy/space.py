@@ -13,13 +13,13 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from ranksearch.compress.inventory import Inventory
 from ranksearch.errors import PlanError, SpecError, nearest
-from ranksearch.methods import FEWER_PARAMS, METHODS, Method, Offer, nearest_rank
+from ranksearch.methods import FEWER_PARAMS, METHODS, Method, RankConstraints, nearest_rank
 from ranksearch.methods.layer import Layer
 from ranksearch.plan import Dense, Factorization, Plan
 from ranksearch.results.limits import Limits
 from ranksearch.spec import SpaceSpec
 
-DENSE = Dense.method
+DENSE_METHOD = Dense.method
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,17 @@ class Axis:
 
     layer: Layer
     methods: tuple[Method, ...]
-    offer: Offer = FEWER_PARAMS
+    constraints: RankConstraints = FEWER_PARAMS
 
     @functools.cached_property
-    def offered(self) -> Mapping[type[Factorization], tuple[range, ...]]:
+    def rank_ranges(self) -> Mapping[type[Factorization], tuple[range, ...]]:
         """The ranks that each method may take."""
-        return {method.kind: method.offered(self.layer, self.offer) for method in self.methods}
+        return {method.kind: method.rank_ranges(self.layer, self.constraints) for method in self.methods}
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """Optuna's distributions, by parameter name; the same for every trial."""
         name = self.layer.name
-        names = [DENSE, *(method.kind.method for method in self.methods)]
+        names = [DENSE_METHOD, *(method.kind.method for method in self.methods)]
         found: dict[str, BaseDistribution] = {
             f"{name}.method": CategoricalDistribution(names),
             f"{name}.level": FloatDistribution(0.0, 1.0),
@@ -73,9 +73,9 @@ class Axis:
     def smallest(self, cost: str) -> Factorization:
         """The layer at its least cost, which is `params` or `macs`: they rise with the ranks, so these are at their least."""
         layer = self.layer
-        least = [(method, tuple(ranks[0] for ranks in self.offered[method.kind])) for method in self.methods]
+        least = [(method, tuple(ranks[0] for ranks in self.rank_ranges[method.kind])) for method in self.methods]
         method, ranks = min(least, key=lambda choice: getattr(choice[0], cost)(layer, choice[1]))
-        return method.value(layer, ranks) if method.pays(layer, ranks, Offer(smaller_in=(cost,))) else Dense()
+        return method.value(layer, ranks) if method.shrinks(layer, ranks, RankConstraints(smaller_in=(cost,))) else Dense()
 
     def factorization(self, params: Mapping[str, Any]) -> Factorization:
         """What these parameters choose for the layer; dense where the ranks would not make it smaller."""
@@ -83,19 +83,19 @@ class Axis:
         method = next((m for m in self.methods if m.kind.method == params[f"{name}.method"]), None)
         if method is None:
             return Dense()
-        offered = self.offered[method.kind]
-        ranks = tuple(rank_at(params[key], kind) for key, kind in zip(self._levels(method), offered, strict=True))
-        return method.value(self.layer, ranks) if method.pays(self.layer, ranks, self.offer) else Dense()
+        rank_ranges = self.rank_ranges[method.kind]
+        ranks = tuple(rank_at(params[key], kind) for key, kind in zip(self._levels(method), rank_ranges, strict=True))
+        return method.value(self.layer, ranks) if method.shrinks(self.layer, ranks, self.constraints) else Dense()
 
     def params(self, value: Factorization) -> dict[str, Any]:
         """The parameters that choose `value`."""
         name = self.layer.name
         defaults = {key: 0.5 for key in self.distributions() if not key.endswith(".method")}
         if isinstance(value, Dense):
-            return defaults | {f"{name}.method": DENSE}
+            return defaults | {f"{name}.method": DENSE_METHOD}
         method = self._method(value)
-        offered = self.offered[method.kind]
-        levels = [level_of(rank, kind) for rank, kind in zip(value.ranks, offered, strict=True)]
+        rank_ranges = self.rank_ranges[method.kind]
+        levels = [level_of(rank, kind) for rank, kind in zip(value.ranks, rank_ranges, strict=True)]
         return defaults | {f"{name}.method": value.method} | dict(zip(self._levels(method), levels, strict=True))
 
     def check(self, value: Factorization) -> None:
@@ -105,16 +105,16 @@ class Axis:
             PlanError: another method, a rank that is not offered, another kernel, or the layer would not be smaller.
         """
         method, layer = self._method(value), self.layer
-        ranks = zip(value.rank_names(), value.ranks, self.offered[method.kind], method.bounds(layer.weight), strict=True)
-        for name, rank, offered, bound in ranks:
+        ranks = zip(value.rank_names(), value.ranks, self.rank_ranges[method.kind], method.bounds(layer.weight), strict=True)
+        for name, rank, rank_ranges, bound in ranks:
             said = f"Layer {layer.name!r}: {name} of {value.title} must be"
             if rank > bound:
                 raise PlanError(f"{said} at most {bound}, but got {rank}.")
-            if rank not in offered:
-                several = f" a multiple of {offered.step} and" if offered.step > 1 else ""
-                raise PlanError(f"{said}{several} at most {offered[-1]} in this study, but got {rank}.")
-        if not method.pays(layer, value.ranks, self.offer):
-            costs = " and ".join(self.offer.smaller_in)
+            if rank not in rank_ranges:
+                several = f" a multiple of {rank_ranges.step} and" if rank_ranges.step > 1 else ""
+                raise PlanError(f"{said}{several} at most {rank_ranges[-1]} in this study, but got {rank}.")
+        if not method.shrinks(layer, value.ranks, self.constraints):
+            costs = " and ".join(self.constraints.smaller_in)
             raise PlanError(f"Layer {layer.name!r} must become smaller in {costs} (space.smaller_in), but {value} is not.")
         if value != (mine := method.value(layer, value.ranks)):
             raise PlanError(f"Layer {layer.name!r} has kernel={mine.kernel} in this study, but the plan has {value.kernel}.")
@@ -174,14 +174,14 @@ def check_plan(plan: Plan, space: Space, inventory: Inventory) -> None:
         axes[name].check(value)
 
 
-def offer_of(about: SpaceSpec) -> Offer:
+def constraints_of(about: SpaceSpec) -> RankConstraints:
     """The ranks that a study offers."""
-    return Offer(about.rank_multiple, about.smaller_in)
+    return RankConstraints(about.rank_multiple, about.smaller_in)
 
 
 def space_of(about: SpaceSpec, inventory: Inventory) -> Space:
     """The space of a study; raises as `make_space` does."""
-    return make_space(inventory, about.methods, layers=about.layers, skip=about.skip, offer=offer_of(about))
+    return make_space(inventory, about.methods, layers=about.layers, skip=about.skip, constraints=constraints_of(about))
 
 
 def make_space(
@@ -190,7 +190,7 @@ def make_space(
     *,
     layers: Sequence[str] = (),
     skip: Sequence[str] = (),
-    offer: Offer = FEWER_PARAMS,
+    constraints: RankConstraints = FEWER_PARAMS,
 ) -> Space:
     """The axes of the layers that at least one of the methods makes smaller.
 
@@ -210,12 +210,13 @@ def make_space(
     axes = []
     for layer in inventory.layers:
         if (not layers or layer.name in only) and layer.name not in never:
-            fitting = tuple(method for method in chosen if applies(method, layer, offer))
+            fitting = tuple(method for method in chosen if applies(method, layer, constraints))
             if fitting:
-                axes.append(Axis(layer, fitting, offer))
+                axes.append(Axis(layer, fitting, constraints))
     if not axes:
         raise SpecError(
-            f"The search needs a layer to decompose, but {', '.join(methods)} make none of {known} smaller{_terms(offer)}."
+            f"The search needs a layer to decompose, but {', '.join(methods)} make none of {known} "
+            f"smaller{_terms(constraints)}."
         )
     return Space(tuple(axes))
 
@@ -270,19 +271,25 @@ def check_limits(limits: Limits, space: Space, inventory: Inventory) -> None:
             )
 
 
-def _terms(offer: Offer) -> str:
+def _terms(constraints: RankConstraints) -> str:
     """What more than fewer parameters an offer asks for, and the key that asks it."""
-    costs = f" in {' and '.join(offer.smaller_in)} (space.smaller_in)" if offer.smaller_in != FEWER_PARAMS.smaller_in else ""
-    return costs + (f" at ranks that are multiples of {offer.multiple} (space.rank_multiple)" if offer.multiple > 1 else "")
+    costs = (
+        f" in {' and '.join(constraints.smaller_in)} (space.smaller_in)"
+        if constraints.smaller_in != FEWER_PARAMS.smaller_in
+        else ""
+    )
+    return costs + (
+        f" at ranks that are multiples of {constraints.multiple} (space.rank_multiple)" if constraints.multiple > 1 else ""
+    )
 
 
-def applies(method: Method, layer: Layer, offer: Offer = FEWER_PARAMS) -> bool:
+def applies(method: Method, layer: Layer, constraints: RankConstraints = FEWER_PARAMS) -> bool:
     """Whether the method can store this layer and makes it smaller at some rank that is offered."""
-    return method.applies(layer.weight, linear=layer.kind == "Linear") and all(method.offered(layer, offer))
+    return method.applies(layer.weight, linear=layer.kind == "Linear") and all(method.rank_ranges(layer, constraints))
 
 
 def rank_at(level: float, ranks: range) -> int:
-    """The rank at a level of 0..1, on a log scale of the ranks of `Method.offered`."""
+    """The rank at a level of 0..1, on a log scale of the ranks of `Method.rank_ranges`."""
     return nearest_rank(ranks, ranks.step * math.exp(level * math.log(len(ranks))))
 
 

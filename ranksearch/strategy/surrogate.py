@@ -13,7 +13,7 @@ from ranksearch.compress.inventory import Inventory
 from ranksearch.methods import METHODS
 from ranksearch.plan import Dense, Factorization, Plan
 from ranksearch.results.objectives import COSTS, Price, prices
-from ranksearch.strategy.frontier import Choice, edges
+from ranksearch.strategy.predicted_front import Choice, edges
 
 Rows: TypeAlias = NDArray[np.intp]
 """Plans as rows (plans, layers): the place of each layer's choice in its table, 0 for dense."""
@@ -21,26 +21,26 @@ Values: TypeAlias = NDArray[np.float64]
 
 TREES = 50
 """Each is one guess at the scores: their spread is how unsure the surrogate is."""
-LEAF = 2
+MIN_RECORDS_PER_LEAF = 2
 """Records in a leaf, at least: one alone is mostly the noise of its score."""
-RECORDS = 256
+MAX_RECORDS = 256
 """The surrogate learns from so many records at most, those nearest to the front: a guess has to be ready in 0.1 s."""
-RECOVERED = 0.01
+SCORE_RESOLUTION = 0.01
 """Drops of the score are told apart on a log scale from about here on; below it is the noise of a validation score."""
-LOST = 4
+MAX_RELATIVE_DROP = 4
 """Beyond so many times the drop down to the floor, all drops are alike."""
-DOUBT = 0.6
+PRIOR_STD = 0.6
 """Standard deviation of the log of a layer's weight: training makes good what it makes good by a factor of two or so."""
-GENTLE = 0.1
+MIN_SLOPE = 0.1
 """The least slope of the log drop over the log rise that weights are fitted with."""
-NOISE, NOISE_RECORDS = 0.01, 8
+PRIOR_SCORE_STD, PRIOR_RECORDS = 0.01, 8
 """What the standard deviation of a score is taken to be for its noise alone, and how many records that assumption is worth:
 96 % on 360 images is known to a point. A handful of records that agree by chance would end the search there."""
-ALIKE = 1.0
+NOISE_LENGTH_SCALE = 1.0
 """The distance, in logs of layers' sizes, at which two plans' scores begin to have noise of their own."""
-CERTAIN = 1e-6
+MIN_STD = 1e-6
 """A standard deviation is at least this: nothing is divided by 0."""
-HARMLESS = 0.01
+MIN_LOSS_INCREASE = 0.01
 """A predicted rise of the loss, in nats, that training makes good in any case; rises are told apart on a log scale."""
 
 
@@ -60,7 +60,7 @@ class Table:
         self.layers, self._inventory = tuple(choices), inventory
         dense = [inventory[name] for name in self.layers]
         self.values: list[list[Factorization]] = [[Dense(), *(choice.value for choice in choices[x.name])] for x in dense]
-        self.rises = [np.array([0.0, *(max(0.0, choice.rise) for choice in choices[x.name])]) for x in dense]
+        self.loss_increases = [np.array([0.0, *(max(0.0, choice.loss_increase) for choice in choices[x.name])]) for x in dense]
         self.params, self.macs = (
             [
                 np.array([getattr(x, cost), *(getattr(METHODS[type(v)], cost)(x, v.ranks) for v in values[1:])], dtype=float)
@@ -94,11 +94,11 @@ class Table:
         sizes = dict(zip(COSTS, self.sizes(rows), strict=True))
         return np.stack([np.log10(getattr(self._inventory, cost) / sizes[cost]) for cost in self.minimize], axis=1)
 
-    def rises_of(self, rows: Rows) -> Values:
+    def loss_increases_of(self, rows: Rows) -> Values:
         """(plans, layers): the predicted rise of the loss that each layer's choice causes."""
-        return np.stack([rises[rows[:, i]] for i, rises in enumerate(self.rises)], axis=1)
+        return np.stack([loss_increases[rows[:, i]] for i, loss_increases in enumerate(self.loss_increases)], axis=1)
 
-    def frontier(self, weights: Values, at: int = 0) -> Rows:
+    def predicted_front(self, weights: Values, at: int = 0) -> Rows:
         """The corners of the frontier, by falling size, with each layer's rises times its weight (layers,), under the price at
         a place; of several costs there are several prices, which take turns."""
         # A layer's hull stays what it is when all its rises are scaled: only the merger changes.
@@ -111,7 +111,7 @@ class Table:
 
     def features(self, rows: Rows) -> Values:
         """(plans, 2 layers): the log of each layer's predicted rise, and of its compression."""
-        return np.concatenate([_log(self.rises_of(rows)), self.shrunk(rows)], axis=1)
+        return np.concatenate([_log(self.loss_increases_of(rows)), self.shrunk(rows)], axis=1)
 
     def shrunk(self, rows: Rows) -> Values:
         """(plans, layers): the log of each layer's own compression ratio."""
@@ -120,7 +120,9 @@ class Table:
     def _priced(self, price: Price) -> list[tuple[int, int, float]]:
         """The edges of the frontier at a price: the layer, the place of its choice, the slope."""
         costs = [price.params * params + price.macs * macs for params, macs in zip(self.params, self.macs, strict=True)]
-        whole = [list(map(Choice, *each)) for each in zip(self.values, map(list, costs), map(list, self.rises), strict=True)]
+        whole = [
+            list(map(Choice, *each)) for each in zip(self.values, map(list, costs), map(list, self.loss_increases), strict=True)
+        ]
         dense = {name: priced[0].cost for name, priced in zip(self.layers, whole, strict=True)}
         places = {name: place for place, name in enumerate(self.layers)}
         found = edges(dense, {name: priced[1:] for name, priced in zip(self.layers, whole, strict=True)})
@@ -170,33 +172,36 @@ class Surrogate:
         from sklearn.isotonic import IsotonicRegression
 
         # Plans may beat the dense net, and the search may climb on: drops are from what is within reach, noise aside.
-        reach = max(dense_score, floor, float(scores.max()) - RECOVERED / 2)
-        self._table, self.top = table, reach + RECOVERED
-        most = LOST * max(reach - min(floor, dense_score), RECOVERED)
-        drops = np.log(np.clip(reach - scores, 0.0, most) + RECOVERED)
-        rises, self._sizes = table.rises_of(rows), table.shrunk(rows)
-        self._theta, spread = _log_weights(rises, drops)
+        reach = max(dense_score, floor, float(scores.max()) - SCORE_RESOLUTION / 2)
+        self._table, self.top = table, reach + SCORE_RESOLUTION
+        most = MAX_RELATIVE_DROP * max(reach - min(floor, dense_score), SCORE_RESOLUTION)
+        drops = np.log(np.clip(reach - scores, 0.0, most) + SCORE_RESOLUTION)
+        loss_increases, self._sizes = table.loss_increases_of(rows), table.shrunk(rows)
+        self._theta, spread = _log_weights(loss_increases, drops)
         draw = np.random.default_rng(seed).standard_normal((TREES, len(self._theta)))
         self.weights = np.exp(self._theta + draw @ spread.T)
         """(guesses, layers): what each guess takes the weight of each layer's rise to be."""
-        mean = _log(rises @ np.exp(self._theta))
+        mean = _log(loss_increases @ np.exp(self._theta))
         self._trend = IsotonicRegression(out_of_bounds="clip").fit(mean, drops)
         self._trees = ExtraTreesRegressor(
-            TREES, min_samples_leaf=LEAF, max_features="sqrt", bootstrap=True, oob_score=True, random_state=seed
+            TREES, min_samples_leaf=MIN_RECORDS_PER_LEAF, max_features="sqrt", bootstrap=True, oob_score=True, random_state=seed
         )
         rest = drops - self._trend.predict(mean)
         self._trees.fit(self._features(rows), rest)
         foretold = self._trend.predict(mean) + self._trees.oob_prediction_
         missed = (np.exp(foretold) - np.exp(drops))[scores > floor]
-        self._noise = math.sqrt((NOISE**2 * NOISE_RECORDS + float(np.sum(missed**2))) / (NOISE_RECORDS + len(missed)))
+        self._noise = math.sqrt((PRIOR_SCORE_STD**2 * PRIOR_RECORDS + float(np.sum(missed**2))) / (PRIOR_RECORDS + len(missed)))
 
     def expect(self, rows: Rows) -> tuple[Values, Values]:
         """Mean and standard deviation (plans,) of log(`top` - score): what is not known of it, and the noise of a score."""
-        features, rises = np.ascontiguousarray(self._features(rows), dtype=np.float32), self._table.rises_of(rows)
+        features, loss_increases = (
+            np.ascontiguousarray(self._features(rows), dtype=np.float32),
+            self._table.loss_increases_of(rows),
+        )
         rest = np.stack([tree.tree_.predict(features)[:, 0] for tree in self._trees.estimators_])
-        guesses = rest + self._trend.predict(_log(self.weights @ rises.T).ravel()).reshape(rest.shape)
+        guesses = rest + self._trend.predict(_log(self.weights @ loss_increases.T).ravel()).reshape(rest.shape)
         mean, noise = guesses.mean(0), self._noise / np.exp(guesses.mean(0))
-        return mean, np.sqrt(guesses.var(0) + self._novelty(rows) * noise**2) + CERTAIN
+        return mean, np.sqrt(guesses.var(0) + self._novelty(rows) * noise**2) + MIN_STD
 
     def _novelty(self, rows: Rows) -> Values:
         """(plans,): 0 for a plan that was tried, towards 1 the farther its layers' sizes are from those of any that was.
@@ -208,19 +213,19 @@ class Surrogate:
         from scipy.spatial.distance import cdist
 
         nearest = cdist(self._table.shrunk(rows), self._sizes).min(axis=1)
-        return np.asarray(1.0 - np.exp(-((nearest / ALIKE) ** 2)))
+        return np.asarray(1.0 - np.exp(-((nearest / NOISE_LENGTH_SCALE) ** 2)))
 
     def _features(self, rows: Rows) -> Values:
         return np.concatenate(
-            [_log(self._table.rises_of(rows) @ np.exp(self._theta))[:, None], self._table.features(rows)], axis=1
+            [_log(self._table.loss_increases_of(rows) @ np.exp(self._theta))[:, None], self._table.features(rows)], axis=1
         )
 
 
-def _log(rises: Values) -> Values:
-    return np.asarray(np.log(rises + HARMLESS))
+def _log(loss_increases: Values) -> Values:
+    return np.asarray(np.log(loss_increases + MIN_LOSS_INCREASE))
 
 
-def _log_weights(rises: Values, drops: Values) -> tuple[Values, Values]:
+def _log_weights(loss_increases: Values, drops: Values) -> tuple[Values, Values]:
     """Logs of the layers' weights (layers,), and a root of their covariance, given rises (plans, layers) and log drops.
 
     Near 1 the log of the weighted sum is linear in the log weights, by each layer's share of the sum: so this is
@@ -228,13 +233,13 @@ def _log_weights(rises: Values, drops: Values) -> tuple[Values, Values]:
     """
     from sklearn.isotonic import IsotonicRegression
 
-    total = _log(rises.sum(1))
+    total = _log(loss_increases.sum(1))
     # Clipped, since it takes the largest of nearly equal sums for one out of bounds.
     rest = drops - IsotonicRegression(out_of_bounds="clip").fit_transform(total, drops)
-    steepness = max(GENTLE, float(np.polyfit(total, drops, 1)[0])) if np.ptp(total) > 0 else GENTLE
-    shares = steepness * rises / (rises.sum(1, keepdims=True) + HARMLESS)
+    steepness = max(MIN_SLOPE, float(np.polyfit(total, drops, 1)[0])) if np.ptp(total) > 0 else MIN_SLOPE
+    shares = steepness * loss_increases / (loss_increases.sum(1, keepdims=True) + MIN_LOSS_INCREASE)
     # A handful of records that the trend goes through have noise all the same.
-    noise = max(float(np.mean(rest**2)), (NOISE / RECOVERED) ** 2 / len(rest))
-    precision = shares.T @ shares / noise + np.eye(rises.shape[1]) / DOUBT**2
+    noise = max(float(np.mean(rest**2)), (PRIOR_SCORE_STD / SCORE_RESOLUTION) ** 2 / len(rest))
+    precision = shares.T @ shares / noise + np.eye(loss_increases.shape[1]) / PRIOR_STD**2
     covariance = np.linalg.inv(precision)
     return covariance @ shares.T @ rest / noise, np.linalg.cholesky(covariance)

@@ -121,7 +121,7 @@ def _without_password(text: str, url: str) -> str:
 
 
 @contextmanager
-def held_alone(name: str, url: str) -> Iterator[None]:
+def study_lock(name: str, url: str) -> Iterator[None]:
     """Hold the study of that name in its storage, which several folders or machines may share, for this run.
 
     By a lock on a hidden file beside an SQLite database, or an advisory lock of PostgreSQL, which both end with their process,

@@ -36,7 +36,7 @@ def look(spec: StudySpec, out: Path) -> Look:
     """
     task = load_task(spec)
     check_splits(task.data, whole=False)
-    kept = load_weights(task.model, out / folder.DENSE)
+    kept = load_weights(task.model, out / folder.DENSE_FILE)
     if spec.dense.weights and not kept:
         load_given(task.model, Path(spec.dense.weights))
     trained = kept or bool(spec.dense.weights) or not spec.dense.epochs
@@ -46,7 +46,10 @@ def look(spec: StudySpec, out: Path) -> Look:
     costs = {}
     for axis in space.axes:
         layer, estimate = axis.layer, vbmf[axis.layer.name]
-        suggested = [(m, at_vbmf(m, layer, estimate, offer=axis.offer) or quarter(m, layer, axis.offer)) for m in axis.methods]
+        suggested = [
+            (m, at_vbmf(m, layer, estimate, constraints=axis.constraints) or quarter(m, layer, axis.constraints))
+            for m in axis.methods
+        ]
         costs[layer.name] = tuple((str(m.value(layer, ranks)), m.params(layer, ranks)) for m, ranks in suggested)
     return Look(
         layers=layer_facts(found, vbmf), skipped=found.skipped, params=found.params, macs=found.macs, costs=costs,

@@ -14,9 +14,9 @@ from ranksearch.strategy.finalists import choose_finalists
 from ranksearch.study.run import Run
 from ranksearch.support.files import writing
 from ranksearch.task import training
-from ranksearch.task.evaluation import Answer, Evaluator, Job, Stage, checkpoint_file
+from ranksearch.task.evaluation import Evaluator, Job, Result, Stage, checkpoint_file
 
-GOES_ON = {Outcome.WORKER_LOST, Outcome.OUT_OF_MEMORY}
+RESUMABLE = {Outcome.WORKER_LOST, Outcome.OUT_OF_MEMORY}
 """How a finalist may end that the next run trains on, from its checkpoint."""
 
 
@@ -32,10 +32,10 @@ def train_finalists(run: Run, evaluate: Evaluator) -> None:
     outcomes = {trial.number: Outcome.WORKER_LOST for trial in waiting}
     run.view.stage("finalists", len(chosen), len(chosen) - len(waiting))
 
-    def on_answer(job: Job, answer: Answer) -> None:
-        _tell(run, by_number[job.key], answer)
-        outcomes[job.key] = answer.outcome
-        if answer.outcome not in GOES_ON:
+    def on_result(job: Job, result: Result) -> None:
+        _tell(run, by_number[job.key], result)
+        outcomes[job.key] = result.outcome
+        if result.outcome not in RESUMABLE:
             checkpoint_file(run.unfinished, job.key).unlink(missing_ok=True)
 
     def jobs() -> Iterator[Job]:
@@ -44,29 +44,29 @@ def train_finalists(run: Run, evaluate: Evaluator) -> None:
 
     with writing(f"The folder {run.unfinished}"):
         run.unfinished.mkdir(exist_ok=True)
-    run.run_jobs("finalists", jobs, evaluate, on_answer)
-    if not GOES_ON & set(outcomes.values()):
+    run.run_jobs("finalists", jobs, evaluate, on_result)
+    if not RESUMABLE & set(outcomes.values()):
         shutil.rmtree(run.unfinished, ignore_errors=True)
     with run.stage("finalists"):
         _time(run)
 
 
-def _tell(run: Run, trial: TrialRecord, answer: Answer) -> None:
-    if answer.outcome is Outcome.WORKER_LOST:
-        run.view.note(f"finalist {trial.number}: {answer.outcome.value}")
+def _tell(run: Run, trial: TrialRecord, result: Result) -> None:
+    if result.outcome is Outcome.WORKER_LOST:
+        run.view.note(f"finalist {trial.number}: {result.outcome.value}")
         return
-    if answer.outcome is not Outcome.DONE:
-        attributes.write_failed(run.study, trial.number, answer.outcome)
-        run.view.note(f"finalist {trial.number}: {answer.outcome.of_finalist}")
+    if result.outcome is not Outcome.DONE:
+        attributes.write_failed(run.study, trial.number, result.outcome)
+        run.view.note(f"finalist {trial.number}: {result.outcome.of_finalist}")
         run.view.step()
         return
-    assert answer.score_test is not None
-    assert answer.weights is not None
+    assert result.score_test is not None
+    assert result.weights is not None
     with writing(f"The model {_folder(run, trial)}"):
-        save_model(_folder(run, trial), trial.plan, answer.weights)
+        save_model(_folder(run, trial), trial.plan, result.weights)
     finalist = Finalist(
-        score_validation=answer.curve[-1].score, score_test=answer.score_test, curve=answer.curve,
-        seconds=answer.seconds, latency_ms=None,
+        score_validation=result.curve[-1].score, score_test=result.score_test, curve=result.curve,
+        seconds=result.seconds, latency_ms=None,
     )  # fmt: skip
     attributes.write_finalist(run.study, trial.number, finalist)
     run.view.trial(replace(trial, finalist=finalist), attributes.read_trials(run.study))

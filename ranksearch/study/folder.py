@@ -17,15 +17,15 @@ from sqlalchemy.engine import URL, make_url
 from ranksearch.errors import SpecError, StudyError
 from ranksearch.results.objectives import Objectives
 from ranksearch.spec import StudySpec, complete_identity, parse_spec
-from ranksearch.study.database import Announce, address_of, check_storage, held_alone, masked, silent
+from ranksearch.study.database import Announce, address_of, check_storage, masked, silent, study_lock
 from ranksearch.study.storage import PatientStorage
 from ranksearch.support.files import write_whole, writing
 
-SPEC, DATABASE, DENSE = "spec.toml", "study.db", "dense.safetensors"
+SPEC, DATABASE, DENSE_FILE = "spec.toml", "study.db", "dense.safetensors"
 UNFINISHED = "unfinished"
 """The folder with the checkpoints of what is being trained."""
 REPORT = ("report.html", "report.md", "front.*", "front-*.png", "trials.csv")
-OURS = ("study.db*", DENSE, UNFINISHED, "profile", "models", "export", *REPORT, SPEC)
+OURS = ("study.db*", DENSE_FILE, UNFINISHED, "profile", "models", "export", *REPORT, SPEC)
 """All that a study writes into its folder, and all that `--fresh` deletes; the spec goes last, since it marks the folder."""
 MARK = "# Written by ranksearch: the study of this folder, as resolved."
 START_OVER = "choose another --out or name, or --fresh to start over"
@@ -46,7 +46,9 @@ NAMES = {"params": "log10 ratio", "macs": "log10 MACs ratio"}
 
 
 @contextmanager
-def claimed(folder: Path, spec: StudySpec, storage: str | None, *, fresh: bool, announce: Announce = silent) -> Iterator[None]:
+def folder_lock(
+    folder: Path, spec: StudySpec, storage: str | None, *, fresh: bool, announce: Announce = silent
+) -> Iterator[None]:
     """Hold the study's folder, and its study, for this run; `fresh` first deletes what a study wrote there, and nothing else.
 
     Raises:
@@ -78,7 +80,7 @@ def claimed(folder: Path, spec: StudySpec, storage: str | None, *, fresh: bool, 
         if ours and not fresh:
             _same_study(f"The folder {folder}", _spec_of_a_run(folder).identity(), spec, moved=True)
             _check_place(folder, spec, storage, announce)
-        with held_alone(spec.name, storage_url(folder, storage)):
+        with study_lock(spec.name, storage_url(folder, storage)):
             if fresh:
                 with writing(f"The output folder {folder}", "choose another --out"):
                     _empty(folder)

@@ -16,12 +16,12 @@ from ranksearch.results import attributes
 from ranksearch.results.objectives import prices
 from ranksearch.results.record import Outcome, Probe
 from ranksearch.strategy.prior import vbmf_plans
-from ranksearch.strategy.sensitivity import predicted_frontier, rescuable, spread, values_to_probe
+from ranksearch.strategy.sensitivity import predict_front, rescuable, spread, values_to_probe
 from ranksearch.strategy.space import Space, check_plan, size_of
 from ranksearch.study.run import Run
-from ranksearch.task.evaluation import Answer, Evaluator, Job, Stage
+from ranksearch.task.evaluation import Evaluator, Job, Result, Stage
 
-FRONTIER_PLANS = 4
+PREDICTED_PLANS = 4
 """How many plans of the predicted frontier are tried first."""
 WORST_LOSS = 1e6
 """Stands for a probe's loss that is no number, which no storage keeps."""
@@ -64,7 +64,7 @@ def check_first(study: optuna.Study, plans: Sequence[Plan]) -> None:
     Raises:
         StudyError: they differ.
     """
-    known = attributes.read_firsts(study)
+    known = attributes.read_initial_plans(study)
     if known is not None and [plan for origin, plan in known if origin == USER] != list(plans):
         raise StudyError(
             "The plans to try first are chosen once in a study, but search.first now holds others; leave it as it was, choose "
@@ -81,16 +81,16 @@ def probe_layers(run: Run, layers: Profile, evaluate: Evaluator) -> None:
     done = {Plan.of({probe.layer: probe.value}) for probe in known} | ({Plan()} if dense is not None else set())
     run.view.stage("probing layers", len(wanted), len(done))
 
-    def on_answer(job: Job, answer: Answer) -> None:
+    def on_result(job: Job, result: Result) -> None:
         nonlocal dense
-        if answer.outcome is Outcome.WORKER_LOST:
-            run.view.note(f"probe of {job.plan}: {answer.outcome.value}")
+        if result.outcome is Outcome.WORKER_LOST:
+            run.view.note(f"probe of {job.plan}: {result.outcome.value}")
             return
-        if answer.loss is None:
+        if result.loss is None:
             done.add(job.plan)  # in this run; the next may have more memory for it
-            run.view.step(f"{job.plan}: {answer.outcome.value}")
+            run.view.step(f"{job.plan}: {result.outcome.value}")
             return
-        loss = answer.loss if math.isfinite(answer.loss) else WORST_LOSS
+        loss = result.loss if math.isfinite(result.loss) else WORST_LOSS
         if job.plan.layers:
             known.append(Probe(*job.plan.layers[0], loss))
         else:
@@ -102,25 +102,25 @@ def probe_layers(run: Run, layers: Profile, evaluate: Evaluator) -> None:
     def jobs() -> Iterator[Job]:
         return (Job(key, plan, run.spec.seed, Stage.PROBE) for key, plan in enumerate(wanted) if plan not in done)
 
-    run.run_jobs("probes", jobs, evaluate, on_answer)
+    run.run_jobs("probes", jobs, evaluate, on_result)
 
 
-def first_plans(run: Run, layers: Profile) -> list[tuple[str, Plan]]:
+def choose_initial_plans(run: Run, layers: Profile) -> list[tuple[str, Plan]]:
     """The plans that are tried first, with their origins: the user's, then predicted ones within the limits. Chosen once in a
     study."""
-    if (known := attributes.read_firsts(run.study)) is not None:
+    if (known := attributes.read_initial_plans(run.study)) is not None:
         return known
     dense, probes = attributes.read_probes(run.study)
     price = prices(run.spec.search.minimize, run.inventory)[0]
     # Where the worker of the dense probe was lost, there is nothing to set the others against.
-    corners = predicted_frontier(layers, probes, dense, price) if dense is not None else []
+    corners = predict_front(layers, probes, dense, price) if dense is not None else []
     # The dense corner, which is never chosen, stays: `spread` takes the first for it.
     within = [*corners[:1], *(corner for corner in corners[1:] if _fits(run, corner.plan))]
-    chosen = spread(rescuable(within), price.of(run.inventory), FRONTIER_PLANS)
+    chosen = spread(rescuable(within), price.of(run.inventory), PREDICTED_PLANS)
     vbmf = [(origin, plan) for origin, plan in vbmf_plans(run.space, layers.vbmf) if _fits(run, plan)]
-    firsts = [*((USER, plan) for plan in run.first), *(("frontier", corner.plan) for corner in chosen), *vbmf]
-    attributes.write_firsts(run.study, firsts)
-    return firsts
+    initial_plans = [*((USER, plan) for plan in run.first), *(("frontier", corner.plan) for corner in chosen), *vbmf]
+    attributes.write_initial_plans(run.study, initial_plans)
+    return initial_plans
 
 
 def _fits(run: Run, plan: Plan) -> bool:

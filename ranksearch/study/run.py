@@ -18,12 +18,12 @@ from ranksearch.console import View
 from ranksearch.engines.base import Engine
 from ranksearch.plan import Plan
 from ranksearch.results import attributes
-from ranksearch.results.record import MAX_TRIES, Outcome, Rung
+from ranksearch.results.record import MAX_TRIES, CurvePoint, Outcome
 from ranksearch.spec import StudySpec
 from ranksearch.strategy.space import Space
 from ranksearch.study import folder
 from ranksearch.study.options import Options
-from ranksearch.task.evaluation import Answer, Evaluator, Job
+from ranksearch.task.evaluation import Evaluator, Job, Result
 from ranksearch.task.task import Task
 
 
@@ -72,22 +72,22 @@ class Run:
         keep()  # not after an error, which may be the storage's
 
     def run_jobs(
-        self, stage: str, jobs: Callable[[], Iterator[Job]], evaluate: Evaluator, on_answer: Callable[[Job, Answer], None],
+        self, stage: str, jobs: Callable[[], Iterator[Job]], evaluate: Evaluator, on_result: Callable[[Job, Result], None],
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
         """Evaluate what `jobs()` gives; and again what it gives then, where workers were lost, but none more than `MAX_TRIES`
         times. The stage's seconds are kept after each answer."""
         losses, again = Counter[int](), True
 
-        def on_message(job: Job, message: Rung | Answer) -> None:
+        def on_message(job: Job, message: CurvePoint | Result) -> None:
             nonlocal again
-            if isinstance(message, Rung):
-                self.view.rung(job.key, message)
+            if isinstance(message, CurvePoint):
+                self.view.curve_point(job.key, message)
                 return
             if message.outcome is Outcome.WORKER_LOST:
                 losses[job.key] += 1
                 again = again or losses[job.key] < MAX_TRIES
-            on_answer(job, message)
+            on_result(job, message)
             keep()
 
         with self.stage(stage) as keep:

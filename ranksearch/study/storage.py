@@ -26,9 +26,9 @@ from ranksearch.errors import StudyError
 T = TypeVar("T")
 M = TypeVar("M", bound=Callable[..., Any])
 
-PATIENCE = 300.0
+MAX_WAIT_SECONDS = 300.0
 """Seconds that a study waits for its database."""
-INTERVAL = 2.0
+RETRY_SECONDS = 2.0
 """Seconds between two attempts."""
 BUSY_TIMEOUT = 2.0
 """Seconds that SQLite itself waits for a lock, unannounced; Ctrl-C is heard only after them."""
@@ -169,13 +169,13 @@ class Patience:
             raise KeyboardInterrupt
         if self._since is None:
             self._since = time.monotonic()
-            self._announce(f"the storage {self._shown} is {cause}; trying again for {PATIENCE / 60:g} minutes")
-        elif time.monotonic() - self._since > PATIENCE:
+            self._announce(f"the storage {self._shown} is {cause}; trying again for {MAX_WAIT_SECONDS / 60:g} minutes")
+        elif time.monotonic() - self._since > MAX_WAIT_SECONDS:
             raise StudyError(
-                f"The storage {self._shown} must be usable as long as a study runs, but has been {cause} for {PATIENCE:.0f} s; "
-                "what was finished is in it, and the same command goes on once that has ended."
+                f"The storage {self._shown} must be usable as long as a study runs, but has been {cause} for "
+                f"{MAX_WAIT_SECONDS:.0f} s; what was finished is in it, and the same command goes on once that has ended."
             )
-        time.sleep(INTERVAL)
+        time.sleep(RETRY_SECONDS)
 
 
 def _retried(method: M) -> M:

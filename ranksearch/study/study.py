@@ -30,18 +30,18 @@ from ranksearch.results.record import StudyFacts, StudyRecord
 from ranksearch.spec import StudySpec
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.sampler import Knowledge
-from ranksearch.strategy.space import Space, check_limits, offer_of, space_of
+from ranksearch.strategy.space import Space, check_limits, constraints_of, space_of
 from ranksearch.study import folder
 from ranksearch.study.dense import load_given, load_weights, train_dense
 from ranksearch.study.facts import study_facts
 from ranksearch.study.finishing import train_finalists
 from ranksearch.study.inputs import inputs_of
 from ranksearch.study.options import Options, choose_device
-from ranksearch.study.probing import check_first, first_plans, plans_to_try, probe_layers
+from ranksearch.study.probing import check_first, choose_initial_plans, plans_to_try, probe_layers
 from ranksearch.study.run import Run
 from ranksearch.support.files import write_whole, writing
 from ranksearch.task import training
-from ranksearch.task.evaluation import Answer, Evaluator, Job
+from ranksearch.task.evaluation import Evaluator, Job, Result
 from ranksearch.task.task import Task, accuracy, check_float32, check_outputs, load_task
 
 CALIBRATION = 512
@@ -98,12 +98,12 @@ def run_study(
     space = space_of(spec.space, found)
     check_limits(spec.search.limits, space, found)
     check_comes_home(task.model, fresh, _smallest_layer(space), next(batches(task.data.train, 2))[0])
-    firsts = plans_to_try(spec.search.first, first, space, found)
+    initial_plans = plans_to_try(spec.search.first, first, space, found)
     if spec.space.start == "scratch":
         check_scratch(task.model)
     _check_min_score(spec, task)
     objectives = Objectives(spec.search.minimize, found.macs)
-    kept = (out / folder.DENSE).exists() and not options.fresh
+    kept = (out / folder.DENSE_FILE).exists() and not options.fresh
     inputs = inputs_of(task.data, _dense_start(spec, task, view, kept=kept))
     if options.storage:
         folder.check_study(spec, options.storage, inputs, fresh=options.fresh, announce=view.note)
@@ -111,7 +111,7 @@ def run_study(
         check_portable(task)
     with (
         _engine(options, device) as engine,
-        folder.claimed(out, spec, options.storage, fresh=options.fresh, announce=view.note),
+        folder.folder_lock(out, spec, options.storage, fresh=options.fresh, announce=view.note),
         view,
     ):
         url = folder.storage_url(out, options.storage)
@@ -122,10 +122,10 @@ def run_study(
             folder.write_spec(out, spec, options.storage)
         study = folder.create_study(spec.name, url, objectives, announce=view.note)
         folder.own_study(study, spec, inputs)
-        check_first(study, firsts)
+        check_first(study, initial_plans)
         folder.write_spec(out, spec, options.storage)
         one = example(task.data.validation).to(device)
-        run = Run(spec, out, options, device, task, one, found, space, firsts, study, engine, view)
+        run = Run(spec, out, options, device, task, one, found, space, initial_plans, study, engine, view)
         try:
             _straight_on(run, given=given)
         except KeyboardInterrupt:
@@ -158,7 +158,7 @@ def _straight_on(run: Run, *, given: bool) -> None:
 
 def _make_dense(run: Run, *, given: bool) -> None:
     """The dense model's weights: from an earlier run, or from the spec's file and training."""
-    path, unfinished = run.out / folder.DENSE, run.unfinished / "dense.pt"
+    path, unfinished = run.out / folder.DENSE_FILE, run.unfinished / "dense.pt"
     with run.stage("dense"):
         # A model given from Python is what it is; the folder's weights are those of an earlier one.
         if given or not load_weights(run.task.model, path):
@@ -185,7 +185,7 @@ def _make_profile(run: Run) -> Profile:
     aware, seed = run.spec.space.data_aware, run.spec.seed
     with run.stage("profile"):
         return profile(
-            run.task.model, run.inventory, methods, offer=offer_of(run.spec.space),
+            run.task.model, run.inventory, methods, constraints=constraints_of(run.spec.space),
             inputs=sample_inputs(run.task.data.train, CALIBRATION, seed=seed) if aware else None,
             cache=run.out / "profile", seed=seed, on_layer=run.view.step,
         )  # fmt: skip
@@ -218,7 +218,7 @@ def _evaluator(run: Run, layers: Profile) -> Evaluator:
 
 def _search(run: Run, layers: Profile, evaluate: Evaluator) -> None:
     """Ask, evaluate, tell, until the budget is spent."""
-    firsts = first_plans(run, layers)
+    initial_plans = choose_initial_plans(run, layers)
     limits, facts = run.spec.search.limits, attributes.read_facts(run.study)
     dense_score = facts.dense.score_validation
     dense_loss, probes = attributes.read_probes(run.study)
@@ -227,7 +227,7 @@ def _search(run: Run, layers: Profile, evaluate: Evaluator) -> None:
         minimize=run.spec.search.minimize,
     )  # fmt: skip
     ledger = Ledger(
-        run.study, run.space, run.inventory, firsts, sampler=run.spec.search.sampler, seed=run.spec.seed,
+        run.study, run.space, run.inventory, initial_plans, sampler=run.spec.search.sampler, seed=run.spec.seed,
         dense_score=dense_score, limits=limits, since=facts.since, objectives=facts.objectives, knowledge=knowledge,
         on_untrained=lambda found: run.view.trial(found, ledger.records()), on_note=run.view.note,
     )  # fmt: skip
@@ -239,11 +239,11 @@ def _search(run: Run, layers: Profile, evaluate: Evaluator) -> None:
     def spent() -> bool:
         return minutes is not None and before + time.monotonic() - start >= minutes * 60
 
-    def on_answer(job: Job, answer: Answer) -> None:
-        run.view.trial(ledger.receive(job, answer), ledger.records())
+    def on_result(job: Job, result: Result) -> None:
+        run.view.trial(ledger.receive(job, result), ledger.records())
 
     try:
-        run.run_jobs("trials", lambda: ledger.jobs(trials), evaluate, on_answer, spent)
+        run.run_jobs("trials", lambda: ledger.jobs(trials), evaluate, on_result, spent)
     except KeyboardInterrupt:
         # Nothing is left running in the record: other tools read it, and the next run may be long in coming.
         ledger.recover()
@@ -287,7 +287,7 @@ def _engine(options: Options, device: torch.device) -> Engine:
 def _smallest_layer(space: Space) -> Plan:
     """The smallest layer at its least ranks, the others dense: the plan that is made soonest."""
     axis = min(space.axes, key=lambda axis: axis.layer.params)
-    return Plan.of({axis.layer.name: axis.smallest(axis.offer.smaller_in[0])})
+    return Plan.of({axis.layer.name: axis.smallest(axis.constraints.smaller_in[0])})
 
 
 def _check_min_score(spec: StudySpec, task: Task) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ranksearch.errors import StudyError
 
-GOES_ON = "mend that, and the same command goes on"
+RESUME_HINT = "mend that, and the same command goes on"
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -34,7 +34,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 @contextmanager
-def writing(what: str, fix: str = GOES_ON) -> Iterator[None]:
+def writing(what: str, fix: str = RESUME_HINT) -> Iterator[None]:
     """Raises a `StudyError` where `what` cannot be written inside: its disk is full, its folder is protected."""
     try:
         yield

@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ranksearch.errors import StudyError
-from ranksearch.results.record import Rung
+from ranksearch.results.record import CurvePoint
 from ranksearch.support.files import write_whole
 
-EVERY = 60.0
+MIN_SECONDS_BETWEEN = 60.0
 """Seconds between two checkpoints, at least: writing one may take a second, and short trainings have none."""
 
 
@@ -37,7 +37,7 @@ class Checkpoint:
         self._path, self._of, self._start = path, of, time.monotonic()
         self._kept = self._start
         self._state = _read(path, of) if path is not None and path.exists() else {}
-        self.rungs = [Rung(*rung) for rung in self._state.get("rungs", ())]
+        self.curve_points = [CurvePoint(*curve_point) for curve_point in self._state.get("rungs", ())]
         """The scores so far; the evaluator appends each, and `keep` writes them too."""
         self._before: float = self._state.get("seconds", 0.0)
         self.epochs: int = self._state.get("epochs", 0)
@@ -59,11 +59,17 @@ class Checkpoint:
 
     def keep(self, epochs: int, order: Generator, **parts: nn.Module | Optimizer | LRScheduler) -> None:
         """Write the state after so many epochs, where the last was written long enough ago, and the disk takes it."""
-        if self._path is None or time.monotonic() - self._kept < EVERY:
+        if self._path is None or time.monotonic() - self._kept < MIN_SECONDS_BETWEEN:
             return
         state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
-        rungs = [astuple(rung) for rung in self.rungs]
-        state |= {"of": self._of, "epochs": epochs, "rungs": rungs, "seconds": self.seconds(), "order": order.get_state()}
+        curve_points = [astuple(curve_point) for curve_point in self.curve_points]
+        state |= {
+            "of": self._of,
+            "epochs": epochs,
+            "rungs": curve_points,
+            "seconds": self.seconds(),
+            "order": order.get_state(),
+        }
         buffer = io.BytesIO()
         torch.save(state, buffer)
         # On a full disk a training without a checkpoint is better than none.

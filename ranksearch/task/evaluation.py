@@ -21,7 +21,7 @@ from ranksearch.compress.surgery import factorize_
 from ranksearch.compress.weights import digest_of, weights_of
 from ranksearch.data import sample
 from ranksearch.plan import Plan
-from ranksearch.results.record import Outcome, Rung
+from ranksearch.results.record import CurvePoint, Outcome
 from ranksearch.spec import FinalistSpec, Recipe
 from ranksearch.task import training
 from ranksearch.task.checkpoint import Checkpoint
@@ -53,11 +53,11 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Result:
     """How a job ended. `curve` holds every rung that was reached, `loss` a probe's; `weights` are safetensors bytes."""
 
     outcome: Outcome
-    curve: tuple[Rung, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
     seconds: float = 0.0
     score_test: float | None = None
     weights: bytes | None = None
@@ -78,7 +78,7 @@ class Evaluator:
     unfinished: Path | None = None
     """The folder of the finalists' checkpoints; a worker that cannot write there, on another machine, keeps none."""
 
-    def __call__(self, job: Job) -> Iterator[Rung | Answer]:
+    def __call__(self, job: Job) -> Iterator[CurvePoint | Result]:
         """Evaluate a job: a rung after each epoch (the first without training), then the answer, always last.
 
         Of a finalist that goes on from a checkpoint the rungs that are left; its answer has all.
@@ -96,14 +96,14 @@ class Evaluator:
                 raise
             outcome = Outcome.OUT_OF_MEMORY
         training.release(torch.device(self.device))
-        yield Answer(outcome, tuple(checkpoint.rungs), checkpoint.seconds(), **more)
+        yield Result(outcome, tuple(checkpoint.curve_points), checkpoint.seconds(), **more)
 
-    def _trained(self, job: Job, checkpoint: Checkpoint) -> Generator[Rung, None, dict[str, Any]]:
+    def _trained(self, job: Job, checkpoint: Checkpoint) -> Generator[CurvePoint, None, dict[str, Any]]:
         """The rungs that are left; at their end, what a finalist is found to be."""
         model = copy.deepcopy(self.task.model)
-        for rung in self._rungs(model, job, checkpoint):
-            checkpoint.rungs.append(rung)
-            yield rung
+        for curve_point in self._curve_points(model, job, checkpoint):
+            checkpoint.curve_points.append(curve_point)
+            yield curve_point
         if job.stage is not Stage.FINALIST:
             return {}
         return {"score_test": self._score(model, self.task.data.test), "weights": weights_of(model)}
@@ -115,7 +115,7 @@ class Evaluator:
 
     def _factorized(self, model: nn.Module, layers: Profile, plan: Plan, sweeps: int) -> nn.Module:
         factors = layers.factors(plan, sweeps=sweeps)
-        factorize_(model, plan, factors=factors, shifts=layers.shifts(plan, factors))
+        factorize_(model, plan, factors=factors, bias_corrections=layers.bias_corrections(plan, factors))
         return self._placed(model)
 
     def _placed(self, model: nn.Module) -> nn.Module:
@@ -152,11 +152,11 @@ class Evaluator:
             raise Diverged("the score became NaN or infinite")
         return found
 
-    def _rungs(self, model: nn.Module, job: Job, checkpoint: Checkpoint) -> Iterator[Rung]:
+    def _curve_points(self, model: nn.Module, job: Job, checkpoint: Checkpoint) -> Iterator[CurvePoint]:
         """The rungs that are left; `checkpoint` has those behind it."""
         device = torch.device(self.device)
         recipe = self.finalists if job.stage is Stage.FINALIST else self.finetune
-        done = checkpoint.rungs[-1].epochs if checkpoint.rungs else -1
+        done = checkpoint.curve_points[-1].epochs if checkpoint.curve_points else -1
         for step, _ in enumerate(self._steps(model, job)):
             before = step * recipe.epochs
             if done > before + recipe.epochs:
@@ -164,10 +164,10 @@ class Evaluator:
             if done <= before:
                 training.recalibrate(model, self.task, seed=job.seed, device=device)
             if step == 0 and done < 0:
-                yield Rung(0, self._score(model, self.task.data.validation))
+                yield CurvePoint(0, self._score(model, self.task.data.validation))
             seed = job.seed + before
             for epoch in training.fit(model, self.task, recipe, seed=seed, device=device, checkpoint=checkpoint):
-                yield Rung(before + epoch, self._score(model, self.task.data.validation))
+                yield CurvePoint(before + epoch, self._score(model, self.task.data.validation))
 
     def _checkpoint(self, job: Job) -> Checkpoint:
         """Of a finalist; nothing else trains for long enough."""

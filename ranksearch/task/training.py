@@ -23,7 +23,7 @@ from ranksearch.task.task import Task, evaluation_batch, predict
 
 M = TypeVar("M", bound=nn.Module)
 
-ROUNDS, FEWEST_ROUNDS, PATIENCE = 30, 3, 30.0
+TIMING_ROUNDS, MIN_TIMING_ROUNDS, MAX_TIMING_SECONDS = 30, 3, 30.0
 """How often models are timed; less often where that would take longer than so many seconds."""
 CLIP_NORM = 5.0
 """A gradient norm far above what healthy training shows here (below 3); it stops the one step that ruins a CP net."""
@@ -166,7 +166,7 @@ def latencies_ms(models: list[nn.Module], example: Tensor, *, channels_last: boo
         place(model, example.device, channels_last=channels_last).eval()(example)
     _finish(example.device)
     whole = time.perf_counter() - start
-    for _ in range(max(FEWEST_ROUNDS, min(ROUNDS, int(PATIENCE / whole)))):
+    for _ in range(max(MIN_TIMING_ROUNDS, min(TIMING_ROUNDS, int(MAX_TIMING_SECONDS / whole)))):
         for model, taken in zip(models, times, strict=True):
             start = time.perf_counter()
             model(example)

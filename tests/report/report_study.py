@@ -8,11 +8,11 @@ from dataclasses import replace
 
 from ranksearch.plan import CP, SVD, Factorization, Plan, Spatial, Tucker2
 from ranksearch.results.record import (
+    CurvePoint,
     DenseFacts,
     Finalist,
     LayerFacts,
     Outcome,
-    Rung,
     StudyFacts,
     StudyRecord,
     TrialRecord,
@@ -124,12 +124,12 @@ def _outcome(number: int, ratio: float) -> Outcome:
     return odd.get(number, Outcome.DIVERGED if number > 9 and number % 8 == 3 else Outcome.DONE)
 
 
-def _curve(final: float, epochs: tuple[int, ...], draw: random.Random) -> tuple[Rung, ...]:
+def _curve(final: float, epochs: tuple[int, ...], draw: random.Random) -> tuple[CurvePoint, ...]:
     start = draw.uniform(0.1, 0.8)
-    rise = [1 - math.exp(-1.1 * epoch) for epoch in epochs]
+    loss_increase = [1 - math.exp(-1.1 * epoch) for epoch in epochs]
     return tuple(
-        Rung(epoch, round(min(0.999, max(0.1, start + (final - start) * part)), 4))
-        for epoch, part in zip(epochs, rise, strict=True)
+        CurvePoint(epoch, round(min(0.999, max(0.1, start + (final - start) * part)), 4))
+        for epoch, part in zip(epochs, loss_increase, strict=True)
     )
 
 

@@ -15,7 +15,7 @@ from scipy import stats
 from ranksearch.report import charts, figures, points, summary, text
 from ranksearch.results import pareto
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import Outcome, Rung
+from ranksearch.results.record import CurvePoint, Outcome
 
 RECORD = study_record()
 scores = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=3, max_size=20)
@@ -54,21 +54,21 @@ def test_one_point_below_dense_counts_as_near():
 
 
 def test_correlations_need_three_trials_that_got_to_the_end():
-    assert [entry.epochs for entry in figures.rung_correlations(RECORD)] == [0, 1, 3]
-    assert all(entry.trials == len(figures.scored(RECORD.trials)) for entry in figures.rung_correlations(RECORD))
-    assert figures.rung_correlations(replace(RECORD, trials=figures.scored(RECORD.trials)[:2])) == []
+    assert [entry.epochs for entry in figures.curve_correlations(RECORD)] == [0, 1, 3]
+    assert all(entry.trials == len(figures.scored(RECORD.trials)) for entry in figures.curve_correlations(RECORD))
+    assert figures.curve_correlations(replace(RECORD, trials=figures.scored(RECORD.trials)[:2])) == []
 
 
 def test_unfinished_trials_are_in_no_correlation_and_in_no_front_chart():
     trials = tuple(replace(t, outcome=Outcome.DIVERGED, score=None, finalist=None) for t in RECORD.trials if t.curve)
-    assert figures.rung_correlations(replace(RECORD, trials=trials)) == []
+    assert figures.curve_correlations(replace(RECORD, trials=trials)) == []
     assert [row["kind"] for row in points.front_points(replace(RECORD, trials=trials), "params")] == [points.DENSE]
     assert {row["kind"] for row in points.curve_points(replace(RECORD, trials=trials))} == {points.UNFINISHED}
 
 
 def test_equal_scores_have_no_correlation():
-    flat = tuple(replace(t, curve=(Rung(0, 0.5), Rung(1, 0.5))) for t in figures.scored(RECORD.trials))
-    assert figures.rung_correlations(replace(RECORD, trials=flat)) == []
+    flat = tuple(replace(t, curve=(CurvePoint(0, 0.5), CurvePoint(1, 0.5))) for t in figures.scored(RECORD.trials))
+    assert figures.curve_correlations(replace(RECORD, trials=flat)) == []
 
 
 def test_the_window_holds_the_front_and_counts_the_rest():

@@ -87,7 +87,7 @@ def test_every_trial_is_in_its_table(report):
     for row, trial in zip(rows, report.record.trials, strict=True):
         assert row["score"] == ("" if trial.score is None else str(trial.score))
         assert bool(row["finalist_score_test"]) == (trial.finalist is not None)
-        assert json.loads(row["curve"]) == [[rung.epochs, rung.score] for rung in trial.curve]
+        assert json.loads(row["curve"]) == [[curve_point.epochs, curve_point.score] for curve_point in trial.curve]
 
 
 def test_markdown_names_all_that_is_needed_to_make_it_again(report):

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from ranksearch import plan
-from ranksearch.compress import whitening as metric
+from ranksearch.compress import whitening as whitening
 from ranksearch.compress.inventory import inventory
 from ranksearch.compress.profile import profile
 from ranksearch.compress.surgery import factorize_
-from ranksearch.compress.whitening import metrics, source
+from ranksearch.compress.whitening import source, whitenings
 from ranksearch.data import sample_inputs
 from ranksearch.errors import PlanError
 from ranksearch.study.options import Options
@@ -38,13 +38,15 @@ def seeded():
 def assert_same(one, other):
     for name, mine in one.layers.items():
         theirs = other.layers[name]
-        assert mine.metric.roots.keys() == theirs.metric.roots.keys()
+        assert mine.whitening.roots.keys() == theirs.whitening.roots.keys()
         values = [candidate.value for candidate in mine.candidates()][::5]
         # A rank between two prepared ones is fitted again, from the whitened kernel.
         values += [type(v)(v.rank - 1, kernel=v.kernel) for v in values if type(v) in (plan.CP, plan.CP4) and v.rank > 2]
         for value in values:
             assert all(torch.equal(a, b) for a, b in zip(mine.factors(value), theirs.factors(value), strict=True))
-            assert torch.equal(mine.shift(value, mine.factors(value)), theirs.shift(value, theirs.factors(value)))
+            assert torch.equal(
+                mine.bias_correction(value, mine.factors(value)), theirs.bias_correction(value, theirs.factors(value))
+            )
 
 
 @pytest.fixture
@@ -54,9 +56,9 @@ def measurements(monkeypatch):
 
     def noting(model, holds, inputs):
         calls.append([layer.name for layer in holds])
-        return metrics(model, holds, inputs)
+        return whitenings(model, holds, inputs)
 
-    monkeypatch.setattr("ranksearch.compress.profile.metrics", noting)
+    monkeypatch.setattr("ranksearch.compress.profile.whitenings", noting)
     return calls
 
 
@@ -109,8 +111,8 @@ def test_layers_of_equal_weights_and_alike_names_keep_their_own_metric(tmp_path)
     again = small_profile(model, inputs, cache=tmp_path)
     assert len(files(tmp_path)) == 2
     for name in ("a b", "a_b"):
-        assert torch.equal(found.layers[name].metric.mean, again.layers[name].metric.mean)
-    assert not torch.equal(again.layers["a b"].metric.mean, again.layers["a_b"].metric.mean)
+        assert torch.equal(found.layers[name].whitening.mean, again.layers[name].whitening.mean)
+    assert not torch.equal(again.layers["a b"].whitening.mean, again.layers["a_b"].whitening.mean)
 
 
 def test_a_source_reads_what_a_model_does_not_keep():
@@ -138,14 +140,15 @@ def test_a_source_reads_every_type(dtype):
 def test_the_shifts_of_a_plan(trained):
     found = small_profile(trained.model)
     chosen = plan.Plan.of({"conv2": plan.CP(3), "fc1": plan.SVD(4)})
-    shifts = found.shifts(chosen, found.factors(chosen))
-    assert shifts.keys() == {"conv2", "fc1"}
+    bias_corrections = found.bias_corrections(chosen, found.factors(chosen))
+    assert bias_corrections.keys() == {"conv2", "fc1"}
     assert all(
-        torch.equal(shifts[name], found.layers[name].shift(value, found.layers[name].factors(value))) for name, value in chosen
+        torch.equal(bias_corrections[name], found.layers[name].bias_correction(value, found.layers[name].factors(value)))
+        for name, value in chosen
     )
-    small = factorize_(copy.deepcopy(trained.model), chosen, factors=found.factors(chosen), shifts=shifts)
-    torch.testing.assert_close(small.fc1.expand.bias, trained.model.fc1.bias + shifts["fc1"])
-    torch.testing.assert_close(small.conv2.expand.bias, trained.model.conv2.bias + shifts["conv2"])
+    small = factorize_(copy.deepcopy(trained.model), chosen, factors=found.factors(chosen), bias_corrections=bias_corrections)
+    torch.testing.assert_close(small.fc1.expand.bias, trained.model.fc1.bias + bias_corrections["fc1"])
+    torch.testing.assert_close(small.conv2.expand.bias, trained.model.conv2.bias + bias_corrections["conv2"])
 
 
 def test_a_shift_must_fit():
@@ -155,7 +158,7 @@ def test_a_shift_must_fit():
         ("1", r"Layer '1': a shift of shape \(3,\) needs such a bias, but it has none\.$"),
     ):
         with pytest.raises(PlanError, match=message):
-            factorize_(model, {name: plan.SVD(2)}, shifts={name: torch.zeros(3)})
+            factorize_(model, {name: plan.SVD(2)}, bias_corrections={name: torch.zeros(3)})
     assert [type(module) for module in model] == [nn.Linear, nn.Linear]
 
 
@@ -200,11 +203,11 @@ def test_only_what_feeds_a_normalisation_is_centred_without_a_bias():
     ).eval()
     inputs = normal(64, 6, seed=1).float() + 3
     holds = {layer: [(1,)] for layer in inventory(model, inputs[:1]).layers}
-    roots = {name: found.roots[(1,)] for name, found in metrics(model, holds, inputs).items()}
+    roots = {name: found.roots[(1,)] for name, found in whitenings(model, holds, inputs).items()}
     seen = torch.relu(model.norm(model.first(inputs))).double()
     for name, rows, centred in (("first", inputs.double(), True), ("last", seen, False)):
         around = rows - rows.mean(0) if centred else rows
         moments = around.T @ around / len(rows)
         scaled = moments / moments.diagonal().mean()
-        wanted = (1 - metric.SHRINKAGE) * scaled + metric.SHRINKAGE * torch.eye(len(scaled), dtype=torch.float64)
+        wanted = (1 - whitening.SHRINKAGE) * scaled + whitening.SHRINKAGE * torch.eye(len(scaled), dtype=torch.float64)
         torch.testing.assert_close((roots[name] @ roots[name].T).double(), wanted.double(), rtol=1e-4, atol=1e-4)

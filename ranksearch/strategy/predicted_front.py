@@ -15,7 +15,7 @@ class Choice:
 
     value: Factorization
     cost: float
-    rise: float
+    loss_increase: float
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Corner:
 
     plan: Plan
     saved: float
-    rise: float
+    loss_increase: float
 
 
-def frontier(dense: Mapping[str, float], choices: Mapping[str, Sequence[Choice]]) -> list[Corner]:
+def predicted_front(dense: Mapping[str, float], choices: Mapping[str, Sequence[Choice]]) -> list[Corner]:
     """The plans that some price of the cost makes cheapest, by rising savings; the dense plan is the first.
 
     A multiplier is the price of the cost in units of the loss. At each price every layer takes its cheapest choice by
@@ -40,12 +40,12 @@ def frontier(dense: Mapping[str, float], choices: Mapping[str, Sequence[Choice]]
         choices: by layer, the ways to store it; those that save nothing are none. A negative rise counts as none.
     """
     layers: dict[str, Factorization] = {}
-    saved, rise = 0.0, 0.0
+    saved, loss_increase = 0.0, 0.0
     corners = [Corner(Plan(), 0, 0.0)]
     for edge in edges(dense, choices):
         layers[edge.layer] = edge.value
-        saved, rise = saved + edge.saved, rise + edge.rise
-        corners.append(Corner(Plan.of(layers), saved, rise))
+        saved, loss_increase = saved + edge.saved, loss_increase + edge.loss_increase
+        corners.append(Corner(Plan.of(layers), saved, loss_increase))
     return corners
 
 
@@ -63,15 +63,15 @@ class Edge:
     layer: str
     value: Factorization
     saved: float
-    rise: float
+    loss_increase: float
     slope: float
 
 
 def _hull(layer: str, dense: float, choices: Sequence[Choice]) -> Iterator[Edge]:
     """The edges of the lower convex hull of (saved, rise), from the dense layer on."""
     points: list[tuple[float, float, Factorization]] = [(0, 0.0, Dense())]
-    for choice in sorted(choices, key=lambda c: (-c.cost, c.rise)):
-        point = (dense - choice.cost, max(0.0, choice.rise), choice.value)
+    for choice in sorted(choices, key=lambda c: (-c.cost, c.loss_increase)):
+        point = (dense - choice.cost, max(0.0, choice.loss_increase), choice.value)
         if point[0] <= points[-1][0]:
             continue  # as large as the one before, which rises less
         while len(points) > 1 and _bends_up(points[-2], points[-1], point):
@@ -79,10 +79,10 @@ def _hull(layer: str, dense: float, choices: Sequence[Choice]) -> Iterator[Edge]
         points.append(point)
     slope = 0.0
     for before, after in pairwise(points):
-        saved, rise = after[0] - before[0], after[1] - before[1]
+        saved, loss_increase = after[0] - before[0], after[1] - before[1]
         # Rounding aside a hull's slopes rise anyway; where they must, its edges are walked in their order.
-        slope = max(slope, rise / saved)
-        yield Edge(layer, after[2], saved, rise, slope)
+        slope = max(slope, loss_increase / saved)
+        yield Edge(layer, after[2], saved, loss_increase, slope)
 
 
 def _bends_up(

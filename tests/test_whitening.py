@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ranksearch.compress import whitening as metric
+from ranksearch.compress import whitening as whitening
 from ranksearch.compress.inventory import inventory
 from ranksearch.compress.profile import profile
 from ranksearch.compress.surgery import factorize_
-from ranksearch.compress.whitening import Metric, metrics
+from ranksearch.compress.whitening import Whitening, whitenings
 from ranksearch.errors import ModelError
 from ranksearch.methods import METHODS
 from tests import nets
@@ -29,8 +29,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 @pytest.fixture
 def exact(monkeypatch):
     """Every position counts and nothing is shrunk: what is measured is then all there is."""
-    monkeypatch.setattr(metric, "POSITIONS", 10**6)
-    monkeypatch.setattr(metric, "SHRINKAGE", 1e-13)
+    monkeypatch.setattr(whitening, "POSITIONS_PER_INPUT", 10**6)
+    monkeypatch.setattr(whitening, "SHRINKAGE", 1e-13)
 
 
 def correlated(inputs, count=40, seed=3):
@@ -45,7 +45,7 @@ def made(model, layer, method, inputs, **options):
 
 
 def measured(model, layer, method, inputs):
-    return metrics(model, {layer: method.holds(layer.weight)}, inputs)[layer.name]
+    return whitenings(model, {layer: method.holds(layer.weight)}, inputs)[layer.name]
 
 
 def rebuilt(found, layer, kernel, method, ranks):
@@ -96,7 +96,7 @@ def wells(draw):
             roots[run] = torch.eye(size, dtype=torch.float64) + 0.3 * normal(size, size, seed=seed).tril() / size
             if draw(st.booleans()):
                 del roots[run]
-    return weight, method, Metric(roots), seed
+    return weight, method, Whitening(roots), seed
 
 
 @laws
@@ -133,12 +133,12 @@ def test_the_errors_of_candidates_are_those_of_weights_and_of_whitened_weights(g
     model, inputs, layer = given_geometry(geometry)
     method, kernel = BY_NAME[name], model.layer.weight.detach().reshape(layer.weight)
     found = made(model, layer, method, correlated(inputs))
-    root = whole_root(found.metric, method.holds(layer.weight), layer.weight)
+    root = whole_root(found.whitening, method.holds(layer.weight), layer.weight)
     candidates = list(found.candidates())
     assert (
         candidates
         or geometry == "linear as large as its SVD of half the rank"
-        or not method.pays(layer, (1,) * len(method.bounds(layer.weight)))
+        or not method.shrinks(layer, (1,) * len(method.bounds(layer.weight)))
     )
     for candidate in candidates[:: max(1, len(candidates) // 6)]:
         difference = method.reconstruct(found.factors(candidate.value), layer.weight) - kernel
@@ -157,11 +157,11 @@ def test_the_mean_of_the_outputs_is_kept(geometry, name, exact):
     value = method.value(layer, ranks)
     if ranks not in [candidate.value.ranks for candidate in found.candidates()]:
         pytest.skip("no rank of it pays")
-    shift = found.shift(value, found.factors(value))
-    assert (shift is None) == (not layer.bias)
+    bias_correction = found.bias_correction(value, found.factors(value))
+    assert (bias_correction is None) == (not layer.bias)
     built = factorize_(
         copy.deepcopy(model), {"layer": value}, factors={"layer": found.factors(value)},
-        shifts={} if shift is None else {"layer": shift},
+        bias_corrections={} if bias_correction is None else {"layer": bias_correction},
     )  # fmt: skip
     with torch.no_grad():
         dense, small = by_channel(model(inputs), layer), by_channel(built(inputs), layer)
@@ -183,10 +183,10 @@ def test_the_error_in_the_metric_is_that_of_the_outputs(geometry, exact):
     method, inputs = BY_NAME["svd"], correlated(inputs, count=200)
     found = made(model, layer, method, inputs)
     for candidate in found.candidates():
-        shift = found.shift(candidate.value, found.factors(candidate.value))
+        bias_correction = found.bias_correction(candidate.value, found.factors(candidate.value))
         built = factorize_(
             copy.deepcopy(model), {"layer": candidate.value}, factors={"layer": found.factors(candidate.value)},
-            shifts={} if shift is None else {"layer": shift},
+            bias_corrections={} if bias_correction is None else {"layer": bias_correction},
         )  # fmt: skip
         with torch.no_grad():
             dense, small = by_channel(model(inputs), layer), by_channel(built(inputs), layer)
@@ -206,7 +206,7 @@ def test_no_svd_of_its_rank_has_a_smaller_error_in_the_metric(geometry):
 
     differs = False
     for ranks in some_ranks(method, layer):
-        whitened, plain = error(found, ranks), error(Metric(), ranks)
+        whitened, plain = error(found, ranks), error(Whitening(), ranks)
         assert whitened <= plain * (1 + 1e-9) + 1e-9
         differs |= whitened < 0.99 * plain
     assert differs
@@ -222,7 +222,7 @@ def test_outputs_are_nearer_than_with_plain_factors(name):
         copy.deepcopy(model),
         {"layer": value},
         factors={"layer": found.factors(value)},
-        shifts={"layer": found.shift(value, found.factors(value))},
+        bias_corrections={"layer": found.bias_correction(value, found.factors(value))},
     )
     plain = factorize_(copy.deepcopy(model), {"layer": value})
     with torch.no_grad():
@@ -238,18 +238,18 @@ def test_no_metric_is_the_plain_one(name):
     model, inputs, layer = given_geometry("linear behind a map")
     method = BY_NAME[name]
     plain = profile(model, inventory(model, inputs), {"layer": [method]}).layers["layer"]
-    assert plain.metric == Metric()
+    assert plain.whitening == Whitening()
     assert {candidate.data_error for candidate in plain.candidates()} == {None}
     holds, kernel = method.holds(layer.weight), model.layer.weight.detach().reshape(layer.weight)
     assert plain.whitened[name] is plain.kernel
-    identity = Metric(
+    identity = Whitening(
         {run: torch.eye(int(torch.Size([layer.weight[m] for m in run]).numel())).double() for run in holds if run}
     )
     for candidate in plain.candidates():
         factors = method.factors(kernel, plain.prepared[name], candidate.value.ranks, 0)
         assert all(torch.equal(a, b) for a, b in zip(plain.factors(candidate.value), factors, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(identity.fold(factors, holds, layer.weight), factors, strict=True))
-        assert plain.shift(candidate.value, factors) is None
+        assert plain.bias_correction(candidate.value, factors) is None
 
 
 @pytest.mark.parametrize("inputs", ["one dead channel", "all dead", "constant", "copied channels"])
@@ -277,7 +277,7 @@ def test_moments_are_taken_around_the_mean_where_the_mean_can_be_corrected():
 
     def found(*layers):
         model = nn.Sequential(nn.Conv2d(4, 6, 3, bias="bias" in layers), *[nn.BatchNorm2d(6)] * ("norm" in layers)).double()
-        return metrics(model, {inventory(model, inputs[:1])["0"]: runs}, inputs)["0"]
+        return whitenings(model, {inventory(model, inputs[:1])["0"]: runs}, inputs)["0"]
 
     with_bias, with_norm, with_both, with_none = found("bias"), found("norm"), found("bias", "norm"), found()
     assert (with_norm.mean, with_none.mean) == (None, None)
@@ -293,7 +293,7 @@ def test_a_normalisation_corrects_the_mean_only_for_itself():
 
     def root(run):
         model = Net(run, conv=conv, norm=norm).double()
-        return metrics(model, {inventory(model, inputs[:1])["conv"]: runs}, inputs)["conv"].roots[1,]
+        return whitenings(model, {inventory(model, inputs[:1])["conv"]: runs}, inputs)["conv"].roots[1,]
 
     def beside(n, x):
         y = n.conv(x)
@@ -310,7 +310,7 @@ def test_a_run_that_is_too_large_is_left_to_its_modes(monkeypatch):
     method, kernel, batch = BY_NAME["svd"], model.layer.weight.detach().reshape(layer.weight), correlated(inputs)
     assert layer.weight[1:] == (4, 3, 5)
     for largest, runs in ((60, {(1, 2, 3)}), (59, {(1,), (2,), (3,)}), (4, {(1,), (2,)}), (2, set())):
-        monkeypatch.setattr(metric, "LARGEST", largest)
+        monkeypatch.setattr(whitening, "MAX_MOMENT_ROWS", largest)
         found = measured(model, layer, method, batch)
         assert set(found.roots) == runs
         assert_close(rebuilt(found, layer, kernel, method, method.bounds(layer.weight)), kernel)
@@ -324,7 +324,7 @@ def test_a_layer_that_gets_nan_is_named():
         "model, or set space.data_aware = false."
     )
     with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
-        metrics(model, {layer: [(1,)]}, inputs)
+        whitenings(model, {layer: [(1,)]}, inputs)
     assert len(model.layer._forward_pre_hooks) == 1
 
 
@@ -335,7 +335,7 @@ def test_the_model_and_the_random_state_are_left_alone():
     found = inventory(model, inputs[:1])
     modes = {name: module.training for name, module in model.named_modules()}
     before, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
-    metrics(model, {layer: [(1,)] for layer in found.layers}, inputs)
+    whitenings(model, {layer: [(1,)] for layer in found.layers}, inputs)
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -353,7 +353,7 @@ def test_a_layer_called_by_keyword():
 
     model = Named()
     inputs = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
-    found = metrics(model, {inventory(model, inputs[:1])["layer"]: [(1,)]}, inputs)["layer"]
+    found = whitenings(model, {inventory(model, inputs[:1])["layer"]: [(1,)]}, inputs)["layer"]
     torch.testing.assert_close(found.mean, inputs.double().mean(0))
 
 
@@ -381,6 +381,6 @@ def test_moments_of_inputs_on_a_gpu_without_float64():
     far = inputs.as_subclass(OnMps)
     with pytest.raises(TypeError, match="float64"):
         far.double()
-    expected, got = metrics(model, holds, inputs), metrics(model, holds, far)
+    expected, got = whitenings(model, holds, inputs), whitenings(model, holds, far)
     for name, metric_of in expected.items():
         assert all(torch.equal(root, got[name].roots[modes]) for modes, root in metric_of.roots.items())

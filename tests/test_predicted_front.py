@@ -20,13 +20,13 @@ from ranksearch.data import example
 from ranksearch.plan import CP, SVD, Dense, Plan
 from ranksearch.results import attributes
 from ranksearch.results.record import Probe
-from ranksearch.strategy.frontier import Choice, Corner, frontier
+from ranksearch.strategy.predicted_front import Choice, Corner, predicted_front
 from ranksearch.strategy.sensitivity import (
-    LOST,
+    MAX_LOSS_INCREASE,
     PROBED_ERRORS,
     Sensitivity,
     error_of,
-    predicted_frontier,
+    predict_front,
     rescuable,
     sensitivities,
     spread,
@@ -34,7 +34,7 @@ from ranksearch.strategy.sensitivity import (
 )
 from ranksearch.strategy.space import make_space
 from ranksearch.study.options import Options
-from ranksearch.study.probing import FRONTIER_PLANS, WORST_LOSS
+from ranksearch.study.probing import PREDICTED_PLANS, WORST_LOSS
 from ranksearch.study.study import Stopped, run_study
 from ranksearch.task.evaluation import Evaluator
 from ranksearch.task.task import Task
@@ -48,10 +48,11 @@ prices = [10.0 ** (exponent / 4) for exponent in range(-24, 9)]
 @st.composite
 def layers(draw):
     """By layer, some ways to store it, smaller than dense."""
-    rises = st.floats(-0.5, 3)
+    loss_increases = st.floats(-0.5, 3)
     return {
         name: [
-            Choice(SVD(rank), draw(st.integers(1, params - 1)), draw(rises)) for rank in range(1, draw(st.integers(0, 4)) + 1)
+            Choice(SVD(rank), draw(st.integers(1, params - 1)), draw(loss_increases))
+            for rank in range(1, draw(st.integers(0, 4)) + 1)
         ]
         for name, params in DENSE.items()
     }
@@ -59,30 +60,32 @@ def layers(draw):
 
 def everything(choices):
     """(saved, rise) of every plan there is."""
-    options = [[(0, 0.0), *((DENSE[n] - c.cost, max(0.0, c.rise)) for c in choices[n])] for n in DENSE]
+    options = [[(0, 0.0), *((DENSE[n] - c.cost, max(0.0, c.loss_increase)) for c in choices[n])] for n in DENSE]
     for chosen in itertools.product(*options):
-        yield sum(saved for saved, _ in chosen), sum(rise for _, rise in chosen)
+        yield sum(saved for saved, _ in chosen), sum(loss_increase for _, loss_increase in chosen)
 
 
 @settings(max_examples=60, deadline=None)
 @given(layers())
 def test_at_every_price_the_frontier_holds_a_cheapest_plan(choices):
-    corners, plans = frontier(DENSE, choices), list(everything(choices))
+    corners, plans = predicted_front(DENSE, choices), list(everything(choices))
     for price in prices:
-        least = min(rise - price * saved for saved, rise in plans)
-        assert min(corner.rise - price * corner.saved for corner in corners) == pytest.approx(least, abs=1e-9)
+        least = min(loss_increase - price * saved for saved, loss_increase in plans)
+        assert min(corner.loss_increase - price * corner.saved for corner in corners) == pytest.approx(least, abs=1e-9)
 
 
 @settings(max_examples=60, deadline=None)
 @given(layers())
 def test_a_corner_is_what_its_plan_says(choices):
-    corners = frontier(DENSE, choices)
+    corners = predicted_front(DENSE, choices)
     assert corners[0] == Corner(Plan(), 0, 0.0)
     for corner in corners:
         taken = [(name, next(c for c in choices[name] if c.value == value)) for name, value in corner.plan]
         assert corner.saved == sum(DENSE[name] - choice.cost for name, choice in taken)
-        assert corner.rise == pytest.approx(sum(max(0.0, choice.rise) for _, choice in taken))
-    slopes = [(after.rise - before.rise) / (after.saved - before.saved) for before, after in pairwise(corners)]
+        assert corner.loss_increase == pytest.approx(sum(max(0.0, choice.loss_increase) for _, choice in taken))
+    slopes = [
+        (after.loss_increase - before.loss_increase) / (after.saved - before.saved) for before, after in pairwise(corners)
+    ]
     assert all(before.saved < after.saved for before, after in pairwise(corners))
     assert all(before <= after + 1e-9 for before, after in pairwise(slopes))
 
@@ -92,13 +95,13 @@ def test_rounding_does_not_reorder_the_edges_of_one_layer():
         draw = random.Random(seed)
         slope = draw.random()
         near = [Choice(SVD(k), 1000 - 50 * k, slope * 50 * k * (1 + draw.choice((-1, 0, 1)) * 2**-52)) for k in range(1, 15)]
-        for corner in frontier({"a": 1000}, {"a": near})[1:]:
+        for corner in predicted_front({"a": 1000}, {"a": near})[1:]:
             ((_, value),) = corner.plan
             assert corner.saved == 50 * value.rank
 
 
 def test_what_costs_nothing_is_taken_first():
-    corners = frontier(
+    corners = predicted_front(
         {"a": 10, "b": 10}, {"a": [Choice(SVD(1), 4, 0.0), Choice(SVD(2), 6, 0.1)], "b": [Choice(CP(1), 1, 0.5)]}
     )
     assert [corner.plan for corner in corners[1:]] == [Plan.of({"a": SVD(1)}), Plan.of({"a": SVD(1), "b": CP(1)})]
@@ -111,18 +114,18 @@ measured = st.lists(st.tuples(st.floats(0.05, 1.2), st.floats(-0.1, 5)), max_siz
 def test_a_sensitivity_starts_at_nothing_and_never_falls(pairs, one, other):
     curve = Sensitivity.of(pairs)
     low, high = sorted((one, other))
-    assert curve.rise(0.0) == 0
-    assert 0 <= curve.rise(low) <= curve.rise(high) + 1e-9
-    assert math.isfinite(curve.rise(high))
+    assert curve.loss_increase(0.0) == 0
+    assert 0 <= curve.loss_increase(low) <= curve.loss_increase(high) + 1e-9
+    assert math.isfinite(curve.loss_increase(high))
 
 
 def test_a_sensitivity_goes_through_its_probes_and_on_beyond_them():
     curve = Sensitivity.of([(0.8, 2.0), (0.4, 0.5)])
-    assert (curve.rise(0.4), curve.rise(0.8)) == (0.5, 2.0)
-    assert curve.rise(math.sqrt(0.4)) == pytest.approx(0.5 + 1.5 * (0.4 - 0.16) / (0.64 - 0.16))
-    assert curve.rise(1.0) == pytest.approx(2.0 + 1.5 * 0.36 / 0.48)
-    assert Sensitivity.of([(0.4, 0.5), (0.8, 0.1)]).rise(0.8) == 0.5
-    assert Sensitivity.of([]).rise(0.5) == 0.25
+    assert (curve.loss_increase(0.4), curve.loss_increase(0.8)) == (0.5, 2.0)
+    assert curve.loss_increase(math.sqrt(0.4)) == pytest.approx(0.5 + 1.5 * (0.4 - 0.16) / (0.64 - 0.16))
+    assert curve.loss_increase(1.0) == pytest.approx(2.0 + 1.5 * 0.36 / 0.48)
+    assert Sensitivity.of([(0.4, 0.5), (0.8, 0.1)]).loss_increase(0.8) == 0.5
+    assert Sensitivity.of([]).loss_increase(0.5) == 0.25
 
 
 @given(st.lists(st.integers(1, 998), min_size=1, max_size=30, unique=True).map(sorted), st.integers(1, 9))
@@ -139,16 +142,22 @@ def test_a_spread_is_of_the_frontier_with_its_middle_first(savings, count):
 
 
 @pytest.mark.parametrize(
-    ("rises", "kept"),
+    ("loss_increases", "kept"),
     [
-        ([0.0, 0.1, LOST - 0.1, LOST, LOST + 9], 3),  # by what training makes good
-        ([0.0, LOST + 3, LOST + 4, 2 * LOST + 2.9, 2 * LOST + 3], 4),  # a limit left none such: by the largest within it
-        ([0.0, LOST + 3], 2),
+        ([0.0, 0.1, MAX_LOSS_INCREASE - 0.1, MAX_LOSS_INCREASE, MAX_LOSS_INCREASE + 9], 3),  # by what training makes good
+        (
+            [0.0, MAX_LOSS_INCREASE + 3, MAX_LOSS_INCREASE + 4, 2 * MAX_LOSS_INCREASE + 2.9, 2 * MAX_LOSS_INCREASE + 3],
+            4,
+        ),  # a limit left none such: by the largest within it
+        ([0.0, MAX_LOSS_INCREASE + 3], 2),
         ([0.0], 1),
     ],
 )
-def test_first_plans_are_those_that_training_may_make_good(rises, kept):
-    corners = [Corner(Plan.of({"a": SVD(9 - place)} if place else {}), place, rise) for place, rise in enumerate(rises)]
+def test_first_plans_are_those_that_training_may_make_good(loss_increases, kept):
+    corners = [
+        Corner(Plan.of({"a": SVD(9 - place)} if place else {}), place, loss_increase)
+        for place, loss_increase in enumerate(loss_increases)
+    ]
     assert rescuable(corners) == corners[:kept]
 
 
@@ -184,8 +193,8 @@ def test_a_sensitive_layer_is_spared(layered):
         for name, layer in layers.layers.items()
         for value in values_to_probe(layer)
     ]
-    assert sensitivities(layers, probes, 1.0)["conv2"].rise(0.5) > 1
-    corners = predicted_frontier(layers, probes, 1.0)
+    assert sensitivities(layers, probes, 1.0)["conv2"].loss_increase(0.5) > 1
+    corners = predict_front(layers, probes, 1.0)
     half = next(corner for corner in corners if corner.saved > found.params / 2)
     assert half.plan["conv2"] == Dense()
     assert all(space.plan(space.params(corner.plan)) == corner.plan for corner in corners)
@@ -195,7 +204,7 @@ def test_a_study_tries_the_frontier_before_vbmf_and_probes_once(tmp_path):
     spec = small_spec("search.trials=10")
     whole = run_study(spec, tmp_path / "one", Options(workers=0))
     origins = [trial.origin for trial in whole.trials]
-    assert 1 <= (many := origins.count("frontier")) <= FRONTIER_PLANS
+    assert 1 <= (many := origins.count("frontier")) <= PREDICTED_PLANS
     assert origins[:many] == ["frontier"] * many
     assert origins[many : many + 2] == ["vbmf tucker2 x1", "vbmf cp x1"]
     assert set(origins[many + 3 :]) == {"rank"}
@@ -212,9 +221,9 @@ def test_a_study_tries_the_frontier_before_vbmf_and_probes_once(tmp_path):
 def test_the_first_plans_are_chosen_once(tmp_path, monkeypatch):
     spec = small_spec("search.trials=3")
     run_study(spec, tmp_path / "small", Options(workers=0))
-    kept = attributes.read_firsts(stored(tmp_path / "small"))
+    kept = attributes.read_initial_plans(stored(tmp_path / "small"))
     assert kept
-    monkeypatch.setattr("ranksearch.study.probing.predicted_frontier", lambda *args: pytest.fail("chosen again"))
+    monkeypatch.setattr("ranksearch.study.probing.predict_front", lambda *args: pytest.fail("chosen again"))
     again = run_study(small_spec("search.trials=5"), tmp_path / "small", Options(workers=0))
     assert [(trial.origin, trial.plan) for trial in again.trials] == kept[:5]
 
@@ -233,7 +242,7 @@ def test_a_lost_probe_is_told_and_looked_for_again(tmp_path, monkeypatch):
     run_study(small_spec("search.trials=2"), tmp_path / "small", Options(workers=0), view=View())
     assert sum("out of memory" in what for what in told) > 4
     assert attributes.read_probes(stored(tmp_path / "small")) == (None, [])
-    assert all(origin.startswith("vbmf") for origin, _ in attributes.read_firsts(stored(tmp_path / "small")))
+    assert all(origin.startswith("vbmf") for origin, _ in attributes.read_initial_plans(stored(tmp_path / "small")))
     monkeypatch.setattr(Evaluator, "_loss", loss)
     run_study(small_spec("search.trials=2"), tmp_path / "small", Options(workers=0))
     assert len(attributes.read_probes(stored(tmp_path / "small"))[1]) > 4
