@@ -70,7 +70,7 @@ def build(out: Path, costs: str) -> None:
     dense = read_facts(record).dense.score_validation
     ledger = Ledger(
         record, space, found, read_initial_plans(record) or [], sampler="random", seed=spec.seed, dense_score=dense,
-        limits=spec.search.limits, objectives=Objectives(spec.search.minimize, found.macs),
+        limits=spec.search.limits, objectives=Objectives(spec.search.minimize, found.costs),
     )  # fmt: skip
     for job in ledger.jobs(TRIALS):
         ledger.receive(job, made_up(job, dense))

@@ -17,12 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID,
 from rich.table import Table
 from rich.text import Text
 
+from ranksearch.results.costs import COSTS, Cost, Costed, costs_of
 from ranksearch.results.record import CurvePoint, DenseFacts, LayerFacts, Outcome, StudyFacts, StudyRecord, TrialRecord
 
 QUIET_SECONDS = 60.0
 """Seconds without a line after which a log is told how far a long stage is."""
-RATIOS = {"params": "ratio", "macs": "MACs ratio"}
-"""What the ratios to the dense model are called over the front's columns, by the cost that is minimised."""
 
 
 class View(abc.ABC):
@@ -203,7 +202,7 @@ def score_text(score: float | None, score_name: str) -> str:
 def short_outcome(record: TrialRecord, facts: StudyFacts) -> str:
     """`55.3x, 98.1 %` for a trial that is done, `12.0x MACs` where those are minimised; its outcome otherwise."""
     ratios = zip(facts.objectives.minimize, facts.objectives.ratios(record), strict=True)
-    sizes = (f"{ratio:.1f}x{' MACs' if cost == 'macs' else ''}" for cost, ratio in ratios)
+    sizes = (f"{ratio:.1f}x{COSTS[cost].suffix}" for cost, ratio in ratios)
     found = ", ".join([*sizes, score_text(record.score_validation, facts.score_name)])
     if record.outcome is Outcome.DONE:
         return found if record.same_as is None else f"{found}, the plan of trial {record.same_as}"
@@ -227,8 +226,9 @@ def curve_point_line(number: int, curve_point: CurvePoint, facts: StudyFacts | N
 
 def dense_line(dense: DenseFacts, score_name: str) -> str:
     """One line about the dense model."""
+    sizes = ", ".join(f"{cost.text(dense.costs[cost.name])} {cost.title}" for cost in costs_of(dense))
     return (
-        f"dense: {dense.params:,} parameters, {dense.macs:,} MACs, {score_name} "
+        f"dense: {sizes}, {score_name} "
         f"{score_text(dense.score_validation, score_name)} on validation, {score_text(dense.score_test, score_name)} on test"
     )
 
@@ -236,25 +236,28 @@ def dense_line(dense: DenseFacts, score_name: str) -> str:
 def front_table(front: Sequence[TrialRecord], facts: StudyFacts, *, most: int | None = None, title: str = "") -> Table:
     """The front as a table beside the dense model, the largest first; at most so many rows, the smallest models dropped."""
     table = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
-    ratios = [RATIOS[cost] for cost in facts.objectives.minimize]
-    for heading in ("trial", *ratios, "parameters", "MACs", "validation", "test"):
+    dense, costs = facts.dense, costs_of(facts.dense)
+    ratios = [COSTS[cost].short_ratio for cost in facts.objectives.minimize]
+    for heading in ("trial", *ratios, *(cost.title for cost in costs), "validation", "test"):
         table.add_column(heading, justify="right", no_wrap=True, min_width=min(10, len(heading) + 6))
     table.add_column("plan", overflow="ellipsis", no_wrap=bool(most))  # one line a row while there is little room
-    dense = facts.dense
     scores = (score_text(score, facts.score_name) for score in (dense.score_validation, dense.score_test))
-    table.add_row("dense", *["1.0x"] * len(ratios), f"{dense.params:,}", f"{dense.macs:,}", *scores, "", style="dim")
+    table.add_row("dense", *["1.0x"] * len(ratios), *_sizes(dense, costs), *scores, "", style="dim")
     for record in front[: most or len(front)]:
         test = record.finalist.score_test if record.finalist else None
         table.add_row(
             str(record.number),
             *(f"{ratio:.1f}x" for ratio in facts.objectives.ratios(record)),
-            f"{record.params:,}",
-            f"{record.macs:,}",
+            *_sizes(record, costs),
             score_text(record.score_validation, facts.score_name),
             score_text(test, facts.score_name),
             Text(str(record.plan)),  # names of layers are no markup
         )
     return table
+
+
+def _sizes(costed: Costed, costs: Sequence[Cost]) -> list[str]:
+    return [cost.text(costed.costs.get(cost.name)) for cost in costs]
 
 
 def final_words(folder: Path, record: StudyRecord, storage: str) -> str:

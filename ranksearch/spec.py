@@ -19,8 +19,8 @@ import tomli_w
 
 from ranksearch.errors import SpecError, first_line, nearest
 from ranksearch.plan import KINDS
+from ranksearch.results.costs import COSTS
 from ranksearch.results.limits import Limits
-from ranksearch.results.objectives import COSTS
 
 SAMPLERS = ("rank", "tpe", "nsga2", "gp", "random")
 PRECISIONS = ("float32", "bfloat16")
@@ -170,7 +170,7 @@ class StudySpec:
         for key, value in self.to_dict().items():
             flat |= {f"{key}.{inner}": entry for inner, entry in value.items()} if isinstance(value, dict) else {key: value}
         free = {"about", "search.trials", "search.minutes", "search.first", "finalists.count"}
-        free |= {f"search.{entry.name}" for entry in dataclasses.fields(Limits)}
+        free |= {f"search.{key}" for key in Limits.names()}
         return {key: value for key, value in flat.items() if key not in free}
 
 

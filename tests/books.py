@@ -61,7 +61,7 @@ class Books:
         suggested=(),
         minimize=("params",),
     ):
-        objectives = Objectives(minimize, FOUND.macs)
+        objectives = Objectives(minimize, FOUND.costs)
         self.study = optuna.create_study(directions=objectives.directions)
         self.untrained, self.trained, self.queued = [], [], []
         self.arguments = {"sampler": sampler, "seed": seed, "limits": limits, "objectives": objectives}

@@ -87,7 +87,7 @@ def test_plain_lines_for_every_kind_of_trial(finished):
     view.stage("trials", 8, 3)
     view.facts(record.facts)
     lost = trial(9, None, 1.0, Outcome.DIVERGED)
-    again = replace(trial(12, 0.5, 2.0), same_as=3)
+    again = replace(trial(12, 0.5, 2.0), same_as=3, costs={"params": record.facts.dense.params / 2, "macs": 100})
     done = next(t for t in record.trials if t.finalist)
     view.trial(done, record.trials)
     view.trial(lost, record.trials)

@@ -49,9 +49,11 @@ def test_the_smallest_plan_is_in_the_space(cost):
 @given(bounds, bounds, st.integers(1, 100), st.integers(1, 100), st.floats(0, 1), st.none() | st.floats(0, 1))
 def test_nothing_is_in_excess_exactly_within_the_limits(min_ratio, max_params, params, macs, score, min_score):
     max_params = max_params and int(max_params) + 1
-    size = Size(params, macs, 100 / params)
+    size = Size({"params": params, "macs": macs}, 100 / params)
     within = size.ratio >= (min_ratio or 0) and params <= (max_params or 100) and score >= (min_score or 0)
-    excess = Limits(min_ratio=min_ratio, max_params=max_params, min_score=min_score).excess(size, score)
+    excess = Limits(min_ratio=min_ratio, most={"params": max_params} if max_params else {}, min_score=min_score).excess(
+        size, score
+    )
     assert (excess == 0) == within
     assert excess >= 0
 
@@ -82,14 +84,14 @@ def smallest(cost):
 )
 def test_limits_that_no_plan_keeps(limits, message):
     with pytest.raises(SpecError, match=f"^{re.escape(message)}$"):
-        check_limits(Limits(**limits), SPACE, FOUND)
+        check_limits(Limits.of(limits), SPACE, FOUND)
 
 
 def test_what_the_messages_name_is_accepted():
     most = int(smallest("params").ratio * 100) / 100
-    least = Limits(min_ratio=most, max_params=smallest("params").params)
+    least = Limits(min_ratio=most, most={"params": smallest("params").params})
     check_limits(least, SPACE, FOUND)
-    check_limits(Limits(max_macs=smallest("macs").macs), SPACE, FOUND)
+    check_limits(Limits(most={"macs": smallest("macs").macs}), SPACE, FOUND)
     check_limits(UNLIMITED, SPACE, FOUND)
 
 
@@ -123,7 +125,7 @@ def test_the_trials_of_a_study_count_since_its_limits_changed(tmp_path):
 
 
 def test_a_study_with_limits(tmp_path):
-    limits = Limits(min_ratio=4.0, max_macs=40_000)
+    limits = Limits(min_ratio=4.0, most={"macs": 40_000})
     spec = small_spec("search.min_ratio=4", "search.max_macs=40000", "search.trials=9", "finalists.count=2")
     out = tmp_path / "small"
     record = run_study(spec, out, Options(workers=0))
@@ -165,7 +167,7 @@ def test_limits_from_python(trained, tmp_path):
         trained, out=tmp_path / "mine", trials=1, min_score=0.01, min_ratio=2, max_params=4000, max_macs=60_000,
         finetune=ranksearch.Recipe(1), finalists=ranksearch.Recipe(1), finalist_count=1, options=ranksearch.Options(workers=0),
     )  # fmt: skip
-    assert record.facts.limits == Limits(min_score=0.01, min_ratio=2.0, max_params=4000, max_macs=60_000)
+    assert record.facts.limits == Limits(min_score=0.01, min_ratio=2.0, most={"params": 4000, "macs": 60_000})
 
 
 # --- what the report says ---
@@ -228,7 +230,7 @@ def test_a_twin_is_drawn_once(tmp_path):
 
 
 def test_trials_within_the_limits_are_shown_before_finalists_outside():
-    objectives = Objectives(("params",), 1000)
+    objectives = Objectives(("params",), {"params": 100})
     small, large = trial(0, 0.8, 6.0), trial(1, 0.9, 2.0, finalist=finalist(0.95))
     assert front_of([small, large], objectives) == [large]
     assert front_of([small, large], objectives, Limits(min_ratio=5)) == [small]

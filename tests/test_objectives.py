@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,8 +18,9 @@ from ranksearch.plan import Plan
 from ranksearch.report import figures, points, summary, write_report
 from ranksearch.results import pareto
 from ranksearch.results.attributes import read_study
+from ranksearch.results.costs import COSTS
 from ranksearch.results.limits import UNLIMITED
-from ranksearch.results.objectives import COSTS, Objectives, prices
+from ranksearch.results.objectives import Objectives, prices
 from ranksearch.results.record import CurvePoint, Outcome, choose, front_of
 from ranksearch.strategy.finalists import choose_finalists
 from ranksearch.strategy.space import size_of
@@ -52,7 +54,7 @@ def searching(*costs):
 @minimized
 def test_the_dense_model_is_the_reference(minimize):
     whole = size_of(Plan(), FOUND)
-    objectives = Objectives(minimize, FOUND.macs)
+    objectives = Objectives(minimize, FOUND.costs)
     assert objectives.point(0.5, whole) == (0.5, *objectives.reference)
     assert len(objectives.directions) == 1 + len(minimize)
 
@@ -62,20 +64,20 @@ def test_the_dense_model_is_the_reference(minimize):
 def test_a_ratio_is_what_it_says(minimize, plan):
     size = size_of(plan, FOUND)
     by_cost = {"params": FOUND.params / size.params, "macs": FOUND.macs / size.macs}
-    objectives = Objectives(minimize, FOUND.macs)
+    objectives = Objectives(minimize, FOUND.costs)
     assert objectives.ratios(size) == pytest.approx([by_cost[cost] for cost in minimize])
     assert math.log(objectives.ratio(size)) == pytest.approx(sum(math.log(by_cost[c]) for c in minimize) / len(minimize))
     assert [objectives.only(cost).ratio(size) for cost in minimize] == pytest.approx([by_cost[cost] for cost in minimize])
 
 
 def test_an_older_study_minimises_parameters():
-    assert Objectives.of({"trials": 9}, 100) == Objectives(("params",), 100)
+    assert Objectives.of({"trials": 9}, FOUND) == Objectives(("params",), FOUND.costs)
 
 
 @minimized
 def test_a_price_is_of_what_is_minimised_and_of_both_alike(minimize):
     found = prices(minimize, FOUND)
-    assert [price.of(FOUND) for price in found][-len(minimize) :] == [getattr(FOUND, cost) for cost in minimize]
+    assert [price.of(FOUND) for price in found][-len(minimize) :] == [FOUND.costs[cost] for cost in minimize]
     if len(minimize) > 1:
         assert found[0].of(FOUND) == pytest.approx(2.0)
 
@@ -100,7 +102,7 @@ def test_a_front_equals_brute_force(minimize):
 
 def test_fronts_of_other_costs_are_others():
     trials = [replace(trial, finalist=None) for trial in RECORD.trials]
-    found = [{t.number for t in front_of(trials, Objectives(m, RECORD.facts.dense.macs))} for m in MINIMIZED[:3]]
+    found = [{t.number for t in front_of(trials, Objectives(m, RECORD.facts.dense.costs))} for m in MINIMIZED[:3]]
     assert found[0] != found[1]
     assert found[0] | found[1] < found[2]
 
@@ -133,7 +135,7 @@ def test_every_sampler_proposes_by_any_costs_and_resumes(minimize, sampler):
     done = [trial for trial in whole.study.trials if trial.values]
     for trial in done:
         size = size_of(SPACE.plan(trial.params), FOUND)
-        assert trial.values[1:] == pytest.approx([math.log10(x) for x in Objectives(minimize, FOUND.macs).ratios(size)])
+        assert trial.values[1:] == pytest.approx([math.log10(x) for x in Objectives(minimize, FOUND.costs).ratios(size)])
 
 
 @settings(deadline=None, max_examples=5)
@@ -155,7 +157,8 @@ def test_predicted_fronts_of_two_costs_differ():
     table = knowledge(minimize=("params", "macs")).table
     weights = [1.0] * len(table.layers)
     corners = [table.predicted_front(weights, at) for at in range(3)]
-    params, macs = zip(*[table.sizes(rows) for rows in corners], strict=True)
+    sizes = [table.sizes(rows) for rows in corners]
+    params, macs = ([np.array([size.costs[cost] for size in each]) for each in sizes] for cost in ("params", "macs"))
     # Each saves the most of its own for the first steps along it.
     assert len({rows.tobytes() for rows in corners}) == 3
     assert params[1].sum() / len(params[1]) <= params[2].sum() / len(params[2])

@@ -46,7 +46,7 @@ def test_the_budget_is_not_part_of_a_studys_identity():
 
 def test_limits_say_what_is_looked_for_and_make_no_other_study():
     spec = parse(SMALL, "search.min_score=0.9", "search.min_ratio=4", "search.max_params=9000", "search.max_macs=80000")
-    assert spec.search.limits == Limits(min_score=0.9, min_ratio=4.0, max_params=9000, max_macs=80000)
+    assert spec.search.limits == Limits(min_score=0.9, min_ratio=4.0, most={"params": 9000, "macs": 80000})
     assert str(spec.search.limits) == "min_score 0.9, min_ratio 4, max_params 9,000, max_macs 80,000"
     assert parse().search.limits == UNLIMITED
     assert not parse().search.limits

@@ -23,12 +23,14 @@ from ranksearch.strategy.finalists import MAX_FINALIST_SCORE_DROP, choose_finali
 from ranksearch.strategy.prior import WEAKENINGS, at_vbmf, vbmf_plans
 from ranksearch.strategy.space import make_space
 
+OBJECTIVES = Objectives(dense={"params": 100, "macs": 1000})
+
 
 def trial(number, score, ratio, outcome=Outcome.DONE, finalist=None, same_as=None):
     """A trial of a plan that no other number has; `same_as` names the trial whose plan it shares."""
     plan = Plan.of({"conv1": CP(1 + (number if same_as is None else same_as))})
     return TrialRecord(
-        number=number, index=number, origin="tpe", plan=plan, outcome=outcome, params=100, macs=100, ratio=ratio,
+        number=number, index=number, origin="tpe", plan=plan, outcome=outcome, costs={"params": 100 / ratio, "macs": 100}, ratio=ratio,
         score=score, finalist=finalist, same_as=same_as,
     )  # fmt: skip
 
@@ -88,7 +90,7 @@ clouds = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20)), min_size=1,
 @given(clouds, st.integers(1, 8))
 def test_finalists_are_the_front_first(cloud, count):
     trials = [trial(i, 0.9 + score / 200, 1.0 + ratio) for i, (score, ratio) in enumerate(cloud)]
-    chosen = choose_finalists(trials, 0.95, count, UNLIMITED, Objectives())
+    chosen = choose_finalists(trials, 0.95, count, UNLIMITED, OBJECTIVES)
     points = [(t.score, math.log10(t.ratio)) for t in trials]
     front = {trials[i].number for i in pareto.front(points)}
     numbers = {t.number for t in chosen}
@@ -99,8 +101,8 @@ def test_finalists_are_the_front_first(cloud, count):
 
 def test_what_lost_too_much_is_no_finalist_while_there_is_better():
     good, bad = trial(0, 0.95, 10.0), trial(1, 0.95 - MAX_FINALIST_SCORE_DROP - 0.01, 1000.0)
-    assert choose_finalists([good, bad], 0.96, 2, UNLIMITED, Objectives()) == [good]
-    assert choose_finalists([bad], 0.96, 2, UNLIMITED, Objectives()) == [bad]
+    assert choose_finalists([good, bad], 0.96, 2, UNLIMITED, OBJECTIVES) == [good]
+    assert choose_finalists([bad], 0.96, 2, UNLIMITED, OBJECTIVES) == [bad]
 
 
 @given(st.lists(st.floats(0.0, 1.0), min_size=1), st.floats(0.0, 1.0))
@@ -118,7 +120,7 @@ def test_where_none_reaches_the_dense_score_finalists_are_told_apart_by_the_best
         trial(1, 0.5 - MAX_FINALIST_SCORE_DROP + 0.01, 100.0),
         trial(2, 0.5 - MAX_FINALIST_SCORE_DROP - 0.01, 1000.0),
     )
-    assert choose_finalists([best, near, far], 0.96, 3, UNLIMITED, Objectives()) == [best, near]
+    assert choose_finalists([best, near, far], 0.96, 3, UNLIMITED, OBJECTIVES) == [best, near]
 
 
 limits_of_scores = st.none() | st.floats(0.89, 1.01)
@@ -129,7 +131,7 @@ limits_of_ratios = st.none() | st.floats(0.5, 25.0)
 def test_the_feasible_front_is_the_front_of_the_feasible_trials(cloud, min_score, min_ratio):
     trials = [trial(i, 0.9 + score / 200, 1.0 + ratio) for i, (score, ratio) in enumerate(cloud)]
     feasible = [t for t in trials if t.score >= (min_score or 0) and t.ratio >= (min_ratio or 0)]
-    assert front_of(trials, Objectives(), Limits(min_score=min_score, min_ratio=min_ratio)) == front_of(feasible, Objectives())
+    assert front_of(trials, OBJECTIVES, Limits(min_score=min_score, min_ratio=min_ratio)) == front_of(feasible, OBJECTIVES)
 
 
 @given(clouds, limits_of_scores, limits_of_ratios, st.integers(1, 8))
@@ -137,7 +139,7 @@ def test_finalists_keep_the_limits_first_and_then_come_near_them(cloud, min_scor
     trials = [trial(i, 0.9 + score / 200, 1.0 + ratio) for i, (score, ratio) in enumerate(cloud)]
     trials += [replace(t, number=t.number + 100, same_as=t.number) for t in trials]
     limits = Limits(min_score=min_score, min_ratio=min_ratio)
-    chosen = choose_finalists(trials, 0.95, count, limits, Objectives())
+    chosen = choose_finalists(trials, 0.95, count, limits, OBJECTIVES)
     feasible = [t for t in trials if t.same_as is None and not limits.excess(t, t.score)]
     inside = [t for t in chosen if not limits.excess(t, t.score)]
     assert len(inside) == min(count, len(feasible))
@@ -153,28 +155,28 @@ def test_a_finalist_is_chosen_by_the_score_of_the_search():
     """Else a finished study that is run again would go on to other finalists."""
     lifted = trial(0, 0.94, 10.0, finalist=finalist(0.97))
     sunk = trial(1, 0.96, 20.0, finalist=finalist(0.93))
-    chosen = choose_finalists([lifted, sunk], 0.95, 1, Limits(min_score=0.95), Objectives())
+    chosen = choose_finalists([lifted, sunk], 0.95, 1, Limits(min_score=0.95), OBJECTIVES)
     assert chosen == [sunk]
-    assert front_of([lifted, sunk], Objectives(), Limits(min_score=0.95)) == [lifted]
+    assert front_of([lifted, sunk], OBJECTIVES, Limits(min_score=0.95)) == [lifted]
 
 
 def test_what_the_user_asks_for_is_worth_taking_home_however_low():
     bad = trial(1, 0.5, 1000.0)
-    assert choose_finalists([trial(0, 0.95, 10.0), bad], 0.96, 2, Limits(min_score=0.4), Objectives())[1] == bad
+    assert choose_finalists([trial(0, 0.95, 10.0), bad], 0.96, 2, Limits(min_score=0.4), OBJECTIVES)[1] == bad
 
 
 def test_only_trials_that_are_done_become_finalists():
     trials = [trial(0, None, 10.0, Outcome.DIVERGED), trial(1, None, 1.0, Outcome.NOT_SMALLER)]
     trials += [trial(2, 0.95, 20.0, Outcome.OUT_OF_MEMORY)]
-    assert choose_finalists(trials, 0.9, 3, UNLIMITED, Objectives()) == []
-    assert front_of(trials, Objectives()) == []
+    assert choose_finalists(trials, 0.9, 3, UNLIMITED, OBJECTIVES) == []
+    assert front_of(trials, OBJECTIVES) == []
 
 
 def test_the_front_is_of_finalists_once_there_are_any():
     short = trial(0, 0.99, 50.0)
     long = trial(1, 0.95, 20.0, finalist=finalist(0.97))
-    assert front_of([short], Objectives()) == [short]
-    assert front_of([short, long], Objectives()) == [long]
+    assert front_of([short], OBJECTIVES) == [short]
+    assert front_of([short, long], OBJECTIVES) == [long]
 
 
 def front():
@@ -187,24 +189,24 @@ def front():
     [({}, 1), ({"number": 2}, 2), ({"min_score": 0.9}, 1), ({"min_score": 0.969}, 0), ({"min_ratio": 20}, 1), ({"min_ratio": 61}, 2)],
 )  # fmt: skip
 def test_choosing(wish, number):
-    assert choose(front(), Objectives(), **wish).number == number
+    assert choose(front(), OBJECTIVES, **wish).number == number
 
 
 def test_choosing_keeps_the_studys_limits_where_it_can():
-    limits = Limits(min_score=0.96, max_params=1000)
-    assert choose(front(), Objectives(), limits=Limits(min_score=0.966)).number == 0
-    assert choose(front(), Objectives(), min_ratio=20, limits=limits).number == 1
-    assert choose(front(), Objectives(), min_ratio=61, limits=limits).number == 2
-    assert choose(front(), Objectives(), limits=Limits(min_score=0.99)).number == 1
+    limits = Limits(min_score=0.96, most={"params": 1000})
+    assert choose(front(), OBJECTIVES, limits=Limits(min_score=0.966)).number == 0
+    assert choose(front(), OBJECTIVES, min_ratio=20, limits=limits).number == 1
+    assert choose(front(), OBJECTIVES, min_ratio=61, limits=limits).number == 2
+    assert choose(front(), OBJECTIVES, limits=Limits(min_score=0.99)).number == 1
     with pytest.raises(StudyError, match=r"A ratio of at least 101 is asked for, but the smallest model has 100.0"):
-        choose(front(), Objectives(), min_ratio=101, limits=limits)
+        choose(front(), OBJECTIVES, min_ratio=101, limits=limits)
 
 
 def test_choosing_by_the_compression_ratio_where_the_front_is_of_another_cost():
     """The front of multiply-accumulates holds the first alone."""
     few, small = trial(0, 0.97, 10.0, finalist=finalist(0.97)), trial(1, 0.96, 50.0, finalist=finalist(0.96))
-    trials = [replace(few, macs=100), replace(small, macs=200)]
-    objectives = Objectives(("macs",), 1000)
+    trials = [replace(each, costs={**each.costs, "macs": macs}) for each, macs in ((few, 100), (small, 200))]
+    objectives = OBJECTIVES.only("macs")
     assert front_of(trials, objectives) == trials[:1]
     assert choose(trials, objectives, min_ratio=30).number == 1
     assert choose(trials, objectives, min_ratio=5).number == 0
@@ -212,7 +214,7 @@ def test_choosing_by_the_compression_ratio_where_the_front_is_of_another_cost():
 
 def test_choosing_before_there_is_a_finalist():
     with pytest.raises(StudyError, match="A model must be a finalist to be taken home, but there are none yet"):
-        choose([replace(t, finalist=None) for t in front()], Objectives())
+        choose([replace(t, finalist=None) for t in front()], OBJECTIVES)
 
 
 def test_a_plan_outside_the_space_is_refused(start):

@@ -37,6 +37,11 @@ class Inventory:
     params: int
     macs: int
 
+    @property
+    def costs(self) -> dict[str, float]:
+        """Every cost of the whole model by its name."""
+        return {"params": self.params, "macs": self.macs}
+
     def __getitem__(self, name: str) -> Layer:
         return {layer.name: layer for layer in self.layers}[name]
 

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -23,6 +23,7 @@ from ranksearch.compress.whitening import Modes, Whitening, source, whitenings
 from ranksearch.methods import FEWER_PARAMS, METHODS, Method, Prepared, RankConstraints, nearest_rank
 from ranksearch.methods.layer import Layer
 from ranksearch.plan import KINDS, Factorization, Plan
+from ranksearch.results.costs import Counts
 from ranksearch.support.files import write_whole, writing
 from ranksearch.tensors.matrix import unfold
 from ranksearch.tensors.vbmf import vbmf
@@ -40,8 +41,8 @@ ROOT, MEAN, ERRORS = "root", "mean", "errors"
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One way to store one layer: relative weight error, parameters and MACs.
+class Candidate(Counts):
+    """One way to store one layer: its relative weight error, and its costs by name.
 
     `data_error` is the relative error in the metric of the layer's inputs that the method fits, an estimate of that of
     its outputs; None without data.
@@ -49,8 +50,7 @@ class Candidate:
 
     value: Factorization
     error: float
-    params: int
-    macs: int
+    costs: Mapping[str, float] = field(hash=False)
     data_error: float | None = None
 
 
@@ -107,8 +107,7 @@ class LayerProfile:
             grid = rank_grid(method, self.layer, self.constraints)
             fitted = method.errors(prepared, grid) if self.whitening.roots else [None] * len(grid)
             for ranks, error, data_error in zip(grid, self.errors[name].tolist(), fitted, strict=True):
-                params, macs = method.params(self.layer, ranks), method.macs(self.layer, ranks)
-                yield Candidate(method.value(self.layer, ranks), error, params, macs, data_error)
+                yield Candidate(method.value(self.layer, ranks), error, method.costs(self.layer, ranks), data_error)
 
     def _difference(self, value: Factorization, factors: Sequence[Tensor]) -> Tensor:
         return METHODS[type(value)].reconstruct(factors, tuple(self.kernel.shape)) - self.kernel

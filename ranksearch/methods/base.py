@@ -125,6 +125,10 @@ class Method(abc.ABC):
         shapes, positions = self.factor_shapes(layer.weight, ranks), self.positions(layer)
         return sum(math.prod(shape) * count for shape, count in zip(shapes, positions, strict=True)) * layer.calls
 
+    def costs(self, layer: Layer, ranks: tuple[int, ...]) -> dict[str, float]:
+        """Every cost of the factorized layer by its name."""
+        return {"params": self.params(layer, ranks), "macs": self.macs(layer, ranks)}
+
     def rank_ranges(self, layer: Layer, constraints: RankConstraints = FEWER_PARAMS) -> tuple[range, ...]:
         """The ranks of each kind that pay while the others are at their least: a search's range, empty where none pays."""
         least = tuple(min(constraints.multiple, bound) for bound in self.bounds(layer.weight))

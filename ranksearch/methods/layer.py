@@ -47,3 +47,8 @@ class Layer:
     def macs(self) -> int:
         """Multiply-accumulates of the dense layer for one input."""
         return math.prod(self.weight) * math.prod(self.out_size) * self.calls
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """Every cost of the dense layer by its name."""
+        return {"params": self.params, "macs": self.macs}

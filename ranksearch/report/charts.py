@@ -15,6 +15,7 @@ import altair as alt
 import vl_convert
 
 from ranksearch.report import figures, points, summary, text
+from ranksearch.results.costs import COSTS, costs_of
 from ranksearch.results.record import StudyRecord
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
@@ -64,7 +65,7 @@ def front_chart(record: StudyRecord, cost: str) -> Drawing:
     x = alt.X(
         "ratio:Q",
         scale=alt.Scale(type="log", domain=window.ratios, nice=False),
-        axis=_ratio_axis(window.ratios, text.COSTS[cost]),
+        axis=_ratio_axis(window.ratios, COSTS[cost].ratio),
     )
     y = _score_y(record, (window.low, window.high))
     line: dict[str, Any] = {"interpolate": "step-before", "clip": True}
@@ -128,7 +129,7 @@ def page_spec(drawing: Drawing) -> dict[str, Any]:
 def picture(record: StudyRecord, cost: str) -> bytes:
     """The front's chart against one cost with a heading that says what the page would say around it."""
     window, facts = points.window(record, cost), record.facts
-    title = f"{facts.name}: {facts.score_name} against {text.COSTS[cost]}"
+    title = f"{facts.name}: {facts.score_name} against {COSTS[cost].ratio}"
     below = f"; {text.counted(window.below, 'trial')} below {text.score(window.low, facts.score_name)} not shown"
     subtitle = summary.effort(record) + (below if window.below else "")
     return png(front_chart(record, cost), title=title, subtitle=subtitle)
@@ -169,8 +170,9 @@ def _legend() -> alt.Legend:
 def _tooltip(record: StudyRecord, cost: str) -> list[alt.Tooltip]:
     name = record.facts.score_name
     titles = {
-        "trial": "trial", "origin": "origin", "outcome": "outcome", "ratio_text": text.COSTS[cost],
-        "params": "parameters", "macs": "MACs", "validation": f"validation {name}", "test": f"test {name}",
+        "trial": "trial", "origin": "origin", "outcome": "outcome", "ratio_text": COSTS[cost].ratio,
+        **{each.name: each.title for each in costs_of(record.facts.dense)},
+        "validation": f"validation {name}", "test": f"test {name}",
         "plan": "plan",
     }  # fmt: skip
     return [alt.Tooltip(f"{field}:N", title=title) for field, title in titles.items()]

@@ -99,7 +99,7 @@ def hypervolumes(record: StudyRecord, trials: Sequence[TrialRecord] | None = Non
     best: list[tuple[float, ...]] = []
     value, result = 0.0, []
     for trial in trained(record.trials if trials is None else trials):
-        if trial.scored:
+        if trial.scored and objectives.measured(trial):
             point, before = _point(trial.score, trial, objectives), best
             best = [(*best, point)[i] for i in pareto.front([*best, point])]
             # Most trials are behind the front, and a volume of two costs takes its time.

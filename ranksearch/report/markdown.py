@@ -6,11 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 
 from ranksearch.report import figures, summary, text
+from ranksearch.results.costs import PARAMS
 from ranksearch.results.record import StudyRecord
-
-_FRONT_HEAD = (
-    "trial", "compression ratio", "parameters", "MACs", "MACs ratio", "validation", "test", "latency", "epochs", "plan",
-)  # fmt: skip
 
 
 def markdown(record: StudyRecord) -> str:
@@ -22,7 +19,7 @@ def markdown(record: StudyRecord) -> str:
         *map(_escape, record.notes),
         _escape(f"{facts.data} {summary.effort(record)}; seed {facts.seed}."),
         "## Front",
-        _table(_FRONT_HEAD, map(_front_cells, [summary.dense_line(record), *summary.front_lines(record)])),
+        _table(_front_head(record), map(_front_cells, [summary.dense_line(record), *summary.front_lines(record)])),
         _front_note(record),
         "## Settings",
         _table(("setting", "value"), summary.settings(facts.spec)),
@@ -35,16 +32,19 @@ def markdown(record: StudyRecord) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _front_head(record: StudyRecord) -> list[str]:
+    costs = [word for cost in summary.costs(record) for word in (cost.title, "" if cost is PARAMS else cost.ratio) if word]
+    return ["trial", PARAMS.ratio, *costs, "validation", "test", "latency", "epochs", "plan"]
+
+
 def _front_cells(line: summary.FrontLine) -> list[str]:
     mark = " (knee)" if line.knee else ""
     validation, test = (
         f"{score} ({difference})" if difference else score
         for score, difference in ((line.validation, line.validation_difference), (line.test, line.test_difference))
     )
-    return [
-        f"{line.trial}{mark}", line.ratio, line.params, line.macs, line.macs_ratio, validation, test, line.latency,
-        line.epochs, str(line.plan),
-    ]  # fmt: skip
+    costs = [word for number, ratio in line.costs for word in (number, ratio) if word]
+    return [f"{line.trial}{mark}", line.ratio, *costs, validation, test, line.latency, line.epochs, str(line.plan)]
 
 
 def _front_note(record: StudyRecord) -> str:

@@ -13,6 +13,7 @@ import vl_convert
 
 from ranksearch.plan import Dense, Factorization
 from ranksearch.report import charts, figures, points, summary, text
+from ranksearch.results.costs import COSTS
 from ranksearch.results.record import LayerFacts, StudyRecord, TrialRecord
 
 
@@ -54,9 +55,10 @@ def _context(record: StudyRecord) -> dict[str, Any]:
         "below": window.below,
         "floor": text.score(window.low, name),
         "against": summary.against(record),
-        "costs": record.facts.objectives.minimize,
+        "minimized": [COSTS[cost] for cost in facts.objectives.minimize],
+        "costs": summary.costs(record),
         "pictures": {name: _element(name) for name in summary.pictures(record)},
-        "logs": ", ".join(f"log10 of the {text.COSTS[cost]}" for cost in facts.objectives.minimize),
+        "logs": ", ".join(f"log10 of the {COSTS[cost].ratio}" for cost in facts.objectives.minimize),
         "near": text.margin(figures.NEAR_DENSE, name),
         "reach": summary.reach(record),
         "unit": "points" if text.is_percent(name) else name,

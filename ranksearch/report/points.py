@@ -8,6 +8,7 @@ from typing import Any
 
 from ranksearch.plan import Plan
 from ranksearch.report import figures, text
+from ranksearch.results.costs import PARAMS, Costed, costs_of
 from ranksearch.results.record import Outcome, StudyRecord, TrialRecord, front_of, yardstick
 
 TRIAL, VBMF, DENSE = "trial", "VBMF one-shot", "dense model"
@@ -46,7 +47,9 @@ def window(record: StudyRecord, cost: str) -> Window:
 def front_points(record: StudyRecord, cost: str) -> list[dict[str, Any]]:
     """Every mark of the front's chart against one cost, drawn in this order: the later stands on top."""
     front = {trial.number for trial in record.shown}
-    finalists, trials = figures.finalists(record), figures.trained(record.trials)
+    measured = record.facts.objectives.only(cost).measured
+    finalists = [trial for trial in figures.finalists(record) if measured(trial)]
+    trials = [trial for trial in figures.trained(record.trials) if measured(trial)]
     rows = [_point(record, t, t.score, cost, kind=_kind(t)) for t in trials if t.curve and t.score is not None]
     rows.sort(key=lambda row: row["kind"] in (VBMF, PREDICTED))
     for trial in [*finalists, *(trial for trial in record.shown if not trial.finalist)]:
@@ -75,10 +78,8 @@ def front_labels(record: StudyRecord, cost: str) -> list[dict[str, Any]]:
 def limit_lines(record: StudyRecord, cost: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The least score and the least ratio that the study asks for, where the chart shows them; a size is a ratio too."""
     limits, dense, shown = record.facts.limits, record.facts.dense, window(record, cost)
-    ratios = {
-        "params": [limits.min_ratio or 0.0, dense.params / limits.max_params if limits.max_params else 0.0],
-        "macs": [dense.macs / limits.max_macs if limits.max_macs else 0.0],
-    }[cost]
+    ratios = [dense.costs[cost] / limits.most[cost] if cost in limits.most else 0.0]
+    ratios += [limits.min_ratio] if cost == PARAMS.name and limits.min_ratio else []
     scores = [limits.min_score] if limits.min_score is not None and shown.low <= limits.min_score <= shown.high else []
     inside = [max(ratios)] if shown.ratios[0] <= max(ratios) <= shown.ratios[1] else []
     return [{"score": score} for score in scores], [{"ratio": ratio} for ratio in inside]
@@ -167,8 +168,7 @@ def _point(record: StudyRecord, trial: TrialRecord, score: float | None, cost: s
         "origin": trial.origin,
         "outcome": trial.ending,
         "ratio_text": text.ratio(ratio(record, trial, cost)),
-        "params": text.whole(trial.params),
-        "macs": text.whole(trial.macs),
+        **_sizes(record, trial),
         "validation": text.score(trial.score if kind in (TRIAL, VBMF, PREDICTED) else trial.score_validation, name),
         "test": text.score(trial.finalist.score_test if trial.finalist else None, name),
         "plan": plan_lines(trial.plan),
@@ -185,12 +185,15 @@ def _dense_point(record: StudyRecord) -> dict[str, Any]:
         "origin": DENSE,
         "outcome": text.NO_VALUE,
         "ratio_text": text.ratio(1.0),
-        "params": text.whole(dense.params),
-        "macs": text.whole(dense.macs),
+        **_sizes(record, dense),
         "validation": text.score(dense.score_validation, name),
         "test": text.score(dense.score_test, name),
         "plan": "dense",
     }
+
+
+def _sizes(record: StudyRecord, costed: Costed) -> dict[str, str]:
+    return {cost.name: cost.text(costed.costs.get(cost.name)) for cost in costs_of(record.facts.dense)}
 
 
 def _curve(record: StudyRecord, trial: TrialRecord, curve: Sequence[Any], *, kind: str) -> list[dict[str, Any]]:

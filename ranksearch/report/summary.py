@@ -9,6 +9,7 @@ from typing import Any
 
 from ranksearch.plan import Plan
 from ranksearch.report import figures, text
+from ranksearch.results.costs import COSTS, PARAMS, Cost, Costed, costs_of
 from ranksearch.results.record import Outcome, StudyRecord, TrialRecord
 
 
@@ -20,9 +21,8 @@ class FrontLine:
     sizes: list[str]
     """How many times smaller in what the study minimises: `36.4x`, and `3.67x MACs` where it is those."""
     ratio: str
-    params: str
-    macs: str
-    macs_ratio: str
+    costs: list[tuple[str, str]]
+    """Each cost of `costs`, and its ratio; that of parameters is `ratio`."""
     validation: str
     validation_difference: str
     test: str
@@ -47,12 +47,8 @@ def headline(record: StudyRecord) -> str:
             f"No model is within {near} of the dense net yet: the best of the front reaches {text.score(top, name)} "
             f"{name} on validation, the dense net {text.score(facts.dense.score_validation, name)}."
         )
-    sizes = {
-        "params": f"({text.whole(best.params)} parameters instead of {text.whole(facts.dense.params)})",
-        "macs": f"({text.whole(best.macs)} instead of {text.whole(facts.dense.macs)})",
-    }
     found = zip(smaller(record, best), facts.objectives.minimize, strict=True)
-    size = " and ".join(f"{figure} {words} {sizes[cost]}" for (figure, words), cost in found)
+    size = " and ".join(f"{figure} {words} {_instead(record, best, COSTS[cost])}" for (figure, words), cost in found)
     return f"The smallest model within {near} of the dense net is trial {best.number}: {size}, {_scores(record, best)}."
 
 
@@ -69,14 +65,19 @@ def reach(record: StudyRecord) -> str:
 
 def smaller(record: StudyRecord, trial: TrialRecord) -> list[tuple[str, str]]:
     """How much smaller a trial is, by each cost that is minimised: (`25.5x`, `smaller`), (`12.0x`, `fewer MACs`)."""
-    kinds, objectives = {"params": "smaller", "macs": "fewer MACs"}, record.facts.objectives
+    objectives = record.facts.objectives
     ratios = zip(objectives.minimize, objectives.ratios(trial), strict=True)
-    return [(text.ratio(ratio), kinds[cost]) for cost, ratio in ratios]
+    return [(text.ratio(ratio), COSTS[cost].fewer) for cost, ratio in ratios]
+
+
+def costs(record: StudyRecord) -> list[Cost]:
+    """The costs that the tables show."""
+    return costs_of(record.facts.dense)
 
 
 def against(record: StudyRecord) -> str:
     """What the front sets against the score: `compression ratio`."""
-    return " and ".join(text.COSTS[cost] for cost in record.facts.objectives.minimize)
+    return " and ".join(COSTS[cost].ratio for cost in record.facts.objectives.minimize)
 
 
 def pictures(record: StudyRecord) -> dict[str, str]:
@@ -97,7 +98,7 @@ def dense_line(record: StudyRecord) -> FrontLine:
     """The dense model in the words of the front's lines."""
     dense, name, same = record.facts.dense, record.facts.score_name, text.ratio(1)
     return FrontLine(
-        trial="dense", sizes=[], ratio=same, params=text.whole(dense.params), macs=text.whole(dense.macs), macs_ratio=same,
+        trial="dense", sizes=[], ratio=same, costs=_costs(record, dense),
         validation=text.score(dense.score_validation, name), validation_difference="",
         test=text.score(dense.score_test, name), test_difference="",
         latency=text.milliseconds(figures.known(dense.latency_ms)), epochs="", plan=Plan(), knee=False, near=False,
@@ -149,9 +150,7 @@ def _line(record: StudyRecord, trial: TrialRecord, *, knee: bool, near: bool) ->
         trial=trial.number,
         sizes=_sizes(record, trial),
         ratio=text.ratio(trial.ratio),
-        params=text.whole(trial.params),
-        macs=text.whole(trial.macs),
-        macs_ratio=text.ratio(dense.macs / trial.macs),
+        costs=_costs(record, trial),
         validation=text.score(trial.score_validation, name),
         validation_difference=_difference(trial.score_validation, dense.score_validation, name),
         test=text.score(final.score_test if final else None, name),
@@ -165,9 +164,24 @@ def _line(record: StudyRecord, trial: TrialRecord, *, knee: bool, near: bool) ->
 
 
 def _sizes(record: StudyRecord, trial: TrialRecord) -> list[str]:
-    objectives, kinds = record.facts.objectives, {"params": "", "macs": " MACs"}
+    objectives = record.facts.objectives
     ratios = zip(objectives.minimize, objectives.ratios(trial), strict=True)
-    return [text.ratio(ratio) + kinds[cost] for cost, ratio in ratios]
+    return [text.ratio(ratio) + COSTS[cost].suffix for cost, ratio in ratios]
+
+
+def _costs(record: StudyRecord, costed: Costed) -> list[tuple[str, str]]:
+    dense, cells = record.facts.dense, []
+    for cost in costs(record):
+        value = costed.costs.get(cost.name)
+        told = value is not None and cost is not PARAMS
+        cells.append((cost.text(value), text.ratio(dense.costs[cost.name] / value) if told and value else ""))
+    return cells
+
+
+def _instead(record: StudyRecord, trial: TrialRecord, cost: Cost) -> str:
+    """`(47,554 parameters instead of 1,250,282)`; the name is left out where the words before say it."""
+    named = "" if cost.title in cost.fewer else f" {cost.title}"
+    return f"({cost.text(trial.costs[cost.name])}{named} instead of {cost.text(record.facts.dense.costs[cost.name])})"
 
 
 def _difference(score: float | None, dense: float, name: str) -> str:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ranksearch.report import figures
+from ranksearch.results.costs import costs_of
 from ranksearch.results.record import StudyRecord, TrialRecord
 
+COSTS_HERE = "costs"
+"""Among columns, the place of those of the costs."""
+
 _TRIAL_COLUMNS = (
-    "trial", "index", "origin", "outcome", "score", "ratio", "params", "macs", "seconds", "seed", "epochs",
-    "curve", "plan_text", "finalist_score_validation", "finalist_score_test", "finalist_epochs", "finalist_latency_ms",
+    "trial", "index", "origin", "outcome", "score", "ratio", COSTS_HERE, "seconds", "seed", "epochs", "curve",
+    "plan_text", "finalist_score_validation", "finalist_score_test", "finalist_epochs", "finalist_latency_ms",
     "same_as",
 )  # fmt: skip
 
 _FRONT_COLUMNS = (
-    "trial", "score_validation", "score_test", "ratio", "params", "macs", "plan", "plan_text", "origin", "epochs",
+    "trial", "score_validation", "score_test", "ratio", COSTS_HERE, "plan", "plan_text", "origin", "epochs",
     "latency_ms", "knee", "within_limits",
 )  # fmt: skip
 
@@ -32,7 +35,7 @@ def front_json(record: StudyRecord) -> str:
         "front": front_rows(record),
         "dense": dense_row(record),
         "minimize": list(facts.objectives.minimize),
-        "limits": dataclasses.asdict(facts.limits),
+        "limits": facts.limits.to_dict(),
         "versions": dict(facts.versions),
         "seed": facts.seed,
         "seconds": seconds_row(record),
@@ -46,12 +49,12 @@ def front_json(record: StudyRecord) -> str:
 def front_csv(record: StudyRecord) -> str:
     """The front as a flat table; the plan is one cell of JSON."""
     rows = [row | {"plan": json.dumps(row["plan"])} for row in front_rows(record)]
-    return _csv(_FRONT_COLUMNS, rows)
+    return _csv(_columns(record, _FRONT_COLUMNS), rows)
 
 
 def trials_csv(record: StudyRecord) -> str:
     """Every trial, the ones that did not finish included."""
-    return _csv(_TRIAL_COLUMNS, [trial_row(trial) for trial in record.trials])
+    return _csv(_columns(record, _TRIAL_COLUMNS), [trial_row(trial) for trial in record.trials])
 
 
 def front_rows(record: StudyRecord) -> list[dict[str, Any]]:
@@ -67,8 +70,7 @@ def dense_row(record: StudyRecord) -> dict[str, Any]:
     """The dense model in the words of the front's rows."""
     dense = record.facts.dense
     return {
-        "params": dense.params,
-        "macs": dense.macs,
+        **dense.costs,
         "score_validation": figures.known(dense.score_validation),
         "score_test": figures.known(dense.score_test),
         "latency_ms": figures.known(dense.latency_ms),
@@ -90,8 +92,7 @@ def trial_row(trial: TrialRecord) -> dict[str, Any]:
         "outcome": trial.outcome.value,
         "score": figures.known(trial.score),
         "ratio": trial.ratio,
-        "params": trial.params,
-        "macs": trial.macs,
+        **trial.costs,
         "seconds": trial.seconds,
         "seed": trial.seed,
         "epochs": max((curve_point.epochs for curve_point in trial.curve), default=0),
@@ -112,14 +113,18 @@ def _front_row(trial: TrialRecord) -> dict[str, Any]:
         "score_validation": trial.score_validation,
         "score_test": final and figures.known(final.score_test),
         "ratio": trial.ratio,
-        "params": trial.params,
-        "macs": trial.macs,
+        **trial.costs,
         "plan": trial.plan.to_dict()["layers"],
         "plan_text": str(trial.plan),
         "origin": trial.origin,
         "epochs": figures.epochs_of(trial),
         "latency_ms": final and figures.known(final.latency_ms),
     }
+
+
+def _columns(record: StudyRecord, columns: Sequence[str]) -> list[str]:
+    costs = [cost.name for cost in costs_of(record.facts.dense)]
+    return [name for column in columns for name in (costs if column == COSTS_HERE else [column])]
 
 
 def _csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:

@@ -18,10 +18,6 @@ def ratio(number: float) -> str:
     return f"{number:.2f}x" if number < 9.995 else f"{number:.1f}x" if number < 999.95 else f"{number:,.0f}x"
 
 
-COSTS = {"params": "compression ratio", "macs": "MACs ratio"}
-"""What the ratio to the dense model is called, by cost."""
-
-
 def percent(fraction: float) -> str:
     """A fraction as per cent with one decimal: `97.8 %`."""
     return f"{100 * fraction:.1f} %"

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ranksearch.results.limits import Costed, Sized
-
-COSTS = ("params", "macs")
+from ranksearch.results.costs import Costed
 
 
 @dataclass(frozen=True)
@@ -21,13 +19,13 @@ class Objectives:
     """
 
     minimize: tuple[str, ...] = ("params",)
-    dense_macs: int = 1
-    """Multiply-accumulates of the dense model, which those of the others are set against."""
+    dense: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """The costs of the dense model, which those of the others are set against."""
 
     @classmethod
-    def of(cls, search: Mapping[str, Any], dense_macs: int) -> Objectives:
-        """From a study's section `search`; studies of older releases minimise parameters and do not say so."""
-        return cls(tuple(search.get("minimize", cls.minimize)), dense_macs)
+    def of(cls, search: Mapping[str, Any], dense: Costed) -> Objectives:
+        """From a study's section `search`."""
+        return cls(tuple(search.get("minimize", cls.minimize)), dense.costs)
 
     @property
     def directions(self) -> list[Literal["maximize"]]:
@@ -41,39 +39,42 @@ class Objectives:
 
     def only(self, cost: str) -> Objectives:
         """The score against that cost alone."""
-        return Objectives((cost,), self.dense_macs)
+        return Objectives((cost,), self.dense)
 
-    def ratios(self, size: Sized) -> tuple[float, ...]:
-        """How many times smaller than the dense model, in each cost."""
-        return tuple(size.ratio if cost == "params" else self.dense_macs / size.macs for cost in self.minimize)
+    def measured(self, size: Costed) -> bool:
+        """Whether a model has a number for each of the costs; one that is measured in the end is missing until then."""
+        return all(cost in size.costs for cost in self.minimize)
 
-    def ratio(self, size: Sized) -> float:
+    def ratios(self, size: Costed) -> tuple[float, ...]:
+        """How many times smaller than the dense model, in each cost; NaN where that is not measured."""
+        return tuple(self.dense[cost] / size.costs.get(cost, math.nan) for cost in self.minimize)
+
+    def ratio(self, size: Costed) -> float:
         """How many times smaller over all costs, their geometric mean: what sizes are put in order by."""
         ratios = self.ratios(size)
         return ratios[0] if len(ratios) == 1 else math.prod(ratios) ** (1 / len(ratios))
 
-    def point(self, score: float, size: Sized) -> tuple[float, ...]:
+    def point(self, score: float, size: Costed) -> tuple[float, ...]:
         """The score, then log10 of each ratio."""
         return (score, *map(math.log10, self.ratios(size)))
 
 
 @dataclass(frozen=True)
 class Price:
-    """What a parameter and a multiply-accumulate are worth, where several costs are weighed against one loss."""
+    """What a unit of each cost is worth, where several costs are weighed against one loss."""
 
-    params: float = 1.0
-    macs: float = 0.0
+    units: Mapping[str, float] = field(hash=False)
 
     def of(self, size: Costed) -> float:
         """The price of a whole size."""
-        return self.params * size.params + self.macs * size.macs
+        return sum(price * size.costs[cost] for cost, price in self.units.items())
 
 
-PER_PARAMETER, PER_MAC = Price(1.0, 0.0), Price(0.0, 1.0)
+PER_PARAMETER = Price({"params": 1.0})
 
 
 def prices(minimize: Sequence[str], dense: Costed) -> list[Price]:
-    """The prices at which frontiers are solved: of the one cost, or of both alike (the dense model costs 1 in each) and of
-    each alone."""
-    alone = [{"params": PER_PARAMETER, "macs": PER_MAC}[cost] for cost in minimize]
-    return alone if len(alone) == 1 else [Price(1 / dense.params, 1 / dense.macs), *alone]
+    """The prices at which predicted fronts are solved: of the one cost, or of all alike (the dense model costs 1 in each) and
+    of each alone."""
+    alone = [Price({cost: 1.0}) for cost in minimize]
+    return alone if len(alone) == 1 else [Price({cost: 1 / dense.costs[cost] for cost in minimize}), *alone]

@@ -15,6 +15,7 @@ from optuna.trial import TrialState
 from ranksearch.errors import StudyError
 from ranksearch.plan import Factorization, Plan
 from ranksearch.results import pareto
+from ranksearch.results.costs import Counts
 from ranksearch.results.limits import UNLIMITED, Limits
 from ranksearch.results.objectives import Objectives
 
@@ -72,7 +73,7 @@ class Finalist:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrialRecord:
+class TrialRecord(Counts):
     """One trial. `score` is the validation score after its last rung, None where it did not get there."""
 
     number: int
@@ -80,9 +81,10 @@ class TrialRecord:
     origin: str
     plan: Plan
     outcome: Outcome
-    params: int
-    macs: int
+    costs: Mapping[str, float] = field(hash=False)
+    """By the name of each cost that is known of it."""
     ratio: float
+    """Of compression: parameters of the dense model over its own."""
     score: float | None = None
     curve: tuple[CurvePoint, ...] = ()
     seconds: float = 0.0
@@ -124,24 +126,22 @@ class Probe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerFacts:
+class LayerFacts(Counts):
     """One layer that can be decomposed, as the report shows it. `weight` is the kernel's shape (out, in, *kernel)."""
 
     name: str
     kind: str
     weight: tuple[int, ...]
-    params: int
-    macs: int
+    costs: Mapping[str, float] = field(hash=False)
     vbmf: tuple[int | None, int | None]
     """VBMF ranks of the input and the output unfolding; None where the estimate finds no low-rank signal."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseFacts:
-    """The dense model: parameters, multiply-accumulates for one input, scores, milliseconds for one input."""
+class DenseFacts(Counts):
+    """The dense model: its costs by name, its scores, and milliseconds for one input."""
 
-    params: int
-    macs: int
+    costs: Mapping[str, float] = field(hash=False)
     score_validation: float
     score_test: float
     latency_ms: float | None = None
@@ -174,7 +174,7 @@ class StudyFacts:
     @property
     def objectives(self) -> Objectives:
         """What the models of the study compete in."""
-        return Objectives.of(self.spec.get("search", {}), self.dense.macs)
+        return Objectives.of(self.spec.get("search", {}), self.dense)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +264,7 @@ def front_of(trials: Sequence[TrialRecord], objectives: Objectives, limits: Limi
     Once there are finalists within them only they compete: scores of long and of short fine-tuning do not compare.
     """
     within = [trial for trial in trials if trial.scored and not limits.excess(trial, trial.score_validation)]
+    within = [trial for trial in within if objectives.measured(trial)]
     pool = [trial for trial in within if trial.finalist] or [trial for trial in within if trial.same_as is None]
     chosen = [pool[i] for i in pareto.front([objectives.point(_score(trial), trial) for trial in pool])]
     return sorted(chosen, key=objectives.ratio)

@@ -27,7 +27,7 @@ from ranksearch.results.record import MAX_TRIES, Probe
 from ranksearch.strategy.finalists import floor_of
 from ranksearch.strategy.prior import WEAKENINGS, vbmf_plans
 from ranksearch.strategy.sensitivity import predicted_choices
-from ranksearch.strategy.space import Size, Space
+from ranksearch.strategy.space import Space
 from ranksearch.strategy.surrogate import MAX_RECORDS, PRIOR_STD, Rows, Surrogate, Table, Values
 
 MIN_RECORDS = 4
@@ -101,15 +101,12 @@ class Knowledge:
 
     def fits(self, plans: Rows) -> NDArray[np.bool_]:
         """Which plans are within the limits of size."""
-        params, macs = self.table.sizes(plans)
-        whole = float(self.table.params_of_dense)
-        sizes = (Size(int(p), int(m), whole / float(p)) for p, m in zip(params, macs, strict=True))
-        return np.array([not self.limits.excess(size) for size in sizes], dtype=bool)
+        return np.array([not self.limits.excess(size) for size in self.table.sizes(plans)], dtype=bool)
 
     def near(self, layer: int, place: int) -> Values:
         """Cumulative chances (choices,) of what a move from a choice of a layer ends at: those of about its size."""
         if (layer, place) not in self._near:
-            sizes = np.log(self.table.params[layer])
+            sizes = np.log(self.table.costs["params"][layer])
             chances = np.cumsum(np.exp(-0.5 * ((sizes - sizes[place]) / MOVE_STD) ** 2))
             self._near[layer, place] = chances / chances[-1]
         return self._near[layer, place]

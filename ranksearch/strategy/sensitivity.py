@@ -63,7 +63,7 @@ def values_to_probe(layer: LayerProfile) -> list[Factorization]:
     candidates = list(layer.candidates())
     chosen: dict[Factorization, None] = {}
     for wanted in PROBED_ERRORS:
-        near = sorted(candidates, key=lambda c: (round(abs(error_of(c) - wanted), 1), c.params))
+        near = sorted(candidates, key=lambda c: (round(abs(error_of(c) - wanted), 1), c.costs["params"]))
         if near:
             chosen[near[0].value] = None
     return list(chosen)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,6 +16,7 @@ from ranksearch.errors import PlanError, SpecError, nearest
 from ranksearch.methods import FEWER_PARAMS, METHODS, Method, RankConstraints, nearest_rank
 from ranksearch.methods.layer import Layer
 from ranksearch.plan import Dense, Factorization, Plan
+from ranksearch.results.costs import Counts
 from ranksearch.results.limits import Limits
 from ranksearch.spec import SpaceSpec
 
@@ -23,22 +24,21 @@ DENSE_METHOD = Dense.method
 
 
 @dataclass(frozen=True)
-class Size:
-    """What a whole model costs: parameters, multiply-accumulates for one input, and the compression ratio."""
+class Size(Counts):
+    """What a whole model costs, by the name of each cost, and its compression ratio."""
 
-    params: int
-    macs: int
+    costs: Mapping[str, float] = field(hash=False)
     ratio: float
 
 
 def size_of(plan: Plan, inventory: Inventory) -> Size:
     """The size of the model that the plan makes."""
-    params, macs = inventory.params, inventory.macs
+    costs = dict(inventory.costs)
     for name, value in plan:
         layer, method = inventory[name], METHODS[type(value)]
-        params -= layer.params - method.params(layer, value.ranks)
-        macs -= layer.macs - method.macs(layer, value.ranks)
-    return Size(params, macs, inventory.params / params)
+        saved, left = layer.costs, method.costs(layer, value.ranks)
+        costs = {cost: whole - saved[cost] + left[cost] for cost, whole in costs.items()}
+    return Size(costs, inventory.params / costs["params"])
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ class Axis:
         return found
 
     def smallest(self, cost: str) -> Factorization:
-        """The layer at its least cost, which is `params` or `macs`: they rise with the ranks, so these are at their least."""
+        """The layer at its least cost. Costs rise with the ranks, so the ranks are at their least too."""
         layer = self.layer
         least = [(method, tuple(ranks[0] for ranks in self.rank_ranges[method.kind])) for method in self.methods]
-        method, ranks = min(least, key=lambda choice: getattr(choice[0], cost)(layer, choice[1]))
+        method, ranks = min(least, key=lambda choice: choice[0].costs(layer, choice[1])[cost])
         return method.value(layer, ranks) if method.shrinks(layer, ranks, RankConstraints(smaller_in=(cost,))) else Dense()
 
     def factorization(self, params: Mapping[str, Any]) -> Factorization:
@@ -148,7 +148,7 @@ class Space:
         return Plan.of({axis.layer.name: axis.factorization(params) for axis in self.axes})
 
     def smallest(self, cost: str) -> Plan:
-        """The plan of the least parameters (`params`) or multiply-accumulates (`macs`)."""
+        """The plan of the least cost of that name."""
         return Plan.of({axis.layer.name: axis.smallest(cost) for axis in self.axes})
 
     def params(self, plan: Plan) -> dict[str, Any]:
@@ -254,20 +254,20 @@ def check_limits(limits: Limits, space: Space, inventory: Inventory) -> None:
     Raises:
         SpecError: the smallest plan is larger.
     """
-    params = size_of(space.smallest("params"), inventory)
-    macs = size_of(space.smallest("macs"), inventory).macs
-    if limits.min_ratio and limits.min_ratio > params.ratio:
+    ratio = size_of(space.smallest("params"), inventory).ratio
+    if limits.min_ratio and limits.min_ratio > ratio:
         # Rounded down, so that what the message names is accepted.
-        most = math.floor(params.ratio * 100) / 100
+        most = math.floor(ratio * 100) / 100
         raise SpecError(
             f"search.min_ratio must be at most {most:.12g}, which the smallest plan of the space reaches, but got "
             f"{limits.min_ratio:g}; lower it, or widen the space."
         )
-    for key, limit, least in (("max_params", limits.max_params, params.params), ("max_macs", limits.max_macs, macs)):
-        if limit and limit < least:
+    for cost, limit in limits.most.items():
+        least = size_of(space.smallest(cost), inventory).costs[cost]
+        if limit < least:
             raise SpecError(
-                f"search.{key} must be at least {least}, which the smallest plan of the space has, but got {limit}; raise it, "
-                "or widen the space."
+                f"search.max_{cost} must be at least {least}, which the smallest plan of the space has, but got {limit}; raise "
+                "it, or widen the space."
             )
 
 

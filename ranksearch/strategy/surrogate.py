@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from ranksearch.compress.inventory import Inventory
 from ranksearch.methods import METHODS
 from ranksearch.plan import Dense, Factorization, Plan
-from ranksearch.results.objectives import COSTS, Price, prices
+from ranksearch.results.objectives import Price, prices
 from ranksearch.strategy.predicted_front import Choice, edges
+from ranksearch.strategy.space import Size
 
 Rows: TypeAlias = NDArray[np.intp]
 """Plans as rows (plans, layers): the place of each layer's choice in its table, 0 for dense."""
@@ -45,7 +46,7 @@ MIN_LOSS_INCREASE = 0.01
 
 
 class Table:
-    """Every choice of every layer as arrays: parameters, multiply-accumulates, and the predicted rise of the loss.
+    """Every choice of every layer as arrays: its costs, and the predicted increase of the loss.
 
     Args:
         inventory: the model's layers.
@@ -61,21 +62,15 @@ class Table:
         dense = [inventory[name] for name in self.layers]
         self.values: list[list[Factorization]] = [[Dense(), *(choice.value for choice in choices[x.name])] for x in dense]
         self.loss_increases = [np.array([0.0, *(max(0.0, choice.loss_increase) for choice in choices[x.name])]) for x in dense]
-        self.params, self.macs = (
-            [
-                np.array([getattr(x, cost), *(getattr(METHODS[type(v)], cost)(x, v.ranks) for v in values[1:])], dtype=float)
-                for x, values in zip(dense, self.values, strict=True)
-            ]
-            for cost in COSTS
-        )
+        costs = [
+            [x.costs, *(METHODS[type(value)].costs(x, value.ranks) for value in values[1:])]
+            for x, values in zip(dense, self.values, strict=True)
+        ]
+        self.costs = {name: [np.array([choice[name] for choice in layer]) for layer in costs] for name in inventory.costs}
+        """By the name of each cost, of each layer (choices,)."""
         self._at = [{value: place for place, value in enumerate(values)} for values in self.values]
         self._alike = [_by_method(values) for values in self.values]
         self._edges = [self._priced(price) for price in prices(self.minimize, inventory)]
-
-    @property
-    def params_of_dense(self) -> int:
-        """Parameters of the whole dense model."""
-        return self._inventory.params
 
     def row(self, plan: Plan) -> tuple[int, ...]:
         """A plan as a row; a choice that is not in the table stands as the nearest of its method."""
@@ -85,14 +80,19 @@ class Table:
         """The plan that a row stands for."""
         return Plan.of({name: self.values[i][row[i]] for i, name in enumerate(self.layers)})
 
-    def sizes(self, rows: Rows) -> tuple[Values, Values]:
-        """Parameters and multiply-accumulates of the whole model under each plan."""
-        return self._inventory.params - _saved(self.params, rows), self._inventory.macs - _saved(self.macs, rows)
+    def sizes(self, rows: Rows) -> list[Size]:
+        """The size of the whole model under each plan."""
+        names, costs = list(self.costs), [self._whole(name, rows).tolist() for name in self.costs]
+        return [Size(dict(zip(names, each, strict=True)), self._inventory.params / each[names.index("params")])
+                for each in zip(*costs, strict=True)]  # fmt: skip
+
+    def _whole(self, cost: str, rows: Rows) -> Values:
+        """(plans,): one cost of the whole model under each plan."""
+        return np.asarray(self._inventory.costs[cost] - _saved(self.costs[cost], rows))
 
     def log_ratios(self, rows: Rows) -> Values:
         """(plans, costs): log10 of how many times each plan is smaller, in each cost to be minimised."""
-        sizes = dict(zip(COSTS, self.sizes(rows), strict=True))
-        return np.stack([np.log10(getattr(self._inventory, cost) / sizes[cost]) for cost in self.minimize], axis=1)
+        return np.stack([np.log10(self._inventory.costs[cost] / self._whole(cost, rows)) for cost in self.minimize], axis=1)
 
     def loss_increases_of(self, rows: Rows) -> Values:
         """(plans, layers): the predicted rise of the loss that each layer's choice causes."""
@@ -115,11 +115,14 @@ class Table:
 
     def shrunk(self, rows: Rows) -> Values:
         """(plans, layers): the log of each layer's own compression ratio."""
-        return np.stack([np.log(params[0] / params[rows[:, i]]) for i, params in enumerate(self.params)], axis=1)
+        return np.stack([np.log(params[0] / params[rows[:, i]]) for i, params in enumerate(self.costs["params"])], axis=1)
 
     def _priced(self, price: Price) -> list[tuple[int, int, float]]:
         """The edges of the frontier at a price: the layer, the place of its choice, the slope."""
-        costs = [price.params * params + price.macs * macs for params, macs in zip(self.params, self.macs, strict=True)]
+        costs = [
+            np.sum([unit * self.costs[cost][layer] for cost, unit in price.units.items()], axis=0)
+            for layer in range(len(self.layers))
+        ]
         whole = [
             list(map(Choice, *each)) for each in zip(self.values, map(list, costs), map(list, self.loss_increases), strict=True)
         ]

@@ -80,8 +80,7 @@ def study_facts(
             f"{score:g} for the dense net; divide it, by 100 where it is a percentage."
         )
     dense = DenseFacts(
-        params=found.params,
-        macs=found.macs,
+        costs=found.costs,
         score_validation=score,
         score_test=scores["test"],
         latency_ms=training.latencies_ms([task.model], inputs, channels_last=task.channels_last)[0],
@@ -105,7 +104,7 @@ def layer_facts(found: Inventory, vbmf: Mapping[str, tuple[int | None, int | Non
     """The layers as the record keeps them, with their VBMF ranks."""
     return tuple(
         LayerFacts(
-            name=layer.name, kind=layer.kind, weight=layer.weight, params=layer.params, macs=layer.macs,
+            name=layer.name, kind=layer.kind, weight=layer.weight, costs=layer.costs,
             vbmf=vbmf[layer.name],
         )
         for layer in found.layers

@@ -15,6 +15,7 @@ import optuna
 from sqlalchemy.engine import URL, make_url
 
 from ranksearch.errors import SpecError, StudyError
+from ranksearch.results.costs import COSTS
 from ranksearch.results.objectives import Objectives
 from ranksearch.spec import StudySpec, complete_identity, parse_spec
 from ranksearch.study.database import Announce, address_of, check_storage, masked, silent, study_lock
@@ -41,8 +42,6 @@ INPUTS_WORDS = {
     "targets": "the root mean square of some targets in split {!r} is",
 }
 """By the keys of `inputs_of`."""
-NAMES = {"params": "log10 ratio", "macs": "log10 MACs ratio"}
-"""Of the costs, on the axes of optuna-dashboard."""
 
 
 @contextmanager
@@ -173,7 +172,7 @@ def own_study(study: optuna.Study, spec: StudySpec, inputs: Mapping[str, Any]) -
         with warnings.catch_warnings():
             # Marked experimental in Optuna since 3.2; it only names the axes of optuna-dashboard.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names(["validation score", *(NAMES[cost] for cost in spec.search.minimize)])
+            study.set_metric_names(["validation score", *(f"log10 {COSTS[cost].short_ratio}" for cost in spec.search.minimize)])
     if IDENTITY not in study.user_attrs:
         study.set_user_attr(IDENTITY, spec.identity())
     if INPUTS not in study.user_attrs:

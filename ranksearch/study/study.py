@@ -102,7 +102,7 @@ def run_study(
     if spec.space.start == "scratch":
         check_scratch(task.model)
     _check_min_score(spec, task)
-    objectives = Objectives(spec.search.minimize, found.macs)
+    objectives = Objectives(spec.search.minimize, found.costs)
     kept = (out / folder.DENSE_FILE).exists() and not options.fresh
     inputs = inputs_of(task.data, _dense_start(spec, task, view, kept=kept))
     if options.storage:

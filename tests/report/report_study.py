@@ -52,8 +52,7 @@ def study_facts() -> StudyFacts:
             name=name,
             kind="Conv2d" if len(shape) == 4 else "Linear",
             weight=shape,
-            params=_params(shape, None),
-            macs=math.prod(shape) * places,
+            costs={"params": _params(shape, None), "macs": math.prod(shape) * places},
             vbmf=vbmf,
         )
         for (name, (shape, places)), vbmf in zip(
@@ -71,8 +70,7 @@ def study_facts() -> StudyFacts:
         },
         score_name="accuracy",
         dense=DenseFacts(
-            params=sum(layer.params for layer in layers),
-            macs=sum(layer.macs for layer in layers),
+            costs={cost: sum(layer.costs[cost] for layer in layers) for cost in ("params", "macs")},
             score_validation=0.9861,
             score_test=0.9843,
             latency_ms=0.912,
@@ -103,8 +101,10 @@ def _trial(number: int, draw: random.Random, facts: StudyFacts) -> TrialRecord:
         origin=origin,
         plan=plan,
         outcome=outcome,
-        params=params,
-        macs=round(facts.dense.macs / ratio ** random.Random(number).uniform(0.3, 1.1)),
+        costs={
+            "params": params,
+            "macs": round(facts.dense.macs / ratio ** random.Random(number).uniform(0.3, 1.1)),
+        },
         ratio=ratio,
         score=curve[-1].score if outcome is Outcome.DONE else None,
         curve=curve,

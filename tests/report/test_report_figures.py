@@ -14,7 +14,6 @@ from scipy import stats
 
 from ranksearch.report import charts, figures, points, summary, text
 from ranksearch.results import pareto
-from ranksearch.results.objectives import Objectives
 from ranksearch.results.record import CurvePoint, Outcome
 
 RECORD = study_record()
@@ -49,8 +48,8 @@ def test_hypervolume_is_above_the_best_trial_where_none_reaches_the_dense_model(
 def test_one_point_below_dense_counts_as_near():
     dense = replace(RECORD.facts.dense, score_validation=0.98)
     trial = replace(RECORD.front[0], finalist=None, score=0.97)
-    assert figures.near_dense([trial], dense, Objectives()) is trial
-    assert figures.near_dense([replace(trial, score=0.9699)], dense, Objectives()) is None
+    assert figures.near_dense([trial], dense, RECORD.facts.objectives) is trial
+    assert figures.near_dense([replace(trial, score=0.9699)], dense, RECORD.facts.objectives) is None
 
 
 def test_correlations_need_three_trials_that_got_to_the_end():
