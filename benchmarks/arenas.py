@@ -25,6 +25,7 @@ from ranksearch.data import example, sample, sample_inputs
 from ranksearch.methods import METHODS
 from ranksearch.methods.layer import Layer
 from ranksearch.plan import SVD, Dense, Factorization, Plan, Tucker2
+from ranksearch.results.messages import Job, Result, Stage
 from ranksearch.results.record import Probe
 from ranksearch.spec import StudySpec, load_spec
 from ranksearch.strategy.predicted_front import Choice
@@ -35,7 +36,7 @@ from ranksearch.study.study import CALIBRATION
 from ranksearch.support.files import write_whole
 from ranksearch.task import training
 from ranksearch.task.checkpoint import Checkpoint
-from ranksearch.task.evaluation import Evaluator, Job, Result, Stage
+from ranksearch.task.evaluation import Evaluator
 from ranksearch.task.task import load_task
 
 CPU = torch.device("cpu")

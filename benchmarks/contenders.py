@@ -14,8 +14,8 @@ from arenas import Run, Simulated, Trained
 
 from ranksearch.plan import Dense, Plan
 from ranksearch.results.limits import UNLIMITED
+from ranksearch.results.messages import CurvePoint, Outcome, Result
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import CurvePoint, Outcome
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.predicted_front import Choice, predicted_front
 from ranksearch.strategy.prior import WEAKENINGS, vbmf_plans
@@ -24,7 +24,6 @@ from ranksearch.strategy.sensitivity import rescuable, spread
 from ranksearch.strategy.space import size_of
 from ranksearch.strategy.surrogate import Table
 from ranksearch.study.probing import PREDICTED_PLANS
-from ranksearch.task.evaluation import Result
 
 Arena: TypeAlias = Trained | Simulated
 Choices: TypeAlias = Mapping[str, Sequence[Choice]]

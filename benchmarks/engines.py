@@ -27,12 +27,11 @@ from ranksearch.engines import local, ray
 from ranksearch.engines.base import Engine
 from ranksearch.models import lenet
 from ranksearch.results.limits import UNLIMITED
+from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import CurvePoint, Outcome
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.space import make_space
 from ranksearch.study import folder
-from ranksearch.task.evaluation import Job, Result
 
 TRIALS, WORKERS = 100, 2
 

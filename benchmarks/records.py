@@ -28,13 +28,13 @@ from ranksearch import cli, console
 from ranksearch.compress.inventory import inventory
 from ranksearch.data import example
 from ranksearch.results.attributes import read_facts, read_initial_plans
+from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import CurvePoint, Outcome, TrialRecord
+from ranksearch.results.record import TrialRecord
 from ranksearch.spec import load_spec
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.space import make_space
 from ranksearch.study import folder, study
-from ranksearch.task.evaluation import Job, Result
 from ranksearch.task.task import load_task
 
 TRIALS, ASKS, REPEATS = 5000, 20, 3

@@ -18,7 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ranksearch.results.costs import COSTS, Cost, Costed, costs_of
-from ranksearch.results.record import CurvePoint, DenseFacts, LayerFacts, Outcome, StudyFacts, StudyRecord, TrialRecord
+from ranksearch.results.messages import CurvePoint, Outcome
+from ranksearch.results.record import DenseFacts, LayerFacts, StudyFacts, StudyRecord, TrialRecord
 
 QUIET_SECONDS = 60.0
 """Seconds without a line after which a log is told how far a long stage is."""

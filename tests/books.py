@@ -8,14 +8,13 @@ from ranksearch.compress.inventory import inventory
 from ranksearch.data import example
 from ranksearch.plan import Dense
 from ranksearch.results.limits import UNLIMITED
+from ranksearch.results.messages import CurvePoint, Outcome, Result
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import CurvePoint, Outcome
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.predicted_front import Choice
 from ranksearch.strategy.sampler import Knowledge
 from ranksearch.strategy.space import make_space, size_of
 from ranksearch.strategy.surrogate import Table
-from ranksearch.task.evaluation import Result
 from tests import nets
 
 FOUND = inventory(nets.small(), example(nets.few_digits().train))

@@ -14,7 +14,7 @@ from ranksearch.compress.inventory import inventory
 from ranksearch.compress.profile import profile
 from ranksearch.data import example
 from ranksearch.plan import CP, SVD, Plan, Tucker2
-from ranksearch.results.record import Outcome
+from ranksearch.results.messages import Outcome
 from ranksearch.spec import FinalistSpec, Recipe, parse_spec
 from ranksearch.strategy.space import make_space
 from ranksearch.study import folder

@@ -10,7 +10,7 @@ import torch
 
 import ranksearch
 from ranksearch.errors import ModelError, SpecError, StudyError
-from ranksearch.results.record import Outcome
+from ranksearch.results.messages import Outcome
 from ranksearch.spec import Recipe
 from ranksearch.study.options import Options
 from ranksearch.task.task import Task

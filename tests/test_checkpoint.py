@@ -10,12 +10,12 @@ from torch import nn
 
 from ranksearch.console import Silent
 from ranksearch.errors import StudyError
-from ranksearch.results.record import CurvePoint, Outcome
+from ranksearch.results.messages import CurvePoint, Job, Outcome, Result, Stage
 from ranksearch.study.options import Options
 from ranksearch.study.study import Stopped, run_study
 from ranksearch.task import checkpoint, training
 from ranksearch.task.checkpoint import Checkpoint
-from ranksearch.task.evaluation import Evaluator, Job, Result, Stage
+from ranksearch.task.evaluation import Evaluator
 from ranksearch.task.task import Task
 from ranksearch.task.training import Recipe
 from tests import nets

@@ -25,10 +25,9 @@ from ranksearch.engines import ray, tune
 from ranksearch.errors import ModelError, StudyError
 from ranksearch.plan import Plan
 from ranksearch.results.attributes import read_trials
-from ranksearch.results.record import CurvePoint, Outcome
+from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
 from ranksearch.study.options import Options
 from ranksearch.study.study import run_study
-from ranksearch.task.evaluation import Job, Result
 from tests.books import Books
 from tests.conftest import essence, refuse, small_spec, snapshot, stored
 from tests.test_engines import REFUSED

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ranksearch import console
 from ranksearch.plan import SVD, Plan
-from ranksearch.results.record import CurvePoint, Outcome
+from ranksearch.results.messages import CurvePoint, Outcome
 from tests.test_strategy import trial
 
 

@@ -18,8 +18,7 @@ import pytest
 from ranksearch.engines import local, ray
 from ranksearch.errors import ModelError, PlanError, StudyError
 from ranksearch.plan import Plan
-from ranksearch.results.record import CurvePoint, Outcome
-from ranksearch.task.evaluation import Job, Result
+from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
 
 
 @dataclass(frozen=True)
@@ -298,7 +297,8 @@ def kill_me():
 
 SCRIPT = """
 from ranksearch.engines import local
-from ranksearch.results.record import Outcome, Rung
+from ranksearch.results.record import (Rung)
+from ranksearch.results.messages import (Outcome)
 from ranksearch.task.evaluation import Answer
 from tests.test_engines import answers, collect
 

@@ -14,8 +14,9 @@ import ranksearch
 from ranksearch.errors import SpecError
 from ranksearch.report import write_report
 from ranksearch.results.limits import UNLIMITED, Limits
+from ranksearch.results.messages import Outcome
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import MAX_UNTRAINED, Outcome, StudyRecord, front_of
+from ranksearch.results.record import MAX_UNTRAINED, StudyRecord, front_of
 from ranksearch.strategy.space import Size, check_limits, size_of
 from ranksearch.study.options import Options
 from ranksearch.study.study import run_study

@@ -20,13 +20,13 @@ from ranksearch.results import pareto
 from ranksearch.results.attributes import read_study
 from ranksearch.results.costs import COSTS
 from ranksearch.results.limits import UNLIMITED
+from ranksearch.results.messages import CurvePoint, Outcome, Result
 from ranksearch.results.objectives import Objectives, prices
-from ranksearch.results.record import CurvePoint, Outcome, choose, front_of
+from ranksearch.results.record import choose, front_of
 from ranksearch.strategy.finalists import choose_finalists
 from ranksearch.strategy.space import size_of
 from ranksearch.study.options import Options
 from ranksearch.study.study import run_study
-from ranksearch.task.evaluation import Result
 from tests import nets
 from tests.books import FOUND, SPACE, Books, knowledge
 from tests.conftest import essence, small_spec, stored

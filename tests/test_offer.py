@@ -20,8 +20,8 @@ from ranksearch.errors import SpecError
 from ranksearch.methods import METHODS, RankConstraints
 from ranksearch.plan import CP, CP4, SVD, Dense, Plan, Spatial, Tucker2
 from ranksearch.results.limits import UNLIMITED
+from ranksearch.results.messages import Outcome
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import Outcome
 from ranksearch.spec import COSTS
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import at_vbmf, quarter, vbmf_plans

@@ -15,8 +15,8 @@ import pytest
 
 from ranksearch.console import Silent
 from ranksearch.errors import StudyError
+from ranksearch.results.messages import Outcome
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import Outcome
 from ranksearch.study import database, folder, storage
 from ranksearch.study.options import Options
 from ranksearch.study.study import run_study

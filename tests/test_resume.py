@@ -30,8 +30,8 @@ from ranksearch.results.attributes import (
     write_finalist,
 )
 from ranksearch.results.limits import UNLIMITED
+from ranksearch.results.messages import CurvePoint, Outcome, Result
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import CurvePoint, Outcome
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import vbmf_plans
 from ranksearch.strategy.sampler import Knowledge
@@ -39,7 +39,6 @@ from ranksearch.strategy.space import make_space
 from ranksearch.study import folder
 from ranksearch.study.options import Options
 from ranksearch.study.study import CALIBRATION, Stopped, run_study
-from ranksearch.task.evaluation import Result
 from tests import nets
 from tests.conftest import essence, small_spec, stored
 

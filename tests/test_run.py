@@ -7,9 +7,9 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 from ranksearch.plan import Plan
-from ranksearch.results.record import MAX_TRIES, Outcome
+from ranksearch.results.messages import Job, Outcome, Result
+from ranksearch.results.record import MAX_TRIES
 from ranksearch.study.run import Run
-from ranksearch.task.evaluation import Job, Result
 
 
 def test_what_loses_its_worker_is_tried_so_often_and_no_more():

@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from ranksearch.plan import CP, Plan
 from ranksearch.results import pareto
 from ranksearch.results.limits import Limits
-from ranksearch.results.record import CurvePoint, Outcome
+from ranksearch.results.messages import CurvePoint, Outcome, Result
 from ranksearch.spec import SAMPLERS
 from ranksearch.strategy.predicted_front import Choice, predicted_front
 from ranksearch.strategy.sampler import MAX_SCORE_DROP, MIN_RECORDS, RankSampler, expected_gains
 from ranksearch.strategy.space import size_of
 from ranksearch.strategy.surrogate import Surrogate, Table, _log_weights
-from ranksearch.task.evaluation import Result
 from tests.books import DENSE_SCORE, FOUND, SPACE, TINY, Books, knowledge, rank_ranges
 
 CHOICES = rank_ranges()

@@ -17,8 +17,7 @@ from ranksearch.engines import local, shared
 from ranksearch.engines.shared import check_portable, pack, unpack
 from ranksearch.errors import DataError, ModelError, StudyError
 from ranksearch.plan import Plan
-from ranksearch.results.record import CurvePoint, Outcome
-from ranksearch.task.evaluation import Job, Result
+from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
 
 linux = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="mapped files are found in Linux's /proc alone")
 ROWS = 3 << 20

@@ -16,10 +16,10 @@ from ranksearch.compress.surgery import factorize_
 from ranksearch.data import example
 from ranksearch.errors import ModelError, SpecError
 from ranksearch.plan import CP, SVD, Plan, Tucker2
+from ranksearch.results.messages import Job, Result, Stage
 from ranksearch.spec import FinalistSpec
 from ranksearch.study.options import Options
 from ranksearch.study.study import run_study
-from ranksearch.task.evaluation import Job, Result, Stage
 from tests import nets
 from tests.conftest import PLAN, essence, small_spec
 

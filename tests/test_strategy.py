@@ -17,8 +17,9 @@ from ranksearch.methods import METHODS
 from ranksearch.plan import CP, CP4, Dense, Plan, Tucker2
 from ranksearch.results import pareto
 from ranksearch.results.limits import UNLIMITED, Limits
+from ranksearch.results.messages import CurvePoint, Outcome
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import CurvePoint, Finalist, Outcome, TrialRecord, choose, front_of
+from ranksearch.results.record import Finalist, TrialRecord, choose, front_of
 from ranksearch.strategy.finalists import MAX_FINALIST_SCORE_DROP, choose_finalists, floor_of
 from ranksearch.strategy.prior import WEAKENINGS, at_vbmf, vbmf_plans
 from ranksearch.strategy.space import make_space

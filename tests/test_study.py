@@ -19,7 +19,8 @@ from ranksearch.compress.export import load_model
 from ranksearch.console import Silent, final_words
 from ranksearch.errors import ModelError, StudyError
 from ranksearch.report import write_report
-from ranksearch.results.record import Outcome, choose
+from ranksearch.results.messages import Outcome
+from ranksearch.results.record import choose
 from ranksearch.strategy.finalists import MAX_FINALIST_SCORE_DROP
 from ranksearch.study import study
 from ranksearch.study.dense import train_dense

@@ -15,13 +15,12 @@ import ranksearch
 from ranksearch.console import Silent
 from ranksearch.data import Batched, Splits, digits, example
 from ranksearch.models import lenet
-from ranksearch.results.record import Outcome
+from ranksearch.results.messages import Job, Outcome, Stage
 from ranksearch.spec import Recipe
 from ranksearch.study.dense import train_dense
 from ranksearch.study.options import Options
 from ranksearch.support.seeds import seeded
 from ranksearch.task import training
-from ranksearch.task.evaluation import Job, Stage
 from ranksearch.task.task import Task
 from tests import nets
 from tests.conftest import PLAN, small_spec

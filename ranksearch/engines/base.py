@@ -14,8 +14,7 @@ from typing import Self, TypeAlias
 import cloudpickle
 
 from ranksearch.errors import ModelError, StudyError
-from ranksearch.results.record import CurvePoint, Outcome
-from ranksearch.task.evaluation import Job, Result
+from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
 
 Messages: TypeAlias = Iterator[CurvePoint | Result]
 Evaluate: TypeAlias = Callable[[Job], Messages]

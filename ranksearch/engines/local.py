@@ -22,8 +22,7 @@ from multiprocessing.connection import Connection, wait
 from ranksearch.engines.base import Crash, Engine, Evaluate, Messages, Workers
 from ranksearch.engines.shared import Packed, pack
 from ranksearch.errors import ModelError
-from ranksearch.results.record import CurvePoint, Outcome
-from ranksearch.task.evaluation import Job, Result
+from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
 
 START = """
 import signal, sys

@@ -20,8 +20,7 @@ from tempfile import TemporaryDirectory
 
 from ranksearch.engines.base import Crash, Engine, Evaluate, Workers, packed
 from ranksearch.errors import StudyError
-from ranksearch.results.record import CurvePoint
-from ranksearch.task.evaluation import Job, Result
+from ranksearch.results.messages import CurvePoint, Job, Result
 
 CONNECT_SECONDS = 24
 """For a cluster that is up: two seconds to start, one or two to connect, more on a busy machine."""

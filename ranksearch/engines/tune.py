@@ -30,8 +30,7 @@ from ray.tune.search import Searcher
 from ranksearch.engines.base import Crash, Evaluate, Messages
 from ranksearch.engines.ray import Cluster, End, Free, Ready, Said
 from ranksearch.errors import ModelError, StudyError, described, unloadable
-from ranksearch.results.record import CurvePoint, Outcome
-from ranksearch.task.evaluation import Job, Result
+from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
 
 NO_NODE_SECONDS = 120
 """So long a study waits for a node that can run a trial, after all that could are gone."""

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ranksearch.results import pareto
+from ranksearch.results.messages import CurvePoint
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import CurvePoint, DenseFacts, StudyRecord, TrialRecord, yardstick
+from ranksearch.results.record import DenseFacts, StudyRecord, TrialRecord, yardstick
 
 NEAR_DENSE = 0.01
 """A model this close to the dense one on validation counts as "as good": one point of accuracy."""

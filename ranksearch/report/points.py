@@ -9,7 +9,8 @@ from typing import Any
 from ranksearch.plan import Plan
 from ranksearch.report import figures, text
 from ranksearch.results.costs import PARAMS, Costed, costs_of
-from ranksearch.results.record import Outcome, StudyRecord, TrialRecord, front_of, yardstick
+from ranksearch.results.messages import Outcome
+from ranksearch.results.record import StudyRecord, TrialRecord, front_of, yardstick
 
 TRIAL, VBMF, DENSE = "trial", "VBMF one-shot", "dense model"
 PREDICTED = "predicted frontier"

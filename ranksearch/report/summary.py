@@ -10,7 +10,8 @@ from typing import Any
 from ranksearch.plan import Plan
 from ranksearch.report import figures, text
 from ranksearch.results.costs import COSTS, PARAMS, Cost, Costed, costs_of
-from ranksearch.results.record import Outcome, StudyRecord, TrialRecord
+from ranksearch.results.messages import Outcome
+from ranksearch.results.record import StudyRecord, TrialRecord
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,8 @@ from optuna.trial import FrozenTrial
 
 from ranksearch.errors import StudyError
 from ranksearch.plan import Plan
-from ranksearch.results.record import (
-    CurvePoint,
-    DenseFacts,
-    Finalist,
-    LayerFacts,
-    Outcome,
-    Probe,
-    StudyFacts,
-    StudyRecord,
-    TrialRecord,
-)
+from ranksearch.results.messages import CurvePoint, Outcome
+from ranksearch.results.record import DenseFacts, Finalist, LayerFacts, Probe, StudyFacts, StudyRecord, TrialRecord
 
 _FACTS, _SECONDS = "ranksearch:facts", "ranksearch:seconds"
 _FINALIST, _FAILED = "ranksearch:finalist:", "ranksearch:failed:"

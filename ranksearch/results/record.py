@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,55 +9,20 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from optuna.trial import TrialState
-
 from ranksearch.errors import StudyError
 from ranksearch.plan import Factorization, Plan
 from ranksearch.results import pareto
 from ranksearch.results.costs import Counts
 from ranksearch.results.limits import UNLIMITED, Limits
+from ranksearch.results.messages import CurvePoint, Outcome
 from ranksearch.results.objectives import Objectives
 
-
-class Outcome(enum.Enum):
-    """How a trial ended; the value is the sentence its user reads."""
-
-    DONE = "done"
-    DIVERGED = "diverged: the loss or the score became NaN or infinite; a lower finetune.learning_rate helps"
-    NOT_SMALLER = "not smaller than dense: the plan saves no parameters, so it was not trained"
-    OVER_BUDGET = (
-        "over budget: larger than search.min_ratio, search.max_params or search.max_macs allow, so it was not trained; a "
-        "wider limit lets it in"
-    )
-    OUT_OF_MEMORY = "out of memory: a smaller finetune.batch_size or fewer --workers help"
-    WORKER_LOST = "worker lost: its process ended before the trial did, most often for lack of memory; fewer --workers help"
-
-    @property
-    def state(self) -> TrialState:
-        """The state that Optuna is told."""
-        return _STATES.get(self, TrialState.PRUNED)
-
-    @property
-    def of_finalist(self) -> str:
-        """The sentence where it was a finalist that ended so."""
-        return self.value.replace("finetune.", "finalists.")
-
-
-_STATES = {Outcome.DONE: TrialState.COMPLETE, Outcome.WORKER_LOST: TrialState.FAIL}
 _UNTRAINED = (Outcome.NOT_SMALLER, Outcome.OVER_BUDGET, Outcome.WORKER_LOST)
 
 MAX_UNTRAINED = 100
 """A search ends once so many proposals in a row needed no training: the sampler finds nothing new within the limits."""
 MAX_TRIES = 3
 """A plan whose worker was lost so often is not tried again: by then the plan is the cause."""
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """One point of a trial's curve: the validation score after so many epochs of fine-tuning."""
-
-    epochs: float
-    score: float
 
 
 @dataclass(frozen=True, kw_only=True)

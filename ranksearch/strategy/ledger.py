@@ -18,12 +18,12 @@ from ranksearch.compress.inventory import Inventory
 from ranksearch.plan import Plan
 from ranksearch.results.attributes import asked, read_asked, read_trials, write_trial
 from ranksearch.results.limits import Limits
+from ranksearch.results.messages import Job, Outcome, Result
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import MAX_TRIES, MAX_UNTRAINED, Outcome, TrialRecord, untrained_in_a_row
+from ranksearch.results.record import MAX_TRIES, MAX_UNTRAINED, TrialRecord, untrained_in_a_row
 from ranksearch.strategy.finalists import floor_of
 from ranksearch.strategy.sampler import SIZE_CONSTRAINT, Knowledge, admit, make_sampler
 from ranksearch.strategy.space import Space, size_of
-from ranksearch.task.evaluation import Job, Result
 
 ENQUEUED = "enqueued"
 """The origin of trials that another program queued, by Optuna's `enqueue_trial`."""

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from ranksearch.compress.export import holds_model, load_model, save_model
 from ranksearch.results import attributes
-from ranksearch.results.record import Finalist, Outcome, TrialRecord
+from ranksearch.results.messages import Job, Outcome, Result, Stage
+from ranksearch.results.record import Finalist, TrialRecord
 from ranksearch.strategy.finalists import choose_finalists
 from ranksearch.study.run import Run
 from ranksearch.support.files import writing
 from ranksearch.task import training
-from ranksearch.task.evaluation import Evaluator, Job, Result, Stage, checkpoint_file
+from ranksearch.task.evaluation import Evaluator, checkpoint_file
 
 RESUMABLE = {Outcome.WORKER_LOST, Outcome.OUT_OF_MEMORY}
 """How a finalist may end that the next run trains on, from its checkpoint."""

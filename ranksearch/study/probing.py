@@ -13,13 +13,14 @@ from ranksearch.compress.profile import Profile
 from ranksearch.errors import PlanError, SpecError, StudyError
 from ranksearch.plan import Plan
 from ranksearch.results import attributes
+from ranksearch.results.messages import Job, Outcome, Result, Stage
 from ranksearch.results.objectives import prices
-from ranksearch.results.record import Outcome, Probe
+from ranksearch.results.record import Probe
 from ranksearch.strategy.prior import vbmf_plans
 from ranksearch.strategy.sensitivity import predict_front, rescuable, spread, values_to_probe
 from ranksearch.strategy.space import Space, check_plan, size_of
 from ranksearch.study.run import Run
-from ranksearch.task.evaluation import Evaluator, Job, Result, Stage
+from ranksearch.task.evaluation import Evaluator
 
 PREDICTED_PLANS = 4
 """How many plans of the predicted frontier are tried first."""

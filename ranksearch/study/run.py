@@ -18,12 +18,13 @@ from ranksearch.console import View
 from ranksearch.engines.base import Engine
 from ranksearch.plan import Plan
 from ranksearch.results import attributes
-from ranksearch.results.record import MAX_TRIES, CurvePoint, Outcome
+from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
+from ranksearch.results.record import MAX_TRIES
 from ranksearch.spec import StudySpec
 from ranksearch.strategy.space import Space
 from ranksearch.study import folder
 from ranksearch.study.options import Options
-from ranksearch.task.evaluation import Evaluator, Job, Result
+from ranksearch.task.evaluation import Evaluator
 from ranksearch.task.task import Task
 
 

@@ -25,6 +25,7 @@ from ranksearch.errors import SpecError, StudyError
 from ranksearch.plan import Plan
 from ranksearch.report import write_report
 from ranksearch.results import attributes
+from ranksearch.results.messages import Job, Result
 from ranksearch.results.objectives import Objectives
 from ranksearch.results.record import StudyFacts, StudyRecord
 from ranksearch.spec import StudySpec
@@ -41,7 +42,7 @@ from ranksearch.study.probing import check_first, choose_initial_plans, plans_to
 from ranksearch.study.run import Run
 from ranksearch.support.files import write_whole, writing
 from ranksearch.task import training
-from ranksearch.task.evaluation import Evaluator, Job, Result
+from ranksearch.task.evaluation import Evaluator
 from ranksearch.task.task import Task, accuracy, check_float32, check_outputs, load_task
 
 CALIBRATION = 512

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ranksearch.errors import StudyError
-from ranksearch.results.record import CurvePoint
+from ranksearch.results.messages import CurvePoint
 from ranksearch.support.files import write_whole
 
 MIN_SECONDS_BETWEEN = 60.0

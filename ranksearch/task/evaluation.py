@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import enum
 import math
 import os
 from collections.abc import Generator, Iterator
@@ -21,7 +20,7 @@ from ranksearch.compress.surgery import factorize_
 from ranksearch.compress.weights import digest_of, weights_of
 from ranksearch.data import sample
 from ranksearch.plan import Plan
-from ranksearch.results.record import CurvePoint, Outcome
+from ranksearch.results.messages import CurvePoint, Job, Outcome, Result, Stage
 from ranksearch.spec import FinalistSpec, Recipe
 from ranksearch.task import training
 from ranksearch.task.checkpoint import Checkpoint
@@ -30,38 +29,6 @@ from ranksearch.task.training import Diverged
 
 PROBE_INPUTS = 2048
 """Validation inputs that a probe's loss is measured on, at most: there are several probes a layer."""
-
-
-class Stage(enum.Enum):
-    """What a job is for."""
-
-    PROBE = "probe"
-    """The validation loss before any fine-tuning."""
-    TRIAL = "trial"
-    FINALIST = "finalist"
-    """Longer fine-tuning; also scored on the test split, and its weights kept."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One plan to evaluate. `key` tells jobs apart."""
-
-    key: int
-    plan: Plan
-    seed: int
-    stage: Stage = Stage.TRIAL
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a job ended. `curve` holds every rung that was reached, `loss` a probe's; `weights` are safetensors bytes."""
-
-    outcome: Outcome
-    curve: tuple[CurvePoint, ...] = ()
-    seconds: float = 0.0
-    score_test: float | None = None
-    weights: bytes | None = None
-    loss: float | None = None
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,8 @@ import random
 from dataclasses import replace
 
 from ranksearch.plan import CP, SVD, Factorization, Plan, Spatial, Tucker2
-from ranksearch.results.record import (
-    CurvePoint,
-    DenseFacts,
-    Finalist,
-    LayerFacts,
-    Outcome,
-    StudyFacts,
-    StudyRecord,
-    TrialRecord,
-    front_of,
-)
+from ranksearch.results.messages import CurvePoint, Outcome
+from ranksearch.results.record import DenseFacts, Finalist, LayerFacts, StudyFacts, StudyRecord, TrialRecord, front_of
 
 SHAPES = {
     "conv1": ((32, 1, 3, 3), 784),

@@ -14,7 +14,7 @@ from scipy import stats
 
 from ranksearch.report import charts, figures, points, summary, text
 from ranksearch.results import pareto
-from ranksearch.results.record import CurvePoint, Outcome
+from ranksearch.results.messages import CurvePoint, Outcome
 
 RECORD = study_record()
 scores = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=3, max_size=20)

@@ -14,7 +14,7 @@ from report_study import study_record
 
 from ranksearch.plan import FORMAT, Plan
 from ranksearch.report import summary, text
-from ranksearch.results.record import Outcome
+from ranksearch.results.messages import Outcome
 
 FILES = {"report.html", "report.md", "front.csv", "front.json", "front.png", "trials.csv"}
 FRONT_KEYS = {

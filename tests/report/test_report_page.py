@@ -9,7 +9,7 @@ import pytest
 from report_study import study_record
 
 from ranksearch.plan import Plan
-from ranksearch.results.record import Outcome
+from ranksearch.results.messages import Outcome
 
 NASTY = "</script><script>alert(1)</script><b>&`|\"'"
 
