@@ -10,14 +10,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ranksearch.compress.stand_ins import UNCALLED, Pass, evaluating, tensors_of, why_not_replaced
 from ranksearch.compress.watch import Watch
 from ranksearch.errors import ModelError, first_line
 from ranksearch.methods.layer import CONVOLUTIONS, Layer
+from ranksearch.support.batch import batch_shapes, batch_size, concatenate, run_model, tensors_in
 from ranksearch.support.seeds import seeded
 
 FORWARDS = ("forward", "_conv_forward")
@@ -73,7 +73,7 @@ def inventory(model: nn.Module, example: Any) -> Inventory:
     """
     check_weights(model)
     _check_uncompiled(model)
-    batch, watch = batch_size(example), Watch(model)
+    batch, watch = _batch_size(example), Watch(model)
     try:
         macs = watch.run(example)
     except Exception as error:
@@ -88,27 +88,18 @@ def inventory(model: nn.Module, example: Any) -> Inventory:
     return Inventory(tuple(layers), skipped, count_params(model), macs // batch)
 
 
-def batch_size(example: Any) -> int:
-    """How many inputs an example of any nesting holds: the first size of its tensors, which they must share.
-
-    Raises:
-        ModelError: they do not, or there are none.
-    """
-    sizes = {len(leaf) for leaf in tree_leaves(example) if isinstance(leaf, Tensor) and leaf.dim()}
-    if len(sizes) != 1:
+def _batch_size(example: Any) -> int:
+    try:
+        return batch_size(example)
+    except ValueError:
         raise ModelError(
-            f"An example must be a batch of inputs, whose tensors all have the same first size, but has {_shapes(example)}."
-        )
-    return sizes.pop()
-
-
-def _shapes(example: Any) -> Any:
-    """The example with its tensors' shapes in their places."""
-    return tree_map_only(Tensor, lambda tensor: tuple(tensor.shape), example)
+            "An example must be a batch of inputs, whose tensors all have the same first size, but has "
+            f"{batch_shapes(example)}."
+        ) from None
 
 
 def _not_accepted(model: nn.Module, example: Any, error: Exception) -> ModelError:
-    kinds = {leaf.dtype for leaf in tree_leaves(example) if isinstance(leaf, Tensor) and leaf.is_floating_point()}
+    kinds = {tensor.dtype for tensor in tensors_in(example) if tensor.is_floating_point()}
     odd = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype not in kinds), None)
     fix = "check the model's arguments against the data"
     if kinds and odd is not None:
@@ -117,7 +108,7 @@ def _not_accepted(model: nn.Module, example: Any, error: Exception) -> ModelErro
     elif isinstance(example, tuple):
         fix = "a tuple is given as one argument; wrap a model that takes several"
     return ModelError(
-        f"The model must accept one input of shape {_shapes(example)}, but its forward raised "
+        f"The model must accept one input of shape {batch_shapes(example)}, but its forward raised "
         f"{type(error).__name__}: {first_line(error)}; {fix}."
     )
 
@@ -188,16 +179,16 @@ def _why_not_replaced(model: nn.Module, names: Sequence[str], watch: Watch, exam
 
 def _evaluated(model: nn.Module, example: Any) -> Any:
     with evaluating(model), torch.no_grad():
-        return model(example)
+        return run_model(model, example)
 
 
 def _training_pass(twin: nn.Module, example: Any) -> tuple[Pass, list[str]] | None:
     """A pass of `twin` in training mode, and the layers called in it; None where it has none on two inputs that are alike."""
-    twice = tree_map_only(Tensor, lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor, example)
+    twice = concatenate([example, example])
 
     def run() -> Any:
         with seeded(0), torch.no_grad():
-            return twin(twice)
+            return run_model(twin, twice)
 
     twin.train()
     watch = Watch(twin)

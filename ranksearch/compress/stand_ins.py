@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_any, tree_leaves
+from torch.utils._pytree import tree_any
 
 from ranksearch.errors import first_line
+from ranksearch.support.batch import tensors_in
 
 UNCALLED = "the forward does not call it by its name, but keeps it elsewhere too, as in a list"
 """Why a layer is skipped that a forward finds elsewhere than under its name."""
@@ -69,7 +70,7 @@ def why_not_replaced(model: nn.Module, names: Sequence[str], whole: Pass) -> dic
 
 def tensors_of(outputs: Any) -> list[Tensor]:
     """The tensors of what a forward gives, copied: a module may write over them in the next pass."""
-    return [leaf.clone() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return [tensor.clone() for tensor in tensors_in(outputs)]
 
 
 def _alike(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:

@@ -14,6 +14,7 @@ from ranksearch.compress.axes import Axes, Flattened
 from ranksearch.compress.macs import Multiplications
 from ranksearch.compress.stand_ins import evaluating, tensors_of
 from ranksearch.methods.layer import CONVOLUTIONS
+from ranksearch.support.batch import run_model
 
 
 class Watch:
@@ -33,7 +34,7 @@ class Watch:
         """One pass in eval mode; returns the multiply-accumulates counted in it."""
         counter = Multiplications()
         with self.noting(), evaluating(self.model), torch.no_grad(), counter, self.axes:
-            self.outputs = tensors_of(self.model(example))
+            self.outputs = tensors_of(run_model(self.model, example))
         return counter.flops // 2
 
     @contextmanager

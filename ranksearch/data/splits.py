@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 from ranksearch.data.batched import Batched
 from ranksearch.errors import DataError, first_line
+from ranksearch.support.batch import batch_to, concatenate, tensors_in
 from ranksearch.support.seeds import CPU, seeded
 
 
@@ -38,7 +39,7 @@ def size(split: Dataset[Any]) -> int:
     return len(split)  # type: ignore[arg-type]
 
 
-def example(split: Dataset[Any]) -> Tensor:
+def example(split: Dataset[Any]) -> Any:
     """A batch of the split's first input."""
     return next(batches(split, 1))[0]
 
@@ -76,27 +77,27 @@ def batches(
         batch_size = at_once(split, batch_size)
         for start in range(0, count, batch_size):
             chosen = order[start : start + batch_size]
-            if generator is not None and _lonely(chosen, batch_size, count):
+            if generator is not None and _lonely(len(chosen), batch_size, count):
                 continue
             if isinstance(split, Batched):
                 yield split.batch(chosen, device)
             else:
-                yield tuple(tensor[chosen].to(device) for tensor in split.tensors)
+                yield batch_to(tuple(tensor[chosen] for tensor in split.tensors), device)
     else:
         for found in DataLoader(split, batch_size=batch_size, shuffle=generator is not None, generator=generator):
-            if generator is None or not _lonely(found[0], batch_size, count):
-                yield [part.to(device) if isinstance(part, Tensor) else part for part in found]
+            if generator is None or not _lonely(len(tensors_in(found)[0]), batch_size, count):
+                yield batch_to(found, device)
 
 
-def _lonely(batch: Tensor, batch_size: int, count: int) -> bool:
+def _lonely(inputs: int, size: int, count: int) -> bool:
     """A last shuffled batch of one input: batch normalisation cannot train on it, and the next epoch leaves out another."""
-    return len(batch) == 1 < min(batch_size, count)
+    return inputs == 1 < min(size, count)
 
 
-def sample_inputs(split: Dataset[Any], count: int, *, seed: int) -> Tensor:
-    """The inputs of `sample` as one tensor; what their transforms draw at random follows the seed too."""
+def sample_inputs(split: Dataset[Any], count: int, *, seed: int) -> Any:
+    """The inputs of `sample` as one batch; what their transforms draw at random follows the seed too."""
     with seeded(seed):
-        return torch.cat([inputs for inputs, _ in batches(sample(split, count, seed=seed), count)])
+        return concatenate([inputs for inputs, _ in batches(sample(split, count, seed=seed), count)])
 
 
 def check_splits(splits: Splits, *, whole: bool = True) -> None:

@@ -22,6 +22,7 @@ from ranksearch.strategy.prior import at_vbmf, quarter
 from ranksearch.strategy.space import space_of
 from ranksearch.study import folder
 from ranksearch.study.dense import load_given, load_weights
+from ranksearch.support.batch import tensors_in
 from ranksearch.task import training
 from ranksearch.task.task import Task, load_task
 
@@ -65,7 +66,7 @@ def study_facts(
     Raises:
         ModelError: the dense model's score is no number, or on another scale than a share's.
     """
-    device = inputs.device
+    device = tensors_in(inputs)[0].device
     splits = {"validation": task.data.validation, "test": task.data.test}
     scores = {name: training.score(task.model, task, split, device=device) for name, split in splits.items()}
     for name, score in scores.items():

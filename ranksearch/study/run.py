@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import optuna
 import torch
-from torch import Tensor
 
 from ranksearch.compress.inventory import Inventory
 from ranksearch.console import View
@@ -37,7 +37,7 @@ class Run:
     options: Options
     device: torch.device
     task: Task
-    example: Tensor
+    example: Any
     inventory: Inventory
     space: Space
     first: Sequence[Plan]

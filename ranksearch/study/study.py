@@ -40,6 +40,7 @@ from ranksearch.study.inputs import inputs_of
 from ranksearch.study.options import Options, choose_device
 from ranksearch.study.probing import check_first, choose_initial_plans, plans_to_try, probe_layers
 from ranksearch.study.run import Run
+from ranksearch.support.batch import batch_to
 from ranksearch.support.files import write_whole, writing
 from ranksearch.task import training
 from ranksearch.task.evaluation import Evaluator
@@ -125,7 +126,7 @@ def run_study(
         folder.own_study(study, spec, inputs)
         check_first(study, initial_plans)
         folder.write_spec(out, spec, options.storage)
-        one = example(task.data.validation).to(device)
+        one = batch_to(example(task.data.validation), device)
         run = Run(spec, out, options, device, task, one, found, space, initial_plans, study, engine, view)
         try:
             _straight_on(run, given=given)

@@ -18,6 +18,7 @@ from ranksearch.compress.surgery import copied
 from ranksearch.data import Splits, batches, example
 from ranksearch.errors import DataError, ModelError, SpecError, first_line
 from ranksearch.spec import StudySpec, resolve
+from ranksearch.support.batch import batch_to, concatenate, run_model, tensors_in
 from ranksearch.support.seeds import CPU, seeded
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -61,15 +62,17 @@ def evaluation_batch(split: Dataset[Any]) -> int:
     """How many inputs of a split go through a model at once where nothing is trained."""
     # Reading an input may draw random numbers, which are the caller's.
     with seeded(0):
-        return max(1, min(EVALUATION_BATCH, EVALUATION_VALUES // example(split).numel()))
+        return max(1, min(EVALUATION_BATCH, EVALUATION_VALUES // sum(tensor.numel() for tensor in tensors_in(example(split)))))
 
 
 @torch.no_grad()
 def predict(model: nn.Module, split: Dataset[Any], *, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
     """Outputs and targets of a whole split, in order, on the CPU."""
     model.eval()
-    pairs = [(model(inputs).cpu(), targets.cpu()) for inputs, targets in batches(split, evaluation_batch(split), device=device)]
-    return torch.cat([outputs for outputs, _ in pairs]), torch.cat([targets for _, targets in pairs])
+    found = batches(split, evaluation_batch(split), device=device)
+    pairs = [batch_to((run_model(model, inputs), targets), CPU) for inputs, targets in found]
+    outputs, targets = concatenate(pairs)
+    return outputs, targets
 
 
 def check_outputs(task: Task, *, trains: bool = True) -> None:
@@ -83,11 +86,11 @@ def check_outputs(task: Task, *, trains: bool = True) -> None:
     classes = task.data.classes
     inputs, targets = next(batches(task.data.train, 2))
     with torch.no_grad():
-        outputs = task.model.eval()(inputs)
+        outputs = run_model(task.model.eval(), inputs)
         for name, split in (("validation", task.data.validation), ("test", task.data.test)):
             others = next(batches(split, 1))[0]
             try:
-                task.model(others)
+                run_model(task.model, others)
             except Exception as error:
                 raise ModelError(
                     f"The model must accept the inputs of every split, but {name!r} has {tuple(others.shape[1:])}, 'train' has "
@@ -96,7 +99,7 @@ def check_outputs(task: Task, *, trains: bool = True) -> None:
         twin = copied(task.model).train()
         try:
             with seeded(0), torch.enable_grad():
-                trained = twin(inputs)
+                trained = run_model(twin, inputs)
         except Exception as error:
             raise ModelError(
                 f"The model must run in training mode, but raised {type(error).__name__}: {first_line(error)}"

@@ -11,12 +11,13 @@ from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
 from ranksearch.compress.surgery import copied
 from ranksearch.data import at_once, batches, sample, size
 from ranksearch.spec import Recipe
+from ranksearch.support.batch import run_model, tensors_in
 from ranksearch.support.seeds import seeded
 from ranksearch.task.checkpoint import Checkpoint
 from ranksearch.task.task import Task, evaluation_batch, predict
@@ -61,7 +62,7 @@ def fit(
             model.train()
             for inputs, targets in batches(task.data.train, recipe.batch_size, generator=order, device=device):
                 with torch.autocast(device.type, torch.bfloat16, enabled=lower):
-                    outputs = model(inputs)
+                    outputs = run_model(model, inputs)
                 # The loss in full: it is cheap, and may be one that knows no bfloat16.
                 loss = loss_of(outputs.float() if lower else outputs, targets)
                 if not torch.isfinite(loss):
@@ -98,7 +99,7 @@ def takes_channels_last(task: Task) -> bool:
     try:
         with seeded(0), torch.no_grad():
             for training in (False, True):
-                twin.train(training)(inputs)
+                run_model(twin.train(training), inputs)
     except RuntimeError:
         return False
     return True
@@ -148,29 +149,30 @@ def recalibrate(model: nn.Module, task: Task, *, seed: int, device: torch.device
         most = at_once(chosen, evaluation_batch(chosen))
         equal = math.ceil(size(chosen) / math.ceil(size(chosen) / most))
         for batch, _ in batches(chosen, equal, generator=order, device=device):
-            model(batch)
+            run_model(model, batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 
 
 @torch.no_grad()
-def latencies_ms(models: list[nn.Module], example: Tensor, *, channels_last: bool = True) -> list[float]:
+def latencies_ms(models: list[nn.Module], example: Any, *, channels_last: bool = True) -> list[float]:
     """Median milliseconds of one pass over `example`, for each model, on the example's device.
 
     The models run in turn, round after round, so that they compare even where the machine's speed drifts; and are all laid out
     alike, wherever they come from.
     """
     times: list[list[float]] = [[] for _ in models]
+    device = tensors_in(example)[0].device
     start = time.perf_counter()
     for model in models:
-        place(model, example.device, channels_last=channels_last).eval()(example)
-    _finish(example.device)
+        run_model(place(model, device, channels_last=channels_last).eval(), example)
+    _finish(device)
     whole = time.perf_counter() - start
     for _ in range(max(MIN_TIMING_ROUNDS, min(TIMING_ROUNDS, int(MAX_TIMING_SECONDS / whole)))):
         for model, taken in zip(models, times, strict=True):
             start = time.perf_counter()
-            model(example)
-            _finish(example.device)
+            run_model(model, example)
+            _finish(device)
             taken.append((time.perf_counter() - start) * 1e3)
     return [statistics.median(taken) for taken in times]
 

@@ -1,0 +1,59 @@
+"""Batches: one tensor, or tensors in tuples, lists and dicts of any depth; the first dimension of each is the batch's.
+
+What else stands in a batch, such as a number, goes along unchanged. Models are called here alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+
+def run_model(model: Callable[[Any], Any], inputs: Any) -> Any:
+    """What a model gives for a batch of inputs, which is its one argument."""
+    return model(inputs)
+
+
+def tensors_in(batch: Any) -> list[Tensor]:
+    """The tensors of a batch, in a fixed order."""
+    return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+
+
+def batch_size(batch: Any) -> int:
+    """How many inputs a batch holds: the first size of its tensors.
+
+    Raises:
+        ValueError: the tensors do not have the same first size, or there are none.
+    """
+    sizes = {len(tensor) for tensor in tensors_in(batch) if tensor.dim()}
+    if len(sizes) != 1:
+        raise ValueError(f"The tensors of a batch must all have the same first size, but have shapes {batch_shapes(batch)}.")
+    return sizes.pop()
+
+
+def batch_to(batch: Any, device: torch.device) -> Any:
+    """The batch on a device."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
+
+
+def split_batch(batch: Any, size: int) -> Iterator[Any]:
+    """The batch in parts of at most so many inputs."""
+    for start in range(0, batch_size(batch), size):
+        yield tree_map_only(Tensor, lambda tensor: tensor[start : start + size] if tensor.dim() else tensor, batch)  # noqa: B023
+
+
+def concatenate(batches: Sequence[Any]) -> Any:
+    """One batch of all that several of the same nesting hold."""
+    flat = [tree_flatten(batch) for batch in batches]
+    leaves = zip(*(leaves for leaves, _ in flat), strict=True)
+    joined = [torch.cat(parts) if isinstance(parts[0], Tensor) and parts[0].dim() else parts[0] for parts in leaves]
+    return tree_unflatten(joined, flat[0][1])
+
+
+def batch_shapes(batch: Any) -> Any:
+    """The batch with each tensor's shape in its place."""
+    return tree_map_only(Tensor, lambda tensor: tuple(tensor.shape), batch)
