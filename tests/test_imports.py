@@ -4,11 +4,12 @@ import ast
 import subprocess
 import sys
 from graphlib import TopologicalSorter
-from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "ranksearch"
+from tests import ROOT
+
+PACKAGE = ROOT / "ranksearch"
 
 # Each part may import from itself where it is a package, and from the parts above it.
 PARTS = [

@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import MISSING, fields, is_dataclass
-from pathlib import Path
 from typing import get_type_hints
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from ranksearch.errors import SpecError
 from ranksearch.results.limits import UNLIMITED, Limits
 from ranksearch.spec import Recipe, StudySpec, builtin_studies, complete_identity, load_spec, parse_spec, resolve
+from tests import ROOT
 from tests.nets import SMALL
 
 
@@ -194,7 +194,7 @@ def test_bad_references(reference, message):
 
 def test_every_key_and_what_stands_for_it_is_in_the_docs():
     """docs/studies.md, which names what the three sections of training share once."""
-    page = (Path(__file__).parents[1] / "docs" / "studies.md").read_text()
+    page = (ROOT / "docs" / "studies.md").read_text()
     told = dict(re.findall(r"^\| `([\w.]+)` \| (.+?) \|", page, re.MULTILINE))
     expected = {}
     for section in fields(StudySpec):

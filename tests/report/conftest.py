@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_study import study_record
 
 from ranksearch.report import write_report
 from ranksearch.results.record import StudyRecord
+from tests.report_study import study_record
 
 
 @dataclass(frozen=True)

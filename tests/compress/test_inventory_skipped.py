@@ -154,7 +154,7 @@ SKIPPED = {
         Net(lambda n, x: n.last(x * n.one.weight[:, 0, 0].mean()), one=nn.Conv2d(4, 4, 1), last=nn.Conv2d(4, 2, 1)),
         USED,
     ),
-    "named as torch's own": (before(Conv2d(4, 4, 3)), "tests.test_skipped.Conv2d has a forward of its own"),
+    "named as torch's own": (before(Conv2d(4, 4, 3)), "tests.compress.test_inventory_skipped.Conv2d has a forward of its own"),
     "weight in a function": (used(lambda n, x, y: y + F.conv2d(x, n.one.weight, n.one.bias)), OUTSIDE),
     "weight as a matrix": (used(lambda n, x, y: y.movedim(1, -1).matmul(n.one.weight.flatten(1).T).movedim(-1, 1)), OUTSIDE),
     "weight in a penalty": (used(lambda n, x, y: y + n.one.weight.pow(2).sum()), OUTSIDE),

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import optuna
 import pytest
@@ -39,10 +38,8 @@ from ranksearch.strategy.space import make_space
 from ranksearch.study import folder
 from ranksearch.study.options import Options
 from ranksearch.study.study import CALIBRATION, Stopped, run_study
-from tests import nets
+from tests import ROOT, nets
 from tests.conftest import essence, small_spec, stored
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_resumed_equals_uninterrupted(finished, tmp_path):

@@ -6,10 +6,10 @@ import re
 from dataclasses import replace
 
 import pytest
-from report_study import study_record
 
 from ranksearch.plan import Plan
 from ranksearch.results.messages import Outcome
+from tests.report_study import study_record
 
 NASTY = "</script><script>alert(1)</script><b>&`|\"'"
 

@@ -30,8 +30,8 @@ from ranksearch.study.facts import look
 from ranksearch.study.options import Options
 from ranksearch.study.study import run_study
 from tests.conftest import small_spec
+from tests.methods.test_factorization import BY_NAME, PAIRS, given_geometry
 from tests.nets import small
-from tests.test_factorization import BY_NAME, PAIRS, given_geometry
 
 EXAMPLE = torch.ones(1, 1, 8, 8)
 INVENTORY = inventory(small(), EXAMPLE)

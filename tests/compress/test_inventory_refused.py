@@ -9,8 +9,8 @@ from torch import nn
 
 from ranksearch.compress.inventory import inventory
 from ranksearch.errors import ModelError
+from tests.compress.test_inventory_skipped import IMAGE, fails
 from tests.nets import Net
-from tests.test_skipped import IMAGE, fails
 
 
 def not_finite(value):

@@ -28,9 +28,10 @@ from ranksearch.results.attributes import read_trials
 from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
 from ranksearch.study.options import Options
 from ranksearch.study.study import run_study
+from tests import ROOT
 from tests.books import Books
 from tests.conftest import essence, refuse, small_spec, snapshot, stored
-from tests.test_engines import REFUSED
+from tests.engines.test_engines import REFUSED
 
 KILLS = 2
 """Of the driver; ten went well, too, and take two minutes."""
@@ -260,7 +261,7 @@ def test_a_driver_that_is_killed_goes_on_by_the_same_command(study_file, tmp_pat
     moments = random.Random(0)
     code = "import sys; from ranksearch.cli import main; sys.exit(main(sys.argv[1:]))"
     words = ["study", "small.toml", "--engine", "ray", "--address", small_cluster.address, "--trials", "20"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for seconds in [*(moments.uniform(6, 12) for _ in range(KILLS)), None]:
         process = subprocess.Popen([sys.executable, "-c", code, *words], env=environment, stdout=subprocess.DEVNULL)
         try:

@@ -30,7 +30,7 @@ from ranksearch.study.study import run_study
 from tests import nets
 from tests.books import FOUND, SPACE, Books, knowledge
 from tests.conftest import essence, small_spec, stored
-from tests.report.report_study import study_record
+from tests.report_study import study_record
 
 MINIMIZED = [("params",), ("macs",), ("params", "macs"), ("macs", "params")]
 minimized = pytest.mark.parametrize("minimize", MINIMIZED, ids="+".join)

@@ -7,14 +7,14 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from report_study import study_record
 
 from ranksearch.plan import FORMAT, Plan
 from ranksearch.report import summary, text
 from ranksearch.results.messages import Outcome
+from tests import ROOT
+from tests.report_study import study_record
 
 FILES = {"report.html", "report.md", "front.csv", "front.json", "front.png", "trials.csv"}
 FRONT_KEYS = {
@@ -141,7 +141,7 @@ def test_a_report_replaces_the_one_before(written):
 
 def test_a_report_needs_no_torch(tmp_path):
     code = (
-        "import sys, pathlib; from report_study import study_record; from ranksearch.report import write_report; "
+        "import sys, pathlib; from tests.report_study import study_record; from ranksearch.report import write_report; "
         "write_report(study_record(), pathlib.Path(sys.argv[1])); sys.exit('torch' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=Path(__file__).parent, check=True)
+    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, check=True)

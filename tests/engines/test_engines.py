@@ -19,6 +19,7 @@ from ranksearch.engines import local, ray
 from ranksearch.errors import ModelError, PlanError, StudyError
 from ranksearch.plan import Plan
 from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
+from tests import ROOT
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def test_a_worker_that_dies_after_a_rung_loses_its_job_alone(engine):
 DRIVER = """
 import os, signal, sys
 from ranksearch.engines import local, ray
-from tests.test_engines import jobs, long_second
+from tests.engines.test_engines import jobs, long_second
 
 def on_message(job, message):
     if job.key == 1:
@@ -198,7 +199,7 @@ def test_a_driver_that_dies_leaves_no_worker_behind(tmp_path):
     script = tmp_path / "driver.py"
     script.write_text(DRIVER)
     (tmp_path / "tmp").mkdir()
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "TMPDIR": str(tmp_path / "tmp")}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "tmp")}
     # The worker has this pipe from its driver, so its end is read only once both are gone; its job takes far longer.
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -300,7 +301,7 @@ from ranksearch.engines import local
 from ranksearch.results.record import (Rung)
 from ranksearch.results.messages import (Outcome)
 from ranksearch.task.evaluation import Answer
-from tests.test_engines import answers, collect
+from tests.engines.test_engines import answers, collect
 
 def evaluate(job):
     yield Rung(0, offset + job.seed)
@@ -316,7 +317,7 @@ with local.engine(2) as engine:
 def test_a_script_needs_no_main_guard(tmp_path, by):
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "signal.py").write_text("raise AssertionError('a file of the user, not a module of Python')")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with (tmp_path / "script.py").open() as script:
         done = subprocess.run(
             [sys.executable, "-P", tmp_path / "script.py" if by == "file" else "-"],

@@ -22,8 +22,8 @@ from ranksearch.study.options import Options
 from ranksearch.study.study import run_study
 from tests.books import FOUND, SPACE
 from tests.conftest import small_spec
-from tests.report.report_study import study_record
-from tests.test_strategy import finalist, trial
+from tests.report_study import study_record
+from tests.strategy.test_strategy import finalist, trial
 
 bounds = st.none() | st.floats(0.1, 100)
 

@@ -9,12 +9,12 @@ from functools import partial
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from report_study import study_record
 from scipy import stats
 
 from ranksearch.report import charts, figures, points, summary, text
 from ranksearch.results import pareto
 from ranksearch.results.messages import CurvePoint, Outcome
+from tests.report_study import study_record
 
 RECORD = study_record()
 scores = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=3, max_size=20)
