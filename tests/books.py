@@ -6,10 +6,11 @@ import optuna
 
 from ranksearch.compress.inventory import inventory
 from ranksearch.data import example
-from ranksearch.plan import Dense
+from ranksearch.plan import CP, Dense, Plan
 from ranksearch.results.limits import UNLIMITED
 from ranksearch.results.messages import CurvePoint, Outcome, Result
 from ranksearch.results.objectives import Objectives
+from ranksearch.results.record import Finalist, TrialRecord
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.predicted_front import Choice
 from ranksearch.strategy.sampler import Knowledge
@@ -93,3 +94,20 @@ def result(plan):
     """A score that a plan alone decides; one plan in eight diverges."""
     score = (size_of(plan, FOUND).params * 37 % 101) / 100
     return Result(Outcome.DIVERGED if score > 0.87 else Outcome.DONE, (CurvePoint(0, score / 2), CurvePoint(1, score)), 2.5)
+
+
+OBJECTIVES = Objectives(dense={"params": 100, "macs": 1000})
+"""Of made-up trials."""
+
+
+def trial(number, score, ratio, outcome=Outcome.DONE, finalist=None, same_as=None):
+    """A trial of a plan that no other number has; `same_as` names the trial whose plan it shares."""
+    plan = Plan.of({"conv1": CP(1 + (number if same_as is None else same_as))})
+    return TrialRecord(
+        number=number, index=number, origin="tpe", plan=plan, outcome=outcome, costs={"params": 100 / ratio, "macs": 100}, ratio=ratio,
+        score=score, finalist=finalist, same_as=same_as,
+    )  # fmt: skip
+
+
+def finalist(validation, test=0.5):
+    return Finalist(score_validation=validation, score_test=test, curve=(CurvePoint(0, validation),), seconds=1.0)

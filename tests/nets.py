@@ -38,6 +38,8 @@ count = 3
 epochs = 1
 """
 
+IMAGE = torch.ones(1, 4, 6, 5)
+
 
 class Net(nn.Module):
     """Modules by name, in order of definition, and a function of the net and its input that runs them."""
@@ -50,6 +52,16 @@ class Net(nn.Module):
 
     def forward(self, inputs):
         return self.run(self, inputs)
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def fails(n, x):
+    """A `run` that raises."""
+    n.norm(n.conv(x))
+    raise ValueError("a broken forward\nwith details")
 
 
 def small(classes: int = 10) -> nn.Sequential:

@@ -117,10 +117,10 @@ def _outcome(number: int, ratio: float) -> Outcome:
 
 def _curve(final: float, epochs: tuple[int, ...], draw: random.Random) -> tuple[CurvePoint, ...]:
     start = draw.uniform(0.1, 0.8)
-    loss_increase = [1 - math.exp(-1.1 * epoch) for epoch in epochs]
+    progress = [1 - math.exp(-1.1 * epoch) for epoch in epochs]
     return tuple(
         CurvePoint(epoch, round(min(0.999, max(0.1, start + (final - start) * part)), 4))
-        for epoch, part in zip(epochs, loss_increase, strict=True)
+        for epoch, part in zip(epochs, progress, strict=True)
     )
 
 

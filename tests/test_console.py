@@ -13,8 +13,7 @@ from rich.console import Console
 from ranksearch import console
 from ranksearch.plan import SVD, Plan
 from ranksearch.results.messages import CurvePoint, Outcome
-from tests.strategy.test_strategy import trial
-from tests.test_strategy import trial
+from tests.books import trial
 
 
 def printed(renderable, width=100):

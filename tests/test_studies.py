@@ -9,8 +9,7 @@ import pytest
 from ranksearch.spec import builtin_studies, load_spec
 from ranksearch.study.options import Options
 from ranksearch.study.study import run_study
-from tests.data.test_images import write_pictures
-from tests.data.test_stereo import write_scenes
+from tests.pictures import write_pictures, write_scenes
 
 LAYERS = {"vgg16": "conv1_2", "resnet20": "stage1_1.conv1", "nin": "conv4"}
 """The layer that the reduced study decomposes; conv2 in the others."""

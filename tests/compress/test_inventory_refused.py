@@ -9,8 +9,7 @@ from torch import nn
 
 from ranksearch.compress.inventory import inventory
 from ranksearch.errors import ModelError
-from tests.compress.test_inventory_skipped import IMAGE, fails
-from tests.nets import Net
+from tests.nets import IMAGE, Net, fails
 
 
 def not_finite(value):

@@ -17,9 +17,7 @@ from ranksearch.compress.inventory import count_macs, inventory
 from ranksearch.compress.surgery import factorize_
 from ranksearch.errors import ModelError
 from ranksearch.plan import SVD, Tucker2
-from tests.nets import Net
-
-IMAGE = torch.ones(1, 4, 6, 5)
+from tests.nets import IMAGE, Net, fails
 
 
 class Standardised(nn.Conv2d):
@@ -321,11 +319,6 @@ def frozen_in_part(run):
 
 def fails_when_replaced(n, x):
     return n.more([n.drop(n.norm(n.conv(x)))][0 if isinstance(n.conv, nn.Conv2d) else 1])
-
-
-def fails(n, x):
-    n.norm(n.conv(x))
-    raise ValueError("a broken forward\nwith details")
 
 
 @pytest.mark.parametrize("run", [lambda n, x: n.more(n.drop(n.norm(n.conv(x)))), fails_when_replaced, fails])

@@ -17,8 +17,8 @@ from ranksearch.compress.whitening import Whitening, whitenings
 from ranksearch.errors import ModelError
 from ranksearch.methods import METHODS
 from tests import nets
-from tests.methods.test_factorization import BY_NAME, PAIRS, assert_close, given_geometry, normal, some_ranks
-from tests.nets import Net
+from tests.geometries import BY_NAME, PAIRS, assert_close, given_geometry, some_ranks
+from tests.nets import Net, normal
 
 contract = pytest.mark.parametrize(("geometry", "name"), PAIRS)
 SVDS = [geometry for geometry, name in PAIRS if name == "svd"]

@@ -20,7 +20,8 @@ from ranksearch.study.options import Options
 from ranksearch.study.study import run_study
 from tests import nets
 from tests.conftest import essence, small_spec
-from tests.methods.test_factorization import fitting, normal
+from tests.geometries import fitting
+from tests.nets import normal
 
 
 def small_profile(model=None, inputs=None, **options):

@@ -11,7 +11,7 @@ from ranksearch.data import check_splits, image_folder, size
 from ranksearch.data.folders import read_pictures
 from ranksearch.data.images import moments
 from ranksearch.errors import DataError
-from tests.data.test_images import write_pictures
+from tests.pictures import write_pictures
 
 
 def test_image_folder_takes_anyones_pictures(tmp_path):

@@ -17,19 +17,9 @@ from ranksearch.errors import DataError
 from ranksearch.models import lenet
 from ranksearch.task import training
 from ranksearch.task.task import Task
+from tests.pictures import CLASSES, write_pictures
 
 CPU = torch.device("cpu")
-CLASSES = [f"class{number}" for number in range(10)]
-
-
-def write_pictures(folder, *, each, side=32, classes=CLASSES):
-    draw = np.random.default_rng(len(folder.name))
-    for label, name in enumerate(classes):
-        (folder / name).mkdir(parents=True)
-        for number in range(each):
-            pixels = draw.integers(0, 256, (side, side, 3), dtype=np.uint8)
-            pixels[: side // 2] = 25 * label
-            Image.fromarray(pixels).save(folder / name / f"{number:04}.jpg")
 
 
 @pytest.fixture(scope="module")

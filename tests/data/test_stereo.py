@@ -18,31 +18,9 @@ from ranksearch.errors import DataError
 from ranksearch.models import ccnn
 from ranksearch.task import training
 from ranksearch.task.task import Task, check_outputs, predict
+from tests.pictures import SHIFTS, pair, write_scenes
 
 CPU = torch.device("cpu")
-SHIFTS = (3, 7, 5)
-
-
-def pair(shift, *, height=24, width=40, seed=0):
-    """A right image that is the left one moved by `shift` pixels, noise where nothing is known."""
-    draw = np.random.default_rng(seed)
-    left = draw.integers(0, 256, (height, width), dtype=np.uint8)
-    right = draw.integers(0, 256, (height, width), dtype=np.uint8)
-    right[:, : width - shift] = left[:, shift:]
-    return left, right
-
-
-def write_scenes(root, *, bias_corrections=SHIFTS, folder="kitti2015"):
-    """Scenes whose truth is their shift, but 9 pixels more in the upper half, and unknown in the first columns."""
-    for number, shift in enumerate(bias_corrections):
-        scene = root / folder / f"{number:06}"
-        scene.mkdir(parents=True)
-        left, right = pair(shift, width=40 + number, seed=number)
-        truth = np.full(left.shape, shift * 256, np.uint16)
-        truth[: len(truth) // 2] += 9 * 256
-        truth[:, :10] = 0
-        for name, pixels in (("left", left), ("right", right), ("disp_gt", truth)):
-            Image.fromarray(pixels).save(scene / f"{name}.png")
 
 
 @pytest.fixture
@@ -120,7 +98,7 @@ def test_patches_are_cut_from_their_maps(root):
 
 
 def test_maps_of_several_sizes_stand_in_one_split(root):
-    write_scenes(root, bias_corrections=(*SHIFTS, 4), folder="four")
+    write_scenes(root, shifts=(*SHIFTS, 4), folder="four")
     data = made(root, train="four", train_scenes=[1, 1], validation_scenes=[2, 4])
     sizes = [(inputs.shape, targets.shape) for inputs, targets in batches(data.validation, 8)]
     assert sizes == [((1, 1, 32, 41), (1, 1, 24, 33))] * 3
@@ -141,7 +119,7 @@ def test_pixels_are_drawn_the_same_in_every_run_and_maps_matched_once(root, monk
 
 def test_ccnn_learns_which_pixels_to_trust(tmp_path):
     """Right in the lower half and noise where truth is another: the smooth are to be trusted."""
-    write_scenes(tmp_path, bias_corrections=(3, 5, 4))
+    write_scenes(tmp_path, shifts=(3, 5, 4))
     for scene in find_scenes(tmp_path / "kitti2015"):
         right = scene.images()[1].copy()
         right[:12] = np.random.default_rng(9).integers(0, 256, right[:12].shape)

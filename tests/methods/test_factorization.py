@@ -2,19 +2,28 @@
 
 import copy
 import itertools
-from collections import OrderedDict
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from ranksearch.compress.inventory import inventory
 from ranksearch.compress.profile import rank_grid
 from ranksearch.compress.surgery import factorize_, kernel_of
-from ranksearch.methods import METHODS
+from tests.geometries import (
+    BY_NAME,
+    GEOMETRIES,
+    PAIRS,
+    alone,
+    assert_close,
+    counted_macs,
+    fitting,
+    given_geometry,
+    prepared,
+    some_ranks,
+)
+from tests.nets import normal
 
 PLAIN = {nn.Sequential, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Unflatten, nn.Flatten}
 laws = settings(max_examples=25, deadline=None)
@@ -22,119 +31,16 @@ laws = settings(max_examples=25, deadline=None)
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 
 
-class Frames(nn.Module):
-    """Applies a convolution to each frame of a (batch, frames, channels, height, width) input."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, inputs):
-        frames = self.layer(inputs.flatten(0, 1))
-        return frames.reshape(*inputs.shape[:2], *frames.shape[1:])
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def alone(layer):
-    return nn.Sequential(OrderedDict(layer=layer))
-
-
-def behind_flatten(*size, out=6, bias=True):
-    layer = nn.Linear(int(torch.Size(size).numel()), out, bias=bias)
-    return nn.Sequential(OrderedDict(flatten=nn.Flatten(), layer=layer)), size
-
-
-KERNEL_1D, KERNEL_2D, KERNEL_3D = {"tucker2", "cp"}, {"spatial", "tucker2", "cp", "cp4"}, {"tucker2", "cp"}
-CONV1D, CONV2D, CONV3D, SAME = (4, 11), (4, 9, 8), (3, 6, 7, 5), {"padding": "same"}
-# id: (model, size of one input, methods that can store its layer)
-GEOMETRIES = {
-    "conv1d": (alone(nn.Conv1d(4, 6, 3)), CONV1D, KERNEL_1D),
-    "conv1d strided": (alone(nn.Conv1d(4, 6, 5, stride=2, padding=3, dilation=2, bias=False)), CONV1D, KERNEL_1D),
-    "conv1d circular": (alone(nn.Conv1d(4, 6, 3, padding=2, padding_mode="circular")), CONV1D, KERNEL_1D),
-    "conv1d 1": (alone(nn.Conv1d(4, 6, 1, stride=3)), CONV1D, {"svd"}),
-    "conv2d": (alone(nn.Conv2d(4, 6, 3, padding=1)), CONV2D, KERNEL_2D),
-    "conv2d no bias": (alone(nn.Conv2d(4, 6, 3, bias=False)), CONV2D, KERNEL_2D),
-    "conv2d one input": (alone(nn.Conv2d(1, 6, 3)), (1, 9, 8), KERNEL_2D),
-    "conv2d one output": (alone(nn.Conv2d(4, 1, 3)), CONV2D, KERNEL_2D),
-    "conv2d asymmetric stride": (alone(nn.Conv2d(4, 6, 3, stride=(2, 1), padding=(0, 2))), CONV2D, KERNEL_2D),
-    "conv2d asymmetric dilation": (alone(nn.Conv2d(4, 6, 3, dilation=(1, 3), padding=(1, 3))), CONV2D, KERNEL_2D),
-    "conv2d 3x5": (alone(nn.Conv2d(4, 6, (3, 5), stride=(1, 2), padding=(1, 0))), CONV2D, KERNEL_2D),
-    "conv2d 1x3": (alone(nn.Conv2d(4, 6, (1, 3), padding=(0, 1))), CONV2D, {"tucker2", "cp"}),
-    "conv2d same": (alone(nn.Conv2d(4, 6, (3, 5), **SAME, dilation=(2, 1))), CONV2D, KERNEL_2D),
-    "conv2d same even": (alone(nn.Conv2d(4, 6, (2, 4), **SAME)), CONV2D, KERNEL_2D),
-    "conv2d same reflect": (alone(nn.Conv2d(4, 6, (2, 3), **SAME, padding_mode="reflect")), CONV2D, KERNEL_2D),
-    "conv2d valid": (alone(nn.Conv2d(4, 6, 3, padding="valid")), CONV2D, KERNEL_2D),
-    "conv2d reflect": (alone(nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode="reflect")), CONV2D, KERNEL_2D),
-    "conv2d replicate": (alone(nn.Conv2d(4, 6, 3, stride=2, padding=2, padding_mode="replicate")), CONV2D, KERNEL_2D),
-    "conv2d circular": (alone(nn.Conv2d(4, 6, 3, padding=(2, 1), padding_mode="circular")), CONV2D, KERNEL_2D),
-    "conv2d 1x1": (alone(nn.Conv2d(4, 6, 1, bias=False)), CONV2D, {"svd"}),
-    "conv2d 1x1 strided": (alone(nn.Conv2d(4, 6, 1, stride=(2, 3), padding=1)), CONV2D, {"svd"}),
-    "conv2d of frames": (Frames(nn.Conv2d(4, 6, 3)), (5, *CONV2D), KERNEL_2D),
-    "conv3d": (alone(nn.Conv3d(3, 5, (3, 2, 1), stride=(1, 2, 1), padding=(1, 0, 1))), CONV3D, KERNEL_3D),
-    "conv3d replicate": (alone(nn.Conv3d(3, 5, 3, padding=1, padding_mode="replicate", bias=False)), CONV3D, KERNEL_3D),
-    "conv3d 1": (alone(nn.Conv3d(3, 5, 1)), CONV3D, {"svd"}),
-    "linear": (alone(nn.Linear(9, 6)), (9,), {"svd"}),
-    "linear no bias": (alone(nn.Linear(5, 8, bias=False)), (5,), {"svd"}),
-    "linear as large as its SVD of half the rank": (alone(nn.Linear(4, 4)), (4,), {"svd"}),
-    "linear of positions": (alone(nn.Linear(9, 6)), (7, 9), {"svd"}),
-    "linear of a grid": (alone(nn.Linear(4, 6)), (3, 5, 4), {"svd"}),
-    "linear behind a map": (*behind_flatten(4, 3, 5), {"svd"} | KERNEL_2D),
-    "linear behind a sequence": (*behind_flatten(4, 5, bias=False), {"svd"} | KERNEL_1D),
-    "linear behind a volume": (*behind_flatten(3, 2, 3, 2), {"svd"} | KERNEL_3D),
-    "linear behind a column": (*behind_flatten(4, 5, 1), {"svd", "tucker2", "cp"}),
-    "linear behind a point": (*behind_flatten(4, 1, 1), {"svd"}),
-}
-BY_NAME = {kind.method: method for kind, method in METHODS.items()}
-PAIRS = [(geometry, name) for geometry, (*_, names) in GEOMETRIES.items() for name in sorted(names)]
 contract = pytest.mark.parametrize(("geometry", "name"), PAIRS)
-
-
-def fitting(layer):
-    return [method for method in METHODS.values() if method.applies(layer.weight, linear=layer.kind == "Linear")]
-
-
-def prepared(model, size, seed=0):
-    """The model in float64 with fixed weights, one input, and the layer called `layer`."""
-    model = copy.deepcopy(model).double()
-    with torch.no_grad():
-        for number, parameter in enumerate(model.parameters()):
-            parameter.copy_(normal(*parameter.shape, seed=seed + number))
-    inputs = normal(1, *size, seed=seed + 9)
-    return model, inputs, inventory(model, inputs)["layer"]
-
-
-def given_geometry(geometry):
-    model, size, _ = GEOMETRIES[geometry]
-    return prepared(model, size)
 
 
 def factorized(model, layer, method, ranks, seed=0):
     return factorize_(copy.deepcopy(model), {"layer": method.value(layer, ranks)}, seed=seed)
 
 
-def assert_close(got, wanted):
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-8 * float(wanted.detach().abs().max()))
-
-
-def some_ranks(method, layer):
-    """Rank 1, halves and the full rank, in all combinations."""
-    return list(itertools.product(*(sorted({1, (bound + 1) // 2, bound}) for bound in method.bounds(layer.weight))))
-
-
 def factors_of(model, layer, method, ranks, seed=0):
     kernel = kernel_of("layer", model.layer, method.value(layer, ranks)).reshape(layer.weight)
     return kernel, method.factors(kernel, method.prepare(kernel, [ranks], seed), ranks, seed)
-
-
-def counted_macs(model, inputs):
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(inputs)
-    flops = counter.get_total_flops()
-    assert flops % 2 == 0
-    return flops // 2
 
 
 def check_identity(model, inputs, layer, method):

@@ -30,7 +30,7 @@ from ranksearch.study.facts import look
 from ranksearch.study.options import Options
 from ranksearch.study.study import run_study
 from tests.conftest import small_spec
-from tests.methods.test_factorization import BY_NAME, PAIRS, given_geometry
+from tests.geometries import BY_NAME, PAIRS, given_geometry
 from tests.nets import small
 
 EXAMPLE = torch.ones(1, 1, 8, 8)
@@ -246,7 +246,7 @@ def test_a_plan_is_not_smaller_only_where_nothing_that_must_shrink_does(plan, ru
     study = optuna.create_study(directions=["maximize", "maximize"])
     ledger = Ledger(
         study, space, found, [("given", plan), ("given", Plan.of({"0": Spatial(2)}))], sampler="tpe", seed=0, dense_score=0,
-        limits=UNLIMITED, objectives=Objectives(),
+        limits=UNLIMITED, objectives=Objectives(dense=found.costs),
     )  # fmt: skip
     job = next(ledger.jobs(2))
     assert (job.plan == plan) == runs

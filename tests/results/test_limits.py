@@ -20,10 +20,9 @@ from ranksearch.results.record import MAX_UNTRAINED, StudyRecord, front_of
 from ranksearch.strategy.space import Size, check_limits, size_of
 from ranksearch.study.options import Options
 from ranksearch.study.study import run_study
-from tests.books import FOUND, SPACE
+from tests.books import FOUND, SPACE, finalist, trial
 from tests.conftest import small_spec
 from tests.report_study import study_record
-from tests.strategy.test_strategy import finalist, trial
 
 bounds = st.none() | st.floats(0.1, 100)
 

@@ -246,3 +246,10 @@ def test_a_value_of_another_method_is_refused(value):
     with pytest.raises(PlanError, match=f"^{re.escape(message)}$"):
         make_space(INVENTORY, ["svd"]).params(Plan.of({"fc1": value}))
     assert make_space(INVENTORY, ["svd"]).plan(make_space(INVENTORY, ["svd"]).params(Plan.of({"fc1": SVD(3)})))
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_every_value_that_parameters_choose_is_taken(name):
+    for value in VALUES[name]:
+        if value.ranks:
+            AXES[name].check(value)

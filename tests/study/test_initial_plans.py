@@ -17,7 +17,6 @@ from ranksearch.study.options import Options
 from ranksearch.study.study import run_study
 from tests import nets
 from tests.conftest import essence, refuse, small_spec, snapshot
-from tests.strategy.test_space import AXES, VALUES
 
 FOUND = inventory(nets.small(), example(nets.few_digits().train))
 MINE = [Plan.of({"conv2": Tucker2(4, 5), "fc1": SVD(6)}), Plan.of({"conv1": CP(2)})]
@@ -115,10 +114,3 @@ def test_a_plan_that_the_space_does_not_offer_is_refused(layers, options, messag
     space = make_space(FOUND, ("tucker2", "cp", "svd"), **options)
     with pytest.raises(PlanError, match=f"^{re.escape(message)}$"):
         check_plan(Plan.of(layers), space, FOUND)
-
-
-@pytest.mark.parametrize("name", AXES)
-def test_every_value_that_parameters_choose_is_taken(name):
-    for value in VALUES[name]:
-        if value.ranks:
-            AXES[name].check(value)

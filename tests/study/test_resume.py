@@ -107,7 +107,7 @@ def ledger_of(study, dense=None, cache=None, *, initial_plans=None):
     score = read_facts(study).dense.score_validation if has_facts(study) else 0.65
     return Ledger(
         study, space, found, initial_plans, sampler="rank", seed=0, dense_score=score,
-        limits=UNLIMITED, objectives=Objectives(),
+        limits=UNLIMITED, objectives=Objectives(dense=found.costs),
         knowledge=Knowledge.of(space, found, layers, probes, dense_loss=dense_loss, dense_score=score, limits=UNLIMITED, minimize=("params",)),
     )  # fmt: skip
 

@@ -14,14 +14,11 @@ from tensorly.decomposition import parafac
 from ranksearch.tensors.als import Compressed, Rule, solve
 from ranksearch.tensors.cp import cp_als, cp_path, exact_rank, reconstruct
 from ranksearch.tensors.matrix import svd
+from tests.nets import normal
 
 laws = settings(max_examples=15, deadline=None)
 seeds = st.integers(0, 10_000)
 shapes = st.lists(st.integers(1, 6), min_size=2, max_size=4).map(tuple)
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def kernel(*shape, seed=0, decay=0.6):

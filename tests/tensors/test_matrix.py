@@ -6,14 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ranksearch.tensors.matrix import floating, principal, svd, unfold
+from tests.nets import normal
 
 laws = settings(max_examples=20, deadline=None)
 sizes = st.integers(1, 12)
 seeds = st.integers(0, 10_000)
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def relative(found, wanted):

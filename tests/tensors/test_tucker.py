@@ -9,14 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ranksearch.tensors.tucker import hooi, hosvd
+from tests.nets import normal
 
 laws = settings(max_examples=20, deadline=None)
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 7), st.integers(1, 5))
 seeds = st.integers(0, 10_000)
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def rebuilt(core, u_out, u_in):
