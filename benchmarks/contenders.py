@@ -79,7 +79,7 @@ class Contender:
         table = Table(arena.inventory, self.choices(arena))
         ledger = Ledger(
             study, arena.space, arena.inventory, plans, sampler=self.sampler, seed=seed, dense_score=arena.dense_score,
-            limits=UNLIMITED, objectives=Objectives(dense=found.costs),
+            limits=UNLIMITED, objectives=Objectives(dense=arena.inventory.costs),
             knowledge=Knowledge(arena.space, table, arena.dense_score, suggested=self.suggested(arena)),
         )  # fmt: skip
         found, start = Found(), time.process_time()

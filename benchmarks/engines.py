@@ -76,7 +76,15 @@ def ours(make: Callable[[], Engine]) -> Clock:
         study = folder.create_study("nothing", folder.storage_url(Path(scratch), None), Objectives())
         space = make_space(found, ("tucker2", "cp", "svd"))
         ledger = Ledger(
-            study, space, found, [], sampler="random", seed=0, dense_score=1.0, limits=UNLIMITED, objectives=Objectives()
+            study,
+            space,
+            found,
+            [],
+            sampler="random",
+            seed=0,
+            dense_score=1.0,
+            limits=UNLIMITED,
+            objectives=Objectives(dense=found.costs),
         )
         answers = []
 

@@ -298,14 +298,12 @@ def kill_me():
 
 SCRIPT = """
 from ranksearch.engines import local
-from ranksearch.results.record import (Rung)
-from ranksearch.results.messages import (Outcome)
-from ranksearch.task.evaluation import Answer
+from ranksearch.results.messages import CurvePoint, Outcome, Result
 from tests.engines.test_engines import answers, collect
 
 def evaluate(job):
-    yield Rung(0, offset + job.seed)
-    yield Answer(Outcome.DONE, (Rung(0, offset + job.seed),))
+    yield CurvePoint(0, offset + job.seed)
+    yield Result(Outcome.DONE, (CurvePoint(0, offset + job.seed),))
 
 offset = 3.0
 with local.engine(2) as engine:
@@ -324,7 +322,7 @@ def test_a_script_needs_no_main_guard(tmp_path, by):
             stdin=script, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path,
         )  # fmt: skip
     assert done.stderr == ""
-    assert done.stdout == "[(0, 'DONE', (Rung(epochs=0, score=3.0),)), (1, 'DONE', (Rung(epochs=0, score=4.0),))]\n"
+    assert done.stdout == "[(0, 'DONE', (CurvePoint(epochs=0, score=3.0),)), (1, 'DONE', (CurvePoint(epochs=0, score=4.0),))]\n"
 
 
 @engines(0, 1, "ray")

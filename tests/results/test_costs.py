@@ -14,7 +14,7 @@ from ranksearch.report import write_report
 from ranksearch.results.costs import COSTS, PARAMS, Cost, costs_of, register_cost
 from ranksearch.results.limits import Limits
 from ranksearch.results.record import choose
-from tests.report.report_study import study_record
+from tests.report_study import study_record
 
 RECORD = study_record()
 
