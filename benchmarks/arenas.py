@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from ranksearch.compress.inventory import Inventory, inventory
-from ranksearch.compress.profile import Profile, profile, rank_grid
+from ranksearch.compress.profile import Profile, profile
 from ranksearch.compress.weights import weights_of
 from ranksearch.console import Silent
 from ranksearch.data import example, sample, sample_inputs
@@ -167,7 +167,7 @@ class Simulated:
         self.vbmf = {layer.name: self._estimate(layer, draw) for layer in layers}
         self.choices, self.blind = {}, {}
         for axis in self.space.axes:
-            found = [m.value(axis.layer, ranks) for m in axis.methods for ranks in rank_grid(m, axis.layer)]
+            found = [m.value(axis.layer, ranks) for m in axis.methods for ranks in m.rank_grid(axis.layer)]
             name, costs = axis.layer.name, [METHODS[type(v)].params(axis.layer, v.ranks) for v in found]
             squares = [self._square(axis.layer, value) for value in found]
             loss_increase = 4 * self._costs[name] * seen[name]

@@ -34,7 +34,7 @@ from tensorly.decomposition import parafac, partial_tucker
 from torch import Tensor, nn
 
 from ranksearch.compress.inventory import Inventory, inventory
-from ranksearch.compress.profile import kernel, profile, rank_grid
+from ranksearch.compress.profile import kernel, profile
 from ranksearch.methods import METHODS
 from ranksearch.models import lenet
 from ranksearch.plan import CP, Tucker2
@@ -157,7 +157,7 @@ def tucker_table(nets: Sequence[str]) -> list[str]:
         for layer in found.layers:
             if not applies(method, layer):
                 continue
-            tensor, grid = kernel(model, layer).flatten(2), rank_grid(method, layer)
+            tensor, grid = kernel(model, layer).flatten(2), method.rank_grid(layer)
             chosen = [grid[i] for i in np.unique(np.linspace(0, len(grid) - 1, SAMPLES[name]).round().astype(int))]
             times = len(grid) / len(chosen)
             seconds, fit = timed(partial(hosvd, tensor))
@@ -214,7 +214,7 @@ def cp_table(nets: Sequence[str]) -> list[str]:
             if not applies(method, layer) or min(layer.weight[:2]) < 32 or layer.weight in seen:
                 continue
             seen.add(layer.weight)
-            tensor, ranks = kernel(model, layer).flatten(2), [rank for (rank,) in rank_grid(method, layer)]
+            tensor, ranks = kernel(model, layer).flatten(2), [rank for (rank,) in method.rank_grid(layer)]
             ours, fits = timed(partial(cp_path, tensor, ranks))
             theirs, peers = timed(partial(each, partial(parafac_fit, tensor), [(rank,) for rank in ranks]))
             ratios = [fits[rank].error / error for rank, (error, _) in zip(ranks, peers, strict=True)]

@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from ranksearch.compress.surgery import factorize_ as factorize_
     from ranksearch.data import Splits as Splits
     from ranksearch.errors import RankSearchError as RankSearchError
+    from ranksearch.methods import register_method as register_method
     from ranksearch.methods.layer import Layer as Layer
     from ranksearch.plan import CP as CP
     from ranksearch.plan import CP4 as CP4
     from ranksearch.plan import SVD as SVD
+    from ranksearch.plan import TT as TT
     from ranksearch.plan import Dense as Dense
     from ranksearch.plan import Factorization as Factorization
     from ranksearch.plan import Plan as Plan
@@ -44,6 +46,7 @@ _HOMES = {
     "compress.surgery": ("factorize_",),
     "data": ("Splits",),
     "errors": ("RankSearchError",),
+    "methods": ("register_method",),
     "methods.layer": ("Layer",),
     "plan": (
         "CP",
@@ -53,6 +56,7 @@ _HOMES = {
         "Plan",
         "SVD",
         "Spatial",
+        "TT",
         "Tucker2",
     ),
     "results.record": (

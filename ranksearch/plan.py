@@ -120,7 +120,20 @@ class CP4(Factorization):
     rank: int
 
 
-KINDS: Mapping[str, type[Factorization]] = {kind.method: kind for kind in (Dense, SVD, Spatial, Tucker2, CP, CP4)}
+@dataclass(frozen=True)
+class TT(Factorization):
+    """1x1 in -> rank_in, d x 1 rank_in -> rank_mid, 1 x d rank_mid -> rank_out, 1x1 rank_out -> out: a tensor train
+    (Oseledets 2011)."""
+
+    method = "tt"
+    title = "TT"
+    rank_in: int
+    rank_mid: int
+    rank_out: int
+
+
+KINDS: dict[str, type[Factorization]] = {kind.method: kind for kind in (Dense, SVD, Spatial, Tucker2, CP, CP4, TT)}
+"""By the method's name; `ranksearch.register_method` adds to them."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def rank_ranges(space=SPACE):
         layer, chosen = axis.layer, {}
         for method in axis.methods:
             for level in range(9):
-                params = {f"{layer.name}.{key}": level / 8 for key in ("level", "level_in")}
+                params = {f"{layer.name}.{method.kind.method}.{rank}": level / 8 for rank in method.kind.rank_names()}
                 value = axis.factorization({**params, f"{layer.name}.method": method.kind.method})
                 if value != Dense():
                     size = method.params(layer, value.ranks)

@@ -36,7 +36,7 @@ def behind_flatten(*size, out=6, bias=True):
     return nn.Sequential(OrderedDict(flatten=nn.Flatten(), layer=layer)), size
 
 
-KERNEL_1D, KERNEL_2D, KERNEL_3D = {"tucker2", "cp"}, {"spatial", "tucker2", "cp", "cp4"}, {"tucker2", "cp"}
+KERNEL_1D, KERNEL_2D, KERNEL_3D = {"tucker2", "cp"}, {"spatial", "tucker2", "cp", "cp4", "tt"}, {"tucker2", "cp"}
 CONV1D, CONV2D, CONV3D, SAME = (4, 11), (4, 9, 8), (3, 6, 7, 5), {"padding": "same"}
 # id: (model, size of one input, methods that can store its layer)
 GEOMETRIES = {

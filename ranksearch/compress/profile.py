@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 from ranksearch.compress.axes import as_maps
 from ranksearch.compress.inventory import Inventory
 from ranksearch.compress.whitening import Modes, Whitening, source, whitenings
-from ranksearch.methods import FEWER_PARAMS, METHODS, Method, Prepared, RankConstraints, nearest_rank
+from ranksearch.methods import FEWER_PARAMS, METHODS, Method, Prepared, RankConstraints
 from ranksearch.methods.layer import Layer
 from ranksearch.plan import KINDS, Factorization, Plan
 from ranksearch.results.costs import Counts
@@ -28,16 +26,14 @@ from ranksearch.support.files import write_whole, writing
 from ranksearch.tensors.matrix import unfold
 from ranksearch.tensors.vbmf import vbmf
 
-LEVELS = 10
-"""Ranks a mode that a profile looks at, evenly spaced on a log scale."""
-
 Grid: TypeAlias = Sequence[tuple[int, ...]]
 
 DIGEST = "ranksearch-profile"
 """Where a cached file's header holds the digest of what it was made from."""
 
-ROOT, MEAN, ERRORS = "root", "mean", "errors"
-"""What a cached file calls the parts of a layer's metric, and the weight errors at the prepared ranks."""
+ROOT, MEAN, ERRORS = "input root", "input mean", "weight errors"
+"""What a cached file calls the parts of a layer's whitening, and the weight errors at the prepared ranks. The rest stands under
+the names of the methods, which hold no spaces."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,9 @@ class LayerProfile:
         """The factors of `value`, refined by `sweeps`; a pure function of these, the kernel, the metric and the seed."""
         method, name, weight = METHODS[type(value)], value.method, tuple(self.kernel.shape)
         found = method.factors(self.whitened[name], self.prepared[name], value.ranks, self.seed, sweeps)
-        return method.balanced(self.whitening.fold(found, method.holds(weight), weight)) if self.whitening.roots else found
+        if not self.whitening.roots:
+            return found
+        return method.balanced(self.whitening.fold(found, method.holds(weight), weight), weight)
 
     def of(self, kernel: Tensor, value: Factorization) -> LayerProfile:
         """The same layer with another kernel (out, in, *kernel), as after some training, prepared for `value` alone; its
@@ -104,7 +102,7 @@ class LayerProfile:
         """Every prepared method at every level of rank that is smaller than the dense layer."""
         for name, prepared in self.prepared.items():
             method = METHODS[KINDS[name]]
-            grid = rank_grid(method, self.layer, self.constraints)
+            grid = method.rank_grid(self.layer, self.constraints)
             fitted = method.errors(prepared, grid) if self.whitening.roots else [None] * len(grid)
             for ranks, error, data_error in zip(grid, self.errors[name].tolist(), fitted, strict=True):
                 yield Candidate(method.value(self.layer, ranks), error, method.costs(self.layer, ranks), data_error)
@@ -132,12 +130,6 @@ class Profile:
         """What to add to the biases of the layers that the plan names with its factors, where there is something to add."""
         found = {name: self.layers[name].bias_correction(value, factors[name]) for name, value in plan}
         return {name: bias_correction for name, bias_correction in found.items() if bias_correction is not None}
-
-
-def rank_grid(method: Method, layer: Layer, constraints: RankConstraints = FEWER_PARAMS) -> list[tuple[int, ...]]:
-    """The levels of rank of one method that pay: log-spaced from its least to its largest, every pair for two ranks."""
-    axes = [_log_spaced(ranks) for ranks in method.rank_ranges(layer, constraints)]
-    return [ranks for ranks in itertools.product(*axes) if method.shrinks(layer, ranks, constraints)]
 
 
 def profile(
@@ -237,7 +229,7 @@ class _Job:
         cache: Path | None,
     ) -> _Job:
         weight, wanted = kernel(model, layer), {method.kind.method: method for method in methods}
-        grids = {name: rank_grid(method, layer, constraints) for name, method in wanted.items()}
+        grids = {name: method.rank_grid(layer, constraints) for name, method in wanted.items()}
         # Layers of equal weights are one to a plain profile; their inputs may differ.
         digest = _digest(weight, grids, about and f"{about}|{layer.name}", seed)
         path = cache / f"{_as_file_name(layer.name)}-{digest}.safetensors" if cache else None
@@ -316,7 +308,7 @@ def kernel(model: nn.Module, layer: Layer) -> Tensor:
 
 def _digest(kernel: Tensor, grids: Mapping[str, Grid], whitening: str, seed: int) -> str:
     # The algorithms' own version stands in the hash, so that a cache of an older release is not read.
-    about = f"5|{sorted(grids.items())}|{whitening}|{seed}|{tuple(kernel.shape)}|{kernel.dtype}"
+    about = f"6|{sorted(grids.items())}|{whitening}|{seed}|{tuple(kernel.shape)}|{kernel.dtype}"
     return hashlib.sha256(about.encode() + kernel.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
@@ -339,8 +331,3 @@ def _read(path: Path, digest: str) -> dict[str, Tensor] | None:
 def _ranks(stored: Tensor) -> tuple[int | None, int | None]:
     into, out = stored.tolist()
     return into or None, out or None
-
-
-def _log_spaced(ranks: range) -> list[int]:
-    counts = [math.exp(math.log(len(ranks)) * step / (LEVELS - 1)) for step in range(LEVELS)] if ranks else []
-    return sorted({nearest_rank(ranks, ranks.step * count) for count in counts})

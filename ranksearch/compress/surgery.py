@@ -72,7 +72,7 @@ def factorize_(
         if given is None:
             given = method.factors(kernel, method.prepare(kernel, [value.ranks], seed), value.ranks, seed)
         _check_shapes(name, value, tuple(kernel.shape), given)
-        made = method.build(module, tuple(kernel.shape), given)
+        made = method.build(module, tuple(kernel.shape), value.ranks, given)
         if bias_corrections and name in bias_corrections:
             _correct_bias(name, module, made, bias_corrections[name])
         made = made if value.order is None else _reordered(made, tuple(kernel.shape[1:]), value.order)

@@ -1,15 +1,33 @@
-"""Decompositions of one layer, one a file. Adding one: its value in `ranksearch.plan`, its file, and its line here."""
+"""Decompositions of one layer, one a file. Adding one: its value in `ranksearch.plan`, its file, and its line here.
 
-from ranksearch.methods.base import FEWER_PARAMS, Method, Prepared, RankConstraints, Shape, nearest_rank
+Outside of the package: a subclass of `ranksearch.Factorization`, one of `Method`, and a call of `register_method`.
+"""
+
+from ranksearch.methods.base import FEWER_PARAMS, Method, Prepared, RankConstraints, nearest_rank
 from ranksearch.methods.cp import CPMethod
 from ranksearch.methods.cp4 import CP4Method
+from ranksearch.methods.parts import Part, Shape
+from ranksearch.methods.registry import METHODS, register_method
 from ranksearch.methods.spatial import SpatialMethod
 from ranksearch.methods.svd import SVDMethod
+from ranksearch.methods.tt import TTMethod
 from ranksearch.methods.tucker2 import Tucker2Method
-from ranksearch.plan import Factorization
 
-METHODS: dict[type[Factorization], Method] = {
-    method.kind: method for method in (SVDMethod(), SpatialMethod(), Tucker2Method(), CPMethod(), CP4Method())
-}
+register_method(SVDMethod())
+register_method(SpatialMethod())
+register_method(Tucker2Method())
+register_method(CPMethod())
+register_method(CP4Method())
+register_method(TTMethod())
 
-__all__ = ["FEWER_PARAMS", "METHODS", "Method", "Prepared", "RankConstraints", "Shape", "nearest_rank"]
+__all__ = [
+    "FEWER_PARAMS",
+    "METHODS",
+    "Method",
+    "Part",
+    "Prepared",
+    "RankConstraints",
+    "Shape",
+    "nearest_rank",
+    "register_method",
+]

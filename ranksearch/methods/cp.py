@@ -6,46 +6,35 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ranksearch import plan
-from ranksearch.methods.base import Method, Prepared, Shape, pointwise, spatial, stack
-from ranksearch.methods.layer import Layer
+from ranksearch.methods.base import Method, Prepared, every_axis, has_positions
+from ranksearch.methods.parts import Part, Shape
 from ranksearch.tensors.cp import cp_als, cp_path, exact_rank, reconstruct
 
 # Sweeps for a rank between two prepared ones: the start is good, and this runs at the start of every trial.
 BETWEEN = 20
-MAX_RANK = 1024
-"""No more terms are offered: ALS solves systems of as many unknowns. At AlexNet's first fully connected layer, 4096x256x36, one
-fit takes 56 s of a core at 1,024 terms and 117 s at 2,048, where a quarter of the layer's parameters are left."""
 
 
 class CPMethod(Method):
     """CP of the three-way tensor (out, in, kernel positions): as many terms as `rank`, fitted by ALS."""
 
     kind = plan.CP
+    vbmf = ("larger",)  # as the thesis does
+    vbmf_turn = 2
+    by_als = True
 
     def applies(self, weight: Shape, *, linear: bool) -> bool:
-        return math.prod(weight[2:]) > 1
+        return has_positions(weight)
 
     def bounds(self, weight: Shape) -> tuple[int, ...]:
         return (exact_rank((*weight[:2], math.prod(weight[2:]))),)
 
-    def limits(self, weight: Shape) -> tuple[int, ...]:
-        return (most_terms(weight, *self.bounds(weight)),)
-
-    def from_vbmf(self, rank_in: int, rank_out: int) -> tuple[int, ...]:
-        return (max(rank_in, rank_out),)  # as the thesis does
-
-    def factor_shapes(self, weight: Shape, ranks: tuple[int, ...]) -> tuple[Shape, ...]:
-        return (ranks[0], weight[1]), (ranks[0], *weight[2:]), (weight[0], ranks[0])
-
-    def holds(self, weight: Shape) -> tuple[tuple[int, ...], ...]:
-        return (1,), tuple(range(2, len(weight))), ()
-
-    def positions(self, layer: Layer) -> tuple[int, ...]:
-        before, after = math.prod(layer.in_size), math.prod(layer.out_size)
-        return before, after, after
+    def parts(self, weight: Shape, ranks: tuple[int, ...]) -> tuple[Part, ...]:
+        (rank,) = ranks
+        depthwise = Part("depthwise", rank, rank, every_axis(weight), depthwise=True)
+        return Part("reduce", weight[1], rank), depthwise, Part("expand", rank, weight[0])
 
     def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int) -> Prepared:
         return prepare_path(kernel.flatten(2), ranks, seed)
@@ -56,32 +45,13 @@ class CPMethod(Method):
         out, into, modes = factors_at(kernel.flatten(2), prepared, ranks[0], seed, sweeps)
         return into.T, modes.T.reshape(-1, *kernel.shape[2:]), out
 
-    def balanced(self, factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return factors
-
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
-        return [float(prepared[f"{rank}.error"]) for (rank,) in ranks]
-
-    def reconstruct(self, factors: Sequence[Tensor], weight: Shape) -> Tensor:
-        reduce, depthwise, expand = factors
-        return reconstruct((expand, reduce.T, depthwise.flatten(1).T)).reshape(weight)
-
-    def build(self, module: nn.Module, weight: Shape, factors: Sequence[Tensor]) -> nn.Sequential:
-        reduce, depthwise, expand = factors
-        rank = len(reduce)
-        every = range(len(weight) - 2)
-        parts = [
-            ("reduce", pointwise(weight, weight[1], rank), reduce),
-            ("depthwise", spatial(module, weight, (rank, rank), axes=every, groups=rank), depthwise),
-            ("expand", pointwise(weight, rank, weight[0], bias=module.bias is not None), expand),
-        ]
-        return stack(module, weight, parts)
+        return errors_at(prepared, ranks)
 
 
-def most_terms(weight: Shape, bound: int) -> int:
-    """The largest rank that is worth a look."""
-    # More terms than the largest channel mode make ALS overcomplete: they cancel rather than fit.
-    return min(max(weight[:2]), bound, MAX_RANK)
+def errors_at(prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
+    """The errors of prepared CP fits."""
+    return [float(prepared[f"{rank}.error"]) for (rank,) in ranks]
 
 
 def prepare_path(tensor: Tensor, ranks: Sequence[tuple[int, ...]], seed: int) -> dict[str, Tensor]:

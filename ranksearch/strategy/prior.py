@@ -25,7 +25,8 @@ def vbmf_plans(space: Space, vbmf: Estimates, weakenings: Sequence[float] = (1.0
     """
     methods = {method.kind.method: method for axis in space.axes for method in axis.methods}
     # A decomposition that suits the most layers leads; SVD only ever serves those that the leader cannot store.
-    leaders: list[str] = [name for name in ("tucker2", "cp", "cp4", "spatial") if name in methods] or ["svd"]
+    turns = sorted(methods, key=lambda name: methods[name].vbmf_turn)
+    leaders = [name for name in turns if methods[name].vbmf_turn] or turns
     seen = set()
     for weakening in weakenings:
         for leader in leaders:

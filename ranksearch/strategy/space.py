@@ -21,6 +21,8 @@ from ranksearch.results.limits import Limits
 from ranksearch.spec import SpaceSpec
 
 DENSE_METHOD = Dense.method
+UNUSED_LEVEL = 0.5
+"""The level, in a queued trial, of the ranks of methods that the trial does not choose."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ def size_of(plan: Plan, inventory: Inventory) -> Size:
 class Axis:
     """One layer and the methods that can make it smaller.
 
-    A level in 0..1 is a rank on a log scale between the least and the largest that pays, so a level means about the same
-    compression under every method. Tucker-2 takes a second level, for its input rank.
+    The parameter `LAYER.method` chooses among them. Each rank of each method has a parameter of its own,
+    `LAYER.METHOD.RANK`: a level in 0..1, on a log scale between the least rank and the largest that pays.
     """
 
     layer: Layer
@@ -62,13 +64,8 @@ class Axis:
         """Optuna's distributions, by parameter name; the same for every trial."""
         name = self.layer.name
         names = [DENSE_METHOD, *(method.kind.method for method in self.methods)]
-        found: dict[str, BaseDistribution] = {
-            f"{name}.method": CategoricalDistribution(names),
-            f"{name}.level": FloatDistribution(0.0, 1.0),
-        }
-        if any(len(method.kind.rank_names()) > 1 for method in self.methods):
-            found[f"{name}.level_in"] = FloatDistribution(0.0, 1.0)
-        return found
+        levels = {key: FloatDistribution(0.0, 1.0) for method in self.methods for key in self._levels(method)}
+        return {f"{name}.method": CategoricalDistribution(names), **levels}
 
     def smallest(self, cost: str) -> Factorization:
         """The layer at its least cost. Costs rise with the ranks, so the ranks are at their least too."""
@@ -90,13 +87,13 @@ class Axis:
     def params(self, value: Factorization) -> dict[str, Any]:
         """The parameters that choose `value`."""
         name = self.layer.name
-        defaults = {key: 0.5 for key in self.distributions() if not key.endswith(".method")}
+        params: dict[str, Any] = {key: UNUSED_LEVEL for method in self.methods for key in self._levels(method)}
         if isinstance(value, Dense):
-            return defaults | {f"{name}.method": DENSE_METHOD}
+            return params | {f"{name}.method": DENSE_METHOD}
         method = self._method(value)
         rank_ranges = self.rank_ranges[method.kind]
         levels = [level_of(rank, kind) for rank, kind in zip(value.ranks, rank_ranges, strict=True)]
-        return defaults | {f"{name}.method": value.method} | dict(zip(self._levels(method), levels, strict=True))
+        return params | {f"{name}.method": value.method} | dict(zip(self._levels(method), levels, strict=True))
 
     def check(self, value: Factorization) -> None:
         """Refuse what no parameters choose.
@@ -128,9 +125,9 @@ class Axis:
         raise PlanError(f"Layer {name!r} may not be stored as {value.title} in this study; add it to space.methods.")
 
     def _levels(self, method: Method) -> list[str]:
-        """The parameters that hold the method's ranks."""
-        levels = ["level_in", "level"][-len(method.kind.rank_names()) :]
-        return [f"{self.layer.name}.{level}" for level in levels]
+        """The parameters that hold the levels of the method's ranks. No other parameter has such a name: neither the names of
+        methods nor those of ranks hold a dot, and no rank is called `method`."""
+        return [f"{self.layer.name}.{method.kind.method}.{rank}" for rank in method.kind.rank_names()]
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from torch import nn
 
 from ranksearch import plan
 from ranksearch.compress.inventory import inventory
-from ranksearch.compress.profile import LEVELS, kernel, profile, rank_grid, vbmf_ranks
+from ranksearch.compress.profile import kernel, profile, vbmf_ranks
 from ranksearch.compress.surgery import factorize_
 from ranksearch.errors import StudyError
 from ranksearch.methods import METHODS
+from ranksearch.methods.base import LEVELS, MAX_CANDIDATES
 from ranksearch.support.files import write_whole
 from ranksearch.tensors.matrix import unfold
 from ranksearch.tensors.vbmf import vbmf
@@ -57,7 +58,7 @@ def values(layer_profile, *, every=False):
     for name in layer_profile.prepared:
         method = METHODS[plan.KINDS[name]]
         anywhere = itertools.product(*(range(1, limit + 1) for limit in method.limits(layer.weight)))
-        for ranks in anywhere if every else rank_grid(method, layer):
+        for ranks in anywhere if every else method.rank_grid(layer):
             yield method.value(layer, ranks)
 
 
@@ -179,9 +180,9 @@ def test_the_grid_pays_and_spans_the_limits():
     model = net()
     for layer in inventory(model, EXAMPLE).layers:
         for method in suiting(inventory(model, EXAMPLE))[layer.name]:
-            grid, limits = rank_grid(method, layer), most(method, layer)
+            grid, limits = method.rank_grid(layer), most(method, layer)
             assert grid[0] == (1,) * len(limits)
-            assert len(set(grid)) == len(grid) <= LEVELS ** len(limits)
+            assert len(set(grid)) == len(grid) <= min(LEVELS ** len(limits), MAX_CANDIDATES)
             assert all(method.shrinks(layer, ranks) for ranks in grid)
             assert all(rank <= limit for ranks in grid for rank, limit in zip(ranks, limits, strict=True))
             assert method.shrinks(layer, limits) == (limits in grid)
@@ -203,7 +204,7 @@ def test_a_layer_of_zeros_is_exact():
         model.fc.weight.zero_()
     layer = made(model).layers["fc"]
     candidates = list(layer.candidates())
-    assert len({candidate.value.method for candidate in candidates}) == 5
+    assert len({candidate.value.method for candidate in candidates}) == 6
     assert {candidate.error for candidate in candidates} == {0.0}
     assert layer.vbmf == (None, None)
 
@@ -267,7 +268,7 @@ def test_a_torn_or_foreign_file_is_made_again(cache, prepared, damage):
     assert path.read_bytes() != whole
     prepared.clear()
     again = made(cache=cache)
-    assert sorted(set(prepared)) == ["cp", "cp4", "spatial", "tucker2", "vbmf"]
+    assert sorted(set(prepared)) == ["cp", "cp4", "spatial", "tt", "tucker2", "vbmf"]
     assert path.read_bytes() == whole
     assert_same(first, again)
 

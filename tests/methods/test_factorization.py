@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ranksearch.compress.profile import rank_grid
 from ranksearch.compress.surgery import factorize_, kernel_of
 from tests.geometries import (
     BY_NAME,
@@ -146,7 +145,7 @@ def test_limits_lie_within_bounds(geometry, name):
 def test_a_layer_never_grows(name):
     method = BY_NAME[name]
     *_, layer = given_geometry("linear behind a map")
-    grid = rank_grid(method, layer)
+    grid = method.rank_grid(layer)
     assert grid
     assert all(method.params(layer, ranks) < layer.params for ranks in grid)
     assert not method.shrinks(layer, method.bounds(layer.weight))
@@ -189,7 +188,7 @@ def test_refining_keeps_the_ranks_and_raises_no_error(name, shape, seed, sweeps)
         assert all(torch.equal(one, other) for one, other in zip(factors, refined, strict=True))
 
 
-@pytest.mark.parametrize("name", ["tucker2", "cp", "cp4"])
+@pytest.mark.parametrize("name", ["tucker2", "cp", "cp4", "tt"])
 def test_refining_lowers_the_error(name):
     method, kernel = BY_NAME[name], normal(8, 7, 3, 3, seed=4)
     ranks = (3,) * len(method.bounds(kernel.shape))

@@ -15,9 +15,10 @@ from torch import nn
 
 import ranksearch
 from ranksearch.compress.inventory import inventory
-from ranksearch.compress.profile import LEVELS, profile, rank_grid
+from ranksearch.compress.profile import profile
 from ranksearch.errors import SpecError
 from ranksearch.methods import METHODS, RankConstraints
+from ranksearch.methods.base import LEVELS, MAX_CANDIDATES
 from ranksearch.plan import CP, CP4, SVD, Dense, Plan, Spatial, Tucker2
 from ranksearch.results.limits import UNLIMITED
 from ranksearch.results.messages import Outcome
@@ -98,7 +99,7 @@ def test_what_is_offered_is_what_the_law_leaves(geometry, name, smaller_in):
         wanted, kinds, grid = (
             rank_ranges(method, layer, constraints),
             method.rank_ranges(layer, constraints),
-            rank_grid(method, layer, constraints),
+            method.rank_grid(layer, constraints),
         )
         assert {ranks for ranks in itertools.product(*kinds) if method.shrinks(layer, ranks, constraints)} == wanted
         assert set(grid) <= wanted
@@ -116,14 +117,15 @@ def test_without_wishes_the_grid_is_log_spaced_between_one_and_the_largest_that_
     def fewer(ranks):
         return method.params(layer, ranks) < layer.params
 
-    axes = []
+    axes, levels = [], {1: LEVELS, 2: LEVELS, 3: 5}[len(method.limits(layer.weight))]
     for axis, limit in enumerate(method.limits(layer.weight)):
         others = (1,) * len(method.limits(layer.weight))
         paying = [r for r in range(1, limit + 1) if fewer((*others[:axis], r, *others[axis + 1 :]))]
-        steps = [math.exp(math.log(max(paying, default=1)) * step / (LEVELS - 1)) for step in range(LEVELS)]
+        steps = [math.exp(math.log(max(paying, default=1)) * step / (levels - 1)) for step in range(levels)]
         axes.append(sorted({round(step) for step in steps}))
-    assert rank_grid(method, layer) == [ranks for ranks in itertools.product(*axes) if fewer(ranks)]
-    assert rank_grid(method, layer, RankConstraints()) == rank_grid(method, layer)
+    assert method.rank_grid(layer) == [ranks for ranks in itertools.product(*axes) if fewer(ranks)]
+    assert method.rank_grid(layer, RankConstraints()) == method.rank_grid(layer)
+    assert len(method.rank_grid(layer)) <= MAX_CANDIDATES
 
 
 @contract
@@ -163,7 +165,7 @@ def test_no_rank_beyond_the_limit_is_offered_to_reach_the_multiple():
     assert METHODS[CP].shrinks(layer, (8,))
     assert METHODS[CP].limits(layer.weight) == (4,)
     assert not applies(METHODS[CP], layer, RankConstraints(8))
-    assert rank_grid(METHODS[CP], layer, RankConstraints(8)) == []
+    assert METHODS[CP].rank_grid(layer, RankConstraints(8)) == []
 
 
 # --- a space ---
@@ -267,7 +269,7 @@ def test_a_study_keeps_to_what_is_offered(tmp_path):
     assert record.facts.spec["space"]["rank_multiple"] == 4
     for path in (tmp_path / "small" / "profile").glob("conv2*"):
         ranks = {int(name.split("/")[1].split(".")[0]) for name in load_file(path) if name.startswith("cp/")}
-        assert ranks == {rank for (rank,) in rank_grid(METHODS[CP], INVENTORY["conv2"], constraints)}
+        assert ranks == {rank for (rank,) in METHODS[CP].rank_grid(INVENTORY["conv2"], constraints)}
 
 
 def test_layers_are_shown_at_ranks_that_are_offered(tmp_path):

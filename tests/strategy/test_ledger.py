@@ -249,9 +249,9 @@ def test_killed_and_resumed_equals_uninterrupted_with_a_trial_of_another_program
 
 BAD = [
     ({}, "every parameter of the space must be given, but 'conv1.method' is not"),
-    ({"conv2.level": None}, "every parameter of the space must be given, but 'conv2.level' is not"),
-    ({"conv2.level": 1.5}, "'conv2.level' must be a number from 0 to 1, but is 1.5"),
-    ({"conv2.level": "high"}, "'conv2.level' must be a number from 0 to 1, but is 'high'"),
+    ({"conv2.cp.rank": None}, "every parameter of the space must be given, but 'conv2.cp.rank' is not"),
+    ({"conv2.cp.rank": 1.5}, "'conv2.cp.rank' must be a number from 0 to 1, but is 1.5"),
+    ({"conv2.cp.rank": "high"}, "'conv2.cp.rank' must be a number from 0 to 1, but is 'high'"),
     ({"fc2.method": "cp"}, "'fc2.method' must be one of dense, svd, but is 'cp'"),
 ]
 

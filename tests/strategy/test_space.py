@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import optuna
 import pytest
@@ -15,7 +16,7 @@ from ranksearch.compress.inventory import count_params, inventory
 from ranksearch.compress.surgery import skeleton_
 from ranksearch.errors import PlanError, SpecError
 from ranksearch.methods import METHODS
-from ranksearch.plan import CP, KINDS, SVD, Dense, Plan, Spatial, Tucker2
+from ranksearch.plan import CP, KINDS, SVD, TT, Dense, Plan, Spatial, Tucker2
 from ranksearch.strategy.space import level_of, make_space, rank_at
 from tests.nets import small
 
@@ -120,17 +121,26 @@ def test_any_parameters_choose_a_model_that_can_be_built_at_the_cost_promised(ch
 @pytest.mark.parametrize("method", ALL)
 def test_ranks_that_do_not_pay_are_dense(method):
     axis = AXES["fc1"]
-    full = {"fc1.method": method, "fc1.level": 1.0, "fc1.level_in": 1.0}
-    least = {"fc1.method": method, "fc1.level": 0.0, "fc1.level_in": 0.0}
+    names = [f"fc1.{method}.{rank}" for rank in KINDS[method].rank_names()]
+    full, least = ({"fc1.method": method} | dict.fromkeys(names, level) for level in (1.0, 0.0))
     most = tuple(ranks[-1] for ranks in METHODS[KINDS[method]].rank_ranges(axis.layer))
     shrinks = METHODS[KINDS[method]].shrinks(axis.layer, most)
     assert (axis.factorization(full) != Dense()) == shrinks
     assert set(axis.factorization(least).ranks) == {1}
 
 
-def test_the_two_levels_of_tucker_are_not_mixed_up():
-    chosen = {"conv2.method": "tucker2", "conv2.level": 1.0, "conv2.level_in": 0.0}
+def test_the_levels_of_several_ranks_are_not_mixed_up():
+    chosen = {"conv2.method": "tucker2", "conv2.tucker2.rank_out": 1.0, "conv2.tucker2.rank_in": 0.0}
     assert AXES["conv2"].factorization(chosen) == Tucker2(rank_in=1, rank_out=16)
+    chosen = {"conv2.method": "tt", "conv2.tt.rank_in": 0.0, "conv2.tt.rank_mid": 1.0, "conv2.tt.rank_out": 0.0}
+    _, rank_mid, _ = AXES["conv2"].rank_ranges[TT]
+    assert AXES["conv2"].factorization(chosen) == TT(rank_in=1, rank_mid=rank_mid[-1], rank_out=1)
+
+
+def test_ranks_of_methods_that_are_not_chosen_have_a_fixed_level():
+    found = SPACE.params(Plan.of({"conv2": Tucker2(2, 3)}))
+    others = {name for name in found if not name.endswith(".method") and not name.startswith("conv2.tucker2.")}
+    assert {found[name] for name in others} == {0.5}
 
 
 # --- the space ---
@@ -142,12 +152,12 @@ def test_distributions_are_static():
     again = make_space(inventory(small(), EXAMPLE), ALL).distributions()
     assert list(again.items()) == list(wanted.items())
     for name, kind in wanted.items():
-        layer, _, what = name.rpartition(".")
-        if what == "method":
+        layer, *rank = name.split(".")
+        if rank == ["method"]:
             assert kind == CategoricalDistribution(["dense", *(method.kind.method for method in AXES[layer].methods)])
         else:
             assert kind == FloatDistribution(0.0, 1.0)
-            assert what in ("level", "level_in")
+            assert rank[1] in KINDS[rank[0]].rank_names()
 
 
 def test_optuna_samples_the_space():
@@ -168,11 +178,21 @@ def test_layers_come_in_call_order_with_the_methods_that_pay():
             assert (method in axis.methods) == shrinks, (name, method.kind.method)
 
 
-def test_only_tucker_has_a_second_level():
-    assert "conv2.level_in" in make_space(INVENTORY, ["cp", "tucker2"]).distributions()
+def test_every_rank_of_every_method_has_a_parameter():
+    assert make_space(INVENTORY, ["tt", "tucker2"], layers=["conv2"]).distributions().keys() == {
+        "conv2.method", "conv2.tucker2.rank_in", "conv2.tucker2.rank_out", "conv2.tt.rank_in", "conv2.tt.rank_mid",
+        "conv2.tt.rank_out",
+    }  # fmt: skip
     assert make_space(INVENTORY, ["cp"]).distributions().keys() == {
-        f"{name}.{what}" for name in ("conv1", "conv2", "fc1") for what in ("method", "level")
+        f"{name}.{what}" for name in ("conv1", "conv2", "fc1") for what in ("method", "cp.rank")
     }
+
+
+def test_no_two_parameters_share_a_name():
+    """Also where a layer is called `a.cp` beside a layer `a`."""
+    layers = [replace(INVENTORY["conv2"], name=name) for name in ("a", "a.cp", "a.cp.rank", "a.method")]
+    space = make_space(replace(INVENTORY, layers=tuple(layers)), ALL)
+    assert len(space.distributions()) == sum(len(axis.distributions()) for axis in space.axes)
 
 
 def test_layers_can_be_chosen_and_skipped():

@@ -1,0 +1,124 @@
+"""The layers in a row that a factorized layer consists of: the shapes of their weights, and the torch modules."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ranksearch.methods.layer import CONVOLUTIONS
+
+Shape: TypeAlias = tuple[int, ...]
+
+NOWHERE = "meta"
+"""The device parts are made on: no initial values are drawn, which would move torch's global random state."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One convolution `into` -> `out` channels of a factorized layer; its weight is one factor of the kernel.
+
+    Along `axes` of the kernel (0 and up) it has the layer's kernel size, stride, padding and dilation; along the other axes
+    it is 1 wide. So the parts of a layer share out the axes: each axis belongs to one part.
+    """
+
+    name: str
+    into: int
+    out: int
+    axes: tuple[int, ...] = ()
+    depthwise: bool = False
+    as_matrix: bool = False
+    """Of a first part along all axes: its factor is a matrix, and a fully connected layer keeps its row of inputs."""
+
+    def shape(self, weight: Shape) -> Shape:
+        """The factor's shape for a kernel of shape `weight`: (out, into, *sizes of `axes`); without `into` if depthwise, (out,
+        into * sizes) as a matrix."""
+        channels = (self.out,) if self.depthwise else (self.out, self.into)
+        shape = (*channels, *(weight[2 + axis] for axis in self.axes))
+        return (self.out, math.prod(shape[1:])) if self.as_matrix else shape
+
+    def module(self, dense: nn.Module, weight: Shape, *, bias: bool) -> nn.Module:
+        """The part of the layer `dense`, on the device "meta".
+
+        For a Linear seen as a kernel over its whole map the convolution is valid, with stride 1.
+        """
+        if len(weight) == 2:
+            return nn.Linear(self.into, self.out, bias=bias, device=NOWHERE)
+        kind, conv = CONVOLUTIONS[len(weight) - 3], dense if isinstance(dense, CONVOLUTIONS) else None
+        if not self.axes:
+            return kind(self.into, self.out, 1, bias=bias, device=NOWHERE)
+        ones = (1,) * (len(weight) - 2)
+        padding: str | tuple[int, ...] = (0,) * len(ones)
+        if conv:
+            padding = conv.padding if isinstance(conv.padding, str) else self._along(conv.padding, 0)
+        return kind(
+            self.into,
+            self.out,
+            self._along(weight[2:], 1),  # type: ignore[arg-type]
+            stride=self._along(conv.stride if conv else ones, 1),  # type: ignore[arg-type]
+            padding=padding,  # type: ignore[arg-type]
+            dilation=self._along(conv.dilation if conv else ones, 1),  # type: ignore[arg-type]
+            groups=self.into if self.depthwise else 1,
+            bias=bias,
+            padding_mode=conv.padding_mode if conv else "zeros",
+            device=NOWHERE,
+        )
+
+    def _along(self, values: Sequence[int], other: int) -> tuple[int, ...]:
+        return tuple(value if axis in self.axes else other for axis, value in enumerate(values))
+
+
+def assemble(module: nn.Module, weight: Shape, parts: Sequence[Part], factors: Sequence[Tensor]) -> nn.Sequential:
+    """The parts as one `nn.Sequential` with the factors for weights, on the device and in the dtype of `module`.
+
+    A fully connected `module` stays one from outside: the map is unflattened before the parts and flattened after them. Its
+    bias goes to the last part.
+    """
+    kernel, bias = module.weight, module.bias
+    assert isinstance(kernel, Tensor)
+    steps: OrderedDict[str, nn.Module] = OrderedDict()
+    as_kernel = isinstance(module, nn.Linear) and len(weight) > 2
+    if as_kernel and parts[0].as_matrix:
+        parts = [Part(part.name, part.shape(weight)[1], part.out) for part in parts]
+        weight, as_kernel = (weight[0], math.prod(weight[1:])), False
+    if as_kernel:
+        steps["unflatten"] = nn.Unflatten(1, weight[1:])
+    for part, factor in zip(parts, factors, strict=True):
+        made = part.module(module, weight, bias=bias is not None and part is parts[-1])
+        # In the final dtype before the values come, which would otherwise be rounded to the default one.
+        steps[part.name] = made.to(kernel.dtype).to_empty(device=kernel.device).requires_grad_(kernel.requires_grad)
+        assert isinstance(made.weight, Tensor)
+        with torch.no_grad():
+            made.weight.copy_(factor.reshape(made.weight.shape))
+    if isinstance(bias, Tensor):
+        last = steps[parts[-1].name].bias
+        assert isinstance(last, Tensor)
+        with torch.no_grad():
+            last.copy_(bias)
+        last.requires_grad_(bias.requires_grad)
+    if as_kernel:
+        steps["flatten"] = nn.Flatten()
+    return nn.Sequential(steps).train(module.training)
+
+
+def composed(parts: Sequence[Part], factors: Sequence[Tensor], weight: Shape) -> Tensor:
+    """The kernel of shape `weight` that the parts compute together; the first part is not depthwise."""
+    axes = list(parts[0].axes)
+    kernel = factors[0].reshape(-1, weight[1], *(weight[2 + axis] for axis in axes))
+    for part, factor in zip(parts[1:], factors[1:], strict=True):
+        if part.depthwise:
+            # kernel (c, in, *axes), factor (c, *more) -> (c, in, *axes, *more)
+            spread = factor.reshape(len(factor), *(1,) * (kernel.dim() - 1), *factor.shape[1:])
+            kernel = kernel.reshape(*kernel.shape, *(1,) * len(part.axes)) * spread
+        else:
+            # kernel (c, in, *axes), factor (o, c, *more) -> (o, *more, in, *axes) -> (o, in, *axes, *more)
+            count = len(part.axes)
+            product = torch.tensordot(factor.movedim(1, -1), kernel, 1)
+            kernel = product.movedim(tuple(range(1, 1 + count)), tuple(range(-count, 0)))
+        axes += part.axes
+    return kernel.permute(0, 1, *(2 + axes.index(axis) for axis in sorted(axes))).reshape(weight)
