@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 from ranksearch.compress.surgery import copied
 from ranksearch.console import View
 from ranksearch.errors import SpecError
-from ranksearch.plan import Plan
+from ranksearch.methods import METHODS
+from ranksearch.plan import KINDS, Plan
 from ranksearch.results.record import StudyRecord
 from ranksearch.spec import DenseSpec, FinalistSpec, Recipe, SearchSpec, SpaceSpec, StudySpec, TaskSpec, parse_spec
 from ranksearch.study.options import Options
@@ -54,7 +56,7 @@ def search(
     Args:
         task: the trained model, its data, its loss and score.
         out: the study's folder; the same call goes on where an earlier one stopped.
-        methods: what to choose from: tucker2, cp, cp4, spatial, svd.
+        methods: what to choose from: tucker2, cp, cp4, spatial, tt, svd, and what `register_method` was given.
         layers: only these layers, by names or patterns such as "stage2.*"; all that can be decomposed if it is empty.
         skip: not these layers, by names or patterns.
         rank_multiple: ranks are multiples of this, as some hardware wants them.
@@ -99,6 +101,7 @@ def search(
         dense=DenseSpec(epochs=0),
         space=SpaceSpec(
             methods=_names(methods),
+            plugins=_plugins(_names(methods)),
             layers=_names(layers),
             skip=_names(skip),
             rank_multiple=rank_multiple,
@@ -133,6 +136,13 @@ def search(
 def _names(given: str | Sequence[str]) -> tuple[str, ...]:
     """One name, or several."""
     return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _plugins(methods: Sequence[str]) -> tuple[str, ...]:
+    """The modules that registered methods of a user's own are defined in, for other processes; a script cannot be imported."""
+    kinds = [KINDS[name] for name in methods if name in KINDS]
+    modules = {type(METHODS[kind]).__module__ for kind in kinds if kind in METHODS}
+    return tuple(sorted(name for name in modules if name in sys.modules and not name.startswith(("__main__", "ranksearch."))))
 
 
 def _plans(given: Sequence[Plan]) -> tuple[Plan, ...]:

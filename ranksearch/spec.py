@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import tomli_w
 
-from ranksearch.errors import SpecError, first_line, nearest
-from ranksearch.plan import KINDS
+from ranksearch.errors import RankSearchError, SpecError, first_line, nearest
+from ranksearch.plan import KINDS, Dense
 from ranksearch.results.costs import COSTS
 from ranksearch.results.limits import Limits
 
@@ -26,7 +26,6 @@ SAMPLERS = ("rank", "tpe", "nsga2", "gp", "random")
 PRECISIONS = ("float32", "bfloat16")
 STARTS = ("decomposed", "scratch")
 SCHEDULES = ("one-shot", "layerwise")
-METHOD_NAMES = tuple(name for name in KINDS if name != "dense")
 
 
 def _checked(rule: str, holds: Callable[[Any], bool], *, choices: Sequence[str] = (), **kwargs: Any) -> Any:
@@ -99,6 +98,8 @@ class SpaceSpec:
     """What the search may choose from, for which layers."""
 
     methods: tuple[str, ...] = _checked("at least one method", bool, default=("tucker2", "cp", "svd"))
+    plugins: tuple[str, ...] = ()
+    """Modules to import first, which register methods of a user's own."""
     layers: tuple[str, ...] = ()
     """Only these layers; all that can be decomposed where it is empty."""
     skip: tuple[str, ...] = ()
@@ -169,7 +170,7 @@ class StudySpec:
         flat: dict[str, Any] = {}
         for key, value in self.to_dict().items():
             flat |= {f"{key}.{inner}": entry for inner, entry in value.items()} if isinstance(value, dict) else {key: value}
-        free = {"about", "search.trials", "search.minutes", "search.first", "finalists.count"}
+        free = {"about", "space.plugins", "search.trials", "search.minutes", "search.first", "finalists.count"}
         free |= {f"search.{key}" for key in Limits.names()}
         return {key: value for key, value in flat.items() if key not in free}
 
@@ -216,9 +217,12 @@ def parse_spec(text: str, *, source: str, overrides: Sequence[str] = (), resolve
     if resolved:
         data = _as_it_was(data)
     spec: StudySpec = _section(StudySpec, data, source=source, path="")
+    for module in spec.space.plugins:
+        _imported(module, module, key="space.plugins")
+    methods = [name for name in KINDS if name != Dense.method]
     for method in spec.space.methods:
-        if method not in METHOD_NAMES:
-            raise SpecError(f"space.methods must name methods, but {method!r} is none.{nearest(method, METHOD_NAMES)}")
+        if method not in methods:
+            raise SpecError(f"space.methods must name methods, but {method!r} is none.{nearest(method, methods)}")
     if spec.space.start == "scratch" and (spec.finalists.schedule != "one-shot" or spec.finalists.sweeps):
         raise SpecError(
             "finalists.schedule must be one-shot and finalists.sweeps 0 where space.start is scratch, which decomposes no "
@@ -273,17 +277,7 @@ def resolve(reference: str, *, key: str) -> Callable[..., Any]:
         SpecError: the module cannot be imported, has no such name, or the name is not callable.
     """
     module_name, _, name = reference.partition(":")
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise SpecError(
-            f"{key} must be importable, but {reference!r} is not: {error}; check the spelling, install the package, or "
-            "run from the folder that holds it."
-        ) from None
-    except Exception as error:
-        raise SpecError(
-            f"{key} must be importable, but {reference!r} raised {type(error).__name__}: {first_line(error)}; mend the module."
-        ) from error
+    found: Any = _imported(module_name, reference, key=key)
     for part in name.split("."):
         if not hasattr(found, part):
             raise SpecError(f"{key}: module {module_name!r} has no {name!r}.{nearest(name, _public(found))}")
@@ -291,6 +285,22 @@ def resolve(reference: str, *, key: str) -> Callable[..., Any]:
     if not callable(found):
         raise SpecError(f"{key} must name something callable, but {reference!r} is a {type(found).__name__}.")
     return typing.cast(Callable[..., Any], found)
+
+
+def _imported(module: str, reference: str, *, key: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise SpecError(
+            f"{key} must be importable, but {reference!r} is not: {error}; check the spelling, install the package, or "
+            "run from the folder that holds it."
+        ) from None
+    except RankSearchError as error:
+        raise SpecError(f"{key} must be importable, but {reference!r} is refused: {error}") from None
+    except Exception as error:
+        raise SpecError(
+            f"{key} must be importable, but {reference!r} raised {type(error).__name__}: {first_line(error)}; mend the module."
+        ) from error
 
 
 def _public(module: Any) -> Iterable[str]:

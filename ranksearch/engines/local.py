@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 
+import cloudpickle
+
 from ranksearch.engines.base import Crash, Engine, Evaluate, Messages, Workers
 from ranksearch.engines.shared import Packed, pack
 from ranksearch.errors import ModelError
@@ -129,7 +131,7 @@ class _Pool(Workers):
         worker = next((w for w in self._workers if w.job is None), None) or self._start()
         worker.job = job
         with suppress(OSError):  # dead before its job: `messages` finds its pipe closed and answers for it
-            worker.pipe.send(job)
+            worker.pipe.send_bytes(cloudpickle.dumps(job))  # its plan may hold values of a method defined in a script
 
     def messages(self) -> Iterator[tuple[int, CurvePoint | Result | Crash]]:
         ready = wait([worker.pipe for worker in self._busy()])

@@ -18,6 +18,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import cloudpickle
+
 from ranksearch.engines.base import Crash, Engine, Evaluate, Workers, packed
 from ranksearch.errors import StudyError
 from ranksearch.results.messages import CurvePoint, Job, Result
@@ -173,7 +175,7 @@ class _Cluster(Workers):
 
     def _send(self, value: object) -> None:
         try:
-            self._pipe.send(value)
+            self._pipe.send_bytes(cloudpickle.dumps(value))  # a plan may hold values of a method defined in a script
         except OSError:
             raise self._gone() from None
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
 
 from torch import Tensor, nn
 
 from ranksearch.compress.scratch import initialise_
 from ranksearch.errors import ModelError, nearest
-from ranksearch.plan import CP, CP4, SVD, Factorization, Tucker2
+from ranksearch.methods import METHODS
+from ranksearch.methods.parts import NOWHERE
+from ranksearch.plan import Factorization
 
 NORMS = ("all", "inner", "none")
 
@@ -28,8 +29,8 @@ def td_conv(
         in_channels: channels of the input.
         out_channels: channels of the output.
         kernel_size: of both sides.
-        factorization: CP4 (1x1, depthwise d x 1, depthwise 1 x d, 1x1), CP (1x1, depthwise d x d, 1x1), Tucker2 (1x1,
-            d x d, 1x1), or SVD (1x1, 1x1) where the kernel is 1x1.
+        factorization: of any method that stores such a kernel; its parts are the block's convolutions: those of CP4 1x1,
+            depthwise d x 1, depthwise 1 x d, 1x1.
         stride: of the kernel.
         padding: of the kernel.
         norm: batch normalisation after "all" sub-convolutions, the "inner" ones (all but the last), or "none".
@@ -37,7 +38,7 @@ def td_conv(
         residual: adds the block's input before the activation (He et al. 2016); a future work of the thesis.
 
     Raises:
-        ModelError: a factorization that is no block, an unknown `norm`, or a residual block that changes the shape.
+        ModelError: a method that stores no such kernel, an unknown `norm`, or a residual block that changes the shape.
     """
     if norm not in NORMS:
         raise ModelError(f"norm must be one of {', '.join(NORMS)}, but got {norm!r}.{nearest(norm, NORMS)}")
@@ -47,13 +48,18 @@ def td_conv(
             f"{stride} and padding {padding} around a kernel of {kernel_size}."
         )
     steps: OrderedDict[str, nn.Module] = OrderedDict()
-    parts = list(_parts(in_channels, out_channels, kernel_size, factorization, stride, padding))
-    initialise_([conv for _, conv in parts], last="relu" if activation is nn.ReLU else "linear")
-    for name, conv in parts:
-        last = name == parts[-1][0]
-        steps[name] = conv
-        if norm == "all" or (norm == "inner" and not last):
-            steps[f"{name}_norm"] = nn.BatchNorm2d(conv.out_channels)
+    dense = nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=padding, device=NOWHERE)
+    weight, method = tuple(dense.weight.shape), METHODS.get(type(factorization))
+    if method is None or not method.applies(weight, linear=False):
+        size = f"{kernel_size}x{kernel_size}"
+        raise ModelError(f"A TD block must be stored by a method that suits its kernel, but got {factorization} for {size}.")
+    parts = method.parts(weight, factorization.ranks)
+    convs = [part.module(dense, weight, bias=True).to_empty(device="cpu") for part in parts]
+    initialise_(convs, last="relu" if activation is nn.ReLU else "linear")
+    for part, conv in zip(parts, convs, strict=True):
+        steps[part.name] = conv
+        if norm == "all" or (norm == "inner" and part is not parts[-1]):
+            steps[f"{part.name}_norm"] = nn.BatchNorm2d(part.out)
     if residual:
         return nn.Sequential(OrderedDict(block=Residual(nn.Sequential(steps)), activation=activation()))
     return nn.Sequential(steps | {"activation": activation()})
@@ -69,24 +75,3 @@ class Residual(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         added: Tensor = inputs + self.block(inputs)
         return added
-
-
-def _parts(into: int, out: int, d: int, value: Factorization, stride: int, padding: int) -> Iterator[tuple[str, nn.Conv2d]]:
-    if isinstance(value, CP4):
-        yield "reduce", nn.Conv2d(into, value.rank, 1)
-        yield "high", nn.Conv2d(value.rank, value.rank, (d, 1), (stride, 1), (padding, 0), groups=value.rank)
-        yield "wide", nn.Conv2d(value.rank, value.rank, (1, d), (1, stride), (0, padding), groups=value.rank)
-        yield "expand", nn.Conv2d(value.rank, out, 1)
-    elif isinstance(value, CP):
-        yield "reduce", nn.Conv2d(into, value.rank, 1)
-        yield "depthwise", nn.Conv2d(value.rank, value.rank, d, stride, padding, groups=value.rank)
-        yield "expand", nn.Conv2d(value.rank, out, 1)
-    elif isinstance(value, Tucker2):
-        yield "reduce", nn.Conv2d(into, value.rank_in, 1)
-        yield "core", nn.Conv2d(value.rank_in, value.rank_out, d, stride, padding)
-        yield "expand", nn.Conv2d(value.rank_out, out, 1)
-    elif isinstance(value, SVD) and d == 1:
-        yield "reduce", nn.Conv2d(into, value.rank, 1)
-        yield "expand", nn.Conv2d(value.rank, out, 1, stride, padding)
-    else:
-        raise ModelError(f"A TD block is CP, CP4 or Tucker2, or SVD for a 1x1 kernel, but got {value} for {d}x{d}.")

@@ -177,7 +177,7 @@ class RankSampler(BaseSampler):
         """The parameters of the proposed plan; none where every plan near the fronts was tried."""
         table = self._known.table
         # A trial that is just being asked for has no parameters yet, one that was killed while it was has some.
-        trials = [t for t in study.get_trials(deepcopy=False, states=ASKED_STATES) if len(t.params) == len(search_space)]
+        trials = [t for t in study.get_trials(deepcopy=False, states=ASKED_STATES) if t.params.keys() == search_space.keys()]
         done = [t for t in trials if t.state is TrialState.COMPLETE]
         points = np.array([t.values for t in done]).reshape(-1, 1 + len(table.minimize))
         floor = self._known.floor(points[:, 0])

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ranksearch.compress.scratch import scratch_
 from ranksearch.compress.surgery import factorize_
 from ranksearch.compress.weights import digest_of, weights_of
 from ranksearch.data import sample
+from ranksearch.methods import METHODS, Method, register_method
 from ranksearch.plan import Plan
 from ranksearch.results.messages import CurvePoint, Job, Outcome, Result, Stage
 from ranksearch.spec import FinalistSpec, Recipe
@@ -44,6 +45,13 @@ class Evaluator:
     """Train trials and finalists from weights drawn anew. Probes are of decomposed weights all the same."""
     unfinished: Path | None = None
     """The folder of the finalists' checkpoints; a worker that cannot write there, on another machine, keeps none."""
+    methods: tuple[Method, ...] = field(default_factory=lambda: tuple(METHODS.values()))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        # A worker has the methods of this package alone, until it gets those that were registered where the study runs.
+        for method in self.methods:
+            register_method(method)
 
     def __call__(self, job: Job) -> Iterator[CurvePoint | Result]:
         """Evaluate a job: a rung after each epoch (the first without training), then the answer, always last.

@@ -10,7 +10,7 @@ from ranksearch.compress.inventory import count_params, inventory
 from ranksearch.errors import ModelError
 from ranksearch.methods import METHODS
 from ranksearch.models import ccnn, lenet, lenet3, nin, residual_lenet, resnet20, resnet56, td_ccnn, td_conv, td_lenet, vgg16
-from ranksearch.plan import CP, CP4, SVD, Spatial, Tucker2
+from ranksearch.plan import CP, CP4, SVD, TT, Dense, Spatial, Tucker2
 from ranksearch.spec import resolve
 
 
@@ -56,7 +56,7 @@ def test_the_ccnn_runs_over_whole_maps():
         torch.testing.assert_close(net(whole[:, :, 5:14, 11:20])[0, 0, 0, 0], found[0, 0, 5, 11])
 
 
-@pytest.mark.parametrize("value", [CP(5), CP4(5), Tucker2(4, 5)])
+@pytest.mark.parametrize("value", [CP(5), CP4(5), Tucker2(4, 5), Spatial(5), TT(4, 5, 6)], ids=str)
 @pytest.mark.parametrize(("stride", "padding"), [(1, 0), (2, 1)])
 def test_a_td_block_stands_for_its_convolution(value, stride, padding):
     block = td_conv(6, 8, 3, value, stride=stride, padding=padding, norm="none")
@@ -101,8 +101,9 @@ def test_a_residual_block_adds_its_input():
         ((6, 8, 3, CP(4)), {"norm": "al"}, "norm must be one of all, inner, none, but got 'al'. Did you mean 'all'?"),
         ((6, 8, 3, CP(4)), {"padding": 1, "residual": True}, "A residual block must keep the shape of its input, but got 6 -> 8 channels"),
         ((6, 6, 3, CP(4)), {"residual": True}, "stride 1 and padding 0 around a kernel of 3"),
-        ((6, 8, 3, Spatial(4)), {}, "A TD block is CP, CP4 or Tucker2, or SVD for a 1x1 kernel, but got .* for 3x3"),
-        ((6, 8, 3, SVD(4)), {}, "A TD block is CP, CP4 or Tucker2, or SVD for a 1x1 kernel, but got .* for 3x3"),
+        ((6, 8, 1, Spatial(4)), {}, "A TD block must be stored by a method that suits its kernel, but got spatial SVD 4 for 1x1"),
+        ((6, 8, 3, SVD(4)), {}, "A TD block must be stored by a method that suits its kernel, but got SVD 4 for 3x3"),
+        ((6, 8, 3, Dense()), {}, "A TD block must be stored by a method that suits its kernel, but got dense for 3x3"),
     ],
 )  # fmt: skip
 def test_blocks_that_are_refused(arguments, options, message):
