@@ -20,7 +20,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
-from typing import TypeVar
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+from unittest.mock import patch
 
 # As the command line sets it: threads that wait give their core away, so that a busy neighbour costs its share only.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -34,11 +37,14 @@ from tensorly.decomposition import parafac, partial_tucker
 from torch import Tensor, nn
 
 from ranksearch.compress.inventory import Inventory, inventory
-from ranksearch.compress.profile import kernel, profile
+from ranksearch.compress.preparing import kernel
+from ranksearch.compress.profile import profile
+from ranksearch.compress.whitening import Whitening, whitenings
 from ranksearch.methods import METHODS
 from ranksearch.models import lenet
 from ranksearch.plan import CP, Tucker2
-from ranksearch.strategy.space import applies
+from ranksearch.spec import SpaceSpec
+from ranksearch.strategy.space import applies, space_of
 from ranksearch.tensors.cp import cp_path, reconstruct
 from ranksearch.tensors.tucker import hooi, hosvd
 from ranksearch.tensors.vbmf import vbmf
@@ -69,6 +75,11 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
+LARGE = {"AlexNet": torchvision.models.alexnet, "VGG-16": torchvision.models.vgg16}
+"""Nets of large fully connected layers, at 224 pixels, with torchvision's initial weights: a decaying spectrum would take
+longer to make than their profiles."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One net or kernel: seconds on each side, extrapolated from `sampled` of `whole` fits, and ratios of errors, ours /
@@ -83,13 +94,15 @@ class Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS), help="only these")
+    parser.add_argument("--nets", nargs="+", choices=[*NETS, *LARGE], help="only these")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
     options = parser.parse_args()
     tl.set_backend("pytorch")
     warnings.filterwarnings("ignore")
-    parts = [machine("torch", "tensorly"), vbmf_line(), "", *profile_table(options.nets), "", *tucker_table(options.nets), ""]
-    parts += cp_table(options.nets)
+    nets = [name for name in NETS if not options.nets or name in options.nets]
+    large = [name for name in LARGE if not options.nets or name in options.nets]
+    parts = [machine("torch", "tensorly"), vbmf_line(), "", *profile_table(nets), "", *study_table(large), ""]
+    parts += [*tucker_table(nets), "", *cp_table(nets)]
     if options.write:
         write_section("decompose", "python benchmarks/decompose.py --write", "\n".join(parts))
 
@@ -139,6 +152,44 @@ def profile_seconds(name: str) -> tuple[int, int, float, float]:
     before = peak_gib()
     seconds, count = timed(lambda: sum(1 for p in profile(model, found, methods).layers.values() for _ in p.candidates()))
     return len(found.layers), count, seconds, peak_gib() - before
+
+
+def study_table(nets: Sequence[str]) -> list[str]:
+    """The profile of a study with the default settings: three methods, fitted for 512 random pictures."""
+    head = ["a study's profile", "layers", "candidates", "moments of 512 pictures", "decompositions", "memory above the model"]
+    lines = table(head)
+    for name in nets:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            layers, count, moments, whole, grown = pool.submit(study_seconds, name).result()
+        rest = tuple(both - part for both, part in zip(whole, moments, strict=True))
+        cells = [f"{wall:.0f} s ({cpu:.0f} s of CPU)" for wall, cpu in (moments, rest)]
+        lines.append(row(name, layers, count, *cells, f"{grown:.1f} GiB"))
+    return lines
+
+
+def study_seconds(name: str) -> tuple[int, int, tuple[float, ...], tuple[float, ...], float]:
+    """Layers, candidates, wall and CPU seconds of the pass that measures the moments and of all, GiB of memory."""
+    torch.manual_seed(0)
+    model, spec = LARGE[name](weights=None).eval(), SpaceSpec()
+    inputs = torch.randn(512, 3, 224, 224)
+    found = inventory(model, inputs[:1])
+    methods = {axis.layer.name: axis.methods for axis in space_of(spec, found).axes}
+    before, begun, marks = peak_gib(), clocks(), []
+
+    def measured(*given: Any) -> dict[str, Whitening]:
+        result = whitenings(*given)
+        marks.append(clocks())
+        return result
+
+    with TemporaryDirectory() as cache, patch("ranksearch.compress.profile.metrics", measured):
+        layers = profile(model, found, methods, inputs=inputs, cache=Path(cache)).layers.values()
+    parts = [tuple(now - then for now, then in zip(mark, begun, strict=True)) for mark in (*marks, clocks())]
+    return len(found.layers), sum(len(list(p.candidates())) for p in layers), parts[0], parts[1], peak_gib() - before
+
+
+def clocks() -> tuple[float, float]:
+    """Wall and CPU seconds; the latter tell more on a busy machine."""
+    return time.perf_counter(), time.process_time()
 
 
 def peak_gib() -> float:

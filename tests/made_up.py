@@ -34,7 +34,7 @@ class Tucker1Method(Method):
     def parts(self, weight, ranks):
         return Part("reduce", weight[1], ranks[0]), Part("core", ranks[0], weight[0], (0, 1))
 
-    def prepare(self, kernel, ranks, seed):
+    def prepare(self, kernel, ranks, seed, rows=None):
         left, singular, _ = torch.linalg.svd(kernel.movedim(1, 0).flatten(1), full_matrices=False)
         return {"basis": left, "singular": singular}
 

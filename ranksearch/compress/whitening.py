@@ -34,6 +34,8 @@ MAX_MOMENT_ROWS = 4096
 """The largest matrix of moments, in rows: its Cholesky factor takes a second or two, and 128 MiB while it is made."""
 POSITIONS_PER_INPUT = 64
 """Positions drawn from each input of a convolution, whose neighbours see much the same; it bounds the time."""
+ROWS = 16384
+"""Rows of a factor that are folded at once."""
 BATCH = 32
 """Inputs a pass: what a convolution sees is held for so many at once."""
 MIN_RELATIVE_VARIANCE = 1e-9
@@ -45,9 +47,9 @@ class Whitening:
     """The inputs of one layer: ||(W' - W) L||, with L L^T their moments, is the expected error of its outputs.
 
     `roots` holds a lower triangular L (d, d) for each run of kernel modes of joint size d; a run that is not there is
-    the product of its single modes, and a mode that is not there counts alike in all directions. So `Whitening()` is the
-    plain norm of the weights. `mean` (in, *kernel) is the mean patch of inputs where the moments are taken around it:
-    the error of the mean is then the bias's to correct.
+    the product of its first mode and the rest, and a mode that is not there counts alike in all directions. So
+    `Whitening()` is the plain norm of the weights. `mean` (in, *kernel) is the mean patch of inputs where the moments are
+    taken around it: the error of the mean is then the bias's to correct.
     """
 
     roots: Mapping[Modes, Tensor] = field(default_factory=dict)
@@ -57,6 +59,10 @@ class Whitening:
         """The same in another type."""
         roots = {run: root.to(dtype) for run, root in self.roots.items()}
         return Whitening(roots, None if self.mean is None else self.mean.to(dtype))
+
+    def runs(self, holds: Sequence[Modes]) -> tuple[Modes, ...]:
+        """The runs whose roots `whiten` multiplies by: equal ones give equal kernels."""
+        return tuple(run for modes in holds for run, _ in self._roots(modes))
 
     def whiten(self, kernel: Tensor, holds: Sequence[Modes]) -> Tensor:
         """The kernel (out, in, *kernel) times the roots of the runs that the factors hold; of the same shape."""
@@ -77,20 +83,24 @@ class Whitening:
             start = run[0] - modes[0] if modes else 0
             lead = math.prod(shape) // math.prod(sizes) * math.prod(sizes[:start])
             runs = factor.reshape(lead, len(root), -1).movedim(1, -1)
-            # In float64: half the digits of a direction that hardly counts are gone otherwise.
-            rows = runs.flatten(0, 1).double()
-            solved = torch.linalg.solve_triangular(root.double(), rows, upper=False, left=False)
-            factor = solved.reshape(runs.shape).movedim(-1, 1).reshape(shape).to(factor.dtype)
+            # In float64: half the digits of a direction that hardly counts are gone otherwise. In blocks, which stay in a
+            # processor's cache.
+            identity = torch.eye(len(root), dtype=torch.float64, device=root.device)
+            inverse = torch.linalg.solve_triangular(root.double(), identity, upper=False)
+            blocks = runs.flatten(0, 1).split(ROWS)
+            solved = torch.cat([(block.double() @ inverse).to(factor.dtype) for block in blocks])
+            factor = solved.reshape(runs.shape).movedim(-1, 1).reshape(shape)
         return factor
 
     def _roots(self, modes: Modes) -> list[tuple[Modes, Tensor]]:
-        runs = [modes] if modes in self.roots else [(mode,) for mode in modes]
-        return [(run, self.roots[run]) for run in runs if run in self.roots]
+        if modes in self.roots:
+            return [(modes, self.roots[modes])]
+        return [*self._roots(modes[:1]), *self._roots(modes[1:])] if len(modes) > 1 else []
 
 
 def source(model: nn.Module, inputs: Tensor) -> str:
     """The digest of all that a metric follows from: every weight and buffer of the model, and the inputs."""
-    digest = hashlib.sha256(f"2|{SHRINKAGE}|{MAX_MOMENT_ROWS}|{POSITIONS_PER_INPUT}|{BATCH}".encode())
+    digest = hashlib.sha256(f"3|{SHRINKAGE}|{MAX_MOMENT_ROWS}|{POSITIONS_PER_INPUT}|{BATCH}".encode())
     kept = model.state_dict()
     # What a model does not keep, such as the mean of its inputs, it computes with all the same.
     others = [(name, value) for name, value in model.named_buffers() if name not in kept]
@@ -116,8 +126,9 @@ def whitenings(model: nn.Module, holds: Mapping[Layer, Iterable[Modes]], inputs:
 
     Args:
         model: the dense model; it runs in eval mode, without gradients, and is left as it was.
-        holds: by layer, the runs of kernel modes to measure. A run of more than `MAX_MOMENT_ROWS` rows is left to its single
-            modes, as the one row of features behind a 512 x 7 x 7 map is; a single mode of more counts alike.
+        holds: by layer, the runs of kernel modes to measure. A run of more than `MAX_MOMENT_ROWS` rows is parted into its first
+            mode and the rest, as the one row of features behind a 512 x 7 x 7 map into channels and positions; a single mode
+            of more counts alike.
         inputs: (count, ...) of the training split, on any device.
 
     Raises:
@@ -207,8 +218,9 @@ class _Moments:
         return Whitening(roots, mean if centred and self.layer.bias else None)
 
     def _parts(self, run: Modes) -> list[Modes]:
-        parts = [run] if self._size(run) <= MAX_MOMENT_ROWS else [(mode,) for mode in run]
-        return [part for part in parts if self._size(part) <= MAX_MOMENT_ROWS]
+        if self._size(run) <= MAX_MOMENT_ROWS:
+            return [run]
+        return [*self._parts(run[:1]), *self._parts(run[1:])] if len(run) > 1 else []
 
     def _size(self, run: Modes) -> int:
         return math.prod(self.layer.weight[mode] for mode in run)

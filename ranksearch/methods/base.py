@@ -10,7 +10,7 @@ import abc
 import bisect
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
@@ -20,9 +20,14 @@ from torch import Tensor, nn
 from ranksearch.methods.layer import Layer
 from ranksearch.methods.parts import Part, Shape, assemble, composed
 from ranksearch.plan import Factorization
+from ranksearch.tensors.matrix import Principal, norm_of
 
 Prepared: TypeAlias = Mapping[str, Tensor]
 """What one layer's decomposition needs so that every rank is cheap; plain tensors by name, so that it can be stored."""
+FactorsAt: TypeAlias = Callable[[tuple[int, ...]], Sequence[Tensor]]
+"""The factors of one kernel at any ranks."""
+Rows: TypeAlias = Callable[[], Principal]
+"""The principal vectors of a kernel's rows, computed when they are first asked for."""
 Estimate: TypeAlias = Literal["in", "out", "larger"]
 """The VBMF rank of the unfolding by input channels, by output channels, or the larger of the two."""
 
@@ -31,8 +36,8 @@ LEVELS = 10
 MAX_CANDIDATES = 128
 """How many combinations of ranks a profile looks at for one layer and method: of three ranks five levels each."""
 MAX_TERMS = 1024
-"""The largest rank that ALS fits: it solves systems of as many unknowns. At AlexNet's first fully connected layer, 4096x256x36,
-one fit takes 56 s of a core at 1,024 terms and 117 s at 2,048, where a quarter of the layer's parameters are left."""
+"""The largest rank that ALS fits: it solves systems of as many unknowns. At VGG-16's first fully connected layer, 4096x512x49,
+the ten fits of a profile up to 1,024 terms take two minutes of a core; there a twentieth of the layer's parameters is left."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,11 @@ class Method(abc.ABC):
         """The convolutions in a row that store a kernel of shape `weight` at these ranks; the first is not depthwise."""
 
     @abc.abstractmethod
-    def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int) -> Prepared:
-        """The part of the work that all ranks share, for a kernel (out, in, *kernel); `ranks` are those looked at."""
+    def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int, rows: Rows | None = None) -> Prepared:
+        """The part of the work that all ranks share, for a kernel (out, in, *kernel); `ranks` are those looked at.
+
+        `rows` gives `principal(kernel.flatten(1))`, which another method may have computed already.
+        """
 
     @abc.abstractmethod
     def factors(
@@ -96,7 +104,19 @@ class Method(abc.ABC):
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
         """The relative errors (Frobenius) of the kernel at some of the prepared ranks, without rebuilding it."""
 
+    def distances(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], factors_at: FactorsAt) -> list[float]:
+        """The norms (Frobenius) of `kernel` minus what its factors at these ranks stand for.
+
+        `factors_at` gives factors that were folded back from a whitening, so that they need not be orthogonal any more. A
+        method whose factors are nested may know them without rebuilding a kernel for each of the ranks.
+        """
+        return [self.distance(kernel, factors_at(each)) for each in ranks]
+
     # --- what follows from the above; not overridden ---
+
+    def distance(self, kernel: Tensor, factors: Sequence[Tensor]) -> float:
+        """The norm (Frobenius) of `kernel` minus what the factors stand for."""
+        return norm_of(self.reconstruct(factors, tuple(kernel.shape)).sub_(kernel))
 
     def limits(self, weight: Shape) -> tuple[int, ...]:
         """The largest ranks that are worth a look, whatever they cost."""
@@ -200,6 +220,11 @@ class Method(abc.ABC):
         ranks = range(least[axis], limit + 1, least[axis])
         # The costs rise with the rank, so the first rank that does not pay can be bisected for.
         return ranks[: bisect.bisect_left(ranks, True, key=grows)]
+
+
+def root(energy: Tensor | float) -> float:
+    """The root of an energy that rounding may have made negative."""
+    return math.sqrt(max(0.0, float(energy)))
 
 
 def nearest_rank(ranks: range, wanted: float) -> int:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ranksearch import plan
-from ranksearch.methods.base import Method, Prepared, every_axis, has_positions
+from ranksearch.methods.base import Method, Prepared, Rows, every_axis, has_positions
 from ranksearch.methods.parts import Part, Shape
 from ranksearch.tensors.cp import cp_als, cp_path, exact_rank, reconstruct
+from ranksearch.tensors.matrix import norm_of
 
 # Sweeps for a rank between two prepared ones: the start is good, and this runs at the start of every trial.
 BETWEEN = 20
@@ -36,8 +37,8 @@ class CPMethod(Method):
         depthwise = Part("depthwise", rank, rank, every_axis(weight), depthwise=True)
         return Part("reduce", weight[1], rank), depthwise, Part("expand", rank, weight[0])
 
-    def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int) -> Prepared:
-        return prepare_path(kernel.flatten(2), ranks, seed)
+    def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int, rows: Rows | None = None) -> Prepared:
+        return prepare_path(kernel.flatten(2), ranks, seed, rows)
 
     def factors(
         self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int, sweeps: int = 0
@@ -54,9 +55,9 @@ def errors_at(prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[floa
     return [float(prepared[f"{rank}.error"]) for (rank,) in ranks]
 
 
-def prepare_path(tensor: Tensor, ranks: Sequence[tuple[int, ...]], seed: int) -> dict[str, Tensor]:
+def prepare_path(tensor: Tensor, ranks: Sequence[tuple[int, ...]], seed: int, rows: Rows | None = None) -> dict[str, Tensor]:
     """CP fits at all `ranks`, warm-started downwards, as tensors `<rank>.<mode>`; with `<rank>.error`."""
-    fits = cp_path(tensor, sorted({rank for (rank,) in ranks}), seed=seed)
+    fits = cp_path(tensor, sorted({rank for (rank,) in ranks}), seed=seed, rows=rows)
     factors = {f"{rank}.{mode}": factor for rank, fit in fits.items() for mode, factor in enumerate(fit.factors)}
     for rank, fit in fits.items():
         factors[f"{rank}.error"] = torch.tensor(fit.error, dtype=torch.float64)
@@ -77,7 +78,7 @@ def factors_at(tensor: Tensor, prepared: Prepared, rank: int, seed: int, sweeps:
 
 def _continued(tensor: Tensor, factors: Sequence[Tensor], sweeps: int, seed: int) -> tuple[Tensor, ...]:
     """The CP factors after as many more sweeps, or fewer where they have converged; as they are if none lowers the error."""
-    before = torch.linalg.vector_norm(tensor - reconstruct(factors)) / torch.linalg.vector_norm(tensor)
+    before = norm_of(tensor - reconstruct(factors)) / norm_of(tensor)
     fit = cp_als(tensor, factors[0].shape[1], seed=seed, init=factors, sweeps=sweeps)
     # A fit that has converged at the bound on its degeneracy can end a little below the bound, and of the error above.
-    return fit.factors if fit.error < float(before) else tuple(factors)
+    return fit.factors if fit.error < before else tuple(factors)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ranksearch import plan
-from ranksearch.methods.base import Method, Prepared, is_separable
+from ranksearch.methods.base import Method, Prepared, Rows, is_separable
 from ranksearch.methods.cp import errors_at, factors_at, prepare_path
 from ranksearch.methods.parts import Part, Shape
 from ranksearch.tensors.cp import exact_rank
@@ -32,8 +32,8 @@ class CP4Method(Method):
         high, wide = (Part(name, rank, rank, (axis,), depthwise=True) for axis, name in enumerate(("high", "wide")))
         return Part("reduce", weight[1], rank), high, wide, Part("expand", rank, weight[0])
 
-    def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int) -> Prepared:
-        return prepare_path(kernel, ranks, seed)
+    def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int, rows: Rows | None = None) -> Prepared:
+        return prepare_path(kernel, ranks, seed, rows)
 
     def factors(
         self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int, sweeps: int = 0

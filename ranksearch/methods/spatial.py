@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ranksearch import plan
-from ranksearch.methods.base import Method, Prepared, is_separable
+from ranksearch.methods.base import FactorsAt, Method, Prepared, Rows, is_separable, root
 from ranksearch.methods.parts import Part, Shape
 from ranksearch.methods.svd import errors_at
 from ranksearch.tensors.matrix import SVDFactors, svd
@@ -30,7 +30,7 @@ class SpatialMethod(Method):
     def parts(self, weight: Shape, ranks: tuple[int, ...]) -> tuple[Part, ...]:
         return Part("high", weight[1], ranks[0], (0,)), Part("wide", ranks[0], weight[0], (1,))
 
-    def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int) -> Prepared:
+    def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int, rows: Rows | None = None) -> Prepared:
         return vars(svd(kernel.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)))
 
     def factors(
@@ -42,3 +42,11 @@ class SpatialMethod(Method):
 
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
         return errors_at(prepared, ranks)
+
+    def distances(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], factors_at: FactorsAt) -> list[float]:
+        # Lower ranks are slices of the full one; of two terms, the inner product is that of their first times that of their
+        # second vectors.
+        first, second = factors_at(self.bounds(tuple(kernel.shape)))
+        ones, others = first.flatten(1).double(), second.movedim(1, 0).flatten(1).double()
+        products = (ones @ ones.T) * (others @ others.T)
+        return [root(products[rank:, rank:].sum()) for (rank,) in ranks]

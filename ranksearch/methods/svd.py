@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ranksearch import plan
-from ranksearch.methods.base import Method, Prepared, every_axis, has_positions
+from ranksearch.methods.base import FactorsAt, Method, Prepared, Rows, every_axis, has_positions
 from ranksearch.methods.parts import Part, Shape
-from ranksearch.tensors.matrix import SVDFactors, svd
+from ranksearch.tensors.matrix import SVDFactors, norm_of, svd
 
 
 class SVDMethod(Method):
@@ -30,8 +31,8 @@ class SVDMethod(Method):
         # A stride stands in the first convolution, so both run at the output's resolution.
         return Part("reduce", weight[1], ranks[0], every_axis(weight), as_matrix=True), Part("expand", ranks[0], weight[0])
 
-    def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int) -> Prepared:
-        return vars(svd(kernel.flatten(1)))
+    def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int, rows: Rows | None = None) -> Prepared:
+        return vars(svd(kernel.flatten(1), rows))
 
     def factors(
         self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int, sweeps: int = 0
@@ -41,6 +42,12 @@ class SVDMethod(Method):
 
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
         return errors_at(prepared, ranks)
+
+    def distances(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], factors_at: FactorsAt) -> list[float]:
+        # Lower ranks are slices of the full one, and the columns of the second factor stay orthogonal.
+        first, second = factors_at(self.bounds(tuple(kernel.shape)))
+        ones, others = (torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in (first, second.T))
+        return [norm_of((ones * others)[rank:]) for (rank,) in ranks]
 
 
 def errors_at(prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ranksearch import plan
-from ranksearch.methods.base import Method, Prepared, is_separable
+from ranksearch.methods.base import Method, Prepared, Rows, is_separable
 from ranksearch.methods.parts import Part, Shape
 from ranksearch.tensors.matrix import floating, principal
 
@@ -41,7 +41,7 @@ class TTMethod(Method):
             Part("expand", rank_out, weight[0]),
         )
 
-    def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int) -> Prepared:
+    def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int, rows: Rows | None = None) -> Prepared:
         tensor = floating(kernel).double().permute(1, 2, 3, 0)
         u_in, u_mid = principal(tensor.flatten(1))[0], principal(tensor.flatten(0, 1).flatten(1))[0]
         u_out = principal(tensor.flatten(0, 2).T)[0]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ranksearch import plan
-from ranksearch.methods.base import Method, Prepared, every_axis, has_positions
+from ranksearch.methods.base import FactorsAt, Method, Prepared, Rows, every_axis, has_positions, root
 from ranksearch.methods.parts import Part, Shape
 from ranksearch.tensors.tucker import HOSVD, hooi, hosvd
 
@@ -32,8 +32,8 @@ class Tucker2Method(Method):
         core = Part("core", rank_in, rank_out, every_axis(weight))
         return Part("reduce", weight[1], rank_in), core, Part("expand", rank_out, weight[0])
 
-    def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int) -> Prepared:
-        return vars(hosvd(kernel.flatten(2)))
+    def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int, rows: Rows | None = None) -> Prepared:
+        return vars(hosvd(kernel.flatten(2), rows))
 
     def factors(
         self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int, sweeps: int = 0
@@ -45,3 +45,19 @@ class Tucker2Method(Method):
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
         every = HOSVD(**prepared).errors().tolist()
         return [every[rank_in - 1][rank_out - 1] for rank_in, rank_out in ranks]
+
+    def distances(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], factors_at: FactorsAt) -> list[float]:
+        # Lower ranks are slices of the full ones, and the last factor stays orthonormal. So what is left out are the core's
+        # slices behind rank_out, and of those before it the input terms behind rank_in.
+        reduce, core, _ = factors_at(self.bounds(tuple(kernel.shape)))
+        basis = reduce.double() @ reduce.double().T
+        stops = sorted({rank_out for _, rank_out in ranks} | {len(core)})
+        # By slice of the core between two stops: the inner products of its input terms.
+        parts = [slices.double().transpose(0, 1).flatten(1) for slices in core.flatten(2).tensor_split(stops[:-1])]
+        products = dict(zip(stops, (part @ part.T * basis for part in parts), strict=True))
+        found = []
+        for rank_in, rank_out in ranks:
+            before = sum(products[stop][rank_in:, rank_in:].sum() for stop in stops if stop <= rank_out)
+            behind = sum(products[stop].sum() for stop in stops if stop > rank_out)
+            found.append(root(before + behind))
+        return found

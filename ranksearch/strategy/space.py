@@ -204,12 +204,14 @@ def make_space(
     known = [layer.name for layer in inventory.layers]
     only, never = _matching("space.layers", layers, inventory), _matching("space.skip", skip, inventory)
     chosen = [m for kind, m in METHODS.items() if kind.method in methods]
+    left = [layer for layer in inventory.layers if (not layers or layer.name in only) and layer.name not in never]
+    if not left:
+        raise SpecError(f"The search needs a layer to decompose, but space.layers and space.skip leave none of {known}.")
     axes = []
-    for layer in inventory.layers:
-        if (not layers or layer.name in only) and layer.name not in never:
-            fitting = tuple(method for method in chosen if applies(method, layer, constraints))
-            if fitting:
-                axes.append(Axis(layer, fitting, constraints))
+    for layer in left:
+        fitting = tuple(method for method in chosen if applies(method, layer, constraints))
+        if fitting:
+            axes.append(Axis(layer, fitting, constraints))
     if not axes:
         raise SpecError(
             f"The search needs a layer to decompose, but {', '.join(methods)} make none of {known} "

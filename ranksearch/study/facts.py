@@ -12,7 +12,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ranksearch.compress.inventory import Inventory, inventory
-from ranksearch.compress.profile import Profile, kernel, vbmf_ranks
+from ranksearch.compress.preparing import kernel, vbmf_ranks
+from ranksearch.compress.profile import Profile
 from ranksearch.console import Look
 from ranksearch.data import check_splits, example
 from ranksearch.errors import ModelError

@@ -56,7 +56,9 @@ def _read_plan(path: str) -> Plan:
         raise SpecError(f"search.first, {path}: {error}") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise SpecError(f"search.first must name files of plans, but {path!r} cannot be read: {reason}.") from None
+        raise SpecError(
+            f"search.first must name files of plans, but {path!r} cannot be read: {reason}; check the path."
+        ) from None
 
 
 def check_first(study: optuna.Study, plans: Sequence[Plan]) -> None:

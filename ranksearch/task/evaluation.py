@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from ranksearch.compress.profile import Profile, kernel
+from ranksearch.compress.preparing import kernel
+from ranksearch.compress.profile import Profile
 from ranksearch.compress.scratch import scratch_
 from ranksearch.compress.surgery import factorize_
 from ranksearch.compress.weights import digest_of, weights_of

@@ -7,7 +7,7 @@ vectors and weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -15,11 +15,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ranksearch.tensors.matrix import principal, unfold
+from ranksearch.tensors.matrix import Principal, norm_of, principal, unfold
 
 _NEWTON_STEPS = 50
 # Eigenvalues of a Gram matrix in float64 above this part of the largest are no rounding.
 _SAFE = 1e-12
+# A short core has at least so many directions, and only a mode of four times as many and more is shortened.
+_SHORT, _SHORTER = 256, 4
+# Sweeps over the whole core after those over a short one. On 4096 x 256 x 36 at ranks 47 to 1024, with a flat and with a
+# falling spectrum, the error was then 0.9985 to 1.0005 times that of 25 sweeps over the whole core.
+_LAST = 1
 # A bound counts as reached from this part of it on: one factorization of the normal equations then mostly serves.
 _REACHED = 0.97
 
@@ -70,35 +75,69 @@ class Terms:
 
 @dataclass(frozen=True)
 class Compressed:
-    """A tensor as `norm` times a core of norm one, multiplied by orthonormal columns in every mode."""
+    """A tensor as `norm` times a core of norm one, multiplied by orthonormal columns in every mode.
+
+    If the core's longest mode is several times longer than the rank that is wanted, `leading` holds its `s` leading directions
+    and `short` the core along them.
+    """
 
     core: Float[Tensor, "*core_dims"]
     bases: tuple[Float[Tensor, "dim core_dim"], ...]
     norm: float
+    leading: Float[Tensor, "core_dim s"] | None = None
+    short: Float[Tensor, "*short_dims"] | None = None
 
     @classmethod
-    def of(cls, tensor: Float[Tensor, "*dims"]) -> Compressed:
+    def of(cls, tensor: Float[Tensor, "*dims"], rank: int, rows: Callable[[], Principal] | None = None) -> Compressed:
         """HOSVD of a tensor that is not zero, of the modes where it helps.
+
+        `rank` is the largest that will be fitted, `rows` gives `principal` of the first unfolding if that is known already.
 
         Only slices below the rounding of the tensor's own type are left out, which makes low-rank tensors and modes
         longer than the product of all others cheap, and leaves the error of every CP as it is. Of the two longest modes
         one that has no such slices stays as it is, since turning them would take as long as some sweeps do.
         """
-        norm = float(tensor.double().norm())
+        norm = norm_of(tensor)
         core = tensor.double() / norm
         bases = [torch.eye(size, dtype=tensor.dtype, device=tensor.device) for size in tensor.shape]
         by_size = sorted(range(tensor.ndim), key=lambda mode: tensor.shape[mode])
+        leading = None
         for mode in by_size:
             unfolding = unfold(core, mode)
-            if mode in by_size[-2:] and _has_full_rank(unfolding):
+            basis, energy = rows() if rows and mode == 0 else principal(unfolding)
+            if mode in by_size[-2:] and len(energy) == len(unfolding) and energy[-1] > _SAFE * energy[0]:
+                leading = basis if mode == by_size[-1] else None
                 continue
-            basis = principal(unfolding)[0]
             turned = basis.T @ unfolding
             kept = turned.norm(dim=1) > 2 * torch.finfo(tensor.dtype).eps
             rest = [size for other, size in enumerate(core.shape) if other != mode]
             core = turned[kept].reshape(-1, *rest).movedim(0, mode)
             bases[mode] = basis[:, kept].to(tensor.dtype)
-        return cls(core.to(tensor.dtype).contiguous(), tuple(bases), norm)
+        whole = cls(core.to(tensor.dtype).contiguous(), tuple(bases), norm)
+        size = max(rank, _SHORT)
+        if leading is None or len(leading) < _SHORTER * size:
+            return whole
+        leading = leading[:, :size].to(tensor.dtype)
+        return replace(whole, leading=leading, short=_along(whole.core, leading.T))
+
+    def slices(self, rank: int) -> Terms:
+        """`slice_terms` of the core, or of the short one."""
+        if self.short is None or self.leading is None:
+            return slice_terms(self.core, rank)
+        found = slice_terms(self.short, rank)
+        outside = math.sqrt(max(0.0, 1 - norm_of(self.short) ** 2))
+        return replace(_turned(found, longest(self.core), self.leading.T), error=math.hypot(found.error, outside))
+
+    def fit(self, start: Terms, rule: Rule) -> Terms:
+        """`run` on the core, most of its sweeps on the short one (Bro and Andersson 1998, "Improving the speed of multiway
+        algorithms, part II: compression"). The sweeps over the whole core end within the same tolerance."""
+        if self.short is None or self.leading is None or rule.sweeps <= _LAST:
+            return run(self.core, start, rule)
+        long, size = longest(self.core), max(len(start.weights), _SHORT)
+        leading, short = self.leading[:, :size], self.short.narrow(long, 0, size).contiguous()
+        near = run(short / norm_of(short), _turned(start, long, leading), replace(rule, sweeps=rule.sweeps - _LAST))
+        last = run(self.core, _turned(near, long, leading.T), replace(rule, sweeps=_LAST))
+        return replace(last, sweeps=near.sweeps + last.sweeps)
 
 
 @dataclass(frozen=True)
@@ -111,12 +150,22 @@ class Rule:
     max_degeneracy: float
 
 
-def _has_full_rank(unfolding: Float[Tensor, "m n"]) -> bool:
-    """Whether every direction of the rows is well above rounding."""
-    if unfolding.shape[0] > unfolding.shape[1]:
-        return False
-    energy = torch.linalg.eigvalsh(unfolding @ unfolding.T)
-    return float(energy[0]) > _SAFE * float(energy[-1])
+def longest(core: Tensor) -> int:
+    """The longest mode; the last of several."""
+    return max(range(core.ndim), key=lambda mode: (core.shape[mode], mode))
+
+
+def _along(core: Tensor, rows: Float[Tensor, "s dim"]) -> Tensor:
+    """The core along these directions of its longest mode."""
+    mode = longest(core)
+    return torch.tensordot(rows, core, dims=([1], [mode])).movedim(0, mode).contiguous()
+
+
+def _turned(terms: Terms, mode: int, matrix: Float[Tensor, "dim other"]) -> Terms:
+    """The terms with the vectors of one mode times `matrix`, and unit vectors again."""
+    rows = list(terms.rows)
+    rows[mode] = unit(rows[mode] @ matrix)[0]
+    return replace(terms, rows=tuple(rows), ridges=())
 
 
 def unit(rows: Float[Tensor, "rank dim"]) -> tuple[Float[Tensor, "rank dim"], Float[Tensor, " rank"]]:

@@ -6,7 +6,7 @@ Three modes `(out, in, k)` for a kernel with its spatial modes merged, four `(ou
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ranksearch.tensors.als import Compressed, Rule, Terms, khatri_rao, run, slice_terms, unit
-from ranksearch.tensors.matrix import floating
+from ranksearch.tensors.als import Compressed, Rule, Terms, khatri_rao, unit
+from ranksearch.tensors.matrix import Principal, floating, norm_of
 
 if TYPE_CHECKING:
     from tensorly.cp_tensor import CPTensor
@@ -109,14 +109,14 @@ def cp_als(
     values = _checked(tensor, rank)
     if not bool(values.any()):
         return _nothing(values, rank)
-    problem = Compressed.of(values)
-    slices = slice_terms(problem.core, rank)
+    problem = Compressed.of(values, rank)
+    slices = problem.slices(rank)
     if _is_exact(slices):
         return _expanded(values, problem, slices)
     generator = torch.Generator().manual_seed(seed)
     first = slices.shaken(_NUDGE, generator) if init is None else _projected(values, problem, rank, init)
     further = (slices.shaken(_SHAKE, generator) for _ in range(starts - 1))
-    fits = [run(problem.core, start, rule) for start in (first, *further)]
+    fits = [problem.fit(start, rule) for start in (first, *further)]
     return _expanded(values, problem, min(fits, key=lambda terms: terms.error))
 
 
@@ -126,8 +126,11 @@ def cp_path(
     *,
     seed: int = 0,
     sweeps: int = 25,
+    rows: Callable[[], Principal] | None = None,
 ) -> dict[int, CPFit]:
     """CP fits of one tensor for all these ranks, by rising rank.
+
+    `rows` gives `principal` of the tensor's first unfolding if that is known already.
 
     Each ends after `sweeps`, or when one lowers the error by less than 1e-4.
 
@@ -144,14 +147,14 @@ def cp_path(
     values = _checked(tensor, falling[-1])
     if not bool(values.any()):
         return {rank: _nothing(values, rank) for rank in reversed(falling)}
-    problem = Compressed.of(values)
-    slices = slice_terms(problem.core, falling[0])
+    problem = Compressed.of(values, falling[0], rows)
+    slices = problem.slices(falling[0])
     above = slices.shaken(_NUDGE, torch.Generator().manual_seed(seed))
     fits = {}
     for rank in falling:
         terms = slices.first(rank)
         if not _is_exact(terms):
-            terms = above = run(problem.core, above.largest(rank), rule)
+            terms = above = problem.fit(above.largest(rank), rule)
         fits[rank] = _expanded(values, problem, terms)
     return dict(reversed(fits.items()))
 
@@ -197,5 +200,5 @@ def _expanded(tensor: Tensor, problem: Compressed, terms: Terms) -> CPFit:
     ordered = terms.largest(len(terms.weights))
     share = (ordered.weights * problem.norm) ** (1 / tensor.ndim)
     factors = tuple((basis @ rows.T) * share for basis, rows in zip(problem.bases, ordered.rows, strict=True))
-    error = float((tensor - reconstruct(factors)).double().norm()) / problem.norm
+    error = norm_of(reconstruct(factors).sub_(tensor)) / problem.norm
     return CPFit(factors, error, ordered.degeneracy, terms.sweeps)

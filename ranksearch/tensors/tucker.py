@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ranksearch.tensors.matrix import check_rank, floating, principal, signed, unfold
+from ranksearch.tensors.matrix import Principal, check_rank, floating, principal, signed, unfold
 
 if TYPE_CHECKING:
     from tensorly.tucker_tensor import TuckerTensor
@@ -62,14 +63,17 @@ class HOSVD:
         return ((rows_out + columns_out) / total).sqrt().T
 
 
-def hosvd(kernel: Float[Tensor, "out in_ k"]) -> HOSVD:
+def hosvd(kernel: Float[Tensor, "out in_ k"], rows: Callable[[], Principal] | None = None) -> HOSVD:
     """Truncatable HOSVD of the first two modes (De Lathauwer et al. 2000), from two Gram matrices in float64.
+
+    `rows` gives `principal` of the unfolding by output channels if that is known already.
 
     Raises:
         ValueError: the kernel has not three modes, or holds NaN or infinity.
     """
     values = _three_modes(kernel)
-    u_out, u_in = (principal(unfold(values, mode))[0].to(values.dtype) for mode in (0, 1))
+    u_out = (rows() if rows else principal(unfold(values, 0)))[0].to(values.dtype)
+    u_in = principal(unfold(values, 1))[0].to(values.dtype)
     return HOSVD(_core(values, u_out, u_in), u_out, u_in)
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ranksearch.tensors.matrix import floating
+from ranksearch.tensors.matrix import floating, gram, norm_of
 
 # Points of the search for the noise variance, and how often it narrows to the two intervals around the best one.
 _GRID, _ZOOMS = 65, 6
@@ -50,15 +50,15 @@ def vbmf(matrix: Float[Tensor, "m n"], *, noise_variance: float | None = None) -
     values = _alive(finite.double(), rounding)
     if not values.numel():
         return VBMFEstimate(0, 0.0, values.new_zeros(0))
-    scale = float(values.square().mean().sqrt())
-    values = (values if values.shape[0] <= values.shape[1] else values.T) / scale
+    scale = norm_of(values) / math.sqrt(values.numel())
+    values = values if values.shape[0] <= values.shape[1] else values.T
     short, long = values.shape
     model = _Model(short, long, rounding)
     given = None if noise_variance is None else noise_variance / scale**2
-    energy = torch.linalg.eigvalsh(values @ values.T).flip(0).clamp_min(0) / model.long
+    energy = torch.linalg.eigvalsh(gram(values) / scale**2).flip(0).clamp_min(0) / model.long
     variance = given or model.noise(energy)
     if variance < _SAFE * float(energy[0]):
-        energy = torch.linalg.svdvals(values).square() / model.long
+        energy = torch.linalg.svdvals(values / scale).square() / model.long
         variance = given or model.noise(energy)
     kept = energy[energy > model.threshold * variance]
     return VBMFEstimate(len(kept), variance * scale**2, model.shrink(kept, variance) * scale)
@@ -67,8 +67,9 @@ def vbmf(matrix: Float[Tensor, "m n"], *, noise_variance: float | None = None) -
 def _alive(matrix: Tensor, rounding: float) -> Tensor:
     """The matrix without rows and columns of zeros: they hold no noise, and make that of the others look like signal."""
     for _ in range(2):
-        norms = matrix.norm(dim=1)
-        matrix = matrix[norms > rounding * norms.max()].T if matrix.numel() else matrix.T
+        norms = torch.linalg.vector_norm(matrix, dim=1)
+        alive = norms > rounding * norms.max() if len(norms) else norms.bool()
+        matrix = (matrix if alive.all() else matrix[alive]).T
     return matrix
 
 

@@ -256,8 +256,11 @@ def test_a_space_of_nothing_is_refused():
     message = "The search needs a layer to decompose, but svd, spatial make none of ['0'] smaller."
     with pytest.raises(SpecError, match=f"^{re.escape(message)}$"):
         make_space(inventory(nn.Sequential(nn.Conv2d(1, 2, (1, 3))), EXAMPLE), ["svd", "spatial"])
-    with pytest.raises(SpecError, match=r"^The search needs a layer to decompose"):
-        make_space(INVENTORY, ALL, layers=["fc2"], skip=["fc2"])
+    message = (
+        "The search needs a layer to decompose, but space.layers and space.skip leave none of ['conv1', 'conv2', 'fc1', 'fc2']."
+    )
+    with pytest.raises(SpecError, match=f"^{re.escape(message)}$"):
+        make_space(INVENTORY, ALL, layers=["fc2"], skip=["fc*"])
 
 
 @pytest.mark.parametrize("value", [Spatial(1), CP(1)])

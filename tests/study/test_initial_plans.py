@@ -80,8 +80,8 @@ def test_the_plan_of_a_finished_study_can_be_tried_first(finished, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "search.first must name files of plans, but 'plan.json' cannot be read: No such file or directory."),
-        (b"\xff\xfe", "search.first must name files of plans, but 'plan.json' cannot be read: it is not UTF-8 text."),
+        (None, "search.first must name files of plans, but 'plan.json' cannot be read: No such file or directory; check the path."),
+        (b"\xff\xfe", "search.first must name files of plans, but 'plan.json' cannot be read: it is not UTF-8 text; check the path."),
         (b"{", "search.first, plan.json: A plan must be JSON, but line 1 is not: Expecting property name enclosed in double quotes."),
         (b"[]", 'search.first, plan.json: A plan needs "format": "ranksearch-plan/1" and a "layers" object, but got \'list\'.'),
         (Plan.of({"conv9": CP(1)}), "search.first, plan.json: A plan must name layers of the space, but 'conv9' is none. Did you mean 'conv2'?"),

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorly.decomposition import parafac
 
+from ranksearch.tensors import als
 from ranksearch.tensors.als import Compressed, Rule, solve
 from ranksearch.tensors.cp import cp_als, cp_path, exact_rank, reconstruct
 from ranksearch.tensors.matrix import svd
@@ -300,11 +301,39 @@ def test_only_float64_is_computed_in_more_than_float32(dtype, used):
 @given(shapes, seeds, st.sampled_from([torch.float32, torch.float64]))
 def test_compression_loses_nothing(shape, seed, dtype):
     tensor = normal(*shape, seed=seed, dtype=dtype)
-    small = Compressed.of(tensor)
+    small = Compressed.of(tensor, 1)
     back = small.core * small.norm
     for basis in small.bases:
         back = torch.tensordot(back, basis, ([0], [1]))
     torch.testing.assert_close(back, tensor, rtol=0, atol=20 * torch.finfo(dtype).eps * float(tensor.norm()))
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_fit_that_begins_on_a_short_core_is_as_good(mode, seed, monkeypatch):
+    tensor, ranks = kernel(60, 9, 8, seed=seed).movedim(0, mode), [1, 4, 8]
+    whole = cp_path(tensor, ranks)
+    monkeypatch.setattr(als, "_SHORT", 6)
+    problem = Compressed.of(tensor, 8)
+    assert problem.short.shape == torch.Size([8 if at == mode else size for at, size in enumerate(problem.core.shape)])
+    short = cp_path(tensor, ranks)
+    for rank in ranks:
+        assert short[rank].error == pytest.approx(measured(short[rank], tensor), abs=1e-9)
+        assert short[rank].error < 1.05 * whole[rank].error
+        assert short[rank].degeneracy <= 10.001
+        assert [len(factor) for factor in short[rank].factors] == list(tensor.shape)
+    again = cp_als(tensor, 4, init=[factor[:, :4] for factor in short[8].factors], sweeps=20)
+    assert again.error < 1.05 * whole[4].error
+    assert again.sweeps <= 20
+    assert Compressed.of(tensor, 40).short is None
+
+
+def test_terms_on_a_short_core_know_what_lies_outside_of_it(monkeypatch):
+    monkeypatch.setattr(als, "_SHORT", 6)
+    problem = Compressed.of(kernel(60, 9, 8), 6)
+    terms = problem.slices(6)
+    rebuilt = reconstruct([row.T * (terms.weights if at == 0 else 1) for at, row in enumerate(terms.rows)])
+    assert terms.error == pytest.approx(float((rebuilt - problem.core).norm()), abs=1e-9)
 
 
 @pytest.mark.parametrize(

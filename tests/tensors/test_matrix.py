@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ranksearch.tensors.matrix import floating, principal, svd, unfold
+from ranksearch.tensors.matrix import floating, gram, principal, svd, unfold
 from tests.nets import normal
 
 laws = settings(max_examples=20, deadline=None)
@@ -45,6 +45,31 @@ def test_reported_errors_are_the_measured_ones_and_fall(m, n, seed):
     for rank in range(1, min(m, n) + 1):
         left, right = factors.at(rank)
         assert relative(left @ right, x) == pytest.approx(float(errors[rank - 1]), abs=1e-12)
+
+
+@laws
+@given(sizes, sizes, sizes, seeds, st.floats(0, 12))
+def test_in_float32_every_error_is_that_of_an_svd_in_float64(m, n, rank, seed, digits):
+    """Of any spectrum: flat, falling below all rounding, or of low rank."""
+    singular = torch.logspace(0, -digits, rank, dtype=torch.float64)
+    x = ((normal(m, rank, seed=seed) * singular) @ normal(rank, n, seed=seed + 1)).float()
+    factors, wanted = svd(x), svd(x.double()).errors()
+    assert {part.dtype for part in vars(factors).values()} == {torch.float32}
+    assert (factors.singular.diff() <= 0).all()
+    for found in (factors.errors(), torch.tensor([relative(left @ right, x) for left, right in every(factors)])):
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-6)
+
+
+def every(factors):
+    return [factors.at(rank + 1) for rank in range(len(factors.singular))]
+
+
+@pytest.mark.parametrize(("m", "n"), [(40, 30), (30, 40), (7, 7)])
+def test_a_gram_matrix_by_blocks_is_one(m, n, monkeypatch):
+    monkeypatch.setattr("ranksearch.tensors.matrix._BLOCK", 7)
+    x = normal(m, n)
+    torch.testing.assert_close(gram(x).tril(), (x @ x.T).tril())
+    torch.testing.assert_close(principal(x)[1], torch.linalg.svdvals(x).square())
 
 
 @laws
