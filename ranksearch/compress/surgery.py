@@ -6,26 +6,31 @@ import copy
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ranksearch.compress.axes import as_maps, back
+from ranksearch.compress.decomposed import from_tensorly
 from ranksearch.compress.inventory import why_not_factorized
 from ranksearch.compress.stand_ins import attributes_of, replace_
 from ranksearch.compress.watch import names_of_parameters
 from ranksearch.errors import ModelError, PlanError, first_line, nearest
-from ranksearch.methods import METHODS, Shape
+from ranksearch.methods import Shape, method_of
 from ranksearch.methods.layer import CONVOLUTIONS
 from ranksearch.plan import Factorization, Plan
+
+if TYPE_CHECKING:
+    from tensorly.cp_tensor import CPTensor
+    from tensorly.tucker_tensor import TuckerTensor
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def factorize_(
     model: M,
-    plan: Plan | Mapping[str, Factorization],
+    plan: Plan | Mapping[str, Factorization | CPTensor | TuckerTensor],
     *,
     factors: Mapping[str, Sequence[Tensor]] | None = None,
     bias_corrections: Mapping[str, Tensor] | None = None,
@@ -38,7 +43,8 @@ def factorize_(
 
     Args:
         model: any module; layers are named as in `model.named_modules()`.
-        plan: what to store each layer as; a layer not named stays dense.
+        plan: what to store each layer as; a layer not named stays dense. Or TensorLy's decomposition of a layer's kernel, as
+            `from_tensorly` takes it.
         factors: factors already computed, by layer; the others are decomposed here.
         shifts: what to add to the bias (out,) of a layer, by layer.
         seed: of the random starts that CP uses.
@@ -50,8 +56,12 @@ def factorize_(
         PlanError: the plan names a layer that is not there, shares its weight or cannot be factorized as it says, a rank is
             above its bound, a weight holds NaN or infinity, or a shift does not fit. The model is then as it was.
     """
-    wanted = plan if isinstance(plan, Plan) else Plan.of(plan)
-    modules = dict(model.named_modules())
+    modules, ready = dict(model.named_modules()), dict(factors or {})
+    values: dict[str, Any] = dict(plan)
+    for name, value in values.items():
+        if not isinstance(value, Factorization) and isinstance(layer := modules.get(name), (*CONVOLUTIONS, nn.Linear)):
+            values[name], ready[name] = from_tensorly(name, layer, value)
+    wanted = Plan.of(values)
     names = names_of_parameters(model)
     replacements = {}
     for name, value in wanted:
@@ -65,8 +75,8 @@ def factorize_(
         tied = [other for other in names[id(module.weight)] if other != f"{name}.weight"]
         if tied:
             raise PlanError(f"A layer's weight must be its own, but that of {name!r} is also {', '.join(tied)}; leave it out.")
-        method = METHODS[type(value)]
-        given = (factors or {}).get(name)
+        method = method_of(value)
+        given = ready.get(name)
         if given is None and not torch.isfinite(kernel).all():
             raise PlanError(f"Weights must be finite, but layer {name!r} holds NaN or infinity; load or train it again.")
         if given is None:
@@ -112,7 +122,7 @@ def skeleton_(model: M, plan: Plan) -> M:
     for name, value in plan:
         if name in modules:
             shape = tuple(kernel_of(name, modules[name], value).shape)
-            factors[name] = [torch.zeros(s) for s in METHODS[type(value)].factor_shapes(shape, value.ranks)]
+            factors[name] = [torch.zeros(s) for s in method_of(value).factor_shapes(shape, value.ranks)]
     return factorize_(model, plan, factors=factors)
 
 
@@ -136,7 +146,7 @@ def kernel_of(name: str, module: nn.Module, value: Factorization) -> Tensor:
             )
         channels = weight[0].numel() // math.prod(value.kernel)
         weight = as_maps(weight, (channels, *value.kernel), value.order)
-    method, shape = METHODS[type(value)], tuple(weight.shape)
+    method, shape = method_of(value), tuple(weight.shape)
     if not method.applies(shape, linear=isinstance(module, nn.Linear)):
         hint = "; name the map its input is flattened from, as in CP(16, kernel=(6, 6))" if len(shape) == 2 else ""
         raise PlanError(f"Layer {name!r} of shape {shape} cannot be stored as {value.title}{hint}.")
@@ -147,7 +157,7 @@ def kernel_of(name: str, module: nn.Module, value: Factorization) -> Tensor:
 
 
 def _check_shapes(name: str, value: Factorization, shape: Shape, factors: Sequence[Tensor]) -> None:
-    wanted = METHODS[type(value)].factor_shapes(shape, value.ranks)
+    wanted = method_of(value).factor_shapes(shape, value.ranks)
     got = tuple(tuple(factor.shape) for factor in factors)
     if got != wanted:
         raise PlanError(f"Layer {name!r}: the factors of {value} must have shapes {wanted}, but have {got}.")

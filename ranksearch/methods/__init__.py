@@ -7,7 +7,7 @@ from ranksearch.methods.base import FEWER_PARAMS, Method, Prepared, RankConstrai
 from ranksearch.methods.cp import CPMethod
 from ranksearch.methods.cp4 import CP4Method
 from ranksearch.methods.parts import Part, Shape
-from ranksearch.methods.registry import METHODS, register_method
+from ranksearch.methods.registry import METHODS, method_of, register_method
 from ranksearch.methods.spatial import SpatialMethod
 from ranksearch.methods.svd import SVDMethod
 from ranksearch.methods.tt import TTMethod
@@ -28,6 +28,7 @@ __all__ = [
     "Prepared",
     "RankConstraints",
     "Shape",
+    "method_of",
     "nearest_rank",
     "register_method",
 ]

@@ -17,6 +17,18 @@ RESERVED = ("method", "kernel", "order")
 """What a plan's entry for a layer holds beside the ranks."""
 
 
+def method_of(value: Factorization) -> Method:
+    """The code behind a plan's value.
+
+    Raises:
+        PlanError: its type is of no registered method.
+    """
+    method = METHODS.get(type(value))
+    if method is None:
+        raise PlanError(f"A plan's values must be of registered methods, but got {value!r}; call ranksearch.register_method.")
+    return method
+
+
 def register_method(method: Method) -> None:
     """Make a decomposition known: to plans, to `factorize_`, and to searches that name it in `space.methods`.
 

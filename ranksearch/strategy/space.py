@@ -13,7 +13,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from ranksearch.compress.inventory import Inventory
 from ranksearch.errors import PlanError, SpecError, nearest
-from ranksearch.methods import FEWER_PARAMS, METHODS, Method, RankConstraints, nearest_rank
+from ranksearch.methods import FEWER_PARAMS, METHODS, Method, RankConstraints, method_of, nearest_rank
 from ranksearch.methods.layer import Layer
 from ranksearch.plan import Dense, Factorization, Plan
 from ranksearch.results.costs import Counts
@@ -117,7 +117,7 @@ class Axis:
             raise PlanError(f"Layer {layer.name!r} has kernel={mine.kernel} in this study, but the plan has {value.kernel}.")
 
     def _method(self, value: Factorization) -> Method:
-        method, name = METHODS[type(value)], self.layer.name
+        method, name = method_of(value), self.layer.name
         if method in self.methods:
             return method
         if not method.applies(self.layer.weight, linear=self.layer.kind == "Linear"):

@@ -1,0 +1,86 @@
+"""Kernels that a user has decomposed with TensorLy, as a plan's values and their factors."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ranksearch.errors import PlanError
+from ranksearch.plan import CP, CP4, Factorization, Tucker2
+
+if TYPE_CHECKING:
+    from tensorly.cp_tensor import CPTensor
+
+Factors: TypeAlias = tuple[Tensor, ...]
+
+
+def from_tensorly(name: str, layer: nn.Module, given: Any) -> tuple[Factorization, Factors]:
+    """The factorization of a layer, and its factors, from TensorLy's decomposition of its kernel (out, in, *kernel).
+
+    A `CPTensor` of the kernel with its positions merged, (out, in, positions), is CP, one of four modes CP-4. A `TuckerTensor`
+    or the pair (core, factors) of `partial_tucker` on modes 0 and 1 is Tucker-2; factors of further modes go into the core. The
+    kernel of a fully connected layer is its weight as maps (out, channels, *map).
+
+    Raises:
+        PlanError: it is no such tensor, or does not have the shape of the layer's kernel.
+    """
+    # Here, since it takes half a second to import.
+    from tensorly.cp_tensor import CPTensor
+    from tensorly.tucker_tensor import TuckerTensor
+
+    if isinstance(given, CPTensor):
+        return _cp(name, layer, given)
+    if isinstance(given, TuckerTensor) or _is_partial(given):
+        return _tucker(name, layer, given)
+    raise PlanError(
+        f"Layer {name!r}: a plan must hold factorizations such as CP(8), or TensorLy's CPTensor or TuckerTensor, but got a "
+        f"{type(given).__name__}."
+    )
+
+
+def _is_partial(given: Any) -> bool:
+    """Whether it is a core and a factor for each of its first two modes."""
+    return isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], list) and len(given[1]) == 2
+
+
+def _cp(name: str, layer: nn.Module, given: CPTensor) -> tuple[Factorization, Factors]:
+    rank, factors = int(given.rank), [torch.as_tensor(factor) for factor in given.factors]
+    shape = tuple(len(factor) for factor in factors)
+    kernel = _kernel(name, layer, shape, longest=4)
+    out, into, *modes = (factor.reshape(-1, rank) for factor in factors)
+    out = out * torch.as_tensor(given.weights)
+    if len(modes) == 2:
+        return CP4(rank, kernel=kernel), (into.T, modes[0].T, modes[1].T, out)
+    return CP(rank, kernel=kernel), (into.T, modes[0].T.reshape(rank, *_positions(layer, kernel)), out)
+
+
+def _tucker(name: str, layer: nn.Module, given: Any) -> tuple[Factorization, Factors]:
+    core, (out, into, *others) = torch.as_tensor(given[0]), [torch.as_tensor(factor) for factor in given[1]]
+    for mode, factor in enumerate(others, start=2):
+        core = torch.tensordot(core, factor, dims=([mode], [1])).movedim(-1, mode)
+    kernel = _kernel(name, layer, (len(out), len(into), *core.shape[2:]), longest=5)
+    rank_out, rank_in = core.shape[:2]
+    return Tucker2(rank_in, rank_out, kernel=kernel), (into.T, core.reshape(rank_out, rank_in, *_positions(layer, kernel)), out)
+
+
+def _kernel(name: str, layer: nn.Module, shape: tuple[int, ...], *, longest: int) -> tuple[int, ...] | None:
+    """The map that a fully connected layer's kernel covers, None for a convolution. Refuses another kernel's decomposition."""
+    assert isinstance(layer.weight, Tensor)
+    weight = tuple(layer.weight.shape)
+    if isinstance(layer, nn.Linear):
+        wanted, fits = f"({weight[0]}, channels, *map) of {weight[1]} inputs", (shape[0], math.prod(shape[1:])) == weight
+    else:
+        whole, merged = weight, (*weight[:2], math.prod(weight[2:]))
+        wanted = " or ".join(map(str, dict.fromkeys(each for each in (whole, merged) if len(each) <= longest)))
+        fits = shape in (whole, merged)
+    if not fits or not 3 <= len(shape) <= longest:
+        raise PlanError(f"Layer {name!r}: the decomposed kernel must have the shape {wanted}, but has {shape}.")
+    return shape[2:] if isinstance(layer, nn.Linear) else None
+
+
+def _positions(layer: nn.Module, kernel: tuple[int, ...] | None) -> tuple[int, ...]:
+    assert isinstance(layer.weight, Tensor)
+    return kernel or tuple(layer.weight.shape[2:])

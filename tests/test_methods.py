@@ -1,0 +1,236 @@
+"""Methods from outside of the package: they keep the contract, are searched and reported, and reach other processes."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import ranksearch
+from ranksearch.compress.surgery import factorize_
+from ranksearch.engines import local
+from ranksearch.errors import PlanError, SpecError
+from ranksearch.methods import METHODS, Method, Part, register_method
+from ranksearch.plan import KINDS, SVD, Factorization, Plan
+from ranksearch.results.record import Outcome
+from ranksearch.spec import Recipe
+from ranksearch.study.options import Options
+from ranksearch.task.evaluation import Job
+from tests import nets
+from tests.conftest import essence, small_spec
+from tests.test_factorization import check_costs, check_identity, check_reconstruction, given_geometry
+
+COMMAND = [sys.executable, "-c", "from ranksearch.cli import main; raise SystemExit(main())"]
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+
+
+@pytest.fixture
+def forgotten():
+    """What is registered within is forgotten after."""
+    before = dict(KINDS), dict(METHODS)
+    yield
+    for registry, entries in zip((KINDS, METHODS), before, strict=True):
+        registry.clear()
+        registry.update(entries)
+
+
+@pytest.fixture
+def made_up(forgotten):
+    module = importlib.import_module("tests.made_up")
+    register_method(module.Tucker1Method())
+    return module
+
+
+def run(*arguments, cwd):
+    return subprocess.run([*COMMAND, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+# --- use ---
+
+
+@pytest.mark.parametrize("geometry", ["conv2d", "conv2d asymmetric stride", "conv2d same even", "linear behind a map"])
+def test_it_keeps_the_contract(made_up, geometry):
+    model, inputs, layer = given_geometry(geometry)
+    for check in (check_identity, check_costs, check_reconstruction):
+        check(model, inputs, layer, METHODS[made_up.Tucker1])
+
+
+def test_a_small_search_with_it_ends_in_a_report(made_up, trained, tmp_path):
+    found = {}
+    for workers in (0, 1):
+        found[workers] = ranksearch.search(
+            trained, out=tmp_path / str(workers), methods=("tucker1", "svd"), trials=4, finetune=Recipe(1),
+            finalists=Recipe(1), finalist_count=1, options=Options(workers=workers),
+        )  # fmt: skip
+    assert essence(found[0].trials) == essence(found[1].trials)
+    assert {trial.outcome for trial in found[0].trials} <= {Outcome.DONE, Outcome.OVER_BUDGET}
+    assert "vbmf tucker1 x1" in {trial.origin for trial in found[0].trials}
+    assert made_up.Tucker1 in {type(value) for trial in found[1].trials for _, value in trial.plan}
+    assert "Tucker-1" in (tmp_path / "1" / "report.html").read_text()
+    # Another process imports the module that the study names.
+    done = run("report", tmp_path / "1", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_study_file_names_the_module_that_registers(tmp_path):
+    text = nets.SMALL + '\n[space]\nmethods = ["tucker1"]\nlayers = ["conv*"]\nplugins = ["tests.made_up"]\n'
+    (tmp_path / "small.toml").write_text(text.replace("trials = 8", "trials = 2"))
+    done = run("study", tmp_path / "small.toml", "--out", tmp_path / "out", "--workers", 1, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "Tucker-1" in (tmp_path / "out" / "report.md").read_text()
+
+
+SCRIPT = """
+import torch
+import ranksearch
+from tests import nets
+from ranksearch.spec import Recipe
+from ranksearch.study.options import Options
+from ranksearch.task.task import Task
+torch.set_num_threads(1)
+record = ranksearch.search(
+    Task(nets.small(), nets.few_digits()), out={out!r}, methods="tucker1", layers="conv2", trials=2, finetune=Recipe(1),
+    finalists=Recipe(1), finalist_count=1, options=Options(workers=1),
+)
+print({{str(value) for trial in record.trials for _, value in trial.plan}})
+"""
+
+
+def test_workers_know_a_method_that_a_script_defines(tmp_path):
+    """Its classes can be imported nowhere, so they travel by value; another process refuses what it does not know."""
+    script = (ROOT / "tests" / "made_up.py").read_text() + SCRIPT.format(out=str(tmp_path / "out"))
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Tucker-1" in done.stdout
+    refused = run("report", tmp_path / "out", cwd=ROOT)
+    assert refused.returncode == 2
+    assert refused.stderr == ("ranksearch: space.methods must name methods, but 'tucker1' is none. Did you mean 'tucker2'?\n")
+
+
+class Named:
+    """Answers with the class of what a job's plan holds."""
+
+    def __call__(self, job):
+        raise PlanError(str(type(job.plan["conv"])))
+        yield
+
+
+def test_a_plan_reaches_a_worker_with_a_class_that_cannot_be_imported(forgotten):
+    jobs = iter([Job(0, Plan.of({"conv": odd().kind(1)}), 0)])
+    with local.engine(1) as engine, pytest.raises(PlanError, match=r"<locals>\.Odd"):
+        engine.run(jobs, Named(), on_message=lambda job, message: None, should_stop=lambda: False)
+
+
+# --- names ---
+
+
+def test_a_plan_of_an_unknown_method_is_refused(forgotten):
+    text = '{"format": "ranksearch-plan/1", "layers": {"conv": {"method": "odd", "rank": 3}}}'
+    with pytest.raises(PlanError, match=r"^Layer 'conv' names the method 'odd', which is none\."):
+        Plan.from_json(text)
+    register_method(odd())
+    assert Plan.from_json(text).to_json() == Plan.from_json(Plan.from_json(text).to_json()).to_json()
+    assert str(Plan.from_json(text)) == "conv odd 3"
+
+
+def test_a_study_of_an_unknown_method_is_refused(forgotten):
+    with pytest.raises(
+        SpecError, match=r"^space.methods must name methods, but 'odd' is none\. Valid: cp, cp4, spatial, svd, tt, tuck"
+    ):
+        small_spec("space.methods=['odd']")
+    register_method(odd())
+    assert small_spec("space.methods=['odd']").space.methods == ("odd",)
+
+
+def test_where_a_method_is_defined_makes_no_other_study(made_up):
+    assert small_spec("space.plugins=['tests.made_up']").identity() == small_spec().identity()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (None, "space.plugins must be importable, but 'plugged' is not: No module named 'plugged'; check the spelling"),
+        (
+            "1 / 0",
+            "space.plugins must be importable, but 'plugged' raised ZeroDivisionError: division by zero; mend the module.",
+        ),
+        (
+            "import ranksearch; ranksearch.register_method(3)",
+            "space.plugins must be importable, but 'plugged' is refused: register_method takes an instance of a subclass of",
+        ),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_refused(tmp_path, monkeypatch, source, message):
+    monkeypatch.syspath_prepend(tmp_path)
+    if source:
+        (tmp_path / "plugged.py").write_text(source)
+    with pytest.raises(SpecError, match=f"^{re.escape(message)}"):
+        small_spec("space.plugins=['plugged']")
+
+
+# --- registration ---
+
+
+def odd(**changed):
+    """A method of one rank, with other attributes: `kind` of the value's class, `vbmf` of the method's."""
+    names = {"method": "odd", "title": "odd", "__annotations__": {"rank": int}} | changed.pop("kind", {})
+
+    @dataclass(frozen=True)
+    class Odd(type("Base", (Factorization,), {})):
+        locals().update(names)
+
+    attributes = {"kind": Odd, "vbmf": ("larger",)} | changed
+    attributes |= {name: lambda self, *args: None for name in Method.__abstractmethods__}
+    return type("OddMethod", (Method,), attributes)()
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (lambda: SVD(3), "register_method takes an instance of a subclass of ranksearch.methods.Method, but got SVD("),
+        (lambda: type(METHODS[SVD]), "register_method takes an instance of a subclass of ranksearch.methods.Method, but got <class"),
+        (lambda: odd(kind={"method": "svd"}), "A method's name must be its own, but 'svd' of tests.test_methods is also that of ranksearch.plan; rename one."),
+        (lambda: odd(kind={"method": "dense"}), "A method's name must be its own, but 'dense' of"),
+        (lambda: odd(kind={"method": "a.b"}), "Odd must have a title and a method's name of lower-case letters, digits and _, but has title='odd' and method='a.b'."),
+        (lambda: odd(kind={"title": None}), "Odd must have a title and a method's name"),
+        (lambda: odd(kind={"__annotations__": {}}), "Odd must have a field for each rank, none of them called method, kernel, order, but has none."),
+        (lambda: odd(vbmf=("in", "out")), "OddMethod.vbmf must name one of in, out, larger for each of the ranks rank, but is ('in', 'out')."),
+        (lambda: odd(vbmf=("inn",)), "OddMethod.vbmf must name one of in, out, larger for each of the ranks rank, but is ('inn',)."),
+        (lambda: with_kind(3), "OddMethod.kind must be a frozen dataclass that derives from Factorization, but is 3."),
+        (lambda: with_kind(type("Bare", (SVD,), {"method": "bare"})), "OddMethod.kind must be a frozen dataclass that derives from Factorization, but is <class"),
+    ],
+)  # fmt: skip
+def test_what_is_no_method_is_refused(forgotten, method, message):
+    before = dict(KINDS), dict(METHODS)
+    with pytest.raises(PlanError, match=f"^{re.escape(message)}"):
+        register_method(method())
+    assert (dict(KINDS), dict(METHODS)) == before
+
+
+def with_kind(kind):
+    method = odd()
+    type(method).kind = kind
+    return method
+
+
+def test_a_method_that_is_defined_again_replaces_its_former_self(forgotten):
+    """As by a notebook's cell that runs again."""
+    first, second = odd(), odd()
+    for method in (first, first, second):
+        register_method(method)
+    assert KINDS["odd"] is second.kind
+    assert METHODS[second.kind] is second
+    assert first.kind not in METHODS
+
+
+def test_a_layer_can_be_made_a_part_at_a_time(made_up, trained):
+    """The public names are enough to use one by hand."""
+    model = factorize_(nets.small(), {"conv2": made_up.Tucker1(3)})
+    assert [name for name, _ in model.conv2.named_children()] == ["reduce", "core"]
+    assert Part("core", 3, 16, (0, 1)).shape((16, 8, 3, 3)) == (16, 3, 3, 3)
