@@ -69,8 +69,16 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class Sealed:
+    """A job for the worker alone to unpickle: its plan may hold values of a class that only driver and workers know."""
+
+    key: int
+    pickled: bytes
+
+
+@dataclass(frozen=True)
 class Free:
-    """A worker is free. Answered with a job, with None (not now), or with `End`."""
+    """A worker is free. Answered with a sealed job, with None (not now), or with `End`."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +144,7 @@ class _Cluster(Workers):
 
     def submit(self, job: Job) -> None:
         self._running += 1
-        self._reply(job)
+        self._reply(Sealed(job.key, cloudpickle.dumps(job)))
 
     def messages(self) -> Iterator[tuple[int, CurvePoint | Result | Crash]]:
         if self._asked:
@@ -169,13 +177,13 @@ class _Cluster(Workers):
         self._running = 0
         self._scratch.cleanup()
 
-    def _reply(self, result: Job | End | None) -> None:
+    def _reply(self, result: Sealed | End | None) -> None:
         self._asked = False
         self._send(result)
 
     def _send(self, value: object) -> None:
         try:
-            self._pipe.send_bytes(cloudpickle.dumps(value))  # a plan may hold values of a method defined in a script
+            self._pipe.send(value)
         except OSError:
             raise self._gone() from None
 

@@ -28,7 +28,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from ranksearch.engines.base import Crash, Evaluate, Messages
-from ranksearch.engines.ray import Cluster, End, Free, Ready, Said
+from ranksearch.engines.ray import Cluster, End, Free, Ready, Said, Sealed
 from ranksearch.errors import ModelError, StudyError, described, unloadable
 from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
 
@@ -149,16 +149,16 @@ class _Board:
 
     def __init__(self, driver: Connection) -> None:
         self._driver = driver
-        self._running: dict[str, Job] = {}
+        self._running: dict[str, Sealed] = {}
 
     def running(self) -> int:
         return len(self._running)
 
-    def draw(self, trial: str) -> Job | End | None:
+    def draw(self, trial: str) -> Sealed | End | None:
         """The job for a trial of Tune's."""
         self._driver.send(Free())
         job = self._driver.recv()
-        if isinstance(job, Job):
+        if isinstance(job, Sealed):
             self._running[trial] = job
         return job
 
@@ -181,7 +181,7 @@ class _Searcher(Searcher):
         if self._board.running() >= self._places():
             return None
         job = self._board.draw(trial_id)
-        return {"job": job} if isinstance(job, Job) else job and self.FINISHED
+        return {"job": job} if isinstance(job, Sealed) else job and self.FINISHED
 
     def _places(self) -> int:
         """How many trials may run, as of the last second: nodes come and go."""
@@ -269,7 +269,7 @@ class _Trial(tune.Trainable):
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._messages = self._evaluate(new_config["job"])
+        self._messages = self._evaluate(cloudpickle.loads(new_config["job"].pickled))
         return True
 
     def step(self) -> dict[str, Any]:
