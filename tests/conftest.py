@@ -25,8 +25,6 @@ from ranksearch.task.evaluation import Evaluator
 from ranksearch.task.task import Task
 from tests import nets
 
-torch.set_num_threads(1)
-
 
 class TorchRandom:
     """torch's global generator, as hypothesis wants those that it seeds before every example."""
@@ -55,6 +53,11 @@ def small_spec(*overrides):
     return parse_spec(nets.SMALL, source="small.toml", overrides=overrides)
 
 
+def tiny_spec(*overrides):
+    """The small study with next to no training, for tests in which scores do not matter."""
+    return small_spec("dense.epochs=1", "search.trials=1", "finalists.count=1", *overrides)
+
+
 def essence(trials):
     """What must not depend on where a run was interrupted: all but seconds, latency and Optuna's numbers."""
     return [
@@ -69,6 +72,12 @@ def essence(trials):
 
 def stored(out):
     return folder.open_study("small", folder.storage_url(out, None))
+
+
+@pytest.fixture
+def unreported(monkeypatch):
+    """Studies of this process write no report, which takes as long as half a dozen trials; for tests that read the record."""
+    monkeypatch.setattr("ranksearch.study.study.write_report", lambda record, folder: folder / "report.html")
 
 
 @pytest.fixture(scope="session")

@@ -78,6 +78,10 @@ GEOMETRIES = {
 }
 BY_NAME = {kind.method: method for kind, method in METHODS.items()}
 PAIRS = [(geometry, name) for geometry, (*_, names) in GEOMETRIES.items() for name in sorted(names)]
+# Each geometry once, by methods in turn, and each method for the plainest layers of every kind.
+PLAIN_GEOMETRIES = {"conv1d", "conv2d", "conv3d", "linear", "linear behind a map"}
+IN_TURN = {(geometry, sorted(names)[at % len(names)]) for at, (geometry, (*_, names)) in enumerate(GEOMETRIES.items())}
+FEWER_PAIRS = [pair for pair in PAIRS if pair in IN_TURN or pair[0] in PLAIN_GEOMETRIES]
 
 
 def fitting(layer):

@@ -17,6 +17,8 @@ from ranksearch.task.task import Task
 from tests import nets
 from tests.conftest import essence
 
+pytestmark = pytest.mark.usefixtures("unreported")
+
 
 def test_from_python(trained, tmp_path):
     record = ranksearch.search(

@@ -101,10 +101,11 @@ def test_no_imports_run_in_a_circle():
             "import ranksearch.report.charts, ranksearch.report.markdown, ranksearch.report.page, ranksearch.console",
             {"torch", "ray", "sklearn"},
         ),
-        ("import ranksearch.study.study", {"altair", "ray", "sklearn", "torchvision"}),
-        (
+        pytest.param("import ranksearch.study.study", {"altair", "ray", "sklearn", "torchvision"}, marks=pytest.mark.slow),
+        pytest.param(
             "import ranksearch, torch; ranksearch.inventory(torch.nn.Sequential(torch.nn.Linear(8, 8)), torch.ones(1, 8))",
             {"torch._dynamo", "optuna", "ray"},
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -43,6 +43,7 @@ def reduced(name, root, trials):
     return load_spec(name, overrides=[*overrides, "search.min_ratio=1"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in builtin_studies() if name != "lenet"])
 def test_a_study_starts_resumes_and_reports(name, root, tmp_path):
     """`lenet` runs as a whole, in the first command of the README."""

@@ -77,6 +77,7 @@ def test_the_weights_of_the_dense_model_do_not_matter(compressed, inputs, tmp_pa
         load_model(nets.small().to("meta"), tmp_path)
 
 
+@pytest.mark.slow
 def test_onnx_takes_any_batch(compressed, inputs, tmp_path):
     export_onnx(compressed, inputs, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
@@ -85,6 +86,7 @@ def test_onnx_takes_any_batch(compressed, inputs, tmp_path):
         torch.testing.assert_close(torch.from_numpy(got), compressed(inputs[:count]).detach(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_export_that_differs_is_not_kept(compressed, inputs, tmp_path, monkeypatch):
     monkeypatch.setattr("ranksearch.compress.export.TOLERANCE", -1.0)
     for form in ("plan", "onnx", "pt2"):
@@ -115,6 +117,7 @@ def test_an_archive_of_a_single_input_is_of_any_number(tmp_path):
     assert reloaded(torch.rand(5, 1, 8, 8)).shape == (5, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["onnx", "pt2"])
 def test_an_export_tells_nothing_of_the_machine_that_made_it(form, compressed, inputs, tmp_path):
     target = tmp_path / f"model.{form}"
@@ -128,6 +131,7 @@ def test_an_export_tells_nothing_of_the_machine_that_made_it(form, compressed, i
             assert trace not in content
 
 
+@pytest.mark.slow
 def test_an_onnx_file_is_not_much_more_than_its_weights(compressed, inputs, tmp_path):
     export_onnx(compressed, inputs, tmp_path / "model.onnx")
     weights = sum(4 * parameter.numel() for parameter in compressed.parameters())
@@ -166,12 +170,14 @@ def test_notes_are_stripped_at_every_depth():
     assert b"Identity" in data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opset", [18, 22])
 def test_an_onnx_file_is_of_the_opset_that_is_asked_for(opset, compressed, inputs, tmp_path):
     assert export_onnx(compressed, inputs, tmp_path / "model.onnx", opset) < 1e-4
     assert [(known.domain, known.version) for known in onnx.load(tmp_path / "model.onnx").opset_import] == [("", opset)]
 
 
+@pytest.mark.slow
 def test_an_opset_that_the_exporter_does_not_reach_leaves_nothing(compressed, inputs, tmp_path, capfd):
     level = logging.root.manager.disable
     with pytest.raises(

@@ -23,6 +23,8 @@ from ranksearch.task.task import Task
 from tests import nets
 from tests.conftest import small_spec
 
+pytestmark = pytest.mark.usefixtures("unreported")
+
 PLAN = Plan.of({"net.fc1": SVD(2)})
 
 

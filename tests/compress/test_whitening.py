@@ -18,10 +18,10 @@ from ranksearch.compress.whitening import Whitening, whitenings
 from ranksearch.errors import ModelError
 from ranksearch.methods import METHODS
 from tests import nets
-from tests.geometries import BY_NAME, PAIRS, assert_close, given_geometry, some_ranks
+from tests.geometries import BY_NAME, FEWER_PAIRS, PAIRS, assert_close, given_geometry, some_ranks
 from tests.nets import Net, normal
 
-contract = pytest.mark.parametrize(("geometry", "name"), PAIRS)
+contract = pytest.mark.parametrize(("geometry", "name"), FEWER_PAIRS)
 SVDS = [geometry for geometry, name in PAIRS if name == "svd"]
 laws = settings(max_examples=25, deadline=None)
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")

@@ -178,17 +178,22 @@ def test_inputs_are_drawn_by_a_seed():
 # --- in a study ---
 
 
+@pytest.mark.slow
 def test_a_data_aware_study_resumes_as_if_uninterrupted(tmp_path):
-    whole = run_study(small_spec("space.data_aware=true", "search.trials=5"), tmp_path / "whole", Options(workers=0))
+    whole = run_study(
+        small_spec("space.data_aware=true", "search.trials=5", "finalists.count=1"), tmp_path / "whole", Options(workers=0)
+    )
     assert small_spec() == small_spec("space.data_aware=true")
     for trials in (2, 5):
-        spec = small_spec("space.data_aware=true", f"search.trials={trials}")
+        spec = small_spec("space.data_aware=true", f"search.trials={trials}", "finalists.count=1")
         parts = run_study(spec, tmp_path / "parts", Options(workers=0))
     assert [*essence(replace(t, finalist=None) for t in parts.trials)] == essence(
         replace(t, finalist=None) for t in whole.trials
     )
     assert "space.data_aware" in (tmp_path / "whole" / "report.md").read_text()
-    plain = run_study(small_spec("space.data_aware=false", "search.trials=5"), tmp_path / "plain", Options(workers=0))
+    plain = run_study(
+        small_spec("space.data_aware=false", "search.trials=5", "finalists.count=1"), tmp_path / "plain", Options(workers=0)
+    )
     # VBMF estimates the ranks of the weights, and so suggests the same; the frontier is predicted from the errors.
     vbmf = [[trial for trial in study.trials if trial.origin.startswith("vbmf")] for study in (whole, plain)]
     pairs = list(zip(*vbmf, strict=True))

@@ -33,6 +33,8 @@ from tests.books import Books
 from tests.conftest import essence, refuse, small_spec, snapshot, stored
 from tests.engines.test_engines import REFUSED
 
+pytestmark = pytest.mark.xdist_group("engines")  # One Ray at a time: `auto` finds any that runs.
+
 KILLS = 2
 """Of the driver; ten went well, too, and take two minutes."""
 SOON = 30
@@ -119,6 +121,7 @@ def refused(capsys, *more):
     return told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -138,12 +141,14 @@ def test_bad_input_is_one_sentence(study_file, capsys, arguments, message):
     assert refused(capsys, *arguments).startswith(message)
 
 
+@pytest.mark.slow
 def test_no_ray_on_this_machine(study_file, capsys, monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", str(Path.cwd()))  # where Ray looks for what runs
     told = refused(capsys, "--address", "auto")
     assert told.startswith("A Ray cluster must listen at --address auto, but none does: Could not find any running Ray")
 
 
+@pytest.mark.slow
 def test_something_else_listens(study_file, capsys, monkeypatch):
     """Ray would wait for it; the driver does not."""
     monkeypatch.setattr(ray, "CONNECT_SECONDS", 5)
@@ -153,6 +158,7 @@ def test_something_else_listens(study_file, capsys, monkeypatch):
     assert told.startswith(f"The Ray cluster at {address} must answer within 5 s, but does not; `ray status`")
 
 
+@pytest.mark.slow
 def test_a_trial_that_no_node_holds(study_file, capsys, small_cluster):
     told = refused(capsys, "--address", small_cluster.address, "--cpus-per-trial", "3")
     assert told == (
@@ -161,6 +167,7 @@ def test_a_trial_that_no_node_holds(study_file, capsys, small_cluster):
     )
 
 
+@pytest.mark.slow
 def test_another_version(study_file, capsys):
     with Cluster(1) as cluster:
         cluster.tell("pretend 2.0.0")
@@ -170,6 +177,7 @@ def test_another_version(study_file, capsys):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["local", "ray"])
 def test_a_model_that_cannot_be_pickled(study_file, capsys, engine):
     told = refused(capsys, "--engine", engine, "--set", "task.model=tests.nets:unpicklable")
@@ -185,6 +193,7 @@ def slow(job):
     yield Result(Outcome.DONE, (CurvePoint(2, job.seed / 100),))
 
 
+@pytest.mark.slow
 def test_thirty_trials_on_three_nodes_two_of_which_are_lost():
     """A worker killed and a whole node: every trial is completed, once, and the plans are those of a quiet run."""
     quiet, torn = Books(), Books()
@@ -218,6 +227,7 @@ def test_thirty_trials_on_three_nodes_two_of_which_are_lost():
     assert not {"RUNNING", "WAITING"} & set(states)
 
 
+@pytest.mark.slow
 def test_a_node_that_joins_is_used():
     with Cluster(1) as cluster, ray.engine(ray.Cluster(cluster.address)) as engine:
         running, most = set(), []
@@ -234,6 +244,7 @@ def test_a_node_that_joins_is_used():
     assert max(most) == 3
 
 
+@pytest.mark.slow
 def test_a_head_that_is_gone_ends_the_study_in_one_sentence(study_file, capsys, monkeypatch):
     """What was finished is in the record, and the same command goes on."""
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "2")
@@ -256,6 +267,7 @@ def test_a_head_that_is_gone_ends_the_study_in_one_sentence(study_file, capsys, 
     assert sorted(trial.index for trial in read_trials(stored(Path("runs/small")))) == list(range(8))
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_killed_goes_on_by_the_same_command(study_file, tmp_path, small_cluster):
     """Killed at random moments of its life, on a cluster that stays: exactly the trials asked for, every record readable."""
     moments = random.Random(0)
@@ -277,6 +289,7 @@ def test_a_driver_that_is_killed_goes_on_by_the_same_command(study_file, tmp_pat
     assert (out / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_both_engines_give_the_same_records(finished, tmp_path):
     """Probes, trials and finalists of a whole study, score by score."""
     record = run_study(small_spec(), tmp_path / "small", Options(engine="ray", workers=1))

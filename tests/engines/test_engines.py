@@ -21,6 +21,8 @@ from ranksearch.plan import Plan
 from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
 from tests import ROOT
 
+pytestmark = pytest.mark.xdist_group("engines")  # They share workers, and count the processes of this one.
+
 
 @dataclass(frozen=True)
 class Work:
@@ -72,11 +74,12 @@ def engine(request, kept):
     return kept(request.param)
 
 
-def engines(*which):
-    return pytest.mark.parametrize("engine", which, indirect=True, ids=str)
+def engines(*which, fast=(0,)):
+    found = [pytest.param(each, marks=() if each in fast else pytest.mark.slow) for each in which]
+    return pytest.mark.parametrize("engine", found, indirect=True, ids=str)
 
 
-ALL = engines(0, 1, 2, "ray")
+ALL = engines(0, 1, 2, "ray", fast=(0, 1))
 
 
 def collect(work, count, engine, should_stop=lambda: False):
@@ -135,6 +138,7 @@ def always():
         yield Job(0, Plan(), seed=7)
 
 
+@pytest.mark.slow
 def test_workers_that_keep_dying_end_the_run():
     words = r"Workers must outlive their trials, but 5 in a row .*last exit code -9.*--workers 0"
     with local.engine(1) as engine, pytest.raises(StudyError, match=words):
@@ -195,6 +199,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_driver_that_dies_leaves_no_worker_behind(tmp_path):
     script = tmp_path / "driver.py"
     script.write_text(DRIVER)
@@ -221,6 +226,7 @@ def no_child_more():
     assert children() <= before
 
 
+@pytest.mark.slow
 def test_a_bug_in_the_driver_ends_its_workers(no_child_more):
     def on_message(job, message):
         raise PlanError("in the driver")
@@ -229,6 +235,7 @@ def test_a_bug_in_the_driver_ends_its_workers(no_child_more):
         engine.run(jobs(2), WORK, on_message=on_message, should_stop=lambda: False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [lambda: local.engine(1), lambda: ray.engine(ray.Cluster(workers=1))], ids=["local", "ray"])
 def test_a_bug_in_a_worker_carries_its_traceback(make):
     with make() as engine, pytest.raises(PlanError, match="no such layer") as caught:
@@ -261,6 +268,7 @@ def refused_by_a_worker(work, capfd):
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_what_no_worker_can_load_is_refused_in_a_sentence(capfd):
     assert re.fullmatch(
         r"Every worker must be able to load model and data, but a worker process cannot \(ValueError: no weights here, in "
@@ -270,6 +278,7 @@ def test_what_no_worker_can_load_is_refused_in_a_sentence(capfd):
     )
 
 
+@pytest.mark.slow
 def test_a_module_that_only_the_driver_has(capfd, monkeypatch):
     module = types.ModuleType("package_of_the_user")
     exec("def evaluate(job): yield", vars(module))
@@ -278,6 +287,7 @@ def test_a_module_that_only_the_driver_has(capfd, monkeypatch):
     assert "a worker process cannot (ModuleNotFoundError: No module named 'package_of_the_user'); mend" in told
 
 
+@pytest.mark.slow
 def test_torch_that_a_worker_cannot_import(capfd, monkeypatch, tmp_path):
     (tmp_path / "torch.py").write_text("raise OSError('libtorch.so: cannot open shared object file')")
     monkeypatch.syspath_prepend(tmp_path)
@@ -285,6 +295,7 @@ def test_torch_that_a_worker_cannot_import(capfd, monkeypatch, tmp_path):
     assert f"cannot (OSError: libtorch.so: cannot open shared object file, in {tmp_path}/torch.py line 1); mend" in told
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_while_it_loads_is_lost(capfd):
     with local.engine(1) as engine:
         found = collect(Loads(kill_me), 1, engine)
@@ -311,6 +322,7 @@ with local.engine(2) as engine:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["file", "standard input"])
 def test_a_script_needs_no_main_guard(tmp_path, by):
     (tmp_path / "script.py").write_text(SCRIPT)
@@ -345,6 +357,7 @@ def test_workers_stay_warm_from_run_to_run(engine):
     assert first & second
 
 
+@pytest.mark.slow
 def test_no_worker_outlives_the_engine(no_child_more):
     with local.engine(2) as engine:
         collect(WORK, 3, engine)

@@ -126,7 +126,7 @@ def test_an_array_that_is_seen_transposed_is_shared():
 
 def mapped(path, mode):
     if not path.exists():
-        path.write_bytes(bytes(100) + bytes(number % 251 for number in range(ROWS)))
+        path.write_bytes(bytes(100) + (bytes(range(251)) * (ROWS // 251 + 1))[:ROWS])
     return np.memmap(path, np.uint8, mode, offset=100, shape=(ROWS // 3, 3))
 
 
@@ -249,6 +249,7 @@ def _anonymous():
     return int(next(line for line in lines if line.startswith("Anonymous:")).split()[1]) / 1000
 
 
+@pytest.mark.slow
 @linux
 def test_two_workers_share_one_copy_and_no_writes(tmp_path):
     megabytes, used = 64, {}

@@ -30,7 +30,7 @@ from ranksearch.strategy.space import applies, make_space
 from ranksearch.study.facts import look
 from ranksearch.study.options import Options
 from ranksearch.study.study import run_study
-from tests.conftest import small_spec
+from tests.conftest import small_spec, tiny_spec
 from tests.geometries import BY_NAME, PAIRS, given_geometry
 from tests.nets import small
 
@@ -129,7 +129,7 @@ def test_without_wishes_the_grid_is_log_spaced_between_one_and_the_largest_that_
 
 
 @contract
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     constraints=offers, estimate=st.tuples(st.integers(1, 40), st.integers(1, 40)), weakening=st.sampled_from([0.5, 1.0, 4.0])
 )
@@ -257,8 +257,9 @@ def test_a_plan_is_not_smaller_only_where_nothing_that_must_shrink_does(plan, ru
         assert METHODS[Spatial].params(found["0"], (7,)) > found["0"].params
 
 
-def test_a_study_keeps_to_what_is_offered(tmp_path):
-    spec = small_spec("space.rank_multiple=4", "space.smaller_in=['params', 'macs']", "search.trials=7", "finalists.count=1")
+@pytest.mark.slow
+def test_a_study_keeps_to_what_is_offered(unreported, tmp_path):
+    spec = tiny_spec("space.rank_multiple=4", "space.smaller_in=['params', 'macs']", "search.trials=7")
     record = run_study(spec, tmp_path / "small", Options(workers=0))
     constraints = RankConstraints(4, ("params", "macs"))
     found = [(name, value) for trial in record.trials for name, value in trial.plan]

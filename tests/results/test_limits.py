@@ -101,13 +101,11 @@ def test_an_accuracy_above_one(tmp_path):
     assert not (tmp_path / "small").exists()
 
 
-# TPE takes 24 to 159 proposals, by the seed.
-
-
-def test_the_trials_of_a_study_count_since_its_limits_changed(tmp_path):
+@pytest.mark.slow
+def test_the_trials_of_a_study_count_since_its_limits_changed(unreported, tmp_path):
     """Limits that leave next to nothing; then such as let in more, but none of what was turned down at first."""
     smallest = size_of(SPACE.smallest("params"), FOUND).params
-    out, spec = tmp_path / "small", ["search.sampler=random", "finalists.count=1", "search.trials=20"]
+    out, spec = tmp_path / "small", ["dense.epochs=1", "search.sampler=random", "finalists.count=1", "search.trials=20"]
 
     def run(most):
         return run_study(small_spec(*spec, f"search.max_params={most}"), out, Options(workers=0))
@@ -124,6 +122,7 @@ def test_the_trials_of_a_study_count_since_its_limits_changed(tmp_path):
 # --- whole studies ---
 
 
+@pytest.mark.slow
 def test_a_study_with_limits(tmp_path):
     limits = Limits(min_ratio=4.0, most={"macs": 40_000})
     spec = small_spec("search.min_ratio=4", "search.max_macs=40000", "search.trials=9", "finalists.count=2")
@@ -162,7 +161,7 @@ def test_a_study_of_an_older_release_has_no_limits():
     assert study_record().front == study_record().unconstrained_front
 
 
-def test_limits_from_python(trained, tmp_path):
+def test_limits_from_python(unreported, trained, tmp_path):
     record = ranksearch.search(
         trained, out=tmp_path / "mine", trials=1, min_score=0.01, min_ratio=2, max_params=4000, max_macs=60_000,
         finetune=ranksearch.Recipe(1), finalists=ranksearch.Recipe(1), finalist_count=1, options=ranksearch.Options(workers=0),

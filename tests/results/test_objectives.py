@@ -29,7 +29,7 @@ from ranksearch.study.options import Options
 from ranksearch.study.study import run_study
 from tests import nets
 from tests.books import FOUND, SPACE, Books, knowledge
-from tests.conftest import essence, small_spec, stored
+from tests.conftest import essence, stored, tiny_spec
 from tests.report_study import study_record
 
 MINIMIZED = [("params",), ("macs",), ("params", "macs"), ("macs", "params")]
@@ -45,7 +45,7 @@ def minimizing(*costs):
 
 def searching(*costs):
     """The small study, minimising these costs."""
-    return small_spec(f"search.minimize={json.dumps(costs)}")
+    return tiny_spec(f"search.minimize={json.dumps(costs)}", "search.trials=6", "finalists.count=2")
 
 
 # --- what they are ---
@@ -124,8 +124,12 @@ def test_finalists_are_of_the_front_and_one_is_taken_home(minimize):
 # --- the search ---
 
 
-@minimized
-@pytest.mark.parametrize("sampler", ["rank", "tpe", "nsga2", "random"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("minimize", "sampler"),
+    [*((costs, "rank") for costs in MINIMIZED), *((MINIMIZED[2], sampler) for sampler in ("tpe", "nsga2", "random"))],
+    ids=str,
+)
 def test_every_sampler_proposes_by_any_costs_and_resumes(minimize, sampler):
     whole, parts = (Books(sampler=sampler, minimize=minimize) for _ in range(2))
     whole.run(14)
@@ -138,7 +142,8 @@ def test_every_sampler_proposes_by_any_costs_and_resumes(minimize, sampler):
         assert trial.values[1:] == pytest.approx([math.log10(x) for x in Objectives(minimize, FOUND.costs).ratios(size)])
 
 
-@settings(deadline=None, max_examples=5)
+@pytest.mark.slow
+@settings(deadline=None, max_examples=2)
 @given(st.integers(0, 99))
 def test_what_is_minimised_gets_smaller(seed):
     """Where every plan scores the same, only its size counts."""
@@ -168,8 +173,9 @@ def test_predicted_fronts_of_two_costs_differ():
 # --- studies and reports ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("costs", [("macs",), ("params", "macs")], ids="+".join)
-def test_a_study(costs, tmp_path):
+def test_a_study(costs, tmp_path, unreported):
     spec = searching(*costs)
     found = run_study(spec, tmp_path, Options(workers=0))
     study = stored(tmp_path)
@@ -188,7 +194,7 @@ def test_a_study(costs, tmp_path):
     )
     load_model(nets.small(), tmp_path / "models" / str(found.front[0].number))
     with pytest.raises(StudyError, match=r"is another study \(search.minimize is \[.*\] there and \['params'\] here\)"):
-        run_study(small_spec(), tmp_path, Options(workers=0))
+        run_study(tiny_spec(), tmp_path, Options(workers=0))
 
 
 @minimized

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from unittest.mock import patch
 
 import optuna
 import pytest
@@ -19,6 +20,9 @@ from ranksearch.strategy.sampler import RankSampler
 from ranksearch.strategy.space import size_of
 from tests.books import FOUND, SPACE, TINY, Books, knowledge, result
 from tests.conftest import essence
+
+ends_soon = patch("ranksearch.strategy.ledger.MAX_UNTRAINED", 15)
+"""Where a search ends is arbitrary: after so many proposals in a row that are not trained, not after a hundred."""
 
 
 @settings(deadline=None, max_examples=10)
@@ -38,6 +42,8 @@ def test_no_trained_trial_breaks_a_limit_of_size(min_ratio, share, sampler, seed
     assert all(told[trial.number].state is optuna.trial.TrialState.PRUNED for trial in over)
 
 
+@pytest.mark.slow
+@patch("ranksearch.strategy.ledger.MAX_UNTRAINED", 2)
 def test_every_scored_trial_has_one_constraint_whatever_the_limits_were():
     """Optuna's "gp" wants as many of each."""
     books = Books(TINY, sampler="gp")
@@ -54,7 +60,8 @@ def test_every_scored_trial_has_one_constraint_whatever_the_limits_were():
     assert told[again.number]["worth taking home"] >= narrow.excess(again) > 0
 
 
-@settings(deadline=None, max_examples=10)
+@ends_soon
+@settings(deadline=None, max_examples=5)
 @given(st.integers(0, 99), st.sampled_from(["random", "tpe"]))
 def test_a_known_plan_has_the_record_of_its_original(seed, sampler):
     books = Books(TINY, sampler=sampler, seed=seed)
@@ -84,6 +91,7 @@ def test_a_search_that_finds_nothing_new_ends():
     assert len(books.study.trials) == asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sampler", "seed"), [("random", 0), ("tpe", 8), ("nsga2", 0), ("rank", 0)])
 def test_a_search_that_found_nothing_within_its_limits_goes_on_within_wider_ones(sampler, seed):
     smallest = size_of(SPACE.smallest("params"), FOUND)
@@ -113,6 +121,7 @@ def test_what_was_over_the_limits_may_be_proposed_but_not_what_lost_too_many_wor
         assert seen() == ({known.table.row(job.plan)} if tries == MAX_TRIES else set())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2", "rank"])
 def test_a_plan_that_lost_too_many_workers_is_not_tried_under_another_index(sampler):
     books = Books(TINY, sampler=sampler)
@@ -146,8 +155,11 @@ def test_a_trial_that_lost_its_worker_is_queued_before_it_is_told(monkeypatch):
     assert [record.plan for record in books.ledger().records() if record.outcome is not Outcome.WORKER_LOST] == [job.plan]
 
 
-@settings(deadline=None, max_examples=15)
-@given(st.lists(st.integers(0, 4), max_size=4), st.sampled_from(["random", "tpe", "rank"]), st.integers(0, 9), st.booleans())
+@pytest.mark.parametrize("tiny", [True, False])
+@pytest.mark.parametrize("sampler", ["random", "tpe", "rank"])
+@ends_soon
+@settings(deadline=None, max_examples=2)
+@given(kills=st.lists(st.integers(0, 4), max_size=4), seed=st.integers(0, 9))
 def test_killed_and_resumed_equals_uninterrupted(kills, sampler, seed, tiny):
     space, limits = (TINY, Limits(min_ratio=1.01)) if tiny else (SPACE, Limits(min_ratio=6.0))
     whole, broken = (Books(space, limits=limits, sampler=sampler, seed=seed) for _ in range(2))

@@ -39,7 +39,9 @@ from ranksearch.study.study import Stopped, run_study
 from ranksearch.task.evaluation import Evaluator
 from ranksearch.task.task import Task
 from tests import nets
-from tests.conftest import essence, small_spec, stored
+from tests.conftest import essence, small_spec, stored, tiny_spec
+
+pytestmark = pytest.mark.usefixtures("unreported")
 
 DENSE = {"a": 100, "b": 60, "c": 9}
 prices = [10.0 ** (exponent / 4) for exponent in range(-24, 9)]
@@ -200,8 +202,9 @@ def test_a_sensitive_layer_is_spared(layered):
     assert all(space.plan(space.params(corner.plan)) == corner.plan for corner in corners)
 
 
+@pytest.mark.slow
 def test_a_study_tries_the_frontier_before_vbmf_and_probes_once(tmp_path):
-    spec = small_spec("search.trials=10")
+    spec = small_spec("search.trials=10", "finalists.count=1")
     whole = run_study(spec, tmp_path / "one", Options(workers=0))
     origins = [trial.origin for trial in whole.trials]
     assert 1 <= (many := origins.count("frontier")) <= PREDICTED_PLANS
@@ -213,21 +216,23 @@ def test_a_study_tries_the_frontier_before_vbmf_and_probes_once(tmp_path):
     assert {probe.layer for probe in probes} == {"conv1", "conv2", "fc1", "fc2"}
     assert "probes" in whole.seconds
     # What is probed is known: going on with more trials probes nothing again, and keeps to the same plans.
-    more = run_study(small_spec("search.trials=11"), tmp_path / "one", Options(workers=0))
+    more = run_study(small_spec("search.trials=11", "finalists.count=1"), tmp_path / "one", Options(workers=0))
     assert [trial.plan for trial in more.trials][:10] == [trial.plan for trial in whole.trials]
     assert attributes.read_probes(stored(tmp_path / "one")) == (dense, probes)
 
 
+@pytest.mark.slow
 def test_the_first_plans_are_chosen_once(tmp_path, monkeypatch):
-    spec = small_spec("search.trials=3")
+    spec = small_spec("search.trials=3", "finalists.count=1")
     run_study(spec, tmp_path / "small", Options(workers=0))
     kept = attributes.read_initial_plans(stored(tmp_path / "small"))
     assert kept
     monkeypatch.setattr("ranksearch.study.probing.predict_front", lambda *args: pytest.fail("chosen again"))
-    again = run_study(small_spec("search.trials=5"), tmp_path / "small", Options(workers=0))
+    again = run_study(small_spec("search.trials=5", "finalists.count=1"), tmp_path / "small", Options(workers=0))
     assert [(trial.origin, trial.plan) for trial in again.trials] == kept[:5]
 
 
+@pytest.mark.slow
 def test_a_lost_probe_is_told_and_looked_for_again(tmp_path, monkeypatch):
     told, loss = [], Evaluator._loss
 
@@ -239,17 +244,18 @@ def test_a_lost_probe_is_told_and_looked_for_again(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("none left")
 
     monkeypatch.setattr(Evaluator, "_loss", failing)
-    run_study(small_spec("search.trials=2"), tmp_path / "small", Options(workers=0), view=View())
+    run_study(tiny_spec("search.trials=2"), tmp_path / "small", Options(workers=0), view=View())
     assert sum("out of memory" in what for what in told) > 4
     assert attributes.read_probes(stored(tmp_path / "small")) == (None, [])
     assert all(origin.startswith("vbmf") for origin, _ in attributes.read_initial_plans(stored(tmp_path / "small")))
     monkeypatch.setattr(Evaluator, "_loss", loss)
-    run_study(small_spec("search.trials=2"), tmp_path / "small", Options(workers=0))
+    run_study(tiny_spec("search.trials=2"), tmp_path / "small", Options(workers=0))
     assert len(attributes.read_probes(stored(tmp_path / "small"))[1]) > 4
 
 
-def test_probes_go_on_where_they_were_stopped(tmp_path, monkeypatch):
-    whole = run_study(small_spec(), tmp_path / "whole", Options(workers=0))
+@pytest.mark.slow
+def test_probes_go_on_where_they_were_stopped(finished, tmp_path, monkeypatch):
+    whole_out, whole = finished
     write = attributes.write_probes
 
     def stopping(study, dense, probes):
@@ -264,7 +270,7 @@ def test_probes_go_on_where_they_were_stopped(tmp_path, monkeypatch):
     assert len(attributes.read_probes(stored(tmp_path / "small"))[1]) == 5
     monkeypatch.setattr("ranksearch.results.attributes.write_probes", write)
     again = run_study(small_spec(), tmp_path / "small", Options(workers=0))
-    assert attributes.read_probes(stored(tmp_path / "small")) == attributes.read_probes(stored(tmp_path / "whole"))
+    assert attributes.read_probes(stored(tmp_path / "small")) == attributes.read_probes(stored(whole_out))
     assert essence(again.trials) == essence(whole.trials)
 
 

@@ -14,16 +14,18 @@ from ranksearch.study import database
 from ranksearch.study.database import check_storage, study_lock
 from ranksearch.study.options import Options
 from ranksearch.study.study import run_study
-from tests.conftest import essence, small_spec
+from tests.conftest import essence, tiny_spec
+
+pytestmark = pytest.mark.usefixtures("unreported")
 
 
 def test_folders_may_share_a_storage_but_not_a_study(tmp_path):
     options = Options(workers=0, storage=f"sqlite:///{tmp_path / 'shared.db'}")
-    run_study(small_spec("search.trials=1"), tmp_path / "a", options)
+    run_study(tiny_spec(), tmp_path / "a", options)
     with pytest.raises(
         StudyError, match=r"The storage's study 'small' is another study \(finetune.epochs is 1 there and 2 here\)"
     ):
-        run_study(small_spec("search.trials=1", "finetune.epochs=2"), tmp_path / "b", options)
+        run_study(tiny_spec("finetune.epochs=2"), tmp_path / "b", options)
     assert not (tmp_path / "b").exists()
 
 
@@ -43,7 +45,7 @@ def test_a_study_of_another_program_is_left_alone(tmp_path, directions, fresh):
         StudyError,
         match="The storage's study 'small' must be one of ranksearch's, but is another program's; choose another name",
     ):
-        run_study(small_spec("search.trials=1"), out, Options(workers=0, storage=url, fresh=fresh))
+        run_study(tiny_spec(), out, Options(workers=0, storage=url, fresh=fresh))
     theirs = optuna.load_study(study_name="small", storage=url)
     assert len(theirs.trials) == 2 * ("maximize" in directions)
     assert theirs.user_attrs == {}
@@ -54,12 +56,13 @@ def test_a_refused_run_leaves_nothing_in_its_storage(tmp_path):
     options = Options(workers=0, storage=f"sqlite:///{tmp_path / 'shared.db'}")
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(StudyError, match="The output must be a folder"):
-        run_study(small_spec("search.trials=1"), tmp_path / "file", options)
-    run_study(small_spec("search.trials=1", "finetune.epochs=2"), tmp_path / "small", options)
+        run_study(tiny_spec(), tmp_path / "file", options)
+    run_study(tiny_spec("finetune.epochs=2"), tmp_path / "small", options)
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_where_its_record_is(tmp_path):
-    out, spec = tmp_path / "small", small_spec("search.trials=1", "finalists.count=1")
+    out, spec = tmp_path / "small", tiny_spec()
     elsewhere, other = (Options(workers=0, storage=f"sqlite:///{tmp_path / name}.db") for name in ("one", "other"))
     before = run_study(spec, out, elsewhere)
     fix = rf"must go on in the storage that it was begun in, sqlite:///{tmp_path}/one.db, but {{}} holds none of it; give --storage "
@@ -78,7 +81,7 @@ def test_a_study_goes_on_where_its_record_is(tmp_path):
 
 
 def test_a_storage_is_the_same_only_from_the_same_folder(tmp_path, monkeypatch):
-    spec, options = small_spec("search.trials=1", "finalists.count=1"), Options(workers=0, storage="sqlite:///mine.db")
+    spec, options = tiny_spec(), Options(workers=0, storage="sqlite:///mine.db")
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "one")
@@ -92,7 +95,7 @@ def test_a_storage_is_the_same_only_from_the_same_folder(tmp_path, monkeypatch):
 
 
 def test_fresh_starts_over_whatever_the_folder_says(tmp_path):
-    out, spec = tmp_path / "small", small_spec("search.trials=1", "finalists.count=1")
+    out, spec = tmp_path / "small", tiny_spec()
     run_study(spec, out, Options(workers=0))
     older = (out / "spec.toml").read_text().replace("[search]", "[search]\nhalving = true")
     (out / "spec.toml").write_text(older)
@@ -104,12 +107,13 @@ def test_fresh_starts_over_whatever_the_folder_says(tmp_path):
     assert run_study(spec, out, Options(workers=0, fresh=True)).trials
 
 
+@pytest.mark.slow
 def test_one_run_at_a_time_holds_a_study_of_a_shared_storage(tmp_path):
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     words = (
         rf"One run at a time may go on with a study, but 'small' in {url} is in use; wait for it, give it more --workers, or"
     )
-    out, spec = tmp_path / "small", small_spec("search.trials=1", "finalists.count=1")
+    out, spec = tmp_path / "small", tiny_spec()
     run_study(spec, out, Options(workers=0, storage=url))
     kept = sorted(out.iterdir())
     for fresh in (False, True):
@@ -120,7 +124,7 @@ def test_one_run_at_a_time_holds_a_study_of_a_shared_storage(tmp_path):
 
 
 def test_the_folders_own_study_is_held_by_whatever_name_it_goes(tmp_path):
-    out, spec = tmp_path / "small", small_spec("search.trials=1", "finalists.count=1")
+    out, spec = tmp_path / "small", tiny_spec()
     run_study(spec, out, Options(workers=0))
     (tmp_path / "link.db").symlink_to(out / "study.db")
     for path in (out / "study.db", tmp_path / "link.db"):

@@ -18,6 +18,8 @@ from ranksearch.study.study import run_study
 from tests import nets
 from tests.conftest import essence, refuse, small_spec, snapshot
 
+pytestmark = pytest.mark.usefixtures("unreported")
+
 FOUND = inventory(nets.small(), example(nets.few_digits().train))
 MINE = [Plan.of({"conv2": Tucker2(4, 5), "fc1": SVD(6)}), Plan.of({"conv1": CP(2)})]
 

@@ -22,7 +22,9 @@ from ranksearch.study.inputs import inputs_of
 from ranksearch.study.options import Options
 from ranksearch.study.study import run_study
 from tests import nets
-from tests.conftest import essence, small_spec, snapshot, stored
+from tests.conftest import essence, small_spec, snapshot, stored, tiny_spec
+
+pytestmark = pytest.mark.usefixtures("unreported")
 
 FIX = "; choose another --out or name, or --fresh to start over."
 
@@ -93,16 +95,16 @@ def test_a_study_does_not_go_on_with_other_data(tmp_path, monkeypatch, elsewhere
     out, options = tmp_path / "small", Options(workers=0)
     if elsewhere:
         options = replace(options, storage=f"sqlite:///{tmp_path / 'shared.db'}")
-    run_study(small_spec("search.trials=1", "finalists.count=1"), out, options)
+    run_study(tiny_spec(), out, options)
     before, few = snapshot(out), nets.few_digits
     monkeypatch.setattr(nets, "few_digits", lambda: few(210))
     words = r"The storage's study 'small' was made from other data \(the number of inputs in split 'train' is 200 there and 210 here\)"
     with pytest.raises(StudyError, match=words + FIX):
-        run_study(small_spec("search.trials=2", "finalists.count=1"), out, options)
+        run_study(tiny_spec("search.trials=2"), out, options)
     assert {path: held for path, held in snapshot(out).items() if "study.db" not in path.name} == {
         path: held for path, held in before.items() if "study.db" not in path.name
     }
-    assert run_study(small_spec("search.trials=2", "finalists.count=1"), out, replace(options, fresh=True)).trials
+    assert run_study(tiny_spec("search.trials=2"), out, replace(options, fresh=True)).trials
 
 
 @pytest.fixture
@@ -129,6 +131,7 @@ def test_a_study_does_not_go_on_with_other_weights(weights, tmp_path):
     assert len(stored(out).trials) == 1
 
 
+@pytest.mark.slow
 def test_weights_may_move_and_change_their_format_and_go_once_the_folder_has_them(weights, tmp_path):
     spec, path = weights
     out, notes = tmp_path / "small", []
@@ -163,7 +166,7 @@ def test_a_study_begun_before_its_inputs_were_kept_goes_on_with_the_same_file(we
 
 
 def test_a_dense_net_that_was_put_into_the_folder_is_not_the_studys(finished, tmp_path):
-    out, spec = tmp_path / "small", small_spec("search.trials=1", "finalists.count=1")
+    out, spec = tmp_path / "small", tiny_spec()
     run_study(spec, out, Options(workers=0))
     safetensors.torch.save_file(nets.small().state_dict(), out / folder.DENSE_FILE)
     with pytest.raises(

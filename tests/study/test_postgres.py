@@ -26,10 +26,15 @@ from tests.conftest import refuse, small_spec
 BINARIES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None)
 INITDB = shutil.which("initdb") or (BINARIES and str(BINARIES / "initdb"))
 
-AWAY = 6
+AWAY = 3
 """Seconds without the server; 20 went as well."""
 
-pytestmark = pytest.mark.skipif(not INITDB, reason="there is no initdb, of PostgreSQL's server")
+pytestmark = [
+    pytest.mark.skipif(not INITDB, reason="there is no initdb, of PostgreSQL's server"),
+    pytest.mark.slow,
+    pytest.mark.xdist_group("postgres"),
+    pytest.mark.usefixtures("unreported"),
+]
 
 
 class Server:

@@ -39,27 +39,29 @@ from ranksearch.study import folder
 from ranksearch.study.options import Options
 from ranksearch.study.study import CALIBRATION, Stopped, run_study
 from tests import ROOT, nets
-from tests.conftest import essence, small_spec, stored
+from tests.conftest import essence, small_spec, stored, tiny_spec
 
 
-def test_resumed_equals_uninterrupted(finished, tmp_path):
+@pytest.mark.slow
+def test_resumed_equals_uninterrupted(unreported, finished, tmp_path):
     """Stop after each trial in turn, and go on with the same command."""
     _, whole = finished
     out = tmp_path / "small"
     for trials in range(1, 9):
-        record = run_study(small_spec(f"search.trials={trials}", "finalists.count=3"), out, Options(workers=0))
+        record = run_study(small_spec(f"search.trials={trials}", "finalists.count=1"), out, Options(workers=0))
     searched = [replace(trial, finalist=None) for trial in record.trials]
     assert essence(searched) == essence(replace(trial, finalist=None) for trial in whole.trials)
 
 
-def test_an_orphan_is_queued_again_in_its_place(finished, tmp_path):
+@pytest.mark.slow
+def test_an_orphan_is_queued_again_in_its_place(unreported, finished, tmp_path):
     """What SIGKILL leaves: a trial that runs in the storage and nowhere else, its parameters asked for or half asked for."""
     _, whole = finished
     for stop_at in (2, 6):
         out = tmp_path / str(stop_at) / "small"
-        run_study(small_spec(f"search.trials={stop_at}"), out, Options(workers=0))
+        run_study(small_spec(f"search.trials={stop_at}", "finalists.count=1"), out, Options(workers=0))
         orphan(out, stop_at)
-        record = run_study(small_spec(), out, Options(workers=0))
+        record = run_study(small_spec("finalists.count=1"), out, Options(workers=0))
         assert essence(replace(t, finalist=None) for t in record.trials) == essence(
             replace(t, finalist=None) for t in whole.trials
         )
@@ -70,24 +72,26 @@ def test_an_orphan_is_queued_again_in_its_place(finished, tmp_path):
         assert "WAITING" not in states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["space.rank_multiple", "search.minimize"])
-def test_a_study_begun_before_a_key_was_there_goes_on(tmp_path, key):
-    out, spec = tmp_path / "small", small_spec("search.trials=1", "finalists.count=1")
+def test_a_study_begun_before_a_key_was_there_goes_on(unreported, tmp_path, key):
+    out, spec = tmp_path / "small", tiny_spec()
     before = run_study(spec, out, Options(workers=0))
     older = {name: value for name, value in spec.identity().items() if name != key}
     stored(out).set_user_attr(folder.IDENTITY, older)
     assert essence(run_study(spec, out, Options(workers=0)).trials) == essence(before.trials)
 
 
-def test_a_study_begun_before_a_better_default_goes_on_as_it_was(tmp_path):
-    out, plain = tmp_path / "small", small_spec("space.data_aware=false", "search.trials=1", "finalists.count=1")
+@pytest.mark.slow
+def test_a_study_begun_before_a_better_default_goes_on_as_it_was(unreported, tmp_path):
+    out, plain = tmp_path / "small", tiny_spec("space.data_aware=false")
     before = run_study(plain, out, Options(workers=0))
     written = (out / folder.SPEC).read_text()
     (out / folder.SPEC).write_text(written.replace("data_aware = false\n", ""))
     older = {key: value for key, value in plain.identity().items() if key != "space.data_aware"}
     stored(out).set_user_attr(folder.IDENTITY, older)
     with pytest.raises(StudyError, match=r"is another study \(space.data_aware is False there and True here\)"):
-        run_study(small_spec("search.trials=1", "finalists.count=1"), out, Options(workers=0))
+        run_study(tiny_spec(), out, Options(workers=0))
     assert essence(run_study(plain, out, Options(workers=0)).trials) == essence(before.trials)
     assert (out / folder.SPEC).read_text() == written
 
@@ -136,6 +140,7 @@ run_study(small_spec("search.trials=14"), Path(sys.argv[1]), Options(workers=2))
 """
 
 
+@pytest.mark.slow
 def test_sigkill_loses_no_completed_trial(tmp_path):
     out = tmp_path / "small"
     command = [sys.executable, "-c", SCRIPT, str(out)]
@@ -175,10 +180,11 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.05)
 
 
-def test_a_worker_that_dies_loses_its_trial_and_not_the_study(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_worker_that_dies_loses_its_trial_and_not_the_study(unreported, tmp_path, monkeypatch):
     mark = tmp_path / "deadly"
     monkeypatch.setenv("DEADLY", str(mark))
-    spec = small_spec("task.model=tests.nets:deadly", "search.trials=4", "finalists.count=1")
+    spec = tiny_spec("task.model=tests.nets:deadly", "search.trials=4")
     out = tmp_path / "small"
     run_study(replace(spec, search=replace(spec.search, trials=1)), out, Options(workers=1))
     mark.touch()
@@ -189,6 +195,7 @@ def test_a_worker_that_dies_loses_its_trial_and_not_the_study(tmp_path, monkeypa
     assert sorted(t.index for t in record.trials if t.outcome is Outcome.DONE) == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_nothing_running(tmp_path, monkeypatch):
     class Impatient(Silent):
         def trial(self, record, trials):
@@ -206,7 +213,7 @@ def test_ctrl_c_leaves_nothing_running(tmp_path, monkeypatch):
     assert sorted(t.index for t in record.trials if t.outcome is Outcome.DONE) == list(range(8))
 
 
-def test_seconds_are_kept_after_each_trial(tmp_path):
+def test_seconds_are_kept_after_each_trial(unreported, tmp_path):
     """So that a kill gives `search.minutes` not anew."""
     out, seen = tmp_path / "small", []
 
@@ -214,22 +221,23 @@ def test_seconds_are_kept_after_each_trial(tmp_path):
         def trial(self, record, trials):
             seen.append(read_study(stored(out)).seconds.get("trials", 0.0))
 
-    run_study(small_spec("search.trials=3", "finalists.count=1"), out, Options(workers=0), view=Watching())
+    run_study(tiny_spec("search.trials=3"), out, Options(workers=0), view=Watching())
     assert seen[0] == 0
     assert 0 < seen[1] < seen[2]
 
 
-def test_what_is_a_finalist_no_more_needs_no_weights(tmp_path):
+@pytest.mark.slow
+def test_what_is_a_finalist_no_more_needs_no_weights(unreported, tmp_path):
     out = tmp_path / "small"
     before = run_study(small_spec("search.trials=3", "finalists.count=3"), out, Options(workers=0))
     shutil.rmtree(out / "models")
-    again = run_study(small_spec("search.trials=3", "finalists.count=1"), out, Options(workers=0))
+    again = run_study(tiny_spec("search.trials=3"), out, Options(workers=0))
     assert essence(again.trials) == essence(before.trials)
     assert len(list((out / "models").iterdir())) == 1
 
 
-def test_latencies_lost_by_a_kill_are_measured_again(tmp_path):
-    out, spec = tmp_path / "small", small_spec("search.trials=2", "finalists.count=1")
+def test_latencies_lost_by_a_kill_are_measured_again(unreported, tmp_path):
+    out, spec = tmp_path / "small", tiny_spec("search.trials=2")
     record = run_study(spec, out, Options(workers=0))
     number = next(trial.number for trial in record.trials if trial.finalist)
     finalist = next(trial.finalist for trial in record.trials if trial.finalist)

@@ -20,7 +20,9 @@ from ranksearch.study import database, folder, storage
 from ranksearch.study.options import Options
 from ranksearch.study.study import Stopped, run_study
 from tests.books import Books
-from tests.conftest import small_spec
+from tests.conftest import tiny_spec
+
+pytestmark = pytest.mark.usefixtures("unreported")
 
 SPACE = {
     "method": CategoricalDistribution(["dense", "cp"]),
@@ -178,7 +180,7 @@ def test_what_ails_a_server_is_told_by_its_code(code, cause):
 def test_ctrl_c_ends_the_wait_and_all_that_would_follow(tmp_path, monkeypatch):
     """Locked from the second trial on: one Ctrl-C ends the study, and the same study goes on once it is released."""
     monkeypatch.setattr(database, "BUSY_TIMEOUT", 0.02)
-    out, spec, locks = tmp_path / "small", small_spec("search.trials=3", "finalists.count=1"), []
+    out, spec, locks = tmp_path / "small", tiny_spec("search.trials=3"), []
 
     class Impatient(Silent):
         def trial(self, record, trials):

@@ -29,7 +29,7 @@ from ranksearch.study.probing import PREDICTED_PLANS
 from ranksearch.study.study import Stopped, run_study
 from ranksearch.task.task import Task, check_float32, predict
 from tests import nets
-from tests.conftest import small_spec, stored
+from tests.conftest import small_spec, stored, tiny_spec
 
 
 def test_the_folder_holds_what_is_promised(finished):
@@ -88,24 +88,28 @@ def test_a_finalists_files_give_its_outputs_and_its_scores(finished):
         assert float((outputs.argmax(1) == targets).float().mean()) == pytest.approx(trial.finalist.score_test)
 
 
-def test_minutes_end_the_search(tmp_path):
+@pytest.mark.slow
+def test_minutes_end_the_search(unreported, tmp_path):
     record = run_study(small_spec("search.trials=1000", "search.minutes=0.02"), tmp_path / "small", Options(workers=0))
     assert 1 <= len(record.trials) < 200
 
 
-def test_another_seed_gives_other_plans(finished, tmp_path):
+@pytest.mark.slow
+def test_another_seed_gives_other_plans(unreported, finished, tmp_path):
     _, record = finished
-    other = run_study(small_spec("seed=1"), tmp_path / "small", Options(workers=0))
+    other = run_study(small_spec("seed=1", "finalists.count=1"), tmp_path / "small", Options(workers=0))
     assert [t.plan for t in other.trials] != [t.plan for t in record.trials]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["nsga2", "random"])
-def test_every_sampler_serves(sampler, tmp_path):
-    spec = small_spec(f"search.sampler={sampler}", "search.trials=16", "finalists.count=1")
+def test_every_sampler_serves(unreported, sampler, tmp_path):
+    spec = tiny_spec(f"search.sampler={sampler}", "search.trials=16")
     record = run_study(spec, tmp_path / "small", Options(workers=0))
     assert [trial.origin for trial in record.trials][-1] == sampler
 
 
+@pytest.mark.slow
 def test_a_diverged_trial_is_a_record(tmp_path):
     spec = small_spec("finetune.learning_rate=1e30", "search.trials=3", "finalists.learning_rate=1e30")
     record = run_study(spec, tmp_path / "small", Options(workers=0))
@@ -133,8 +137,9 @@ class Counted(Silent):
         self.notes.append(text)
 
 
+@pytest.mark.slow
 def test_a_finalist_that_diverges_is_known_and_not_tried_again(tmp_path):
-    out, spec = tmp_path / "small", small_spec("search.trials=2", "finalists.count=1", "finalists.learning_rate=1e30")
+    out, spec = tmp_path / "small", tiny_spec("search.trials=2", "finalists.learning_rate=1e30")
     first, again = Counted(), Counted()
     record = run_study(spec, out, Options(workers=0), view=first)
     assert run_study(spec, out, Options(workers=0), view=again).trials == record.trials
@@ -150,7 +155,8 @@ def test_a_finalist_that_diverges_is_known_and_not_tried_again(tmp_path):
         choose(record.trials, record.facts.objectives)
 
 
-def test_a_finalist_that_runs_out_of_memory_on_the_test_split_is_tried_again(tmp_path, trained):
+@pytest.mark.slow
+def test_a_finalist_that_runs_out_of_memory_on_the_test_split_is_tried_again(unreported, tmp_path, trained):
     def search(score):
         return ranksearch.search(
             replace(trained, score=score), out=tmp_path / "mine", trials=1, finetune=ranksearch.Recipe(1),
@@ -170,8 +176,9 @@ def test_a_finalist_that_runs_out_of_memory_on_the_test_split_is_tried_again(tmp
     assert trial.failed is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_a_damaged_finalist_is_made_again(finished, tmp_path, damage):
+def test_a_damaged_finalist_is_made_again(unreported, finished, tmp_path, damage):
     out = shutil.copytree(finished[0], tmp_path / "small")
     number = finished[1].front[0].number
     weights = out / "models" / str(number) / "weights.safetensors"
@@ -181,7 +188,7 @@ def test_a_damaged_finalist_is_made_again(finished, tmp_path, damage):
     assert weights.read_bytes() == before
 
 
-def test_a_study_of_volumes(tmp_path):
+def test_a_study_of_volumes(unreported, tmp_path):
     torch.manual_seed(0)
     net = torch.nn.Sequential(
         torch.nn.Conv3d(1, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv3d(8, 8, 3), torch.nn.ReLU(),
@@ -195,9 +202,10 @@ def test_a_study_of_volumes(tmp_path):
     assert record.front[0].finalist
 
 
-def test_a_kill_before_the_dense_weights_are_kept_costs_only_their_training(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_kill_before_the_dense_weights_are_kept_costs_only_their_training(unreported, tmp_path, monkeypatch):
     """Trained again, to other bits as it may be, they are the study's."""
-    out, spec = tmp_path / "small", small_spec("search.trials=1", "finalists.count=1")
+    out, spec = tmp_path / "small", tiny_spec()
 
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
@@ -223,7 +231,7 @@ def test_a_second_ctrl_c_ends_the_last_report_too(tmp_path, monkeypatch):
 
     monkeypatch.setattr(study, "_report", killed)
     with pytest.raises(Stopped) as stopped:
-        run_study(small_spec("search.trials=1", "finalists.count=1"), tmp_path / "small", Options(workers=0))
+        run_study(tiny_spec(), tmp_path / "small", Options(workers=0))
     assert stopped.value.record is None
 
 
@@ -326,7 +334,8 @@ def test_a_dense_net_that_diverges(tmp_path):
         run_study(small_spec("dense.learning_rate=1e30"), tmp_path / "small", Options(workers=0))
 
 
-def test_given_dense_weights_are_used(finished, tmp_path):
+@pytest.mark.slow
+def test_given_dense_weights_are_used(unreported, finished, tmp_path):
     out, record = finished
     spec = small_spec("dense.epochs=0", f"dense.weights='{out / 'dense.safetensors'}'", "search.trials=1", "finalists.count=1")
     again = run_study(spec, tmp_path / "small", Options(workers=0))

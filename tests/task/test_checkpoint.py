@@ -19,7 +19,9 @@ from ranksearch.task.evaluation import Evaluator
 from ranksearch.task.task import Task
 from ranksearch.task.training import Recipe
 from tests import nets
-from tests.conftest import PLAN, essence, small_spec
+from tests.conftest import PLAN, essence, small_spec, tiny_spec
+
+pytestmark = pytest.mark.usefixtures("unreported")
 
 CPU = torch.device("cpu")
 
@@ -110,6 +112,7 @@ def test_rungs_and_seconds_go_on(always, tmp_path, monkeypatch):
     assert again.seconds() == 8.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"scratch": True}, {"schedule": "layerwise"}, {"sweeps": 2}], ids=str)
 def test_a_finalist_goes_on_wherever_it_was_killed(always, tmp_path, evaluator, options):
     job = Job(7, PLAN, 0, Stage.FINALIST)
@@ -161,6 +164,7 @@ class Stopping(Silent):
         self.tick()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "at"), [("training the dense net", 8), ("finalists", 4)])
 def test_a_study_goes_on_in_the_midst_of_a_training(always, tmp_path, stage, at):
     spec = small_spec("search.trials=2", "finalists.count=1", "finalists.epochs=5", "dense.epochs=10")
@@ -179,8 +183,9 @@ def test_a_study_goes_on_in_the_midst_of_a_training(always, tmp_path, stage, at)
     assert (stage, 7) in view.done if stage != "finalists" else view.curve_points == [3, 4, 5]
 
 
+@pytest.mark.slow
 def test_a_finalist_that_ran_out_of_memory_goes_on(always, tmp_path, monkeypatch):
-    spec, out = small_spec("search.trials=1", "finalists.count=1", "finalists.epochs=4"), tmp_path / "small"
+    spec, out = tiny_spec("finalists.epochs=4"), tmp_path / "small"
     curve_points = Evaluator._curve_points
 
     def short_of_memory(self, model, job, checkpoint):
@@ -226,6 +231,7 @@ def test_another_runtime_error_is_one(evaluator, trained):
         list(replace(evaluator(), task=replace(trained, loss=failing))(Job(0, PLAN, 0)))
 
 
+@pytest.mark.slow
 def test_a_study_started_over_trains_from_the_beginning(always, tmp_path):
     out, spec = tmp_path / "small", small_spec("search.trials=1", "finalists.count=1")
     with pytest.raises(Stopped) as stopped:

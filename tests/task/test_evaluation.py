@@ -21,7 +21,7 @@ from ranksearch.spec import FinalistSpec
 from ranksearch.study.options import Options
 from ranksearch.study.study import run_study
 from tests import nets
-from tests.conftest import PLAN, essence, small_spec
+from tests.conftest import PLAN, essence, tiny_spec
 
 
 def result(evaluator, stage=Stage.FINALIST, plan=PLAN, seed=0):
@@ -143,7 +143,7 @@ def test_a_model_that_cannot_be_drawn_anew():
 )  # fmt: skip
 def test_starts_and_schedules_that_exclude_each_other(overrides, message):
     with pytest.raises(SpecError, match=message):
-        small_spec("space.start=scratch", *overrides)
+        tiny_spec("space.start=scratch", *overrides)
 
 
 def test_weights_that_are_computed_are_not_drawn_anew():
@@ -166,14 +166,15 @@ def test_a_model_that_cannot_be_copied(trained, tmp_path):
         ranksearch.search(replace(trained, model=model), out=tmp_path / "mine")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("override", ["space.start=scratch", "finalists.schedule=layerwise"])
 def test_such_a_study_resumes(override, tmp_path):
     def study(trials, out):
-        return run_study(small_spec(override, f"search.trials={trials}", "finalists.count=1"), out, Options(workers=0))
+        return run_study(tiny_spec(override, f"search.trials={trials}"), out, Options(workers=0))
 
-    whole = study(4, tmp_path / "whole" / "small")
+    whole = study(3, tmp_path / "whole" / "small")
     study(2, tmp_path / "small")
-    resumed = study(4, tmp_path / "small")
+    resumed = study(3, tmp_path / "small")
     assert [trial[:9] for trial in essence(resumed.trials)] == [trial[:9] for trial in essence(whole.trials)]
     assert whole.front
     assert (tmp_path / "small" / "report.html").exists()
