@@ -20,6 +20,7 @@ from tests.conftest import essence
 pytestmark = pytest.mark.usefixtures("unreported")
 
 
+@pytest.mark.slow
 def test_from_python(trained, tmp_path):
     record = ranksearch.search(
         trained, out=tmp_path / "mine", trials=3, finetune=ranksearch.Recipe(1), finalists=ranksearch.Recipe(1),
@@ -87,6 +88,7 @@ def test_a_score_that_is_no_share(trained, tmp_path):
         ranksearch.search(percent, out=tmp_path / "mine", options=Options(workers=0))
 
 
+@pytest.mark.slow
 def test_a_score_that_is_no_number(trained, tmp_path):
     scores = iter([0.5, 0.5, 0.5, float("nan")])  # the check, the dense net twice, the first trial
     task = replace(trained, score=lambda outputs, targets: next(scores, 0.5))
@@ -137,6 +139,7 @@ def test_a_test_score_that_is_no_number_is_told_before_the_search(trained, tmp_p
         ranksearch.search(replace(trained, score=score), out=tmp_path / "mine", trials=1, options=Options(workers=0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("folder", "name"), [("(_x)", "x-"), ("#_1", "1"), ("~.cfg", "cfg"), ("größe 1", "größe-1"), ("日本", "search")]
 )

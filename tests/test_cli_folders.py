@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 from ranksearch.cli import main
 from tests import nets
 from tests.conftest import refuse, snapshot
@@ -35,6 +37,7 @@ def test_a_users_own_project_is_never_emptied(study_file, tmp_path, capsys):
     assert (tmp_path / "nets.py").read_text() == "mine = 1"
 
 
+@pytest.mark.slow
 def test_fresh_deletes_only_what_a_study_wrote(copied, study_file):
     (copied / "notes.txt").write_text("mine")
     (copied / "linked").symlink_to(copied.parent)
@@ -44,6 +47,7 @@ def test_fresh_deletes_only_what_a_study_wrote(copied, study_file):
     assert len((copied / "trials.csv").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_an_export_of_a_deleted_study_goes_with_it(copied, study_file):
     assert main(["export", str(copied), "--knee"]) == 0
     assert list((copied / "export").iterdir())

@@ -26,6 +26,7 @@ def latin(monkeypatch):
     return lambda name: streams[name].buffer.getvalue().decode("cp1252")
 
 
+@pytest.mark.slow
 def test_a_study_whose_folder_the_output_cannot_name_ends_well(study_file, monkeypatch):
     told = latin(monkeypatch)
     words = ["--workers", "0", "--trials", "1", "--set", "finalists.count=1"]
@@ -80,6 +81,7 @@ def test_a_report_tells_that_it_waits(copied, monkeypatch, capsys):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 @pytest.mark.parametrize("words", [["studies"], ["report", "runs/small"]])
 def test_an_output_without_room_is_one_sentence(copied, study_file, words):

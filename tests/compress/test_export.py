@@ -50,6 +50,7 @@ def test_plan_and_weights_rebuild_on_the_plain_dense_class(compressed, inputs, t
     assert torch.equal(model(inputs), compressed(inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["onnx", "pt2"])
 def test_a_model_that_cannot_be_traced(form, inputs, tmp_path):
     model = nets.Net(lambda net, x: net.fc(x.flatten(1)) * (2 if x.max() > 100 else 1), fc=torch.nn.Linear(64, 10)).eval()
@@ -60,6 +61,7 @@ def test_a_model_that_cannot_be_traced(form, inputs, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.slow
 def test_a_model_that_onnxruntime_does_not_run(inputs, tmp_path):
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten()).double().eval()
     with pytest.raises(StudyError, match=r"must be one that torch can write as onnx, but .*; take it home by --format plan"):

@@ -259,6 +259,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_torn_or_foreign_file_is_made_again(cache, prepared, damage):
     first = made(cache=cache)
@@ -352,6 +353,7 @@ def test_readers_never_see_a_part_of_a_file(tmp_path):
     assert files(tmp_path) == [path]
 
 
+@pytest.mark.slow
 def test_profiles_at_once_share_a_cache(cache):
     model, results, start = net(), [], threading.Barrier(3)
     found = inventory(model, EXAMPLE)

@@ -159,6 +159,7 @@ def test_a_trained_dense_net_keeps_its_versions(tmp_path):
     assert task.model.loaded == 2
 
 
+@pytest.mark.slow
 def test_a_study_of_a_net_with_a_version_runs_to_its_end_and_on(tmp_path):
     for trials in (1, 2):
         spec = small_spec("task.model=tests.nets:versioned", f"search.trials={trials}", "finalists.count=1", "dense.epochs=1")

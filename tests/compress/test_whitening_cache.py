@@ -77,6 +77,7 @@ def test_from_the_cache_as_made_anew(tmp_path, measurements):
     assert_same(first, small_profile())
 
 
+@pytest.mark.slow
 def test_a_torn_file_is_made_again_as_it_was(tmp_path, measurements):
     first = small_profile(cache=tmp_path)
     torn = files(tmp_path)[1]
@@ -87,6 +88,7 @@ def test_a_torn_file_is_made_again_as_it_was(tmp_path, measurements):
     assert torn.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_all_that_a_metric_follows_from_changes_the_file(tmp_path):
     small_profile(cache=tmp_path)
     names = [path.name for path in files(tmp_path)]

@@ -12,6 +12,7 @@ from torch import nn
 from ranksearch.compress.surgery import factorize_, kernel_of
 from tests.geometries import (
     BY_NAME,
+    FEWER_PAIRS,
     GEOMETRIES,
     PAIRS,
     alone,
@@ -30,7 +31,9 @@ laws = settings(max_examples=25, deadline=None)
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 
 
-contract = pytest.mark.parametrize(("geometry", "name"), PAIRS)
+contract = pytest.mark.parametrize(
+    ("geometry", "name"), [pytest.param(*pair, marks=() if pair in FEWER_PAIRS else pytest.mark.slow) for pair in PAIRS]
+)
 
 
 def factorized(model, layer, method, ranks, seed=0):

@@ -16,6 +16,8 @@ from ranksearch.results.messages import Outcome
 from tests import ROOT
 from tests.report_study import study_record
 
+pytestmark = pytest.mark.xdist_group("report")  # They read one report.
+
 FILES = {"report.html", "report.md", "front.csv", "front.json", "front.png", "trials.csv"}
 FRONT_KEYS = {
     "trial", "score_validation", "score_test", "ratio", "params", "macs", "plan", "plan_text", "origin", "epochs",
@@ -139,6 +141,7 @@ def test_a_report_replaces_the_one_before(written):
     assert written(study_record()).json["front"][-1]["score_test"] is not None
 
 
+@pytest.mark.slow
 def test_a_report_needs_no_torch(tmp_path):
     code = (
         "import sys, pathlib; from tests.report_study import study_record; from ranksearch.report import write_report; "

@@ -156,7 +156,7 @@ def test_a_trial_that_lost_its_worker_is_queued_before_it_is_told(monkeypatch):
 
 
 @pytest.mark.parametrize("tiny", [True, False])
-@pytest.mark.parametrize("sampler", ["random", "tpe", "rank"])
+@pytest.mark.parametrize("sampler", ["random", pytest.param("tpe", marks=pytest.mark.slow), "rank"])
 @ends_soon
 @settings(deadline=None, max_examples=2)
 @given(kills=st.lists(st.integers(0, 4), max_size=4), seed=st.integers(0, 9))

@@ -274,6 +274,7 @@ def test_probes_go_on_where_they_were_stopped(finished, tmp_path, monkeypatch):
     assert essence(again.trials) == essence(whole.trials)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_counts_as_the_worst(tmp_path):
     def loss(outputs, targets):
         whole = len(outputs) == 100  # the validation split; training goes in smaller batches

@@ -177,6 +177,7 @@ def test_no_plan_is_proposed_twice_nor_the_dense_one():
     assert Plan() not in plans
 
 
+@pytest.mark.slow
 def test_a_space_of_a_handful_is_exhausted_and_the_search_ends():
     books = Books(TINY, sampler="rank")
     books.run(50)
@@ -204,7 +205,7 @@ def test_running_trials_spread_the_proposals():
     assert len(set(running)) == 4
 
 
-@settings(deadline=None, max_examples=5)
+@settings(deadline=None, max_examples=3)
 @given(st.floats(2, 12), st.integers(0, 9))
 def test_proposals_keep_to_the_limits(min_ratio, seed):
     books = Books(sampler="rank", seed=seed, limits=Limits(min_ratio=min_ratio))

@@ -80,6 +80,7 @@ def test_a_study_goes_on_where_its_record_is(tmp_path):
         run_study(spec, out, Options(workers=0, storage=f"sqlite:///{tmp_path / 'third'}.db"))
 
 
+@pytest.mark.slow
 def test_a_storage_is_the_same_only_from_the_same_folder(tmp_path, monkeypatch):
     spec, options = tiny_spec(), Options(workers=0, storage="sqlite:///mine.db")
     for name in ("one", "two"):
@@ -94,6 +95,7 @@ def test_a_storage_is_the_same_only_from_the_same_folder(tmp_path, monkeypatch):
         run_study(spec, tmp_path / "small", options)
 
 
+@pytest.mark.slow
 def test_fresh_starts_over_whatever_the_folder_says(tmp_path):
     out, spec = tmp_path / "small", tiny_spec()
     run_study(spec, out, Options(workers=0))

@@ -46,6 +46,7 @@ def test_they_are_the_first_trials_however_they_are_given(files, tmp_path):
     assert essence(again.trials) == essence(found.trials)
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_with_the_same_plans_whatever_their_files_are_called(files, tmp_path):
     whole = run(files, tmp_path / "whole" / "small")
     run(files, tmp_path / "small", trials=1)

@@ -90,7 +90,7 @@ def test_data_of_any_kind_is_the_same_as_itself():
     assert inputs_of(data, None)["train"] == {"count": 30}
 
 
-@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("elsewhere", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_study_does_not_go_on_with_other_data(tmp_path, monkeypatch, elsewhere):
     out, options = tmp_path / "small", Options(workers=0)
     if elsewhere:
@@ -152,6 +152,7 @@ def test_weights_may_move_and_change_their_format_and_go_once_the_folder_has_the
         run_study(spec("search.trials=1"), out, Options(workers=0, fresh=True))
 
 
+@pytest.mark.slow
 def test_a_study_begun_before_its_inputs_were_kept_goes_on_with_the_same_file(weights, tmp_path):
     spec, path = weights
     out, options = tmp_path / "small", Options(workers=0, storage=f"sqlite:///{tmp_path / 'shared.db'}")

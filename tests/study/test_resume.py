@@ -213,6 +213,7 @@ def test_ctrl_c_leaves_nothing_running(tmp_path, monkeypatch):
     assert sorted(t.index for t in record.trials if t.outcome is Outcome.DONE) == list(range(8))
 
 
+@pytest.mark.slow
 def test_seconds_are_kept_after_each_trial(unreported, tmp_path):
     """So that a kill gives `search.minutes` not anew."""
     out, seen = tmp_path / "small", []

@@ -177,6 +177,7 @@ def test_what_ails_a_server_is_told_by_its_code(code, cause):
     assert storage.cause_of(OperationalError("INSERT", {}, error)) == cause
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_wait_and_all_that_would_follow(tmp_path, monkeypatch):
     """Locked from the second trial on: one Ctrl-C ends the study, and the same study goes on once it is released."""
     monkeypatch.setattr(database, "BUSY_TIMEOUT", 0.02)

@@ -217,6 +217,7 @@ class Viewing(nn.Module):
         return self.fc(self.conv2(inner).relu().view(inputs.size(0), -1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["decomposed", "scratch"])
 def test_a_net_that_views_rows_as_they_lie_is_searched(tmp_path, start):
     task = Task(Viewing(), nets.few_digits())
