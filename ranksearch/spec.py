@@ -175,35 +175,8 @@ class StudySpec:
         return {key: value for key, value in flat.items() if key not in free}
 
 
-def complete_identity(identity: Mapping[str, Any], *, source: str) -> dict[str, Any]:
-    """The identity of a study that was begun before some keys were there: those have the values that it had without them.
-
-    Raises:
-        SpecError: it holds a key that is none, as a newer release may have.
-    """
-    data: dict[str, Any] = {}
-    for key, value in identity.items():
-        section, _, inner = key.partition(".")
-        data |= {section: data.get(section, {}) | {inner: value}} if inner else {section: value}
-    spec: StudySpec = _section(StudySpec, _as_it_was(data), source=source, path="")
-    return spec.identity()
-
-
-def _as_it_was(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A resolved study with the keys that it was begun without, where their default is not what studies did before."""
-    earlier: dict[str, dict[str, Any]] = {"space": {"data_aware": False}}
-    filled = {name: keys | found for name, keys in earlier.items() if isinstance(found := data.get(name, {}), dict)}
-    if isinstance(search := data.get("search"), dict) and search.get("halving") is False:
-        # Trials were once stopped early where this was set; nothing else is what it was without it.
-        filled["search"] = {key: value for key, value in search.items() if key != "halving"}
-    return dict(data) | filled
-
-
-def parse_spec(text: str, *, source: str, overrides: Sequence[str] = (), resolved: bool = False) -> StudySpec:
+def parse_spec(text: str, *, source: str, overrides: Sequence[str] = ()) -> StudySpec:
     """The study that TOML `text` describes, with `section.key=value` overrides on top.
-
-    Text that is `resolved` held every key when it was written: one that is missing is newer, and stands for what studies
-    did without it.
 
     Raises:
         SpecError: not TOML, an unknown or missing key, a value of another type or out of range.
@@ -214,8 +187,6 @@ def parse_spec(text: str, *, source: str, overrides: Sequence[str] = (), resolve
         raise SpecError(f"A study file must be TOML, but {source} is not: {error}.") from None
     for override in overrides:
         _override(data, override)
-    if resolved:
-        data = _as_it_was(data)
     spec: StudySpec = _section(StudySpec, data, source=source, path="")
     for module in spec.space.plugins:
         _imported(module, module, key="space.plugins")

@@ -54,7 +54,8 @@ def study_facts() -> StudyFacts:
         name="lenet",
         seed=0,
         spec={
-            "study": {"name": "lenet", "seed": 0, "trials": 45, "finalists": 8},
+            "study": {"name": "lenet", "seed": 0, "finalists": 8},
+            "search": {"trials": 45, "minimize": ["params"]},
             "model": {"factory": "ranksearch.models:lenet", "width": 1.0},
             "data": {"factory": "ranksearch.data:digits", "size": [28, 28], "normalise": True},
             "finetune": {"learning_rate": 0.001, "batch_size": 128, "rungs": list(RUNGS), "distill": 0.5},

@@ -9,7 +9,7 @@ import pytest
 
 from ranksearch.errors import SpecError
 from ranksearch.results.limits import UNLIMITED, Limits
-from ranksearch.spec import Recipe, StudySpec, builtin_studies, complete_identity, load_spec, parse_spec, resolve
+from ranksearch.spec import Recipe, StudySpec, builtin_studies, load_spec, parse_spec, resolve
 from tests import ROOT
 from tests.nets import SMALL
 
@@ -51,49 +51,7 @@ def test_limits_say_what_is_looked_for_and_make_no_other_study():
     assert parse().search.limits == UNLIMITED
     assert not parse().search.limits
     assert spec.identity() == parse().identity()
-    assert complete_identity(parse().identity(), source="there") == spec.identity()
     assert Limits.of(spec.to_dict()["search"]) == spec.search.limits
-
-
-def test_what_an_older_identity_does_not_name_has_its_default():
-    spec = parse(SMALL, "space.skip=['conv1']", "task.model_args.classes=10", "name='a.b'")
-    whole = spec.identity()
-    assert complete_identity(whole, source="there") == whole
-    for key in (
-        "space.rank_multiple",
-        "space.smaller_in",
-        "space.methods",
-        "search.minimize",
-        "seed",
-        "dense.precision",
-    ):
-        older = {name: value for name, value in whole.items() if name != key}
-        assert complete_identity(older, source="there") == whole
-    assert complete_identity(whole | {"search.halving": False}, source="there") == whole
-    with pytest.raises(SpecError, match=r"^there: search.halving is not a key of a study\."):
-        complete_identity(whole | {"search.halving": True}, source="there")
-    with pytest.raises(SpecError, match=r"^there: space.newer is not a key of a study\."):
-        complete_identity(whole | {"space.newer": 1}, source="there")
-
-
-NEWER = {"space.data_aware": False}
-"""Keys whose default is not what studies did before they were there, with what they did."""
-
-
-@pytest.mark.parametrize(("key", "before"), NEWER.items())
-def test_an_older_study_is_what_it_was(key, before):
-    spec = parse()
-    older = {name: value for name, value in spec.identity().items() if name != key}
-    assert complete_identity(older, source="there") == older | {key: before} != spec.identity()
-    text = "".join(line for line in spec.to_toml().splitlines(keepends=True) if not line.startswith(key.split(".")[1]))
-    assert parse_spec(text, source="spec.toml", resolved=True).identity() == older | {key: before}
-    assert parse_spec(text, source="spec.toml").identity() == spec.identity()
-    assert parse_spec(spec.to_toml(), source="spec.toml", resolved=True) == spec
-
-
-def test_a_damaged_resolved_study():
-    with pytest.raises(SpecError, match=r"^spec.toml: space must be a section, but got 3\.$"):
-        parse_spec("space = 3\n" + SMALL, source="spec.toml", resolved=True)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ class Objectives:
     @classmethod
     def of(cls, search: Mapping[str, Any], dense: Costed) -> Objectives:
         """From a study's section `search`."""
-        return cls(tuple(search.get("minimize", cls.minimize)), dense.costs)
+        return cls(tuple(search["minimize"]), dense.costs)
 
     @property
     def directions(self) -> list[Literal["maximize"]]:

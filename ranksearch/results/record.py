@@ -133,12 +133,12 @@ class StudyFacts:
     @property
     def limits(self) -> Limits:
         """What the models of the front must keep, as of the last run."""
-        return Limits.of(self.spec.get("search", {}))
+        return Limits.of(self.spec["search"])
 
     @property
     def objectives(self) -> Objectives:
         """What the models of the study compete in."""
-        return Objectives.of(self.spec.get("search", {}), self.dense)
+        return Objectives.of(self.spec["search"], self.dense)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +167,7 @@ class StudyRecord:
     @property
     def notes(self) -> list[str]:
         """Sentences on what became of the limits and of proposals that were not trained; most studies have none."""
-        trials, planned = self.trials, self.facts.spec.get("search", {}).get("trials", 0)
+        trials, planned = self.trials, self.facts.spec["search"]["trials"]
         over = sum(trial.outcome is Outcome.OVER_BUDGET for trial in trials)
         known = sum(trial.same_as is not None for trial in trials)
         trained = sum(trial.trained for trial in trials)

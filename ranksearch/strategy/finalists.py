@@ -29,8 +29,6 @@ def choose_finalists(
     the limits come last, the nearest first: a long fine-tuning may yet lift them inside.
     """
     done = [trial for trial in trials if trial.scored and trial.same_as is None]
-    # A study of an older release may hold a plan twice: the first stands for it.
-    done = list({trial.plan: trial for trial in reversed(done)}.values())[::-1]
     # Only a size is never mended: what an earlier run trained under wider limits is for want of others.
     done = [trial for trial in done if not limits.excess(trial)] or done
     scores = [trial.score for trial in done if trial.score is not None]

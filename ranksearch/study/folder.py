@@ -17,7 +17,7 @@ from sqlalchemy.engine import URL, make_url
 from ranksearch.errors import SpecError, StudyError
 from ranksearch.results.costs import COSTS
 from ranksearch.results.objectives import Objectives
-from ranksearch.spec import StudySpec, complete_identity, parse_spec
+from ranksearch.spec import StudySpec, parse_spec
 from ranksearch.study.database import Announce, address_of, check_storage, masked, silent, study_lock
 from ranksearch.study.storage import PatientStorage
 from ranksearch.support.files import write_whole, writing
@@ -30,9 +30,14 @@ OURS = ("study.db*", DENSE_FILE, UNFINISHED, "profile", "models", "export", *REP
 """All that a study writes into its folder, and all that `--fresh` deletes; the spec goes last, since it marks the folder."""
 MARK = "# Written by ranksearch: the study of this folder, as resolved."
 START_OVER = "choose another --out or name, or --fresh to start over"
+ANOTHER_OR_START_OVER = "choose another --out, or --fresh to start over"
+USE_OR_START_OVER = "use that release, or start over by `ranksearch study` with --fresh"
 ELSEWHERE = "# storage: "
 """Of the spec, the line with the storage's address where it is not the folder's own."""
-IDENTITY, INPUTS = "ranksearch:identity", "ranksearch:inputs"
+OURS_IN_STORAGE, STUDY = "ranksearch:", "ranksearch:study"
+"""How the names of our attributes begin, and the name of the attribute that says which study it is."""
+FORMAT = 1
+"""Of the records in a storage. Raise it with each change after which earlier records cannot be read or gone on with."""
 WEIGHTS = "dense.weights"
 TOLERANCE = 1e-3
 """Of a root mean square, relative. The same pictures, decoded or scaled by other releases of a library, differ by less."""
@@ -77,7 +82,7 @@ def folder_lock(
         raise StudyError(f"The output folder {folder} cannot be written: {error.strerror}; choose another --out.") from None
     try:
         if ours and not fresh:
-            _same_study(f"The folder {folder}", _spec_of_a_run(folder).identity(), spec, moved=True)
+            _same_study(f"The folder {folder}", read_spec(folder, fix=ANOTHER_OR_START_OVER).identity(), spec)
             _check_place(folder, spec, storage, announce)
         with study_lock(spec.name, storage_url(folder, storage)):
             if fresh:
@@ -88,18 +93,21 @@ def folder_lock(
         lock.release()
 
 
-def read_spec(folder: Path) -> StudySpec:
+def read_spec(folder: Path, *, fix: str = USE_OR_START_OVER) -> StudySpec:
     """The resolved spec of the study in a folder.
 
     Raises:
         StudyError: there is none.
-        SpecError: it is damaged.
+        SpecError: it is damaged, or of another release; `fix` is told as the way out.
     """
     try:
         text = (folder / SPEC).read_text(encoding="utf-8")
     except OSError:
         raise StudyError(f"A study's folder must hold {SPEC}, but {folder} does not; name a folder under runs/.") from None
-    return parse_spec(text, source=str(folder / SPEC), resolved=True)
+    try:
+        return parse_spec(text, source=str(folder / SPEC))
+    except SpecError as error:
+        raise SpecError(f"{error} The file is damaged or another release's; {fix}.") from None
 
 
 def write_spec(folder: Path, spec: StudySpec, storage: str | None) -> None:
@@ -124,7 +132,7 @@ def open_study(name: str, url: str, *, announce: Announce = silent) -> optuna.St
     """The Optuna study of that name.
 
     Raises:
-        StudyError: the storage cannot be reached, is no Optuna storage, or has no such study.
+        StudyError: the storage cannot be reached, is no Optuna storage, has no such study, or another release's.
     """
     address = address_of(url)
     if address.drivername == "sqlite" and not Path(address.database or "").exists():
@@ -132,6 +140,7 @@ def open_study(name: str, url: str, *, announce: Announce = silent) -> optuna.St
     study = _find(name, check_storage(url, announce))
     if study is None:
         raise StudyError(f"The storage {masked(url)} holds no study {name!r}; run `ranksearch study` first.")
+    _check_readable(study, USE_OR_START_OVER)
     return study
 
 
@@ -150,8 +159,8 @@ def check_study(spec: StudySpec, url: str, inputs: Mapping[str, Any], *, fresh: 
     `inputs` are those of `inputs_of`.
 
     Raises:
-        StudyError: the storage cannot be used, or its study of that name is another, or none of ranksearch's.
-        SpecError: it was begun with keys that this release does not know.
+        StudyError: the storage cannot be used, or its study of that name is another, another release's, or none of
+            ranksearch's.
     """
     study = _find(spec.name, check_storage(url, announce))
     if study is not None:
@@ -173,17 +182,15 @@ def own_study(study: optuna.Study, spec: StudySpec, inputs: Mapping[str, Any]) -
             # Marked experimental in Optuna since 3.2; it only names the axes of optuna-dashboard.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names(["validation score", *(f"log10 {COSTS[cost].short_ratio}" for cost in spec.search.minimize)])
-    if IDENTITY not in study.user_attrs:
-        study.set_user_attr(IDENTITY, spec.identity())
-    if INPUTS not in study.user_attrs:
-        study.set_user_attr(INPUTS, dict(inputs))
+    if STUDY not in study.user_attrs:
+        study.set_user_attr(STUDY, {"format": FORMAT, "identity": spec.identity(), "inputs": dict(inputs)})
 
 
-def _same_study(place: str, there: Mapping[str, Any], spec: StudySpec, *, moved: bool) -> None:
-    """`moved`: the file of the dense weights may be another one, since what it holds is compared, too."""
+def _same_study(place: str, there: Mapping[str, Any], spec: StudySpec) -> None:
     here = spec.identity()
     for key in sorted({*there, *here}):
-        if moved and key == WEIGHTS and there.get(key) and here[key] and Path(here[key]).exists():
+        # The file of the dense weights may be another: what the files hold is compared, too.
+        if key == WEIGHTS and there.get(key) and here[key] and Path(here[key]).exists():
             continue
         if there.get(key) != here.get(key):
             raise StudyError(
@@ -212,9 +219,8 @@ def _find(name: str, storage: PatientStorage) -> optuna.Study | None:
 
 
 def _check_ours(study: optuna.Study, spec: StudySpec, inputs: Mapping[str, Any], *, fresh: bool) -> None:
-    known, made_from = study.user_attrs.get(IDENTITY), study.user_attrs.get(INPUTS)
     place = f"The storage's study {spec.name!r}"
-    if known is None:
+    if not _is_ours(study):
         # An empty one is what a run leaves that was killed as it began.
         ours = study.directions == [optuna.study.StudyDirection.MAXIMIZE] * (1 + len(spec.search.minimize))
         if study.user_attrs or study.get_trials(deepcopy=False) or not ours:
@@ -222,18 +228,24 @@ def _check_ours(study: optuna.Study, spec: StudySpec, inputs: Mapping[str, Any],
                 f"{place} must be one of ranksearch's, but is another program's; choose another name or --storage."
             )
     elif not fresh:
-        _same_study(place, complete_identity(known, source=place), spec, moved=made_from is not None)
-        if made_from is not None and (found := difference(made_from, inputs)):
+        _check_readable(study, START_OVER)
+        kept = study.user_attrs[STUDY]
+        _same_study(place, kept["identity"], spec)
+        if found := difference(kept["inputs"], inputs):
             raise StudyError(f"{place} was made from {found}; {START_OVER}.")
 
 
-def _spec_of_a_run(folder: Path) -> StudySpec:
-    try:
-        return read_spec(folder)
-    except SpecError as error:
-        raise SpecError(
-            f"{error} The file is damaged or another release's; choose another --out, or --fresh to start over."
-        ) from None
+def _is_ours(study: optuna.Study) -> bool:
+    return any(name.startswith(OURS_IN_STORAGE) for name in study.user_attrs)
+
+
+def _check_readable(study: optuna.Study, fix: str) -> None:
+    """Refuse a record of ours that another release wrote in another format."""
+    if _is_ours(study) and study.user_attrs.get(STUDY, {}).get("format") != FORMAT:
+        raise StudyError(
+            f"The storage's study {study.study_name!r} must be of a format that this release of ranksearch reads, but another "
+            f"release wrote it; {fix}."
+        )
 
 
 def _check_place(folder: Path, spec: StudySpec, storage: str | None, announce: Announce) -> None:

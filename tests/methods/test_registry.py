@@ -19,12 +19,11 @@ from ranksearch.engines import local
 from ranksearch.errors import PlanError, SpecError
 from ranksearch.methods import METHODS, Method, Part, register_method
 from ranksearch.plan import KINDS, SVD, TT, Factorization, Plan
-from ranksearch.results.record import Outcome
+from ranksearch.results.messages import Job, Outcome
 from ranksearch.spec import Recipe
 from ranksearch.strategy.prior import vbmf_plans
 from ranksearch.strategy.space import make_space
 from ranksearch.study.options import Options
-from ranksearch.task.evaluation import Job
 from tests import nets
 from tests.conftest import essence, small_spec
 from tests.test_factorization import check_costs, check_identity, check_reconstruction, given_geometry

@@ -22,7 +22,8 @@ def nasty_record():
     facts = record.facts
     layers = tuple(replace(layer, name=layer.name + NASTY) for layer in facts.layers)
     facts = replace(
-        facts, name=NASTY, spec={NASTY: {NASTY: NASTY}}, layers=layers, skipped={NASTY: NASTY}, versions={NASTY: NASTY},
+        facts, name=NASTY, spec={NASTY: {NASTY: NASTY}, "search": facts.spec["search"] | {NASTY: NASTY}}, layers=layers,
+        skipped={NASTY: NASTY}, versions={NASTY: NASTY},
         machine=NASTY, command=NASTY, data=NASTY,
     )  # fmt: skip
     trials = tuple(
@@ -68,7 +69,8 @@ def test_nasty_names_are_escaped_in_markdown(report, written):
     words = written(nasty_record()).text("report.md")
     prose = "\n".join(line for line in words.splitlines() if not line.startswith("    "))
     assert not re.search(r"(?<!\\)<", prose)
-    columns = {len(re.findall(r"(?<!\\)\|", line)) for line in prose.splitlines() if "trial" in line and line[0] == "|"}
+    rows = [line for line in prose.splitlines() if line[:1] == "|" and "trial" in line.replace("search.trials", "")]
+    columns = {len(re.findall(r"(?<!\\)\|", row)) for row in rows}
     assert columns == {11}
 
 

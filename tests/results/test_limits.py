@@ -156,7 +156,7 @@ def test_a_study_with_limits(tmp_path):
     assert high.notes[0] in (out / "report.html").read_text()
 
 
-def test_a_study_of_an_older_release_has_no_limits():
+def test_a_study_without_limits_has_one_front():
     assert study_record().facts.limits == UNLIMITED
     assert study_record().front == study_record().unconstrained_front
 
@@ -174,7 +174,9 @@ def test_limits_from_python(unreported, trained, tmp_path):
 
 def limited(**search) -> StudyRecord:
     record = study_record()
-    return replace(record, facts=replace(record.facts, spec=dict(record.facts.spec) | {"search": search}))
+    return replace(
+        record, facts=replace(record.facts, spec=dict(record.facts.spec) | {"search": record.facts.spec["search"] | search})
+    )
 
 
 def charts(folder):

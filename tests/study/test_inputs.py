@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
-from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -150,20 +148,6 @@ def test_weights_may_move_and_change_their_format_and_go_once_the_folder_has_the
         run_study(small_spec("dense.epochs=0", "finalists.count=1"), out, Options(workers=0))
     with pytest.raises(ModelError, match=r"dense.weights must be a state dict of the model, but .* does not exist"):
         run_study(spec("search.trials=1"), out, Options(workers=0, fresh=True))
-
-
-@pytest.mark.slow
-def test_a_study_begun_before_its_inputs_were_kept_goes_on_with_the_same_file(weights, tmp_path):
-    spec, path = weights
-    out, options = tmp_path / "small", Options(workers=0, storage=f"sqlite:///{tmp_path / 'shared.db'}")
-    run_study(spec("search.trials=1"), out, options)
-    with closing(sqlite3.connect(tmp_path / "shared.db")) as connection, connection:
-        assert connection.execute(f"DELETE FROM study_user_attributes WHERE key = '{folder.INPUTS}'").rowcount == 1
-    moved = path.rename(tmp_path / "moved.safetensors")
-    with pytest.raises(StudyError, match=r"The storage's study 'small' is another study \(dense.weights is"):
-        run_study(spec("search.trials=1", path=moved), out, options)
-    moved.rename(path)
-    run_study(spec("search.trials=1"), out, options)
 
 
 def test_a_dense_net_that_was_put_into_the_folder_is_not_the_studys(finished, tmp_path):

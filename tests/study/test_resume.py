@@ -35,7 +35,6 @@ from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import vbmf_plans
 from ranksearch.strategy.sampler import Knowledge
 from ranksearch.strategy.space import make_space
-from ranksearch.study import folder
 from ranksearch.study.options import Options
 from ranksearch.study.study import CALIBRATION, Stopped, run_study
 from tests import ROOT, nets
@@ -70,30 +69,6 @@ def test_an_orphan_is_queued_again_in_its_place(unreported, finished, tmp_path):
         assert states.count("COMPLETE") + states.count("PRUNED") == 8
         assert "RUNNING" not in states
         assert "WAITING" not in states
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("key", ["space.rank_multiple", "search.minimize"])
-def test_a_study_begun_before_a_key_was_there_goes_on(unreported, tmp_path, key):
-    out, spec = tmp_path / "small", tiny_spec()
-    before = run_study(spec, out, Options(workers=0))
-    older = {name: value for name, value in spec.identity().items() if name != key}
-    stored(out).set_user_attr(folder.IDENTITY, older)
-    assert essence(run_study(spec, out, Options(workers=0)).trials) == essence(before.trials)
-
-
-@pytest.mark.slow
-def test_a_study_begun_before_a_better_default_goes_on_as_it_was(unreported, tmp_path):
-    out, plain = tmp_path / "small", tiny_spec("space.data_aware=false")
-    before = run_study(plain, out, Options(workers=0))
-    written = (out / folder.SPEC).read_text()
-    (out / folder.SPEC).write_text(written.replace("data_aware = false\n", ""))
-    older = {key: value for key, value in plain.identity().items() if key != "space.data_aware"}
-    stored(out).set_user_attr(folder.IDENTITY, older)
-    with pytest.raises(StudyError, match=r"is another study \(space.data_aware is False there and True here\)"):
-        run_study(tiny_spec(), out, Options(workers=0))
-    assert essence(run_study(plain, out, Options(workers=0)).trials) == essence(before.trials)
-    assert (out / folder.SPEC).read_text() == written
 
 
 def ledger_of(study, dense=None, cache=None, *, initial_plans=None):
