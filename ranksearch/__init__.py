@@ -27,8 +27,12 @@ if TYPE_CHECKING:
     from ranksearch.plan import Tucker2 as Tucker2
     from ranksearch.results.record import StudyRecord as StudyRecord
     from ranksearch.results.record import TrialRecord as TrialRecord
+    from ranksearch.spec import Finalists as Finalists
     from ranksearch.spec import Recipe as Recipe
-    from ranksearch.study.options import Options as Options
+    from ranksearch.spec import Search as Search
+    from ranksearch.spec import Space as Space
+    from ranksearch.study.options import Local as Local
+    from ranksearch.study.options import Ray as Ray
     from ranksearch.task.task import Task as Task
 
 __version__ = "0.1.0"
@@ -63,8 +67,16 @@ _HOMES = {
         "StudyRecord",
         "TrialRecord",
     ),
-    "spec": ("Recipe",),
-    "study.options": ("Options",),
+    "spec": (
+        "Finalists",
+        "Recipe",
+        "Search",
+        "Space",
+    ),
+    "study.options": (
+        "Local",
+        "Ray",
+    ),
     "task.task": ("Task",),
 }
 

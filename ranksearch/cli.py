@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from ranksearch import __version__
 from ranksearch.errors import RankSearchError, StudyError
+from ranksearch.settings import fields, kind_of, plain_help
+from ranksearch.spec import Search, StudySpec
+from ranksearch.study.options import ENGINES, Options, Ray, engine_of, option_of
 from ranksearch.support.files import RESUME_HINT, writing
 
 if TYPE_CHECKING:
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 FULL = (errno.ENOSPC, errno.EDQUOT)
+METAVARS = {"address": "HOST:PORT", "storage": "URL"}
+ENGINE_OPTIONS = tuple(dict.fromkeys(name for engine in ENGINES.values() for name in fields(engine)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,25 +94,15 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("source", metavar="NAME|FILE", help="a built-in study, or a TOML file")
     _overrides(study)
     study.add_argument("--out", type=Path, metavar="DIR", help="the study's folder (runs/NAME)")
-    study.add_argument("--trials", type=int, metavar="N", help="trained trials in all (search.trials)")
-    study.add_argument("--minutes", type=float, metavar="M", help="ask for no trial once trials took so long (search.minutes)")
+    _add_option(study, "trials", Search, note="search.trials")
+    _add_option(study, "minutes", Search, note="search.minutes")
     study.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="trials at a time (one a core, one on a GPU, on Ray all that fit); 0: here",
+        "--engine", choices=tuple(ENGINES), default="local", help=f"{plain_help(fields(Options)['engine'])} (local)"
     )
-    study.add_argument("--engine", choices=("local", "ray"), default="local", help="where trials run: processes, or Ray Tune")
-    study.add_argument(
-        "--address", metavar="HOST:PORT", help="a Ray cluster's head, or auto: this machine's (a Ray of its own)"
-    )
-    study.add_argument("--cpus-per-trial", type=int, default=1, metavar="N", help="CPUs and threads of a trial on Ray (1)")
-    study.add_argument("--gpus-per-trial", type=float, default=0.0, metavar="G", help="GPUs of a trial on Ray, also 0.5 (0)")
-    study.add_argument(
-        "--device", default="auto", metavar="DEVICE", help="where to train: cpu, cuda, cuda:1, mps (auto: cuda if it is there)"
-    )
-    study.add_argument("--storage", metavar="URL", help="Optuna storage (SQLite in the study's folder)")
-    study.add_argument("--fresh", action="store_true", help="delete what folder and storage hold of the study, and start over")
+    for name in ENGINE_OPTIONS:
+        _add_option(study, name, *(engine for engine in ENGINES.values() if name in fields(engine)))
+    _add_option(study, "storage", Options)
+    study.add_argument("--fresh", action="store_true", help=plain_help(fields(Options)["fresh"]))
     study.set_defaults(run=_study)
 
     studies = commands.add_parser("studies", help="list the built-in studies", description="List the built-in studies.")
@@ -149,8 +144,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_option(parser: argparse.ArgumentParser, name: str, *owners: type[Any], note: str = "") -> None:
+    """An option for a setting, None where it is not given; `note` is told instead of the default."""
+    entry, kind = fields(owners[0])[name], kind_of(owners[0], name)
+    metavar = METAVARS.get(name) or {int: "N", float: "X"}.get(kind) or name.upper()
+    words = [("on Ray: " if owner is Ray else "") + plain_help(fields(owner)[name]) for owner in owners]
+    note = note or ("" if entry.default is None else str(entry.default))
+    told = "; ".join(words) + (f" ({note})" if note else "")
+    parser.add_argument(option_of(name), type=kind, metavar=metavar, help=told.replace("%", "%%"))
+
+
 def _overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, metavar="N", help="the study's seed (seed)")
+    _add_option(parser, "seed", StudySpec, note="seed")
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a key"
     )
@@ -173,24 +178,14 @@ def _study(options: argparse.Namespace, given: list[str]) -> int:
     import optuna
 
     from ranksearch import console as views
-    from ranksearch.study.options import Options
     from ranksearch.study.study import Stopped, run_study
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     screen = _screen()
     view = views.Terminal(screen) if screen.is_terminal else views.Plain(screen)
     command = _shown(given, options.storage)
-    run = Options(
-        workers=options.workers,
-        engine=options.engine,
-        address=options.address,
-        cpus_per_trial=options.cpus_per_trial,
-        gpus_per_trial=options.gpus_per_trial,
-        device=options.device,
-        storage=options.storage,
-        fresh=options.fresh,
-        command=command,
-    )
+    given_to_engine = {name: value for name in ENGINE_OPTIONS if (value := getattr(options, name)) is not None}
+    run = Options(engine_of(options.engine, given_to_engine), options.storage, options.fresh, command)
     try:
         found = run_study(spec, out, run, view=view)
     except KeyboardInterrupt as stop:

@@ -1,26 +1,38 @@
-"""A study on paper: strict TOML -> one frozen value, every key checked before anything runs."""
+"""A study on paper: strict TOML or values from Python -> one frozen value, every key checked before anything runs."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 import math
-import re
 import tomllib
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tomli_w
 
 from ranksearch.errors import RankSearchError, SpecError, first_line, nearest
 from ranksearch.plan import KINDS, Dense
 from ranksearch.results.costs import COSTS
 from ranksearch.results.limits import Limits
+from ranksearch.settings import (
+    at_least,
+    documented,
+    entries,
+    fields,
+    from_python,
+    from_table,
+    matching,
+    one_of,
+    positive,
+    setting,
+    table_of,
+    to_table,
+)
 
 SAMPLERS = ("rank", "tpe", "nsga2", "gp", "random")
 PRECISIONS = ("float32", "bfloat16")
@@ -28,110 +40,137 @@ STARTS = ("decomposed", "scratch")
 SCHEDULES = ("one-shot", "layerwise")
 
 
-def _checked(rule: str, holds: Callable[[Any], bool], *, choices: Sequence[str] = (), **kwargs: Any) -> Any:
-    return field(metadata={"rule": rule, "holds": holds, "choices": choices}, **kwargs)
+def _reference(help: str, **kwargs: Any) -> Any:
+    return matching(r"\w[\w.]*:\w[\w.]*", "'package.module:name'", help, **kwargs)
 
 
-def _at_least(low: float, **kwargs: Any) -> Any:
-    return _checked(f"at least {low}", lambda value: low <= value < math.inf, **kwargs)
+def _costs(help: str) -> Any:
+    return setting(help, f"at least one of {', '.join(COSTS)}", bool, default=("params",))
 
 
-def _positive(**kwargs: Any) -> Any:
-    return _checked("a finite number above 0", lambda value: 0 < value < math.inf, **kwargs)
-
-
-def _one_of(choices: Sequence[str], **kwargs: Any) -> Any:
-    return _checked(f"one of {', '.join(choices)}", lambda value: value in choices, choices=choices, **kwargs)
-
-
-def _reference(**kwargs: Any) -> Any:
-    return _checked("'package.module:name'", lambda value: bool(re.fullmatch(r"\w[\w.]*:\w[\w.]*", value)), **kwargs)
-
-
+@documented
 @dataclass(frozen=True, kw_only=True)
 class TaskSpec:
     """What is compressed and how it is judged; every reference is `package.module:name`."""
 
-    model: str = _reference()
-    """A callable that gives the dense model, an `nn.Module`."""
-    model_args: Mapping[str, Any] = field(default_factory=dict)
-    data: str = _reference()
-    """A callable that gives `ranksearch.data.Splits`."""
-    data_args: Mapping[str, Any] = field(default_factory=dict)
-    loss: str = _reference(default="torch.nn.functional:cross_entropy")
-    score: str = _reference(default="ranksearch.task.task:accuracy")
+    model: str = _reference("what returns the dense `nn.Module`; `torchvision.models:resnet18` is an example")
+    model_args: Mapping[str, Any] = setting("the arguments of `task.model`", default_factory=dict)
+    data: str = _reference("what returns `ranksearch.Splits`")
+    data_args: Mapping[str, Any] = setting("the arguments of `task.data`", default_factory=dict)
+    loss: str = _reference(
+        "a function of (outputs, targets) that returns a scalar tensor", default="torch.nn.functional:cross_entropy"
+    )
+    score: str = _reference(
+        "a function of a whole split's (outputs, targets): higher is better, and 0.01 is one percentage point",
+        default="ranksearch.task.task:accuracy",
+    )
 
 
+@documented
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: AdamW, learning rate rising over the first 15 % of the steps and falling to zero as a cosine."""
+    """How to train: AdamW, with a learning rate that rises over the first 15 % of the steps and falls to zero as a cosine."""
 
-    epochs: int = _at_least(0)
-    batch_size: int = _at_least(1, default=64)
-    learning_rate: float = _positive(default=1e-3)
-    weight_decay: float = _at_least(0, default=1e-4)
-    precision: str = _one_of(PRECISIONS, default="float32")
-    """Or bfloat16: mixed precision (Micikevicius et al. 2018) while it trains, which needs no loss scaling."""
+    epochs: int = at_least(0, "epochs of training; 0 trains nothing")
+    batch_size: int = at_least(1, "inputs in a step", default=64)
+    learning_rate: float = positive("the highest learning rate", default=1e-3)
+    weight_decay: float = at_least(0, "the weight decay of AdamW", default=1e-4)
+    precision: str = one_of(  # Micikevicius et al. 2018; bfloat16 needs no loss scaling
+        PRECISIONS,
+        "`float32`, or `bfloat16`: mixed precision while it trains; weights and scores stay float32; slow on GPUs "
+        "before Ampere",
+        default="float32",
+    )
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class DenseSpec(Recipe):
     """How the dense model comes by its weights: a file of them, training, or both; neither if the model has them."""
 
-    weights: str = ""
-    """A state dict in a .safetensors or .pt file; relative to the folder the command runs in."""
+    weights: str = setting(
+        "a file with the state dict that training starts from, `.safetensors` or `.pt`, relative to where the command runs",
+        default="",
+    )
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
-class FinalistSpec(Recipe):
+class Finalists(Recipe):
     """The trials of the front that are fine-tuned for longer, from their start, and then tested."""
 
-    count: int = _at_least(1, default=10, repr=False)  # makes no other training
-    sweeps: int = _at_least(0, default=0)
-    """Further sweeps over their factors before they are fine-tuned: HOOI for Tucker-2, alternating least squares for CP."""
-    schedule: str = _one_of(SCHEDULES, default="one-shot")
-    """Or layerwise, the thesis's pipeline: one layer after the other is decomposed, the last first, with `epochs` each."""
+    count: int = at_least(1, "how many trials of the front become finalists", default=10, repr=False)  # makes no other training
+    sweeps: int = at_least(
+        0,
+        "further sweeps over the factors before they are fine-tuned: HOOI for Tucker-2, alternating least squares for CP",
+        default=0,
+    )
+    schedule: str = one_of(
+        SCHEDULES,
+        "`one-shot`, or `layerwise` as in the thesis: layers are decomposed one after the other, the last first, and `epochs` "
+        "follow each",
+        default="one-shot",
+    )
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
-class SpaceSpec:
+class Space:
     """What the search may choose from, for which layers."""
 
-    methods: tuple[str, ...] = _checked("at least one method", bool, default=("tucker2", "cp", "svd"))
-    plugins: tuple[str, ...] = ()
-    """Modules to import first, which register methods of a user's own."""
-    layers: tuple[str, ...] = ()
-    """Only these layers; all that can be decomposed where it is empty."""
-    skip: tuple[str, ...] = ()
-    """Not these layers."""
-    rank_multiple: int = _at_least(1, default=1)
-    """Ranks are multiples of this, as some hardware wants them; one that cannot be so large is held at its largest."""
-    smaller_in: tuple[str, ...] = _checked(f"at least one of {', '.join(COSTS)}", bool, default=("params",))
-    """A layer is stored only in ways that are smaller than dense in each of these costs."""
-    data_aware: bool = True
-    """Fit the factors for the inputs that each layer sees in training, not for the weights alone."""
-    start: str = _one_of(STARTS, default="decomposed")
-    """What a plan's net is trained from: the dense net's decomposed weights, or weights drawn anew (from scratch)."""
+    methods: tuple[str, ...] = setting(
+        f"the methods that a layer may be decomposed by: {', '.join(f'`{name}`' for name in KINDS if name != Dense.method)}, "
+        "or methods of your own",
+        "at least one method",
+        bool,
+        default=("tucker2", "cp", "svd"),
+    )
+    plugins: tuple[str, ...] = setting("modules to import first, which register methods of your own", default=())
+    layers: tuple[str, ...] = setting(
+        "decompose these layers only, by names or patterns such as `stage2.*`; all that can be decomposed if it is empty",
+        default=(),
+    )
+    skip: tuple[str, ...] = setting("leave these layers dense, by names or patterns", default=())
+    rank_multiple: int = at_least(
+        1,
+        "ranks are multiples of this, as some hardware wants; a rank that cannot be so large is held at its largest",
+        default=1,
+    )
+    smaller_in: tuple[str, ...] = _costs(
+        "a layer is stored only in ways that are smaller than dense in each of these costs: `params`, `macs`"
+    )
+    data_aware: bool = setting(
+        "fit the factors to the inputs that each layer sees in training, not to the weights alone", default=True
+    )
+    start: str = one_of(
+        STARTS,
+        "what a plan's net is trained from: the dense net's `decomposed` weights, or weights drawn anew, `scratch`",
+        default="decomposed",
+    )
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
-class SearchSpec:
-    """How long to search, and who proposes."""
+class Search:
+    """How long to search, for what, and who proposes."""
 
-    sampler: str = _one_of(SAMPLERS, default="rank")
-    trials: int = _at_least(1, default=60)
-    """How many plans are trained; those that need no training do not count."""
-    first: tuple[str, ...] = ()
-    """Files of plans, as models/<trial>/plan.json is one, to try first; relative to the folder the command runs in."""
-    minimize: tuple[str, ...] = _checked(f"at least one of {', '.join(COSTS)}", bool, default=("params",))
-    """The costs that the front sets against the score: parameters, multiply-accumulates, or both."""
-    minutes: float | None = _positive(default=None)
-    min_score: float | None = _checked("a finite number", math.isfinite, default=None)
-    """Models with a lower validation score are not on the front."""
-    min_ratio: float | None = _positive(default=None)
-    """Plans of a lower compression ratio are not trained; nor are those of more parameters or multiply-accumulates:"""
-    max_params: int | None = _at_least(1, default=None)
-    max_macs: int | None = _at_least(1, default=None)
+    sampler: str = one_of(
+        SAMPLERS, "who proposes plans: our own, `rank`, or Optuna's `tpe`, `nsga2`, `gp`, `random`", default="rank"
+    )
+    trials: int = at_least(1, "how many plans are trained in all; plans over a limit or known already do not count", default=60)
+    first: tuple[str, ...] = setting(
+        "files of plans to try first, such as `models/5/plan.json`, relative to where the command runs", default=()
+    )
+    minimize: tuple[str, ...] = _costs("the costs that the front sets against the score: `params`, `macs`, or both")
+    minutes: float | None = positive(
+        "start no trial after so many minutes of search, summed over all runs; other stages are not counted", default=None
+    )
+    min_score: float | None = setting(
+        "models with a lower validation score are not on the front", "a finite number", math.isfinite, default=None
+    )
+    min_ratio: float | None = positive("models of a lower compression ratio are not trained", default=None)
+    max_params: int | None = at_least(1, "models of more parameters are not trained", default=None)
+    max_macs: int | None = at_least(1, "models of more multiply-accumulates for one input are not trained", default=None)
 
     @property
     def limits(self) -> Limits:
@@ -139,23 +178,26 @@ class SearchSpec:
         return Limits.of(dataclasses.asdict(self))
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class StudySpec:
     """A whole study. Equal values give equal studies."""
 
-    name: str = _checked("letters, digits, '.', '_' or '-'", lambda value: bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*", value)))
-    about: str = ""
-    seed: int = _checked("between 0 and 2147483647", lambda value: 0 <= value < 2**31, default=0)
-    task: TaskSpec
-    dense: DenseSpec
-    space: SpaceSpec = field(default_factory=SpaceSpec)
-    search: SearchSpec = field(default_factory=SearchSpec)
-    finetune: Recipe
-    finalists: FinalistSpec
+    name: str = matching(
+        r"[A-Za-z0-9][\w.-]*", "letters, digits, '.', '_' or '-'", "the name of the study, and of its folder `runs/NAME`"
+    )
+    about: str = setting("a line for `ranksearch studies` and the report", default="")
+    seed: int = setting("the seed of everything random", "between 0 and 2147483647", lambda seed: 0 <= seed < 2**31, default=0)
+    task: TaskSpec = setting("what is compressed, and how it is judged; functions are named as `package.module:name`")
+    dense: DenseSpec = setting("where the dense net's weights come from: a file, training, or both")
+    space: Space = setting("what the search may choose from, for which layers", default_factory=Space)
+    search: Search = setting("how long to search, for what, and who proposes", default_factory=Search)
+    finetune: Recipe = setting("how each trial is fine-tuned")
+    finalists: Finalists = setting("the trials of the front that are fine-tuned for longer, from their start, and then tested")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain TOML values; what is not set is left out."""
-        return _plain(self)
+        return to_table(self)
 
     def to_toml(self) -> str:
         """The spec as resolved: every key, defaults and overrides included."""
@@ -175,6 +217,13 @@ class StudySpec:
         return {key: value for key, value in flat.items() if key not in free}
 
 
+def keys_tables() -> str:
+    """The Markdown tables of all keys of a study, for docs/studies.md."""
+    shared = "`dense`, `finetune` and `finalists` each say how to train, with these keys:"
+    own = table_of(entries(StudySpec, omit=fields(Recipe)), head="key")
+    return "\n\n".join([own, shared, table_of(entries(Recipe), head="key")])
+
+
 def parse_spec(text: str, *, source: str, overrides: Sequence[str] = ()) -> StudySpec:
     """The study that TOML `text` describes, with `section.key=value` overrides on top.
 
@@ -187,7 +236,16 @@ def parse_spec(text: str, *, source: str, overrides: Sequence[str] = ()) -> Stud
         raise SpecError(f"A study file must be TOML, but {source} is not: {error}.") from None
     for override in overrides:
         _override(data, override)
-    spec: StudySpec = _section(StudySpec, data, source=source, path="")
+    return _consistent(from_table(StudySpec, data, lambda key: f"{source}: {key}"))
+
+
+def check_spec(spec: StudySpec) -> StudySpec:
+    """A study that was made in Python, checked as strictly as a file; raises `SpecError` as `parse_spec` does."""
+    return _consistent(from_python(StudySpec, spec, str))
+
+
+def _consistent(spec: StudySpec) -> StudySpec:
+    """The spec, once its keys go together and the names in its lists are known."""
     for module in spec.space.plugins:
         _imported(module, module, key="space.plugins")
     methods = [name for name in KINDS if name != Dense.method]
@@ -292,76 +350,3 @@ def _override(data: dict[str, Any], override: str) -> None:
         if not isinstance(data, dict):
             raise SpecError(f"An override must read section.key=value, but {section!r} of {override!r} is no section.")
     data[last] = value
-
-
-def _section(cls: type[Any], data: Any, *, source: str, path: str) -> Any:
-    if not isinstance(data, dict):
-        raise SpecError(f"{source}: {path.rstrip('.')} must be a section, but got {data!r}.")
-    hints, entries = typing.get_type_hints(cls), {entry.name: entry for entry in dataclasses.fields(cls)}
-    for key in data:
-        if key not in entries:
-            raise SpecError(f"{source}: {path}{key} is not a key of a study.{nearest(key, entries)}")
-    values = {}
-    for name, entry in entries.items():
-        required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-        if name in data:
-            values[name] = _value(hints[name], data[name], entry, source=source, path=f"{path}{name}")
-        elif dataclasses.is_dataclass(hints[name]) and required:
-            values[name] = _section(typing.cast(type, hints[name]), {}, source=source, path=f"{path}{name}.")
-        elif required:
-            raise SpecError(f"{source}: {path}{name} must be set, but is missing.")
-    return cls(**values)
-
-
-def _value(kind: Any, given: Any, entry: dataclasses.Field[Any], *, source: str, path: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return _section(typing.cast(type, kind), given, source=source, path=f"{path}.")
-    if isinstance(kind, types.UnionType):
-        kind = next(option for option in typing.get_args(kind) if option is not type(None))
-    value = _typed(kind, given)
-    if value is None:
-        raise SpecError(f"{source}: {path} must be {_words(kind)}, but got {given!r}.")
-    if isinstance(value, dict):
-        _check_kept(value, f"{source}: {path}")
-    if not entry.metadata.get("holds", lambda _: True)(value):
-        choices = entry.metadata["choices"]
-        hint = nearest(value, choices) if choices else ""
-        raise SpecError(f"{source}: {path} must be {entry.metadata['rule']}, but got {given!r}.{hint}")
-    return value
-
-
-def _check_kept(value: Any, path: str) -> None:
-    """Arguments of a user's function are kept as JSON, and compared when a study goes on."""
-    if isinstance(value, dict | list):
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            _check_kept(inner, f"{path}.{key}")
-    elif not isinstance(value, str | int | float):
-        raise SpecError(f"{path} must be a string, a number, true or false, but got {value}; write it in quotes.")
-    elif value != value:
-        raise SpecError(f"{path} must be a number, but got nan.")
-
-
-def _typed(kind: Any, given: Any) -> Any:
-    """`given` as the field's type, None where it is of another."""
-    origin = typing.get_origin(kind)
-    if origin is tuple:
-        return tuple(given) if type(given) is list and all(isinstance(item, str) for item in given) else None
-    if kind is float and type(given) is int:
-        return float(given)
-    return given if type(given) is (dict if origin else kind) else None
-
-
-def _words(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
-    return names.get(kind) or ("a list of strings" if typing.get_origin(kind) is tuple else "a table")
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        pairs = ((entry.name, getattr(value, entry.name)) for entry in dataclasses.fields(value))
-        return {name: _plain(entry) for name, entry in pairs if entry is not None}
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, np.generic):
-        return value.item()  # numpy's numbers, from Python
-    return list(value) if isinstance(value, tuple) else value

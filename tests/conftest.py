@@ -15,10 +15,10 @@ from ranksearch.compress.profile import profile
 from ranksearch.data import example
 from ranksearch.plan import CP, SVD, Plan, Tucker2
 from ranksearch.results.messages import Outcome
-from ranksearch.spec import FinalistSpec, Recipe, parse_spec
+from ranksearch.spec import Finalists, Recipe, parse_spec
 from ranksearch.strategy.space import make_space
 from ranksearch.study import folder
-from ranksearch.study.options import Options
+from ranksearch.study.options import Local, Options
 from ranksearch.study.study import run_study
 from ranksearch.task import training
 from ranksearch.task.evaluation import Evaluator
@@ -97,7 +97,7 @@ def trained() -> Task:
 def finished(tmp_path_factory) -> tuple[Path, object]:
     """The folder and the record of one finished small study; not to be changed."""
     folder = tmp_path_factory.mktemp("finished") / "small"
-    return folder, run_study(small_spec(), folder, Options(workers=0))
+    return folder, run_study(small_spec(), folder, Options(Local(0)))
 
 
 @pytest.fixture(scope="session")
@@ -108,7 +108,7 @@ def evaluator(trained):
     prepared = profile(trained.model, found, {axis.layer.name: axis.methods for axis in space.axes})
 
     def make(*, scratch=False, unfinished=None, **finalists):
-        longer = FinalistSpec(2, learning_rate=3e-3, **finalists)
+        longer = Finalists(2, learning_rate=3e-3, **finalists)
         return Evaluator(trained, prepared, Recipe(1), longer, "cpu", scratch=scratch, unfinished=unfinished)
 
     return make

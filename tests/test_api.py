@@ -11,8 +11,8 @@ import torch
 import ranksearch
 from ranksearch.errors import ModelError, SpecError, StudyError
 from ranksearch.results.messages import Outcome
-from ranksearch.spec import Recipe
-from ranksearch.study.options import Options
+from ranksearch.spec import Finalists, Recipe, Search, Space
+from ranksearch.study.options import Local
 from ranksearch.task.task import Task
 from tests import nets
 from tests.conftest import essence
@@ -23,21 +23,19 @@ pytestmark = pytest.mark.usefixtures("unreported")
 @pytest.mark.slow
 def test_from_python(trained, tmp_path):
     record = ranksearch.search(
-        trained, out=tmp_path / "mine", trials=3, finetune=ranksearch.Recipe(1), finalists=ranksearch.Recipe(1),
-        finalist_count=1, options=ranksearch.Options(workers=1),
+        trained, out=tmp_path / "mine", search=ranksearch.Search(trials=3), finetune=ranksearch.Recipe(1), finalists=ranksearch.Finalists(1, count=1), engine=ranksearch.Local(1),
     )  # fmt: skip
     best = record.front[0]
     model = ranksearch.load_model(trained.model, tmp_path / "mine" / "models" / str(best.number))
     assert sum(p.numel() for p in model.parameters()) == best.params
     again = ranksearch.search(
-        trained, out=tmp_path / "mine", trials=3, finetune=ranksearch.Recipe(1), finalists=ranksearch.Recipe(1),
-        finalist_count=1, options=ranksearch.Options(workers=0),
+        trained, out=tmp_path / "mine", search=ranksearch.Search(trials=3), finetune=ranksearch.Recipe(1), finalists=ranksearch.Finalists(1, count=1), engine=ranksearch.Local(0),
     )  # fmt: skip
     assert essence(again.trials) == essence(record.trials)
 
 
 def test_any_model_and_folder_name_from_python(tmp_path):
-    class Local(torch.nn.Module):
+    class Mine(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.net = nets.small()
@@ -45,10 +43,10 @@ def test_any_model_and_folder_name_from_python(tmp_path):
         def forward(self, inputs):
             return self.net(inputs)
 
-    task = Task(Local(), nets.few_digits(), loss=lambda outputs, targets: torch.nn.functional.cross_entropy(outputs, targets))
+    task = Task(Mine(), nets.few_digits(), loss=lambda outputs, targets: torch.nn.functional.cross_entropy(outputs, targets))
     record = ranksearch.search(
-        task, out=tmp_path / "my runs?", trials=1, finetune=ranksearch.Recipe(1), finalists=ranksearch.Recipe(1),
-        options=ranksearch.Options(workers=0),
+        task, out=tmp_path / "my runs?", search=ranksearch.Search(trials=1), finetune=ranksearch.Recipe(1), finalists=ranksearch.Finalists(1),
+        engine=ranksearch.Local(0),
     )  # fmt: skip
     assert len(record.trials) == 1
     assert (tmp_path / "my runs?" / "study.db").exists()
@@ -58,8 +56,8 @@ def test_any_model_and_folder_name_from_python(tmp_path):
 def test_another_score_is_another_study(trained, tmp_path):
     def go(score):
         return ranksearch.search(
-            replace(trained, score=score), out=tmp_path / "mine", trials=1, finetune=ranksearch.Recipe(1),
-            finalists=ranksearch.Recipe(1), options=ranksearch.Options(workers=0),
+            replace(trained, score=score), out=tmp_path / "mine", search=ranksearch.Search(trials=1), finetune=ranksearch.Recipe(1),
+            finalists=ranksearch.Finalists(1), engine=ranksearch.Local(0),
         )  # fmt: skip
 
     def other(outputs, targets):
@@ -72,12 +70,13 @@ def test_another_score_is_another_study(trained, tmp_path):
 
 def test_python_may_give_one_name_and_numbers_of_numpy(trained, tmp_path):
     record = ranksearch.search(
-        trained, out=tmp_path / "mine", methods="svd", skip="fc1", minimize="params", trials=np.int64(1),
-        finetune=ranksearch.Recipe(1), finalists=ranksearch.Recipe(1), finalist_count=1, options=Options(workers=0),
+        trained, out=tmp_path / "mine", space=Space(methods="svd", skip="fc1"),
+        search=Search(minimize="params", trials=np.int64(1)),
+        finetune=ranksearch.Recipe(1), finalists=ranksearch.Finalists(1, count=1), engine=Local(0),
     )  # fmt: skip
     assert {name for trial in record.trials for name, _ in trial.plan} == {"fc2"}
     with pytest.raises(SpecError, match=r"space.layers must name layers that can be decomposed, but 'fc9' is none"):
-        ranksearch.search(trained, out=tmp_path / "two", layers="fc9")
+        ranksearch.search(trained, out=tmp_path / "two", space=Space(layers="fc9"))
 
 
 def test_a_score_that_is_no_share(trained, tmp_path):
@@ -85,7 +84,7 @@ def test_a_score_that_is_no_share(trained, tmp_path):
     with pytest.raises(
         ModelError, match=r"on the scale of a share, where .* but <lambda> gave 93.5 for the dense net; divide it, by"
     ):
-        ranksearch.search(percent, out=tmp_path / "mine", options=Options(workers=0))
+        ranksearch.search(percent, out=tmp_path / "mine", engine=Local(0))
 
 
 @pytest.mark.slow
@@ -93,21 +92,18 @@ def test_a_score_that_is_no_number(trained, tmp_path):
     scores = iter([0.5, 0.5, 0.5, float("nan")])  # the check, the dense net twice, the first trial
     task = replace(trained, score=lambda outputs, targets: next(scores, 0.5))
     record = ranksearch.search(
-        task, out=tmp_path / "mine", trials=2, finetune=ranksearch.Recipe(1), finalists=ranksearch.Recipe(1),
-        options=ranksearch.Options(workers=0),
+        task, out=tmp_path / "mine", search=ranksearch.Search(trials=2), finetune=ranksearch.Recipe(1), finalists=ranksearch.Finalists(1),
+        engine=ranksearch.Local(0),
     )  # fmt: skip
     assert [trial.outcome for trial in record.trials] == [Outcome.DIVERGED, Outcome.DONE]
     with pytest.raises(ModelError, match="The score must be a number for the dense net, but <lambda> gave nan"):
-        ranksearch.search(
-            replace(trained, score=lambda o, t: float("nan")), out=tmp_path / "two", options=ranksearch.Options(workers=0)
-        )
+        ranksearch.search(replace(trained, score=lambda o, t: float("nan")), out=tmp_path / "two", engine=ranksearch.Local(0))
 
 
 def test_the_users_model_is_not_changed(trained, tmp_path):
     before = {name: tensor.clone() for name, tensor in trained.model.state_dict().items()}
     ranksearch.search(
-        trained, out=tmp_path / "mine", trials=2, finetune=ranksearch.Recipe(1), finalists=ranksearch.Recipe(1),
-        finalist_count=1, options=ranksearch.Options(workers=0),
+        trained, out=tmp_path / "mine", search=ranksearch.Search(trials=2), finetune=ranksearch.Recipe(1), finalists=ranksearch.Finalists(1, count=1), engine=ranksearch.Local(0),
     )  # fmt: skip
     after = trained.model.state_dict()
     assert set(before) == set(after)
@@ -117,8 +113,7 @@ def test_the_users_model_is_not_changed(trained, tmp_path):
 def test_another_dense_model_is_another_study(trained, tmp_path):
     def go(task):
         return ranksearch.search(
-            task, out=tmp_path / "mine", trials=1, finetune=ranksearch.Recipe(1), finalists=ranksearch.Recipe(1),
-            finalist_count=1, options=ranksearch.Options(workers=0),
+            task, out=tmp_path / "mine", search=ranksearch.Search(trials=1), finetune=ranksearch.Recipe(1), finalists=ranksearch.Finalists(1, count=1), engine=ranksearch.Local(0),
         )  # fmt: skip
 
     go(trained)
@@ -136,7 +131,7 @@ def test_a_test_score_that_is_no_number_is_told_before_the_search(trained, tmp_p
         return float("nan") if next(asked) == 2 else 0.5  # the check, then the dense net on validation, then on test
 
     with pytest.raises(ModelError, match="The score must be a number for the dense net, but score gave nan on test; mend it"):
-        ranksearch.search(replace(trained, score=score), out=tmp_path / "mine", trials=1, options=Options(workers=0))
+        ranksearch.search(replace(trained, score=score), out=tmp_path / "mine", search=Search(trials=1), engine=Local(0))
 
 
 @pytest.mark.slow
@@ -145,8 +140,8 @@ def test_a_test_score_that_is_no_number_is_told_before_the_search(trained, tmp_p
 )
 def test_any_folder_gives_a_name(trained, tmp_path, folder, name):
     record = ranksearch.search(
-        trained, out=tmp_path / folder, trials=1, finetune=Recipe(0), finalists=Recipe(0), finalist_count=1,
-        min_score=np.float32(0.25), data_aware=np.bool_(False), options=Options(workers=0),
+        trained, out=tmp_path / folder, search=Search(trials=1, min_score=np.float32(0.25)),
+        finetune=Recipe(0), finalists=Finalists(0, count=1), space=Space(data_aware=np.bool_(False)), engine=Local(0),
     )  # fmt: skip
     assert record.facts.name == name
     assert record.facts.limits.min_score == 0.25

@@ -351,8 +351,8 @@ def test_a_command_is_shown_as_a_shell_reads_it(word, shown):
 def test_a_study_made_from_python_is_not_exported_by_the_command_line(trained, tmp_path, capsys):
     out = tmp_path / "mine"
     ranksearch.search(
-        trained, out=out, trials=1, finetune=ranksearch.Recipe(1), finalists=ranksearch.Recipe(1),
-        options=ranksearch.Options(workers=0),
+        trained, out=out, search=ranksearch.Search(trials=1), finetune=ranksearch.Recipe(1), finalists=ranksearch.Finalists(1),
+        engine=ranksearch.Local(0),
     )  # fmt: skip
     told = refuse(capsys, "export", out, "--knee")
     assert told == "This study was made from Python, which alone has the dense model; use ranksearch.load_model there."

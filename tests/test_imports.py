@@ -17,6 +17,7 @@ PARTS = [
     "support",
     "plan",
     "results",
+    "settings",
     "spec",
     "console",
     "report",

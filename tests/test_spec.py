@@ -1,15 +1,29 @@
 """Study files: every key checked, every message one sentence with the rule, the value and the fix."""
 
-import json
 import re
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, is_dataclass, replace
 from typing import get_type_hints
 
+import numpy as np
 import pytest
 
 from ranksearch.errors import SpecError
 from ranksearch.results.limits import UNLIMITED, Limits
-from ranksearch.spec import Recipe, StudySpec, builtin_studies, load_spec, parse_spec, resolve
+from ranksearch.settings import default_of, fields
+from ranksearch.spec import (
+    Finalists,
+    Recipe,
+    Search,
+    Space,
+    StudySpec,
+    builtin_studies,
+    check_spec,
+    keys_tables,
+    load_spec,
+    parse_spec,
+    resolve,
+)  # fmt: skip
+from ranksearch.study.options import Local, Options, Ray, engine_table
 from tests import ROOT
 from tests.nets import SMALL
 
@@ -150,24 +164,73 @@ def test_bad_references(reference, message):
         resolve(reference, key="task.model")
 
 
-def test_every_key_and_what_stands_for_it_is_in_the_docs():
-    """docs/studies.md, which names what the three sections of training share once."""
-    page = (ROOT / "docs" / "studies.md").read_text()
-    told = dict(re.findall(r"^\| `([\w.]+)` \| (.+?) \|", page, re.MULTILINE))
-    expected = {}
-    for section in fields(StudySpec):
-        kind = get_type_hints(StudySpec)[section.name]
-        for key in fields(kind) if is_dataclass(kind) else [section]:
-            shared = key.name in {entry.name for entry in fields(Recipe)} - {"epochs"}
-            name = key.name if shared or key is section else f"{section.name}.{key.name}"
-            expected[name] = stands_for(key)
-    assert {name: left_out for name, left_out in told.items() if ":" not in name} == expected
+def test_the_docs_have_the_tables_of_keys():
+    """`python benchmarks/keys.py --write` makes them."""
+    pages = ROOT / "docs"
+    for name, page, text in (("keys", "studies.md", keys_tables()), ("engines", "cluster.md", engine_table())):
+        written = re.search(rf"<!-- {name}: .* -->\n(.*)\n<!-- end of {name} -->", (pages / page).read_text(), re.DOTALL)
+        assert written
+        assert written[1] == text
 
 
-def stands_for(key):
-    default = key.default if key.default_factory is MISSING else key.default_factory()
-    if default is MISSING:
-        return "needed"
-    if default is None:
-        return "no limit"
-    return "empty" if default == "" else json.dumps(default)
+def all_settings(cls):
+    """(class, field) for every setting in it and in its sections."""
+    for name, kind in get_type_hints(cls).items():
+        yield cls, fields(cls)[name]
+        if is_dataclass(kind):
+            yield from all_settings(kind)
+
+
+SETTINGS = {
+    f"{cls.__name__}.{entry.name}": (cls, entry)
+    for whole in (StudySpec, Options, Local, Ray)
+    for cls, entry in all_settings(whole)
+}
+each_setting = pytest.mark.parametrize(("cls", "entry"), SETTINGS.values(), ids=SETTINGS)
+
+
+@each_setting
+def test_a_setting_has_a_phrase_of_help_and_its_docstring_repeats_it(cls, entry):
+    text = entry.metadata["help"]
+    assert text
+    assert "|" not in text
+    assert text[-1] not in ".;:"
+    assert f"    {entry.name}: {text.replace('`', '')}." in cls.__doc__
+
+
+@each_setting
+def test_a_default_keeps_its_rule(cls, entry):
+    default = default_of(entry)
+    assert default is MISSING or default is None or entry.metadata["holds"](default)
+
+
+def test_values_from_python_are_checked_as_a_file_is():
+    spec = parse()
+    assert check_spec(spec) == spec
+    given = replace(spec, space=Space(methods="svd", skip=["conv1"]), seed=np.int64(3), search=Search(minutes=np.float32(2)))
+    wanted = parse(SMALL, "space.methods=['svd']", "space.skip=['conv1']", "seed=3", "search.minutes=2")
+    assert check_spec(given).space == replace(wanted.space, data_aware=True)
+    assert (check_spec(given).seed, check_spec(given).search.minutes) == (3, 2.0)
+    assert {type(check_spec(given).seed), type(check_spec(given).search.minutes)} == {int, float}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"search": Search(trials=0)}, "search.trials must be at least 1, but got 0."),
+        ({"search": Search(trials=None)}, "search.trials must be a whole number, but got None."),
+        ({"search": Search(trials=True)}, "search.trials must be a whole number, but got True."),
+        ({"search": Search(sampler="tpee")}, "search.sampler must be one of rank, tpe, nsga2, gp, random, but got 'tpee'. Did you mean 'tpe'?"),
+        ({"search": Search(first=[3])}, "search.first must be a list of strings, but got [3]."),
+        ({"space": Space(methods="tucker")}, "space.methods must name methods, but 'tucker' is none. Did you mean 'tucker2'?"),
+        ({"space": "svd"}, "space must be a ranksearch.Space, but got 'svd'."),
+        ({"finetune": Finalists(1)}, f"finetune must be a ranksearch.Recipe, but got {Finalists(1)!r}."),
+        ({"finalists": Recipe(1)}, f"finalists must be a ranksearch.Finalists, but got {Recipe(1)!r}."),
+        ({"finalists": Finalists(0, schedule="layerwise")}, "finalists.epochs must be at least 1 where finalists.schedule is layerwise, but got 0."),
+        ({"seed": "one"}, "seed must be a whole number, but got 'one'."),
+        ({"seed": -1}, "seed must be between 0 and 2147483647, but got -1."),
+    ],
+)  # fmt: skip
+def test_bad_values_from_python(changes, message):
+    with pytest.raises(SpecError, match=f"^{re.escape(message)}$"):
+        check_spec(replace(parse(), **changes))

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from ranksearch.spec import builtin_studies, load_spec
-from ranksearch.study.options import Options
+from ranksearch.study.options import Local, Options
 from ranksearch.study.study import run_study
 from tests.pictures import write_pictures, write_scenes
 
@@ -47,8 +47,8 @@ def reduced(name, root, trials):
 @pytest.mark.parametrize("name", [name for name in builtin_studies() if name != "lenet"])
 def test_a_study_starts_resumes_and_reports(name, root, tmp_path):
     """`lenet` runs as a whole, in the first command of the README."""
-    first = run_study(reduced(name, root, 1), tmp_path / name, Options(workers=0))
-    again = run_study(reduced(name, root, 2), tmp_path / name, Options(workers=0))
+    first = run_study(reduced(name, root, 1), tmp_path / name, Options(Local(0)))
+    again = run_study(reduced(name, root, 2), tmp_path / name, Options(Local(0)))
     assert len(again.trials) == 2
     assert again.trials[0].plan == first.trials[0].plan
     assert again.trials[0].curve == first.trials[0].curve

@@ -11,6 +11,7 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
+from ranksearch import spec
 from ranksearch.compress.inventory import Inventory
 from ranksearch.errors import PlanError, SpecError, nearest
 from ranksearch.methods import FEWER_PARAMS, METHODS, Method, RankConstraints, method_of, nearest_rank
@@ -18,7 +19,6 @@ from ranksearch.methods.layer import Layer
 from ranksearch.plan import Dense, Factorization, Plan
 from ranksearch.results.costs import Counts
 from ranksearch.results.limits import Limits
-from ranksearch.spec import SpaceSpec
 
 DENSE_METHOD = Dense.method
 UNUSED_LEVEL = 0.5
@@ -171,12 +171,12 @@ def check_plan(plan: Plan, space: Space, inventory: Inventory) -> None:
         axes[name].check(value)
 
 
-def constraints_of(about: SpaceSpec) -> RankConstraints:
+def constraints_of(about: spec.Space) -> RankConstraints:
     """The ranks that a study offers."""
     return RankConstraints(about.rank_multiple, about.smaller_in)
 
 
-def space_of(about: SpaceSpec, inventory: Inventory) -> Space:
+def space_of(about: spec.Space, inventory: Inventory) -> Space:
     """The space of a study; raises as `make_space` does."""
     return make_space(inventory, about.methods, layers=about.layers, skip=about.skip, constraints=constraints_of(about))
 

@@ -2,67 +2,113 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-import torch
+from ranksearch.errors import SpecError, StudyError
+from ranksearch.settings import Named, at_least, documented, entries, fields, from_python, matching, setting, table_of
 
-from ranksearch.errors import StudyError
+
+@documented
+@dataclass(frozen=True)
+class Local:
+    """Run trials in processes of this machine."""
+
+    workers: int | None = at_least(
+        0,
+        "how many trials run at a time; by default one per core, or one on a GPU; 0 runs them in the main process",
+        default=None,
+    )
+    device: str = matching(
+        r"auto|cpu|mps|cuda(:\d+)?",
+        "auto, cpu, cuda, cuda:N or mps",
+        "where to train: `cpu`, `cuda`, one GPU of several such as `cuda:1`, `mps`, or `auto`: CUDA if it is there",
+        default="auto",
+    )
 
 
-@dataclass(frozen=True, kw_only=True)
+@documented
+@dataclass(frozen=True)
+class Ray:
+    """Run trials on a Ray cluster, by Ray Tune."""
+
+    address: str | None = setting(
+        "the cluster: `auto` on one of its machines, or HOST:PORT of its head; without it, a Ray of its own is started on this "
+        "machine and stopped at the end",
+        default=None,
+    )
+    workers: int | None = at_least(
+        1, "the most trials at a time; by default as many as the cluster holds", where=" on Ray", default=None
+    )
+    cpus_per_trial: int = at_least(1, "CPUs that a trial takes, and threads that it runs", default=1)
+    gpus_per_trial: float = setting(
+        "GPUs that a trial takes, whole or a fraction such as 0.25; with 0, trials are trained on CPUs",
+        "whole or a fraction of one",
+        lambda gpus: 0 <= gpus < 1 or (gpus >= 1 and gpus.is_integer()),
+        default=0.0,
+    )
+    device: str = matching(
+        r"auto|cpu|cuda(:\d+)?",
+        "auto, cpu, cuda or cuda:N on Ray",
+        "where the dense net is trained and the finalists are timed; trials train on GPUs if `gpus_per_trial` is above 0",
+        default="auto",
+    )
+
+
+ENGINES: dict[str, type[Local] | type[Ray]] = {"local": Local, "ray": Ray}
+"""By their names on the command line."""
+
+
+@documented
+@dataclass(frozen=True)
 class Options:
     """What a run may change without making another study."""
 
-    workers: int | None = None
-    """Trials at a time; by default one a core, one on a GPU, as many as a Ray cluster holds. 0 runs them in this process."""
-    engine: str = "local"
-    """`local`: processes on this machine; `ray`: Ray Tune."""
-    address: str | None = None
-    """The Ray cluster, `auto` or HOST:PORT; by default Ray is started on this machine and stopped at the end."""
-    cpus_per_trial: int = 1
-    """CPUs of a trial on Ray, and its threads."""
-    gpus_per_trial: float = 0.0
-    """GPUs of a trial on Ray, whole or a fraction."""
-    device: str = "auto"
-    """Where to train: `cpu`, `cuda`, one GPU of several such as `cuda:1`, `mps`, or `auto`: CUDA if it is there. On Ray, trials
-    are on a GPU where `gpus_per_trial` says so."""
-    storage: str | None = None
-    """An Optuna database address; the folder's own SQLite file by default."""
-    fresh: bool = False
-    """Start over: what the folder and the storage hold of the study is deleted."""
-    command: str = "ranksearch.search(...)"
-    """What makes the study again, for the report."""
-
-    def __post_init__(self) -> None:
-        if self.workers is not None and self.workers < 0:
-            raise StudyError(f"--workers must be at least 0, but got {self.workers}.")
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
-            raise StudyError(f"--device must be auto, cpu, cuda, cuda:N or mps, but got {self.device!r}.")
-        if self.engine not in ("local", "ray"):
-            raise StudyError(f"--engine must be local or ray, but got {self.engine!r}.")
-        if self.engine == "ray" and self.workers == 0:
-            raise StudyError("--workers must be at least 1 for --engine ray, but got 0.")
-        if self.engine == "local" and (self.address, self.cpus_per_trial, self.gpus_per_trial) != (None, 1, 0):
-            raise StudyError("--address, --cpus-per-trial and --gpus-per-trial are for --engine ray, but the engine is local.")
-        if self.cpus_per_trial < 1:
-            raise StudyError(f"--cpus-per-trial must be at least 1, but got {self.cpus_per_trial}.")
-        if not (0 <= self.gpus_per_trial < 1 or (self.gpus_per_trial >= 1 and float(self.gpus_per_trial).is_integer())):
-            raise StudyError(f"--gpus-per-trial must be whole or a fraction of one, but got {self.gpus_per_trial:g}.")
-        if self.engine == "ray" and self.device.startswith("cuda") and not self.gpus_per_trial:
-            raise StudyError(f"--gpus-per-trial must be above 0 for --device {self.device} with --engine ray, but got 0.")
-        if self.engine == "ray" and self.device == "mps":
-            raise StudyError("--device must be auto, cpu or cuda for --engine ray, which has no other GPUs, but got mps.")
-        if self.device == "cpu" and self.gpus_per_trial:
-            raise StudyError(f"--gpus-per-trial must be 0 for --device cpu, but got {self.gpus_per_trial:g}.")
+    engine: Local | Ray = setting("where trials run: in processes of this machine, or on Ray", default=Local())
+    storage: str | None = setting("the address of an Optuna database; by default SQLite in the study's folder", default=None)
+    fresh: bool = setting("start over: delete what the folder and the storage hold of the study", default=False)
+    command: str = setting("the command that makes the study again, for the report", default="ranksearch.search(...)")
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of that name; `auto` is CUDA where there is a GPU. Raises `StudyError` for a device that is not there."""
-    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        return torch.device("cuda" if cuda else "cpu")
-    there = ["cpu", *(f"cuda:{index}" for index in range(cuda)), *(["mps"] if torch.backends.mps.is_available() else [])]
-    if name not in there and not (name == "cuda" and cuda):
-        raise StudyError(f"--device must be one that torch finds on this machine ({', '.join(there)}), but got {name}.")
-    return torch.device(name)
+def check_engine(engine: Local | Ray, named: Named) -> Local | Ray:
+    """The engine, every value checked; `named` gives the words by which its user knows a setting.
+
+    Raises:
+        SpecError: it is no engine, or a value is of another type, against its rule, or does not go with the others.
+    """
+    if not isinstance(engine, Local | Ray):
+        raise SpecError(f"{named('')} must be a ranksearch.Local or a ranksearch.Ray, but got {engine!r}.")
+    engine = from_python(type(engine), engine, named)
+    if isinstance(engine, Ray):
+        if engine.device.startswith("cuda") and not engine.gpus_per_trial:
+            raise SpecError(
+                f"{named('gpus_per_trial')} must be above 0 for {named('device')} {engine.device} on Ray, but got 0."
+            )
+        if engine.device == "cpu" and engine.gpus_per_trial:
+            raise SpecError(
+                f"{named('gpus_per_trial')} must be 0 for {named('device')} cpu, but got {engine.gpus_per_trial:g}."
+            )
+    return engine
+
+
+def engine_of(name: str, given: Mapping[str, Any]) -> Local | Ray:
+    """The engine that the command line names, with the options that were given to it.
+
+    Raises:
+        SpecError: as `check_engine` does.
+        StudyError: an option is another engine's.
+    """
+    if set(given) - set(fields(ENGINES[name])):
+        raise StudyError("--address, --cpus-per-trial and --gpus-per-trial are for --engine ray, but the engine is local.")
+    return check_engine(ENGINES[name](**given), option_of)
+
+
+def option_of(name: str) -> str:
+    """The option of the command line for a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+def engine_table() -> str:
+    """The Markdown table of the options of an engine, for docs/cluster.md."""
+    return table_of(((option_of(name), entry) for name, entry in entries(Ray)), head="option")

@@ -16,6 +16,7 @@ import torch
 from ranksearch.compress.inventory import Inventory
 from ranksearch.console import View
 from ranksearch.engines.base import Engine
+from ranksearch.errors import StudyError
 from ranksearch.plan import Plan
 from ranksearch.results import attributes
 from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
@@ -96,3 +97,14 @@ class Run:
                 again = False
                 left = (job for job in jobs() if losses[job.key] < MAX_TRIES)
                 self.engine.run(left, evaluate, on_message=on_message, should_stop=should_stop)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; `auto` is CUDA where there is a GPU. Raises `StudyError` for a device that is not there."""
+    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if cuda else "cpu")
+    there = ["cpu", *(f"cuda:{index}" for index in range(cuda)), *(["mps"] if torch.backends.mps.is_available() else [])]
+    if name not in there and not (name == "cuda" and cuda):
+        raise StudyError(f"--device must be one that torch finds on this machine ({', '.join(there)}), but got {name}.")
+    return torch.device(name)

@@ -37,9 +37,9 @@ from ranksearch.study.dense import load_given, load_weights, train_dense
 from ranksearch.study.facts import study_facts
 from ranksearch.study.finishing import train_finalists
 from ranksearch.study.inputs import inputs_of
-from ranksearch.study.options import Options, choose_device
+from ranksearch.study.options import Options, Ray
 from ranksearch.study.probing import check_first, choose_initial_plans, plans_to_try, probe_layers
-from ranksearch.study.run import Run
+from ranksearch.study.run import Run, choose_device
 from ranksearch.support.batch import batch_to
 from ranksearch.support.files import write_whole, writing
 from ranksearch.task import training
@@ -87,7 +87,7 @@ def run_study(
         Stopped: Ctrl-C; the running trials were queued again and a report was written.
     """
     options, view = options or Options(), view or Silent()
-    device = choose_device(options.device)
+    device = choose_device(options.engine.device)
     given, task = task is not None, task or load_task(spec)
     check_splits(task.data)
     fresh = copied(task.model)
@@ -109,7 +109,7 @@ def run_study(
     inputs = inputs_of(task.data, _dense_start(spec, task, view, kept=kept))
     if options.storage:
         folder.check_study(spec, options.storage, inputs, fresh=options.fresh, announce=view.note)
-    if options.workers != 0:
+    if options.engine.workers != 0:
         check_portable(task)
     with (
         _engine(options, device) as engine,
@@ -211,7 +211,8 @@ def _measured(run: Run, layers: Profile) -> StudyFacts:
 def _evaluator(run: Run, layers: Profile) -> Evaluator:
     task = replace(run.task, model=run.task.model.cpu())
     training.release(run.device)
-    device = str(run.device) if run.options.engine == "local" else "cuda" if run.options.gpus_per_trial else "cpu"
+    chosen = run.options.engine
+    device = ("cuda" if chosen.gpus_per_trial else "cpu") if isinstance(chosen, Ray) else str(run.device)
     return Evaluator(
         task, layers, run.spec.finetune, run.spec.finalists, device, scratch=run.spec.space.start == "scratch",
         unfinished=run.unfinished.resolve(),
@@ -279,11 +280,12 @@ def _check_digest(run: Run, digest: str) -> None:
 
 
 def _engine(options: Options, device: torch.device) -> Engine:
-    if options.engine == "ray":
-        return ray.engine(ray.Cluster(options.address, options.workers, options.cpus_per_trial, options.gpus_per_trial))
+    chosen = options.engine
+    if isinstance(chosen, Ray):
+        return ray.engine(ray.Cluster(chosen.address, chosen.workers, chosen.cpus_per_trial, chosen.gpus_per_trial))
     # All of them share one GPU, and its memory.
     most = 1 if device.type != "cpu" else os.cpu_count() or 1
-    return local.engine(most if options.workers is None else options.workers)
+    return local.engine(most if chosen.workers is None else chosen.workers)
 
 
 def _smallest_layer(space: Space) -> Plan:

@@ -23,7 +23,7 @@ from ranksearch.data import sample
 from ranksearch.methods import METHODS, Method, register_method
 from ranksearch.plan import Plan
 from ranksearch.results.messages import CurvePoint, Job, Outcome, Result, Stage
-from ranksearch.spec import FinalistSpec, Recipe
+from ranksearch.spec import Finalists, Recipe
 from ranksearch.task import training
 from ranksearch.task.checkpoint import Checkpoint
 from ranksearch.task.task import Task, predict
@@ -40,7 +40,7 @@ class Evaluator:
     task: Task
     profile: Profile
     finetune: Recipe
-    finalists: FinalistSpec
+    finalists: Finalists
     device: str
     scratch: bool = False
     """Train trials and finalists from weights drawn anew. Probes are of decomposed weights all the same."""

@@ -320,5 +320,5 @@ def test_what_cannot_come_home_is_refused_before_anything_is_trained(tmp_path):
     with pytest.raises(
         ModelError, match="A compressed model must come back from its files as it was, but a factorized copy cannot be"
     ):
-        ranksearch.search(task, out=tmp_path / "mine", options=ranksearch.Options(workers=0))
+        ranksearch.search(task, out=tmp_path / "mine", engine=ranksearch.Local(0))
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ from ranksearch.console import Silent
 from ranksearch.errors import ModelError
 from ranksearch.plan import SVD, Plan
 from ranksearch.study.dense import load_weights, train_dense
-from ranksearch.study.options import Options
+from ranksearch.study.options import Local, Options
 from ranksearch.study.study import run_study
 from ranksearch.task.task import Task
 from tests import nets
@@ -163,7 +163,7 @@ def test_a_trained_dense_net_keeps_its_versions(tmp_path):
 def test_a_study_of_a_net_with_a_version_runs_to_its_end_and_on(tmp_path):
     for trials in (1, 2):
         spec = small_spec("task.model=tests.nets:versioned", f"search.trials={trials}", "finalists.count=1", "dense.epochs=1")
-        record = run_study(spec, tmp_path / "small", Options(workers=0))
+        record = run_study(spec, tmp_path / "small", Options(Local(0)))
     assert record.front
     for trial in record.front:
         assert load_model(nets.versioned(), tmp_path / "small" / "models" / str(trial.number)).loaded == 2

@@ -16,7 +16,7 @@ from ranksearch.compress.surgery import factorize_
 from ranksearch.compress.whitening import source, whitenings
 from ranksearch.data import sample_inputs
 from ranksearch.errors import PlanError
-from ranksearch.study.options import Options
+from ranksearch.study.options import Local, Options
 from ranksearch.study.study import run_study
 from tests import nets
 from tests.conftest import essence, small_spec
@@ -183,18 +183,18 @@ def test_inputs_are_drawn_by_a_seed():
 @pytest.mark.slow
 def test_a_data_aware_study_resumes_as_if_uninterrupted(tmp_path):
     whole = run_study(
-        small_spec("space.data_aware=true", "search.trials=5", "finalists.count=1"), tmp_path / "whole", Options(workers=0)
+        small_spec("space.data_aware=true", "search.trials=5", "finalists.count=1"), tmp_path / "whole", Options(Local(0))
     )
     assert small_spec() == small_spec("space.data_aware=true")
     for trials in (2, 5):
         spec = small_spec("space.data_aware=true", f"search.trials={trials}", "finalists.count=1")
-        parts = run_study(spec, tmp_path / "parts", Options(workers=0))
+        parts = run_study(spec, tmp_path / "parts", Options(Local(0)))
     assert [*essence(replace(t, finalist=None) for t in parts.trials)] == essence(
         replace(t, finalist=None) for t in whole.trials
     )
     assert "space.data_aware" in (tmp_path / "whole" / "report.md").read_text()
     plain = run_study(
-        small_spec("space.data_aware=false", "search.trials=5", "finalists.count=1"), tmp_path / "plain", Options(workers=0)
+        small_spec("space.data_aware=false", "search.trials=5", "finalists.count=1"), tmp_path / "plain", Options(Local(0))
     )
     # VBMF estimates the ranks of the weights, and so suggests the same; the frontier is predicted from the errors.
     vbmf = [[trial for trial in study.trials if trial.origin.startswith("vbmf")] for study in (whole, plain)]

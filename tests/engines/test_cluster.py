@@ -26,7 +26,7 @@ from ranksearch.errors import ModelError, StudyError
 from ranksearch.plan import Plan
 from ranksearch.results.attributes import read_trials
 from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
-from ranksearch.study.options import Options
+from ranksearch.study.options import Options, Ray
 from ranksearch.study.study import run_study
 from tests import ROOT
 from tests.books import Books
@@ -129,10 +129,10 @@ def refused(capsys, *more):
         (["--address", "ray://head:10001"], "--address must be auto or HOST:PORT of a Ray cluster's head node, but got 'ray://head"),
         (["--address", "127.0.0.1:1"], "A Ray cluster must listen at --address 127.0.0.1:1, but none does: [Errno 111]"),
         (["--gpus-per-trial", "1"], "A node must hold a trial of --cpus-per-trial 1 and --gpus-per-trial 1, but the most that a node"),
-        (["--workers", "0"], "--workers must be at least 1 for --engine ray, but got 0."),
+        (["--workers", "0"], "--workers must be at least 1 on Ray, but got 0."),
         (["--cpus-per-trial", "0"], "--cpus-per-trial must be at least 1, but got 0."),
         (["--gpus-per-trial", "1.5"], "--gpus-per-trial must be whole or a fraction of one, but got 1.5."),
-        (["--device", "cuda"], "--gpus-per-trial must be above 0 for --device cuda with --engine ray, but got 0."),
+        (["--device", "cuda"], "--gpus-per-trial must be above 0 for --device cuda on Ray, but got 0."),
         (["--gpus-per-trial", "1", "--device", "cpu"], "--gpus-per-trial must be 0 for --device cpu, but got 1."),
         (["--engine", "local", "--address", "auto"], "--address, --cpus-per-trial and --gpus-per-trial are for --engine ray, but the"),
     ],
@@ -292,7 +292,7 @@ def test_a_driver_that_is_killed_goes_on_by_the_same_command(study_file, tmp_pat
 @pytest.mark.slow
 def test_both_engines_give_the_same_records(finished, tmp_path):
     """Probes, trials and finalists of a whole study, score by score."""
-    record = run_study(small_spec(), tmp_path / "small", Options(engine="ray", workers=1))
+    record = run_study(small_spec(), tmp_path / "small", Options(Ray(workers=1)))
     assert essence(record.trials) == essence(finished[1].trials)
 
 

@@ -23,12 +23,12 @@ from ranksearch.plan import CP, CP4, SVD, Dense, Plan, Spatial, Tucker2
 from ranksearch.results.limits import UNLIMITED
 from ranksearch.results.messages import Outcome
 from ranksearch.results.objectives import Objectives
-from ranksearch.spec import COSTS
+from ranksearch.spec import COSTS, Space
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import at_vbmf, quarter, vbmf_plans
 from ranksearch.strategy.space import applies, make_space
 from ranksearch.study.facts import look
-from ranksearch.study.options import Options
+from ranksearch.study.options import Local, Options
 from ranksearch.study.study import run_study
 from tests.conftest import small_spec, tiny_spec
 from tests.geometries import BY_NAME, PAIRS, given_geometry
@@ -260,7 +260,7 @@ def test_a_plan_is_not_smaller_only_where_nothing_that_must_shrink_does(plan, ru
 @pytest.mark.slow
 def test_a_study_keeps_to_what_is_offered(unreported, tmp_path):
     spec = tiny_spec("space.rank_multiple=4", "space.smaller_in=['params', 'macs']", "search.trials=7")
-    record = run_study(spec, tmp_path / "small", Options(workers=0))
+    record = run_study(spec, tmp_path / "small", Options(Local(0)))
     constraints = RankConstraints(4, ("params", "macs"))
     found = [(name, value) for trial in record.trials for name, value in trial.plan]
     assert found
@@ -288,12 +288,12 @@ def test_the_costs_of_a_study_file_are_those_of_a_method():
 @pytest.mark.parametrize(
     ("wish", "message"),
     [
-        ({"rank_multiple": 0}, "search(): space.rank_multiple must be at least 1, but got 0."),
-        ({"smaller_in": ()}, "search(): space.smaller_in must be at least one of params, macs, but got []."),
-        ({"smaller_in": ["mac"]}, "space.smaller_in must name costs, but 'mac' is none. Did you mean 'macs'?"),
+        (Space(rank_multiple=0), "space.rank_multiple must be at least 1, but got 0."),
+        (Space(smaller_in=()), "space.smaller_in must be at least one of params, macs, but got ()."),
+        (Space(smaller_in=["mac"]), "space.smaller_in must name costs, but 'mac' is none. Did you mean 'macs'?"),
     ],
 )
 def test_wishes_from_python_are_checked(trained, tmp_path, wish, message):
     with pytest.raises(SpecError, match=f"^{re.escape(message)}$"):
-        ranksearch.search(trained, out=tmp_path / "mine", **wish)
+        ranksearch.search(trained, out=tmp_path / "mine", space=wish)
     assert not list(tmp_path.iterdir())

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from dataclasses import make_dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,16 +19,16 @@ from ranksearch.errors import PlanError, SpecError
 from ranksearch.methods import METHODS, Method, Part, register_method
 from ranksearch.plan import KINDS, SVD, TT, Factorization, Plan
 from ranksearch.results.messages import Job, Outcome
-from ranksearch.spec import Recipe
+from ranksearch.spec import Finalists, Recipe, Search, Space
 from ranksearch.strategy.prior import vbmf_plans
 from ranksearch.strategy.space import make_space
-from ranksearch.study.options import Options
-from tests import nets
+from ranksearch.study.options import Local
+from tests import ROOT, nets
 from tests.conftest import essence, small_spec
-from tests.test_factorization import check_costs, check_identity, check_reconstruction, given_geometry
+from tests.geometries import given_geometry
+from tests.methods.test_factorization import check_costs, check_identity, check_reconstruction
 
 COMMAND = [sys.executable, "-c", "from ranksearch.cli import main; raise SystemExit(main())"]
-ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 
 
@@ -68,8 +67,8 @@ def test_a_small_search_with_it_ends_in_a_report(made_up, trained, tmp_path):
     found = {}
     for workers in (0, 1):
         found[workers] = ranksearch.search(
-            trained, out=tmp_path / str(workers), methods=("tucker1", "svd"), trials=4, finetune=Recipe(1),
-            finalists=Recipe(1), finalist_count=1, options=Options(workers=workers),
+            trained, out=tmp_path / str(workers), space=Space(methods=("tucker1", "svd")), search=Search(trials=4),
+            finetune=Recipe(1), finalists=Finalists(1, count=1), engine=Local(workers),
         )  # fmt: skip
     assert essence(found[0].trials) == essence(found[1].trials)
     assert {trial.outcome for trial in found[0].trials} <= {Outcome.DONE, Outcome.OVER_BUDGET}
@@ -102,13 +101,13 @@ SCRIPT = """
 import torch
 import ranksearch
 from tests import nets
-from ranksearch.spec import Recipe
-from ranksearch.study.options import Options
+from ranksearch.spec import Finalists, Recipe, Search, Space
+from ranksearch.study.options import Local
 from ranksearch.task.task import Task
 torch.set_num_threads(1)
 record = ranksearch.search(
-    Task(nets.small(), nets.few_digits()), out={out!r}, methods="tucker1", layers="conv2", trials=2, finetune=Recipe(1),
-    finalists=Recipe(1), finalist_count=1, options=Options(workers=1),
+    Task(nets.small(), nets.few_digits()), out={out!r}, space=Space(methods="tucker1", layers="conv2"), search=Search(trials=2),
+    finetune=Recipe(1), finalists=Finalists(1, count=1), engine=Local(1),
 )
 print({{str(value) for trial in record.trials for _, value in trial.plan}})
 """
@@ -202,7 +201,7 @@ def odd(*, vbmf=("larger",), ranks=("rank",), **names):
     [
         (lambda: SVD(3), "register_method takes an instance of a subclass of ranksearch.methods.Method, but got SVD("),
         (lambda: type(METHODS[SVD]), "register_method takes an instance of a subclass of ranksearch.methods.Method, but got <class"),
-        (lambda: odd(method="svd"), "A method's name must be its own, but 'svd' of tests.test_methods is also that of ranksearch.plan; rename one."),
+        (lambda: odd(method="svd"), "A method's name must be its own, but 'svd' of tests.methods.test_registry is also that of ranksearch.plan; rename one."),
         (lambda: odd(method="dense"), "A method's name must be its own, but 'dense' of"),
         (lambda: odd(method="a.b"), "Odd must have a title and a method's name of lower-case letters, digits and _, but has title='odd' and method='a.b'."),
         (lambda: odd(title=None), "Odd must have a title and a method's name"),

@@ -18,7 +18,7 @@ from ranksearch.results.messages import Outcome
 from ranksearch.results.objectives import Objectives
 from ranksearch.results.record import MAX_UNTRAINED, StudyRecord, front_of
 from ranksearch.strategy.space import Size, check_limits, size_of
-from ranksearch.study.options import Options
+from ranksearch.study.options import Local, Options
 from ranksearch.study.study import run_study
 from tests.books import FOUND, SPACE, finalist, trial
 from tests.conftest import small_spec
@@ -97,7 +97,7 @@ def test_what_the_messages_name_is_accepted():
 
 def test_an_accuracy_above_one(tmp_path):
     with pytest.raises(SpecError, match=r"^search.min_score must be at most 1 for accuracy, but got 97; 97 % is 0.97.$"):
-        run_study(small_spec("search.min_score=97"), tmp_path / "small", Options(workers=0))
+        run_study(small_spec("search.min_score=97"), tmp_path / "small", Options(Local(0)))
     assert not (tmp_path / "small").exists()
 
 
@@ -108,7 +108,7 @@ def test_the_trials_of_a_study_count_since_its_limits_changed(unreported, tmp_pa
     out, spec = tmp_path / "small", ["dense.epochs=1", "search.sampler=random", "finalists.count=1", "search.trials=20"]
 
     def run(most):
-        return run_study(small_spec(*spec, f"search.max_params={most}"), out, Options(workers=0))
+        return run_study(small_spec(*spec, f"search.max_params={most}"), out, Options(Local(0)))
 
     first = run(smallest + 1)
     assert any("The search ended after" in note for note in first.notes)
@@ -127,7 +127,7 @@ def test_a_study_with_limits(tmp_path):
     limits = Limits(min_ratio=4.0, most={"macs": 40_000})
     spec = small_spec("search.min_ratio=4", "search.max_macs=40000", "search.trials=9", "finalists.count=2")
     out = tmp_path / "small"
-    record = run_study(spec, out, Options(workers=0))
+    record = run_study(spec, out, Options(Local(0)))
     assert record.facts.limits == limits
     assert sum(trial.trained for trial in record.trials) == 9
     assert not any(limits.excess(trial) for trial in record.trials if trial.trained)
@@ -140,7 +140,7 @@ def test_a_study_with_limits(tmp_path):
     high = run_study(
         small_spec("search.trials=9", "finalists.count=2", "search.min_score=1.0", "search.min_ratio=4"),
         out,
-        Options(workers=0),
+        Options(Local(0)),
     )
     assert best < 1
     assert high.front == []
@@ -163,8 +163,8 @@ def test_a_study_without_limits_has_one_front():
 
 def test_limits_from_python(unreported, trained, tmp_path):
     record = ranksearch.search(
-        trained, out=tmp_path / "mine", trials=1, min_score=0.01, min_ratio=2, max_params=4000, max_macs=60_000,
-        finetune=ranksearch.Recipe(1), finalists=ranksearch.Recipe(1), finalist_count=1, options=ranksearch.Options(workers=0),
+        trained, out=tmp_path / "mine", finetune=ranksearch.Recipe(1), finalists=ranksearch.Finalists(1, count=1),
+        search=ranksearch.Search(trials=1, min_score=0.01, min_ratio=2, max_params=4000, max_macs=60_000), engine=ranksearch.Local(0),
     )  # fmt: skip
     assert record.facts.limits == Limits(min_score=0.01, min_ratio=2.0, most={"params": 4000, "macs": 60_000})
 

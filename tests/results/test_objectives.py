@@ -25,7 +25,7 @@ from ranksearch.results.objectives import Objectives, prices
 from ranksearch.results.record import choose, front_of
 from ranksearch.strategy.finalists import choose_finalists
 from ranksearch.strategy.space import size_of
-from ranksearch.study.options import Options
+from ranksearch.study.options import Local, Options
 from ranksearch.study.study import run_study
 from tests import nets
 from tests.books import FOUND, SPACE, Books, knowledge
@@ -173,7 +173,7 @@ def test_predicted_fronts_of_two_costs_differ():
 @pytest.mark.parametrize("costs", [("macs",), ("params", "macs")], ids="+".join)
 def test_a_study(costs, tmp_path, unreported):
     spec = searching(*costs)
-    found = run_study(spec, tmp_path, Options(workers=0))
+    found = run_study(spec, tmp_path, Options(Local(0)))
     study = stored(tmp_path)
     assert len(study.directions) == 1 + len(costs)
     assert study.metric_names == [
@@ -184,13 +184,13 @@ def test_a_study(costs, tmp_path, unreported):
     values = [objectives.point(t.score_validation, t) for t in found.front]
     assert len(pareto.front(values)) == len(values) > 0
     assert (
-        essence(run_study(spec, tmp_path, Options(workers=0)).trials)
+        essence(run_study(spec, tmp_path, Options(Local(0))).trials)
         == essence(found.trials)
         == essence(read_study(study).trials)
     )
     load_model(nets.small(), tmp_path / "models" / str(found.front[0].number))
     with pytest.raises(StudyError, match=r"is another study \(search.minimize is \[.*\] there and \['params'\] here\)"):
-        run_study(tiny_spec(), tmp_path, Options(workers=0))
+        run_study(tiny_spec(), tmp_path, Options(Local(0)))
 
 
 @minimized

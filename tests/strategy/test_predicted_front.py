@@ -20,6 +20,7 @@ from ranksearch.data import example
 from ranksearch.plan import CP, SVD, Dense, Plan
 from ranksearch.results import attributes
 from ranksearch.results.record import Probe
+from ranksearch.spec import Finalists, Search
 from ranksearch.strategy.predicted_front import Choice, Corner, predicted_front
 from ranksearch.strategy.sensitivity import (
     MAX_LOSS_INCREASE,
@@ -33,7 +34,7 @@ from ranksearch.strategy.sensitivity import (
     values_to_probe,
 )
 from ranksearch.strategy.space import make_space
-from ranksearch.study.options import Options
+from ranksearch.study.options import Local, Options
 from ranksearch.study.probing import PREDICTED_PLANS, WORST_LOSS
 from ranksearch.study.study import Stopped, run_study
 from ranksearch.task.evaluation import Evaluator
@@ -205,7 +206,7 @@ def test_a_sensitive_layer_is_spared(layered):
 @pytest.mark.slow
 def test_a_study_tries_the_frontier_before_vbmf_and_probes_once(tmp_path):
     spec = small_spec("search.trials=10", "finalists.count=1")
-    whole = run_study(spec, tmp_path / "one", Options(workers=0))
+    whole = run_study(spec, tmp_path / "one", Options(Local(0)))
     origins = [trial.origin for trial in whole.trials]
     assert 1 <= (many := origins.count("frontier")) <= PREDICTED_PLANS
     assert origins[:many] == ["frontier"] * many
@@ -216,7 +217,7 @@ def test_a_study_tries_the_frontier_before_vbmf_and_probes_once(tmp_path):
     assert {probe.layer for probe in probes} == {"conv1", "conv2", "fc1", "fc2"}
     assert "probes" in whole.seconds
     # What is probed is known: going on with more trials probes nothing again, and keeps to the same plans.
-    more = run_study(small_spec("search.trials=11", "finalists.count=1"), tmp_path / "one", Options(workers=0))
+    more = run_study(small_spec("search.trials=11", "finalists.count=1"), tmp_path / "one", Options(Local(0)))
     assert [trial.plan for trial in more.trials][:10] == [trial.plan for trial in whole.trials]
     assert attributes.read_probes(stored(tmp_path / "one")) == (dense, probes)
 
@@ -224,11 +225,11 @@ def test_a_study_tries_the_frontier_before_vbmf_and_probes_once(tmp_path):
 @pytest.mark.slow
 def test_the_first_plans_are_chosen_once(tmp_path, monkeypatch):
     spec = small_spec("search.trials=3", "finalists.count=1")
-    run_study(spec, tmp_path / "small", Options(workers=0))
+    run_study(spec, tmp_path / "small", Options(Local(0)))
     kept = attributes.read_initial_plans(stored(tmp_path / "small"))
     assert kept
     monkeypatch.setattr("ranksearch.study.probing.predict_front", lambda *args: pytest.fail("chosen again"))
-    again = run_study(small_spec("search.trials=5", "finalists.count=1"), tmp_path / "small", Options(workers=0))
+    again = run_study(small_spec("search.trials=5", "finalists.count=1"), tmp_path / "small", Options(Local(0)))
     assert [(trial.origin, trial.plan) for trial in again.trials] == kept[:5]
 
 
@@ -244,12 +245,12 @@ def test_a_lost_probe_is_told_and_looked_for_again(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("none left")
 
     monkeypatch.setattr(Evaluator, "_loss", failing)
-    run_study(tiny_spec("search.trials=2"), tmp_path / "small", Options(workers=0), view=View())
+    run_study(tiny_spec("search.trials=2"), tmp_path / "small", Options(Local(0)), view=View())
     assert sum("out of memory" in what for what in told) > 4
     assert attributes.read_probes(stored(tmp_path / "small")) == (None, [])
     assert all(origin.startswith("vbmf") for origin, _ in attributes.read_initial_plans(stored(tmp_path / "small")))
     monkeypatch.setattr(Evaluator, "_loss", loss)
-    run_study(tiny_spec("search.trials=2"), tmp_path / "small", Options(workers=0))
+    run_study(tiny_spec("search.trials=2"), tmp_path / "small", Options(Local(0)))
     assert len(attributes.read_probes(stored(tmp_path / "small"))[1]) > 4
 
 
@@ -265,11 +266,11 @@ def test_probes_go_on_where_they_were_stopped(finished, tmp_path, monkeypatch):
 
     monkeypatch.setattr("ranksearch.results.attributes.write_probes", stopping)
     with pytest.raises(Stopped) as stopped:
-        run_study(small_spec(), tmp_path / "small", Options(workers=0))
+        run_study(small_spec(), tmp_path / "small", Options(Local(0)))
     assert stopped.value.record.trials == ()
     assert len(attributes.read_probes(stored(tmp_path / "small"))[1]) == 5
     monkeypatch.setattr("ranksearch.results.attributes.write_probes", write)
-    again = run_study(small_spec(), tmp_path / "small", Options(workers=0))
+    again = run_study(small_spec(), tmp_path / "small", Options(Local(0)))
     assert attributes.read_probes(stored(tmp_path / "small")) == attributes.read_probes(stored(whole_out))
     assert essence(again.trials) == essence(whole.trials)
 
@@ -282,7 +283,7 @@ def test_a_loss_that_is_no_number_counts_as_the_worst(tmp_path):
 
     splits = nets.few_digits()
     task = Task(nets.small(), splits, loss=loss)
-    search(task, out=tmp_path / "small", trials=2, finalist_count=1, options=Options(workers=0))
+    search(task, out=tmp_path / "small", search=Search(trials=2), finalists=Finalists(12, count=1), engine=Local(0))
     dense, probes = attributes.read_probes(stored(tmp_path / "small"))
     assert dense == WORST_LOSS
     assert {probe.loss for probe in probes} == {WORST_LOSS}

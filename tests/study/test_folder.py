@@ -10,17 +10,18 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from ranksearch.errors import SpecError, StudyError
-from ranksearch.study import database
+from ranksearch.results.objectives import Objectives
+from ranksearch.study import database, folder
 from ranksearch.study.database import check_storage, study_lock
-from ranksearch.study.options import Options
+from ranksearch.study.options import Local, Options
 from ranksearch.study.study import run_study
-from tests.conftest import essence, tiny_spec
+from tests.conftest import essence, refuse, small_spec, tiny_spec
 
 pytestmark = pytest.mark.usefixtures("unreported")
 
 
 def test_folders_may_share_a_storage_but_not_a_study(tmp_path):
-    options = Options(workers=0, storage=f"sqlite:///{tmp_path / 'shared.db'}")
+    options = Options(Local(0), storage=f"sqlite:///{tmp_path / 'shared.db'}")
     run_study(tiny_spec(), tmp_path / "a", options)
     with pytest.raises(
         StudyError, match=r"The storage's study 'small' is another study \(finetune.epochs is 1 there and 2 here\)"
@@ -45,7 +46,7 @@ def test_a_study_of_another_program_is_left_alone(tmp_path, directions, fresh):
         StudyError,
         match="The storage's study 'small' must be one of ranksearch's, but is another program's; choose another name",
     ):
-        run_study(tiny_spec(), out, Options(workers=0, storage=url, fresh=fresh))
+        run_study(tiny_spec(), out, Options(Local(0), storage=url, fresh=fresh))
     theirs = optuna.load_study(study_name="small", storage=url)
     assert len(theirs.trials) == 2 * ("maximize" in directions)
     assert theirs.user_attrs == {}
@@ -53,7 +54,7 @@ def test_a_study_of_another_program_is_left_alone(tmp_path, directions, fresh):
 
 
 def test_a_refused_run_leaves_nothing_in_its_storage(tmp_path):
-    options = Options(workers=0, storage=f"sqlite:///{tmp_path / 'shared.db'}")
+    options = Options(Local(0), storage=f"sqlite:///{tmp_path / 'shared.db'}")
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(StudyError, match="The output must be a folder"):
         run_study(tiny_spec(), tmp_path / "file", options)
@@ -63,11 +64,11 @@ def test_a_refused_run_leaves_nothing_in_its_storage(tmp_path):
 @pytest.mark.slow
 def test_a_study_goes_on_where_its_record_is(tmp_path):
     out, spec = tmp_path / "small", tiny_spec()
-    elsewhere, other = (Options(workers=0, storage=f"sqlite:///{tmp_path / name}.db") for name in ("one", "other"))
+    elsewhere, other = (Options(Local(0), storage=f"sqlite:///{tmp_path / name}.db") for name in ("one", "other"))
     before = run_study(spec, out, elsewhere)
     fix = rf"must go on in the storage that it was begun in, sqlite:///{tmp_path}/one.db, but {{}} holds none of it; give --storage "
     with pytest.raises(StudyError, match=fix.format("the folder's own")):
-        run_study(spec, out, Options(workers=0))
+        run_study(spec, out, Options(Local(0)))
     with pytest.raises(StudyError, match=fix.format(other.storage)):
         run_study(spec, out, other)
     assert essence(run_study(spec, out, elsewhere).trials) == essence(before.trials)
@@ -77,12 +78,12 @@ def test_a_study_goes_on_where_its_record_is(tmp_path):
     with pytest.raises(
         StudyError, match=r"was begun in, the folder's own, but sqlite.* holds none of it; leave out --storage, or"
     ):
-        run_study(spec, out, Options(workers=0, storage=f"sqlite:///{tmp_path / 'third'}.db"))
+        run_study(spec, out, Options(Local(0), storage=f"sqlite:///{tmp_path / 'third'}.db"))
 
 
 @pytest.mark.slow
 def test_a_storage_is_the_same_only_from_the_same_folder(tmp_path, monkeypatch):
-    spec, options = tiny_spec(), Options(workers=0, storage="sqlite:///mine.db")
+    spec, options = tiny_spec(), Options(Local(0), storage="sqlite:///mine.db")
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "one")
@@ -98,15 +99,51 @@ def test_a_storage_is_the_same_only_from_the_same_folder(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_fresh_starts_over_whatever_the_folder_says(tmp_path):
     out, spec = tmp_path / "small", tiny_spec()
-    run_study(spec, out, Options(workers=0))
+    run_study(spec, out, Options(Local(0)))
     older = (out / "spec.toml").read_text().replace("[search]", "[search]\nhalving = true")
     (out / "spec.toml").write_text(older)
     with pytest.raises(
         SpecError, match=r"search.halving is not a key of a study.*another release's; choose another --out, or --fresh"
     ):
-        run_study(spec, out, Options(workers=0))
+        run_study(spec, out, Options(Local(0)))
     assert (out / "spec.toml").read_text() == older
-    assert run_study(spec, out, Options(workers=0, fresh=True)).trials
+    assert run_study(spec, out, Options(Local(0), fresh=True)).trials
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize(
+    "attributes", [{"ranksearch:identity": {}}, {folder.STUDY: {"format": folder.FORMAT + 1}}, {folder.STUDY: {"identity": {}}}]
+)
+def test_a_record_of_another_release_is_refused_until_it_is_started_over(tmp_path, capsys, attributes, elsewhere):
+    out, spec = tmp_path / "small", small_spec("search.trials=1", "finalists.count=1")
+    options = Options(Local(0), storage=f"sqlite:///{tmp_path / 'shared.db'}" if elsewhere else None)
+    url = folder.storage_url(out, options.storage)
+    out.mkdir()
+    folder.write_spec(out, spec, options.storage)
+    study = folder.create_study(spec.name, url, Objectives())
+    for name, value in attributes.items():
+        study.set_user_attr(name, value)
+    before = {path for path in tmp_path.rglob("*") if path.name != ".lock"}
+    words = (
+        "The storage's study 'small' must be of a format that this release of ranksearch reads, but another release wrote it; "
+    )
+    with pytest.raises(StudyError, match=f"^{words}choose another --out or name, or --fresh to start over.$"):
+        run_study(spec, out, options)
+    for command in (["report"], ["export", "--knee"]):
+        told = refuse(capsys, command[0], out, *command[1:], *(["--storage", url] if elsewhere else []))
+        assert told == f"{words}use that release, or start over by `ranksearch study` with --fresh."
+    assert before <= {path for path in tmp_path.rglob("*") if path.name != ".lock"}
+    assert run_study(spec, out, replace(options, fresh=True)).trials
+
+
+def test_a_spec_of_another_release_is_refused_by_every_command(copied, capsys):
+    path = copied / "spec.toml"
+    path.write_text(path.read_text().replace("[search]", "[search]\nnewer = true"))
+    for command in (["report", copied], ["export", copied, "--knee"]):
+        assert refuse(capsys, *command).startswith(f"{path}: search.newer is not a key of a study.")
+        assert refuse(capsys, *command).endswith(
+            "The file is damaged or another release's; use that release, or start over by `ranksearch study` with --fresh."
+        )
 
 
 @pytest.mark.slow
@@ -116,22 +153,22 @@ def test_one_run_at_a_time_holds_a_study_of_a_shared_storage(tmp_path):
         rf"One run at a time may go on with a study, but 'small' in {url} is in use; wait for it, give it more --workers, or"
     )
     out, spec = tmp_path / "small", tiny_spec()
-    run_study(spec, out, Options(workers=0, storage=url))
+    run_study(spec, out, Options(Local(0), storage=url))
     kept = sorted(out.iterdir())
     for fresh in (False, True):
         with study_lock("small", url), study_lock("other", url), pytest.raises(StudyError, match=words):
-            run_study(spec, out, Options(workers=0, storage=url, fresh=fresh))
+            run_study(spec, out, Options(Local(0), storage=url, fresh=fresh))
         assert sorted(out.iterdir()) == kept
-    run_study(spec, out, Options(workers=0, storage=url, fresh=True))
+    run_study(spec, out, Options(Local(0), storage=url, fresh=True))
 
 
 def test_the_folders_own_study_is_held_by_whatever_name_it_goes(tmp_path):
     out, spec = tmp_path / "small", tiny_spec()
-    run_study(spec, out, Options(workers=0))
+    run_study(spec, out, Options(Local(0)))
     (tmp_path / "link.db").symlink_to(out / "study.db")
     for path in (out / "study.db", tmp_path / "link.db"):
         with study_lock("small", f"sqlite:///{path}"), pytest.raises(StudyError, match=r"'small' in sqlite.*is in use"):
-            run_study(spec, out, Options(workers=0, fresh=True))
+            run_study(spec, out, Options(Local(0), fresh=True))
     assert (out / "study.db").exists()
 
 

@@ -13,7 +13,7 @@ from ranksearch.errors import PlanError, SpecError, StudyError
 from ranksearch.methods import RankConstraints
 from ranksearch.plan import CP, CP4, SVD, Plan, Tucker2
 from ranksearch.strategy.space import check_plan, make_space
-from ranksearch.study.options import Options
+from ranksearch.study.options import Local, Options
 from ranksearch.study.study import run_study
 from tests import nets
 from tests.conftest import essence, refuse, small_spec, snapshot
@@ -35,7 +35,7 @@ def files(tmp_path, monkeypatch):
 
 def run(first, out, *, trials=3, given=()):
     spec = small_spec("dense.epochs=1", f"search.trials={trials}", "finalists.count=1", f"search.first={first}")
-    return run_study(spec, out, Options(workers=0), first=given)
+    return run_study(spec, out, Options(Local(0)), first=given)
 
 
 def test_they_are_the_first_trials_however_they_are_given(files, tmp_path):
@@ -62,14 +62,14 @@ def test_a_study_goes_on_with_the_same_plans_whatever_their_files_are_called(fil
 
 
 def test_from_python(trained, tmp_path):
-    options = {"trials": 1, "finetune": ranksearch.Recipe(1), "finalists": ranksearch.Recipe(1)}
+    options = {"search": ranksearch.Search(trials=1), "finetune": ranksearch.Recipe(1), "finalists": ranksearch.Finalists(1)}
     out = tmp_path / "mine"
-    with pytest.raises(SpecError, match=r"^search\(\): first must hold plans, but got 'plan.json'; make one by Plan.of or"):
+    with pytest.raises(SpecError, match=r"^first must hold plans, but got 'plan.json'; make one by Plan.of or"):
         ranksearch.search(trained, out=out, first=["plan.json"], **options)
     with pytest.raises(SpecError, match=r"^search.first, plan 2: A plan must name layers of the space, but 'fc' is none. Did"):
         ranksearch.search(trained, out=out, first=[MINE[0], Plan.of({"fc": SVD(2)})], **options)
     assert not out.exists()
-    record = ranksearch.search(trained, out=out, first=MINE[:1], options=Options(workers=0), **options)
+    record = ranksearch.search(trained, out=out, first=MINE[:1], engine=Local(0), **options)
     assert (record.trials[0].origin, record.trials[0].plan) == ("user", MINE[0])
 
 

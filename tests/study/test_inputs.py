@@ -17,7 +17,7 @@ from ranksearch.errors import ModelError, StudyError
 from ranksearch.study import folder
 from ranksearch.study.folder import difference
 from ranksearch.study.inputs import inputs_of
-from ranksearch.study.options import Options
+from ranksearch.study.options import Local, Options
 from ranksearch.study.study import run_study
 from tests import nets
 from tests.conftest import essence, small_spec, snapshot, stored, tiny_spec
@@ -90,7 +90,7 @@ def test_data_of_any_kind_is_the_same_as_itself():
 
 @pytest.mark.parametrize("elsewhere", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_study_does_not_go_on_with_other_data(tmp_path, monkeypatch, elsewhere):
-    out, options = tmp_path / "small", Options(workers=0)
+    out, options = tmp_path / "small", Options(Local(0))
     if elsewhere:
         options = replace(options, storage=f"sqlite:///{tmp_path / 'shared.db'}")
     run_study(tiny_spec(), out, options)
@@ -120,12 +120,12 @@ def weights(finished, tmp_path):
 def test_a_study_does_not_go_on_with_other_weights(weights, tmp_path):
     spec, path = weights
     out, state = tmp_path / "small", safetensors.torch.load_file(path)
-    run_study(spec("search.trials=1"), out, Options(workers=0))
+    run_study(spec("search.trials=1"), out, Options(Local(0)))
     state["fc2.bias"][0] += 1
     safetensors.torch.save_file(state, path)
     words = r"The storage's study 'small' was made from another dense model \(the SHA-256 of its weights is \w{8}... there and "
     with pytest.raises(StudyError, match=words + r"\w{8}... here\)" + FIX):
-        run_study(spec("search.trials=2"), out, Options(workers=0))
+        run_study(spec("search.trials=2"), out, Options(Local(0)))
     assert len(stored(out).trials) == 1
 
 
@@ -133,28 +133,28 @@ def test_a_study_does_not_go_on_with_other_weights(weights, tmp_path):
 def test_weights_may_move_and_change_their_format_and_go_once_the_folder_has_them(weights, tmp_path):
     spec, path = weights
     out, notes = tmp_path / "small", []
-    before = run_study(spec("search.trials=1"), out, Options(workers=0))
+    before = run_study(spec("search.trials=1"), out, Options(Local(0)))
     moved = tmp_path / "moved.pt"
     torch.save(safetensors.torch.load_file(path), moved)
     path.unlink()
     view = Silent()
     view.note = notes.append
-    assert essence(run_study(spec("search.trials=1"), out, Options(workers=0), view=view).trials) == essence(before.trials)
+    assert essence(run_study(spec("search.trials=1"), out, Options(Local(0)), view=view).trials) == essence(before.trials)
     assert notes == [f"dense.weights {path} is gone; the study goes on with the dense net in its folder"]
-    run_study(spec("search.trials=1", path=moved), out, Options(workers=0))
+    run_study(spec("search.trials=1", path=moved), out, Options(Local(0)))
     with pytest.raises(StudyError, match=r"is another study \(dense.weights is '.*moved.pt' there and 'nowhere.pt' here\)"):
-        run_study(spec("search.trials=1", path="nowhere.pt"), out, Options(workers=0))
+        run_study(spec("search.trials=1", path="nowhere.pt"), out, Options(Local(0)))
     with pytest.raises(StudyError, match=r"is another study \(dense.weights is '.*moved.pt' there and '' here\)"):
-        run_study(small_spec("dense.epochs=0", "finalists.count=1"), out, Options(workers=0))
+        run_study(small_spec("dense.epochs=0", "finalists.count=1"), out, Options(Local(0)))
     with pytest.raises(ModelError, match=r"dense.weights must be a state dict of the model, but .* does not exist"):
-        run_study(spec("search.trials=1"), out, Options(workers=0, fresh=True))
+        run_study(spec("search.trials=1"), out, Options(Local(0), fresh=True))
 
 
 def test_a_dense_net_that_was_put_into_the_folder_is_not_the_studys(finished, tmp_path):
     out, spec = tmp_path / "small", tiny_spec()
-    run_study(spec, out, Options(workers=0))
+    run_study(spec, out, Options(Local(0)))
     safetensors.torch.save_file(nets.small().state_dict(), out / folder.DENSE_FILE)
     with pytest.raises(
         StudyError, match="The study 'small' in this storage was made from another dense model; choose another name"
     ):
-        run_study(spec, out, Options(workers=0))
+        run_study(spec, out, Options(Local(0)))

@@ -18,7 +18,7 @@ from ranksearch.errors import StudyError
 from ranksearch.results.messages import Outcome
 from ranksearch.results.objectives import Objectives
 from ranksearch.study import database, folder, storage
-from ranksearch.study.options import Options
+from ranksearch.study.options import Local, Options
 from ranksearch.study.study import run_study
 from tests.books import Books
 from tests.conftest import refuse, small_spec
@@ -106,7 +106,7 @@ def test_a_study_outlives_a_restart_of_its_database(server, tmp_path):
     restarting = threading.Thread(target=restart)
     restarting.start()
     spec = small_spec("name=restarted", "search.trials=12", "finalists.count=2", "search.sampler=random")
-    record = run_study(spec, tmp_path / "restarted", Options(workers=0, storage=server.url), view=view)
+    record = run_study(spec, tmp_path / "restarted", Options(Local(0), storage=server.url), view=view)
     restarting.join()
     assert sorted(trial.index for trial in record.trials) == list(range(12))
     assert all(trial.outcome is Outcome.DONE for trial in record.trials)

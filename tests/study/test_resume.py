@@ -35,7 +35,7 @@ from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import vbmf_plans
 from ranksearch.strategy.sampler import Knowledge
 from ranksearch.strategy.space import make_space
-from ranksearch.study.options import Options
+from ranksearch.study.options import Local, Options
 from ranksearch.study.study import CALIBRATION, Stopped, run_study
 from tests import ROOT, nets
 from tests.conftest import essence, small_spec, stored, tiny_spec
@@ -47,7 +47,7 @@ def test_resumed_equals_uninterrupted(unreported, finished, tmp_path):
     _, whole = finished
     out = tmp_path / "small"
     for trials in range(1, 9):
-        record = run_study(small_spec(f"search.trials={trials}", "finalists.count=1"), out, Options(workers=0))
+        record = run_study(small_spec(f"search.trials={trials}", "finalists.count=1"), out, Options(Local(0)))
     searched = [replace(trial, finalist=None) for trial in record.trials]
     assert essence(searched) == essence(replace(trial, finalist=None) for trial in whole.trials)
 
@@ -58,9 +58,9 @@ def test_an_orphan_is_queued_again_in_its_place(unreported, finished, tmp_path):
     _, whole = finished
     for stop_at in (2, 6):
         out = tmp_path / str(stop_at) / "small"
-        run_study(small_spec(f"search.trials={stop_at}", "finalists.count=1"), out, Options(workers=0))
+        run_study(small_spec(f"search.trials={stop_at}", "finalists.count=1"), out, Options(Local(0)))
         orphan(out, stop_at)
-        record = run_study(small_spec("finalists.count=1"), out, Options(workers=0))
+        record = run_study(small_spec("finalists.count=1"), out, Options(Local(0)))
         assert essence(replace(t, finalist=None) for t in record.trials) == essence(
             replace(t, finalist=None) for t in whole.trials
         )
@@ -108,10 +108,10 @@ def test_a_plan_that_keeps_losing_its_worker_is_given_up():
 SCRIPT = """
 import sys
 from pathlib import Path
-from ranksearch.study.options import Options
+from ranksearch.study.options import Local, Options
 from ranksearch.study.study import Stopped, run_study
 from tests.conftest import small_spec
-run_study(small_spec("search.trials=14"), Path(sys.argv[1]), Options(workers=2))
+run_study(small_spec("search.trials=14"), Path(sys.argv[1]), Options(Local(2)))
 """
 
 
@@ -161,9 +161,9 @@ def test_a_worker_that_dies_loses_its_trial_and_not_the_study(unreported, tmp_pa
     monkeypatch.setenv("DEADLY", str(mark))
     spec = tiny_spec("task.model=tests.nets:deadly", "search.trials=4")
     out = tmp_path / "small"
-    run_study(replace(spec, search=replace(spec.search, trials=1)), out, Options(workers=1))
+    run_study(replace(spec, search=replace(spec.search, trials=1)), out, Options(Local(1)))
     mark.touch()
-    record = run_study(spec, out, Options(workers=1))
+    record = run_study(spec, out, Options(Local(1)))
     outcomes = [trial.outcome for trial in record.trials]
     assert outcomes.count(Outcome.WORKER_LOST) == 1
     assert outcomes.count(Outcome.DONE) == 4
@@ -179,12 +179,12 @@ def test_ctrl_c_leaves_nothing_running(tmp_path, monkeypatch):
 
     out = tmp_path / "small"
     with pytest.raises(Stopped) as caught:
-        run_study(small_spec(), out, Options(workers=2), view=Impatient())
+        run_study(small_spec(), out, Options(Local(2)), view=Impatient())
     assert len(caught.value.record.trials) == 3
     states = [trial.state.name for trial in stored(out).trials]
     assert "RUNNING" not in states
     assert (out / "report.html").exists()
-    record = run_study(small_spec(), out, Options(workers=2))
+    record = run_study(small_spec(), out, Options(Local(2)))
     assert sorted(t.index for t in record.trials if t.outcome is Outcome.DONE) == list(range(8))
 
 
@@ -197,7 +197,7 @@ def test_seconds_are_kept_after_each_trial(unreported, tmp_path):
         def trial(self, record, trials):
             seen.append(read_study(stored(out)).seconds.get("trials", 0.0))
 
-    run_study(tiny_spec("search.trials=3"), out, Options(workers=0), view=Watching())
+    run_study(tiny_spec("search.trials=3"), out, Options(Local(0)), view=Watching())
     assert seen[0] == 0
     assert 0 < seen[1] < seen[2]
 
@@ -205,18 +205,18 @@ def test_seconds_are_kept_after_each_trial(unreported, tmp_path):
 @pytest.mark.slow
 def test_what_is_a_finalist_no_more_needs_no_weights(unreported, tmp_path):
     out = tmp_path / "small"
-    before = run_study(small_spec("search.trials=3", "finalists.count=3"), out, Options(workers=0))
+    before = run_study(small_spec("search.trials=3", "finalists.count=3"), out, Options(Local(0)))
     shutil.rmtree(out / "models")
-    again = run_study(tiny_spec("search.trials=3"), out, Options(workers=0))
+    again = run_study(tiny_spec("search.trials=3"), out, Options(Local(0)))
     assert essence(again.trials) == essence(before.trials)
     assert len(list((out / "models").iterdir())) == 1
 
 
 def test_latencies_lost_by_a_kill_are_measured_again(unreported, tmp_path):
     out, spec = tmp_path / "small", tiny_spec("search.trials=2")
-    record = run_study(spec, out, Options(workers=0))
+    record = run_study(spec, out, Options(Local(0)))
     number = next(trial.number for trial in record.trials if trial.finalist)
     finalist = next(trial.finalist for trial in record.trials if trial.finalist)
     write_finalist(stored(out), number, replace(finalist, latency_ms=None))
-    again = run_study(spec, out, Options(workers=0))
+    again = run_study(spec, out, Options(Local(0)))
     assert all(trial.finalist.latency_ms > 0 for trial in again.trials if trial.finalist)

@@ -17,7 +17,7 @@ from ranksearch.console import Silent
 from ranksearch.errors import StudyError
 from ranksearch.results.objectives import Objectives
 from ranksearch.study import database, folder, storage
-from ranksearch.study.options import Options
+from ranksearch.study.options import Local, Options
 from ranksearch.study.study import Stopped, run_study
 from tests.books import Books
 from tests.conftest import tiny_spec
@@ -193,10 +193,10 @@ def test_ctrl_c_ends_the_wait_and_all_that_would_follow(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(Stopped) as stopped:
-        run_study(spec, out, Options(workers=0), view=Impatient())
+        run_study(spec, out, Options(Local(0)), view=Impatient())
     assert len(stopped.value.record.trials) == 1
     (lock,) = locks
     lock.__exit__()
     lock.close()
-    record = run_study(spec, out, Options(workers=0))
+    record = run_study(spec, out, Options(Local(0)))
     assert sorted(trial.index for trial in record.trials) == [0, 1, 2]

@@ -17,15 +17,17 @@ import ranksearch
 from ranksearch import Splits
 from ranksearch.compress.export import load_model
 from ranksearch.console import Silent, final_words
-from ranksearch.errors import ModelError, StudyError
+from ranksearch.errors import ModelError, SpecError, StudyError
 from ranksearch.report import write_report
 from ranksearch.results.messages import Outcome
 from ranksearch.results.record import choose
+from ranksearch.settings import fields
 from ranksearch.strategy.finalists import MAX_FINALIST_SCORE_DROP
 from ranksearch.study import study
 from ranksearch.study.dense import train_dense
-from ranksearch.study.options import Options, choose_device
+from ranksearch.study.options import Local, Options, Ray, check_engine, option_of
 from ranksearch.study.probing import PREDICTED_PLANS
+from ranksearch.study.run import choose_device
 from ranksearch.study.study import Stopped, run_study
 from ranksearch.task.task import Task, check_float32, predict
 from tests import nets
@@ -90,14 +92,14 @@ def test_a_finalists_files_give_its_outputs_and_its_scores(finished):
 
 @pytest.mark.slow
 def test_minutes_end_the_search(unreported, tmp_path):
-    record = run_study(small_spec("search.trials=1000", "search.minutes=0.02"), tmp_path / "small", Options(workers=0))
+    record = run_study(small_spec("search.trials=1000", "search.minutes=0.02"), tmp_path / "small", Options(Local(0)))
     assert 1 <= len(record.trials) < 200
 
 
 @pytest.mark.slow
 def test_another_seed_gives_other_plans(unreported, finished, tmp_path):
     _, record = finished
-    other = run_study(small_spec("seed=1", "finalists.count=1"), tmp_path / "small", Options(workers=0))
+    other = run_study(small_spec("seed=1", "finalists.count=1"), tmp_path / "small", Options(Local(0)))
     assert [t.plan for t in other.trials] != [t.plan for t in record.trials]
 
 
@@ -105,14 +107,14 @@ def test_another_seed_gives_other_plans(unreported, finished, tmp_path):
 @pytest.mark.parametrize("sampler", ["nsga2", "random"])
 def test_every_sampler_serves(unreported, sampler, tmp_path):
     spec = tiny_spec(f"search.sampler={sampler}", "search.trials=16")
-    record = run_study(spec, tmp_path / "small", Options(workers=0))
+    record = run_study(spec, tmp_path / "small", Options(Local(0)))
     assert [trial.origin for trial in record.trials][-1] == sampler
 
 
 @pytest.mark.slow
 def test_a_diverged_trial_is_a_record(tmp_path):
     spec = small_spec("finetune.learning_rate=1e30", "search.trials=3", "finalists.learning_rate=1e30")
-    record = run_study(spec, tmp_path / "small", Options(workers=0))
+    record = run_study(spec, tmp_path / "small", Options(Local(0)))
     assert {trial.outcome for trial in record.trials} == {Outcome.DIVERGED}
     assert record.front == []
     assert stored(tmp_path / "small").trials[0].state is optuna.trial.TrialState.PRUNED
@@ -141,8 +143,8 @@ class Counted(Silent):
 def test_a_finalist_that_diverges_is_known_and_not_tried_again(tmp_path):
     out, spec = tmp_path / "small", tiny_spec("search.trials=2", "finalists.learning_rate=1e30")
     first, again = Counted(), Counted()
-    record = run_study(spec, out, Options(workers=0), view=first)
-    assert run_study(spec, out, Options(workers=0), view=again).trials == record.trials
+    record = run_study(spec, out, Options(Local(0)), view=first)
+    assert run_study(spec, out, Options(Local(0)), view=again).trials == record.trials
     (failed,) = [trial for trial in record.trials if trial.failed]
     assert failed.failed is Outcome.DIVERGED
     assert failed.finalist is None
@@ -159,8 +161,8 @@ def test_a_finalist_that_diverges_is_known_and_not_tried_again(tmp_path):
 def test_a_finalist_that_runs_out_of_memory_on_the_test_split_is_tried_again(unreported, tmp_path, trained):
     def search(score):
         return ranksearch.search(
-            replace(trained, score=score), out=tmp_path / "mine", trials=1, finetune=ranksearch.Recipe(1),
-            finalists=ranksearch.Recipe(1), finalist_count=1, options=Options(workers=0),
+            replace(trained, score=score), out=tmp_path / "mine", search=ranksearch.Search(trials=1), finetune=ranksearch.Recipe(1),
+            finalists=ranksearch.Finalists(1, count=1), engine=Local(0),
         )  # fmt: skip
 
     asked = iter(range(100))
@@ -184,7 +186,7 @@ def test_a_damaged_finalist_is_made_again(unreported, finished, tmp_path, damage
     weights = out / "models" / str(number) / "weights.safetensors"
     before = weights.read_bytes()
     weights.unlink() if damage == "gone" else weights.write_bytes(before[: len(before) // 2])
-    run_study(small_spec(), out, Options(workers=0))
+    run_study(small_spec(), out, Options(Local(0)))
     assert weights.read_bytes() == before
 
 
@@ -196,8 +198,8 @@ def test_a_study_of_volumes(unreported, tmp_path):
     )  # fmt: skip
     split = torch.utils.data.TensorDataset(torch.randn(24, 1, 4, 4, 4), torch.arange(24) % 2)
     record = ranksearch.search(
-        Task(net, Splits(split, split, split, 2, "noise")), out=tmp_path / "mine", trials=2, finetune=ranksearch.Recipe(1),
-        finalists=ranksearch.Recipe(1), finalist_count=1, options=Options(workers=0),
+        Task(net, Splits(split, split, split, 2, "noise")), out=tmp_path / "mine", search=ranksearch.Search(trials=2), finetune=ranksearch.Recipe(1),
+        finalists=ranksearch.Finalists(1, count=1), engine=Local(0),
     )  # fmt: skip
     assert record.front[0].finalist
 
@@ -213,7 +215,7 @@ def test_a_kill_before_the_dense_weights_are_kept_costs_only_their_training(unre
     with monkeypatch.context() as patch:
         patch.setattr("ranksearch.study.study.write_whole", killed)
         with pytest.raises(Stopped) as stopped:
-            run_study(spec, out, Options(workers=0))
+            run_study(spec, out, Options(Local(0)))
         assert stopped.value.record is None, "nothing is known of the dense net yet"
 
     def trained_elsewhere(task, *args, **kwargs):
@@ -222,7 +224,7 @@ def test_a_kill_before_the_dense_weights_are_kept_costs_only_their_training(unre
             next(task.model.parameters()).mul_(1.001)
 
     monkeypatch.setattr("ranksearch.study.study.train_dense", trained_elsewhere)
-    assert run_study(spec, out, Options(workers=0)).trials
+    assert run_study(spec, out, Options(Local(0))).trials
 
 
 def test_a_second_ctrl_c_ends_the_last_report_too(tmp_path, monkeypatch):
@@ -231,30 +233,39 @@ def test_a_second_ctrl_c_ends_the_last_report_too(tmp_path, monkeypatch):
 
     monkeypatch.setattr(study, "_report", killed)
     with pytest.raises(Stopped) as stopped:
-        run_study(tiny_spec(), tmp_path / "small", Options(workers=0))
+        run_study(tiny_spec(), tmp_path / "small", Options(Local(0)))
     assert stopped.value.record is None
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("engine", "message"),
     [
-        ({"workers": -1}, "--workers must be at least 0, but got -1"),
-        ({"device": "cuda:"}, "--device must be auto, cpu, cuda, cuda:N or mps, but got 'cuda:'"),
-        (
-            {"device": "cuda:1", "engine": "ray"},
-            "--gpus-per-trial must be above 0 for --device cuda:1 with --engine ray, but got 0",
-        ),
-        (
-            {"device": "mps", "engine": "ray"},
-            "--device must be auto, cpu or cuda for --engine ray, which has no other GPUs, but got mps",
-        ),
-        ({"device": "cpu", "engine": "ray", "gpus_per_trial": 1}, "--gpus-per-trial must be 0 for --device cpu, but got 1"),
-        ({"device": "cdua"}, "--device must be auto, cpu, cuda, cuda:N or mps, but got 'cdua'"),
+        (Local(-1), "{workers} must be at least 0, but got -1."),
+        (Local("2"), "{workers} must be a whole number, but got '2'."),
+        (Local(device="cuda:"), "{device} must be auto, cpu, cuda, cuda:N or mps, but got 'cuda:'."),
+        (Local(device="cdua"), "{device} must be auto, cpu, cuda, cuda:N or mps, but got 'cdua'."),
+        (Ray(workers=0), "{workers} must be at least 1 on Ray, but got 0."),
+        (Ray(cpus_per_trial=0), "{cpus_per_trial} must be at least 1, but got 0."),
+        (Ray(gpus_per_trial=1.5), "{gpus_per_trial} must be whole or a fraction of one, but got 1.5."),
+        (Ray(gpus_per_trial=-1), "{gpus_per_trial} must be whole or a fraction of one, but got -1."),
+        (Ray(device="cuda:1"), "{gpus_per_trial} must be above 0 for {device} cuda:1 on Ray, but got 0."),
+        (Ray(device="mps"), "{device} must be auto, cpu, cuda or cuda:N on Ray, but got 'mps'."),
+        (Ray(device="cpu", gpus_per_trial=1), "{gpus_per_trial} must be 0 for {device} cpu, but got 1."),
     ],
 )
-def test_options_are_checked(options, message):
-    with pytest.raises(StudyError, match=message):
-        Options(**options)
+def test_engines_are_checked_in_the_words_of_their_user(trained, tmp_path, engine, message):
+    with pytest.raises(SpecError) as told:
+        check_engine(engine, option_of)
+    assert str(told.value) == message.format_map({name: option_of(name) for name in fields(Ray)})
+    with pytest.raises(SpecError) as told:
+        ranksearch.search(trained, out=tmp_path / "mine", engine=engine)
+    assert str(told.value) == message.format_map({name: f"engine.{name}" for name in fields(Ray)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_engine_is_a_value(trained, tmp_path):
+    with pytest.raises(SpecError, match=r"^engine must be a ranksearch.Local or a ranksearch.Ray, but got 'ray'\.$"):
+        ranksearch.search(trained, out=tmp_path / "mine", engine="ray")
 
 
 @pytest.mark.parametrize(
@@ -318,7 +329,7 @@ def test_apples_gpus_take_no_float64(there, trained, tmp_path):
     split = torch.utils.data.TensorDataset(torch.rand(4, 1, 8, 8).double(), torch.arange(4))
     task = Task(nets.small().double(), Splits(split, split, split, 10, "noise"))
     with pytest.raises(ModelError, match=told("the inputs are")):
-        ranksearch.search(task, out=tmp_path / "mine", options=Options(workers=0, device="mps"))
+        ranksearch.search(task, out=tmp_path / "mine", engine=Local(0, "mps"))
     assert not list(tmp_path.iterdir())
 
 
@@ -331,29 +342,29 @@ def test_the_report_is_made_again_from_the_storage(finished, tmp_path):
 
 def test_a_dense_net_that_diverges(tmp_path):
     with pytest.raises(ModelError, match="The dense net must train, but its loss became NaN or infinite at learning rate"):
-        run_study(small_spec("dense.learning_rate=1e30"), tmp_path / "small", Options(workers=0))
+        run_study(small_spec("dense.learning_rate=1e30"), tmp_path / "small", Options(Local(0)))
 
 
 @pytest.mark.slow
 def test_given_dense_weights_are_used(unreported, finished, tmp_path):
     out, record = finished
     spec = small_spec("dense.epochs=0", f"dense.weights='{out / 'dense.safetensors'}'", "search.trials=1", "finalists.count=1")
-    again = run_study(spec, tmp_path / "small", Options(workers=0))
+    again = run_study(spec, tmp_path / "small", Options(Local(0)))
     assert again.facts.dense.score_test == record.facts.dense.score_test
 
 
 def test_given_dense_weights_must_fit(tmp_path):
     spec = small_spec("dense.weights=nowhere.pt")
     with pytest.raises(ModelError, match=r"dense.weights must be a state dict of the model, but nowhere.pt does not exist"):
-        run_study(spec, tmp_path / "small", Options(workers=0))
+        run_study(spec, tmp_path / "small", Options(Local(0)))
     (tmp_path / "bad.pt").write_bytes(b"nonsense")
     with pytest.raises(ModelError, match=r"bad.pt must be a state dict, but cannot be read: it is damaged"):
-        run_study(small_spec(f"dense.weights='{tmp_path / 'bad.pt'}'"), tmp_path / "two", Options(workers=0))
+        run_study(small_spec(f"dense.weights='{tmp_path / 'bad.pt'}'"), tmp_path / "two", Options(Local(0)))
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(
         ModelError, match=r"other.pt must be a state dict of the model, but it lacks conv1.bias and 11 more, conv1.weight is"
     ):
-        run_study(small_spec(f"dense.weights='{tmp_path / 'other.pt'}'"), tmp_path / "three", Options(workers=0))
+        run_study(small_spec(f"dense.weights='{tmp_path / 'other.pt'}'"), tmp_path / "three", Options(Local(0)))
 
 
 def test_workers_share_the_cores_but_not_a_gpu_unless_asked(monkeypatch):
@@ -361,7 +372,7 @@ def test_workers_share_the_cores_but_not_a_gpu_unless_asked(monkeypatch):
     monkeypatch.setattr(study.os, "cpu_count", lambda: 8)
     devices = [torch.device(name) for name in ("cpu", "cuda", "cuda:1", "mps")]
     assert [study._engine(Options(), device) for device in devices] == [8, 1, 1, 1]
-    assert [study._engine(Options(workers=3), device) for device in devices] == [3, 3, 3, 3]
+    assert [study._engine(Options(Local(3)), device) for device in devices] == [3, 3, 3, 3]
 
 
 @pytest.mark.parametrize(
@@ -369,10 +380,10 @@ def test_workers_share_the_cores_but_not_a_gpu_unless_asked(monkeypatch):
     [
         ("cpu", Options(), "cpu"),
         ("cuda", Options(), "cuda"),
-        ("cuda:1", Options(device="cuda:1"), "cuda:1"),
-        ("mps", Options(device="mps"), "mps"),
-        ("cuda:1", Options(engine="ray", device="cuda:1", gpus_per_trial=1), "cuda"),
-        ("cpu", Options(engine="ray"), "cpu"),
+        ("cuda:1", Options(Local(device="cuda:1")), "cuda:1"),
+        ("mps", Options(Local(device="mps")), "mps"),
+        ("cuda:1", Options(Ray(device="cuda:1", gpus_per_trial=1)), "cuda"),
+        ("cpu", Options(Ray()), "cpu"),
     ],
 )
 def test_workers_train_where_the_driver_does_and_on_ray_where_the_cluster_says(trained, monkeypatch, device, options, expected):

@@ -9,7 +9,7 @@ import tempfile
 import pytest
 
 from ranksearch.errors import StudyError
-from ranksearch.study.options import Options
+from ranksearch.study.options import Local, Options
 from ranksearch.study.study import run_study
 from ranksearch.support.files import write_whole, writing
 from tests.conftest import essence, snapshot, tiny_spec
@@ -48,11 +48,11 @@ def test_a_full_disk_is_one_sentence_at_every_file(finished, tmp_path, monkeypat
         with monkeypatch.context() as patch:
             full(patch, name)
             with pytest.raises(StudyError, match=f"{words} cannot be written: No space left on device; mend that, and "):
-                run_study(spec, out, Options(workers=0))
+                run_study(spec, out, Options(Local(0)))
         now = snapshot(out)
         assert not [path for path in now if path.name.startswith(f".{name}")], "nothing half written"
         assert {path: now[path] for path in kept} == kept, "nothing is made again"
-    record = run_study(spec, out, Options(workers=0))
+    record = run_study(spec, out, Options(Local(0)))
     assert [trial[:9] for trial in essence(record.trials)] == [trial[:9] for trial in essence(finished[1].trials[:2])]
     assert sum(trial.finalist is not None for trial in record.trials) == 1
     assert (out / "report.html").exists()

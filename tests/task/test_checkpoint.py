@@ -11,7 +11,7 @@ from torch import nn
 from ranksearch.console import Silent
 from ranksearch.errors import StudyError
 from ranksearch.results.messages import CurvePoint, Job, Outcome, Result, Stage
-from ranksearch.study.options import Options
+from ranksearch.study.options import Local, Options
 from ranksearch.study.study import Stopped, run_study
 from ranksearch.task import checkpoint, training
 from ranksearch.task.checkpoint import Checkpoint
@@ -168,14 +168,14 @@ class Stopping(Silent):
 @pytest.mark.parametrize(("stage", "at"), [("training the dense net", 8), ("finalists", 4)])
 def test_a_study_goes_on_in_the_midst_of_a_training(always, tmp_path, stage, at):
     spec = small_spec("search.trials=2", "finalists.count=1", "finalists.epochs=5", "dense.epochs=10")
-    whole = run_study(spec, tmp_path / "whole" / "small", Options(workers=0))
+    whole = run_study(spec, tmp_path / "whole" / "small", Options(Local(0)))
     out = tmp_path / "small"
     with pytest.raises(Stopped) as stopped:
-        run_study(spec, out, Options(workers=0), view=Stopping(stage, at))
+        run_study(spec, out, Options(Local(0)), view=Stopping(stage, at))
     assert (stopped.value.record is None) == (stage != "finalists"), "nothing is known before the dense net is trained"
     assert [path.suffix for path in (out / "unfinished").iterdir()] == [".pt"]
     view = Stopping("", 0)
-    record = run_study(spec, out, Options(workers=0), view=view)
+    record = run_study(spec, out, Options(Local(0)), view=view)
     assert essence(record.trials) == essence(whole.trials)
     assert record.facts.dense.score_test == whole.facts.dense.score_test
     assert not (out / "unfinished").exists()
@@ -195,11 +195,11 @@ def test_a_finalist_that_ran_out_of_memory_goes_on(always, tmp_path, monkeypatch
             yield curve_point
 
     monkeypatch.setattr(Evaluator, "_curve_points", short_of_memory)
-    (trial,) = run_study(spec, out, Options(workers=0)).trials
+    (trial,) = run_study(spec, out, Options(Local(0))).trials
     assert trial.failed is Outcome.OUT_OF_MEMORY
     monkeypatch.setattr(Evaluator, "_curve_points", curve_points)
     view = Stopping("", 0)
-    (trial,) = run_study(spec, out, Options(workers=0), view=view).trials
+    (trial,) = run_study(spec, out, Options(Local(0)), view=view).trials
     assert view.curve_points == [3, 4]
     assert [curve_point.epochs for curve_point in trial.finalist.curve] == [0, 1, 2, 3, 4]
     assert not (out / "unfinished").exists()
@@ -235,10 +235,10 @@ def test_another_runtime_error_is_one(evaluator, trained):
 def test_a_study_started_over_trains_from_the_beginning(always, tmp_path):
     out, spec = tmp_path / "small", small_spec("search.trials=1", "finalists.count=1")
     with pytest.raises(Stopped) as stopped:
-        run_study(spec, out, Options(workers=0), view=Stopping("training the dense net", 8))
+        run_study(spec, out, Options(Local(0)), view=Stopping("training the dense net", 8))
     assert stopped.value.record is None
     view = Stopping("", 0)
-    run_study(spec, out, Options(workers=0, fresh=True), view=view)
+    run_study(spec, out, Options(Local(0), fresh=True), view=view)
     assert ("training the dense net", 0) in view.done
 
 

@@ -17,8 +17,8 @@ from ranksearch.data import example
 from ranksearch.errors import ModelError, SpecError
 from ranksearch.plan import CP, SVD, Plan, Tucker2
 from ranksearch.results.messages import Job, Result, Stage
-from ranksearch.spec import FinalistSpec
-from ranksearch.study.options import Options
+from ranksearch.spec import Finalists
+from ranksearch.study.options import Local, Options
 from ranksearch.study.study import run_study
 from tests import nets
 from tests.conftest import PLAN, essence, tiny_spec
@@ -111,7 +111,7 @@ def test_blocks_and_statistics_start_anew():
 
 
 def test_a_net_from_scratch_learns(evaluator):
-    found = result(replace(evaluator(scratch=True), finalists=FinalistSpec(8, 32, 1e-2)))
+    found = result(replace(evaluator(scratch=True), finalists=Finalists(8, 32, 1e-2)))
     assert found.curve[0].score < 0.4
     assert found.curve[-1].score > found.curve[0].score + 0.3
 
@@ -170,7 +170,7 @@ def test_a_model_that_cannot_be_copied(trained, tmp_path):
 @pytest.mark.parametrize("override", ["space.start=scratch", "finalists.schedule=layerwise"])
 def test_such_a_study_resumes(override, tmp_path):
     def study(trials, out):
-        return run_study(tiny_spec(override, f"search.trials={trials}"), out, Options(workers=0))
+        return run_study(tiny_spec(override, f"search.trials={trials}"), out, Options(Local(0)))
 
     whole = study(3, tmp_path / "whole" / "small")
     study(2, tmp_path / "small")

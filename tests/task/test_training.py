@@ -16,9 +16,9 @@ from ranksearch.console import Silent
 from ranksearch.data import Batched, Splits, digits, example
 from ranksearch.models import lenet
 from ranksearch.results.messages import Job, Outcome, Stage
-from ranksearch.spec import Recipe
+from ranksearch.spec import Finalists, Recipe, Search, Space
 from ranksearch.study.dense import train_dense
-from ranksearch.study.options import Options
+from ranksearch.study.options import Local
 from ranksearch.support.seeds import seeded
 from ranksearch.task import training
 from ranksearch.task.task import Task
@@ -223,8 +223,9 @@ def test_a_net_that_views_rows_as_they_lie_is_searched(tmp_path, start):
     task = Task(Viewing(), nets.few_digits())
     assert not training.takes_channels_last(task)
     record = ranksearch.search(
-        task, out=tmp_path / "mine", trials=4, sampler="random", methods=["tucker2", "cp", "svd", "spatial"], start=start,
-        finetune=Recipe(1), finalists=Recipe(1), finalist_count=2, options=Options(workers=0),
+        task, out=tmp_path / "mine", search=Search(trials=4, sampler="random"),
+        space=Space(methods=["tucker2", "cp", "svd", "spatial"], start=start), finetune=Recipe(1), finalists=Finalists(1, count=2),
+        engine=Local(0),
     )  # fmt: skip
     assert {trial.outcome for trial in record.trials} == {Outcome.DONE}
     assert record.front

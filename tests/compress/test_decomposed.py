@@ -15,7 +15,8 @@ from torch import nn
 from ranksearch.compress.surgery import factorize_
 from ranksearch.errors import PlanError
 from ranksearch.plan import SVD
-from tests.test_factorization import BY_NAME, alone, behind_flatten, normal
+from tests.geometries import BY_NAME, alone, behind_flatten
+from tests.nets import normal
 
 CONV, CONV1D, CONV3D = nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=1), nn.Conv1d(4, 6, 3), nn.Conv3d(3, 4, 2)
 FLAT = behind_flatten(4, 3, 2)[0]
