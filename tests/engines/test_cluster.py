@@ -33,8 +33,6 @@ from tests.books import Books
 from tests.conftest import essence, refuse, small_spec, snapshot, stored
 from tests.engines.test_engines import REFUSED
 
-pytestmark = pytest.mark.xdist_group("engines")  # One Ray at a time: `auto` finds any that runs.
-
 KILLS = 2
 """Of the driver; ten went well, too, and take two minutes."""
 SOON = 30

@@ -21,8 +21,6 @@ from ranksearch.plan import Plan
 from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
 from tests import ROOT
 
-pytestmark = pytest.mark.xdist_group("engines")  # They share workers, and count the processes of this one.
-
 
 @dataclass(frozen=True)
 class Work:

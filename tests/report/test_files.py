@@ -16,8 +16,6 @@ from ranksearch.results.messages import Outcome
 from tests import ROOT
 from tests.report_study import study_record
 
-pytestmark = pytest.mark.xdist_group("report")  # They read one report.
-
 FILES = {"report.html", "report.md", "front.csv", "front.json", "front.png", "trials.csv"}
 FRONT_KEYS = {
     "trial", "score_validation", "score_test", "ratio", "params", "macs", "plan", "plan_text", "origin", "epochs",

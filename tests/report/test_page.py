@@ -11,8 +11,6 @@ from ranksearch.plan import Plan
 from ranksearch.results.messages import Outcome
 from tests.report_study import study_record
 
-pytestmark = pytest.mark.xdist_group("report")  # They read one report.
-
 NASTY = "</script><script>alert(1)</script><b>&`|\"'"
 
 

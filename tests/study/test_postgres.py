@@ -32,7 +32,6 @@ AWAY = 3
 pytestmark = [
     pytest.mark.skipif(not INITDB, reason="there is no initdb, of PostgreSQL's server"),
     pytest.mark.slow,
-    pytest.mark.xdist_group("postgres"),
     pytest.mark.usefixtures("unreported"),
 ]
 
