@@ -48,6 +48,10 @@ def _costs(help: str) -> Any:
     return setting(help, f"at least one of {', '.join(COSTS)}", bool, default=("params",))
 
 
+def _are_modules(names: Iterable[str]) -> bool:
+    return all(re.fullmatch(r"\w+(\.\w+)*", name) for name in names)
+
+
 @documented
 @dataclass(frozen=True, kw_only=True)
 class TaskSpec:
@@ -125,7 +129,12 @@ class Space:
         bool,
         default=("tucker2", "cp", "svd"),
     )
-    plugins: tuple[str, ...] = setting("modules to import first, which register methods of your own", default=())
+    plugins: tuple[str, ...] = setting(
+        "modules to import first, which register methods of your own",
+        "names of modules, as 'my_pkg.methods' is",
+        _are_modules,
+        default=(),
+    )
     layers: tuple[str, ...] = setting(
         "decompose these layers only, by names or patterns such as `stage2.*`; all that can be decomposed if it is empty",
         default=(),

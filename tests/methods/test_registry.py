@@ -185,6 +185,13 @@ def test_a_module_that_cannot_be_imported_is_refused(tmp_path, monkeypatch, sour
         small_spec("space.plugins=['plugged']")
 
 
+@pytest.mark.parametrize("name", ["", ".x", "a b", "a:b"])
+def test_what_names_no_module_is_refused(name):
+    message = f"small.toml: space.plugins must be names of modules, as 'my_pkg.methods' is, but got {[name]!r}."
+    with pytest.raises(SpecError, match=f"^{re.escape(message)}$"):
+        small_spec(f"space.plugins={[name]!r}")
+
+
 # --- registration ---
 
 
