@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
+import re
 import tomllib
 import types
 import typing
@@ -216,7 +217,7 @@ class StudySpec:
         """What makes results comparable: all but the budget, the limits and the wording. Flat, `section.key` -> value.
 
         A limit says what is looked for and leaves every score as it is, so a study may go on under others. The plans to try
-        first count by what is in their files, which the study's storage holds.
+        first count by what is in their files, which the study's storage holds. The modules that define methods may move.
         """
         flat: dict[str, Any] = {}
         for key, value in self.to_dict().items():
