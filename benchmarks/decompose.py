@@ -43,7 +43,7 @@ from ranksearch.compress.whitening import Whitening, whitenings
 from ranksearch.methods import METHODS
 from ranksearch.models import lenet
 from ranksearch.plan import CP, Tucker2
-from ranksearch.spec import SpaceSpec
+from ranksearch.spec import Space
 from ranksearch.strategy.space import applies, space_of
 from ranksearch.tensors.cp import cp_path, reconstruct
 from ranksearch.tensors.tucker import hooi, hosvd
@@ -170,7 +170,7 @@ def study_table(nets: Sequence[str]) -> list[str]:
 def study_seconds(name: str) -> tuple[int, int, tuple[float, ...], tuple[float, ...], float]:
     """Layers, candidates, wall and CPU seconds of the pass that measures the moments and of all, GiB of memory."""
     torch.manual_seed(0)
-    model, spec = LARGE[name](weights=None).eval(), SpaceSpec()
+    model, spec = LARGE[name](weights=None).eval(), Space()
     inputs = torch.randn(512, 3, 224, 224)
     found = inventory(model, inputs[:1])
     methods = {axis.layer.name: axis.methods for axis in space_of(spec, found).axes}
