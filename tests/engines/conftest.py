@@ -1,0 +1,18 @@
+"""Files whose tests start Ray wait for each other: `--address auto` finds any Ray that runs on this machine."""
+
+from __future__ import annotations
+
+import pytest
+from filelock import FileLock
+
+RAY = {"tests.engines.test_cluster", "tests.engines.test_engines"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_ray_at_a_time(request, tmp_path_factory):
+    if request.module.__name__ not in RAY:
+        yield
+        return
+    # Each process of pytest-xdist has a folder of its own in one that they share.
+    with FileLock(tmp_path_factory.getbasetemp().parent / "ray.lock"):
+        yield
