@@ -12,7 +12,7 @@ from ranksearch.errors import StudyError
 from ranksearch.study.options import Local, Options
 from ranksearch.study.study import run_study
 from ranksearch.support.files import write_whole, writing
-from tests.conftest import essence, snapshot, tiny_spec
+from tests.conftest import essence, small_spec, snapshot
 
 FILES = {
     "spec.toml": r"The study's .*/spec.toml",
@@ -42,7 +42,7 @@ def full(monkeypatch, name):
 @pytest.mark.slow
 def test_a_full_disk_is_one_sentence_at_every_file(finished, tmp_path, monkeypatch):
     """The disk is full when each is to be written in turn; the last run is whole and is what an uninterrupted one is."""
-    out, spec = tmp_path / "small", tiny_spec("search.trials=2")
+    out, spec = tmp_path / "small", small_spec("search.trials=2", "finalists.count=1")
     for name, words in FILES.items():
         kept = {path: bytes_ for path, bytes_ in snapshot(out).items() if path.suffix == ".safetensors"}
         with monkeypatch.context() as patch:
