@@ -35,7 +35,7 @@ def weighed(search):
         return {"bytes": 3.5 + trial.params / 1000 * (1 + trial.number % 7)} if trial.finalist else {}
 
     dense = replace(RECORD.facts.dense, costs={**RECORD.facts.dense.costs, "bytes": 4000.0})
-    facts = replace(RECORD.facts, dense=dense, spec={"search": search})
+    facts = replace(RECORD.facts, dense=dense, spec={"search": {"trials": 45} | search})
     trials = [replace(trial, costs={**trial.costs, **bytes_of(trial)}) for trial in RECORD.trials]
     return replace(RECORD, facts=facts, trials=tuple(trials))
 

@@ -205,7 +205,7 @@ def test_seconds_are_kept_after_each_trial(unreported, tmp_path):
 @pytest.mark.slow
 def test_what_is_a_finalist_no_more_needs_no_weights(unreported, tmp_path):
     out = tmp_path / "small"
-    before = run_study(small_spec("search.trials=3", "finalists.count=3"), out, Options(Local(0)))
+    before = run_study(tiny_spec("search.trials=3", "finalists.count=3"), out, Options(Local(0)))
     shutil.rmtree(out / "models")
     again = run_study(tiny_spec("search.trials=3"), out, Options(Local(0)))
     assert essence(again.trials) == essence(before.trials)
