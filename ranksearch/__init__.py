@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ranksearch.plan import Plan as Plan
     from ranksearch.plan import Spatial as Spatial
     from ranksearch.plan import Tucker2 as Tucker2
+    from ranksearch.results.costs import Cost as Cost
+    from ranksearch.results.costs import register_cost as register_cost
     from ranksearch.results.record import StudyRecord as StudyRecord
     from ranksearch.results.record import TrialRecord as TrialRecord
     from ranksearch.spec import Finalists as Finalists
@@ -63,6 +65,7 @@ _HOMES = {
         "TT",
         "Tucker2",
     ),
+    "results.costs": ("Cost", "register_cost"),
     "results.record": (
         "StudyRecord",
         "TrialRecord",
