@@ -336,7 +336,7 @@ def test_a_node_that_lacks_this_package_is_refused_and_a_killed_worker_is_lost(t
     board = tune._Board(there)
     scheduler = tune._Scheduler(board)
     for error in (RayActorError(error_msg=PAGE, actor_init_failed=True), RayActorError(error_msg="killed"), None):
-        here.send(Job(5, Plan(), seed=0))
+        here.send(ray.Sealed(5, b""))
         board.draw("1")
         scheduler.on_trial_error(None, Ended(tmp_path, error))
         assert isinstance(here.recv(), ray.Free)
