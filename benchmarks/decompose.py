@@ -101,8 +101,9 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     nets = [name for name in NETS if not options.nets or name in options.nets]
     large = [name for name in LARGE if not options.nets or name in options.nets]
-    parts = [machine("torch", "tensorly"), vbmf_line(), "", *profile_table(nets), "", *study_table(large), ""]
-    parts += [*tucker_table(nets), "", *cp_table(nets)]
+    parts = [machine("torch", "tensorly"), vbmf_line()]
+    for make, names in ((profile_table, nets), (study_table, large), (tucker_table, nets), (cp_table, nets)):
+        parts += ["", *make(names)] if names else []
     if options.write:
         write_section("decompose", "python benchmarks/decompose.py --write", "\n".join(parts))
 
@@ -181,7 +182,7 @@ def study_seconds(name: str) -> tuple[int, int, tuple[float, ...], tuple[float, 
         marks.append(clocks())
         return result
 
-    with TemporaryDirectory() as cache, patch("ranksearch.compress.profile.metrics", measured):
+    with TemporaryDirectory() as cache, patch("ranksearch.compress.profile.whitenings", measured):
         layers = profile(model, found, methods, inputs=inputs, cache=Path(cache)).layers.values()
     parts = [tuple(now - then for now, then in zip(mark, begun, strict=True)) for mark in (*marks, clocks())]
     return len(found.layers), sum(len(list(p.candidates())) for p in layers), parts[0], parts[1], peak_gib() - before

@@ -38,8 +38,9 @@ def check_rank(name: str, rank: int, largest: int) -> None:
 
 
 def norm_of(tensor: Tensor) -> float:
-    """The norm (Frobenius), summed in float64: in float32 the norm of a hundred million numbers is wrong by a hundredth."""
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+    """The norm (Frobenius); in float32 as one sum that of a hundred million numbers would be wrong by a hundredth."""
+    rows = torch.linalg.vector_norm(tensor.flatten(1), dim=1) if tensor.ndim > 1 else tensor
+    return float(torch.linalg.vector_norm(rows, dtype=torch.float64))
 
 
 def unfold(tensor: Float[Tensor, "*dims"], mode: int) -> Float[Tensor, "d_mode rest"]:
@@ -125,7 +126,7 @@ def svd(matrix: Float[Tensor, "m n"], rows: Callable[[], Principal] | None = Non
         right, singular, left = _by_gram(values.T, partial(principal, values.T))
         left, right = left.T, right.T
     signs = signed(left)
-    return SVDFactors(left * signs, singular, signs[:, None] * right)
+    return SVDFactors(left.mul_(signs), singular, right.mul_(signs[:, None]))
 
 
 def _by_gram(wide: Float[Tensor, "m n"], rows: Callable[[], Principal]) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,4 +136,5 @@ def _by_gram(wide: Float[Tensor, "m n"], rows: Callable[[], Principal]) -> tuple
     # The roots of the eigenvalues would lose the small singular values.
     norms = torch.linalg.vector_norm(right, dim=1, dtype=torch.float64).to(wide.dtype)
     singular, order = norms.sort(descending=True, stable=True)
-    return left[:, order], singular, right[order] / singular.clamp_min(torch.finfo(wide.dtype).tiny)[:, None]
+    right = right[order].div_(singular.clamp_min(torch.finfo(wide.dtype).tiny)[:, None])
+    return left[:, order], singular, right

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ranksearch.tensors.matrix import floating, gram, principal, svd, unfold
+from ranksearch.tensors.matrix import floating, gram, norm_of, principal, svd, unfold
 from tests.nets import normal
 
 laws = settings(max_examples=20, deadline=None)
@@ -24,6 +24,12 @@ def test_unfold_puts_the_mode_first_and_keeps_the_order_of_the_rest(a, b, c, see
     assert torch.equal(unfold(x, 0), x.reshape(a, b * c))
     assert torch.equal(unfold(x, 1), torch.stack([x[:, j].flatten() for j in range(b)]))
     assert torch.equal(unfold(x, 2), torch.stack([x[:, :, k].flatten() for k in range(c)]))
+
+
+@pytest.mark.parametrize("shape", [(10,), (0,), (3, 0, 2), (1, 1), (2000, 40, 60)])
+def test_a_norm_is_exact_however_many_numbers_there_are(shape):
+    x = normal(*shape, dtype=torch.float32)
+    assert norm_of(x) == pytest.approx(float(x.double().norm()), rel=1e-6)
 
 
 @laws
