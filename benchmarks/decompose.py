@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from ranksearch.compress.inventory import Inventory, inventory
 from ranksearch.compress.preparing import kernel
 from ranksearch.compress.profile import profile
-from ranksearch.compress.whitening import Whitening, whitenings
+from ranksearch.compress.whitening import Whitening, inputs_wanted, whitenings
 from ranksearch.methods import METHODS
 from ranksearch.models import lenet
 from ranksearch.plan import CP, Tucker2
@@ -156,24 +156,25 @@ def profile_seconds(name: str) -> tuple[int, int, float, float]:
 
 
 def study_table(nets: Sequence[str]) -> list[str]:
-    """The profile of a study with the default settings: three methods, fitted for 512 random pictures."""
-    head = ["a study's profile", "layers", "candidates", "moments of 512 pictures", "decompositions", "memory above the model"]
+    """The profile of a study with the default settings: three methods, fitted for as many random pictures as a study takes."""
+    head = ["a study's profile", "layers", "candidates", "moments of pictures", "decompositions", "memory above the model"]
     lines = table(head)
     for name in nets:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            layers, count, moments, whole, grown = pool.submit(study_seconds, name).result()
+            layers, count, pictures, moments, whole, grown = pool.submit(study_seconds, name).result()
         rest = tuple(both - part for both, part in zip(whole, moments, strict=True))
         cells = [f"{wall:.0f} s ({cpu:.0f} s of CPU)" for wall, cpu in (moments, rest)]
+        cells[0] = f"{pictures}: {cells[0]}"
         lines.append(row(name, layers, count, *cells, f"{grown:.1f} GiB"))
     return lines
 
 
-def study_seconds(name: str) -> tuple[int, int, tuple[float, ...], tuple[float, ...], float]:
-    """Layers, candidates, wall and CPU seconds of the pass that measures the moments and of all, GiB of memory."""
+def study_seconds(name: str) -> tuple[int, int, int, tuple[float, ...], tuple[float, ...], float]:
+    """Layers, candidates, pictures, wall and CPU seconds of the pass that measures the moments and of all, GiB of memory."""
     torch.manual_seed(0)
     model, spec = LARGE[name](weights=None).eval(), Space()
-    inputs = torch.randn(512, 3, 224, 224)
-    found = inventory(model, inputs[:1])
+    found = inventory(model, torch.randn(1, 3, 224, 224))
+    inputs = torch.randn(inputs_wanted(found.macs), 3, 224, 224)
     methods = {axis.layer.name: axis.methods for axis in space_of(spec, found).axes}
     before, begun, marks = peak_gib(), clocks(), []
 
@@ -185,7 +186,8 @@ def study_seconds(name: str) -> tuple[int, int, tuple[float, ...], tuple[float, 
     with TemporaryDirectory() as cache, patch("ranksearch.compress.profile.whitenings", measured):
         layers = profile(model, found, methods, inputs=inputs, cache=Path(cache)).layers.values()
     parts = [tuple(now - then for now, then in zip(mark, begun, strict=True)) for mark in (*marks, clocks())]
-    return len(found.layers), sum(len(list(p.candidates())) for p in layers), parts[0], parts[1], peak_gib() - before
+    count = sum(len(list(p.candidates())) for p in layers)
+    return len(found.layers), count, len(inputs), parts[0], parts[1], peak_gib() - before
 
 
 def clocks() -> tuple[float, float]:

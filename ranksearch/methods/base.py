@@ -35,9 +35,10 @@ LEVELS = 10
 """How many values of one rank a profile looks at, evenly spaced on a log scale, for methods of one or two ranks."""
 MAX_CANDIDATES = 128
 """How many combinations of ranks a profile looks at for one layer and method: of three ranks five levels each."""
-MAX_TERMS = 1024
-"""The largest rank that ALS fits: it solves systems of as many unknowns. At VGG-16's first fully connected layer, 4096x512x49,
-the ten fits of a profile up to 1,024 terms take two minutes of a core; there a twentieth of the layer's parameters is left."""
+MAX_TERMS = 512
+"""The largest rank that ALS fits: it solves systems of as many unknowns. Only fully connected layers behind a map reach it, such
+as the first of VGG-16 (4096x512x49): the fits of a profile up to 1,024 terms take two minutes of a core there, up to 512 a third
+of that, and 512 terms are a 43rd of the layer's parameters."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ranksearch.compress.profile import Profile, profile
 from ranksearch.compress.scratch import check_scratch
 from ranksearch.compress.surgery import copied
 from ranksearch.compress.weights import check_state, digest_of, weights_of
+from ranksearch.compress.whitening import inputs_wanted
 from ranksearch.console import Silent, View
 from ranksearch.data import batches, check_splits, example, sample_inputs
 from ranksearch.engines import local, ray
@@ -46,8 +47,6 @@ from ranksearch.task import training
 from ranksearch.task.evaluation import Evaluator
 from ranksearch.task.task import Task, accuracy, check_float32, check_outputs, load_task
 
-CALIBRATION = 512
-"""Training inputs that data-aware factors are fitted for; with 128 the output error on held-out digits is a tenth higher."""
 DIGEST = "ranksearch:dense"
 """Of the dense model's weights, among the study's attributes."""
 
@@ -184,11 +183,11 @@ def _make_profile(run: Run) -> Profile:
     """Every candidate's factors and the VBMF ranks."""
     methods = {axis.layer.name: axis.methods for axis in run.space.axes}
     run.view.stage("profiling layers", len(run.inventory.layers))
-    aware, seed = run.spec.space.data_aware, run.spec.seed
+    aware, seed, count = run.spec.space.data_aware, run.spec.seed, inputs_wanted(run.inventory.macs)
     with run.stage("profile"):
         return profile(
             run.task.model, run.inventory, methods, constraints=constraints_of(run.spec.space),
-            inputs=sample_inputs(run.task.data.train, CALIBRATION, seed=seed) if aware else None,
+            inputs=sample_inputs(run.task.data.train, count, seed=seed) if aware else None,
             cache=run.out / "profile", seed=seed, on_layer=run.view.step,
         )  # fmt: skip
 
