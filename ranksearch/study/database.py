@@ -1,4 +1,4 @@
-"""The database of a storage: its address without the password, opening it, and holding a study in it for one run."""
+"""The database behind a storage: masks the password in its address, opens it, and locks a study in it for one run."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from ranksearch.errors import StudyError, first_line
 from ranksearch.study.storage import BUSY_TIMEOUT, CONNECT, LOCKED, Patience, PatientStorage, Unusable, cause_of
 
 Announce = Callable[[str], None]
-"""Is told when a run has to wait for its storage, and when it waits no more."""
+"""Called with a message when a run starts to wait for its storage, and when the wait is over."""
 ATTEMPTS = 3
-"""At a storage whose tables another run is making."""
+"""How often to try to open a storage whose tables another run is creating."""
 
 
 def silent(text: str) -> None:
-    """Announces nothing."""
+    """Ignore the announcement."""
 
 
 def check_storage(url: str, announce: Announce = silent) -> PatientStorage:
-    """The Optuna storage at a database address. Waits where another program locks it.
+    """Open the Optuna storage at a database address. Waits while another program locks it.
 
     Raises:
-        StudyError: the address is none, or the storage cannot be reached or is no Optuna storage. Never shows a password.
+        StudyError: the address is invalid, or the storage cannot be reached or is not an Optuna storage. The message never
+            shows a password.
     """
     address = address_of(url)
     patience = Patience(masked(url), announce)
@@ -42,7 +43,7 @@ def check_storage(url: str, announce: Announce = silent) -> PatientStorage:
         try:
             return patience(lambda again: _connected(address, patience))
         except (ImportError, SQLAlchemyError, StorageInternalError, RuntimeError) as error:
-            # Another run that starts at the same time makes the same tables.
+            # Another run that starts at the same time creates the same tables.
             if "already exists" not in str(error) or attempt == ATTEMPTS:
                 raise _unusable(url, error) from None
         time.sleep(attempt)
@@ -50,18 +51,22 @@ def check_storage(url: str, announce: Announce = silent) -> PatientStorage:
 
 
 def masked(url: str) -> str:
-    """A storage's address without its password and its options, which may hold one too."""
+    """A storage's address without its password and without its options, which may also contain a password."""
     with suppress(ArgumentError, ValueError):
         address = make_url(url)
         if "@" not in (address.host or ""):
             return address.set(query={}).render_as_string(hide_password=True)
-    # What is no address may hold a password all the same: all before the last @ is left out.
+    # Even an invalid address may contain a password, so leave out everything before the last @.
     _, at, tail = url.partition("?")[0].rpartition("@")
     return f"***@{tail}" if at else tail
 
 
 def address_of(url: str) -> URL:
-    """The address taken apart; PostgreSQL's is of psycopg 3 where it names no driver."""
+    """Parse a storage's address. A PostgreSQL address without a driver gets psycopg 3.
+
+    Raises:
+        StudyError: the address is invalid, names a database in memory, or has an unescaped @ in its password.
+    """
     try:
         address = make_url(url)
         if address.get_backend_name() == "sqlite" and address.database in (None, "", ":memory:"):
@@ -90,13 +95,15 @@ def _connected(address: URL, patience: Patience) -> PatientStorage:
             raise Unusable(LOCKED) from error
         raise
     event.listen(storage.engine, "connect", _quick_commits)
-    storage.engine.dispose()  # it has connected before
+    storage.engine.dispose()  # drop the connections that were made without `_quick_commits`
     return storage
 
 
 def _quick_commits(connection: sqlite3.Connection, about: object) -> None:
-    """Appends to a log instead of waiting for the disk twice at each of a trial's twenty commits. A killed process loses
-    nothing by it; a machine without power may lose the last commits, but no record is torn."""
+    """Let SQLite append to a log instead of waiting for the disk twice at each of a trial's twenty commits.
+
+    A killed process loses nothing. After a power failure the last commits may be missing, but no record is corrupted.
+    """
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=NORMAL")
 
@@ -111,7 +118,7 @@ def _unusable(url: str, error: Exception) -> StudyError:
 
 
 def _without_password(text: str, url: str) -> str:
-    """The text with the address masked, whole or in part. The password alone may be a word, or a letter, of the text."""
+    """Mask the address, or `:password@`, in a text. The bare password is not replaced: it may be a common word."""
     address = address_of(url)
     for whole in (url, address.render_as_string(hide_password=False)):
         text = text.replace(whole, masked(url))
@@ -122,13 +129,13 @@ def _without_password(text: str, url: str) -> str:
 
 @contextmanager
 def study_lock(name: str, url: str) -> Iterator[None]:
-    """Hold the study of that name in its storage, which several folders or machines may share, for this run.
+    """Lock the study of that name in its storage for this run. Several folders or machines may share the storage.
 
-    By a lock on a hidden file beside an SQLite database, or an advisory lock of PostgreSQL, which both end with their process,
-    however that ends; PostgreSQL's ends with the server too. In other servers a study is not held.
+    For SQLite this locks a hidden file beside the database, for PostgreSQL it takes an advisory lock. Both are released when
+    the process ends, however it ends; PostgreSQL's also when the server ends. In other databases nothing is locked.
 
     Raises:
-        StudyError: another run holds it, or the storage cannot be used.
+        StudyError: another run holds the lock, or the storage cannot be used.
     """
     address = address_of(url)
     with ExitStack() as held:
@@ -145,7 +152,7 @@ def study_lock(name: str, url: str) -> Iterator[None]:
 
 
 def _take(name: str, address: URL, held: ExitStack) -> bool:
-    """Whether the study could be taken; `held` gives it back."""
+    """Try to lock the study and return whether that succeeded. Closing `held` releases the lock."""
     if address.get_backend_name() == "sqlite":
         database = Path(address.database or "").resolve()
         try:
@@ -153,11 +160,11 @@ def _take(name: str, address: URL, held: ExitStack) -> bool:
         except filelock.Timeout:
             return False
     elif address.get_backend_name() == "postgresql":
-        # One connection for the whole run, in no transaction: the lock is the connection's.
+        # The lock belongs to its connection, so keep one open for the whole run, without a transaction.
         engine = create_engine(address, connect_args=CONNECT, poolclass=NullPool, isolation_level="AUTOCOMMIT")
         connection = engine.connect()
         held.callback(_close, connection)
-        # The server's own idea of when a client is gone is two hours.
+        # By default the server notices a lost client only after two hours.
         for setting, value in (("idle", "20"), ("interval", "5"), ("count", "3")):
             connection.execute(select(func.set_config(f"tcp_keepalives_{setting}", value, False)))
         key = func.hashtextextended(f"ranksearch:{name}", 0)
@@ -166,5 +173,5 @@ def _take(name: str, address: URL, held: ExitStack) -> bool:
 
 
 def _close(connection: Connection) -> None:
-    with suppress(SQLAlchemyError):  # the server may have been away
+    with suppress(SQLAlchemyError):  # the server may be unreachable
         connection.close()

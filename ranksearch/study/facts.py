@@ -1,4 +1,4 @@
-"""What is known of a study's model before its first trial: its layers, and the dense model's size, scores and speed."""
+"""Facts measured before the first trial: the model's layers, and the dense model's size, scores and speed."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ PACKAGES = ("ranksearch", "torch", "torchvision", "optuna", "tensorly", "scikit-
 
 
 def look(spec: StudySpec, out: Path) -> Look:
-    """The layers of a study's model, their VBMF ranks, and what each method would cost there; writes nothing.
+    """The layers of a study's model, their VBMF ranks, and each method's cost in each layer. Writes nothing.
 
-    The dense weights are those in the study's folder `out`, or those of `dense.weights`, or what the model comes with, which
-    are trained ones where the study trains none.
+    The weights come from the study's folder `out`, else from `dense.weights`, else from the model itself; the last count as
+    trained if `dense.epochs` is 0.
     """
     task = load_task(spec)
     check_splits(task.data, whole=False)
@@ -62,10 +62,10 @@ def look(spec: StudySpec, out: Path) -> Look:
 def study_facts(
     spec: StudySpec, task: Task, found: Inventory, layers: Profile, inputs: Tensor, *, engine: str, command: str
 ) -> StudyFacts:
-    """The facts of a study whose dense model is trained and stands on the device of `inputs`, a batch of one input.
+    """Measure the facts of a study. The dense model is trained and is on the device of `inputs`, a batch of one input.
 
     Raises:
-        ModelError: the dense model's score is no number, or on another scale than a share's.
+        ModelError: the dense model's score is NaN or infinite, or its validation score is outside [-1, 1].
     """
     device = tensors_in(inputs)[0].device
     splits = {"validation": task.data.validation, "test": task.data.test}
@@ -103,7 +103,7 @@ def study_facts(
 
 
 def layer_facts(found: Inventory, vbmf: Mapping[str, tuple[int | None, int | None]]) -> tuple[LayerFacts, ...]:
-    """The layers as the record keeps them, with their VBMF ranks."""
+    """The layers, with their VBMF ranks, in the form that the record stores."""
     return tuple(
         LayerFacts(
             name=layer.name, kind=layer.kind, weight=layer.weight, costs=layer.costs,

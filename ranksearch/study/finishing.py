@@ -1,4 +1,4 @@
-"""After the last trial: finalists are trained for longer, scored on the test split, kept and timed."""
+"""After the last trial: trains the finalists for longer, scores them on the test split, saves and times them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ranksearch.task import training
 from ranksearch.task.evaluation import Evaluator, checkpoint_file
 
 RESUMABLE = {Outcome.WORKER_LOST, Outcome.OUT_OF_MEMORY}
-"""How a finalist may end that the next run trains on, from its checkpoint."""
+"""Outcomes after which the next run resumes the finalist from its checkpoint."""
 
 
 def train_finalists(run: Run, evaluate: Evaluator) -> None:
-    """Fine-tune the best trials for longer, score them on the test split, keep their weights, time them."""
+    """Fine-tune the best trials for longer, score them on the test split, save their weights and time them."""
     trials, facts = attributes.read_trials(run.study), attributes.read_facts(run.study)
     chosen = choose_finalists(
         trials, facts.dense.score_validation, run.spec.finalists.count, run.spec.search.limits, facts.objectives
     )
-    # What diverged would again; what ran out of memory may have more of it now.
+    # A finalist that diverged would diverge again. One that ran out of memory may succeed in this run.
     waiting = [t for t in chosen if t.failed is not Outcome.DIVERGED and not (t.finalist and _kept(run, t))]
     by_number = {trial.number: trial for trial in trials}
     outcomes = {trial.number: Outcome.WORKER_LOST for trial in waiting}
@@ -74,8 +74,8 @@ def _tell(run: Run, trial: TrialRecord, result: Result) -> None:
 
 
 def _time(run: Run) -> None:
-    """Milliseconds of the dense model and of every finalist, taken in turn in one go, so that they compare."""
-    # Weights of one that is a finalist no more may be gone: it is not made again.
+    """Measure the latency of the dense model and all finalists, taking turns in one go so that the times are comparable."""
+    # The weights of a former finalist may be missing; it is not trained again.
     trials = [trial for trial in attributes.read_trials(run.study) if trial.finalist and _kept(run, trial)]
     if all(trial.finalist and trial.finalist.latency_ms is not None for trial in trials):
         return

@@ -1,4 +1,4 @@
-"""The folder of a study, and its Optuna record inside or outside it: whose they are, one run at a time, the same study."""
+"""A study's folder and its Optuna storage: checks that they belong to this study, and lets one run at a time use them."""
 
 from __future__ import annotations
 
@@ -24,41 +24,41 @@ from ranksearch.support.files import write_whole, writing
 
 SPEC, DATABASE, DENSE_FILE = "spec.toml", "study.db", "dense.safetensors"
 UNFINISHED = "unfinished"
-"""The folder with the checkpoints of what is being trained."""
+"""The folder of the checkpoints of unfinished trainings."""
 REPORT = ("report.html", "report.md", "front.*", "front-*.png", "trials.csv")
 OURS = ("study.db*", DENSE_FILE, UNFINISHED, "profile", "models", "export", *REPORT, SPEC)
-"""All that a study writes into its folder, and all that `--fresh` deletes; the spec goes last, since it marks the folder."""
+"""Everything that a study writes into its folder and `--fresh` deletes. The spec is deleted last, since it marks the folder."""
 MARK = "# Written by ranksearch: the study of this folder, as resolved."
 START_OVER = "choose another --out or name, or --fresh to start over"
 ANOTHER_OR_START_OVER = "choose another --out, or --fresh to start over"
 USE_OR_START_OVER = "use that release, or start over by `ranksearch study` with --fresh"
 ELSEWHERE = "# storage: "
-"""Of the spec, the line with the storage's address where it is not the folder's own."""
+"""Start of the line in spec.toml that names the storage, if it is not the SQLite file in the folder."""
 OURS_IN_STORAGE, STUDY = "ranksearch:", "ranksearch:study"
-"""How the names of our attributes begin, and the name of the attribute that says which study it is."""
+"""The prefix of our study attributes, and the attribute that identifies the study."""
 FORMAT = 1
-"""Of the records in a storage. Raise it with each change after which earlier records cannot be read or gone on with."""
+"""Version of the records in a storage. Raise it with each change after which older records cannot be read or resumed."""
 WEIGHTS = "dense.weights"
 TOLERANCE = 1e-3
-"""Of a root mean square, relative. The same pictures, decoded or scaled by other releases of a library, differ by less."""
+"""Relative tolerance of a root mean square. The same images, decoded by other releases of a library, differ by less."""
 INPUTS_WORDS = {
     "count": "the number of inputs in split {!r} is",
     "inputs": "the root mean square of some inputs in split {!r} is",
     "targets": "the root mean square of some targets in split {!r} is",
 }
-"""By the keys of `inputs_of`."""
+"""How an error message names each statistic of `inputs_of`."""
 
 
 @contextmanager
 def folder_lock(
     folder: Path, spec: StudySpec, storage: str | None, *, fresh: bool, announce: Announce = silent
 ) -> Iterator[None]:
-    """Hold the study's folder, and its study, for this run; `fresh` first deletes what a study wrote there, and nothing else.
+    """Lock the study and its folder for this run. `fresh` first deletes the files of the earlier study, and only these.
 
     Raises:
-        StudyError: the folder is a file, holds something else, another study or one whose record is in another storage, cannot
-            be written, or it or the study is in use.
-        SpecError: the spec in it is damaged, or of another release.
+        StudyError: the folder is a file, cannot be written, or holds other files, another study, or a study with its record in
+            another storage; or another run is using the folder or the study.
+        SpecError: the spec in the folder is damaged or from another release.
     """
     try:
         str(folder).encode()
@@ -67,7 +67,7 @@ def folder_lock(
     if folder.exists() and not folder.is_dir():
         raise StudyError(f"The output must be a folder, but {folder} is a file; choose another --out.")
     ours = _is_a_studys(folder)
-    # Hidden files are the lock, and what a killed run was about to write.
+    # Hidden files are allowed: the lock, and temporary files of a killed run.
     if not ours and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise StudyError(f"The output folder must be a study's or empty, but {folder} holds other files; choose another --out.")
     try:
@@ -94,11 +94,11 @@ def folder_lock(
 
 
 def read_spec(folder: Path, *, fix: str = USE_OR_START_OVER) -> StudySpec:
-    """The resolved spec of the study in a folder.
+    """Read the resolved spec of the study in a folder.
 
     Raises:
-        StudyError: there is none.
-        SpecError: it is damaged, or of another release; `fix` is told as the way out.
+        StudyError: the folder has no spec.
+        SpecError: the spec is damaged or from another release; the message recommends `fix`.
     """
     try:
         text = (folder / SPEC).read_text(encoding="utf-8")
@@ -111,28 +111,29 @@ def read_spec(folder: Path, *, fix: str = USE_OR_START_OVER) -> StudySpec:
 
 
 def write_spec(folder: Path, spec: StudySpec, storage: str | None) -> None:
-    """Keep the resolved spec, and the storage's address (without its password) where it is not the folder's own."""
+    """Write the resolved spec, with the address of `storage` (without its password) if one is given."""
     note = f"{ELSEWHERE}{_place(storage)}\n" if storage else ""
     with writing(f"The study's {folder / SPEC}"):
         write_whole(folder / SPEC, f"{MARK}\n{note}{spec.to_toml()}")
 
 
 def noted_storage(folder: Path) -> str:
-    """The address, without its password, of the storage that the folder's study has elsewhere; empty where it has none."""
+    """The address, without its password, of the storage that spec.toml names; empty if the storage is in the folder."""
     return next((line for line in _text(folder).splitlines() if line.startswith(ELSEWHERE)), "").removeprefix(ELSEWHERE)
 
 
 def storage_url(folder: Path, storage: str | None) -> str:
     """The address of the study's Optuna storage: the one given, or the SQLite file in its folder."""
-    # Not by pasting text together: a folder's name may hold what an address would read as its options.
+    # Built by `URL.create`, since a folder's name may contain characters such as ? that would start the options of a URL.
     return storage or URL.create("sqlite", database=str(folder / DATABASE)).render_as_string()
 
 
 def open_study(name: str, url: str, *, announce: Announce = silent) -> optuna.Study:
-    """The Optuna study of that name.
+    """Open the existing Optuna study of that name.
 
     Raises:
-        StudyError: the storage cannot be reached, is no Optuna storage, has no such study, or another release's.
+        StudyError: the storage cannot be reached or is not an Optuna storage; or it has no such study, or one that another
+            release wrote in another format.
     """
     address = address_of(url)
     if address.drivername == "sqlite" and not Path(address.database or "").exists():
@@ -145,22 +146,23 @@ def open_study(name: str, url: str, *, announce: Announce = silent) -> optuna.St
 
 
 def create_study(name: str, url: str, objectives: Objectives, *, announce: Announce = silent) -> optuna.Study:
-    """The Optuna study of that name; made, with these objectives, where it is not there.
+    """Open the Optuna study of that name, or create it with these objectives.
 
     Raises:
-        StudyError: the storage cannot be reached or is no Optuna storage.
+        StudyError: the storage cannot be reached or is not an Optuna storage.
     """
     storage = check_storage(url, announce)
     return optuna.create_study(study_name=name, storage=storage, directions=objectives.directions, load_if_exists=True)
 
 
 def check_study(spec: StudySpec, url: str, inputs: Mapping[str, Any], *, fresh: bool, announce: Announce = silent) -> None:
-    """Refuse a storage whose study of that name is not this one, before anything is written; `fresh` may delete one of ours.
-    `inputs` are those of `inputs_of`.
+    """Check, before anything is written, that a study of that name in the storage is this study.
+
+    With `fresh`, any study of ranksearch's is accepted, since it will be deleted. `inputs` comes from `inputs_of`.
 
     Raises:
-        StudyError: the storage cannot be used, or its study of that name is another, another release's, or none of
-            ranksearch's.
+        StudyError: the storage cannot be used, or its study of that name is another one, was written by another release in
+            another format, or belongs to another program.
     """
     study = _find(spec.name, check_storage(url, announce))
     if study is not None:
@@ -168,18 +170,20 @@ def check_study(spec: StudySpec, url: str, inputs: Mapping[str, Any], *, fresh: 
 
 
 def delete_study(name: str, url: str, *, announce: Announce = silent) -> None:
-    """Remove the study of that name from its storage, if it is there."""
+    """Delete the study of that name from its storage, if it exists."""
     with suppress(KeyError):
         optuna.delete_study(study_name=name, storage=check_storage(url, announce))
 
 
 def own_study(study: optuna.Study, spec: StudySpec, inputs: Mapping[str, Any]) -> None:
-    """Keep in the storage what the study is, where it is new; raises as `check_study` does: folders may share a storage, not a
-    study."""
+    """Write the identity of a new study to its storage; raises `StudyError` as `check_study` does if it is another study.
+
+    Several folders may share a storage, but not a study.
+    """
     _check_ours(study, spec, inputs, fresh=False)
     if not study.metric_names:
         with warnings.catch_warnings():
-            # Marked experimental in Optuna since 3.2; it only names the axes of optuna-dashboard.
+            # Optuna has marked this as experimental since 3.2. It only names the axes in optuna-dashboard.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names(["validation score", *(f"log10 {COSTS[cost].short_ratio}" for cost in spec.search.minimize)])
     if STUDY not in study.user_attrs:
@@ -189,7 +193,7 @@ def own_study(study: optuna.Study, spec: StudySpec, inputs: Mapping[str, Any]) -
 def _same_study(place: str, there: Mapping[str, Any], spec: StudySpec) -> None:
     here = spec.identity()
     for key in sorted({*there, *here}):
-        # The file of the dense weights may be another: what the files hold is compared, too.
+        # The path of the dense weights may change: `difference` compares the weights themselves.
         if key == WEIGHTS and there.get(key) and here[key] and Path(here[key]).exists():
             continue
         if there.get(key) != here.get(key):
@@ -199,7 +203,7 @@ def _same_study(place: str, there: Mapping[str, Any], spec: StudySpec) -> None:
 
 
 def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """How inputs differ, as `inputs_of` has them, in words; empty where they are the same as far as both are known."""
+    """How two results of `inputs_of` differ, in words; empty if all values that both have agree."""
     was, now = there.get("dense"), here.get("dense")
     if was and now and was != now:
         return f"another dense model (the SHA-256 of its weights is {was[:8]}... there and {now[:8]}... here)"
@@ -221,7 +225,7 @@ def _find(name: str, storage: PatientStorage) -> optuna.Study | None:
 def _check_ours(study: optuna.Study, spec: StudySpec, inputs: Mapping[str, Any], *, fresh: bool) -> None:
     place = f"The storage's study {spec.name!r}"
     if not _is_ours(study):
-        # An empty one is what a run leaves that was killed as it began.
+        # A run that was killed as it began leaves an empty study, which may be used.
         ours = study.directions == [optuna.study.StudyDirection.MAXIMIZE] * (1 + len(spec.search.minimize))
         if study.user_attrs or study.get_trials(deepcopy=False) or not ours:
             raise StudyError(
@@ -240,7 +244,7 @@ def _is_ours(study: optuna.Study) -> bool:
 
 
 def _check_readable(study: optuna.Study, fix: str) -> None:
-    """Refuse a record of ours that another release wrote in another format."""
+    """Raise `StudyError` if another release of ranksearch wrote the study in another format."""
     if _is_ours(study) and study.user_attrs.get(STUDY, {}).get("format") != FORMAT:
         raise StudyError(
             f"The storage's study {study.study_name!r} must be of a format that this release of ranksearch reads, but another "
@@ -249,7 +253,10 @@ def _check_readable(study: optuna.Study, fix: str) -> None:
 
 
 def _check_place(folder: Path, spec: StudySpec, storage: str | None, announce: Announce) -> None:
-    """Refuse to begin a study anew beside its record, as when an option was forgotten; a record that was moved is taken."""
+    """Check that the storage is the one that the study was started in, or at least holds the study, as after a move.
+
+    Otherwise a forgotten --storage would silently start the study from nothing.
+    """
     noted = noted_storage(folder)
     was = noted or ("the folder's own" if (folder / DATABASE).exists() else None)
     now = _place(storage) if storage else "the folder's own"
@@ -265,7 +272,7 @@ def _check_place(folder: Path, spec: StudySpec, storage: str | None, announce: A
 
 
 def _place(storage: str) -> str:
-    """A storage's address, without its password, from wherever a run may start."""
+    """A storage's address without its password and options, independent of the current folder."""
     address = make_url(storage)
     if address.get_backend_name() == "sqlite":
         address = address.set(database=str(Path(address.database or "").resolve()))
@@ -273,7 +280,7 @@ def _place(storage: str) -> str:
 
 
 def _is_a_studys(folder: Path) -> bool:
-    """Whether a run of ours wrote the folder; a user's own spec.toml among other files is none of ours."""
+    """Whether ranksearch wrote the folder. A spec.toml of the user's own lacks the mark in its first line."""
     return _text(folder).startswith(MARK)
 
 

@@ -1,4 +1,4 @@
-"""Before the first trial: what each layer alone costs, and the plans that are tried first."""
+"""Before the first trial: probes each layer alone, and chooses the initial plans."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from ranksearch.study.run import Run
 from ranksearch.task.evaluation import Evaluator
 
 PREDICTED_PLANS = 4
-"""How many plans of the predicted frontier are tried first."""
+"""How many plans of the predicted front are tried first."""
 WORST_LOSS = 1e6
-"""Stands for a probe's loss that is no number, which no storage keeps."""
+"""Recorded in place of a probe's NaN or infinite loss, which a storage cannot keep."""
 
 
 USER = "user"
-"""The origin of the plans that the user wants tried first."""
+"""The origin of the user's initial plans."""
 
 
 def plans_to_try(paths: Sequence[str], given: Sequence[Plan], space: Space, found: Inventory) -> list[Plan]:
-    """The user's plans to try first: those in the files of a study, then those given from Python.
+    """The user's plans to try first: those in the files that `search.first` names, then those given from Python.
 
     Raises:
-        SpecError: a file cannot be read, or a plan is none that the space offers.
+        SpecError: a file cannot be read, or a plan is outside the search space.
     """
     plans = []
     named = [*((path, _read_plan(path)) for path in paths), *((f"plan {at}", plan) for at, plan in enumerate(given, 1))]
@@ -62,7 +62,7 @@ def _read_plan(path: str) -> Plan:
 
 
 def check_first(study: optuna.Study, plans: Sequence[Plan]) -> None:
-    """Refuse other plans to try first than those that the study has in its storage.
+    """Check that the user's initial plans are those that the study already has in its storage.
 
     Raises:
         StudyError: they differ.
@@ -76,7 +76,7 @@ def check_first(study: optuna.Study, plans: Sequence[Plan]) -> None:
 
 
 def probe_layers(run: Run, layers: Profile, evaluate: Evaluator) -> None:
-    """The loss with one layer at a time decomposed: what the frontier is predicted from. Kept after every one."""
+    """Measure the loss with one layer at a time decomposed, and store each result at once. They predict the front."""
     wanted = [Plan()]
     for name, layer in layers.layers.items():
         wanted += [Plan.of({name: value}) for value in values_to_probe(layer)]
@@ -90,7 +90,7 @@ def probe_layers(run: Run, layers: Profile, evaluate: Evaluator) -> None:
             run.view.note(f"probe of {job.plan}: {result.outcome.value}")
             return
         if result.loss is None:
-            done.add(job.plan)  # in this run; the next may have more memory for it
+            done.add(job.plan)  # skipped in this run only: the next run may have more memory
             run.view.step(f"{job.plan}: {result.outcome.value}")
             return
         loss = result.loss if math.isfinite(result.loss) else WORST_LOSS
@@ -109,15 +109,17 @@ def probe_layers(run: Run, layers: Profile, evaluate: Evaluator) -> None:
 
 
 def choose_initial_plans(run: Run, layers: Profile) -> list[tuple[str, Plan]]:
-    """The plans that are tried first, with their origins: the user's, then predicted ones within the limits. Chosen once in a
-    study."""
+    """The initial plans with their origins: the user's, then those of the predicted front and of VBMF within the limits.
+
+    They are chosen once and kept in the storage.
+    """
     if (known := attributes.read_initial_plans(run.study)) is not None:
         return known
     dense, probes = attributes.read_probes(run.study)
     price = prices(run.spec.search.minimize, run.inventory)[0]
-    # Where the worker of the dense probe was lost, there is nothing to set the others against.
+    # If the worker of the dense probe was lost, there is no loss to compare the others with.
     corners = predict_front(layers, probes, dense, price) if dense is not None else []
-    # The dense corner, which is never chosen, stays: `spread` takes the first for it.
+    # Keep the dense corner although it is never chosen: `spread` takes the first corner for the dense one.
     within = [*corners[:1], *(corner for corner in corners[1:] if _fits(run, corner.plan))]
     chosen = spread(rescuable(within), price.of(run.inventory), PREDICTED_PLANS)
     vbmf = [(origin, plan) for origin, plan in vbmf_plans(run.space, layers.vbmf) if _fits(run, plan)]

@@ -1,4 +1,4 @@
-"""The Optuna storage of a study: it reads a long record quickly, and waits for a database that cannot be used for now."""
+"""The Optuna storage of a study: reads long records quickly, and waits while its database is temporarily unusable."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ T = TypeVar("T")
 M = TypeVar("M", bound=Callable[..., Any])
 
 MAX_WAIT_SECONDS = 300.0
-"""Seconds that a study waits for its database."""
+"""How long a study waits for its database."""
 RETRY_SECONDS = 2.0
-"""Seconds between two attempts."""
+"""Time between two attempts."""
 BUSY_TIMEOUT = 2.0
-"""Seconds that SQLite itself waits for a lock, unannounced; Ctrl-C is heard only after them."""
+"""Seconds that SQLite itself waits for a lock. During them nothing is announced and Ctrl-C has no effect."""
 LOCKED, FULL = "locked by another program", "on a full disk"
 CAUSES = {
     "SQLITE_BUSY": LOCKED,
@@ -42,16 +42,16 @@ CAUSES = {
     "SQLITE_CANTOPEN": "away",
     "SQLITE_READONLY": "read-only",
 }
-"""Errors of SQLite that may pass, and what they say of the database; its other errors are bugs."""
+"""SQLite errors that may pass, and how a message describes the database then. SQLite's other errors are bugs."""
 DISK_FULL = "53100"
-"""PostgreSQL's code for it."""
+"""PostgreSQL's error code for a full disk."""
 CONNECT = {"connect_timeout": 10, "keepalives_idle": 20, "keepalives_interval": 5, "keepalives_count": 3}
-"""For PostgreSQL, in seconds: a server that is gone without a word is noticed, not waited for."""
+"""PostgreSQL connection options, in seconds (but for the count). They detect a server that vanished without closing."""
 OPEN = (TrialState.RUNNING, TrialState.WAITING)
 
 
 class QuickStorage(RDBStorage):
-    """Reads the whole of a study, as a run does once, in a quarter of Optuna's time: rows, instead of an object a value."""
+    """Reads all trials of a study, as each run does once, in a quarter of Optuna's time: as rows, not an object per value."""
 
     def _get_trials(
         self, study_id: int, states: Container[TrialState] | None, included_trial_ids: set[int], trial_id_greater_than: int
@@ -65,12 +65,12 @@ class QuickStorage(RDBStorage):
 
 
 def _all_trials(session: Session, study_id: int) -> list[FrozenTrial]:
-    """Every trial of a study, in the order of their making. Intermediate values, which no study of ours has, are left out."""
+    """All trials of a study in order of creation. Intermediate values are left out: ranksearch never writes any."""
     trial, param, value = models.TrialModel, models.TrialParamModel, models.TrialValueModel
     user, system = models.TrialUserAttributeModel, models.TrialSystemAttributeModel
 
     def rows(order: Any, *columns: Any) -> dict[int, list[Any]]:
-        """The columns of a trial's rows, by trial."""
+        """By trial id, the values of these columns in the trial's rows."""
         found = defaultdict(list)
         wanted: Any = Select(trial.trial_id, *columns).join(trial).where(trial.study_id == study_id).order_by(order)
         for trial_id, *row in session.execute(wanted):
@@ -99,7 +99,7 @@ def _all_trials(session: Session, study_id: int) -> list[FrozenTrial]:
 
 
 class Unusable(Exception):
-    """A database cannot be used for now; `cause` says what it is: locked by another program, away."""
+    """The database is temporarily unusable. `cause` completes "the database is ...", such as "locked by another program"."""
 
     def __init__(self, cause: str) -> None:
         super().__init__(cause)
@@ -107,7 +107,7 @@ class Unusable(Exception):
 
 
 def cause_of(error: BaseException | None) -> str | None:
-    """Why a database cannot be used for now, from an error of SQLAlchemy or one that came of it; None if that is not why."""
+    """Why the database is temporarily unusable, from an SQLAlchemy error or one that it caused; None for other errors."""
     while error is not None:
         if isinstance(error, OperationalError | InterfaceError):
             if isinstance(error.orig, sqlite3.Error):
@@ -119,30 +119,32 @@ def cause_of(error: BaseException | None) -> str | None:
 
 
 def _as_unusable(context: ExceptionContext) -> None:
-    """Raises `Unusable` in place of a driver's error. Optuna would take that for invalid data, and try some calls again itself
-    without asking what became of the first."""
+    """Raise `Unusable` in place of a driver's error.
+
+    Optuna would take the driver's error for invalid data, and repeat some calls without checking whether the first succeeded.
+    """
     cause = cause_of(context.sqlalchemy_exception)
-    # A connection that fails its test before use is replaced, by SQLAlchemy.
+    # SQLAlchemy itself replaces a connection that fails its test before use.
     if cause and not context.is_pre_ping:
         raise Unusable(cause)
 
 
 class Patience:
-    """Calls again, announced and for a bounded time, what fails because a database cannot be used for now."""
+    """Repeats a call while the database is temporarily unusable, for at most `MAX_WAIT_SECONDS`, and announces the wait."""
 
     def __init__(self, shown: str, announce: Callable[[str], None]) -> None:
         """`shown` is the address without its password."""
         self._shown, self._announce = shown, announce
         self._since: float | None = None
-        """When the database began to be unusable."""
+        """The `time.monotonic()` at which the database became unusable; None while it is usable."""
         self._interrupted = False
-        """Ctrl-C came while it was. What a study still writes at its end does not wait then."""
+        """Whether Ctrl-C was pressed during a wait. Later calls, which write the end of the study, then do not wait."""
 
     def __call__(self, call: Callable[[bool], T]) -> T:
-        """What a call returns; it is told whether it was tried before.
+        """The result of `call(again)`, where `again` says whether the call was tried before.
 
         Raises:
-            StudyError: the database cannot be used for too long.
+            StudyError: the database stays unusable for `MAX_WAIT_SECONDS`.
         """
         try:
             return self._tried(call)
@@ -179,7 +181,7 @@ class Patience:
 
 
 def _retried(method: M) -> M:
-    """A method of `RDBStorage` that may be called twice for once."""
+    """A method of `RDBStorage` that waits for the database. Repeating the method must do no harm."""
 
     @functools.wraps(method)
     def call(self: PatientStorage, *args: Any, **more: Any) -> Any:
@@ -189,17 +191,18 @@ def _retried(method: M) -> M:
 
 
 class PatientStorage(QuickStorage):
-    """Waits for a database that cannot be used for now: another program locks it, its disk is full, its server is away.
+    """Waits while the database is temporarily unusable: locked by another program, on a full disk, or on an unreachable server.
 
-    A commit whose answer was lost may have been made or not. To set an attribute or a parameter twice is no harm; a trial
-    that was made, or told, without an answer is recognised. That needs what ranksearch keeps to: one driver for a study.
+    If the connection is lost during a commit, the commit may have succeeded or not. Setting an attribute or a parameter twice
+    does no harm. For new trials and trial states the storage first looks up whether the commit succeeded; that works because
+    only one driver writes to a study.
     """
 
     def __init__(self, url: str, patience: Patience, **more: Any) -> None:
         self._patience = patience
         super().__init__(url, **more)
         event.listen(self.engine, "handle_error", _as_unusable)
-        weakref.finalize(self, self.engine.dispose)  # nothing else closes its connections
+        weakref.finalize(self, self.engine.dispose)  # nothing else closes the connections
 
     create_new_study = _retried(RDBStorage.create_new_study)
     delete_study = _retried(RDBStorage.delete_study)
@@ -214,7 +217,7 @@ class PatientStorage(QuickStorage):
     get_all_trials = _retried(RDBStorage.get_all_trials)
     set_trial_user_attr = _retried(RDBStorage.set_trial_user_attr)
     set_trial_system_attr = _retried(RDBStorage.set_trial_system_attr)
-    # What Optuna's cache in front of the storage calls of it.
+    # Called by Optuna's cache in front of the storage.
     _get_trials = _retried(QuickStorage._get_trials)
     _set_trial_param = _retried(RDBStorage._set_trial_param)
 
@@ -222,7 +225,7 @@ class PatientStorage(QuickStorage):
         known = {trial._trial_id for trial in self.get_all_trials(study_id, deepcopy=False, states=OPEN)}
 
         def create(again: bool) -> FrozenTrial:
-            # Not patiently: SQLite is read while another program locks it, which would seem to be the end of the wait.
+            # Bypasses `_patience`: a locked SQLite file can still be read, which would look like the end of the wait.
             made = QuickStorage._get_trials(self, study_id, OPEN, set(), -1) if again else []
             made = [trial for trial in made if trial._trial_id not in known]
             return made[0] if made else RDBStorage._create_new_trial(self, study_id, template_trial)

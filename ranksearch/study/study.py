@@ -1,4 +1,4 @@
-"""`run_study`: one straight line from a study file to a front, a report and models to take home."""
+"""`run_study` runs all steps of a study, from its spec to the front, the report and the finalists' models."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ from ranksearch.task.evaluation import Evaluator
 from ranksearch.task.task import Task, accuracy, check_float32, check_outputs, load_task
 
 CALIBRATION = 512
-"""Training inputs that data-aware factors are fitted for; with 128 the output error on held-out digits is a tenth higher."""
+"""Number of training inputs for measuring the whitening. With 128, the output error on held-out digits is a tenth higher."""
 DIGEST = "ranksearch:dense"
-"""Of the dense model's weights, among the study's attributes."""
+"""Name of the study attribute that holds the SHA-256 of the dense model's trained weights."""
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C, with the record so far; None where it came before the dense model was measured."""
+    """Ctrl-C stopped the study. `record` holds the results so far, or None if the dense model was not yet measured."""
 
     def __init__(self, found: StudyRecord | None) -> None:
         super().__init__()
@@ -69,22 +69,23 @@ def run_study(
     first: Sequence[Plan] = (),
     view: View | None = None,
 ) -> StudyRecord:
-    """Run a study, or go on with it where an earlier run stopped, and write its folder.
+    """Run a study, or resume it where an earlier run stopped, and write its folder.
 
     Args:
         spec: the study.
-        out: its folder, made if it is not there.
-        options: how to run it.
-        task: model and data, where they do not come from `spec.task`.
+        out: the study's folder, created if missing.
+        options: how to run the study.
+        task: model and data; None loads them from `spec.task`.
         first: plans to try first, after those that `spec.search.first` names.
-        view: what is told while it runs.
+        view: shows the progress.
 
     Returns:
-        The whole record; its `front` is what the user chooses from.
+        The complete record. The user chooses a model from its `front`.
 
     Raises:
-        RankSearchError: bad input, most of it before anything is written; or a cluster, a storage or workers that are lost.
-        Stopped: Ctrl-C; the running trials were queued again and a report was written.
+        RankSearchError: the input is bad (mostly raised before anything is written), or the cluster, the storage or the
+            workers were lost.
+        Stopped: Ctrl-C was pressed. The running trials were queued again and a report was written.
     """
     options, view = options or Options(), view or Silent()
     device = choose_device(options.engine.device)
@@ -119,7 +120,8 @@ def run_study(
         url = folder.storage_url(out, options.storage)
         if options.fresh and options.storage:
             folder.delete_study(spec.name, url, announce=view.note)
-        # It marks a new folder as a study's. That of an old one stays until the study is known to be the same.
+        # spec.toml marks a new folder as a study's. An existing spec.toml is only overwritten below, after the checks that the
+        # study is the same.
         if not (out / folder.SPEC).exists():
             folder.write_spec(out, spec, options.storage)
         study = folder.create_study(spec.name, url, objectives, announce=view.note)
@@ -136,8 +138,10 @@ def run_study(
 
 
 def _dense_start(spec: StudySpec, task: Task, view: View, *, kept: bool) -> str | None:
-    """Load the dense weights that the spec names; the digest of those that the model then has, None where they are drawn at
-    random, or where their file is gone and the study has its dense net `kept` in its folder."""
+    """Load the weights in `spec.dense.weights`, if any, and return the digest of the model's initial weights.
+
+    None if training starts from random weights, or if the weights file is missing and the folder holds the dense net (`kept`).
+    """
     path = Path(spec.dense.weights)
     if spec.dense.weights and kept and not path.exists():
         view.note(f"dense.weights {path} is gone; the study goes on with the dense net in its folder")
@@ -159,29 +163,29 @@ def _straight_on(run: Run, *, given: bool) -> None:
 
 
 def _make_dense(run: Run, *, given: bool) -> None:
-    """The dense model's weights: from an earlier run, or from the spec's file and training."""
+    """Load the dense model's weights from an earlier run, or else train the model as the spec says."""
     path, unfinished = run.out / folder.DENSE_FILE, run.unfinished / "dense.pt"
     with run.stage("dense"):
-        # A model given from Python is what it is; the folder's weights are those of an earlier one.
+        # A model passed from Python keeps its own weights: the folder may hold those of another model.
         if given or not load_weights(run.task.model, path):
             train_dense(run.task, run.spec, run.device, run.view, unfinished=unfinished)
         digest = digest_of(run.task.model)
         _check_digest(run, digest)
-        # First the file: a digest without its weights could not be gone on from, since they seldom train to the same bits.
+        # Weights first: a digest without them could not be resumed from, since retraining seldom gives the same bits.
         if not path.exists():
             with writing(f"The dense net's {path}"):
                 write_whole(path, weights_of(run.task.model))
         unfinished.unlink(missing_ok=True)
         if DIGEST not in run.study.user_attrs:
             run.study.set_user_attr(DIGEST, digest)
-    # As training lays it out: else what a resumed run decomposes would differ in its last bits.
+    # Use the memory layout of training: otherwise the factors of a resumed run would differ in their last bits.
     training.place(run.task.model, run.device, channels_last=run.task.channels_last).eval()
-    # Trained weights can be what initial ones were not.
+    # Training may have made weights NaN or infinite.
     check_weights(run.task.model)
 
 
 def _make_profile(run: Run) -> Profile:
-    """Every candidate's factors and the VBMF ranks."""
+    """Decompose each layer by each of its methods and estimate its VBMF ranks."""
     methods = {axis.layer.name: axis.methods for axis in run.space.axes}
     run.view.stage("profiling layers", len(run.inventory.layers))
     aware, seed = run.spec.space.data_aware, run.spec.seed
@@ -194,7 +198,7 @@ def _make_profile(run: Run) -> Profile:
 
 
 def _note_facts(run: Run, layers: Profile) -> None:
-    """The study's facts into its storage; what the dense model is is measured once."""
+    """Write the study's facts to its storage. The dense model is measured only in the study's first run."""
     known = attributes.read_facts(run.study) if attributes.has_facts(run.study) else _measured(run, layers)
     since = known.since if known.limits == run.spec.search.limits else len(run.study.get_trials(deepcopy=False))
     facts = replace(known, spec=run.spec.to_dict(), command=run.options.command, since=since)
@@ -220,7 +224,7 @@ def _evaluator(run: Run, layers: Profile) -> Evaluator:
 
 
 def _search(run: Run, layers: Profile, evaluate: Evaluator) -> None:
-    """Ask, evaluate, tell, until the budget is spent."""
+    """Ask for plans, evaluate them and tell their results, until the budget is spent."""
     initial_plans = choose_initial_plans(run, layers)
     limits, facts = run.spec.search.limits, attributes.read_facts(run.study)
     dense_score = facts.dense.score_validation
@@ -248,19 +252,21 @@ def _search(run: Run, layers: Profile, evaluate: Evaluator) -> None:
     try:
         run.run_jobs("trials", lambda: ledger.jobs(trials), evaluate, on_result, spent)
     except KeyboardInterrupt:
-        # Nothing is left running in the record: other tools read it, and the next run may be long in coming.
+        # Leave no trial RUNNING in the record: other tools read it, and the next run may start much later.
         ledger.recover()
         raise
 
 
 def _report(run: Run) -> None:
-    """The report, from the storage alone."""
+    """Write the report from the storage alone."""
     write_report(attributes.read_study(run.study), run.out)
 
 
 def _stopped(run: Run) -> StudyRecord | None:
-    """After Ctrl-C: the report shows what there is; None before the facts are known, or where the storage cannot be used or
-    Ctrl-C comes again."""
+    """Write the report after Ctrl-C and return the record.
+
+    None if the dense model was not yet measured, if the storage is still unusable, or if Ctrl-C is pressed again.
+    """
     try:
         if not attributes.has_facts(run.study):
             return None
@@ -271,7 +277,7 @@ def _stopped(run: Run) -> StudyRecord | None:
 
 
 def _check_digest(run: Run, digest: str) -> None:
-    """Go on only with the dense model that the study was begun with."""
+    """Raise `StudyError` unless the study was started with this dense model."""
     if run.study.user_attrs.get(DIGEST, digest) != digest:
         raise StudyError(
             f"The study {run.spec.name!r} in this storage was made from another dense model; choose another name or "
@@ -283,13 +289,13 @@ def _engine(options: Options, device: torch.device) -> Engine:
     chosen = options.engine
     if isinstance(chosen, Ray):
         return ray.engine(ray.Cluster(chosen.address, chosen.workers, chosen.cpus_per_trial, chosen.gpus_per_trial))
-    # All of them share one GPU, and its memory.
+    # One worker by default on a GPU, since all workers would share its memory.
     most = 1 if device.type != "cpu" else os.cpu_count() or 1
     return local.engine(most if chosen.workers is None else chosen.workers)
 
 
 def _smallest_layer(space: Space) -> Plan:
-    """The smallest layer at its least ranks, the others dense: the plan that is made soonest."""
+    """The plan that factorizes only the smallest layer, at its smallest ranks: it is the quickest plan to build."""
     axis = min(space.axes, key=lambda axis: axis.layer.params)
     return Plan.of({axis.layer.name: axis.smallest(axis.constraints.smaller_in[0])})
 
