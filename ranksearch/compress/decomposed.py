@@ -1,4 +1,4 @@
-"""Kernels that a user has decomposed with TensorLy, as a plan's values and their factors."""
+"""Converts kernels that a user decomposed with TensorLy to a plan's factorizations and their factors."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Factors: TypeAlias = tuple[Tensor, ...]
 
 
 def from_tensorly(name: str, layer: nn.Module, given: Any) -> tuple[Factorization, Factors]:
-    """The factorization of a layer, and its factors, from TensorLy's decomposition of its kernel (out, in, *kernel).
+    """Convert TensorLy's decomposition of a layer's kernel (out, in, *kernel) to a factorization and its factors.
 
-    A `CPTensor` of the kernel with its positions merged, (out, in, positions), is CP, one of four modes CP-4. A `TuckerTensor`
-    or the pair (core, factors) of `partial_tucker` on modes 0 and 1 is Tucker-2; factors of further modes go into the core. The
-    kernel of a fully connected layer is its weight as maps (out, channels, *map).
+    A `CPTensor` of the kernel with merged positions, (out, in, positions), becomes CP; one of four modes becomes CP-4. A
+    `TuckerTensor`, or the pair (core, factors) from `partial_tucker` on modes 0 and 1, becomes Tucker-2, with the factors of
+    further modes multiplied into the core. The kernel of a fully connected layer is its weight as (out, channels, *map).
 
     Raises:
-        PlanError: it is no such tensor, or does not have the shape of the layer's kernel.
+        PlanError: `given` has another type, or another shape than the layer's kernel.
     """
-    # Here, since it takes half a second to import.
+    # Imported here, since it takes half a second.
     from tensorly.cp_tensor import CPTensor
     from tensorly.tucker_tensor import TuckerTensor
 
@@ -42,7 +42,7 @@ def from_tensorly(name: str, layer: nn.Module, given: Any) -> tuple[Factorizatio
 
 
 def _is_partial(given: Any) -> bool:
-    """Whether it is a core and a factor for each of its first two modes."""
+    """Whether this is a pair (core, [factor, factor]), as `partial_tucker` returns it."""
     return isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], list) and len(given[1]) == 2
 
 
@@ -67,7 +67,11 @@ def _tucker(name: str, layer: nn.Module, given: Any) -> tuple[Factorization, Fac
 
 
 def _kernel(name: str, layer: nn.Module, shape: tuple[int, ...], *, longest: int) -> tuple[int, ...] | None:
-    """The map that a fully connected layer's kernel covers, None for a convolution. Refuses another kernel's decomposition."""
+    """The size of the map in a fully connected layer's kernel; None for a convolution.
+
+    Raises:
+        PlanError: `shape` is not that of the layer's kernel.
+    """
     assert isinstance(layer.weight, Tensor)
     weight = tuple(layer.weight.shape)
     if isinstance(layer, nn.Linear):

@@ -1,4 +1,4 @@
-"""A model to take home: plan and weights, ONNX, or torch.export; reloaded and compared before it is called done."""
+"""Exports a model as plan and weights, as ONNX or by torch.export, and compares the reloaded model before keeping it."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ M = TypeVar("M", bound=nn.Module)
 
 PLAN, WEIGHTS = "plan.json", "weights.safetensors"
 TOLERANCE = 1e-4
-"""Largest difference of outputs, relative to the largest output, that another runtime's rounding explains."""
+"""Accepted difference of outputs, relative to the largest output (or to 1): rounding of another runtime stays below it."""
 
 
 def save_model(folder: Path, plan: Plan, weights: bytes) -> None:
-    """Write `plan.json` and `weights.safetensors` (the state dict of the factorized model) into a folder."""
+    """Write `plan.json` and `weights.safetensors` (the factorized model's state dict) into a folder."""
     write_whole(folder / WEIGHTS, weights)
     write_whole(folder / PLAN, plan.to_json())
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether a folder holds a model whose files are whole."""
+    """Whether a folder holds a model with undamaged files."""
     try:
         Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
         with safe_open(folder / WEIGHTS, "pt") as weights:
@@ -52,11 +52,11 @@ def holds_model(folder: Path) -> bool:
 
 
 def load_model(dense: M, folder: str | Path) -> M:
-    """The compressed model that a folder holds, built on a copy of the dense model; its weights do not matter.
+    """Load the compressed model in a folder, built on a copy of the dense model, whose weights do not matter.
 
     Raises:
-        StudyError: the folder holds no model, a damaged one, or one of another dense model.
-        PlanError: its plan does not fit `dense`.
+        StudyError: the folder holds no model, a damaged one, or one made from another dense model.
+        PlanError: the plan does not fit `dense`.
     """
     folder = Path(folder)
     if any(parameter.is_meta for parameter in dense.parameters()):
@@ -71,22 +71,22 @@ def load_model(dense: M, folder: str | Path) -> M:
     model = skeleton_(copy.deepcopy(dense), plan)
     try:
         load_(model, state)
-    except Exception as error:  # a module that loads by code of its own may raise anything
+    except Exception as error:  # a module's own loading code may raise anything
         raise StudyError(f"The weights in {folder} must be of the given dense model, but are not: {last_line(error)}") from None
     return model.eval()
 
 
 def check_comes_home(model: nn.Module, fresh: nn.Module, plan: Plan, inputs: Tensor) -> None:
-    """Refuse a model that cannot be had back from its files, by saving, loading and comparing one factorized copy.
+    """Check that a compressed model survives saving: save, load and compare one factorized copy.
 
     Args:
-        model: the dense model, on the CPU; it is left as it was.
-        fresh: the dense model as it is when it is made, before its first pass; it is changed.
+        model: the dense model, on the CPU; not changed.
+        fresh: the dense model as constructed, before its first pass; it is changed.
         plan: the plan of the copy.
-        inputs: a batch of two inputs at least, which training mode may need.
+        inputs: a batch of at least two inputs, which training mode may need.
 
     Raises:
-        ModelError: the copy cannot be saved or loaded, or the loaded one gives other outputs.
+        ModelError: the copy cannot be saved or loaded, or its outputs change.
     """
     with seeded(0), torch.no_grad():
         twin = _as_if_trained(factorize_(copied(model), plan), inputs)
@@ -96,14 +96,14 @@ def check_comes_home(model: nn.Module, fresh: nn.Module, plan: Plan, inputs: Ten
             back = load_(skeleton_(fresh, plan), state_of(weights))
         with _comes_home("run once it was loaded"):
             first, again, loaded = (_outputs(net, inputs) for net in (twin, twin, back))
-    # Outputs that are others each time cannot be compared.
+    # Outputs that differ in every pass cannot be compared.
     if _alike(first, again) and not _alike(first, loaded):
         raise ModelError(_lost("gave other outputs once it was saved and loaded"))
 
 
 @contextmanager
 def _comes_home(step: str) -> Iterator[None]:
-    """The model's own code runs here, and may raise anything; safetensors does not take every tensor."""
+    """Raise a `ModelError` if this step fails: the model's code may raise anything, and safetensors refuses some tensors."""
     try:
         yield
     except Exception as error:
@@ -118,7 +118,7 @@ def _lost(what: str) -> str:
 
 
 def _as_if_trained(model: M, inputs: Tensor) -> M:
-    """Change, in place, all that training changes."""
+    """Change, in place, everything that training would change."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.mul_(1 + 0.1 * random.random())
@@ -150,18 +150,18 @@ def export_model(
 
     Args:
         model: the compressed model, in eval mode, on the CPU.
-        dense: a model of the dense class, for the form `plan`; its weights do not matter.
-        plan: the plan that made `model`.
+        dense: for the form `plan`, the dense model; its weights do not matter.
+        plan: the plan of `model`.
         inputs: a batch of real inputs.
-        target: a file, or a folder for the form `plan`.
+        target: the file to write, or the folder for the form `plan`.
         form: `plan` (plan.json and weights.safetensors), `onnx`, or `pt2` (torch.export).
-        opset: the version of ONNX's operators, for the form `onnx`; torch's default where it is None.
+        opset: for the form `onnx`, the ONNX opset version; None for torch's default.
 
     Returns:
         The largest absolute difference of the outputs.
 
     Raises:
-        StudyError: the difference is more than rounding, or the model cannot be written so; nothing is kept then.
+        StudyError: the difference is more than rounding, or the model cannot be written in this form. Nothing is kept then.
     """
     match form:
         case "plan":
@@ -173,7 +173,7 @@ def export_model(
 
 
 def export_plan(model: nn.Module, dense: nn.Module, plan: Plan, inputs: Tensor, target: Path) -> float:
-    """Write plan and weights into the folder `target`; returns the largest difference after reloading."""
+    """Write plan and weights into the folder `target`; returns the largest output difference after reloading."""
     weights = weights_of(model)
     with tempfile.TemporaryDirectory() as beside:
         save_model(Path(beside), plan, weights)
@@ -183,8 +183,8 @@ def export_plan(model: nn.Module, dense: nn.Module, plan: Plan, inputs: Tensor, 
 
 
 def export_onnx(model: nn.Module, inputs: Tensor, target: Path, opset: int | None = None) -> float:
-    """Write an ONNX file with a free batch size; returns the largest difference in onnxruntime."""
-    import onnxruntime  # here, since workers never need it
+    """Write an ONNX file with a free batch size; returns the largest output difference in onnxruntime."""
+    import onnxruntime  # imported here, since workers never need it
 
     data = _onnx(model, inputs, opset).SerializeToString()
 
@@ -199,7 +199,7 @@ def export_onnx(model: nn.Module, inputs: Tensor, target: Path, opset: int | Non
 
 
 def _onnx(model: nn.Module, inputs: Tensor, opset: int | None) -> ModelProto:
-    """The model as ONNX, of that opset, without paths and source lines of this machine."""
+    """Convert a model to ONNX with this opset, without paths and source lines of this machine."""
     import onnx
 
     newest = onnx.defs.onnx_opset_version()
@@ -212,7 +212,7 @@ def _onnx(model: nn.Module, inputs: Tensor, opset: int | None) -> ModelProto:
         )  # fmt: skip
     assert program is not None
     found = program.model_proto
-    # Where the exporter cannot convert a model it only warns, and leaves the opset that it wrote first.
+    # If the exporter cannot convert a model to the opset, it only warns and keeps the opset that it wrote first.
     written = next(known.version for known in found.opset_import if not known.domain)
     if opset not in (None, written):
         raise StudyError(
@@ -224,7 +224,7 @@ def _onnx(model: nn.Module, inputs: Tensor, opset: int | None) -> ModelProto:
 
 
 def _strip(message: Any) -> None:
-    """Remove notes and descriptions from an ONNX message and all within: stack traces, source lines, names of classes."""
+    """Remove stack traces, source lines and class names from an ONNX message and all messages in it."""
     for field, value in message.ListFields():
         if field.name in ("metadata_props", "doc_string"):
             message.ClearField(field.name)
@@ -235,7 +235,7 @@ def _strip(message: Any) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns of its own internals, and logs tracebacks of what it then does in another way."""
+    """Silence the exporter, which warns of its own internals and logs tracebacks of attempts that it then replaces."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -247,9 +247,9 @@ def _quiet() -> Iterator[None]:
 
 
 def export_pt2(model: nn.Module, inputs: Tensor, target: Path) -> float:
-    """Write a torch.export archive with a free batch size; returns the largest difference after reloading."""
-    # An archive keeps the inputs that it was traced with, which are nobody's business. Of one input the batch size would be
-    # taken for a constant.
+    """Write a torch.export archive with a free batch size; returns the largest output difference after reloading."""
+    # Zeros, since the archive contains the example inputs, which are private. Two, since a batch size of one would become a
+    # constant.
     two = torch.zeros_like(torch.cat([inputs, inputs])[:2])
     with _traced("pt2"):
         program = torch.export.export(model, (two,), dynamic_shapes=({0: torch.export.Dim("batch")},))
@@ -267,7 +267,7 @@ def export_pt2(model: nn.Module, inputs: Tensor, target: Path) -> float:
 
 @contextmanager
 def _traced(form: str) -> Iterator[None]:
-    """What torch.export makes of a user's forward is not foreseen: its errors are of many types."""
+    """Raise a `StudyError` if exporting fails: torch.export raises errors of many types on a user's forward."""
     try:
         yield
     except Exception as error:
@@ -278,10 +278,10 @@ def _traced(form: str) -> Iterator[None]:
 
 
 def _compare(model: nn.Module, other: Callable[[Tensor], Tensor], inputs: Tensor) -> float:
-    """The largest difference of outputs on real inputs.
+    """The largest difference of two models' outputs on real inputs.
 
     Raises:
-        StudyError: it is more than rounding.
+        StudyError: the difference is more than rounding.
     """
     with torch.no_grad():
         expected, got = model(inputs), other(inputs)

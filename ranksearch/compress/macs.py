@@ -1,4 +1,4 @@
-"""Counting multiply-accumulates while a model runs."""
+"""Counts multiply-accumulates while a model runs."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten.mkldnn_rnn_layer: _recurrence,
 }
-"""Operations on a CPU that torch's own table leaves out."""
+"""CPU operations that are missing from torch's own table of formulas."""
 
 
 class Multiplications(TorchDispatchMode):
-    """Counts operations by torch's own formulas, two for a multiply-accumulate, as its FlopCounterMode does.
+    """Counts operations by torch's own formulas, two per multiply-accumulate, as torch's FlopCounterMode does.
 
-    That one imports torch's compiler first, which takes a second of every start. The branches of a `torch.cond` count nothing.
+    FlopCounterMode imports torch's compiler, which adds a second to every start. Branches of a `torch.cond` are not counted.
     """
 
     supports_higher_order_operators = True
@@ -41,7 +41,7 @@ class Multiplications(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # What keeps the compiler away from a mode is the import. A torch that no longer asks only takes the second again.
+        # Tells torch not to import its compiler for this mode. A torch that no longer calls this method only loses that second.
         return False
 
     def __torch_dispatch__(

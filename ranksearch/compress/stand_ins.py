@@ -1,4 +1,4 @@
-"""Whether a forward takes a layer's replacement: it is run with stand-ins that have no more than replacements will."""
+"""Tests whether a model works with replaced layers, by running it with stand-ins that offer only what replacements will."""
 
 from __future__ import annotations
 
@@ -16,32 +16,35 @@ from ranksearch.errors import first_line
 from ranksearch.support.batch import tensors_in
 
 UNCALLED = "the forward does not call it by its name, but keeps it elsewhere too, as in a list"
-"""Why a layer is skipped that a forward finds elsewhere than under its name."""
+"""The reason for skipping a layer that the forward calls, but not through the module's name."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass of a model that can be made again, and the outputs that one such pass gave."""
+    """A repeatable forward pass of a model, and the outputs of one such pass."""
 
     run: Callable[[], Any]
     outputs: list[Tensor]
 
     def gave(self, outputs: Sequence[Tensor]) -> bool:
-        """Whether the pass gives these outputs, or others each time, so that nothing can be told."""
+        """Whether the pass gives these outputs. Also True if its outputs differ each time and so cannot be compared."""
         return _alike(self.outputs, outputs) or self._repeated is None or _alike(self._repeated, outputs)
 
     @cached_property
     def _repeated(self) -> list[Tensor] | None:
-        """What the pass gives when it is made again; None where it gives something else each time.
+        """The outputs of a repeated pass; None if they differ each time.
 
-        It may differ from `outputs`: a model that is watched does without its fused forms.
+        They may differ from `outputs`, which may come from a watched pass: hooks keep a model from using its fused kernels.
         """
         first, second = tensors_of(self.run()), tensors_of(self.run())
         return first if _alike(first, second) else None
 
 
 def why_not_replaced(model: nn.Module, names: Sequence[str], whole: Pass) -> dict[str, str]:
-    """Why the forward needs some of these layers as they are, found by running it with a stand-in for each."""
+    """Why some of these layers cannot be replaced, found by running the model with a stand-in for each.
+
+    If the run fails, or gives another result, without a reason for one layer, each half of the layers is tried alone.
+    """
     if not names:
         return {}
     failed = ""
@@ -57,7 +60,7 @@ def why_not_replaced(model: nn.Module, names: Sequence[str], whole: Pass) -> dic
         elif not failed and not stand_in.called:
             reasons[name] = UNCALLED
     if not failed and not reasons and not whole.gave(outputs):
-        # Such as where it asks for a layer's type.
+        # For example, because the forward checks a layer's type.
         failed = "the forward gives another result when it is replaced"
     if failed and len(names) == 1:
         return {names[0]: failed}
@@ -69,12 +72,12 @@ def why_not_replaced(model: nn.Module, names: Sequence[str], whole: Pass) -> dic
 
 
 def tensors_of(outputs: Any) -> list[Tensor]:
-    """The tensors of what a forward gives, copied: a module may write over them in the next pass."""
+    """Copies of the tensors in a forward's outputs: the next pass may overwrite the originals."""
     return [tensor.clone() for tensor in tensors_in(outputs)]
 
 
 def _alike(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    """Whether two passes gave the same, but for rounding."""
+    """Whether two passes gave the same outputs up to rounding."""
     return len(first) == len(second) and all(
         one.shape == two.shape and torch.allclose(one.double(), two.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
         for one, two in zip(first, second, strict=True)
@@ -82,9 +85,9 @@ def _alike(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
 
 
 def attributes_of(layer: nn.Module) -> dict[str, Any]:
-    """The public attributes of a layer that hold no tensor, module or function, such as `kernel_size` and `in_features`.
+    """The public attributes of a layer that contain no tensor, module or function, such as `kernel_size` and `in_features`.
 
-    A forward may read them, so the layer's replacement has them too.
+    A forward may read them, so the layer's replacement gets them too.
     """
     return {
         name: value
@@ -98,8 +101,10 @@ def _is_tied(value: object) -> bool:
 
 
 class _StandIn(nn.Sequential):
-    """A layer as its replacement will be: called like it, with its attributes that hold no tensor. Notes what else it is
-    asked for."""
+    """Wraps a layer and offers only what its replacement will: a call, and `attributes_of` the layer.
+
+    `asked` lists the other attributes that were read, `called` says whether the layer was called.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -113,7 +118,7 @@ class _StandIn(nn.Sequential):
         return self[0](input)
 
     def __getattr__(self, name: str) -> Any:
-        # Python comes here for the layer itself, and for what an nn.Sequential does not have.
+        # Called for the wrapped layer itself ("0"), and for attributes that an nn.Sequential does not have.
         layer = self.__dict__.get("_modules", {}).get("0")
         if layer is None or name == "0":
             return super().__getattr__(name)
@@ -136,14 +141,14 @@ def _standing_in(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, _
 
 
 def replace_(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where the module of that name stands."""
+    """Replace the submodule of that name by `module`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; each module gets its own mode back, since a model may hold frozen parts."""
+    """Put a model into eval mode, and restore each module's own mode on exit, since some parts may be frozen."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""`factorize_(model, plan)`: the one verb that changes a model."""
+"""`factorize_(model, plan)` replaces layers of a model by their factorizations, in place."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ def factorize_(
     bias_corrections: Mapping[str, Tensor] | None = None,
     seed: int = 0,
 ) -> M:
-    """Replace, in place, each layer that `plan` names by the plain torch modules of its factorization.
+    """Replace, in place, each layer that `plan` names by plain torch modules that compute its factorization.
 
-    All or nothing: every new module is made before the first is put in. Device, dtype, `requires_grad` and mode of a
-    layer pass to its replacement; the rest of the model is not touched.
+    All or nothing: all new modules are built before the first is put in. A replacement keeps the layer's device, dtype,
+    `requires_grad` and mode; the rest of the model is not touched.
 
     Args:
         model: any module; layers are named as in `model.named_modules()`.
-        plan: what to store each layer as; a layer not named stays dense. Or TensorLy's decomposition of a layer's kernel, as
-            `from_tensorly` takes it.
-        factors: factors already computed, by layer; the others are decomposed here.
-        shifts: what to add to the bias (out,) of a layer, by layer.
-        seed: of the random starts that CP uses.
+        plan: by layer, the factorization, or TensorLy's decomposition of the kernel as `from_tensorly` takes it. A layer not
+            named stays dense.
+        factors: by layer, factors already computed; the other layers are decomposed here.
+        bias_corrections: by layer, a term (out,) to add to its bias.
+        seed: of CP's random starts.
 
     Returns:
         `model` itself.
 
     Raises:
-        PlanError: the plan names a layer that is not there, shares its weight or cannot be factorized as it says, a rank is
-            above its bound, a weight holds NaN or infinity, or a shift does not fit. The model is then as it was.
+        PlanError: a layer does not exist, shares its weight or cannot be factorized as the plan says, a rank is above its
+            bound, a weight holds NaN or infinity, or a bias correction does not fit. The model is then unchanged.
     """
     modules, ready = dict(model.named_modules()), dict(factors or {})
     values: dict[str, Any] = dict(plan)
@@ -94,8 +94,8 @@ def factorize_(
 
 
 def _reordered(made: nn.Sequential, size: Shape, order: Sequence[int]) -> nn.Sequential:
-    """`made` behind a step that puts the axes of a flattened map (channels, *size) from this order into the usual one."""
-    # Here, since it takes seconds to import, in every worker.
+    """Put a step before `made` that brings the axes of a flattened map (channels, *size) from this order into the usual one."""
+    # Imported here, since it would take seconds in every worker.
     from torchvision.ops import Permute
 
     steps: OrderedDict[str, nn.Module] = OrderedDict()
@@ -109,14 +109,14 @@ def _correct_bias(layer: str, dense: nn.Module, made: nn.Module, bias_correction
     if not isinstance(dense.bias, Tensor) or dense.bias.shape != bias_correction.shape:
         has = f"has one of shape {tuple(dense.bias.shape)}" if isinstance(dense.bias, Tensor) else "has none"
         raise PlanError(f"Layer {layer!r}: a shift of shape {tuple(bias_correction.shape)} needs such a bias, but it {has}.")
-    # Of all the parts of a factorization only the last has a bias.
+    # Only the last part of a factorization has a bias.
     bias = next(parameter for name, parameter in made.named_parameters() if name.endswith(".bias"))
     with torch.no_grad():
         bias.add_(bias_correction.to(bias))
 
 
 def skeleton_(model: M, plan: Plan) -> M:
-    """Give `model` the structure of `plan` with zeros for factors, for saved weights to be loaded into."""
+    """Factorize `model` in place with factors of zeros. Saved or new weights are then put into it."""
     modules = dict(model.named_modules())
     factors = {}
     for name, value in plan:
@@ -127,10 +127,10 @@ def skeleton_(model: M, plan: Plan) -> M:
 
 
 def kernel_of(name: str, module: nn.Module, value: Factorization) -> Tensor:
-    """The weight of a layer as the kernel (out, in, *kernel) that `value` decomposes, in float32 or better.
+    """The kernel (out, in, *kernel) of a layer that `value` decomposes, in float32 or float64.
 
     Raises:
-        PlanError: the layer can have no factorization, or not this one.
+        PlanError: the layer cannot be factorized, or not by `value`.
     """
     if reason := why_not_factorized(module):
         raise PlanError(f"A plan must leave out what cannot be factorized, but names {name!r}: {reason}.")
@@ -168,10 +168,11 @@ def _layers(model: nn.Module) -> list[str]:
 
 
 def copied(model: M) -> M:
-    """A copy of a model, as every trial begins with.
+    """A copy of a model. Every trial starts from one.
 
     Raises:
-        ModelError: it cannot be copied; so after training with torch.nn.utils.weight_norm, spectral_norm or prune.
+        ModelError: the model cannot be copied, for example after training with torch.nn.utils.weight_norm, spectral_norm or
+            prune.
     """
     try:
         return copy.deepcopy(model)

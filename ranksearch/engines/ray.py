@@ -1,8 +1,8 @@
-"""The Ray workers, seen from the driver: a process of their own holds Ray and speaks with us through a pipe.
+"""The driver's side of the Ray workers: a separate process runs Ray and talks to the driver through a pipe.
 
-Ray ends the process that it runs in when it loses its head node, waits without a bound for what the cluster does not have,
-and writes to the screen. So it gets a process (`tune.py`): what happens there reaches the study as a message, as a sentence,
-or as the end of the pipe. No other module of ours imports Ray.
+Ray ends its own process when it loses the head node, waits forever for resources that the cluster does not have, and writes
+to the screen. So it runs in a process of its own (`tune.py`), and the driver sees only messages, errors, or a closed pipe. No
+module but `tune.py` imports Ray.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from ranksearch.errors import StudyError
 from ranksearch.results.messages import CurvePoint, Job, Result
 
 CONNECT_SECONDS = 24
-"""For a cluster that is up: two seconds to start, one or two to connect, more on a busy machine."""
+"""How long to wait for a running cluster. It takes two seconds to start and one or two to connect, more on a busy machine."""
 START_SECONDS = 120
-"""For a Ray of our own."""
+"""How long to wait for a new local Ray."""
 CLOSE_SECONDS = 15
 HEAD_SECONDS = 30
-"""After so long without its head node Ray gives up; 60 by its own default."""
+"""Ray gives up after this long without its head node. Ray's own default is 60."""
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -38,17 +38,20 @@ ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-    # Actors start side by side; how many there are is the searcher's business.
+    # Let actors start in parallel; the searcher limits their number.
     "TUNE_MAX_PENDING_TRIALS_PG": "1000000",
-    # Tune's own record of the experiment is of no use here: the study's is the driver's.
+    # Effectively never save Tune's own record of the experiment: the driver keeps the study's.
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
 }
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where to run trials, and what each takes: `address` of a Ray cluster, or None for a Ray of our own on this machine;
-    how many at a time, None for as many as the cluster holds; CPUs (also threads) and GPUs, whole or a fraction, of each."""
+    """Where to run trials, and the resources of each.
+
+    `address` is that of a Ray cluster, or None to start a local Ray. `workers` is the most trials at a time, or None for as
+    many as the cluster holds. `cpus` (also its threads) and `gpus` (whole or a fraction) are for one trial.
+    """
 
     address: str | None = None
     workers: int | None = None
@@ -57,20 +60,20 @@ class Cluster:
 
     @property
     def name(self) -> str:
-        """The cluster in a sentence."""
+        """The cluster as the subject of a sentence."""
         return f"The Ray cluster at {self.address}" if self.address else "The local Ray"
 
 
 @dataclass(frozen=True)
 class Ready:
-    """The Ray process is connected; `about` is what the cluster has."""
+    """The Ray process is connected. `about` describes the cluster in a few words."""
 
     about: str
 
 
 @dataclass(frozen=True)
 class Sealed:
-    """A job for the worker alone to unpickle: its plan may hold values of a class that only driver and workers know."""
+    """A pickled job. Only the worker unpickles it: its plan may use a class that the Ray process between them does not know."""
 
     key: int
     pickled: bytes
@@ -78,12 +81,12 @@ class Sealed:
 
 @dataclass(frozen=True)
 class Free:
-    """A worker is free. Answered with a sealed job, with None (not now), or with `End`."""
+    """A worker is free. The driver replies with a `Sealed` job, with None (no job now), or with `End`."""
 
 
 @dataclass(frozen=True)
 class Said:
-    """A job's message."""
+    """A message of the job with this key."""
 
     key: int
     message: CurvePoint | Result | Crash
@@ -91,14 +94,14 @@ class Said:
 
 @dataclass(frozen=True)
 class End:
-    """No more jobs for what was loaded."""
+    """No more jobs for the loaded `evaluate`."""
 
 
 def engine(cluster: Cluster) -> Engine:
-    """An engine on Ray; its workers are there, or are refused, once this returns.
+    """An engine on Ray. Connects to the cluster, or starts a local Ray, before it returns.
 
     Raises:
-        StudyError: no Ray answers, or another version of it, or it has no node for a trial.
+        StudyError: no Ray answers, the cluster has another version of Ray or Python, or no node is large enough for a trial.
     """
     return Engine(_Cluster(cluster))
 
@@ -109,7 +112,7 @@ class _Cluster(Workers):
         self._cluster = cluster
         self._evaluate: Evaluate | None = None
         self._asked = False
-        """Whether the Ray process waits for our answer to `Free`."""
+        """Whether the Ray process waits for our reply to `Free`."""
         self._running = 0
         self._scratch = TemporaryDirectory(prefix="ranksearch-ray-")
         self._pipe, self._process = _start(cluster, self._scratch.name)
@@ -163,7 +166,7 @@ class _Cluster(Workers):
         )
 
     def close(self) -> None:
-        # With its end of the pipe closed the process leaves the cluster, unless it waits for trials.
+        # Closing the pipe makes the process leave the cluster. It would not notice while it waits for trials, so kill it then.
         self._pipe.close()
         if self._running:
             self._process.kill()
@@ -206,7 +209,7 @@ class _Cluster(Workers):
 
 
 def _check_address(address: str | None) -> None:
-    """Whether something listens there; Ray itself would wait for it."""
+    """Raise `StudyError` unless something listens at the address: Ray itself would wait for it."""
     if address is None or address == "auto":
         return
     host, colon, port = address.rpartition(":")

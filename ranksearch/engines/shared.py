@@ -1,9 +1,9 @@
-"""One copy of data, model and factors for all local workers.
+"""All local workers share one copy of data, model and factors.
 
 The driver writes the memory of tensors and arrays once, to a file without a name: in memory on Linux, in the folder for
-temporary files elsewhere. Every worker maps that file copy-on-write, so a write in a worker reaches nobody else. The file is
-gone with the last process that holds it, however the processes end. Memory that is itself the mapping of a file (`np.memmap`,
-`torch.from_file`, and tensors made from them) is not copied: a worker maps the same file.
+temporary files elsewhere. Every worker maps that file copy-on-write, so what a worker writes stays private to it. The file
+disappears with the last process that holds it, however the processes end. Memory that already maps a file (`np.memmap`,
+`torch.from_file`, and tensors made from them) is not copied: workers map the same file.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from ranksearch.engines.base import picklable
 from ranksearch.errors import DataError, StudyError
 
 ALIGNMENT = 64
-"""Bytes; torch's own allocations are aligned so, and some kernels round differently elsewhere."""
+"""Alignment in bytes, that of torch's own allocations: some kernels round differently with another one."""
 LARGE = 1 << 20
-"""Bytes; smaller parts of mapped files are copied, since there may be thousands."""
+"""Bytes. Smaller pieces of mapped files are copied, not mapped again, since there may be thousands."""
 MAPPING = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) ...(.) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)")
 """The first line of a mapping in /proc/self/smaps: start, end, p(rivate) or s(hared), offset, device, inode, path."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A value in a file; `start` is where the pickle begins that refers to the memory before it."""
+    """A value in a file: first the memory of its tensors and arrays, then, from byte `start` on, a pickle that refers to it."""
 
     file: IO[bytes]
     start: int
 
     def close(self) -> None:
-        """Workers that have unpacked the value keep it."""
+        """Close the file. Workers that have unpacked the value keep it."""
         self.file.close()
 
 
@@ -65,7 +65,7 @@ class _File:
 
 @dataclass(frozen=True)
 class _Mapping:
-    """Memory of this process, from address `start` to `end`, that is the same as the file from `offset` on."""
+    """Memory of this process, from address `start` to `end`, that maps the file from `offset` on."""
 
     start: int
     end: int
@@ -75,7 +75,7 @@ class _Mapping:
 
 @dataclass(frozen=True)
 class _Span:
-    """Where the memory of one tensor or array lies; in the packed file where `file` is None."""
+    """Where the memory of one tensor or array lies: in `file`, or in the packed file if `file` is None."""
 
     file: _File | None
     offset: int
@@ -111,10 +111,10 @@ def pack(value: Any) -> Packed:
 
 
 def unpack(file: int, start: int) -> Any:
-    """What was packed into the file of that number; its memory is mapped copy-on-write.
+    """The value that was packed into the file with this descriptor. Its memory is mapped copy-on-write.
 
     Raises:
-        DataError: a file that was mapped is another one by now.
+        DataError: a mapped data file was replaced since.
     """
     whole = memoryview(mmap.mmap(file, 0, access=mmap.ACCESS_COPY))
     spans, stream = pickle.loads(whole[start:])
@@ -122,7 +122,7 @@ def unpack(file: int, start: int) -> Any:
 
 
 def check_portable(value: Any) -> None:
-    """Whether a part of what is evaluated can travel to the workers; keeps no copy.
+    """Check, without keeping a copy, that a value can be sent to the workers.
 
     Raises:
         ModelError: something in it cannot be pickled.
@@ -137,7 +137,7 @@ class _Nowhere(io.RawIOBase):
 
 
 class _Pickler(cloudpickle.Pickler):
-    """Leaves the memory of tensors on the CPU and of arrays out of the pickle, where pickle by itself would copy it."""
+    """Passes the memory of CPU tensors and of arrays to `buffer_callback`. Plain pickle would copy it into the stream."""
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, TypedStorage):
@@ -153,7 +153,10 @@ class _Pickler(cloudpickle.Pickler):
 
 
 def _root(array: NDArray[Any]) -> NDArray[Any] | None:
-    """All the memory, in a row, of an array that is seen transposed, or of the mapped file that an array is a part of."""
+    """The flat memory behind a strided view: that of a transposed array, or of the mapped file that contains the array.
+
+    None if the array is contiguous or holds objects, which pickle handles itself, or is a part of some other array.
+    """
     if array.flags.forc or array.dtype.hasobject:
         return None
     root: Any = array
@@ -187,7 +190,7 @@ def _address(memory: Any) -> int:
 
 
 def _nameless() -> IO[bytes]:
-    # Unlike /dev/shm, which has 64 MB in a Docker container, this memory has no limit of its own.
+    # Not in /dev/shm, which is limited to 64 MB in a Docker container: memfd has no limit of its own.
     return os.fdopen(os.memfd_create("ranksearch"), "w+b") if hasattr(os, "memfd_create") else tempfile.TemporaryFile()
 
 
@@ -213,16 +216,16 @@ def _in_a_file(memory: memoryview, mappings: Sequence[_Mapping]) -> _Span | None
         return None
     try:
         mapping.file.check(Path(mapping.file.path).stat())
-    except (OSError, DataError):  # deleted, or replaced: the memory is all that is left of it
+    except (OSError, DataError):  # the file was deleted or replaced, so workers could not map it
         return None
     return _Span(mapping.file, start - mapping.start + mapping.offset, memory.nbytes)
 
 
 def _mappings() -> list[_Mapping]:
-    """The files that this process maps, but those whose memory differs from the file: written to, and private."""
+    """The file mappings of this process, without private mappings that were written to and so differ from their file."""
     found: list[_Mapping] = []
     private = False
-    with suppress(FileNotFoundError):  # only Linux has it; elsewhere mapped files are copied like other memory
+    with suppress(FileNotFoundError):  # only Linux has smaps; elsewhere mapped files are copied like other memory
         for line in Path("/proc/self/smaps").read_bytes().splitlines():
             if match := MAPPING.fullmatch(line):
                 start, end, kind, offset, major, minor, inode, path = match.groups()
