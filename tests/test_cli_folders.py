@@ -79,7 +79,9 @@ def test_a_folder_in_use(copied, study_file, capsys):
 
     with filelock.FileLock(copied / ".lock"):
         told = refuse(capsys, "study", "small.toml")
-    assert told == "One run at a time may use a folder, but runs/small is in use; wait for it or choose another --out."
+    assert (
+        told == "Only one run at a time may use a folder, but runs/small is in use; wait for that run or choose another --out."
+    )
 
 
 def test_fresh_does_not_empty_the_folder_when_the_storage_is_out_of_reach(copied, study_file, capsys):

@@ -77,7 +77,7 @@ def test_a_report_tells_that_it_waits(copied, monkeypatch, capsys):
         f"ranksearch: the storage sqlite:///{copied}/study.db is locked by another program; trying again for"
     )
     assert ends.startswith(
-        f"ranksearch: The storage sqlite:///{copied}/study.db must be usable as long as a study runs, but has been"
+        f"ranksearch: The storage sqlite:///{copied}/study.db must stay usable while a study runs, but has been"
     )
 
 

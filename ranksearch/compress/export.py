@@ -60,7 +60,7 @@ def load_model(dense: M, folder: str | Path) -> M:
     """
     folder = Path(folder)
     if any(parameter.is_meta for parameter in dense.parameters()):
-        raise StudyError("The dense model must hold weights, if any, but it is on the device meta; build it on the CPU.")
+        raise StudyError("The dense model must not be on the device meta, but is; build it on the CPU.")
     try:
         plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
         state = state_of((folder / WEIGHTS).read_bytes())
@@ -72,7 +72,7 @@ def load_model(dense: M, folder: str | Path) -> M:
     try:
         load_(model, state)
     except Exception as error:  # a module's own loading code may raise anything
-        raise StudyError(f"The weights in {folder} must be of the given dense model, but are not: {last_line(error)}") from None
+        raise StudyError(f"The weights in {folder} must fit the given dense model, but do not: {last_line(error)}") from None
     return model.eval()
 
 
@@ -94,11 +94,11 @@ def check_comes_home(model: nn.Module, fresh: nn.Module, plan: Plan, inputs: Ten
             weights = weights_of(twin)
         with _comes_home("loaded"):
             back = load_(skeleton_(fresh, plan), state_of(weights))
-        with _comes_home("run once it was loaded"):
+        with _comes_home("run after loading"):
             first, again, loaded = (_outputs(net, inputs) for net in (twin, twin, back))
     # Outputs that differ in every pass cannot be compared.
     if _alike(first, again) and not _alike(first, loaded):
-        raise ModelError(_lost("gave other outputs once it was saved and loaded"))
+        raise ModelError(_lost("gave other outputs afterwards"))
 
 
 @contextmanager
@@ -112,8 +112,8 @@ def _comes_home(step: str) -> Iterator[None]:
 
 def _lost(what: str) -> str:
     return (
-        f"A compressed model must come back from its files as it was, but a factorized copy {what}; let state_dict() keep "
-        "all that a forward needs and training changes, and make buffers in __init__."
+        f"A compressed model must be the same after saving and loading, but a factorized copy {what}; keep in state_dict() all "
+        "that a forward needs and training changes, and create buffers in __init__."
     )
 
 
@@ -216,8 +216,8 @@ def _onnx(model: nn.Module, inputs: Tensor, opset: int | None) -> ModelProto:
     written = next(known.version for known in found.opset_import if not known.domain)
     if opset not in (None, written):
         raise StudyError(
-            f"--opset must be one that the installed exporter can write this model in, but from {written} it could not be "
-            f"converted to {opset}; give {written} to {newest}."
+            f"--opset must be one that the installed exporter can write, but it could not convert this model from {written} to "
+            f"{opset}; choose {written} to {newest}."
         )
     _strip(found)
     return found
@@ -272,8 +272,8 @@ def _traced(form: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise StudyError(
-            f"A model must be one that torch can write as {form}, but {type(error).__name__}: {first_line(error)}; take it "
-            "home by --format plan."
+            f"torch must be able to write the model as {form}, but raised {type(error).__name__}: {first_line(error)}; export "
+            "it by --format plan."
         ) from error
 
 
@@ -289,6 +289,6 @@ def _compare(model: nn.Module, other: Callable[[Tensor], Tensor], inputs: Tensor
     bound = TOLERANCE * max(1.0, float(expected.abs().max()))
     if not difference <= bound:
         raise StudyError(
-            f"The exported model's outputs must equal the trial's, but differ by {difference:.2g}; nothing was kept."
+            f"The exported model's outputs must equal the trial's, but differ by {difference:.2g}; nothing was written."
         )
     return difference

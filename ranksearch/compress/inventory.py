@@ -124,12 +124,14 @@ def check_weights(model: nn.Module) -> None:
     """
     for name, parameter in model.named_parameters():
         if nn.parameter.is_lazy(parameter):
-            raise ModelError(f"Weights must be there, but {name!r} has no shape yet; run the model once on its data first.")
+            raise ModelError(
+                f"Weights must be initialised, but {name!r} has no shape yet; run the model once on its data first."
+            )
         if parameter.is_meta:
-            raise ModelError(f"Weights must be there, but {name!r} is on the meta device; load the model's weights first.")
+            raise ModelError(f"Weights must be loaded, but {name!r} is on the meta device; load the model's weights first.")
         if parameter.is_inference():
             raise ModelError(
-                f"Weights must be ones to train, but {name!r} was made in inference mode; make the model outside it."
+                f"Weights must be trainable, but {name!r} was created in inference mode; create the model outside it."
             )
         if not torch.isfinite(parameter).all():
             raise ModelError(f"Weights must be finite, but {name!r} holds NaN or infinity; load or train the model again.")
@@ -138,14 +140,14 @@ def check_weights(model: nn.Module) -> None:
 def _check_uncompiled(model: nn.Module) -> None:
     """Raise `ModelError` for a compiled model: each copy with other layers would be compiled anew, which takes minutes."""
     if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError("The model must be one in Python, but is TorchScript, whose layers cannot be replaced.")
+        raise ModelError("The model must be a Python module, but is TorchScript, whose layers cannot be replaced.")
     for name, module in model.named_modules():
         wrapped, inside = "_orig_mod" in module._modules, hasattr(module.forward, "_torchdynamo_orig_callable")
         if wrapped or inside or module._compiled_call_impl is not None:
             which = repr(name) if name else "it"
             raise ModelError(
-                f"The model must come uncompiled, but {which} went through torch.compile; give the model as it was before, and "
-                "compile the one that you take home."
+                f"The model must not be compiled, but {which} went through torch.compile; pass the original model, and compile "
+                "the exported one."
             )
 
 

@@ -60,19 +60,19 @@ def check_scratch(model: nn.Module) -> None:
     frozen = next((name for name, parameter in model.named_parameters() if not parameter.requires_grad), None)
     if frozen:
         raise ModelError(
-            f"A net can start from scratch if all its weights are trained, but {frozen!r} is frozen; call requires_grad_(), or "
-            "use space.start = 'decomposed'."
+            f"A net can only start from scratch if all its weights are trainable, but {frozen!r} is frozen; call "
+            "requires_grad_(), or use space.start = 'decomposed'."
         )
     for name, module in model.named_modules():
         if isinstance(module, (*CONVOLUTIONS, nn.Linear)) and is_parametrised(module):
             raise ModelError(
-                f"A net can start from scratch if its layers hold their weights as they are, but {name!r} computes its own "
-                "from others; remove its normalisation or pruning, or use space.start = 'decomposed'."
+                f"A net can only start from scratch if its layers store their weights directly, but {name!r} computes its "
+                "weight from other tensors; remove its normalisation or pruning, or use space.start = 'decomposed'."
             )
         if _holds_parameters(module) and not callable(getattr(module, "reset_parameters", None)):
             raise ModelError(
-                f"A net can start from scratch if each module that holds parameters has reset_parameters(), but "
-                f"{name or 'the model'!r}, a {type(module).__name__}, has not; give it one, or use space.start = "
+                f"A net can only start from scratch if each module that holds parameters has reset_parameters(), but "
+                f"{name or 'the model'!r}, a {type(module).__name__}, does not; add that method, or use space.start = "
                 "'decomposed'."
             )
 

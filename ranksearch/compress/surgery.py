@@ -74,7 +74,7 @@ def factorize_(
         kernel = kernel_of(name, module, value)
         tied = [other for other in names[id(module.weight)] if other != f"{name}.weight"]
         if tied:
-            raise PlanError(f"A layer's weight must be its own, but that of {name!r} is also {', '.join(tied)}; leave it out.")
+            raise PlanError(f"A layer must not share its weight, but that of {name!r} is also {', '.join(tied)}; leave it out.")
         method = method_of(value)
         given = ready.get(name)
         if given is None and not torch.isfinite(kernel).all():
@@ -107,8 +107,11 @@ def _reordered(made: nn.Sequential, size: Shape, order: Sequence[int]) -> nn.Seq
 
 def _correct_bias(layer: str, dense: nn.Module, made: nn.Module, bias_correction: Tensor) -> None:
     if not isinstance(dense.bias, Tensor) or dense.bias.shape != bias_correction.shape:
-        has = f"has one of shape {tuple(dense.bias.shape)}" if isinstance(dense.bias, Tensor) else "has none"
-        raise PlanError(f"Layer {layer!r}: a shift of shape {tuple(bias_correction.shape)} needs such a bias, but it {has}.")
+        has = f"a bias of shape {tuple(dense.bias.shape)}" if isinstance(dense.bias, Tensor) else "no bias"
+        raise PlanError(
+            f"Layer {layer!r}: a bias correction of shape {tuple(bias_correction.shape)} needs a bias of that shape, but the "
+            f"layer has {has}."
+        )
     # Only the last part of a factorization has a bias.
     bias = next(parameter for name, parameter in made.named_parameters() if name.endswith(".bias"))
     with torch.no_grad():
@@ -133,7 +136,7 @@ def kernel_of(name: str, module: nn.Module, value: Factorization) -> Tensor:
         PlanError: the layer cannot be factorized, or not by `value`.
     """
     if reason := why_not_factorized(module):
-        raise PlanError(f"A plan must leave out what cannot be factorized, but names {name!r}: {reason}.")
+        raise PlanError(f"A plan may only name layers that can be factorized, but names {name!r}: {reason}.")
     assert isinstance(module, (*CONVOLUTIONS, nn.Linear))
     weight = module.weight.detach()
     weight = weight if weight.dtype == torch.float64 else weight.float()
@@ -141,7 +144,7 @@ def kernel_of(name: str, module: nn.Module, value: Factorization) -> Tensor:
         fits = len(value.kernel) <= len(CONVOLUTIONS) and weight[0].numel() % math.prod(value.kernel) == 0
         if not isinstance(module, nn.Linear) or not fits:
             raise PlanError(
-                f"Layer {name!r} of shape {tuple(weight.shape)} is not fully connected behind a map of size "
+                f"Layer {name!r} of shape {tuple(weight.shape)} is not a fully connected layer after a map of size "
                 f"{value.kernel}; the plan was made for another model or input size."
             )
         channels = weight[0].numel() // math.prod(value.kernel)
@@ -178,6 +181,6 @@ def copied(model: M) -> M:
         return copy.deepcopy(model)
     except Exception as error:
         raise ModelError(
-            f"The model must be one that can be copied, but copy.deepcopy raised {type(error).__name__}: {first_line(error)}; "
-            "make a weight's normalisation or pruning permanent, and keep what is open, such as a file, outside of it."
+            f"It must be possible to copy the model, but copy.deepcopy raised {type(error).__name__}: {first_line(error)}; "
+            "make weight normalisation or pruning permanent, and keep open files and the like outside the model."
         ) from error

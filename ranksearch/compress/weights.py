@@ -73,7 +73,7 @@ def check_state(model: nn.Module) -> None:
     for name, kept in model.state_dict().items():
         if not isinstance(kept, Tensor):
             kind = type(kept).__name__
-            raise ModelError(f"A model's state must be of tensors, but {name!r} is a {kind}; keep it elsewhere.")
+            raise ModelError(f"A model's state_dict() must hold tensors only, but {name!r} is a {kind}; keep it elsewhere.")
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -128,9 +128,7 @@ class Engine:
                     lost = lost + 1 if message.outcome is Outcome.WORKER_LOST else 0
                 on_message(job, message)
                 if lost >= MAX_LOST:
-                    raise StudyError(
-                        f"Workers must outlive their trials, but {lost} in a row ended before {workers.lost_words()}"
-                    )
+                    raise StudyError(f"Workers must survive their trials, but {lost} in a row died {workers.lost_words()}")
 
 
 def packed(evaluate: Evaluate) -> bytes:
@@ -150,7 +148,7 @@ def picklable() -> Iterator[None]:
         yield
     except Exception as error:
         raise ModelError(
-            f"Model, data, loss and score must be picklable to reach the workers, but are not ({error}); mend that, or run the "
+            f"Model, data, loss and score must be picklable to reach the workers, but are not ({error}); fix that, or run the "
             "trials in this process with --workers 0."
         ) from error
 

@@ -28,7 +28,7 @@ from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
 
 START = """
 import signal, sys
-signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's business
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the driver handles Ctrl-C
 from multiprocessing.connection import Connection
 driver = Connection(int(sys.argv[1]))
 try:
@@ -153,7 +153,7 @@ class _Pool(Workers):
             yield key, message
 
     def lost_words(self) -> str:
-        return f"(last exit code {self._last_exit}); give fewer --workers, or --workers 0 to see what happens in this process."
+        return f"(last exit code {self._last_exit}); use fewer --workers, or --workers 0 to see the error in this process."
 
     def close(self) -> None:
         for worker in self._workers:

@@ -120,8 +120,8 @@ class _Cluster(Workers):
         try:
             if not self._pipe.poll(seconds):
                 raise StudyError(
-                    f"{cluster.name} must answer within {seconds} s, but does not; `ray status` says whether it is up, and the "
-                    "driver must run on one of its nodes."
+                    f"{cluster.name} must answer within {seconds} s, but does not; check with `ray status` that it is running, "
+                    "and run the driver on one of its nodes."
                 )
             ready = self._receive()
             assert isinstance(ready, Ready)
@@ -161,8 +161,7 @@ class _Cluster(Workers):
 
     def lost_words(self) -> str:
         return (
-            "(killed, out of memory, or their nodes gone); Ray's dashboard and /tmp/ray/session_latest/logs on its nodes say "
-            "why."
+            "(killed, out of memory, or lost with their nodes); see Ray's dashboard or /tmp/ray/session_latest/logs on a node."
         )
 
     def close(self) -> None:
@@ -203,8 +202,8 @@ class _Cluster(Workers):
 
     def _gone(self) -> StudyError:
         return StudyError(
-            f"{self._cluster.name} must be there as long as a study runs, but the connection to it is lost; what was finished "
-            "is in the record, and the same command goes on once it is back."
+            f"{self._cluster.name} must stay up while a study runs, but the connection to it was lost; all finished work is "
+            "saved: run the same command again once the cluster is back."
         )
 
 

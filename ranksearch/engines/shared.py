@@ -60,7 +60,7 @@ class _File:
     def check(self, about: os.stat_result) -> None:
         """Raises a DataError unless `about` is of this file."""
         if (about.st_dev, about.st_ino) != (self.device, self.inode) or not stat.S_ISREG(about.st_mode):
-            raise DataError(f"{self.path} must stay as it is while a study runs, but is another file now")
+            raise DataError(f"{self.path} must not change while a study runs, but was replaced by another file")
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def pack(value: Any) -> Packed:
         file.close()
         size = sum(memory.nbytes for memory in memories) / 1e6
         raise StudyError(
-            f"Data, model and factors ({size:,.0f} MB) must fit into memory once more for the workers, but do not ({error}); "
-            "free some, or run the trials in this process with --workers 0."
+            f"A second copy of data, model and factors ({size:,.0f} MB) must fit into memory for the workers, but does not "
+            f"({error}); free some memory, or run the trials in this process with --workers 0."
         ) from None
     return Packed(file, start)
 

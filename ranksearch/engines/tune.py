@@ -86,8 +86,8 @@ def _connect(cluster: Cluster) -> None:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         most = [f"{max((node.get(kind, 0) for node in nodes), default=0):g}" for kind in ("CPU", "GPU")]
         raise StudyError(
-            f"A node must hold a trial of --cpus-per-trial {cluster.cpus} and --gpus-per-trial {cluster.gpus:g}, but the most "
-            f"that a node of the cluster has is {most[0]} CPUs and {most[1]} GPUs."
+            f"A node must have room for a trial of --cpus-per-trial {cluster.cpus} and --gpus-per-trial {cluster.gpus:g}, but "
+            f"the most that a node of the cluster has is {most[0]} CPUs and {most[1]} GPUs."
         )
 
 
@@ -193,7 +193,7 @@ class _Searcher(Searcher):
             elif now - self._had_nodes > NO_NODE_SECONDS:
                 raise StudyError(
                     f"{self._cluster.name} must have a node that can run a trial, but has had none for {NO_NODE_SECONDS} s; "
-                    "the same command goes on once it has one."
+                    "run the same command again once it has one."
                 )
         return self._limit
 

@@ -71,10 +71,10 @@ def address_of(url: str) -> URL:
         address = make_url(url)
         if address.get_backend_name() == "sqlite" and address.database in (None, "", ":memory:"):
             raise StudyError(
-                f"A storage must outlive its run, but {masked(url)} is in memory; name a file, such as sqlite:///study.db."
+                f"A storage must be kept after the run, but {masked(url)} is in memory; name a file, such as sqlite:///study.db."
             )
         if "@" in (address.host or ""):
-            raise StudyError(f"A password's @ must be written as %40 in a storage's address, but {masked(url)!r} has two.")
+            raise StudyError(f"An @ in a storage's password must be written as %40, but {masked(url)!r} has two.")
         return address.set(drivername="postgresql+psycopg") if address.drivername == "postgresql" else address
     except (ArgumentError, ValueError):
         raise StudyError(f"A storage must be a database URL such as sqlite:///study.db, but got {masked(url)!r}.") from None
@@ -113,8 +113,10 @@ def _unusable(url: str, error: Exception) -> StudyError:
         reason = f"the Python package {error.name!r} is not installed"
     else:
         reason = first_line(getattr(error, "orig", None) or error)
-    fix = "and the room on its disk" if address_of(url).get_backend_name() == "sqlite" else "and that it is up"
-    return StudyError(f"The storage {masked(url)} cannot be used: {_without_password(reason, url)}; check its address, {fix}.")
+    fix = "the free space on its disk" if address_of(url).get_backend_name() == "sqlite" else "that its server is running"
+    return StudyError(
+        f"The storage {masked(url)} cannot be used: {_without_password(reason, url)}; check its address and {fix}."
+    )
 
 
 def _without_password(text: str, url: str) -> str:
@@ -145,8 +147,8 @@ def study_lock(name: str, url: str) -> Iterator[None]:
             raise _unusable(url, error) from None
         if not taken:
             raise StudyError(
-                f"One run at a time may go on with a study, but {name!r} in {masked(url)} is in use; wait for it, give it more "
-                "--workers, or choose another name."
+                f"Only one run at a time may use a study, but {name!r} in {masked(url)} is in use; wait for that run, give it "
+                "more --workers, or choose another name."
             )
         yield
 

@@ -133,10 +133,10 @@ def _why_no_state_dict(state: Any) -> str:
         return ""
     for name, value in state.items():
         if isinstance(value, Mapping) and value and not _why_no_state_dict(value):
-            return f"is a training's checkpoint, which holds one as {name!r}; save that alone."
+            return f"is a training checkpoint, with a state dict under {name!r}; save only that."
         if _is_model(value):
-            return f"is a training's checkpoint, which holds a whole model as {name!r}; save the state_dict() of that alone."
-    return f"its entry {odd!r} is no tensor by name; save the state dict alone."
+            return f"is a training checkpoint, with a whole model under {name!r}; save only the state_dict() of that model."
+    return f"its entry {odd!r} is not a named tensor; save only the state dict."
 
 
 def _is_model(value: Any) -> bool:
@@ -149,12 +149,12 @@ def _difference(model: nn.Module, state: Mapping[str, Tensor]) -> str:
     missing, unexpected = [name for name in own if name not in state], [name for name in state if name not in own]
     prefix = next((name.removesuffix(inner) for name in unexpected[:1] for inner in own if name.endswith(f".{inner}")), "")
     if prefix and all(name.startswith(prefix) for name in state):
-        return f"all its names begin with {prefix!r}; take that off."
+        return f"all its names begin with {prefix!r}; remove that prefix."
     others = [name for name in own if name in state and own[name].shape != state[name].shape]
     found = [f"it lacks {_some(missing)}"] if missing else []
-    found += [f"it holds {_some(unexpected)}, which the model has not"] if unexpected else []
+    found += [f"it holds {_some(unexpected)}, which the model lacks"] if unexpected else []
     found += [f"{name} is {tuple(state[name].shape)} there and {tuple(own[name].shape)} in the model" for name in others[:1]]
-    return ", ".join(found) + ("; name the model and the arguments that it was trained with." if found else "")
+    return ", ".join(found) + ("; use the model and the arguments that it was trained with." if found else "")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -73,13 +73,14 @@ def study_facts(
     for name, score in scores.items():
         if not math.isfinite(score):
             raise ModelError(
-                f"The score must be a number for the dense net, but {task.score_name} gave {score} on {name}; mend it."
+                f"The dense net's score must be finite, but {task.score_name} returned {score} on {name}; fix the score "
+                "function."
             )
     score = scores["validation"]
     if abs(score) > 1:
         raise ModelError(
-            f"A score must be on the scale of a share, where 0.01 is a difference that counts, but {task.score_name} gave "
-            f"{score:g} for the dense net; divide it, by 100 where it is a percentage."
+            f"Scores should lie in [0, 1], where 0.01 is one percentage point, but {task.score_name} returned {score:g} for "
+            "the dense net; divide it (a percentage by 100)."
         )
     dense = DenseFacts(
         costs=found.costs,

@@ -76,7 +76,7 @@ def folder_lock(
         lock.acquire()
     except filelock.Timeout:
         raise StudyError(
-            f"One run at a time may use a folder, but {folder} is in use; wait for it or choose another --out."
+            f"Only one run at a time may use a folder, but {folder} is in use; wait for that run or choose another --out."
         ) from None
     except OSError as error:
         raise StudyError(f"The output folder {folder} cannot be written: {error.strerror}; choose another --out.") from None
@@ -107,7 +107,7 @@ def read_spec(folder: Path, *, fix: str = USE_OR_START_OVER) -> StudySpec:
     try:
         return parse_spec(text, source=str(folder / SPEC))
     except SpecError as error:
-        raise SpecError(f"{error} The file is damaged or another release's; {fix}.") from None
+        raise SpecError(f"{error} The file is damaged or was written by another release; {fix}.") from None
 
 
 def write_spec(folder: Path, spec: StudySpec, storage: str | None) -> None:
@@ -229,14 +229,14 @@ def _check_ours(study: optuna.Study, spec: StudySpec, inputs: Mapping[str, Any],
         ours = study.directions == [optuna.study.StudyDirection.MAXIMIZE] * (1 + len(spec.search.minimize))
         if study.user_attrs or study.get_trials(deepcopy=False) or not ours:
             raise StudyError(
-                f"{place} must be one of ranksearch's, but is another program's; choose another name or --storage."
+                f"{place} must belong to ranksearch, but belongs to another program; choose another name or --storage."
             )
     elif not fresh:
         _check_readable(study, START_OVER)
         kept = study.user_attrs[STUDY]
         _same_study(place, kept["identity"], spec)
         if found := difference(kept["inputs"], inputs):
-            raise StudyError(f"{place} was made from {found}; {START_OVER}.")
+            raise StudyError(f"{place} was started from {found}; {START_OVER}.")
 
 
 def _is_ours(study: optuna.Study) -> bool:
@@ -247,7 +247,7 @@ def _check_readable(study: optuna.Study, fix: str) -> None:
     """Raise `StudyError` if another release of ranksearch wrote the study in another format."""
     if _is_ours(study) and study.user_attrs.get(STUDY, {}).get("format") != FORMAT:
         raise StudyError(
-            f"The storage's study {study.study_name!r} must be of a format that this release of ranksearch reads, but another "
+            f"The storage's study {study.study_name!r} must have a format that this release of ranksearch reads, but another "
             f"release wrote it; {fix}."
         )
 
@@ -266,8 +266,8 @@ def _check_place(folder: Path, spec: StudySpec, storage: str | None, announce: A
         return
     fix = f"give --storage {noted}" if noted else "leave out --storage"
     raise StudyError(
-        f"The study in {folder} must go on in the storage that it was begun in, {was}, but {now} holds none of it; {fix}, or "
-        "--fresh to start over."
+        f"The study in {folder} must continue in its storage, {was}, but {now} does not hold it; {fix}, or --fresh to start "
+        "over."
     )
 
 

@@ -56,9 +56,7 @@ def _read_plan(path: str) -> Plan:
         raise SpecError(f"search.first, {path}: {error}") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise SpecError(
-            f"search.first must name files of plans, but {path!r} cannot be read: {reason}; check the path."
-        ) from None
+        raise SpecError(f"search.first must name plan files, but {path!r} cannot be read: {reason}; check the path.") from None
 
 
 def check_first(study: optuna.Study, plans: Sequence[Plan]) -> None:
@@ -70,8 +68,8 @@ def check_first(study: optuna.Study, plans: Sequence[Plan]) -> None:
     known = attributes.read_initial_plans(study)
     if known is not None and [plan for origin, plan in known if origin == USER] != list(plans):
         raise StudyError(
-            "The plans to try first are chosen once in a study, but search.first now holds others; leave it as it was, choose "
-            "another --out or name, or --fresh to start over."
+            "The initial plans of a study cannot change, but search.first now names others; change it back, choose another "
+            "--out or name, or --fresh to start over."
         )
 
 

@@ -32,14 +32,14 @@ RETRY_SECONDS = 2.0
 """Time between two attempts."""
 BUSY_TIMEOUT = 2.0
 """Seconds that SQLite itself waits for a lock. During them nothing is announced and Ctrl-C has no effect."""
-LOCKED, FULL = "locked by another program", "on a full disk"
+LOCKED, FULL, UNREACHABLE = "locked by another program", "on a full disk", "unreachable"
 CAUSES = {
     "SQLITE_BUSY": LOCKED,
     "SQLITE_LOCKED": LOCKED,
     "SQLITE_PROTOCOL": LOCKED,
     "SQLITE_FULL": FULL,
-    "SQLITE_IOERR": "on a disk that fails",
-    "SQLITE_CANTOPEN": "away",
+    "SQLITE_IOERR": "on a failing disk",
+    "SQLITE_CANTOPEN": UNREACHABLE,
     "SQLITE_READONLY": "read-only",
 }
 """SQLite errors that may pass, and how a message describes the database then. SQLite's other errors are bugs."""
@@ -113,7 +113,7 @@ def cause_of(error: BaseException | None) -> str | None:
             if isinstance(error.orig, sqlite3.Error):
                 name = getattr(error.orig, "sqlite_errorname", "")  # SQLITE_IOERR_WRITE is a kind of SQLITE_IOERR
                 return CAUSES.get("_".join(name.split("_")[:2]))
-            return FULL if getattr(error.orig, "sqlstate", None) == DISK_FULL else "away"
+            return FULL if getattr(error.orig, "sqlstate", None) == DISK_FULL else UNREACHABLE
         error = error.__cause__ or error.__context__
     return None
 
@@ -174,8 +174,8 @@ class Patience:
             self._announce(f"the storage {self._shown} is {cause}; trying again for {MAX_WAIT_SECONDS / 60:g} minutes")
         elif time.monotonic() - self._since > MAX_WAIT_SECONDS:
             raise StudyError(
-                f"The storage {self._shown} must be usable as long as a study runs, but has been {cause} for "
-                f"{MAX_WAIT_SECONDS:.0f} s; what was finished is in it, and the same command goes on once that has ended."
+                f"The storage {self._shown} must stay usable while a study runs, but has been {cause} for "
+                f"{MAX_WAIT_SECONDS:.0f} s; all finished work is saved: run the same command again once the storage is usable."
             )
         time.sleep(RETRY_SECONDS)
 

@@ -144,7 +144,7 @@ def _dense_start(spec: StudySpec, task: Task, view: View, *, kept: bool) -> str 
     """
     path = Path(spec.dense.weights)
     if spec.dense.weights and kept and not path.exists():
-        view.note(f"dense.weights {path} is gone; the study goes on with the dense net in its folder")
+        view.note(f"dense.weights {path} no longer exists; using the dense net in the study's folder")
         return None
     if spec.dense.weights:
         load_given(task.model, path)
@@ -280,7 +280,7 @@ def _check_digest(run: Run, digest: str) -> None:
     """Raise `StudyError` unless the study was started with this dense model."""
     if run.study.user_attrs.get(DIGEST, digest) != digest:
         raise StudyError(
-            f"The study {run.spec.name!r} in this storage was made from another dense model; choose another name or "
+            f"The study {run.spec.name!r} in this storage was started from another dense model; choose another name or "
             "--storage, or --fresh to start over."
         )
 

@@ -126,7 +126,7 @@ def refused(capsys, *more):
         (["--address", "localhost"], "--address must be auto or HOST:PORT of a Ray cluster's head node, but got 'localhost'."),
         (["--address", "ray://head:10001"], "--address must be auto or HOST:PORT of a Ray cluster's head node, but got 'ray://head"),
         (["--address", "127.0.0.1:1"], "A Ray cluster must listen at --address 127.0.0.1:1, but none does: [Errno 111]"),
-        (["--gpus-per-trial", "1"], "A node must hold a trial of --cpus-per-trial 1 and --gpus-per-trial 1, but the most that a node"),
+        (["--gpus-per-trial", "1"], "A node must have room for a trial of --cpus-per-trial 1 and --gpus-per-trial 1, but the most that"),
         (["--workers", "0"], "--workers must be at least 1 on Ray, but got 0."),
         (["--cpus-per-trial", "0"], "--cpus-per-trial must be at least 1, but got 0."),
         (["--gpus-per-trial", "1.5"], "--gpus-per-trial must be whole or a fraction of one, but got 1.5."),
@@ -160,7 +160,7 @@ def test_something_else_listens(study_file, capsys, monkeypatch):
 def test_a_trial_that_no_node_holds(study_file, capsys, small_cluster):
     told = refused(capsys, "--address", small_cluster.address, "--cpus-per-trial", "3")
     assert told == (
-        "A node must hold a trial of --cpus-per-trial 3 and --gpus-per-trial 0, but the most that a node of the cluster has is 2 "
+        "A node must have room for a trial of --cpus-per-trial 3 and --gpus-per-trial 0, but the most that a node of the cluster has is 2 "
         "CPUs and 0 GPUs."
     )
 
@@ -257,8 +257,8 @@ def test_a_head_that_is_gone_ends_the_study_in_one_sentence(study_file, capsys, 
         monkeypatch.setattr(Plain, "trial", kill)
         told = refuse(capsys, "study", "small.toml", "--engine", "ray", "--address", cluster.address)
     assert told == (
-        f"The Ray cluster at {cluster.address} must be there as long as a study runs, but the connection to it is lost; what was "
-        "finished is in the record, and the same command goes on once it is back."
+        f"The Ray cluster at {cluster.address} must stay up while a study runs, but the connection to it was lost; all finished "
+        "work is saved: run the same command again once the cluster is back."
     )
     assert main(["study", "small.toml", "--workers", "0"]) == 0
     assert "3 of them done before" in capsys.readouterr().out

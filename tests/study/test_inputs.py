@@ -96,7 +96,7 @@ def test_a_study_does_not_go_on_with_other_data(tmp_path, monkeypatch, elsewhere
     run_study(tiny_spec(), out, options)
     before, few = snapshot(out), nets.few_digits
     monkeypatch.setattr(nets, "few_digits", lambda: few(210))
-    words = r"The storage's study 'small' was made from other data \(the number of inputs in split 'train' is 200 there and 210 here\)"
+    words = r"The storage's study 'small' was started from other data \(the number of inputs in split 'train' is 200 there and 210 here\)"
     with pytest.raises(StudyError, match=words + FIX):
         run_study(tiny_spec("search.trials=2"), out, options)
     assert {path: held for path, held in snapshot(out).items() if "study.db" not in path.name} == {
@@ -123,7 +123,9 @@ def test_a_study_does_not_go_on_with_other_weights(weights, tmp_path):
     run_study(spec("search.trials=1"), out, Options(Local(0)))
     state["fc2.bias"][0] += 1
     safetensors.torch.save_file(state, path)
-    words = r"The storage's study 'small' was made from another dense model \(the SHA-256 of its weights is \w{8}... there and "
+    words = (
+        r"The storage's study 'small' was started from another dense model \(the SHA-256 of its weights is \w{8}... there and "
+    )
     with pytest.raises(StudyError, match=words + r"\w{8}... here\)" + FIX):
         run_study(spec("search.trials=2"), out, Options(Local(0)))
     assert len(stored(out).trials) == 1
@@ -140,7 +142,7 @@ def test_weights_may_move_and_change_their_format_and_go_once_the_folder_has_the
     view = Silent()
     view.note = notes.append
     assert essence(run_study(spec("search.trials=1"), out, Options(Local(0)), view=view).trials) == essence(before.trials)
-    assert notes == [f"dense.weights {path} is gone; the study goes on with the dense net in its folder"]
+    assert notes == [f"dense.weights {path} no longer exists; using the dense net in the study's folder"]
     run_study(spec("search.trials=1", path=moved), out, Options(Local(0)))
     with pytest.raises(StudyError, match=r"is another study \(dense.weights is '.*moved.pt' there and 'nowhere.pt' here\)"):
         run_study(spec("search.trials=1", path="nowhere.pt"), out, Options(Local(0)))
@@ -155,6 +157,6 @@ def test_a_dense_net_that_was_put_into_the_folder_is_not_the_studys(finished, tm
     run_study(spec, out, Options(Local(0)))
     safetensors.torch.save_file(nets.small().state_dict(), out / folder.DENSE_FILE)
     with pytest.raises(
-        StudyError, match="The study 'small' in this storage was made from another dense model; choose another name"
+        StudyError, match="The study 'small' in this storage was started from another dense model; choose another name"
     ):
         run_study(spec, out, Options(Local(0)))
