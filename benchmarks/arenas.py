@@ -32,7 +32,7 @@ from ranksearch.strategy.predicted_front import Choice
 from ranksearch.strategy.sensitivity import predicted_choices, values_to_probe
 from ranksearch.strategy.space import Space, make_space
 from ranksearch.study.dense import load_weights, train_dense
-from ranksearch.study.study import CALIBRATION
+from ranksearch.study.study import WHITENING_INPUTS
 from ranksearch.support.files import write_whole
 from ranksearch.task import training
 from ranksearch.task.checkpoint import Checkpoint
@@ -70,7 +70,7 @@ class Trained:
         self.space: Space = make_space(self.inventory, spec.space.methods)
         self.profile: Profile = profile(
             task.model, self.inventory, {axis.layer.name: axis.methods for axis in self.space.axes},
-            inputs=sample_inputs(task.data.train, CALIBRATION, seed=spec.seed), cache=folder / "profile", seed=spec.seed,
+            inputs=sample_inputs(task.data.train, WHITENING_INPUTS, seed=spec.seed), cache=folder / "profile", seed=spec.seed,
         )  # fmt: skip
         fewer = replace(task.data, train=sample(task.data.train, trained_on, seed=spec.seed))
         self._evaluate = Evaluator(replace(task, data=fewer), self.profile, spec.finetune, spec.finalists, "cpu")

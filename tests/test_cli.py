@@ -20,7 +20,7 @@ import ranksearch
 from ranksearch.cli import _shown, _storage_option, main
 from ranksearch.console import Plain
 from ranksearch.plan import Plan
-from ranksearch.study.database import _unusable
+from ranksearch.study.database import _storage_error
 from tests import nets
 from tests.conftest import refuse, snapshot
 
@@ -219,7 +219,7 @@ def test_a_password_is_masked_where_it_stands_and_nowhere_else(study_file, capsy
 def test_an_address_in_a_drivers_words_is_masked():
     url = "oracel://user:p%40e@host/db?key=1"
     told = f"no {url}, nor oracel://user:p%40e@host/db?key=1 of user:p@e@host here: peep"
-    assert str(_unusable(url, RuntimeError(told))).startswith(
+    assert str(_storage_error(url, RuntimeError(told))).startswith(
         "The storage oracel://user:***@host/db cannot be used: no oracel://user:***@host/db, nor oracel://user:***@host/db of "
         "user:***@host here: peep; check"
     )

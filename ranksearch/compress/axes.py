@@ -75,7 +75,7 @@ class Axes(TorchFunctionMode):
         # None for a tensor that cannot be followed. Tensors with the usual layout, which are most, have no entry.
         self._layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-    def source(self, row: Tensor) -> Flattened | None:
+    def flattened_map(self, row: Tensor) -> Flattened | None:
         """The map that a tensor (batch, features) was flattened from; None if it was not a map, or cannot be followed."""
         layout = self._layout(row)
         if layout is None or row.dim() != 2 or any(axis != BATCH for axis, _ in layout[0]):
@@ -89,22 +89,22 @@ class Axes(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = dict(kwargs or {})
-        inputs = [leaf for leaf in tree_leaves((args, given)) if isinstance(leaf, Tensor)]
+        keywords = dict(kwargs or {})
+        inputs = [leaf for leaf in tree_leaves((args, keywords)) if isinstance(leaf, Tensor)]
         self.used.update(id(leaf) for leaf in inputs if isinstance(leaf, torch.nn.Parameter))
         # Read the inputs before the call, which may change them in place.
         before = [_Input(leaf, tuple(leaf.shape), self._layout(leaf), leaf in self._layouts) for leaf in inputs]
-        result = func(*args, **given)
+        result = func(*args, **keywords)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and before:
-                self._note(leaf, _layout_after(func, args, given, before, leaf))
+                self._note(leaf, _layout_after(func, args, keywords, before, leaf))
         return result
 
     def _layout(self, tensor: Tensor) -> Layout | None:
-        return self._layouts.get(tensor, usual(tensor.shape))
+        return self._layouts.get(tensor, usual_layout(tensor.shape))
 
     def _note(self, tensor: Tensor, layout: Layout | None) -> None:
-        if layout == usual(tensor.shape):
+        if layout == usual_layout(tensor.shape):
             self._layouts.pop(tensor, None)
         else:
             self._layouts[tensor] = layout
@@ -125,21 +125,21 @@ def _layout_after(
 ) -> Layout | None:
     first, unusual = before[0], any(tensor.unusual for tensor in before)
     if func in RESHAPES:
-        return reshaped(first.layout, result.shape) if unusual or len(first.shape) > 2 else usual(result.shape)
+        return reshaped(first.layout, result.shape) if unusual or len(first.shape) > 2 else usual_layout(result.shape)
     if func in PERMUTATIONS:
         return permuted(func, args, kwargs, first.layout)
     if func in (F.linear, F.embedding):
-        return channels_last(result.shape) if result.dim() > 2 else usual(result.shape)
+        return channels_last(result.shape) if result.dim() > 2 else usual_layout(result.shape)
     if func in SCRAMBLING:
         return None
     if func in CONVOLUTIONS or not unusual or result.dim() < 2:
-        return usual(result.shape)
-    if result.dim() > 2 or func in ELEMENTWISE or any(result is given.tensor for given in before):
-        return next((given.layout for given in before if given.shape == tuple(result.shape)), None)
+        return usual_layout(result.shape)
+    if result.dim() > 2 or func in ELEMENTWISE or any(result is each.tensor for each in before):
+        return next((each.layout for each in before if each.shape == tuple(result.shape)), None)
     return None
 
 
-def usual(shape: Sequence[int]) -> Layout:
+def usual_layout(shape: Sequence[int]) -> Layout:
     """The layout (batch, channels, *size)."""
     return tuple(((axis, size),) for axis, size in enumerate(shape))
 
@@ -179,7 +179,7 @@ def reshaped(layout: Layout | None, shape: Sequence[int]) -> Layout | None:
         dims.append(taken)
     dims[-1] += tuple(left[::-1])  # axes of size 1
     if len(dims) > 2 and {axis for axis, _ in dims[0]} != {BATCH}:
-        return usual(shape) if _is_usual(layout) else None
+        return usual_layout(shape) if _is_usual(layout) else None
     return tuple(dims)
 
 
@@ -218,9 +218,9 @@ def as_maps(rows: Tensor, size: Sequence[int], order: Sequence[int] | None) -> T
     """Reshape rows (count, features) to maps (count, channels, *size). `order` is that of `Flattened`; None: channels first."""
     if order is None:
         return rows.reshape(len(rows), *size)
-    return rows.reshape(len(rows), *(size[axis] for axis in order)).permute(back(order))
+    return rows.reshape(len(rows), *(size[axis] for axis in order)).permute(usual_order(order))
 
 
-def back(order: Sequence[int]) -> tuple[int, ...]:
+def usual_order(order: Sequence[int]) -> tuple[int, ...]:
     """The permutation that brings a tensor (count, *axes in this order) into the usual order of axes."""
     return 0, *(1 + list(order).index(axis) for axis in range(len(order)))

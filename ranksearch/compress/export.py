@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound=nn.Module)
 
 PLAN, WEIGHTS = "plan.json", "weights.safetensors"
-TOLERANCE = 1e-4
+MAX_RELATIVE_DIFFERENCE = 1e-4
 """Accepted difference of outputs, relative to the largest output (or to 1): rounding of another runtime stays below it."""
 
 
@@ -76,7 +76,7 @@ def load_model(dense: M, folder: str | Path) -> M:
     return model.eval()
 
 
-def check_comes_home(model: nn.Module, fresh: nn.Module, plan: Plan, inputs: Tensor) -> None:
+def check_reloading(model: nn.Module, fresh: nn.Module, plan: Plan, inputs: Tensor) -> None:
     """Check that a compressed model survives saving: save, load and compare one factorized copy.
 
     Args:
@@ -90,30 +90,30 @@ def check_comes_home(model: nn.Module, fresh: nn.Module, plan: Plan, inputs: Ten
     """
     with seeded(0), torch.no_grad():
         twin = _as_if_trained(factorize_(copied(model), plan), inputs)
-        with _comes_home("saved"):
+        with _reload_step("saved"):
             weights = weights_of(twin)
-        with _comes_home("loaded"):
+        with _reload_step("loaded"):
             back = load_(skeleton_(fresh, plan), state_of(weights))
-        with _comes_home("run after loading"):
+        with _reload_step("run after loading"):
             first, again, loaded = (_outputs(net, inputs) for net in (twin, twin, back))
     # Outputs that differ in every pass cannot be compared.
     if _alike(first, again) and not _alike(first, loaded):
-        raise ModelError(_lost("gave other outputs afterwards"))
+        raise ModelError(_not_reloaded("gave other outputs afterwards"))
 
 
 @contextmanager
-def _comes_home(step: str) -> Iterator[None]:
+def _reload_step(step: str) -> Iterator[None]:
     """Raise a `ModelError` if this step fails: the model's code may raise anything, and safetensors refuses some tensors."""
     try:
         yield
     except Exception as error:
-        raise ModelError(_lost(f"cannot be {step}: {type(error).__name__}: {last_line(error)}")) from error
+        raise ModelError(_not_reloaded(f"cannot be {step}: {type(error).__name__}: {last_line(error)}")) from error
 
 
-def _lost(what: str) -> str:
+def _not_reloaded(failure: str) -> str:
     return (
-        f"A compressed model must be the same after saving and loading, but a factorized copy {what}; keep in state_dict() all "
-        "that a forward needs and training changes, and create buffers in __init__."
+        f"A compressed model must be the same after saving and loading, but a factorized copy {failure}; keep in state_dict() "
+        "all that a forward needs and training changes, and create buffers in __init__."
     )
 
 
@@ -175,9 +175,9 @@ def export_model(
 def export_plan(model: nn.Module, dense: nn.Module, plan: Plan, inputs: Tensor, target: Path) -> float:
     """Write plan and weights into the folder `target`; returns the largest output difference after reloading."""
     weights = weights_of(model)
-    with tempfile.TemporaryDirectory() as beside:
-        save_model(Path(beside), plan, weights)
-        difference = _compare(model, load_model(dense, beside), inputs)
+    with tempfile.TemporaryDirectory() as scratch_folder:
+        save_model(Path(scratch_folder), plan, weights)
+        difference = _compare(model, load_model(dense, scratch_folder), inputs)
     save_model(target, plan, weights)
     return difference
 
@@ -189,7 +189,7 @@ def export_onnx(model: nn.Module, inputs: Tensor, target: Path, opset: int | Non
     data = _onnx(model, inputs, opset).SerializeToString()
 
     def run(batch: Tensor) -> Tensor:
-        with _traced("onnx"):
+        with _exporting("onnx"):
             session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
             return torch.from_numpy(session.run(None, {"input": batch.numpy()})[0])
 
@@ -205,22 +205,22 @@ def _onnx(model: nn.Module, inputs: Tensor, opset: int | None) -> ModelProto:
     newest = onnx.defs.onnx_opset_version()
     if opset is not None and not 1 <= opset <= newest:
         raise StudyError(f"--opset must be between 1 and {newest}, the newest that the installed onnx knows, but got {opset}.")
-    with _traced("onnx"), _quiet():
+    with _exporting("onnx"), _quiet():
         program = torch.onnx.export(
             model, (inputs[:2],), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
             input_names=["input"], output_names=["output"], opset_version=opset,
         )  # fmt: skip
     assert program is not None
-    found = program.model_proto
+    proto = program.model_proto
     # If the exporter cannot convert a model to the opset, it only warns and keeps the opset that it wrote first.
-    written = next(known.version for known in found.opset_import if not known.domain)
+    written = next(opset_id.version for opset_id in proto.opset_import if not opset_id.domain)
     if opset not in (None, written):
         raise StudyError(
             f"--opset must be one that the installed exporter can write, but it could not convert this model from {written} to "
             f"{opset}; choose {written} to {newest}."
         )
-    _strip(found)
-    return found
+    _strip(proto)
+    return proto
 
 
 def _strip(message: Any) -> None:
@@ -251,7 +251,7 @@ def export_pt2(model: nn.Module, inputs: Tensor, target: Path) -> float:
     # Zeros, since the archive contains the example inputs, which are private. Two, since a batch size of one would become a
     # constant.
     two = torch.zeros_like(torch.cat([inputs, inputs])[:2])
-    with _traced("pt2"):
+    with _exporting("pt2"):
         program = torch.export.export(model, (two,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
@@ -266,7 +266,7 @@ def export_pt2(model: nn.Module, inputs: Tensor, target: Path) -> float:
 
 
 @contextmanager
-def _traced(form: str) -> Iterator[None]:
+def _exporting(form: str) -> Iterator[None]:
     """Raise a `StudyError` if exporting fails: torch.export raises errors of many types on a user's forward."""
     try:
         yield
@@ -286,7 +286,7 @@ def _compare(model: nn.Module, other: Callable[[Tensor], Tensor], inputs: Tensor
     with torch.no_grad():
         expected, got = model(inputs), other(inputs)
     difference = float((expected - got).abs().max())
-    bound = TOLERANCE * max(1.0, float(expected.abs().max()))
+    bound = MAX_RELATIVE_DIFFERENCE * max(1.0, float(expected.abs().max()))
     if not difference <= bound:
         raise StudyError(
             f"The exported model's outputs must equal the trial's, but differ by {difference:.2g}; nothing was written."

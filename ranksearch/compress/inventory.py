@@ -77,8 +77,8 @@ def inventory(model: nn.Module, example: Any) -> Inventory:
         macs = watch.run(example)
     except Exception as error:
         raise _not_accepted(model, example, error) from error
-    skipped = {name: reason for name, module in watch.candidates.items() if (reason := _why_not(name, module, watch))}
-    skipped |= _why_not_replaced(model, [name for name in watch.order if name not in skipped], watch, example)
+    skipped = {name: reason for name, module in watch.candidates.items() if (reason := _why_skipped(name, module, watch))}
+    skipped |= _why_not_replaced_in_copy(model, [name for name in watch.order if name not in skipped], watch, example)
     layers = [_describe(name, watch, batch) for name in watch.order if name not in skipped]
     if not layers:
         reasons = (f"{name or type(model).__name__}: {reason}" for name, reason in skipped.items())
@@ -151,7 +151,7 @@ def _check_uncompiled(model: nn.Module) -> None:
             )
 
 
-def _why_not_replaced(model: nn.Module, names: Sequence[str], watch: Watch, example: Any) -> dict[str, str]:
+def _why_not_replaced_in_copy(model: nn.Module, names: Sequence[str], watch: Watch, example: Any) -> dict[str, str]:
     """Why some of these layers cannot be replaced, found by running a copy of the model in eval and in training mode.
 
     Raises:
@@ -170,9 +170,9 @@ def _why_not_replaced(model: nn.Module, names: Sequence[str], watch: Watch, exam
     if in_training is None or not set(watch.order) <= set(in_training[1]):
         _check_copy(twin, watch.order, example)
     if in_training is not None:
-        found = why_not_replaced(twin, [name for name in names if name not in reasons], in_training[0])
+        in_training_reasons = why_not_replaced(twin, [name for name in names if name not in reasons], in_training[0])
         # A layer that is only called in eval mode can be replaced.
-        reasons |= {name: f"{reason}, in training" for name, reason in found.items() if reason != UNCALLED}
+        reasons |= {name: f"{reason}, in training" for name, reason in in_training_reasons.items() if reason != UNCALLED}
     return reasons
 
 
@@ -214,7 +214,7 @@ def _check_copy(twin: nn.Module, called: Sequence[str], example: Any) -> None:
         )
 
 
-def _why_not(name: str, module: nn.Module, watch: Watch) -> str | None:
+def _why_skipped(name: str, module: nn.Module, watch: Watch) -> str | None:
     if reason := why_not_factorized(module):
         return reason
     if not name:

@@ -15,9 +15,9 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: 
     return int(sdpa_flop_count(query.shape, key.shape, value.shape))
 
 
-def _recurrence(inputs: Tensor, of_inputs: Tensor, of_state: Tensor, *args: Any, **kwargs: Any) -> int:
+def _recurrence(inputs: Tensor, input_weights: Tensor, state_weights: Tensor, *args: Any, **kwargs: Any) -> int:
     steps, batch = inputs.shape[:2]
-    return 2 * steps * batch * (of_inputs.numel() + of_state.numel())
+    return 2 * steps * batch * (input_weights.numel() + state_weights.numel())
 
 
 FORMULAS: dict[Any, Callable[..., int]] = {
@@ -27,7 +27,7 @@ FORMULAS: dict[Any, Callable[..., int]] = {
 """CPU operations that are missing from torch's own table of formulas."""
 
 
-class Multiplications(TorchDispatchMode):
+class OperationCounter(TorchDispatchMode):
     """Counts operations by torch's own formulas, two per multiply-accumulate, as torch's FlopCounterMode does.
 
     FlopCounterMode imports torch's compiler, which adds a second to every start. Branches of a `torch.cond` are not counted.
@@ -47,16 +47,16 @@ class Multiplications(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = dict(kwargs or {})
+        keywords = dict(kwargs or {})
         if isinstance(func, torch._ops.HigherOrderOperator):
             return NotImplemented
         formula = FORMULAS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
         if formula is None:
             with self:
-                result = func.decompose(*args, **given)
+                result = func.decompose(*args, **keywords)
             if result is not NotImplemented:
                 return result
-        result = func(*args, **given)
+        result = func(*args, **keywords)
         if formula is not None:
-            self.flops += int(formula(*args, **given, out_val=result))
+            self.flops += int(formula(*args, **keywords, out_val=result))
         return result

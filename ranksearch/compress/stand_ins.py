@@ -26,7 +26,7 @@ class Pass:
     run: Callable[[], Any]
     outputs: list[Tensor]
 
-    def gave(self, outputs: Sequence[Tensor]) -> bool:
+    def matches(self, outputs: Sequence[Tensor]) -> bool:
         """Whether the pass gives these outputs. Also True if its outputs differ each time and so cannot be compared."""
         return _alike(self.outputs, outputs) or self._repeated is None or _alike(self._repeated, outputs)
 
@@ -40,7 +40,7 @@ class Pass:
         return first if _alike(first, second) else None
 
 
-def why_not_replaced(model: nn.Module, names: Sequence[str], whole: Pass) -> dict[str, str]:
+def why_not_replaced(model: nn.Module, names: Sequence[str], reference: Pass) -> dict[str, str]:
     """Why some of these layers cannot be replaced, found by running the model with a stand-in for each.
 
     If the run fails, or gives another result, without a reason for one layer, each half of the layers is tried alone.
@@ -50,25 +50,25 @@ def why_not_replaced(model: nn.Module, names: Sequence[str], whole: Pass) -> dic
     failed = ""
     with _standing_in(model, names) as stand_ins:
         try:
-            outputs = tensors_of(whole.run())
+            outputs = tensors_of(reference.run())
         except Exception as error:
             failed = f"the forward fails when it is replaced ({type(error).__name__}: {first_line(error)})"
     reasons = {}
     for name, stand_in in stand_ins.items():
-        if stand_in.asked:
-            reasons[name] = f"its {stand_in.asked[0]} is also used outside the layer"
+        if stand_in.attributes_read:
+            reasons[name] = f"its {stand_in.attributes_read[0]} is also used outside the layer"
         elif not failed and not stand_in.called:
             reasons[name] = UNCALLED
-    if not failed and not reasons and not whole.gave(outputs):
+    if not failed and not reasons and not reference.matches(outputs):
         # For example, because the forward checks a layer's type.
         failed = "the forward gives another result when it is replaced"
     if failed and len(names) == 1:
         return {names[0]: failed}
     if failed:
         half = len(names) // 2
-        return why_not_replaced(model, names[:half], whole) | why_not_replaced(model, names[half:], whole)
+        return why_not_replaced(model, names[:half], reference) | why_not_replaced(model, names[half:], reference)
     rest = [name for name in names if name not in reasons]
-    return reasons | (why_not_replaced(model, rest, whole) if reasons else {})
+    return reasons | (why_not_replaced(model, rest, reference) if reasons else {})
 
 
 def tensors_of(outputs: Any) -> list[Tensor]:
@@ -92,23 +92,23 @@ def attributes_of(layer: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(layer).items()
-        if not name.startswith("_") and name != "training" and not tree_any(_is_tied, value)
+        if not name.startswith("_") and name != "training" and not tree_any(_holds_tensor_or_code, value)
     }
 
 
-def _is_tied(value: object) -> bool:
+def _holds_tensor_or_code(value: object) -> bool:
     return isinstance(value, Tensor | nn.Module) or callable(value)
 
 
 class _StandIn(nn.Sequential):
     """Wraps a layer and offers only what its replacement will: a call, and `attributes_of` the layer.
 
-    `asked` lists the other attributes that were read, `called` says whether the layer was called.
+    `attributes_read` lists the other attributes that were read, `called` says whether the layer was called.
     """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.asked: list[str] = []
+        self.attributes_read: list[str] = []
         self.called = False
         vars(self).update(attributes_of(layer))
         self.add_module("0", layer)
@@ -122,9 +122,9 @@ class _StandIn(nn.Sequential):
         layer = self.__dict__.get("_modules", {}).get("0")
         if layer is None or name == "0":
             return super().__getattr__(name)
-        found = getattr(layer, name)
-        self.asked.append(name)
-        return found
+        value = getattr(layer, name)
+        self.attributes_read.append(name)
+        return value
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ranksearch.compress.axes import as_maps, back
+from ranksearch.compress.axes import as_maps, usual_order
 from ranksearch.compress.decomposed import from_tensorly
 from ranksearch.compress.inventory import why_not_factorized
 from ranksearch.compress.stand_ins import attributes_of, replace_
@@ -68,7 +68,7 @@ def factorize_(
         if name not in modules or not name:
             raise PlanError(f"A plan must name layers of the model, but {name!r} is none.{nearest(name, _layers(model))}")
         module = modules[name]
-        owners = [other for other, found in model.named_modules(remove_duplicate=False) if found is module]
+        owners = [other for other, owned in model.named_modules(remove_duplicate=False) if owned is module]
         if len(owners) > 1:
             raise PlanError(f"A layer must have one name, but {name!r} is also {', '.join(o for o in owners if o != name)}.")
         kernel = kernel_of(name, module, value)
@@ -76,36 +76,36 @@ def factorize_(
         if tied:
             raise PlanError(f"A layer must not share its weight, but that of {name!r} is also {', '.join(tied)}; leave it out.")
         method = method_of(value)
-        given = ready.get(name)
-        if given is None and not torch.isfinite(kernel).all():
+        layer_factors = ready.get(name)
+        if layer_factors is None and not torch.isfinite(kernel).all():
             raise PlanError(f"Weights must be finite, but layer {name!r} holds NaN or infinity; load or train it again.")
-        if given is None:
-            given = method.factors(kernel, method.prepare(kernel, [value.ranks], seed), value.ranks, seed)
-        _check_shapes(name, value, tuple(kernel.shape), given)
-        made = method.build(module, tuple(kernel.shape), value.ranks, given)
+        if layer_factors is None:
+            layer_factors = method.factors(kernel, method.prepare(kernel, [value.ranks], seed), value.ranks, seed)
+        _check_shapes(name, value, tuple(kernel.shape), layer_factors)
+        replacement = method.build(module, tuple(kernel.shape), value.ranks, layer_factors)
         if bias_corrections and name in bias_corrections:
-            _correct_bias(name, module, made, bias_corrections[name])
-        made = made if value.order is None else _reordered(made, tuple(kernel.shape[1:]), value.order)
-        vars(made).update(attributes_of(module))
-        replacements[name] = made
+            _correct_bias(name, module, replacement, bias_corrections[name])
+        replacement = replacement if value.order is None else _reordered(replacement, tuple(kernel.shape[1:]), value.order)
+        vars(replacement).update(attributes_of(module))
+        replacements[name] = replacement
     for name, module in replacements.items():
         replace_(model, name, module)
     return model
 
 
-def _reordered(made: nn.Sequential, size: Shape, order: Sequence[int]) -> nn.Sequential:
-    """Put a step before `made` that brings the axes of a flattened map (channels, *size) from this order into the usual one."""
+def _reordered(replacement: nn.Sequential, size: Shape, order: Sequence[int]) -> nn.Sequential:
+    """Prepend a step that brings the axes of a flattened map (channels, *size) from this order into the usual one."""
     # Imported here, since it would take seconds in every worker.
     from torchvision.ops import Permute
 
     steps: OrderedDict[str, nn.Module] = OrderedDict()
     steps["map"] = nn.Unflatten(1, [size[axis] for axis in order])
-    steps["order"] = Permute(list(back(order)))
+    steps["order"] = Permute(list(usual_order(order)))
     steps["row"] = nn.Flatten()
-    return nn.Sequential(steps | OrderedDict(made.named_children())).train(made.training)
+    return nn.Sequential(steps | OrderedDict(replacement.named_children())).train(replacement.training)
 
 
-def _correct_bias(layer: str, dense: nn.Module, made: nn.Module, bias_correction: Tensor) -> None:
+def _correct_bias(layer: str, dense: nn.Module, replacement: nn.Module, bias_correction: Tensor) -> None:
     if not isinstance(dense.bias, Tensor) or dense.bias.shape != bias_correction.shape:
         has = f"a bias of shape {tuple(dense.bias.shape)}" if isinstance(dense.bias, Tensor) else "no bias"
         raise PlanError(
@@ -113,7 +113,7 @@ def _correct_bias(layer: str, dense: nn.Module, made: nn.Module, bias_correction
             f"layer has {has}."
         )
     # Only the last part of a factorization has a bias.
-    bias = next(parameter for name, parameter in made.named_parameters() if name.endswith(".bias"))
+    bias = next(parameter for name, parameter in replacement.named_parameters() if name.endswith(".bias"))
     with torch.no_grad():
         bias.add_(bias_correction.to(bias))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.compress.axes import Axes, Flattened
-from ranksearch.compress.macs import Multiplications
+from ranksearch.compress.macs import OperationCounter
 from ranksearch.compress.stand_ins import evaluating, tensors_of
 from ranksearch.methods.layer import CONVOLUTIONS
 from ranksearch.support.batch import run_model
@@ -32,7 +32,7 @@ class Watch:
 
     def run(self, example: Any) -> int:
         """Run one pass in eval mode; returns its multiply-accumulates."""
-        counter = Multiplications()
+        counter = OperationCounter()
         with self.noting(), evaluating(self.model), torch.no_grad(), counter, self.axes:
             self.outputs = tensors_of(run_model(self.model, example))
         return counter.flops // 2
@@ -47,11 +47,11 @@ class Watch:
 
     def _note(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
         self.order.append(name)
-        given = subject(args, kwargs)
-        if isinstance(given, Tensor) and isinstance(output, Tensor):
-            self.shapes[name] = (tuple(given.shape), tuple(output.shape))
-            if (source := self.axes.source(given)) is not None:
-                self.maps[name] = source
+        layer_input = subject(args, kwargs)
+        if isinstance(layer_input, Tensor) and isinstance(output, Tensor):
+            self.shapes[name] = (tuple(layer_input.shape), tuple(output.shape))
+            if (flattened := self.axes.flattened_map(layer_input)) is not None:
+                self.maps[name] = flattened
 
 
 def is_candidate(module: nn.Module) -> bool:

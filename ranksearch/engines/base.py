@@ -40,7 +40,7 @@ class Crash:
 class Workers(abc.ABC):
     """The processes that run jobs. They stay alive between calls of `Engine.run` with the same `evaluate`."""
 
-    about: str
+    description: str
     """The number and kind of the workers, in a few words for the report."""
 
     @abc.abstractmethod
@@ -63,7 +63,7 @@ class Workers(abc.ABC):
         """
 
     @abc.abstractmethod
-    def lost_words(self) -> str:
+    def lost_reason(self) -> str:
         """How the last worker was lost, and the remedy, as the end of a sentence."""
 
     @abc.abstractmethod
@@ -76,7 +76,7 @@ class Engine:
 
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
-        self.about = workers.about
+        self.description = workers.description
 
     def __enter__(self) -> Self:
         return self
@@ -128,10 +128,10 @@ class Engine:
                     lost = lost + 1 if message.outcome is Outcome.WORKER_LOST else 0
                 on_message(job, message)
                 if lost >= MAX_LOST:
-                    raise StudyError(f"Workers must survive their trials, but {lost} in a row died {workers.lost_words()}")
+                    raise StudyError(f"Workers must survive their trials, but {lost} in a row died {workers.lost_reason()}")
 
 
-def packed(evaluate: Evaluate) -> bytes:
+def pickled(evaluate: Evaluate) -> bytes:
     """`evaluate`, pickled for workers on other machines.
 
     Raises:

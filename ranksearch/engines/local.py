@@ -26,7 +26,7 @@ from ranksearch.engines.shared import Packed, pack
 from ranksearch.errors import ModelError
 from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
 
-START = """
+WORKER_PROGRAM = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the driver handles Ctrl-C
 from multiprocessing.connection import Connection
@@ -48,7 +48,7 @@ else:
 
 def engine(workers: int) -> Engine:
     """An engine with this many worker processes on this machine; with 0, jobs run in this process."""
-    return Engine(_Pool(workers) if workers else _Here())
+    return Engine(_Pool(workers) if workers else _InProcess())
 
 
 def threads_for(workers: int) -> int:
@@ -56,10 +56,10 @@ def threads_for(workers: int) -> int:
     return max(1, (os.cpu_count() or 1) // max(1, workers))
 
 
-class _Here(Workers):
+class _InProcess(Workers):
     """This process as the only worker. An exception of a job is raised directly."""
 
-    about = "in one process"
+    description = "in one process"
 
     def __init__(self) -> None:
         self._evaluate: Evaluate | None = None
@@ -73,7 +73,7 @@ class _Here(Workers):
         return self._job is None
 
     def submit(self, job: Job) -> None:
-        assert self._evaluate is not None, "loaded before it is given jobs"
+        assert self._evaluate is not None, "`load` must be called before `submit`"
         self._job, self._messages = job, self._evaluate(job)
 
     def messages(self) -> Iterator[tuple[int, CurvePoint | Result]]:
@@ -84,7 +84,7 @@ class _Here(Workers):
             self._job = None
         yield key, message
 
-    def lost_words(self) -> str:
+    def lost_reason(self) -> str:
         raise AssertionError("this process is not lost")
 
     def close(self) -> None:
@@ -112,7 +112,7 @@ class _Pool(Workers):
     def __init__(self, workers: int) -> None:
         self._threads = threads_for(workers)
         counts = ((workers, "worker"), (self._threads, "thread"))
-        self.about = " of ".join(f"{count} {thing}{'s' if count > 1 else ''}" for count, thing in counts)
+        self.description = " of ".join(f"{count} {thing}{'s' if count > 1 else ''}" for count, thing in counts)
         self._limit = workers
         self._evaluate: Evaluate | None = None
         self._packed: Packed | None = None
@@ -152,7 +152,7 @@ class _Pool(Workers):
                 worker.job = None
             yield key, message
 
-    def lost_words(self) -> str:
+    def lost_reason(self) -> str:
         return f"(last exit code {self._last_exit}); use fewer --workers, or --workers 0 to see the error in this process."
 
     def close(self) -> None:
@@ -171,15 +171,15 @@ class _Pool(Workers):
         return [worker for worker in self._workers if worker.job is not None]
 
     def _start(self) -> _Worker:
-        assert self._packed is not None, "loaded before it is given jobs"
+        assert self._packed is not None, "`load` must be called before `submit`"
         here, there = Pipe()
-        given = there.fileno(), self._packed.file.fileno()
+        descriptors = there.fileno(), self._packed.file.fileno()
         process = subprocess.Popen(
             # -P: without it, a file in the current folder could shadow a standard module before the driver's path arrives.
-            [sys.executable, "-P", "-c", START, *map(str, (*given, self._packed.start, self._threads))],
+            [sys.executable, "-P", "-c", WORKER_PROGRAM, *map(str, (*descriptors, self._packed.start, self._threads))],
             # OpenMP reads this when the worker imports torch, so it must be set before.
             env=os.environ | {"OMP_NUM_THREADS": str(self._threads)},
-            pass_fds=given,
+            pass_fds=descriptors,
             stdin=subprocess.PIPE,
         )
         there.close()

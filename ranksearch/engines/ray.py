@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 
 import cloudpickle
 
-from ranksearch.engines.base import Crash, Engine, Evaluate, Workers, packed
+from ranksearch.engines.base import Crash, Engine, Evaluate, Workers, pickled
 from ranksearch.errors import StudyError
 from ranksearch.results.messages import CurvePoint, Job, Result
 
@@ -66,13 +66,13 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Ready:
-    """The Ray process is connected. `about` describes the cluster in a few words."""
+    """The Ray process is connected. `description` is the cluster in a few words."""
 
-    about: str
+    description: str
 
 
 @dataclass(frozen=True)
-class Sealed:
+class SealedJob:
     """A pickled job. Only the worker unpickles it: its plan may use a class that the Ray process between them does not know."""
 
     key: int
@@ -80,12 +80,12 @@ class Sealed:
 
 
 @dataclass(frozen=True)
-class Free:
-    """A worker is free. The driver replies with a `Sealed` job, with None (no job now), or with `End`."""
+class WorkerFree:
+    """A worker is free. The driver replies with a `SealedJob`, with None (no job now), or with `NoMoreJobs`."""
 
 
 @dataclass(frozen=True)
-class Said:
+class JobMessage:
     """A message of the job with this key."""
 
     key: int
@@ -93,7 +93,7 @@ class Said:
 
 
 @dataclass(frozen=True)
-class End:
+class NoMoreJobs:
     """No more jobs for the loaded `evaluate`."""
 
 
@@ -112,7 +112,7 @@ class _Cluster(Workers):
         self._cluster = cluster
         self._evaluate: Evaluate | None = None
         self._asked = False
-        """Whether the Ray process waits for our reply to `Free`."""
+        """Whether the Ray process waits for our reply to `WorkerFree`."""
         self._running = 0
         self._scratch = TemporaryDirectory(prefix="ranksearch-ray-")
         self._pipe, self._process = _start(cluster, self._scratch.name)
@@ -125,7 +125,7 @@ class _Cluster(Workers):
                 )
             ready = self._receive()
             assert isinstance(ready, Ready)
-            self.about = ready.about
+            self.description = ready.description
         except BaseException:
             self._process.kill()
             self.close()
@@ -134,11 +134,11 @@ class _Cluster(Workers):
     def load(self, evaluate: Evaluate) -> None:
         if evaluate is self._evaluate:
             return
-        payload = packed(evaluate)
+        payload = pickled(evaluate)
         if self._evaluate is not None:
             if not self._asked:
                 self._receive()
-            self._reply(End())
+            self._reply(NoMoreJobs())
         self._evaluate = evaluate
         self._send(payload)
 
@@ -147,19 +147,19 @@ class _Cluster(Workers):
 
     def submit(self, job: Job) -> None:
         self._running += 1
-        self._reply(Sealed(job.key, cloudpickle.dumps(job)))
+        self._reply(SealedJob(job.key, cloudpickle.dumps(job)))
 
     def messages(self) -> Iterator[tuple[int, CurvePoint | Result | Crash]]:
         if self._asked:
             self._reply(None)
         news = self._receive()
-        if isinstance(news, Said):
+        if isinstance(news, JobMessage):
             self._running -= not isinstance(news.message, CurvePoint)
             yield news.key, news.message
         else:
             self._asked = True
 
-    def lost_words(self) -> str:
+    def lost_reason(self) -> str:
         return (
             "(killed, out of memory, or lost with their nodes); see Ray's dashboard or /tmp/ray/session_latest/logs on a node."
         )
@@ -179,7 +179,7 @@ class _Cluster(Workers):
         self._running = 0
         self._scratch.cleanup()
 
-    def _reply(self, result: Sealed | End | None) -> None:
+    def _reply(self, result: SealedJob | NoMoreJobs | None) -> None:
         self._asked = False
         self._send(result)
 
@@ -189,7 +189,7 @@ class _Cluster(Workers):
         except OSError:
             raise self._gone() from None
 
-    def _receive(self) -> Ready | Free | Said:
+    def _receive(self) -> Ready | WorkerFree | JobMessage:
         try:
             news = self._pipe.recv()
         except (EOFError, OSError):

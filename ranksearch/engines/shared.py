@@ -31,9 +31,9 @@ from torch.storage import TypedStorage
 from ranksearch.engines.base import picklable
 from ranksearch.errors import DataError, StudyError
 
-ALIGNMENT = 64
+ALIGNMENT_BYTES = 64
 """Alignment in bytes, that of torch's own allocations: some kernels round differently with another one."""
-LARGE = 1 << 20
+MIN_MAPPED_BYTES = 1 << 20
 """Bytes. Smaller pieces of mapped files are copied, not mapped again, since there may be thousands."""
 MAPPING = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) ...(.) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)")
 """The first line of a mapping in /proc/self/smaps: start, end, p(rivate) or s(hared), offset, device, inode, path."""
@@ -57,9 +57,9 @@ class _File:
     device: int
     inode: int
 
-    def check(self, about: os.stat_result) -> None:
-        """Raises a DataError unless `about` is of this file."""
-        if (about.st_dev, about.st_ino) != (self.device, self.inode) or not stat.S_ISREG(about.st_mode):
+    def check(self, stats: os.stat_result) -> None:
+        """Raises a DataError unless `stats` is of this file."""
+        if (stats.st_dev, stats.st_ino) != (self.device, self.inode) or not stat.S_ISREG(stats.st_mode):
             raise DataError(f"{self.path} must not change while a study runs, but was replaced by another file")
 
 
@@ -94,7 +94,7 @@ def pack(value: Any) -> Packed:
     with picklable():
         _Pickler(stream, protocol=5, buffer_callback=buffers.append).dump(value)
     memories = [buffer.raw() for buffer in buffers]
-    file = _nameless()
+    file = _anonymous_file()
     try:
         spans = _write(memories, file)
         start = file.tell()
@@ -116,9 +116,9 @@ def unpack(file: int, start: int) -> Any:
     Raises:
         DataError: a mapped data file was replaced since.
     """
-    whole = memoryview(mmap.mmap(file, 0, access=mmap.ACCESS_COPY))
-    spans, stream = pickle.loads(whole[start:])
-    return pickle.loads(stream, buffers=[_mapped(whole, span) for span in spans])
+    packed_memory = memoryview(mmap.mmap(file, 0, access=mmap.ACCESS_COPY))
+    spans, stream = pickle.loads(packed_memory[start:])
+    return pickle.loads(stream, buffers=[_mapped(packed_memory, span) for span in spans])
 
 
 def check_portable(value: Any) -> None:
@@ -128,10 +128,10 @@ def check_portable(value: Any) -> None:
         ModelError: something in it cannot be pickled.
     """
     with picklable():
-        _Pickler(_Nowhere(), protocol=5, buffer_callback=lambda buffer: None).dump(value)
+        _Pickler(_NullStream(), protocol=5, buffer_callback=lambda buffer: None).dump(value)
 
 
-class _Nowhere(io.RawIOBase):
+class _NullStream(io.RawIOBase):
     def write(self, data: Any) -> int:
         return len(data)
 
@@ -189,18 +189,18 @@ def _address(memory: Any) -> int:
     return int(np.asarray(memory).__array_interface__["data"][0])
 
 
-def _nameless() -> IO[bytes]:
+def _anonymous_file() -> IO[bytes]:
     # Not in /dev/shm, which is limited to 64 MB in a Docker container: memfd has no limit of its own.
     return os.fdopen(os.memfd_create("ranksearch"), "w+b") if hasattr(os, "memfd_create") else tempfile.TemporaryFile()
 
 
 def _write(memories: Sequence[memoryview], file: IO[bytes]) -> list[_Span]:
-    mappings = _mappings() if any(memory.nbytes >= LARGE for memory in memories) else []
+    mappings = _mappings() if any(memory.nbytes >= MIN_MAPPED_BYTES for memory in memories) else []
     spans = []
     for memory in memories:
         span = _in_a_file(memory, mappings)
         if span is None:
-            file.seek(-file.tell() % ALIGNMENT, os.SEEK_CUR)
+            file.seek(-file.tell() % ALIGNMENT_BYTES, os.SEEK_CUR)
             span = _Span(None, file.tell(), memory.nbytes)
             file.write(memory)
         spans.append(span)
@@ -208,7 +208,7 @@ def _write(memories: Sequence[memoryview], file: IO[bytes]) -> list[_Span]:
 
 
 def _in_a_file(memory: memoryview, mappings: Sequence[_Mapping]) -> _Span | None:
-    if memory.nbytes < LARGE:
+    if memory.nbytes < MIN_MAPPED_BYTES:
         return None
     start = _address(memory)
     mapping = next((each for each in mappings if each.start <= start < each.end), None)
@@ -223,26 +223,26 @@ def _in_a_file(memory: memoryview, mappings: Sequence[_Mapping]) -> _Span | None
 
 def _mappings() -> list[_Mapping]:
     """The file mappings of this process, without private mappings that were written to and so differ from their file."""
-    found: list[_Mapping] = []
+    mappings: list[_Mapping] = []
     private = False
     with suppress(FileNotFoundError):  # only Linux has smaps; elsewhere mapped files are copied like other memory
         for line in Path("/proc/self/smaps").read_bytes().splitlines():
             if match := MAPPING.fullmatch(line):
                 start, end, kind, offset, major, minor, inode, path = match.groups()
                 file = _File(os.fsdecode(path), os.makedev(int(major, 16), int(minor, 16)), int(inode))
-                found.append(_Mapping(int(start, 16), int(end, 16), int(offset, 16), file))
+                mappings.append(_Mapping(int(start, 16), int(end, 16), int(offset, 16), file))
                 private = kind == b"p"
             elif private and line.startswith((b"Anonymous:", b"Swap:")) and int(line.split()[1]):
-                found.pop()
+                mappings.pop()
                 private = False
-    return found
+    return mappings
 
 
-def _mapped(whole: memoryview, span: _Span) -> memoryview:
+def _mapped(packed_memory: memoryview, span: _Span) -> memoryview:
     if span.file is None:
-        return whole[span.offset : span.offset + span.length]
+        return packed_memory[span.offset : span.offset + span.length]
     with Path(span.file.path).open("rb") as file:
         span.file.check(os.fstat(file.fileno()))
         before = span.offset % mmap.ALLOCATIONGRANULARITY
-        found = mmap.mmap(file.fileno(), before + span.length, access=mmap.ACCESS_COPY, offset=span.offset - before)
-    return memoryview(found)[before:]
+        mapping = mmap.mmap(file.fileno(), before + span.length, access=mmap.ACCESS_COPY, offset=span.offset - before)
+    return memoryview(mapping)[before:]

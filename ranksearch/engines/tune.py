@@ -28,7 +28,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from ranksearch.engines.base import Crash, Evaluate, Messages
-from ranksearch.engines.ray import Cluster, End, Free, Ready, Said, Sealed
+from ranksearch.engines.ray import Cluster, JobMessage, NoMoreJobs, Ready, SealedJob, WorkerFree
 from ranksearch.errors import ModelError, StudyError, described, unloadable
 from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
 
@@ -43,7 +43,7 @@ def main() -> None:
     try:
         cluster: Cluster = driver.recv()
         _connect(cluster)
-        driver.send(Ready(_about(cluster)))
+        driver.send(Ready(_describe(cluster)))
         while True:
             _run(driver, cluster, driver.recv())
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -73,14 +73,14 @@ def _connect(cluster: Cluster) -> None:
             ray.init(address=cluster.address, **quiet)
         except (ConnectionError, ValueError) as error:
             raise StudyError(
-                f"A Ray cluster must listen at --address {cluster.address}, but none does: {_line(error)}"
+                f"A Ray cluster must listen at --address {cluster.address}, but none does: {_one_line(error)}"
             ) from None
         except RuntimeError as error:
             if "Version mismatch" not in str(error):
                 raise
             raise StudyError(
                 f"Driver and cluster must have the same versions of Ray and Python, but the cluster at {cluster.address} "
-                f"differs: {_line(error)}; install the same on both."
+                f"differs: {_one_line(error)}; install the same on both."
             ) from None
     if not _slots(cluster):
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -91,11 +91,11 @@ def _connect(cluster: Cluster) -> None:
         )
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _about(cluster: Cluster) -> str:
+def _describe(cluster: Cluster) -> str:
     nodes = sum(node["Alive"] for node in ray.nodes())
     trial = f"{cluster.cpus} {'CPU' if cluster.cpus == 1 else 'CPUs'}" + (
         f" and {cluster.gpus:g} {'GPU' if cluster.gpus <= 1 else 'GPUs'}" if cluster.gpus else ""
@@ -105,31 +105,31 @@ def _about(cluster: Cluster) -> str:
 
 def _slots(cluster: Cluster) -> int:
     """How many trials the nodes that are alive now can run at a time."""
-    found = 0
+    slots = 0
     for node in ray.nodes():
         if node["Alive"]:
             cpus, gpus = (node["Resources"].get(kind, 0) for kind in ("CPU", "GPU"))
             held = cpus // cluster.cpus
-            found += int(min(held, _share(gpus, cluster.gpus)) if cluster.gpus else held)
-    return found if cluster.workers is None else min(found, cluster.workers)
+            slots += int(min(held, _trials_on_gpus(gpus, cluster.gpus)) if cluster.gpus else held)
+    return slots if cluster.workers is None else min(slots, cluster.workers)
 
 
-def _share(gpus: float, each: float) -> int:
+def _trials_on_gpus(gpus: float, each: float) -> int:
     """How many trials fit on a node's GPUs. A trial that takes a fraction stays on one GPU; 1e-6, since 1 // 0.1 is 9."""
     return int(gpus) * int(1 / each + 1e-6) if each < 1 else int(gpus // each)
 
 
 def _run(driver: Connection, cluster: Cluster, evaluate: bytes) -> None:
     """Run one Tune experiment, with a trial for each job of the driver."""
-    board = _Board(driver)
+    running_jobs = _RunningJobs(driver)
     trainable = tune.with_resources(
         tune.with_parameters(_Trial, evaluate=evaluate, threads=cluster.cpus), {"cpu": cluster.cpus, "gpu": cluster.gpus}
     )
     tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=_Searcher(board, cluster),
-            scheduler=_Scheduler(board),
+            search_alg=_Searcher(running_jobs, cluster),
+            scheduler=_Scheduler(running_jobs),
             num_samples=-1,
             reuse_actors=True,
             trial_name_creator=lambda trial: trial.trial_id,
@@ -144,50 +144,50 @@ def _run(driver: Connection, cluster: Cluster, evaluate: bytes) -> None:
     ).fit()
 
 
-class _Board:
+class _RunningJobs:
     """Keeps the running jobs by Tune's trial ids, and passes their messages to the driver."""
 
     def __init__(self, driver: Connection) -> None:
         self._driver = driver
-        self._running: dict[str, Sealed] = {}
+        self._running: dict[str, SealedJob] = {}
 
     def running(self) -> int:
         return len(self._running)
 
-    def draw(self, trial: str) -> Sealed | End | None:
+    def draw(self, trial: str) -> SealedJob | NoMoreJobs | None:
         """Ask the driver for a job for this Tune trial."""
-        self._driver.send(Free())
+        self._driver.send(WorkerFree())
         job = self._driver.recv()
-        if isinstance(job, Sealed):
+        if isinstance(job, SealedJob):
             self._running[trial] = job
         return job
 
-    def say(self, trial: str, message: CurvePoint | Result | Crash) -> None:
+    def send(self, trial: str, message: CurvePoint | Result | Crash) -> None:
         """Pass a message on. A trial ends with its first message that is not a learning-curve point."""
         job = self._running[trial] if isinstance(message, CurvePoint) else self._running.pop(trial)
-        self._driver.send(Said(job.key, message))
+        self._driver.send(JobMessage(job.key, message))
 
 
 class _Searcher(Searcher):
     """Gives Tune a job whenever a worker is free and the driver has a job."""
 
-    def __init__(self, board: _Board, cluster: Cluster) -> None:
+    def __init__(self, running_jobs: _RunningJobs, cluster: Cluster) -> None:
         super().__init__()
-        self._board, self._cluster = board, cluster
-        self._limit, self._looked, self._had_nodes = 0, -1.0, time.monotonic()
+        self._running_jobs, self._cluster = running_jobs, cluster
+        self._limit, self._counted_at, self._had_nodes = 0, -1.0, time.monotonic()
 
     def suggest(self, trial_id: str) -> Any:
         """A configuration that holds the job, None if there is no job now, or FINISHED."""
-        if self._board.running() >= self._places():
+        if self._running_jobs.running() >= self._places():
             return None
-        job = self._board.draw(trial_id)
-        return {"job": job} if isinstance(job, Sealed) else job and self.FINISHED
+        job = self._running_jobs.draw(trial_id)
+        return {"job": job} if isinstance(job, SealedJob) else job and self.FINISHED
 
     def _places(self) -> int:
         """How many trials may run now. Nodes come and go, so this is counted anew every second."""
         now = time.monotonic()
-        if now - self._looked > 1:
-            self._limit, self._looked = _slots(self._cluster), now
+        if now - self._counted_at > 1:
+            self._limit, self._counted_at = _slots(self._cluster), now
             if self._limit:
                 self._had_nodes = now
             elif now - self._had_nodes > NO_NODE_SECONDS:
@@ -210,17 +210,17 @@ class _Searcher(Searcher):
 class _Scheduler(TrialScheduler):
     """Passes the messages of trials to the driver."""
 
-    def __init__(self, board: _Board) -> None:
+    def __init__(self, running_jobs: _RunningJobs) -> None:
         super().__init__()
-        self._board = board
+        self._running_jobs = running_jobs
         self._chosen: set[str] = set()
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        self._board.say(trial.trial_id, result["message"])
+        self._running_jobs.send(trial.trial_id, result["message"])
         return self.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        self._board.say(trial.trial_id, result["message"])
+        self._running_jobs.send(trial.trial_id, result["message"])
         del trial.last_result["message"]  # Tune keeps each trial's last result, and a finalist's message holds its weights
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
@@ -232,8 +232,8 @@ class _Scheduler(TrialScheduler):
         error = cloudpickle.loads(Path(kept).read_bytes()) if kept else None
         message: Result | Crash = Result(Outcome.WORKER_LOST)
         if isinstance(error, RayActorError) and error.actor_init_failed:
-            message = _unable(error)
-        self._board.say(trial.trial_id, message)
+            message = _start_failure(error)
+        self._running_jobs.send(trial.trial_id, message)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """A pending trial that was not chosen before.
@@ -257,7 +257,7 @@ class _Scheduler(TrialScheduler):
         return "the driver decides"
 
 
-def _unable(error: RayActorError) -> Crash:
+def _start_failure(error: RayActorError) -> Crash:
     """A `ModelError` for a worker that could not start. Ray's text is a page that names the node and ends with the error."""
     page = str(error).strip()
     node = re.search(r"ip=([^,)]+)", page)

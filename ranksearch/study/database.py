@@ -18,11 +18,19 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from ranksearch.errors import StudyError, first_line
-from ranksearch.study.storage import BUSY_TIMEOUT, CONNECT, LOCKED, Patience, PatientStorage, Unusable, cause_of
+from ranksearch.study.storage import (
+    BUSY_TIMEOUT_SECONDS,
+    LOCKED,
+    POSTGRES_OPTIONS,
+    Patience,
+    PatientStorage,
+    Unusable,
+    cause_of,
+)
 
 Announce = Callable[[str], None]
 """Called with a message when a run starts to wait for its storage, and when the wait is over."""
-ATTEMPTS = 3
+OPEN_ATTEMPTS = 3
 """How often to try to open a storage whose tables another run is creating."""
 
 
@@ -39,13 +47,13 @@ def check_storage(url: str, announce: Announce = silent) -> PatientStorage:
     """
     address = address_of(url)
     patience = Patience(masked(url), announce)
-    for attempt in range(1, ATTEMPTS + 1):
+    for attempt in range(1, OPEN_ATTEMPTS + 1):
         try:
-            return patience(lambda again: _connected(address, patience))
+            return patience(lambda again: _connect(address, patience))
         except (ImportError, SQLAlchemyError, StorageInternalError, RuntimeError) as error:
             # Another run that starts at the same time creates the same tables.
-            if "already exists" not in str(error) or attempt == ATTEMPTS:
-                raise _unusable(url, error) from None
+            if "already exists" not in str(error) or attempt == OPEN_ATTEMPTS:
+                raise _storage_error(url, error) from None
         time.sleep(attempt)
     raise AssertionError("the last attempt returns or raises")
 
@@ -80,14 +88,14 @@ def address_of(url: str) -> URL:
         raise StudyError(f"A storage must be a database URL such as sqlite:///study.db, but got {masked(url)!r}.") from None
 
 
-def _connected(address: URL, patience: Patience) -> PatientStorage:
+def _connect(address: URL, patience: Patience) -> PatientStorage:
     url = address.render_as_string(hide_password=False)
     options: dict[str, Any] = {"pool_pre_ping": True}
     if address.get_backend_name() == "postgresql":
-        options["connect_args"] = CONNECT
+        options["connect_args"] = POSTGRES_OPTIONS
     if address.get_backend_name() != "sqlite":
         return PatientStorage(url, patience, engine_kwargs=options)
-    options["connect_args"] = {"timeout": BUSY_TIMEOUT}
+    options["connect_args"] = {"timeout": BUSY_TIMEOUT_SECONDS}
     try:
         storage = PatientStorage(url, patience, engine_kwargs=options)
     except (SQLAlchemyError, StorageInternalError) as error:
@@ -99,7 +107,7 @@ def _connected(address: URL, patience: Patience) -> PatientStorage:
     return storage
 
 
-def _quick_commits(connection: sqlite3.Connection, about: object) -> None:
+def _quick_commits(connection: sqlite3.Connection, record: object) -> None:
     """Let SQLite append to a log instead of waiting for the disk twice at each of a trial's twenty commits.
 
     A killed process loses nothing. After a power failure the last commits may be missing, but no record is corrupted.
@@ -108,7 +116,7 @@ def _quick_commits(connection: sqlite3.Connection, about: object) -> None:
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
-def _unusable(url: str, error: Exception) -> StudyError:
+def _storage_error(url: str, error: Exception) -> StudyError:
     if isinstance(error, ImportError) and error.name:
         reason = f"the Python package {error.name!r} is not installed"
     else:
@@ -122,8 +130,8 @@ def _unusable(url: str, error: Exception) -> StudyError:
 def _without_password(text: str, url: str) -> str:
     """Mask the address, or `:password@`, in a text. The bare password is not replaced: it may be a common word."""
     address = address_of(url)
-    for whole in (url, address.render_as_string(hide_password=False)):
-        text = text.replace(whole, masked(url))
+    for full_address in (url, address.render_as_string(hide_password=False)):
+        text = text.replace(full_address, masked(url))
     for password in {address.password, quote(str(address.password), safe="")} if address.password else set():
         text = text.replace(f":{password}@", ":***@")
     return text
@@ -140,12 +148,12 @@ def study_lock(name: str, url: str) -> Iterator[None]:
         StudyError: another run holds the lock, or the storage cannot be used.
     """
     address = address_of(url)
-    with ExitStack() as held:
+    with ExitStack() as release:
         try:
-            taken = _take(name, address, held)
+            locked = _try_lock(name, address, release)
         except (OSError, SQLAlchemyError) as error:
-            raise _unusable(url, error) from None
-        if not taken:
+            raise _storage_error(url, error) from None
+        if not locked:
             raise StudyError(
                 f"Only one run at a time may use a study, but {name!r} in {masked(url)} is in use; wait for that run, give it "
                 "more --workers, or choose another name."
@@ -153,19 +161,19 @@ def study_lock(name: str, url: str) -> Iterator[None]:
         yield
 
 
-def _take(name: str, address: URL, held: ExitStack) -> bool:
-    """Try to lock the study and return whether that succeeded. Closing `held` releases the lock."""
+def _try_lock(name: str, address: URL, release: ExitStack) -> bool:
+    """Try to lock the study and return whether that succeeded. Closing `release` releases the lock."""
     if address.get_backend_name() == "sqlite":
         database = Path(address.database or "").resolve()
         try:
-            held.enter_context(filelock.FileLock(database.with_name(f".{database.name}.{name}.lock"), timeout=0))
+            release.enter_context(filelock.FileLock(database.with_name(f".{database.name}.{name}.lock"), timeout=0))
         except filelock.Timeout:
             return False
     elif address.get_backend_name() == "postgresql":
         # The lock belongs to its connection, so keep one open for the whole run, without a transaction.
-        engine = create_engine(address, connect_args=CONNECT, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+        engine = create_engine(address, connect_args=POSTGRES_OPTIONS, poolclass=NullPool, isolation_level="AUTOCOMMIT")
         connection = engine.connect()
-        held.callback(_close, connection)
+        release.callback(_close, connection)
         # By default the server notices a lost client only after two hours.
         for setting, value in (("idle", "20"), ("interval", "5"), ("count", "3")):
             connection.execute(select(func.set_config(f"tcp_keepalives_{setting}", value, False)))

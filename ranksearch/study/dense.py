@@ -59,12 +59,12 @@ def load_weights(model: nn.Module, path: Path) -> bool:
     try:
         load_(model, state)
     except Exception as error:  # a module's own loading code may raise anything
-        found = _difference(model, state) or " ".join(str(error).split())
-        raise ModelError(f"{path} must be a state dict of the model, but {found}") from error
+        difference = _difference(model, state) or " ".join(str(error).split())
+        raise ModelError(f"{path} must be a state dict of the model, but {difference}") from error
     return True
 
 
-def load_given(model: nn.Module, path: Path) -> None:
+def load_required_weights(model: nn.Module, path: Path) -> None:
     """Load the weights file that a study names; raises `ModelError` as `load_weights` does, and if the file does not exist."""
     if not load_weights(model, path):
         raise ModelError(f"dense.weights must be a state dict of the model, but {path} does not exist.")
@@ -151,10 +151,10 @@ def _difference(model: nn.Module, state: Mapping[str, Tensor]) -> str:
     if prefix and all(name.startswith(prefix) for name in state):
         return f"all its names begin with {prefix!r}; remove that prefix."
     others = [name for name in own if name in state and own[name].shape != state[name].shape]
-    found = [f"it lacks {_some(missing)}"] if missing else []
-    found += [f"it holds {_some(unexpected)}, which the model lacks"] if unexpected else []
-    found += [f"{name} is {tuple(state[name].shape)} there and {tuple(own[name].shape)} in the model" for name in others[:1]]
-    return ", ".join(found) + ("; use the model and the arguments that it was trained with." if found else "")
+    parts = [f"it lacks {_some(missing)}"] if missing else []
+    parts += [f"it holds {_some(unexpected)}, which the model lacks"] if unexpected else []
+    parts += [f"{name} is {tuple(state[name].shape)} there and {tuple(own[name].shape)} in the model" for name in others[:1]]
+    return ", ".join(parts) + ("; use the model and the arguments that it was trained with." if parts else "")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -26,20 +26,20 @@ SPEC, DATABASE, DENSE_FILE = "spec.toml", "study.db", "dense.safetensors"
 UNFINISHED = "unfinished"
 """The folder of the checkpoints of unfinished trainings."""
 REPORT = ("report.html", "report.md", "front.*", "front-*.png", "trials.csv")
-OURS = ("study.db*", DENSE_FILE, UNFINISHED, "profile", "models", "export", *REPORT, SPEC)
+STUDY_FILES = ("study.db*", DENSE_FILE, UNFINISHED, "profile", "models", "export", *REPORT, SPEC)
 """Everything that a study writes into its folder and `--fresh` deletes. The spec is deleted last, since it marks the folder."""
-MARK = "# Written by ranksearch: the study of this folder, as resolved."
+SPEC_HEADER = "# Written by ranksearch: the study of this folder, as resolved."
 START_OVER = "choose another --out or name, or --fresh to start over"
 ANOTHER_OR_START_OVER = "choose another --out, or --fresh to start over"
 USE_OR_START_OVER = "use that release, or start over by `ranksearch study` with --fresh"
-ELSEWHERE = "# storage: "
+STORAGE_LINE = "# storage: "
 """Start of the line in spec.toml that names the storage, if it is not the SQLite file in the folder."""
-OURS_IN_STORAGE, STUDY = "ranksearch:", "ranksearch:study"
+ATTRIBUTE_PREFIX, IDENTITY = "ranksearch:", "ranksearch:study"
 """The prefix of our study attributes, and the attribute that identifies the study."""
-FORMAT = 1
+RECORD_FORMAT = 1
 """Version of the records in a storage. Raise it with each change after which older records cannot be read or resumed."""
-WEIGHTS = "dense.weights"
-TOLERANCE = 1e-3
+WEIGHTS_KEY = "dense.weights"
+RMS_TOLERANCE = 1e-3
 """Relative tolerance of a root mean square. The same images, decoded by other releases of a library, differ by less."""
 INPUTS_WORDS = {
     "count": "the number of inputs in split {!r} is",
@@ -66,10 +66,12 @@ def folder_lock(
         raise StudyError(f"The output folder's name must be UTF-8, but is {str(folder)!r}; choose another --out.") from None
     if folder.exists() and not folder.is_dir():
         raise StudyError(f"The output must be a folder, but {folder} is a file; choose another --out.")
-    ours = _is_a_studys(folder)
+    ours = _is_study_folder(folder)
     # Hidden files are allowed: the lock, and temporary files of a killed run.
     if not ours and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise StudyError(f"The output folder must be a study's or empty, but {folder} holds other files; choose another --out.")
+        raise StudyError(
+            f"The output folder must belong to a study or be empty, but {folder} holds other files; choose another --out."
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / ".lock", timeout=0)
@@ -82,12 +84,12 @@ def folder_lock(
         raise StudyError(f"The output folder {folder} cannot be written: {error.strerror}; choose another --out.") from None
     try:
         if ours and not fresh:
-            _same_study(f"The folder {folder}", read_spec(folder, fix=ANOTHER_OR_START_OVER).identity(), spec)
-            _check_place(folder, spec, storage, announce)
+            _check_same_study(f"The folder {folder}", read_spec(folder, fix=ANOTHER_OR_START_OVER).identity(), spec)
+            _check_storage_holds_study(folder, spec, storage, announce)
         with study_lock(spec.name, storage_url(folder, storage)):
             if fresh:
                 with writing(f"The output folder {folder}", "choose another --out"):
-                    _empty(folder)
+                    _delete_study_files(folder)
             yield
     finally:
         lock.release()
@@ -112,14 +114,15 @@ def read_spec(folder: Path, *, fix: str = USE_OR_START_OVER) -> StudySpec:
 
 def write_spec(folder: Path, spec: StudySpec, storage: str | None) -> None:
     """Write the resolved spec, with the address of `storage` (without its password) if one is given."""
-    note = f"{ELSEWHERE}{_place(storage)}\n" if storage else ""
+    note = f"{STORAGE_LINE}{_public_address(storage)}\n" if storage else ""
     with writing(f"The study's {folder / SPEC}"):
-        write_whole(folder / SPEC, f"{MARK}\n{note}{spec.to_toml()}")
+        write_whole(folder / SPEC, f"{SPEC_HEADER}\n{note}{spec.to_toml()}")
 
 
-def noted_storage(folder: Path) -> str:
+def storage_in_spec(folder: Path) -> str:
     """The address, without its password, of the storage that spec.toml names; empty if the storage is in the folder."""
-    return next((line for line in _text(folder).splitlines() if line.startswith(ELSEWHERE)), "").removeprefix(ELSEWHERE)
+    lines = (line for line in _spec_text(folder).splitlines() if line.startswith(STORAGE_LINE))
+    return next(lines, "").removeprefix(STORAGE_LINE)
 
 
 def storage_url(folder: Path, storage: str | None) -> str:
@@ -138,7 +141,7 @@ def open_study(name: str, url: str, *, announce: Announce = silent) -> optuna.St
     address = address_of(url)
     if address.drivername == "sqlite" and not Path(address.database or "").exists():
         raise StudyError(f"The storage {address.database} does not exist; run `ranksearch study` first, or give --storage.")
-    study = _find(name, check_storage(url, announce))
+    study = _load_or_none(name, check_storage(url, announce))
     if study is None:
         raise StudyError(f"The storage {masked(url)} holds no study {name!r}; run `ranksearch study` first.")
     _check_readable(study, USE_OR_START_OVER)
@@ -164,7 +167,7 @@ def check_study(spec: StudySpec, url: str, inputs: Mapping[str, Any], *, fresh: 
         StudyError: the storage cannot be used, or its study of that name is another one, was written by another release in
             another format, or belongs to another program.
     """
-    study = _find(spec.name, check_storage(url, announce))
+    study = _load_or_none(spec.name, check_storage(url, announce))
     if study is not None:
         _check_ours(study, spec, inputs, fresh=fresh)
 
@@ -175,7 +178,7 @@ def delete_study(name: str, url: str, *, announce: Announce = silent) -> None:
         optuna.delete_study(study_name=name, storage=check_storage(url, announce))
 
 
-def own_study(study: optuna.Study, spec: StudySpec, inputs: Mapping[str, Any]) -> None:
+def write_identity(study: optuna.Study, spec: StudySpec, inputs: Mapping[str, Any]) -> None:
     """Write the identity of a new study to its storage; raises `StudyError` as `check_study` does if it is another study.
 
     Several folders may share a storage, but not a study.
@@ -186,15 +189,15 @@ def own_study(study: optuna.Study, spec: StudySpec, inputs: Mapping[str, Any]) -
             # Optuna has marked this as experimental since 3.2. It only names the axes in optuna-dashboard.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names(["validation score", *(f"log10 {COSTS[cost].short_ratio}" for cost in spec.search.minimize)])
-    if STUDY not in study.user_attrs:
-        study.set_user_attr(STUDY, {"format": FORMAT, "identity": spec.identity(), "inputs": dict(inputs)})
+    if IDENTITY not in study.user_attrs:
+        study.set_user_attr(IDENTITY, {"format": RECORD_FORMAT, "identity": spec.identity(), "inputs": dict(inputs)})
 
 
-def _same_study(place: str, there: Mapping[str, Any], spec: StudySpec) -> None:
+def _check_same_study(place: str, there: Mapping[str, Any], spec: StudySpec) -> None:
     here = spec.identity()
     for key in sorted({*there, *here}):
-        # The path of the dense weights may change: `difference` compares the weights themselves.
-        if key == WEIGHTS and there.get(key) and here[key] and Path(here[key]).exists():
+        # The path of the dense weights may change: `input_difference` compares the weights themselves.
+        if key == WEIGHTS_KEY and there.get(key) and here[key] and Path(here[key]).exists():
             continue
         if there.get(key) != here.get(key):
             raise StudyError(
@@ -202,7 +205,7 @@ def _same_study(place: str, there: Mapping[str, Any], spec: StudySpec) -> None:
             )
 
 
-def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+def input_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """How two results of `inputs_of` differ, in words; empty if all values that both have agree."""
     was, now = there.get("dense"), here.get("dense")
     if was and now and was != now:
@@ -210,12 +213,12 @@ def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     for name in ("train", "validation", "test"):
         for key, words in INPUTS_WORDS.items():
             was, now = there[name].get(key), here[name].get(key)
-            if None not in (was, now) and not math.isclose(was, now, rel_tol=0 if key == "count" else TOLERANCE):
+            if None not in (was, now) and not math.isclose(was, now, rel_tol=0 if key == "count" else RMS_TOLERANCE):
                 return f"other data ({words.format(name)} {was:.6g} there and {now:.6g} here)"
     return ""
 
 
-def _find(name: str, storage: PatientStorage) -> optuna.Study | None:
+def _load_or_none(name: str, storage: PatientStorage) -> optuna.Study | None:
     try:
         return optuna.load_study(study_name=name, storage=storage)
     except KeyError:
@@ -233,36 +236,40 @@ def _check_ours(study: optuna.Study, spec: StudySpec, inputs: Mapping[str, Any],
             )
     elif not fresh:
         _check_readable(study, START_OVER)
-        kept = study.user_attrs[STUDY]
-        _same_study(place, kept["identity"], spec)
-        if found := difference(kept["inputs"], inputs):
-            raise StudyError(f"{place} was started from {found}; {START_OVER}.")
+        identity = study.user_attrs[IDENTITY]
+        _check_same_study(place, identity["identity"], spec)
+        if difference := input_difference(identity["inputs"], inputs):
+            raise StudyError(f"{place} was started from {difference}; {START_OVER}.")
 
 
 def _is_ours(study: optuna.Study) -> bool:
-    return any(name.startswith(OURS_IN_STORAGE) for name in study.user_attrs)
+    return any(name.startswith(ATTRIBUTE_PREFIX) for name in study.user_attrs)
 
 
 def _check_readable(study: optuna.Study, fix: str) -> None:
     """Raise `StudyError` if another release of ranksearch wrote the study in another format."""
-    if _is_ours(study) and study.user_attrs.get(STUDY, {}).get("format") != FORMAT:
+    if _is_ours(study) and study.user_attrs.get(IDENTITY, {}).get("format") != RECORD_FORMAT:
         raise StudyError(
             f"The storage's study {study.study_name!r} must have a format that this release of ranksearch reads, but another "
             f"release wrote it; {fix}."
         )
 
 
-def _check_place(folder: Path, spec: StudySpec, storage: str | None, announce: Announce) -> None:
+def _check_storage_holds_study(folder: Path, spec: StudySpec, storage: str | None, announce: Announce) -> None:
     """Check that the storage is the one that the study was started in, or at least holds the study, as after a move.
 
     Otherwise a forgotten --storage would silently start the study from nothing.
     """
-    noted = noted_storage(folder)
+    noted = storage_in_spec(folder)
     was = noted or ("the folder's own" if (folder / DATABASE).exists() else None)
-    now = _place(storage) if storage else "the folder's own"
+    now = _public_address(storage) if storage else "the folder's own"
     if was is None or was == now:
         return
-    if (folder / DATABASE).exists() if storage is None else _find(spec.name, check_storage(storage, announce)) is not None:
+    if storage is None:
+        has_study = (folder / DATABASE).exists()
+    else:
+        has_study = _load_or_none(spec.name, check_storage(storage, announce)) is not None
+    if has_study:
         return
     fix = f"give --storage {noted}" if noted else "leave out --storage"
     raise StudyError(
@@ -271,7 +278,7 @@ def _check_place(folder: Path, spec: StudySpec, storage: str | None, announce: A
     )
 
 
-def _place(storage: str) -> str:
+def _public_address(storage: str) -> str:
     """A storage's address without its password and options, independent of the current folder."""
     address = make_url(storage)
     if address.get_backend_name() == "sqlite":
@@ -279,19 +286,19 @@ def _place(storage: str) -> str:
     return address.set(query={}).render_as_string()
 
 
-def _is_a_studys(folder: Path) -> bool:
+def _is_study_folder(folder: Path) -> bool:
     """Whether ranksearch wrote the folder. A spec.toml of the user's own lacks the mark in its first line."""
-    return _text(folder).startswith(MARK)
+    return _spec_text(folder).startswith(SPEC_HEADER)
 
 
-def _text(folder: Path) -> str:
+def _spec_text(folder: Path) -> str:
     try:
         return (folder / SPEC).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return ""
 
 
-def _empty(folder: Path) -> None:
-    for pattern in OURS:
+def _delete_study_files(folder: Path) -> None:
+    for pattern in STUDY_FILES:
         for path in folder.glob(pattern):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

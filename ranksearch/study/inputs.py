@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from ranksearch.data import Splits, batches, part, size
 from ranksearch.support.seeds import seeded
 
-SAMPLED = 16
+COMPARED_INPUTS = 16
 """How many inputs of a split are compared. Reading an image takes milliseconds."""
 
 
@@ -20,8 +20,8 @@ def inputs_of(splits: Splits, dense: str | None) -> dict[str, Any]:
 
     `dense` is the digest of the model's weights before any training, or None if they are random or their file is missing.
     """
-    found: dict[str, Any] = {name: _values_of(getattr(splits, name)) for name in ("train", "validation", "test")}
-    return found if dense is None else found | {"dense": dense}
+    fingerprint: dict[str, Any] = {name: _values_of(getattr(splits, name)) for name in ("train", "validation", "test")}
+    return fingerprint if dense is None else fingerprint | {"dense": dense}
 
 
 def _values_of(split: Dataset[Any]) -> dict[str, float]:
@@ -35,9 +35,9 @@ def _values_of(split: Dataset[Any]) -> dict[str, float]:
 
 def _root_mean_squares(split: Dataset[Any], seed: int) -> dict[str, float]:
     # Spread evenly, so that a split sorted by class contributes inputs of each class.
-    few = part(split, torch.arange(0, size(split), max(1, size(split) // SAMPLED))[:SAMPLED])
+    few = part(split, torch.arange(0, size(split), max(1, size(split) // COMPARED_INPUTS))[:COMPARED_INPUTS])
     with seeded(seed):
-        inputs, targets = zip(*batches(few, SAMPLED), strict=True)
+        inputs, targets = zip(*batches(few, COMPARED_INPUTS), strict=True)
     return {"inputs": _root_mean_square(inputs), "targets": _root_mean_square(targets)}
 
 

@@ -23,7 +23,7 @@ class Local:
     device: str = matching(
         r"auto|cpu|mps|cuda(:\d+)?",
         "auto, cpu, cuda, cuda:N or mps",
-        "where to train: `cpu`, `cuda`, one GPU of several such as `cuda:1`, `mps`, or `auto`: CUDA if it is there",
+        "where to train: `cpu`, `cuda`, one GPU of several such as `cuda:1`, `mps`, or `auto`: CUDA if available, else the CPU",
         default="auto",
     )
 
@@ -34,16 +34,16 @@ class Ray:
     """Run trials on a Ray cluster, by Ray Tune."""
 
     address: str | None = setting(
-        "the cluster: `auto` on one of its machines, or HOST:PORT of its head; without it, a Ray of its own is started on this "
+        "the cluster: `auto` on one of its machines, or HOST:PORT of its head; by default a local Ray is started on this "
         "machine and stopped at the end",
         default=None,
     )
     workers: int | None = at_least(
         1, "the most trials at a time; by default as many as the cluster holds", where=" on Ray", default=None
     )
-    cpus_per_trial: int = at_least(1, "CPUs that a trial takes, and threads that it runs", default=1)
+    cpus_per_trial: int = at_least(1, "CPUs and threads for each trial", default=1)
     gpus_per_trial: float = setting(
-        "GPUs that a trial takes, whole or a fraction such as 0.25; with 0, trials are trained on CPUs",
+        "GPUs for each trial, a whole number or a fraction such as 0.25; with 0, trials train on CPUs",
         "whole or a fraction of one",
         lambda gpus: 0 <= gpus < 1 or (gpus >= 1 and gpus.is_integer()),
         default=0.0,
@@ -67,7 +67,7 @@ class Options:
 
     engine: Local | Ray = setting("where trials run: in processes of this machine, or on Ray", default=Local())
     storage: str | None = setting("the address of an Optuna database; by default SQLite in the study's folder", default=None)
-    fresh: bool = setting("start over: delete what the folder and the storage hold of the study", default=False)
+    fresh: bool = setting("start over: first delete the study from its folder and its storage", default=False)
     command: str = setting("the command that makes the study again, for the report", default="ranksearch.search(...)")
 
 

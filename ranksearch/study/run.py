@@ -31,7 +31,7 @@ from ranksearch.task.task import Task
 
 @dataclass
 class Run:
-    """One run of one study. `example` is a batch of one input on `device`; `first` holds the user's plans to try first."""
+    """One run of one study. `example` is a batch of one input on `device`; `user_plans` holds the user's plans to try first."""
 
     spec: StudySpec
     out: Path
@@ -41,7 +41,7 @@ class Run:
     example: Any
     inventory: Inventory
     space: Space
-    first: Sequence[Plan]
+    user_plans: Sequence[Plan]
     study: optuna.Study
     engine: Engine
     view: View
@@ -64,16 +64,16 @@ class Run:
         """
         before, start = self.seconds.get(name, 0.0), time.monotonic()
 
-        def keep() -> None:
+        def save() -> None:
             self.seconds[name] = before + time.monotonic() - start
             attributes.write_seconds(self.study, self.seconds)
 
         try:
-            yield keep
+            yield save
         except KeyboardInterrupt:
-            keep()
+            save()
             raise
-        keep()  # not after an error: the storage itself may have failed
+        save()  # not after an error: the storage itself may have failed
 
     def run_jobs(
         self, stage: str, jobs: Callable[[], Iterator[Job]], evaluate: Evaluator, on_result: Callable[[Job, Result], None],
@@ -94,9 +94,9 @@ class Run:
                 losses[job.key] += 1
                 again = again or losses[job.key] < MAX_TRIES
             on_result(job, message)
-            keep()
+            save()
 
-        with self.stage(stage) as keep:
+        with self.stage(stage) as save:
             while again:
                 again = False
                 left = (job for job in jobs() if losses[job.key] < MAX_TRIES)

@@ -30,7 +30,7 @@ MAX_WAIT_SECONDS = 300.0
 """How long a study waits for its database."""
 RETRY_SECONDS = 2.0
 """Time between two attempts."""
-BUSY_TIMEOUT = 2.0
+BUSY_TIMEOUT_SECONDS = 2.0
 """Seconds that SQLite itself waits for a lock. During them nothing is announced and Ctrl-C has no effect."""
 LOCKED, FULL, UNREACHABLE = "locked by another program", "on a full disk", "unreachable"
 CAUSES = {
@@ -45,9 +45,9 @@ CAUSES = {
 """SQLite errors that may pass, and how a message describes the database then. SQLite's other errors are bugs."""
 DISK_FULL = "53100"
 """PostgreSQL's error code for a full disk."""
-CONNECT = {"connect_timeout": 10, "keepalives_idle": 20, "keepalives_interval": 5, "keepalives_count": 3}
+POSTGRES_OPTIONS = {"connect_timeout": 10, "keepalives_idle": 20, "keepalives_interval": 5, "keepalives_count": 3}
 """PostgreSQL connection options, in seconds (but for the count). They detect a server that vanished without closing."""
-OPEN = (TrialState.RUNNING, TrialState.WAITING)
+UNFINISHED_STATES = (TrialState.RUNNING, TrialState.WAITING)
 
 
 class QuickStorage(RDBStorage):
@@ -71,22 +71,22 @@ def _all_trials(session: Session, study_id: int) -> list[FrozenTrial]:
 
     def rows(order: Any, *columns: Any) -> dict[int, list[Any]]:
         """By trial id, the values of these columns in the trial's rows."""
-        found = defaultdict(list)
+        rows_of = defaultdict(list)
         wanted: Any = Select(trial.trial_id, *columns).join(trial).where(trial.study_id == study_id).order_by(order)
         for trial_id, *row in session.execute(wanted):
-            found[trial_id].append(row)
-        return found
+            rows_of[trial_id].append(row)
+        return rows_of
 
     params = rows(param.param_id, param.param_name, param.param_value, param.distribution_json)
     values = rows(value.objective, value.value, value.value_type)
     users, systems = rows(user.key, user.key, user.value_json), rows(system.key, system.key, system.value_json)
     kind = functools.cache(json_to_distribution)
 
-    def read(own: Any) -> FrozenTrial:
-        i = own.trial_id
+    def read(trial_row: Any) -> FrozenTrial:
+        i = trial_row.trial_id
         return FrozenTrial(
-            trial_id=i, number=own.number, state=own.state, value=None,
-            datetime_start=own.datetime_start, datetime_complete=own.datetime_complete,
+            trial_id=i, number=trial_row.number, state=trial_row.state, value=None,
+            datetime_start=trial_row.datetime_start, datetime_complete=trial_row.datetime_complete,
             values=[value.stored_repr_to_value(*row) for row in values[i]] or None,
             params={name: kind(text).to_external_repr(inner) for name, inner, text in params[i]},
             distributions={name: kind(text) for name, _, text in params[i]},
@@ -95,7 +95,7 @@ def _all_trials(session: Session, study_id: int) -> list[FrozenTrial]:
             intermediate_values={},
         )  # fmt: skip
 
-    return [read(own) for own in session.query(trial).filter(trial.study_id == study_id).order_by(trial.trial_id)]
+    return [read(trial_row) for trial_row in session.query(trial).filter(trial.study_id == study_id).order_by(trial.trial_id)]
 
 
 class Unusable(Exception):
@@ -132,9 +132,9 @@ def _as_unusable(context: ExceptionContext) -> None:
 class Patience:
     """Repeats a call while the database is temporarily unusable, for at most `MAX_WAIT_SECONDS`, and announces the wait."""
 
-    def __init__(self, shown: str, announce: Callable[[str], None]) -> None:
-        """`shown` is the address without its password."""
-        self._shown, self._announce = shown, announce
+    def __init__(self, address: str, announce: Callable[[str], None]) -> None:
+        """`address` is that of the storage, without its password."""
+        self._address, self._announce = address, announce
         self._since: float | None = None
         """The `time.monotonic()` at which the database became unusable; None while it is usable."""
         self._interrupted = False
@@ -147,12 +147,12 @@ class Patience:
             StudyError: the database stays unusable for `MAX_WAIT_SECONDS`.
         """
         try:
-            return self._tried(call)
+            return self._repeated(call)
         except KeyboardInterrupt:
             self._interrupted = self._since is not None
             raise
 
-    def _tried(self, call: Callable[[bool], T]) -> T:
+    def _repeated(self, call: Callable[[bool], T]) -> T:
         again = False
         while True:
             try:
@@ -171,10 +171,10 @@ class Patience:
             raise KeyboardInterrupt
         if self._since is None:
             self._since = time.monotonic()
-            self._announce(f"the storage {self._shown} is {cause}; trying again for {MAX_WAIT_SECONDS / 60:g} minutes")
+            self._announce(f"the storage {self._address} is {cause}; trying again for {MAX_WAIT_SECONDS / 60:g} minutes")
         elif time.monotonic() - self._since > MAX_WAIT_SECONDS:
             raise StudyError(
-                f"The storage {self._shown} must stay usable while a study runs, but has been {cause} for "
+                f"The storage {self._address} must stay usable while a study runs, but has been {cause} for "
                 f"{MAX_WAIT_SECONDS:.0f} s; all finished work is saved: run the same command again once the storage is usable."
             )
         time.sleep(RETRY_SECONDS)
@@ -184,8 +184,8 @@ def _retried(method: M) -> M:
     """A method of `RDBStorage` that waits for the database. Repeating the method must do no harm."""
 
     @functools.wraps(method)
-    def call(self: PatientStorage, *args: Any, **more: Any) -> Any:
-        return self._patience(lambda again: method(self, *args, **more))
+    def call(self: PatientStorage, *args: Any, **kwargs: Any) -> Any:
+        return self._patience(lambda again: method(self, *args, **kwargs))
 
     return cast("M", call)
 
@@ -198,9 +198,9 @@ class PatientStorage(QuickStorage):
     only one driver writes to a study.
     """
 
-    def __init__(self, url: str, patience: Patience, **more: Any) -> None:
+    def __init__(self, url: str, patience: Patience, **kwargs: Any) -> None:
         self._patience = patience
-        super().__init__(url, **more)
+        super().__init__(url, **kwargs)
         event.listen(self.engine, "handle_error", _as_unusable)
         weakref.finalize(self, self.engine.dispose)  # nothing else closes the connections
 
@@ -222,13 +222,13 @@ class PatientStorage(QuickStorage):
     _set_trial_param = _retried(RDBStorage._set_trial_param)
 
     def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
-        known = {trial._trial_id for trial in self.get_all_trials(study_id, deepcopy=False, states=OPEN)}
+        before = {trial._trial_id for trial in self.get_all_trials(study_id, deepcopy=False, states=UNFINISHED_STATES)}
 
         def create(again: bool) -> FrozenTrial:
             # Bypasses `_patience`: a locked SQLite file can still be read, which would look like the end of the wait.
-            made = QuickStorage._get_trials(self, study_id, OPEN, set(), -1) if again else []
-            made = [trial for trial in made if trial._trial_id not in known]
-            return made[0] if made else RDBStorage._create_new_trial(self, study_id, template_trial)
+            created = QuickStorage._get_trials(self, study_id, UNFINISHED_STATES, set(), -1) if again else []
+            created = [trial for trial in created if trial._trial_id not in before]
+            return created[0] if created else RDBStorage._create_new_trial(self, study_id, template_trial)
 
         return self._patience(create)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ranksearch.compress.export import check_comes_home
+from ranksearch.compress.export import check_reloading
 from ranksearch.compress.inventory import check_weights, inventory
 from ranksearch.compress.profile import Profile, profile
 from ranksearch.compress.scratch import check_scratch
@@ -33,12 +33,12 @@ from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.sampler import Knowledge
 from ranksearch.strategy.space import Space, check_limits, constraints_of, space_of
 from ranksearch.study import folder
-from ranksearch.study.dense import load_given, load_weights, train_dense
+from ranksearch.study.dense import load_required_weights, load_weights, train_dense
 from ranksearch.study.facts import study_facts
 from ranksearch.study.finishing import train_finalists
 from ranksearch.study.inputs import inputs_of
 from ranksearch.study.options import Options, Ray
-from ranksearch.study.probing import check_first, choose_initial_plans, plans_to_try, probe_layers
+from ranksearch.study.probing import check_user_plans, choose_initial_plans, probe_layers, read_user_plans
 from ranksearch.study.run import Run, choose_device
 from ranksearch.support.batch import batch_to
 from ranksearch.support.files import write_whole, writing
@@ -46,18 +46,18 @@ from ranksearch.task import training
 from ranksearch.task.evaluation import Evaluator
 from ranksearch.task.task import Task, accuracy, check_float32, check_outputs, load_task
 
-CALIBRATION = 512
+WHITENING_INPUTS = 512
 """Number of training inputs for measuring the whitening. With 128, the output error on held-out digits is a tenth higher."""
-DIGEST = "ranksearch:dense"
+DENSE_DIGEST = "ranksearch:dense"
 """Name of the study attribute that holds the SHA-256 of the dense model's trained weights."""
 
 
 class Stopped(KeyboardInterrupt):
     """Ctrl-C stopped the study. `record` holds the results so far, or None if the dense model was not yet measured."""
 
-    def __init__(self, found: StudyRecord | None) -> None:
+    def __init__(self, record: StudyRecord | None) -> None:
         super().__init__()
-        self.record = found
+        self.record = record
 
 
 def run_study(
@@ -89,25 +89,25 @@ def run_study(
     """
     options, view = options or Options(), view or Silent()
     device = choose_device(options.engine.device)
-    given, task = task is not None, task or load_task(spec)
+    model_given, task = task is not None, task or load_task(spec)
     check_splits(task.data)
     fresh = copied(task.model)
-    found = inventory(task.model, example(task.data.train))
+    layers = inventory(task.model, example(task.data.train))
     check_outputs(task, trains=any(part.epochs for part in (spec.dense, spec.finetune, spec.finalists)))
     if device.type == "mps":
         check_float32(task)
     check_state(task.model)
     task = replace(task, channels_last=training.takes_channels_last(task))
-    space = space_of(spec.space, found)
-    check_limits(spec.search.limits, space, found)
-    check_comes_home(task.model, fresh, _smallest_layer(space), next(batches(task.data.train, 2))[0])
-    initial_plans = plans_to_try(spec.search.first, first, space, found)
+    space = space_of(spec.space, layers)
+    check_limits(spec.search.limits, space, layers)
+    check_reloading(task.model, fresh, _smallest_layer(space), next(batches(task.data.train, 2))[0])
+    user_plans = read_user_plans(spec.search.first, first, space, layers)
     if spec.space.start == "scratch":
         check_scratch(task.model)
     _check_min_score(spec, task)
-    objectives = Objectives(spec.search.minimize, found.costs)
-    kept = (out / folder.DENSE_FILE).exists() and not options.fresh
-    inputs = inputs_of(task.data, _dense_start(spec, task, view, kept=kept))
+    objectives = Objectives(spec.search.minimize, layers.costs)
+    dense_saved = (out / folder.DENSE_FILE).exists() and not options.fresh
+    inputs = inputs_of(task.data, _load_initial_weights(spec, task, view, dense_saved=dense_saved))
     if options.storage:
         folder.check_study(spec, options.storage, inputs, fresh=options.fresh, announce=view.note)
     if options.engine.workers != 0:
@@ -125,36 +125,36 @@ def run_study(
         if not (out / folder.SPEC).exists():
             folder.write_spec(out, spec, options.storage)
         study = folder.create_study(spec.name, url, objectives, announce=view.note)
-        folder.own_study(study, spec, inputs)
-        check_first(study, initial_plans)
+        folder.write_identity(study, spec, inputs)
+        check_user_plans(study, user_plans)
         folder.write_spec(out, spec, options.storage)
-        one = batch_to(example(task.data.validation), device)
-        run = Run(spec, out, options, device, task, one, found, space, initial_plans, study, engine, view)
+        one_input = batch_to(example(task.data.validation), device)
+        run = Run(spec, out, options, device, task, one_input, layers, space, user_plans, study, engine, view)
         try:
-            _straight_on(run, given=given)
+            _run_steps(run, model_given=model_given)
         except KeyboardInterrupt:
-            raise Stopped(_stopped(run)) from None
+            raise Stopped(_report_after_stop(run)) from None
         return attributes.read_study(study)
 
 
-def _dense_start(spec: StudySpec, task: Task, view: View, *, kept: bool) -> str | None:
+def _load_initial_weights(spec: StudySpec, task: Task, view: View, *, dense_saved: bool) -> str | None:
     """Load the weights in `spec.dense.weights`, if any, and return the digest of the model's initial weights.
 
-    None if training starts from random weights, or if the weights file is missing and the folder holds the dense net (`kept`).
+    None if training starts from random weights, or if the weights file is missing but the folder holds the dense net.
     """
     path = Path(spec.dense.weights)
-    if spec.dense.weights and kept and not path.exists():
+    if spec.dense.weights and dense_saved and not path.exists():
         view.note(f"dense.weights {path} no longer exists; using the dense net in the study's folder")
         return None
     if spec.dense.weights:
-        load_given(task.model, path)
+        load_required_weights(task.model, path)
     return digest_of(task.model) if spec.dense.weights or not spec.dense.epochs else None
 
 
-def _straight_on(run: Run, *, given: bool) -> None:
-    _make_dense(run, given=given)
+def _run_steps(run: Run, *, model_given: bool) -> None:
+    _make_dense(run, model_given=model_given)
     layers = _make_profile(run)
-    _note_facts(run, layers)
+    _write_facts(run, layers)
     evaluate = _evaluator(run, layers)
     probe_layers(run, layers, evaluate)
     _search(run, layers, evaluate)
@@ -162,12 +162,12 @@ def _straight_on(run: Run, *, given: bool) -> None:
     _report(run)
 
 
-def _make_dense(run: Run, *, given: bool) -> None:
+def _make_dense(run: Run, *, model_given: bool) -> None:
     """Load the dense model's weights from an earlier run, or else train the model as the spec says."""
     path, unfinished = run.out / folder.DENSE_FILE, run.unfinished / "dense.pt"
     with run.stage("dense"):
         # A model passed from Python keeps its own weights: the folder may hold those of another model.
-        if given or not load_weights(run.task.model, path):
+        if model_given or not load_weights(run.task.model, path):
             train_dense(run.task, run.spec, run.device, run.view, unfinished=unfinished)
         digest = digest_of(run.task.model)
         _check_digest(run, digest)
@@ -176,8 +176,8 @@ def _make_dense(run: Run, *, given: bool) -> None:
             with writing(f"The dense net's {path}"):
                 write_whole(path, weights_of(run.task.model))
         unfinished.unlink(missing_ok=True)
-        if DIGEST not in run.study.user_attrs:
-            run.study.set_user_attr(DIGEST, digest)
+        if DENSE_DIGEST not in run.study.user_attrs:
+            run.study.set_user_attr(DENSE_DIGEST, digest)
     # Use the memory layout of training: otherwise the factors of a resumed run would differ in their last bits.
     training.place(run.task.model, run.device, channels_last=run.task.channels_last).eval()
     # Training may have made weights NaN or infinite.
@@ -192,23 +192,23 @@ def _make_profile(run: Run) -> Profile:
     with run.stage("profile"):
         return profile(
             run.task.model, run.inventory, methods, constraints=constraints_of(run.spec.space),
-            inputs=sample_inputs(run.task.data.train, CALIBRATION, seed=seed) if aware else None,
+            inputs=sample_inputs(run.task.data.train, WHITENING_INPUTS, seed=seed) if aware else None,
             cache=run.out / "profile", seed=seed, on_layer=run.view.step,
         )  # fmt: skip
 
 
-def _note_facts(run: Run, layers: Profile) -> None:
+def _write_facts(run: Run, layers: Profile) -> None:
     """Write the study's facts to its storage. The dense model is measured only in the study's first run."""
-    known = attributes.read_facts(run.study) if attributes.has_facts(run.study) else _measured(run, layers)
-    since = known.since if known.limits == run.spec.search.limits else len(run.study.get_trials(deepcopy=False))
-    facts = replace(known, spec=run.spec.to_dict(), command=run.options.command, since=since)
+    saved = attributes.read_facts(run.study) if attributes.has_facts(run.study) else _measure_facts(run, layers)
+    since = saved.since if saved.limits == run.spec.search.limits else len(run.study.get_trials(deepcopy=False))
+    facts = replace(saved, spec=run.spec.to_dict(), command=run.options.command, since=since)
     attributes.write_facts(run.study, facts)
     run.view.facts(facts)
 
 
-def _measured(run: Run, layers: Profile) -> StudyFacts:
+def _measure_facts(run: Run, layers: Profile) -> StudyFacts:
     return study_facts(
-        run.spec, run.task, run.inventory, layers, run.example, engine=run.engine.about, command=run.options.command
+        run.spec, run.task, run.inventory, layers, run.example, engine=run.engine.description, command=run.options.command
     )
 
 
@@ -236,21 +236,21 @@ def _search(run: Run, layers: Profile, evaluate: Evaluator) -> None:
     ledger = Ledger(
         run.study, run.space, run.inventory, initial_plans, sampler=run.spec.search.sampler, seed=run.spec.seed,
         dense_score=dense_score, limits=limits, since=facts.since, objectives=facts.objectives, knowledge=knowledge,
-        on_untrained=lambda found: run.view.trial(found, ledger.records()), on_note=run.view.note,
+        on_untrained=lambda record: run.view.trial(record, ledger.records()), on_note=run.view.note,
     )  # fmt: skip
     ledger.recover()
     trials, minutes = run.spec.search.trials, run.spec.search.minutes
     run.view.stage("trials", trials, min(trials, ledger.finished()))
     before, start = run.seconds.get("trials", 0.0), time.monotonic()
 
-    def spent() -> bool:
+    def time_is_up() -> bool:
         return minutes is not None and before + time.monotonic() - start >= minutes * 60
 
     def on_result(job: Job, result: Result) -> None:
         run.view.trial(ledger.receive(job, result), ledger.records())
 
     try:
-        run.run_jobs("trials", lambda: ledger.jobs(trials), evaluate, on_result, spent)
+        run.run_jobs("trials", lambda: ledger.jobs(trials), evaluate, on_result, time_is_up)
     except KeyboardInterrupt:
         # Leave no trial RUNNING in the record: other tools read it, and the next run may start much later.
         ledger.recover()
@@ -262,7 +262,7 @@ def _report(run: Run) -> None:
     write_report(attributes.read_study(run.study), run.out)
 
 
-def _stopped(run: Run) -> StudyRecord | None:
+def _report_after_stop(run: Run) -> StudyRecord | None:
     """Write the report after Ctrl-C and return the record.
 
     None if the dense model was not yet measured, if the storage is still unusable, or if Ctrl-C is pressed again.
@@ -278,7 +278,7 @@ def _stopped(run: Run) -> StudyRecord | None:
 
 def _check_digest(run: Run, digest: str) -> None:
     """Raise `StudyError` unless the study was started with this dense model."""
-    if run.study.user_attrs.get(DIGEST, digest) != digest:
+    if run.study.user_attrs.get(DENSE_DIGEST, digest) != digest:
         raise StudyError(
             f"The study {run.spec.name!r} in this storage was started from another dense model; choose another name or "
             "--storage, or --fresh to start over."
@@ -290,8 +290,8 @@ def _engine(options: Options, device: torch.device) -> Engine:
     if isinstance(chosen, Ray):
         return ray.engine(ray.Cluster(chosen.address, chosen.workers, chosen.cpus_per_trial, chosen.gpus_per_trial))
     # One worker by default on a GPU, since all workers would share its memory.
-    most = 1 if device.type != "cpu" else os.cpu_count() or 1
-    return local.engine(most if chosen.workers is None else chosen.workers)
+    default_workers = 1 if device.type != "cpu" else os.cpu_count() or 1
+    return local.engine(default_workers if chosen.workers is None else chosen.workers)
 
 
 def _smallest_layer(space: Space) -> Plan:
@@ -301,6 +301,6 @@ def _smallest_layer(space: Space) -> Plan:
 
 
 def _check_min_score(spec: StudySpec, task: Task) -> None:
-    least = spec.search.min_score
-    if task.score is accuracy and least is not None and least > 1:
-        raise SpecError(f"search.min_score must be at most 1 for accuracy, but got {least:g}; 97 % is 0.97.")
+    min_score = spec.search.min_score
+    if task.score is accuracy and min_score is not None and min_score > 1:
+        raise SpecError(f"search.min_score must be at most 1 for accuracy, but got {min_score:g}; 97 % is 0.97.")

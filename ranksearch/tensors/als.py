@@ -19,15 +19,16 @@ from ranksearch.tensors.matrix import Principal, norm_of, principal, unfold
 
 _NEWTON_STEPS = 50
 # Eigenvalues of a Gram matrix in float64 that exceed this part of the largest are not just rounding.
-_SAFE = 1e-12
-# The short core has at least _SHORT directions in its longest mode. Only a mode _SHORTER times as long, or more, is shortened.
-_SHORT, _SHORTER = 256, 4
+_ROUNDING = 1e-12
+# The short core has at least _MIN_SHORT directions in its longest mode. Only a mode at least _MIN_SHORTENING times as long is
+# shortened.
+_MIN_SHORT, _MIN_SHORTENING = 256, 4
 # Sweeps over the whole core after those over the short one. On 4096 x 256 x 36 at ranks 47 to 1024, with a flat and with a
 # falling spectrum, the error was then 0.9985 to 1.0005 times that of 25 sweeps over the whole core.
-_LAST = 1
+_FINAL_SWEEPS = 1
 # The search for a ridge stops once the degeneracy lies between this part of the bound and the bound: mostly after one
 # factorization of the normal equations.
-_REACHED = 0.97
+_BOUND_REACHED = 0.97
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Terms:
         left_out = float(self.weights[rank:].double().norm())
         return replace(self.largest(rank), error=math.hypot(self.error, left_out))
 
-    def shaken(self, amount: float, generator: torch.Generator) -> Terms:
+    def with_noise(self, amount: float, generator: torch.Generator) -> Terms:
         """The same terms after adding noise of about norm `amount` to their unit vectors."""
         rows = []
         for row in self.rows:
@@ -68,7 +69,7 @@ class Terms:
             rows.append(unit(row + amount / math.sqrt(row.shape[1]) * noise)[0])
         return Terms(tuple(rows), self.weights)
 
-    def beyond(self, older: Terms, momentum: float) -> Terms:
+    def extrapolated(self, older: Terms, momentum: float) -> Terms:
         """These terms, extrapolated by `momentum` times the step from `older` to them."""
         rows = tuple(unit(now + momentum * (now - then))[0] for now, then in zip(self.rows, older.rows, strict=True))
         return replace(self, rows=rows)
@@ -106,7 +107,7 @@ class Compressed:
         for mode in by_size:
             unfolding = unfold(core, mode)
             basis, energy = rows() if rows and mode == 0 else principal(unfolding)
-            if mode in by_size[-2:] and len(energy) == len(unfolding) and energy[-1] > _SAFE * energy[0]:
+            if mode in by_size[-2:] and len(energy) == len(unfolding) and energy[-1] > _ROUNDING * energy[0]:
                 leading = basis if mode == by_size[-1] else None
                 continue
             turned = basis.T @ unfolding
@@ -115,11 +116,11 @@ class Compressed:
             core = turned[kept].reshape(-1, *rest).movedim(0, mode)
             bases[mode] = basis[:, kept].to(tensor.dtype)
         whole = cls(core.to(tensor.dtype).contiguous(), tuple(bases), norm)
-        size = max(rank, _SHORT)
-        if leading is None or len(leading) < _SHORTER * size:
+        size = max(rank, _MIN_SHORT)
+        if leading is None or len(leading) < _MIN_SHORTENING * size:
             return whole
         leading = leading[:, :size].to(tensor.dtype)
-        return replace(whole, leading=leading, short=_along(whole.core, leading.T))
+        return replace(whole, leading=leading, short=_onto(whole.core, leading.T))
 
     def slices(self, rank: int) -> Terms:
         """`slice_terms` of the core, or of the short core if there is one."""
@@ -127,19 +128,21 @@ class Compressed:
             return slice_terms(self.core, rank)
         found = slice_terms(self.short, rank)
         outside = math.sqrt(max(0.0, 1 - norm_of(self.short) ** 2))
-        return replace(_turned(found, longest(self.core), self.leading.T), error=math.hypot(found.error, outside))
+        return replace(_transformed(found, longest(self.core), self.leading.T), error=math.hypot(found.error, outside))
 
     def fit(self, start: Terms, rule: Rule) -> Terms:
-        """Fit by `run`: first on the short core, if there is one, then for up to `_LAST` sweeps on the whole core.
+        """Fit by `run`: first on the short core, if there is one, then for up to `_FINAL_SWEEPS` sweeps on the whole core.
 
         Bro and Andersson 1998, "Improving the speed of multiway algorithms, part II: compression".
         """
-        if self.short is None or self.leading is None or rule.sweeps <= _LAST:
+        if self.short is None or self.leading is None or rule.sweeps <= _FINAL_SWEEPS:
             return run(self.core, start, rule)
-        long, size = longest(self.core), max(len(start.weights), _SHORT)
+        long, size = longest(self.core), max(len(start.weights), _MIN_SHORT)
         leading, short = self.leading[:, :size], self.short.narrow(long, 0, size).contiguous()
-        near = run(short / norm_of(short), _turned(start, long, leading), replace(rule, sweeps=rule.sweeps - _LAST))
-        last = run(self.core, _turned(near, long, leading.T), replace(rule, sweeps=_LAST))
+        near = run(
+            short / norm_of(short), _transformed(start, long, leading), replace(rule, sweeps=rule.sweeps - _FINAL_SWEEPS)
+        )
+        last = run(self.core, _transformed(near, long, leading.T), replace(rule, sweeps=_FINAL_SWEEPS))
         return replace(last, sweeps=near.sweeps + last.sweeps)
 
 
@@ -158,13 +161,13 @@ def longest(core: Tensor) -> int:
     return max(range(core.ndim), key=lambda mode: (core.shape[mode], mode))
 
 
-def _along(core: Tensor, rows: Float[Tensor, "s dim"]) -> Tensor:
+def _onto(core: Tensor, rows: Float[Tensor, "s dim"]) -> Tensor:
     """The core, projected onto these directions of its longest mode."""
     mode = longest(core)
     return torch.tensordot(rows, core, dims=([1], [mode])).movedim(0, mode).contiguous()
 
 
-def _turned(terms: Terms, mode: int, matrix: Float[Tensor, "dim other"]) -> Terms:
+def _transformed(terms: Terms, mode: int, matrix: Float[Tensor, "dim other"]) -> Terms:
     """The terms after multiplying the vectors of one mode by `matrix` and normalising them."""
     rows = list(terms.rows)
     rows[mode] = unit(rows[mode] @ matrix)[0]
@@ -214,7 +217,7 @@ def run(core: Float[Tensor, "*dims"], start: Terms, rule: Rule) -> Terms:
     age, done = 1, 1
     while done < rule.sweeps:
         momentum = (age - 1) / (age + 2)
-        tried = sweep(core, last.beyond(older, momentum), rule)
+        tried = sweep(core, last.extrapolated(older, momentum), rule)
         done += 1
         gain = last.error - tried.error
         if gain >= 0:
@@ -262,7 +265,7 @@ def solve(
     """Solve one mode's normal equations, `(gram + ridge I) x = right`, with a ridge large enough for `|x|^2 <= max_degeneracy`.
 
     Since the other modes hold unit vectors, |x|^2 is the sum of the squared norms of the terms. So the result has the least
-    error of all solutions within the bound (up to the few per cent that `_REACHED` allows). The ridge solves the secular
+    error of all solutions within the bound (up to the few per cent that `_BOUND_REACHED` allows). The ridge solves the secular
     equation |x|^2 = max_degeneracy by Newton's method, as in trust regions (Conn, Gould and Toint 2000, section 7.3), starting
     from the given ridge. Returns x and the final ridge. All in float64.
     """
@@ -277,10 +280,10 @@ def solve(
             continue
         solution = torch.cholesky_solve(right, triangle)
         length = float(solution.square().sum())
-        if length <= bound and (ridge <= least or length >= _REACHED * bound or not length):
+        if length <= bound and (ridge <= least or length >= _BOUND_REACHED * bound or not length):
             break
         slope = float(torch.linalg.solve_triangular(triangle, solution, upper=False).square().sum())
-        ridge = max(least, ridge + (math.sqrt(length / bound * 2 / (1 + _REACHED)) - 1) * length / slope)
+        ridge = max(least, ridge + (math.sqrt(length / bound * 2 / (1 + _BOUND_REACHED)) - 1) * length / slope)
     return solution, ridge
 
 

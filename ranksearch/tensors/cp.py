@@ -26,9 +26,9 @@ RIDGE = 1e-6
 # Without a bound the terms reach several hundred times the tensor's energy.
 MAX_DEGENERACY = 10.0
 # Noise added to the unit vectors of the first start and of the further starts.
-_NUDGE, _SHAKE = 1.0, 1.0
+_FIRST_NOISE, _FURTHER_NOISE = 1.0, 1.0
 # A relative error of at most this many machine epsilons counts as zero.
-_NOTHING = 100
+_MAX_EXACT_EPS = 100
 
 
 @dataclass(frozen=True)
@@ -107,14 +107,14 @@ def cp_als(
         raise ValueError(f"`starts >= 1` must hold, but got starts={starts}.")
     values = _checked(tensor, rank)
     if not bool(values.any()):
-        return _nothing(values, rank)
+        return _zero_fit(values, rank)
     problem = Compressed.of(values, rank)
     slices = problem.slices(rank)
     if _is_exact(slices):
         return _expanded(values, problem, slices)
     generator = torch.Generator().manual_seed(seed)
-    first = slices.shaken(_NUDGE, generator) if init is None else _projected(values, problem, rank, init)
-    further = (slices.shaken(_SHAKE, generator) for _ in range(starts - 1))
+    first = slices.with_noise(_FIRST_NOISE, generator) if init is None else _start_from(values, problem, rank, init)
+    further = (slices.with_noise(_FURTHER_NOISE, generator) for _ in range(starts - 1))
     fits = [problem.fit(start, rule) for start in (first, *further)]
     return _expanded(values, problem, min(fits, key=lambda terms: terms.error))
 
@@ -142,10 +142,10 @@ def cp_path(
         return {}
     values = _checked(tensor, falling[-1])
     if not bool(values.any()):
-        return {rank: _nothing(values, rank) for rank in reversed(falling)}
+        return {rank: _zero_fit(values, rank) for rank in reversed(falling)}
     problem = Compressed.of(values, falling[0], rows)
     slices = problem.slices(falling[0])
-    above = slices.shaken(_NUDGE, torch.Generator().manual_seed(seed))
+    above = slices.with_noise(_FIRST_NOISE, torch.Generator().manual_seed(seed))
     fits = {}
     for rank in falling:
         terms = slices.first(rank)
@@ -174,14 +174,14 @@ def _checked(tensor: Tensor, rank: int) -> Tensor:
 
 
 def _is_exact(slices: Terms) -> bool:
-    return slices.error <= _NOTHING * torch.finfo(slices.weights.dtype).eps
+    return slices.error <= _MAX_EXACT_EPS * torch.finfo(slices.weights.dtype).eps
 
 
-def _nothing(tensor: Tensor, rank: int) -> CPFit:
+def _zero_fit(tensor: Tensor, rank: int) -> CPFit:
     return CPFit(tuple(tensor.new_zeros(size, rank) for size in tensor.shape), 0.0, 0.0, 0)
 
 
-def _projected(tensor: Tensor, problem: Compressed, rank: int, init: Sequence[Tensor]) -> Terms:
+def _start_from(tensor: Tensor, problem: Compressed, rank: int, init: Sequence[Tensor]) -> Terms:
     """Convert the factors `init` to the coordinates of the compressed core."""
     wanted = [(size, rank) for size in tensor.shape]
     if [tuple(factor.shape) for factor in init] != wanted:

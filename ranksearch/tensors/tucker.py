@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 # Extra vectors in a subspace iteration. With four or more, HOOI's error is within 0.1 % of that with exact eigenvectors.
-_EXTRA = 8
+_EXTRA_VECTORS = 8
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class HOSVD:
         The core's energy outside the slice is summed, not obtained by subtraction, so that small errors keep their digits.
         """
         energy = self.core.double().square().sum(2)
-        rows_out = _after(energy.sum(1), 0)[:, None]
-        columns_out = _after(energy.cumsum(0), 1)
+        rows_out = _sum_after(energy.sum(1), 0)[:, None]
+        columns_out = _sum_after(energy.cumsum(0), 1)
         total = energy.sum().clamp_min(torch.finfo(torch.float64).tiny)
         return ((rows_out + columns_out) / total).sqrt().T
 
@@ -110,17 +110,17 @@ def _core(kernel: Tensor, u_out: Tensor, u_in: Tensor) -> Tensor:
 def _leading(matrix: Float[Tensor, "m n"], basis: Float[Tensor, "m r"], rest: Float[Tensor, "m s"]) -> Float[Tensor, "m r"]:
     """The leading left singular vectors, as many as `basis` has columns, by one step of subspace iteration from `basis`.
 
-    The step also includes `_EXTRA` vectors from `rest`: otherwise vectors of nearly equal singular values would separate slowly
-    (Halko, Martinsson and Tropp 2011, where the start is random). It takes an eighth of the time of all eigenvectors.
+    The step also includes `_EXTRA_VECTORS` columns of `rest`: otherwise vectors of nearly equal singular values would separate
+    slowly (Halko, Martinsson and Tropp 2011, where the start is random). It takes an eighth of the time of all eigenvectors.
     """
-    start = torch.cat([basis, rest[:, :_EXTRA]], dim=1)
+    start = torch.cat([basis, rest[:, :_EXTRA_VECTORS]], dim=1)
     span = torch.linalg.qr(matrix @ (matrix.T @ start)).Q
     inside = (span.T @ matrix).double()
     vectors = span @ torch.linalg.eigh(inside @ inside.T).eigenvectors.flip(1)[:, : basis.shape[1]].to(span.dtype)
     return vectors * signed(vectors)
 
 
-def _after(values: Tensor, dim: int) -> Tensor:
+def _sum_after(values: Tensor, dim: int) -> Tensor:
     """For each entry, the sum of all entries after it along `dim`."""
     behind = values.flip(dim).cumsum(dim).flip(dim)
     return torch.cat([behind.narrow(dim, 1, behind.shape[dim] - 1), torch.zeros_like(behind.narrow(dim, 0, 1))], dim)

@@ -14,7 +14,7 @@ from ranksearch.tensors.matrix import floating, gram, norm_of
 # Grid points in the search for the noise variance, and how often the search narrows to the two intervals around the best point.
 _GRID, _ZOOMS = 65, 6
 # Eigenvalues of a float64 Gram matrix below this part of the largest may be just rounding.
-_SAFE = 1e-12
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def vbmf(matrix: Float[Tensor, "m n"], *, noise_variance: float | None = None) -
     given = None if noise_variance is None else noise_variance / scale**2
     energy = torch.linalg.eigvalsh(gram(values) / scale**2).flip(0).clamp_min(0) / model.long
     variance = given or model.noise(energy)
-    if variance < _SAFE * float(energy[0]):
+    if variance < _ROUNDING * float(energy[0]):
         energy = torch.linalg.svdvals(values / scale).square() / model.long
         variance = given or model.noise(energy)
     kept = energy[energy > model.threshold * variance]

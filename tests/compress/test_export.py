@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import ranksearch
-from ranksearch.compress.export import _strip, check_comes_home, export_model, export_onnx, export_pt2, load_model, save_model
+from ranksearch.compress.export import _strip, check_reloading, export_model, export_onnx, export_pt2, load_model, save_model
 from ranksearch.compress.surgery import factorize_
 from ranksearch.compress.weights import weights_of
 from ranksearch.errors import ModelError, PlanError, StudyError
@@ -92,7 +92,7 @@ def test_onnx_takes_any_batch(compressed, inputs, tmp_path):
 
 @pytest.mark.slow
 def test_an_export_that_differs_is_not_kept(compressed, inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("ranksearch.compress.export.TOLERANCE", -1.0)
+    monkeypatch.setattr("ranksearch.compress.export.MAX_RELATIVE_DIFFERENCE", -1.0)
     for form in ("plan", "onnx", "pt2"):
         with pytest.raises(
             StudyError, match=r"The exported model's outputs must equal the trial's, but differ by .*nothing was written"
@@ -199,7 +199,7 @@ def home(model):
     inputs = torch.rand(2, 1, 8, 8)
     model.eval()(inputs)
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    check_comes_home(model, fresh, Plan.of({"net.fc1": SVD(1)}), inputs)
+    check_reloading(model, fresh, Plan.of({"net.fc1": SVD(1)}), inputs)
     assert torch.equal(torch.get_rng_state(), random)
     after = model.state_dict()
     assert before.keys() == after.keys()

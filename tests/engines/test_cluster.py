@@ -201,7 +201,7 @@ def test_thirty_trials_on_three_nodes_two_of_which_are_lost():
         cluster.tell("add 2")
         cluster.tell("add 2")
         with ray.engine(ray.Cluster(cluster.address)) as engine:
-            assert engine.about == "Ray on 3 nodes, 6 trials at a time, 1 CPU each"
+            assert engine.description == "Ray on 3 nodes, 6 trials at a time, 1 CPU each"
 
             def on_message(job, message):
                 nonlocal node_lost
@@ -333,13 +333,13 @@ ModuleNotFoundError: No module named 'ranksearch'
 def test_a_node_that_lacks_this_package_is_refused_and_a_killed_worker_is_lost(tmp_path):
     """As Ray 2.60 said it on a node where no worker can import it."""
     here, there = Pipe()
-    board = tune._Board(there)
+    board = tune._RunningJobs(there)
     scheduler = tune._Scheduler(board)
     for error in (RayActorError(error_msg=PAGE, actor_init_failed=True), RayActorError(error_msg="killed"), None):
-        here.send(ray.Sealed(5, b""))
+        here.send(ray.SealedJob(5, b""))
         board.draw("1")
         scheduler.on_trial_error(None, Ended(tmp_path, error))
-        assert isinstance(here.recv(), ray.Free)
+        assert isinstance(here.recv(), ray.WorkerFree)
         said = here.recv()
         assert said.key == 5
         if error and error.actor_init_failed:
@@ -364,8 +364,8 @@ def test_a_cluster_without_nodes_is_waited_for_and_given_up(monkeypatch):
     clock, nodes = iter(range(0, 1000, 50)), iter([1, 0, 0, 2, 0, 0, 0])
     monkeypatch.setattr(tune, "_slots", lambda cluster: next(nodes))
     monkeypatch.setattr(tune.time, "monotonic", lambda: float(next(clock)))
-    searcher = tune._Searcher(tune._Board(None), ray.Cluster("head:6379"))
+    searcher = tune._Searcher(tune._RunningJobs(None), ray.Cluster("head:6379"))
     assert [searcher._places() for _ in range(6)] == [1, 0, 0, 2, 0, 0]
-    words = r"The Ray cluster at head:6379 must have a node that can run a trial, but has had none for 120 s; the same command"
+    words = r"The Ray cluster at head:6379 must have a node that can run a trial, but has had none for 120 s; run the same"
     with pytest.raises(StudyError, match=words):
         searcher._places()

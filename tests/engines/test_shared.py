@@ -207,7 +207,7 @@ def test_no_room_for_the_copy(monkeypatch):
         def write(self, data):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shared, "_nameless", Full)
+    monkeypatch.setattr(shared, "_anonymous_file", Full)
     words = (
         r"A second copy of data, model and factors \(8 MB\) must fit into memory for the workers, but does not \(\[Errno 28\] No space left "
         r"on device\); free some, or run the trials in this process with --workers 0"

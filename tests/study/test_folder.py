@@ -111,7 +111,8 @@ def test_fresh_starts_over_whatever_the_folder_says(tmp_path):
 
 @pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize(
-    "attributes", [{"ranksearch:identity": {}}, {folder.STUDY: {"format": folder.FORMAT + 1}}, {folder.STUDY: {"identity": {}}}]
+    "attributes",
+    [{"ranksearch:identity": {}}, {folder.IDENTITY: {"format": folder.RECORD_FORMAT + 1}}, {folder.IDENTITY: {"identity": {}}}],
 )
 def test_a_record_of_another_release_is_refused_until_it_is_started_over(tmp_path, capsys, attributes, elsewhere):
     out, spec = tmp_path / "small", small_spec("search.trials=1", "finalists.count=1")
@@ -187,7 +188,7 @@ def test_a_study_that_cannot_be_held_is_told(tmp_path):
     ],
 )
 def test_a_storage_whose_tables_another_run_makes_is_tried_again(tmp_path, monkeypatch, told):
-    connected, left = database._connected, [1, 1]
+    connected, left = database._connect, [1, 1]
 
     def racing(*arguments):
         if left:
@@ -195,9 +196,9 @@ def test_a_storage_whose_tables_another_run_makes_is_tried_again(tmp_path, monke
             raise OperationalError("CREATE TABLE studies", {}, Exception(told))
         return connected(*arguments)
 
-    monkeypatch.setattr(database, "_connected", racing)
+    monkeypatch.setattr(database, "_connect", racing)
     monkeypatch.setattr(database.time, "sleep", lambda seconds: None)
     assert check_storage(f"sqlite:///{tmp_path / 'new.db'}")
-    left += [1] * database.ATTEMPTS
+    left += [1] * database.OPEN_ATTEMPTS
     with pytest.raises(StudyError, match=re.escape(f"cannot be used: {told.splitlines()[0]}; check its address")):
         check_storage(f"sqlite:///{tmp_path / 'new.db'}")

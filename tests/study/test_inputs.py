@@ -15,7 +15,7 @@ from ranksearch.console import Silent
 from ranksearch.data.images import Images
 from ranksearch.errors import ModelError, StudyError
 from ranksearch.study import folder
-from ranksearch.study.folder import difference
+from ranksearch.study.folder import input_difference
 from ranksearch.study.inputs import inputs_of
 from ranksearch.study.options import Local, Options
 from ranksearch.study.study import run_study
@@ -55,15 +55,15 @@ def splits(**changes):
     ],
 )  # fmt: skip
 def test_what_is_other_data(changes, words):
-    found = difference(inputs_of(splits(), None), inputs_of(splits(**changes), None))
+    found = input_difference(inputs_of(splits(), None), inputs_of(splits(**changes), None))
     assert found.startswith(words)
     assert bool(found) is bool(words)
 
 
 def test_what_is_known_of_one_side_alone_is_no_difference():
-    assert not difference(inputs_of(splits(), "abc"), inputs_of(splits(), None))
-    assert not difference(inputs_of(splits(), None), inputs_of(splits(), "abc"))
-    assert difference(inputs_of(splits(), "a" * 64), inputs_of(splits(), "b" * 64)) == (
+    assert not input_difference(inputs_of(splits(), "abc"), inputs_of(splits(), None))
+    assert not input_difference(inputs_of(splits(), None), inputs_of(splits(), "abc"))
+    assert input_difference(inputs_of(splits(), "a" * 64), inputs_of(splits(), "b" * 64)) == (
         "another dense model (the SHA-256 of its weights is aaaaaaaa... there and bbbbbbbb... here)"
     )
 
@@ -83,7 +83,7 @@ def test_data_of_any_kind_is_the_same_as_itself():
     whole = TensorDataset(torch.arange(30).reshape(10, 3), torch.arange(10))
     data = Splits(Drawn(), unknown, whole, None, "odd")
     state = torch.get_rng_state()
-    assert difference(inputs_of(data, None), inputs_of(data, None)) == ""
+    assert input_difference(inputs_of(data, None), inputs_of(data, None)) == ""
     assert torch.equal(torch.get_rng_state(), state)
     assert inputs_of(data, None)["train"] == {"count": 30}
 

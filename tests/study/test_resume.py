@@ -36,7 +36,7 @@ from ranksearch.strategy.prior import vbmf_plans
 from ranksearch.strategy.sampler import Knowledge
 from ranksearch.strategy.space import make_space
 from ranksearch.study.options import Local, Options
-from ranksearch.study.study import CALIBRATION, Stopped, run_study
+from ranksearch.study.study import WHITENING_INPUTS, Stopped, run_study
 from tests import ROOT, nets
 from tests.conftest import essence, small_spec, stored, tiny_spec
 
@@ -78,7 +78,7 @@ def ledger_of(study, dense=None, cache=None, *, initial_plans=None):
         model.load_state_dict(load_file(dense))
     found = inventory(model, example(data.train))
     space = make_space(found, spec.space.methods)
-    inputs = sample_inputs(data.train, CALIBRATION, seed=spec.seed)
+    inputs = sample_inputs(data.train, WHITENING_INPUTS, seed=spec.seed)
     layers = profile(model, found, {a.layer.name: a.methods for a in space.axes}, inputs=inputs, cache=cache)
     if initial_plans is None:
         initial_plans = read_initial_plans(study) or list(vbmf_plans(space, layers.vbmf))

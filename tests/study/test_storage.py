@@ -65,7 +65,7 @@ def hurried(monkeypatch):
     """Waits are short."""
     monkeypatch.setattr(storage, "MAX_WAIT_SECONDS", 60)
     monkeypatch.setattr(storage, "RETRY_SECONDS", 0.02)
-    monkeypatch.setattr(database, "BUSY_TIMEOUT", 0.02)
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_SECONDS", 0.02)
 
 
 class Lock:
@@ -180,7 +180,7 @@ def test_what_ails_a_server_is_told_by_its_code(code, cause):
 @pytest.mark.slow
 def test_ctrl_c_ends_the_wait_and_all_that_would_follow(tmp_path, monkeypatch):
     """Locked from the second trial on: one Ctrl-C ends the study, and the same study goes on once it is released."""
-    monkeypatch.setattr(database, "BUSY_TIMEOUT", 0.02)
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_SECONDS", 0.02)
     out, spec, locks = tmp_path / "small", tiny_spec("search.trials=3"), []
 
     class Impatient(Silent):
