@@ -20,6 +20,7 @@ import torch
 from ranksearch.compress.inventory import Inventory, inventory
 from ranksearch.compress.profile import Profile, profile
 from ranksearch.compress.weights import weights_of
+from ranksearch.compress.whitening import inputs_wanted
 from ranksearch.console import Silent
 from ranksearch.data import example, sample, sample_inputs
 from ranksearch.methods import METHODS
@@ -32,7 +33,6 @@ from ranksearch.strategy.predicted_front import Choice
 from ranksearch.strategy.sensitivity import predicted_choices, values_to_probe
 from ranksearch.strategy.space import Space, make_space
 from ranksearch.study.dense import load_weights, train_dense
-from ranksearch.compress.whitening import inputs_wanted
 from ranksearch.support.files import write_whole
 from ranksearch.task import training
 from ranksearch.task.checkpoint import Checkpoint

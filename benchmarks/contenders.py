@@ -23,7 +23,7 @@ from ranksearch.strategy.sampler import Knowledge
 from ranksearch.strategy.sensitivity import rescuable, spread
 from ranksearch.strategy.space import size_of
 from ranksearch.strategy.surrogate import Table
-from ranksearch.study.probing import PREDICTED_PLANS
+from ranksearch.study.probing import MAX_PREDICTED_PLANS
 
 Arena: TypeAlias = Trained | Simulated
 Choices: TypeAlias = Mapping[str, Sequence[Choice]]
@@ -122,7 +122,7 @@ def vbmf_sweep(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
 
 def frontier_first(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
     corners = rescuable(predicted_front(dense_params(arena), arena.choices))
-    return [("frontier", corner.plan) for corner in spread(corners, arena.inventory.params, PREDICTED_PLANS)]
+    return [("frontier", corner.plan) for corner in spread(corners, arena.inventory.params, MAX_PREDICTED_PLANS)]
 
 
 def frontier_alone(arena: Arena, trials: int) -> list[tuple[str, Plan]]:

@@ -307,7 +307,7 @@ def _stored(options: argparse.Namespace) -> optuna.Study:
     from ranksearch.study import folder
 
     spec = folder.read_spec(options.folder)
-    noted = folder.noted_storage(options.folder)
+    noted = folder.storage_in_spec(options.folder)
     if noted and not options.storage and not (options.folder / folder.DATABASE).exists():
         raise StudyError(f"The record of the study in {options.folder} is in {noted}; give --storage {noted}.")
     url = folder.storage_url(options.folder, options.storage)

@@ -82,7 +82,7 @@ def test_python_may_give_one_name_and_numbers_of_numpy(trained, tmp_path):
 def test_a_score_that_is_no_share(trained, tmp_path):
     percent = replace(trained, score=lambda outputs, targets: 93.5)
     with pytest.raises(
-        ModelError, match=r"on the scale of a share, where .* but <lambda> gave 93.5 for the dense net; divide it, by"
+        ModelError, match=r"Scores should lie in \[0, 1\], .* but <lambda> returned 93.5 for the dense net; divide it"
     ):
         ranksearch.search(percent, out=tmp_path / "mine", engine=Local(0))
 
@@ -119,7 +119,7 @@ def test_another_dense_model_is_another_study(trained, tmp_path):
     go(trained)
     torch.manual_seed(9)
     with pytest.raises(
-        StudyError, match=r"made from another dense model \(.* here\); choose another --out or name, or --fresh"
+        StudyError, match=r"started from another dense model \(.* here\); choose another --out or name, or --fresh"
     ):
         go(replace(trained, model=nets.small()))
 
@@ -130,7 +130,7 @@ def test_a_test_score_that_is_no_number_is_told_before_the_search(trained, tmp_p
     def score(outputs, targets):
         return float("nan") if next(asked) == 2 else 0.5  # the check, then the dense net on validation, then on test
 
-    with pytest.raises(ModelError, match="The score must be a number for the dense net, but score gave nan on test; mend it"):
+    with pytest.raises(ModelError, match="The dense net's score must be finite, but score returned nan on test; fix the score"):
         ranksearch.search(replace(trained, score=score), out=tmp_path / "mine", search=Search(trials=1), engine=Local(0))
 
 

@@ -20,7 +20,7 @@ import ranksearch
 from ranksearch.cli import _shown, _storage_option, main
 from ranksearch.console import Plain
 from ranksearch.plan import Plan
-from ranksearch.study.database import _unusable
+from ranksearch.study.database import _storage_error
 from tests import nets
 from tests.conftest import refuse, snapshot
 
@@ -135,12 +135,12 @@ def test_export_chooses_from_the_front(finished, capsys, tmp_path, choice, monke
         (["study", "small.toml", "--set", "task.model_args.day=2024-01-02"], "small.toml: task.model_args.day must be a string, a number,"),
         (["study", "small.toml", "--set", "task.data_args.x=[1, nan]"], "small.toml: task.data_args.x.1 must be a number, but got nan."),
         (["study", "small.toml", "--set", "finetune.weight_decay=inf"], "small.toml: finetune.weight_decay must be at least 0, but got inf"),
-        (["study", "small.toml", "--set", "task.model=tests.nets:uncopyable"], "The model must be one that can be copied, but copy.deepc"),
+        (["study", "small.toml", "--set", "task.model=tests.nets:uncopyable"], "It must be possible to copy the model, but copy.deepcopy"),
         (["study", "small.toml", "--set", "task.data=tests.nets:pictures"], "A split must be readable in batches, but 'train' raised Type"),
         (["study", "small.toml", "--set", "task.data=tests.nets:ragged"], "A split must be readable in batches, but 'train' raised Runt"),
         (["study", "small.toml", "--set", "task.data=tests.nets:larger_test"],
          "The model must accept the inputs of every split, but 'test' has (1, 16, 16), 'train' has (1, 8, 8), and its forward raised"),
-        (["study", "small.toml", "--storage", "sqlite://"], "A storage must outlive its run, but sqlite:// is in memory; name a file,"),
+        (["study", "small.toml", "--storage", "sqlite://"], "A storage must be kept after the run, but sqlite:// is in memory; name"),
         (["study", "small.toml", "--engine", "ray", "--gpus-per-trial", "nan"], "--gpus-per-trial must be whole or a fraction of one"),
         (["study", "small.toml", "--engine", "ray", "--gpus-per-trial", "inf"], "--gpus-per-trial must be whole or a fraction of one"),
         (["study", "small.toml", "--storage", "nonsense"], "A storage must be a database URL such as sqlite:///study.db, but got"),
@@ -184,7 +184,7 @@ def test_the_version(capsys):
         (["--format", "onnx", "--opset", "99"], r"--opset must be between 1 and \d+, the newest that the installed onnx knows, but got 99\."),
         pytest.param(
             ["--format", "onnx", "--opset", "7"],
-            r"--opset must be one that the installed exporter can write this model in, but from 18 it could not be converted to 7; give 18 to",
+            r"--opset must be one that the installed exporter can write, but it could not convert this model from 18 to 7; choose 18 to",
             marks=pytest.mark.slow,
         ),
     ],
@@ -211,15 +211,15 @@ def test_the_password_of_a_storage_is_never_shown(study_file, capsys):
 @pytest.mark.parametrize("password", ["e", "s", "*", "p%40ss", "oracel", "a:b/c"])
 def test_a_password_is_masked_where_it_stands_and_nowhere_else(study_file, capsys, password):
     assert refuse(capsys, "study", "small.toml", "--storage", f"oracel://user:{password}@host/db") == (
-        "The storage oracel://user:***@host/db cannot be used: Can't load plugin: sqlalchemy.dialects:oracel; check its address, "
-        "and that it is up."
+        "The storage oracel://user:***@host/db cannot be used: Can't load plugin: sqlalchemy.dialects:oracel; check its address "
+        "and that its server is running."
     )
 
 
 def test_an_address_in_a_drivers_words_is_masked():
     url = "oracel://user:p%40e@host/db?key=1"
     told = f"no {url}, nor oracel://user:p%40e@host/db?key=1 of user:p@e@host here: peep"
-    assert str(_unusable(url, RuntimeError(told))).startswith(
+    assert str(_storage_error(url, RuntimeError(told))).startswith(
         "The storage oracel://user:***@host/db cannot be used: no oracel://user:***@host/db, nor oracel://user:***@host/db of "
         "user:***@host here: peep; check"
     )
@@ -228,7 +228,7 @@ def test_an_address_in_a_drivers_words_is_masked():
 @pytest.mark.parametrize(
     ("url", "told"),
     [
-        ("postgresql://me:pa@ss@host/db", "A password's @ must be written as %40 in a storage's address, but '***@host/db' has two."),
+        ("postgresql://me:pa@ss@host/db", "An @ in a storage's password must be written as %40, but '***@host/db' has two."),
         ("postgresql://me:s@host:port/db", "A storage must be a database URL such as sqlite:///study.db, but got '***@host:port/db'."),
         ("me:s3cret@host?password=s3cret", "A storage must be a database URL such as sqlite:///study.db, but got '***@host'."),
     ],
@@ -243,7 +243,7 @@ def test_a_file_that_is_not_toml(study_file, capsys):
     assert refuse(capsys, "study", "small.toml").startswith("A study file must be TOML, but small.toml is not:")
 
 
-NESTED = "but is a training's checkpoint, which holds one as 'state_dict'; save that alone."
+NESTED = "but is a training checkpoint, with a state dict under 'state_dict'; save only that."
 
 
 @pytest.mark.parametrize(
@@ -253,15 +253,15 @@ NESTED = "but is a training's checkpoint, which holds one as 'state_dict'; save 
         (lambda state: {"state_dict": state, "best_acc": np.float64(0.9)}, NESTED),
         (lambda state: {"epoch": np.arange(3), "args": argparse.Namespace(lr=0.1), "state_dict": state, "out": Path("runs")}, NESTED),
         (lambda state: {"model": nets.small(), "best_acc": np.float64(0.9)},
-         "but is a training's checkpoint, which holds a whole model as 'model'; save the state_dict() of that alone."),
-        (lambda state: {"epoch": 3, "lr": 0.1}, "but its entry 'epoch' is no tensor by name; save the state dict alone."),
-        (lambda state: {name: value.numpy() for name, value in state.items()}, "but its entry 'conv1.weight' is no tensor by name; save"),
-        (lambda state: {0: torch.zeros(1)}, "but its entry 0 is no tensor by name; save the state dict alone."),
-        (lambda state: state | {"aux.fc2.bias": torch.zeros(3)}, "but it holds aux.fc2.bias, which the model has not; name the model"),
-        (lambda state: {f"module.{name}": value for name, value in state.items()}, "all its names begin with 'module.'; take that off."),
-        (lambda state: state | {"fc2.bias": torch.zeros(3)}, "fc2.bias is (3,) there and (10,) in the model; name the model and the"),
+         "but is a training checkpoint, with a whole model under 'model'; save only the state_dict() of that model."),
+        (lambda state: {"epoch": 3, "lr": 0.1}, "but its entry 'epoch' is not a named tensor; save only the state dict."),
+        (lambda state: {name: value.numpy() for name, value in state.items()}, "but its entry 'conv1.weight' is not a named tensor; save"),
+        (lambda state: {0: torch.zeros(1)}, "but its entry 0 is not a named tensor; save only the state dict."),
+        (lambda state: state | {"aux.fc2.bias": torch.zeros(3)}, "but it holds aux.fc2.bias, which the model lacks; use the model"),
+        (lambda state: {f"module.{name}": value for name, value in state.items()}, "all its names begin with 'module.'; remove that prefix."),
+        (lambda state: state | {"fc2.bias": torch.zeros(3)}, "fc2.bias is (3,) there and (10,) in the model; use the model and the"),
         (lambda state: {n: v for n, v in state.items() if "norm" not in n}, "but it lacks norm1.weight and "),
-        (lambda state: state | {"fc3.bias": torch.zeros(3)}, "but it holds fc3.bias, which the model has not; name the model"),
+        (lambda state: state | {"fc3.bias": torch.zeros(3)}, "but it holds fc3.bias, which the model lacks; use the model"),
         (lambda state: nets.small(), "but is a whole model, a Sequential; save model.state_dict()."),
         (lambda state: Plan(), "but is a Plan; save model.state_dict()."),
         (lambda state: [1, 2], "must be a state dict, but is a list; save model.state_dict()."),

@@ -25,7 +25,7 @@ def test_a_folder_with_other_files_is_left_alone(study_file, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     told = refuse(capsys, "study", "small.toml", "--out", tmp_path / "mine", "--fresh")
-    assert told.startswith("The output folder must be a study's or empty, but")
+    assert told.startswith("The output folder must belong to a study or be empty, but")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
@@ -33,7 +33,7 @@ def test_a_users_own_project_is_never_emptied(study_file, tmp_path, capsys):
     (tmp_path / "spec.toml").write_text(nets.SMALL)
     (tmp_path / "nets.py").write_text("mine = 1")
     told = refuse(capsys, "study", "spec.toml", "--out", ".", "--fresh")
-    assert told.startswith("The output folder must be a study's or empty, but . holds other files")
+    assert told.startswith("The output folder must belong to a study or be empty, but . holds other files")
     assert (tmp_path / "nets.py").read_text() == "mine = 1"
 
 
@@ -79,7 +79,9 @@ def test_a_folder_in_use(copied, study_file, capsys):
 
     with filelock.FileLock(copied / ".lock"):
         told = refuse(capsys, "study", "small.toml")
-    assert told == "One run at a time may use a folder, but runs/small is in use; wait for it or choose another --out."
+    assert (
+        told == "Only one run at a time may use a folder, but runs/small is in use; wait for that run or choose another --out."
+    )
 
 
 def test_fresh_does_not_empty_the_folder_when_the_storage_is_out_of_reach(copied, study_file, capsys):

@@ -67,7 +67,7 @@ def test_ctrl_c_ends_any_command(copied, monkeypatch):
 def test_a_report_tells_that_it_waits(copied, monkeypatch, capsys):
     monkeypatch.setattr(storage, "MAX_WAIT_SECONDS", 0.1)
     monkeypatch.setattr(storage, "RETRY_SECONDS", 0.1)
-    monkeypatch.setattr(database, "BUSY_TIMEOUT", 0.02)
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_SECONDS", 0.02)
     with closing(sqlite3.connect(copied / "study.db", isolation_level=None)) as other:
         other.execute("PRAGMA locking_mode = EXCLUSIVE")
         other.execute("BEGIN EXCLUSIVE")
@@ -77,7 +77,7 @@ def test_a_report_tells_that_it_waits(copied, monkeypatch, capsys):
         f"ranksearch: the storage sqlite:///{copied}/study.db is locked by another program; trying again for"
     )
     assert ends.startswith(
-        f"ranksearch: The storage sqlite:///{copied}/study.db must be usable as long as a study runs, but has been"
+        f"ranksearch: The storage sqlite:///{copied}/study.db must stay usable while a study runs, but has been"
     )
 
 

@@ -1,1 +1,1 @@
-"""A network's layers: found, profiled, replaced by their factors, and the network taken home."""
+"""Finds a network's layers, profiles and factorizes them, and exports the network."""

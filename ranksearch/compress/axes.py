@@ -1,4 +1,4 @@
-"""Where the channels are: follows the axes of maps through permutations and reshapes while a model runs."""
+"""Follows the axes of feature maps through permutations and reshapes while a model runs, to know where the channels are."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 Atom: TypeAlias = tuple[int, int]
-"""A piece of an axis of a map, and its size. Axis 0 is the batch, 1 the channels, 2 and up are the positions."""
+"""An axis of a map, or a piece of one, and its size. Axis 0 is the batch, 1 the channels, 2 and up are the positions."""
 Layout: TypeAlias = tuple[tuple[Atom, ...], ...]
-"""For each dimension of a tensor, the atoms that are merged in it, the slowest first."""
+"""For each dimension of a tensor, the atoms merged into it, slowest first."""
 
 BATCH, CHANNELS = 0, 1
 
@@ -44,17 +44,17 @@ ELEMENTWISE = frozenset(
         Tensor.contiguous, Tensor.clone,
     }
 )  # fmt: skip
-"""What leaves each value of a flattened map in its place."""
+"""Functions that leave each value of a flattened map in its place."""
 SCRAMBLING = frozenset({torch.einsum, torch.tensordot, torch.as_strided, Tensor.as_strided, F.unfold, F.fold})
-"""What may move axes to where no shape tells."""
+"""Functions that may move axes in ways that shapes do not show."""
 
 
 @dataclass(frozen=True)
 class Flattened:
     """The map that a row of features was flattened from: its size (channels, *size), and the order of its axes in the row.
 
-    `order` lists them from the slowest to the fastest, 0 for the channels and 1 and up for the positions: (0, 1, 2) behind
-    `x.flatten(1)`, (1, 2, 0) behind `x.permute(0, 2, 3, 1).flatten(1)`.
+    `order` lists the axes from slowest to fastest, 0 for the channels and 1 and up for the positions: (0, 1, 2) after
+    `x.flatten(1)`, (1, 2, 0) after `x.permute(0, 2, 3, 1).flatten(1)`.
     """
 
     size: tuple[int, ...]
@@ -62,21 +62,21 @@ class Flattened:
 
 
 class Axes(TorchFunctionMode):
-    """Follows the axes of every tensor of a pass.
+    """Follows the axes of every tensor in a forward pass.
 
-    A tensor that nothing is known of is taken for (batch, channels, *size), as torch's convolutions give it. A fully connected
-    layer over the last dimension makes that the channels. What cannot be followed has no layout.
+    An unknown tensor is taken for (batch, channels, *size), as convolutions return it. If a fully connected layer returns three
+    or more dimensions, the last one holds the channels. A tensor whose axes cannot be followed has no layout.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.used: set[int] = set()
-        """The ids of the parameters that functions were called on."""
-        # None where a tensor cannot be followed; most tensors have the usual layout and are not kept.
+        """The ids of all parameters passed to functions."""
+        # None for a tensor that cannot be followed. Tensors with the usual layout, which are most, have no entry.
         self._layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-    def source(self, row: Tensor) -> Flattened | None:
-        """What a tensor (batch, features) was flattened from; None where that is no map, or cannot be followed."""
+    def flattened_map(self, row: Tensor) -> Flattened | None:
+        """The map that a tensor (batch, features) was flattened from; None if it was not a map, or cannot be followed."""
         layout = self._layout(row)
         if layout is None or row.dim() != 2 or any(axis != BATCH for axis, _ in layout[0]):
             return None
@@ -89,22 +89,22 @@ class Axes(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = dict(kwargs or {})
-        inputs = [leaf for leaf in tree_leaves((args, given)) if isinstance(leaf, Tensor)]
+        keywords = dict(kwargs or {})
+        inputs = [leaf for leaf in tree_leaves((args, keywords)) if isinstance(leaf, Tensor)]
         self.used.update(id(leaf) for leaf in inputs if isinstance(leaf, torch.nn.Parameter))
-        # Before the call, which may work in place.
+        # Read the inputs before the call, which may change them in place.
         before = [_Input(leaf, tuple(leaf.shape), self._layout(leaf), leaf in self._layouts) for leaf in inputs]
-        result = func(*args, **given)
+        result = func(*args, **keywords)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and before:
-                self._note(leaf, _layout_after(func, args, given, before, leaf))
+                self._note(leaf, _layout_after(func, args, keywords, before, leaf))
         return result
 
     def _layout(self, tensor: Tensor) -> Layout | None:
-        return self._layouts.get(tensor, usual(tensor.shape))
+        return self._layouts.get(tensor, usual_layout(tensor.shape))
 
     def _note(self, tensor: Tensor, layout: Layout | None) -> None:
-        if layout == usual(tensor.shape):
+        if layout == usual_layout(tensor.shape):
             self._layouts.pop(tensor, None)
         else:
             self._layouts[tensor] = layout
@@ -112,7 +112,7 @@ class Axes(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class _Input:
-    """A tensor that a function is called on, as it was before the call."""
+    """A tensor argument of a function, as it was before the call."""
 
     tensor: Tensor
     shape: tuple[int, ...]
@@ -125,21 +125,21 @@ def _layout_after(
 ) -> Layout | None:
     first, unusual = before[0], any(tensor.unusual for tensor in before)
     if func in RESHAPES:
-        return reshaped(first.layout, result.shape) if unusual or len(first.shape) > 2 else usual(result.shape)
+        return reshaped(first.layout, result.shape) if unusual or len(first.shape) > 2 else usual_layout(result.shape)
     if func in PERMUTATIONS:
         return permuted(func, args, kwargs, first.layout)
     if func in (F.linear, F.embedding):
-        return channels_last(result.shape) if result.dim() > 2 else usual(result.shape)
+        return channels_last(result.shape) if result.dim() > 2 else usual_layout(result.shape)
     if func in SCRAMBLING:
         return None
     if func in CONVOLUTIONS or not unusual or result.dim() < 2:
-        return usual(result.shape)
-    if result.dim() > 2 or func in ELEMENTWISE or any(result is given.tensor for given in before):
-        return next((given.layout for given in before if given.shape == tuple(result.shape)), None)
+        return usual_layout(result.shape)
+    if result.dim() > 2 or func in ELEMENTWISE or any(result is each.tensor for each in before):
+        return next((each.layout for each in before if each.shape == tuple(result.shape)), None)
     return None
 
 
-def usual(shape: Sequence[int]) -> Layout:
+def usual_layout(shape: Sequence[int]) -> Layout:
     """The layout (batch, channels, *size)."""
     return tuple(((axis, size),) for axis, size in enumerate(shape))
 
@@ -151,20 +151,20 @@ def channels_last(shape: Sequence[int]) -> Layout:
 
 
 def permuted(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], layout: Layout | None) -> Layout | None:
-    """The layout after a function that permutes dimensions, found by calling it on a tensor whose sizes tell them apart."""
+    """The layout after a function that permutes dimensions, found by calling it on a tensor whose sizes all differ."""
     if layout is None:
         return None
     rest = {name: value for name, value in kwargs.items() if name != "input"}
-    # Sizes from 2: a dimension of 1 might be taken for another.
+    # Sizes start at 2, since a function may treat dimensions of size 1 specially.
     probe = torch.empty(tuple(range(2, len(layout) + 2)), device="meta")
     after = func(probe, *(args[1:] if args else ()), **rest)
     return tuple(layout[size - 2] for size in after.shape)
 
 
 def reshaped(layout: Layout | None, shape: Sequence[int]) -> Layout | None:
-    """The layout after a reshape that keeps the order of the values; None where an axis is cut in pieces that do not fit.
+    """The layout after a reshape that keeps the order of the values; None if the new sizes cut an axis unevenly.
 
-    What is folded into the batch is no axis of a map any more: each part is then a map of its own.
+    An axis merged into the batch is no longer an axis of the map: each of its slices becomes a map.
     """
     if layout is None:
         return None
@@ -179,14 +179,14 @@ def reshaped(layout: Layout | None, shape: Sequence[int]) -> Layout | None:
         dims.append(taken)
     dims[-1] += tuple(left[::-1])  # axes of size 1
     if len(dims) > 2 and {axis for axis, _ in dims[0]} != {BATCH}:
-        return usual(shape) if _is_usual(layout) else None
+        return usual_layout(shape) if _is_usual(layout) else None
     return tuple(dims)
 
 
 def _take(left: list[Atom], size: int) -> tuple[Atom, ...] | None:
-    """Take the next atoms, `left[-1]` first, that make up a dimension of this size; the last of them may be cut in two."""
+    """Pop the atoms from the end of `left` that make up a dimension of this size. The last one may be cut in two."""
     taken: list[Atom] = []
-    # A dimension of size 1 takes an axis of size 1 if that is next, so that the batch of a single input keeps its place.
+    # A dimension of size 1 takes the next axis if its size is 1, too, so that the batch axis of a single input keeps its place.
     while left and (size > 1 or (not taken and left[-1][1] == 1)):
         axis, n = left.pop()
         part = min(n, size)
@@ -204,7 +204,7 @@ def _is_usual(layout: Layout) -> bool:
 
 
 def _merged(atoms: Sequence[Atom]) -> list[Atom]:
-    """Atoms with those of one axis that stand together as one. The order of the channels among themselves does not matter."""
+    """Merge adjacent atoms of the same axis. The order of the channels among themselves does not matter."""
     merged: list[Atom] = []
     for axis, size in atoms:
         if merged and merged[-1][0] == axis:
@@ -215,12 +215,12 @@ def _merged(atoms: Sequence[Atom]) -> list[Atom]:
 
 
 def as_maps(rows: Tensor, size: Sequence[int], order: Sequence[int] | None) -> Tensor:
-    """Rows (count, features) as maps (count, channels, *size); `order` is as in `Flattened`, None for channels first."""
+    """Reshape rows (count, features) to maps (count, channels, *size). `order` is that of `Flattened`; None: channels first."""
     if order is None:
         return rows.reshape(len(rows), *size)
-    return rows.reshape(len(rows), *(size[axis] for axis in order)).permute(back(order))
+    return rows.reshape(len(rows), *(size[axis] for axis in order)).permute(usual_order(order))
 
 
-def back(order: Sequence[int]) -> tuple[int, ...]:
-    """The permutation of (count, *axes in this order) that puts the axes into the usual order."""
+def usual_order(order: Sequence[int]) -> tuple[int, ...]:
+    """The permutation that brings a tensor (count, *axes in this order) into the usual order of axes."""
     return 0, *(1 + list(order).index(axis) for axis in range(len(order)))

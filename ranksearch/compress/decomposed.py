@@ -1,4 +1,4 @@
-"""Kernels that a user has decomposed with TensorLy, as a plan's values and their factors."""
+"""Converts kernels that a user decomposed with TensorLy to a plan's factorizations and their factors."""
 
 from __future__ import annotations
 
@@ -17,48 +17,53 @@ if TYPE_CHECKING:
 Factors: TypeAlias = tuple[Tensor, ...]
 
 
-def from_tensorly(name: str, layer: nn.Module, given: Any) -> tuple[Factorization, Factors]:
-    """The factorization of a layer, and its factors, from TensorLy's decomposition of its kernel (out, in, *kernel).
+def from_tensorly(name: str, layer: nn.Module, decomposition: Any) -> tuple[Factorization, Factors]:
+    """Convert TensorLy's decomposition of a layer's kernel (out, in, *kernel) to a factorization and its factors.
 
-    A `CPTensor` of the kernel with its positions merged, (out, in, positions), is CP, one of four modes CP-4. A `TuckerTensor`
-    or the pair (core, factors) of `partial_tucker` on modes 0 and 1 is Tucker-2; factors of further modes go into the core. The
-    kernel of a fully connected layer is its weight as maps (out, channels, *map).
+    A `CPTensor` of the kernel with merged positions, (out, in, positions), becomes CP; one of four modes becomes CP-4. A
+    `TuckerTensor`, or the pair (core, factors) from `partial_tucker` on modes 0 and 1, becomes Tucker-2, with the factors of
+    further modes multiplied into the core. The kernel of a fully connected layer is its weight as (out, channels, *map).
 
     Raises:
-        PlanError: it is no such tensor, or does not have the shape of the layer's kernel.
+        PlanError: `decomposition` has another type, or another shape than the layer's kernel.
     """
-    # Here, since it takes half a second to import.
+    # Imported here, since it takes half a second.
     from tensorly.cp_tensor import CPTensor
     from tensorly.tucker_tensor import TuckerTensor
 
-    if isinstance(given, CPTensor):
-        return _cp(name, layer, given)
-    if isinstance(given, TuckerTensor) or _is_partial(given):
-        return _tucker(name, layer, given)
+    if isinstance(decomposition, CPTensor):
+        return _cp(name, layer, decomposition)
+    if isinstance(decomposition, TuckerTensor) or _is_partial(decomposition):
+        return _tucker(name, layer, decomposition)
     raise PlanError(
         f"Layer {name!r}: a plan must hold factorizations such as CP(8), or TensorLy's CPTensor or TuckerTensor, but got a "
-        f"{type(given).__name__}."
+        f"{type(decomposition).__name__}."
     )
 
 
-def _is_partial(given: Any) -> bool:
-    """Whether it is a core and a factor for each of its first two modes."""
-    return isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], list) and len(given[1]) == 2
+def _is_partial(decomposition: Any) -> bool:
+    """Whether this is a pair (core, [factor, factor]), as `partial_tucker` returns it."""
+    return (
+        isinstance(decomposition, tuple)
+        and len(decomposition) == 2
+        and isinstance(decomposition[1], list)
+        and len(decomposition[1]) == 2
+    )
 
 
-def _cp(name: str, layer: nn.Module, given: CPTensor) -> tuple[Factorization, Factors]:
-    rank, factors = int(given.rank), [torch.as_tensor(factor) for factor in given.factors]
+def _cp(name: str, layer: nn.Module, decomposition: CPTensor) -> tuple[Factorization, Factors]:
+    rank, factors = int(decomposition.rank), [torch.as_tensor(factor) for factor in decomposition.factors]
     shape = tuple(len(factor) for factor in factors)
     kernel = _kernel(name, layer, shape, longest=4)
     out, into, *modes = (factor.reshape(-1, rank) for factor in factors)
-    out = out * torch.as_tensor(given.weights)
+    out = out * torch.as_tensor(decomposition.weights)
     if len(modes) == 2:
         return CP4(rank, kernel=kernel), (into.T, modes[0].T, modes[1].T, out)
     return CP(rank, kernel=kernel), (into.T, modes[0].T.reshape(rank, *_positions(layer, kernel)), out)
 
 
-def _tucker(name: str, layer: nn.Module, given: Any) -> tuple[Factorization, Factors]:
-    core, (out, into, *others) = torch.as_tensor(given[0]), [torch.as_tensor(factor) for factor in given[1]]
+def _tucker(name: str, layer: nn.Module, decomposition: Any) -> tuple[Factorization, Factors]:
+    core, (out, into, *others) = torch.as_tensor(decomposition[0]), [torch.as_tensor(factor) for factor in decomposition[1]]
     for mode, factor in enumerate(others, start=2):
         core = torch.tensordot(core, factor, dims=([mode], [1])).movedim(-1, mode)
     kernel = _kernel(name, layer, (len(out), len(into), *core.shape[2:]), longest=5)
@@ -67,7 +72,11 @@ def _tucker(name: str, layer: nn.Module, given: Any) -> tuple[Factorization, Fac
 
 
 def _kernel(name: str, layer: nn.Module, shape: tuple[int, ...], *, longest: int) -> tuple[int, ...] | None:
-    """The map that a fully connected layer's kernel covers, None for a convolution. Refuses another kernel's decomposition."""
+    """The size of the map in a fully connected layer's kernel; None for a convolution.
+
+    Raises:
+        PlanError: `shape` is not that of the layer's kernel.
+    """
     assert isinstance(layer.weight, Tensor)
     weight = tuple(layer.weight.shape)
     if isinstance(layer, nn.Linear):

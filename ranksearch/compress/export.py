@@ -1,4 +1,4 @@
-"""A model to take home: plan and weights, ONNX, or torch.export; reloaded and compared before it is called done."""
+"""Exports a model as plan and weights, as ONNX or by torch.export, and compares the reloaded model before keeping it."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound=nn.Module)
 
 PLAN, WEIGHTS = "plan.json", "weights.safetensors"
-TOLERANCE = 1e-4
-"""Largest difference of outputs, relative to the largest output, that another runtime's rounding explains."""
+MAX_RELATIVE_DIFFERENCE = 1e-4
+"""Accepted difference of outputs, relative to the largest output (or to 1): rounding of another runtime stays below it."""
 
 
 def save_model(folder: Path, plan: Plan, weights: bytes) -> None:
-    """Write `plan.json` and `weights.safetensors` (the state dict of the factorized model) into a folder."""
+    """Write `plan.json` and `weights.safetensors` (the factorized model's state dict) into a folder."""
     write_whole(folder / WEIGHTS, weights)
     write_whole(folder / PLAN, plan.to_json())
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether a folder holds a model whose files are whole."""
+    """Whether a folder holds a model with undamaged files."""
     try:
         Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
         with safe_open(folder / WEIGHTS, "pt") as weights:
@@ -52,15 +52,15 @@ def holds_model(folder: Path) -> bool:
 
 
 def load_model(dense: M, folder: str | Path) -> M:
-    """The compressed model that a folder holds, built on a copy of the dense model; its weights do not matter.
+    """Load the compressed model in a folder, built on a copy of the dense model, whose weights do not matter.
 
     Raises:
-        StudyError: the folder holds no model, a damaged one, or one of another dense model.
-        PlanError: its plan does not fit `dense`.
+        StudyError: the folder holds no model, a damaged one, or one made from another dense model.
+        PlanError: the plan does not fit `dense`.
     """
     folder = Path(folder)
     if any(parameter.is_meta for parameter in dense.parameters()):
-        raise StudyError("The dense model must hold weights, if any, but it is on the device meta; build it on the CPU.")
+        raise StudyError("The dense model must not be on the device meta, but is; build it on the CPU.")
     try:
         plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
         state = state_of((folder / WEIGHTS).read_bytes())
@@ -71,54 +71,54 @@ def load_model(dense: M, folder: str | Path) -> M:
     model = skeleton_(copy.deepcopy(dense), plan)
     try:
         load_(model, state)
-    except Exception as error:  # a module that loads by code of its own may raise anything
-        raise StudyError(f"The weights in {folder} must be of the given dense model, but are not: {last_line(error)}") from None
+    except Exception as error:  # a module's own loading code may raise anything
+        raise StudyError(f"The weights in {folder} must fit the given dense model, but do not: {last_line(error)}") from None
     return model.eval()
 
 
-def check_comes_home(model: nn.Module, fresh: nn.Module, plan: Plan, inputs: Tensor) -> None:
-    """Refuse a model that cannot be had back from its files, by saving, loading and comparing one factorized copy.
+def check_reloading(model: nn.Module, fresh: nn.Module, plan: Plan, inputs: Tensor) -> None:
+    """Check that a compressed model survives saving: save, load and compare one factorized copy.
 
     Args:
-        model: the dense model, on the CPU; it is left as it was.
-        fresh: the dense model as it is when it is made, before its first pass; it is changed.
+        model: the dense model, on the CPU; not changed.
+        fresh: the dense model as constructed, before its first pass; it is changed.
         plan: the plan of the copy.
-        inputs: a batch of two inputs at least, which training mode may need.
+        inputs: a batch of at least two inputs, which training mode may need.
 
     Raises:
-        ModelError: the copy cannot be saved or loaded, or the loaded one gives other outputs.
+        ModelError: the copy cannot be saved or loaded, or its outputs change.
     """
     with seeded(0), torch.no_grad():
         twin = _as_if_trained(factorize_(copied(model), plan), inputs)
-        with _comes_home("saved"):
+        with _reload_step("saved"):
             weights = weights_of(twin)
-        with _comes_home("loaded"):
+        with _reload_step("loaded"):
             back = load_(skeleton_(fresh, plan), state_of(weights))
-        with _comes_home("run once it was loaded"):
+        with _reload_step("run after loading"):
             first, again, loaded = (_outputs(net, inputs) for net in (twin, twin, back))
-    # Outputs that are others each time cannot be compared.
+    # Outputs that differ in every pass cannot be compared.
     if _alike(first, again) and not _alike(first, loaded):
-        raise ModelError(_lost("gave other outputs once it was saved and loaded"))
+        raise ModelError(_not_reloaded("gave other outputs afterwards"))
 
 
 @contextmanager
-def _comes_home(step: str) -> Iterator[None]:
-    """The model's own code runs here, and may raise anything; safetensors does not take every tensor."""
+def _reload_step(step: str) -> Iterator[None]:
+    """Raise a `ModelError` if this step fails: the model's code may raise anything, and safetensors refuses some tensors."""
     try:
         yield
     except Exception as error:
-        raise ModelError(_lost(f"cannot be {step}: {type(error).__name__}: {last_line(error)}")) from error
+        raise ModelError(_not_reloaded(f"cannot be {step}: {type(error).__name__}: {last_line(error)}")) from error
 
 
-def _lost(what: str) -> str:
+def _not_reloaded(failure: str) -> str:
     return (
-        f"A compressed model must come back from its files as it was, but a factorized copy {what}; let state_dict() keep "
-        "all that a forward needs and training changes, and make buffers in __init__."
+        f"A compressed model must be the same after saving and loading, but a factorized copy {failure}; keep in state_dict() "
+        "all that a forward needs and training changes, and create buffers in __init__."
     )
 
 
 def _as_if_trained(model: M, inputs: Tensor) -> M:
-    """Change, in place, all that training changes."""
+    """Change, in place, everything that training would change."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.mul_(1 + 0.1 * random.random())
@@ -150,18 +150,18 @@ def export_model(
 
     Args:
         model: the compressed model, in eval mode, on the CPU.
-        dense: a model of the dense class, for the form `plan`; its weights do not matter.
-        plan: the plan that made `model`.
+        dense: for the form `plan`, the dense model; its weights do not matter.
+        plan: the plan of `model`.
         inputs: a batch of real inputs.
-        target: a file, or a folder for the form `plan`.
+        target: the file to write, or the folder for the form `plan`.
         form: `plan` (plan.json and weights.safetensors), `onnx`, or `pt2` (torch.export).
-        opset: the version of ONNX's operators, for the form `onnx`; torch's default where it is None.
+        opset: for the form `onnx`, the ONNX opset version; None for torch's default.
 
     Returns:
         The largest absolute difference of the outputs.
 
     Raises:
-        StudyError: the difference is more than rounding, or the model cannot be written so; nothing is kept then.
+        StudyError: the difference is more than rounding, or the model cannot be written in this form. Nothing is kept then.
     """
     match form:
         case "plan":
@@ -173,23 +173,23 @@ def export_model(
 
 
 def export_plan(model: nn.Module, dense: nn.Module, plan: Plan, inputs: Tensor, target: Path) -> float:
-    """Write plan and weights into the folder `target`; returns the largest difference after reloading."""
+    """Write plan and weights into the folder `target`; returns the largest output difference after reloading."""
     weights = weights_of(model)
-    with tempfile.TemporaryDirectory() as beside:
-        save_model(Path(beside), plan, weights)
-        difference = _compare(model, load_model(dense, beside), inputs)
+    with tempfile.TemporaryDirectory() as scratch_folder:
+        save_model(Path(scratch_folder), plan, weights)
+        difference = _compare(model, load_model(dense, scratch_folder), inputs)
     save_model(target, plan, weights)
     return difference
 
 
 def export_onnx(model: nn.Module, inputs: Tensor, target: Path, opset: int | None = None) -> float:
-    """Write an ONNX file with a free batch size; returns the largest difference in onnxruntime."""
-    import onnxruntime  # here, since workers never need it
+    """Write an ONNX file with a free batch size; returns the largest output difference in onnxruntime."""
+    import onnxruntime  # imported here, since workers never need it
 
     data = _onnx(model, inputs, opset).SerializeToString()
 
     def run(batch: Tensor) -> Tensor:
-        with _traced("onnx"):
+        with _exporting("onnx"):
             session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
             return torch.from_numpy(session.run(None, {"input": batch.numpy()})[0])
 
@@ -199,32 +199,32 @@ def export_onnx(model: nn.Module, inputs: Tensor, target: Path, opset: int | Non
 
 
 def _onnx(model: nn.Module, inputs: Tensor, opset: int | None) -> ModelProto:
-    """The model as ONNX, of that opset, without paths and source lines of this machine."""
+    """Convert a model to ONNX with this opset, without paths and source lines of this machine."""
     import onnx
 
     newest = onnx.defs.onnx_opset_version()
     if opset is not None and not 1 <= opset <= newest:
         raise StudyError(f"--opset must be between 1 and {newest}, the newest that the installed onnx knows, but got {opset}.")
-    with _traced("onnx"), _quiet():
+    with _exporting("onnx"), _quiet():
         program = torch.onnx.export(
             model, (inputs[:2],), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
             input_names=["input"], output_names=["output"], opset_version=opset,
         )  # fmt: skip
     assert program is not None
-    found = program.model_proto
-    # Where the exporter cannot convert a model it only warns, and leaves the opset that it wrote first.
-    written = next(known.version for known in found.opset_import if not known.domain)
+    proto = program.model_proto
+    # If the exporter cannot convert a model to the opset, it only warns and keeps the opset that it wrote first.
+    written = next(opset_id.version for opset_id in proto.opset_import if not opset_id.domain)
     if opset not in (None, written):
         raise StudyError(
-            f"--opset must be one that the installed exporter can write this model in, but from {written} it could not be "
-            f"converted to {opset}; give {written} to {newest}."
+            f"--opset must be one that the installed exporter can write, but it could not convert this model from {written} to "
+            f"{opset}; choose {written} to {newest}."
         )
-    _strip(found)
-    return found
+    _strip(proto)
+    return proto
 
 
 def _strip(message: Any) -> None:
-    """Remove notes and descriptions from an ONNX message and all within: stack traces, source lines, names of classes."""
+    """Remove stack traces, source lines and class names from an ONNX message and all messages in it."""
     for field, value in message.ListFields():
         if field.name in ("metadata_props", "doc_string"):
             message.ClearField(field.name)
@@ -235,7 +235,7 @@ def _strip(message: Any) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns of its own internals, and logs tracebacks of what it then does in another way."""
+    """Silence the exporter, which warns of its own internals and logs tracebacks of attempts that it then replaces."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -247,11 +247,11 @@ def _quiet() -> Iterator[None]:
 
 
 def export_pt2(model: nn.Module, inputs: Tensor, target: Path) -> float:
-    """Write a torch.export archive with a free batch size; returns the largest difference after reloading."""
-    # An archive keeps the inputs that it was traced with, which are nobody's business. Of one input the batch size would be
-    # taken for a constant.
+    """Write a torch.export archive with a free batch size; returns the largest output difference after reloading."""
+    # Zeros, since the archive contains the example inputs, which are private. Two, since a batch size of one would become a
+    # constant.
     two = torch.zeros_like(torch.cat([inputs, inputs])[:2])
-    with _traced("pt2"):
+    with _exporting("pt2"):
         program = torch.export.export(model, (two,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
@@ -266,29 +266,29 @@ def export_pt2(model: nn.Module, inputs: Tensor, target: Path) -> float:
 
 
 @contextmanager
-def _traced(form: str) -> Iterator[None]:
-    """What torch.export makes of a user's forward is not foreseen: its errors are of many types."""
+def _exporting(form: str) -> Iterator[None]:
+    """Raise a `StudyError` if exporting fails: torch.export raises errors of many types on a user's forward."""
     try:
         yield
     except Exception as error:
         raise StudyError(
-            f"A model must be one that torch can write as {form}, but {type(error).__name__}: {first_line(error)}; take it "
-            "home by --format plan."
+            f"torch must be able to write the model as {form}, but raised {type(error).__name__}: {first_line(error)}; export "
+            "it by --format plan."
         ) from error
 
 
 def _compare(model: nn.Module, other: Callable[[Tensor], Tensor], inputs: Tensor) -> float:
-    """The largest difference of outputs on real inputs.
+    """The largest difference of two models' outputs on real inputs.
 
     Raises:
-        StudyError: it is more than rounding.
+        StudyError: the difference is more than rounding.
     """
     with torch.no_grad():
         expected, got = model(inputs), other(inputs)
     difference = float((expected - got).abs().max())
-    bound = TOLERANCE * max(1.0, float(expected.abs().max()))
+    bound = MAX_RELATIVE_DIFFERENCE * max(1.0, float(expected.abs().max()))
     if not difference <= bound:
         raise StudyError(
-            f"The exported model's outputs must equal the trial's, but differ by {difference:.2g}; nothing was kept."
+            f"The exported model's outputs must equal the trial's, but differ by {difference:.2g}; nothing was written."
         )
     return difference

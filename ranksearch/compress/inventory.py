@@ -1,4 +1,4 @@
-"""What can be decomposed in a model, and why not the rest: one forward pass tells."""
+"""Finds the layers of a model that can be decomposed, and says why the others cannot, by running the model."""
 
 from __future__ import annotations
 
@@ -26,10 +26,9 @@ FORWARDS = ("forward", "_conv_forward")
 
 @dataclass(frozen=True)
 class Inventory:
-    """The layers in call order, what was skipped and why, and the size of the whole model.
+    """The decomposable layers in call order, the reasons why others were skipped, and the size of the whole model.
 
-    `params` counts weights, biases and normalisation affine of the whole model, no buffers, shared ones once; `macs` is
-    for one input.
+    `params` counts all parameters of the model (no buffers, shared ones once); `macs` is for one input.
     """
 
     layers: tuple[Layer, ...]
@@ -47,29 +46,29 @@ class Inventory:
 
 
 def count_params(model: nn.Module) -> int:
-    """Parameters of a model: weights, biases and normalisation affine; shared ones once, buffers not."""
+    """The number of parameters of a model: weights, biases and normalisation affine; shared ones once, no buffers."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_macs(model: nn.Module, example: Any) -> int:
-    """Multiply-accumulates of `model` for the batch `example`, counted by torch while it runs (in eval mode)."""
-    # Watched like an inventory: attention then does without its fused form for inference, whose work is not counted.
+    """Multiply-accumulates of `model` for the batch `example`, counted by torch during one pass in eval mode."""
+    # With `Watch`, whose hooks keep attention from using its fused inference kernel, which is not counted.
     return Watch(model).run(example)
 
 
 def inventory(model: nn.Module, example: Any) -> Inventory:
     """The decomposable layers of `model`, found by running it on `example`, a batch of one input.
 
-    It runs as it is, and as a copy with each of those layers behind a stand-in that has no more than its replacement will; in
-    training mode too, where it can on a batch of two.
+    The model runs once as it is. Then a copy runs, in eval mode and, if it can on a batch of two, in training mode, with a
+    stand-in for each layer that offers only what the layer's replacement will offer.
 
     Args:
-        model: the dense model, on the device of the example; it is left as it was.
-        example: what its forward takes: a tensor (batch, ...), or tuples, lists and dicts of them as one argument.
+        model: the dense model, on the device of the example; not changed.
+        example: the argument of its forward: a tensor (batch, ...), or nested tuples, lists and dicts of tensors.
 
     Raises:
         ModelError: the model does not accept the example, holds NaN or infinite weights, is compiled, or has no decomposable
-            layer; or the example's tensors are not of one batch size.
+            layer; or the example's tensors differ in batch size.
     """
     check_weights(model)
     _check_uncompiled(model)
@@ -78,8 +77,8 @@ def inventory(model: nn.Module, example: Any) -> Inventory:
         macs = watch.run(example)
     except Exception as error:
         raise _not_accepted(model, example, error) from error
-    skipped = {name: reason for name, module in watch.candidates.items() if (reason := _why_not(name, module, watch))}
-    skipped |= _why_not_replaced(model, [name for name in watch.order if name not in skipped], watch, example)
+    skipped = {name: reason for name, module in watch.candidates.items() if (reason := _why_skipped(name, module, watch))}
+    skipped |= _why_not_replaced_in_copy(model, [name for name in watch.order if name not in skipped], watch, example)
     layers = [_describe(name, watch, batch) for name in watch.order if name not in skipped]
     if not layers:
         reasons = (f"{name or type(model).__name__}: {reason}" for name, reason in skipped.items())
@@ -118,51 +117,51 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def check_weights(model: nn.Module) -> None:
-    """That all weights are there, and finite.
+    """Check that all weights are initialised, trainable and finite.
 
     Raises:
-        ModelError: one is not.
+        ModelError: a weight has no shape yet, is on the meta device, was made in inference mode, or holds NaN or infinity.
     """
     for name, parameter in model.named_parameters():
         if nn.parameter.is_lazy(parameter):
-            raise ModelError(f"Weights must be there, but {name!r} has no shape yet; run the model once on its data first.")
+            raise ModelError(
+                f"Weights must be initialised, but {name!r} has no shape yet; run the model once on its data first."
+            )
         if parameter.is_meta:
-            raise ModelError(f"Weights must be there, but {name!r} is on the meta device; load the model's weights first.")
+            raise ModelError(f"Weights must be loaded, but {name!r} is on the meta device; load the model's weights first.")
         if parameter.is_inference():
             raise ModelError(
-                f"Weights must be ones to train, but {name!r} was made in inference mode; make the model outside it."
+                f"Weights must be trainable, but {name!r} was created in inference mode; create the model outside it."
             )
         if not torch.isfinite(parameter).all():
             raise ModelError(f"Weights must be finite, but {name!r} holds NaN or infinity; load or train the model again.")
 
 
 def _check_uncompiled(model: nn.Module) -> None:
-    """Compiled code is of a model as it was: each copy with other layers would be compiled anew, for minutes."""
+    """Raise `ModelError` for a compiled model: each copy with other layers would be compiled anew, which takes minutes."""
     if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError("The model must be one in Python, but is TorchScript, whose layers cannot be replaced.")
+        raise ModelError("The model must be a Python module, but is TorchScript, whose layers cannot be replaced.")
     for name, module in model.named_modules():
         wrapped, inside = "_orig_mod" in module._modules, hasattr(module.forward, "_torchdynamo_orig_callable")
         if wrapped or inside or module._compiled_call_impl is not None:
             which = repr(name) if name else "it"
             raise ModelError(
-                f"The model must come uncompiled, but {which} went through torch.compile; give the model as it was before, and "
-                "compile the one that you take home."
+                f"The model must not be compiled, but {which} went through torch.compile; pass the original model, and compile "
+                "the exported one."
             )
 
 
-def _why_not_replaced(model: nn.Module, names: Sequence[str], watch: Watch, example: Any) -> dict[str, str]:
-    """Why the forward needs some of these layers as they are, in eval mode and in training.
-
-    A copy runs, as every trial does.
+def _why_not_replaced_in_copy(model: nn.Module, names: Sequence[str], watch: Watch, example: Any) -> dict[str, str]:
+    """Why some of these layers cannot be replaced, found by running a copy of the model in eval and in training mode.
 
     Raises:
-        ModelError: a copy of the model passes by its own layers.
+        ModelError: the copy does not run its own layers.
     """
     try:
         twin = copy.deepcopy(model)
     except Exception:
-        twin = None  # training refuses such a model, with the reason
-    # Without hooks: fused forms, such as attention's, ask for the weights only where there are none.
+        twin = None  # `copied` reports this error to the user
+    # This pass has no hooks: fused kernels, such as attention's, read the weights only in modules without hooks.
     in_eval = Pass(partial(_evaluated, model if twin is None else twin, example), watch.outputs)
     reasons = why_not_replaced(model if twin is None else twin, names, in_eval)
     if twin is None:
@@ -171,9 +170,9 @@ def _why_not_replaced(model: nn.Module, names: Sequence[str], watch: Watch, exam
     if in_training is None or not set(watch.order) <= set(in_training[1]):
         _check_copy(twin, watch.order, example)
     if in_training is not None:
-        found = why_not_replaced(twin, [name for name in names if name not in reasons], in_training[0])
-        # A layer that training leaves out is replaced all the same.
-        reasons |= {name: f"{reason}, in training" for name, reason in found.items() if reason != UNCALLED}
+        in_training_reasons = why_not_replaced(twin, [name for name in names if name not in reasons], in_training[0])
+        # A layer that is only called in eval mode can be replaced.
+        reasons |= {name: f"{reason}, in training" for name, reason in in_training_reasons.items() if reason != UNCALLED}
     return reasons
 
 
@@ -183,7 +182,7 @@ def _evaluated(model: nn.Module, example: Any) -> Any:
 
 
 def _training_pass(twin: nn.Module, example: Any) -> tuple[Pass, list[str]] | None:
-    """A pass of `twin` in training mode, and the layers called in it; None where it has none on two inputs that are alike."""
+    """A pass of `twin` in training mode on the example taken twice, and the layers called in it; None if the pass fails."""
     twice = concatenate([example, example])
 
     def run() -> Any:
@@ -196,12 +195,15 @@ def _training_pass(twin: nn.Module, example: Any) -> tuple[Pass, list[str]] | No
         with watch.noting():
             outputs = tensors_of(run())
     except Exception:
-        return None  # training refuses such a model, with the reason
+        return None  # `check_outputs` reports this error to the user
     return Pass(run, outputs), watch.order
 
 
 def _check_copy(twin: nn.Module, called: Sequence[str], example: Any) -> None:
-    """Every trial changes a copy of the model. A forward that is bound to the model itself would run the dense layers."""
+    """Raise `ModelError` if a copy does not call its own layers.
+
+    Every trial factorizes a copy. If its forward is bound to the original model, the trial would run the dense layers.
+    """
     watch = Watch(twin)
     watch.run(example)
     lost = [name for name in called if name not in watch.order]
@@ -212,7 +214,7 @@ def _check_copy(twin: nn.Module, called: Sequence[str], example: Any) -> None:
         )
 
 
-def _why_not(name: str, module: nn.Module, watch: Watch) -> str | None:
+def _why_skipped(name: str, module: nn.Module, watch: Watch) -> str | None:
     if reason := why_not_factorized(module):
         return reason
     if not name:
@@ -231,7 +233,7 @@ def _why_not(name: str, module: nn.Module, watch: Watch) -> str | None:
 
 
 def why_not_factorized(module: nn.Module) -> str | None:
-    """Why a module can have no factorization, whatever model it is in; None where it can."""
+    """Why a module cannot be factorized, independent of its model; None if it can."""
     if not isinstance(module, (*CONVOLUTIONS, nn.Linear)):
         return f"{_class_name(module)} is not supported"
     if any(name in vars(module) for name in FORWARDS):
@@ -242,7 +244,7 @@ def why_not_factorized(module: nn.Module) -> str | None:
         return "its weight has no shape yet; run the model once on its data first"
     if is_parametrised(module):
         return "its weight is parametrised or pruned; make that permanent first, by remove_parametrizations or prune.remove"
-    # Hooks see or change what goes in or out.
+    # Hooks may change or record the layer's inputs and outputs.
     if module._forward_hooks or module._forward_pre_hooks:
         return "it has forward hooks, which its replacement would not have; remove them first"
     if not module.weight.is_floating_point():
@@ -258,7 +260,7 @@ def _describe(name: str, watch: Watch, batch: int) -> Layer:
     kind, bias, weight = type(module).__name__, module.bias is not None, tuple(module.weight.shape)
     if isinstance(module, CONVOLUTIONS):
         return Layer(name, kind, weight, bias, inputs[2:], outputs[2:], calls=outputs[0] // batch)
-    # torch has no convolution over more than three dimensions, so a larger map stays a row of features.
+    # torch has no convolution over more than three dimensions, so a map of more dimensions stays a row of features.
     if flat and math.prod(flat.size[1:]) > 1 and len(flat.size) - 1 <= len(CONVOLUTIONS):
         size = flat.size[1:]
         order = None if flat.order == tuple(range(len(flat.size))) else flat.order
@@ -270,18 +272,18 @@ def _describe(name: str, watch: Watch, batch: int) -> Layer:
 
 
 def is_parametrised(module: nn.Module) -> bool:
-    """Whether a Conv or Linear computes its weight from others, as weight or spectral normalisation and pruning do."""
-    # Not by looking at the weight first: to compute it can change what it is computed from.
+    """Whether a Conv or Linear computes its weight from other tensors, as weight or spectral normalisation and pruning do."""
+    # Ask `is_parametrized` first: reading the weight computes it, which can change the tensors that it is computed from.
     return parametrize.is_parametrized(module) or not isinstance(module.weight, nn.Parameter)
 
 
 def _runs_as_torch(module: nn.Module) -> bool:
-    """Whether a Conv or Linear computes what torch's own does; a subclass may standardise its weights, or pad by itself."""
+    """Whether a Conv or Linear has torch's own forward. A subclass may standardise its weights or pad its inputs."""
     base = next(kind for kind in (*CONVOLUTIONS, nn.Linear) if isinstance(module, kind))
     return all(getattr(type(module), name, None) is getattr(base, name, None) for name in FORWARDS)
 
 
 def _class_name(module: nn.Module) -> str:
-    """The name of a module's class, with its package where one of torch's own has the same name."""
+    """The name of a module's class, with its package if torch.nn has another class of that name."""
     kind = type(module)
     return f"{kind.__module__}.{kind.__name__}" if getattr(nn, kind.__name__, kind) is not kind else kind.__name__

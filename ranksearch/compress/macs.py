@@ -1,4 +1,4 @@
-"""Counting multiply-accumulates while a model runs."""
+"""Counts multiply-accumulates while a model runs."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: 
     return int(sdpa_flop_count(query.shape, key.shape, value.shape))
 
 
-def _recurrence(inputs: Tensor, of_inputs: Tensor, of_state: Tensor, *args: Any, **kwargs: Any) -> int:
+def _recurrence(inputs: Tensor, input_weights: Tensor, state_weights: Tensor, *args: Any, **kwargs: Any) -> int:
     steps, batch = inputs.shape[:2]
-    return 2 * steps * batch * (of_inputs.numel() + of_state.numel())
+    return 2 * steps * batch * (input_weights.numel() + state_weights.numel())
 
 
 FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten.mkldnn_rnn_layer: _recurrence,
 }
-"""Operations on a CPU that torch's own table leaves out."""
+"""CPU operations that are missing from torch's own table of formulas."""
 
 
-class Multiplications(TorchDispatchMode):
-    """Counts operations by torch's own formulas, two for a multiply-accumulate, as its FlopCounterMode does.
+class OperationCounter(TorchDispatchMode):
+    """Counts operations by torch's own formulas, two per multiply-accumulate, as torch's FlopCounterMode does.
 
-    That one imports torch's compiler first, which takes a second of every start. The branches of a `torch.cond` count nothing.
+    FlopCounterMode imports torch's compiler, which adds a second to every start. Branches of a `torch.cond` are not counted.
     """
 
     supports_higher_order_operators = True
@@ -41,22 +41,22 @@ class Multiplications(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # What keeps the compiler away from a mode is the import. A torch that no longer asks only takes the second again.
+        # Tells torch not to import its compiler for this mode. A torch that no longer calls this method only loses that second.
         return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = dict(kwargs or {})
+        keywords = dict(kwargs or {})
         if isinstance(func, torch._ops.HigherOrderOperator):
             return NotImplemented
         formula = FORMULAS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
         if formula is None:
             with self:
-                result = func.decompose(*args, **given)
+                result = func.decompose(*args, **keywords)
             if result is not NotImplemented:
                 return result
-        result = func(*args, **given)
+        result = func(*args, **keywords)
         if formula is not None:
-            self.flops += int(formula(*args, **given, out_val=result))
+            self.flops += int(formula(*args, **keywords, out_val=result))
         return result

@@ -1,4 +1,4 @@
-"""The decompositions of single layers: made in parts, side by side, or read from a file of the cache."""
+"""Decomposes single layers, several parts in parallel, or reads their factors from the cache."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ from ranksearch.tensors.vbmf import vbmf
 T = TypeVar("T")
 
 _LEAST = 4
-"""Rows that an unfolding needs for an estimate of its rank."""
+"""The fewest rows of an unfolding for which VBMF estimates the rank."""
 
 Grid: TypeAlias = Sequence[tuple[int, ...]]
 
 DIGEST = "ranksearch-profile"
-"""Where a cached file's header holds the digest of what it was made from."""
+"""The key in a cached file's header that holds the digest of its inputs."""
 
 ROOT, MEAN, ERRORS, VBMF = "input root", "input mean", "weight errors", "VBMF ranks"
-"""What a cached file calls the parts of a layer's whitening, the weight errors at the prepared ranks, and the VBMF ranks. The
-rest stands under the names of the methods, which hold no spaces."""
+"""Names in a cached file: a layer's whitening (two), the weight errors at the prepared ranks, the VBMF ranks. All other
+tensors are stored under the names of methods, which contain no spaces."""
 
 
 def kernel(model: nn.Module, layer: Layer) -> Tensor:
-    """The layer's weight as the kernel (out, in, *kernel) that is decomposed, on the CPU, in float32 or better."""
+    """The kernel (out, in, *kernel) of a layer to decompose, on the CPU, in float32 or float64."""
     weight = model.get_parameter(f"{layer.name}.weight").detach().cpu()
     weight = weight if weight.dtype == torch.float64 else weight.float()
     return as_maps(weight, layer.weight[1:], layer.order).contiguous()
 
 
 def vbmf_ranks(kernel: Tensor) -> tuple[int | None, int | None]:
-    """VBMF ranks of the unfoldings of a kernel (out, in, *kernel) by input and by output channels; None: no estimate.
+    """VBMF ranks of the unfoldings of a kernel (out, in, *kernel) by input and by output channels; None means no estimate.
 
-    An unfolding of fewer than `_LEAST` rows is left out: the estimate of its noise means nothing.
+    An unfolding of fewer than `_LEAST` rows gets none, since an estimate of its noise would be meaningless.
     """
     if kernel.dim() == 2 and min(kernel.shape) >= _LEAST:
-        # Of a matrix and its transpose.
+        # The unfoldings are a matrix and its transpose, which have the same rank.
         return (rank := _estimate(kernel, 0)), rank
     return _estimate(kernel, 1), _estimate(kernel, 0)
 
@@ -64,7 +64,7 @@ def _estimate(kernel: Tensor, mode: int) -> int | None:
 
 @dataclass
 class Work:
-    """One layer to decompose: each method's part by itself, in any thread; `known` is what the cache holds of it."""
+    """One layer to decompose, in independent parts that any thread can do. `known` holds its tensors if they are cached."""
 
     layer: Layer
     kernel: Tensor
@@ -77,7 +77,7 @@ class Work:
     whitening: Whitening = field(init=False)
     _made: dict[str, Tensor] = field(default_factory=dict)
     _whitened: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
-    """By method, the kernel that it decomposes; methods of equal runs share one, and its principal vectors."""
+    """By method, the whitened kernel. Methods with equal whitening runs share it and its principal vectors."""
     _rows: dict[str, Callable[[], Principal]] = field(default_factory=dict)
 
     @classmethod
@@ -91,37 +91,37 @@ class Work:
         seed: int,
         cache: Path | None,
     ) -> Work:
-        """`about` tells what the layer's metric follows from; empty if it has none."""
+        """`about` is the digest of what the layer's whitening depends on; empty without whitening."""
         weight, wanted = kernel(model, layer), {method.kind.method: method for method in methods}
         grids = {name: method.rank_grid(layer, constraints) for name, method in wanted.items()}
-        # Layers of equal weights are one to a plain profile; their inputs may differ.
+        # With whitening the digest includes the layer's name: layers of equal weights may have different inputs.
         digest = _digest(weight, grids, about and f"{about}|{layer.name}", seed)
         path = cache / f"{_as_file_name(layer.name)}-{digest}.safetensors" if cache else None
         return cls(layer, weight, wanted, grids, seed, digest, path, _read(path, digest) if path else None)
 
     @property
     def holds(self) -> list[Modes]:
-        """The runs of kernel modes that some factor of some method holds."""
+        """The runs of kernel modes held by the factors of all methods."""
         return [modes for method in self.methods.values() for modes in method.holds(self.layer.weight)]
 
     @property
     def parts(self) -> list[str]:
-        """What there is to do, the longest first: of a layer's methods CP takes longest, and stands last."""
+        """The parts to do, the slowest first: a layer's methods are listed with CP, the slowest, last."""
         return [*reversed(list(self.methods)), VBMF]
 
     @property
     def vbmf(self) -> tuple[int | None, int | None]:
-        """The VBMF ranks, once they are known."""
+        """The VBMF ranks. Only available once that part is done."""
         into, out = (self.known or self._made)[VBMF].tolist()
         return into or None, out or None
 
     @property
     def whitened(self) -> dict[str, Tensor]:
-        """By method, the kernel that it decomposes."""
+        """By method, the whitened kernel."""
         return {name: whitened() for name, whitened in self._whitened.items()}
 
     def begin(self, measured: Whitening) -> None:
-        """Take the metric: `measured`, or the one in the cache."""
+        """Set the whitening: the one in the cache, otherwise `measured`."""
         self.whitening = measured.to(self.kernel.dtype) if self.known is None else _as_metric(self.known)
         shared: dict[tuple[Modes, ...], tuple[Callable[[], Tensor], Callable[[], Principal]]] = {}
         for name, method in self.methods.items():
@@ -133,14 +133,14 @@ class Work:
             self._whitened[name], self._rows[name] = shared[runs]
 
     def do(self, part: str) -> None:
-        """One of the `parts`."""
+        """Do one of the `parts`."""
         if part != VBMF:
             self._whitened[part]()
         if self.known is None:
             self._made |= self._vbmf() if part == VBMF else self._decomposed(part)
 
     def finish(self) -> Mapping[str, Tensor]:
-        """All tensors, which the cache keeps; once all parts are done."""
+        """Return all tensors and write them to the cache. Only call this once all parts are done."""
         self._rows.clear()
         if self.known is None:
             self._made |= {f"{ROOT}/{','.join(map(str, modes))}": root for modes, root in self.whitening.roots.items()}
@@ -161,7 +161,7 @@ class Work:
         return tensors | {f"{ERRORS}/{name}": torch.tensor(errors, dtype=torch.float64)}
 
     def _weight_errors(self, name: str, prepared: Prepared) -> list[float]:
-        """The relative errors of the kernel itself at the prepared ranks."""
+        """The relative errors of the kernel itself, not of the whitened one, at the prepared ranks."""
         method, grid, weight = self.methods[name], self.grids[name], self.layer.weight
         if not self.whitening.roots:
             return method.errors(prepared, grid)
@@ -171,15 +171,16 @@ class Work:
             return self.whitening.fold(found, method.holds(weight), weight)
 
         norm = norm_of(self.kernel)
-        # A kernel of zeros is exact at every rank.
+        # Every rank represents a kernel of zeros exactly.
         return [lost / norm if norm else 0.0 for lost in method.distances(self.kernel, grid, factors_at)]
 
 
 def done_at_once(layers: Sequence[Work]) -> Iterator[Work]:
-    """The layers as they are done: as many parts at once as torch has threads, one thread each, the largest layer first.
+    """Do all parts of all layers in parallel, and yield each layer when it is done.
 
-    The many small products of one layer gain little from several threads: measured on two cores, a factor of 1.0 to 1.4
-    against 1.7 for two layers at once. And one thread computes the same last bits whatever the number of cores.
+    Each part runs in one thread, as many at once as torch has threads, those of the largest layer first. The small products of
+    one layer gain little from several threads: on two cores a factor of 1.0 to 1.4, against 1.7 for two layers at once. And
+    with one thread the last bits do not depend on the number of cores.
     """
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
@@ -197,12 +198,12 @@ def done_at_once(layers: Sequence[Work]) -> Iterator[Work]:
         try:
             pool.shutdown(cancel_futures=True)
         finally:
-            # Partly global: a thread of the pool has set it for this one, too.
+            # The setting is partly global: the pool's threads have changed it for this thread, too.
             torch.set_num_threads(threads)
 
 
 def under(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The tensors called `name/...`, by the rest of their names."""
+    """The tensors called `name/...`, with that prefix removed from their names."""
     return {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
 
 
@@ -211,7 +212,7 @@ def _principal_rows(kernel: Callable[[], Tensor]) -> Principal:
 
 
 def _once(compute: Callable[[], T]) -> Callable[[], T]:
-    """Computes when it is first called, in whichever thread; others that call it then wait for the result."""
+    """A function that computes its result on the first call, in any thread. Concurrent calls wait for that result."""
     lock, kept = threading.Lock(), list[T]()
 
     def call() -> T:
@@ -229,13 +230,13 @@ def _as_metric(tensors: Mapping[str, Tensor]) -> Whitening:
 
 
 def _digest(kernel: Tensor, grids: Mapping[str, Grid], whitening: str, seed: int) -> str:
-    # The algorithms' own version stands in the hash, so that a cache of an older release is not read.
+    # The hash includes a version of the algorithms (7), so that caches of older releases are not used.
     about = f"7|{sorted(grids.items())}|{whitening}|{seed}|{tuple(kernel.shape)}|{kernel.dtype}"
     return hashlib.sha256(about.encode() + kernel.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def _as_file_name(layer: str) -> str:
-    # Only for the reader of the folder; the digest tells layers apart. A file's name may not be much longer.
+    # Only for people who look into the folder: the digest identifies the layer. File names have a length limit.
     return re.sub(r"[^\w.-]", "_", layer)[-100:]
 
 
@@ -243,7 +244,7 @@ def _read(path: Path, digest: str) -> dict[str, Tensor] | None:
     try:
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get(DIGEST) == digest:
-                # Cloned into memory of torch's own alignment, on which the last bits of a product depend.
+                # Cloned to get torch's own memory alignment, on which the last bits of a product depend.
                 return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (FileNotFoundError, SafetensorError):
         pass

@@ -1,4 +1,4 @@
-"""Per layer, what every candidate costs and how far it is from the dense layer."""
+"""The profile of a model: for each layer and each candidate factorization, its costs and its errors."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from ranksearch.results.costs import Counts
 
 @dataclass(frozen=True)
 class Candidate(Counts):
-    """One way to store one layer: its relative weight error, and its costs by name.
+    """One factorization of one layer, with its relative weight error and its costs by name.
 
-    `data_error` is the relative error in the metric of the layer's inputs that the method fits, an estimate of that of
-    its outputs; None without data.
+    `data_error` is the relative error of the whitened kernel, which estimates that of the layer's outputs; None without data.
     """
 
     value: Factorization
@@ -33,10 +32,10 @@ class Candidate(Counts):
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """The decompositions of one layer: its kernel (out, in, *kernel), what each method prepared, the VBMF ranks.
+    """The decompositions of one layer: its kernel (out, in, *kernel), the tensors that each method prepared, the VBMF ranks.
 
-    Each method decomposes its own `whitened` kernel, times the metric's roots, and its factors are folded back; without
-    data that is the kernel itself.
+    Each method decomposes its own `whitened` kernel, the kernel times the roots of the whitening, and its factors are folded
+    back. Without data the whitened kernel is the kernel itself.
     """
 
     layer: Layer
@@ -47,11 +46,11 @@ class LayerProfile:
     whitening: Whitening
     whitened: Mapping[str, Tensor]
     errors: Mapping[str, Tensor]
-    """By method, the relative weight errors of its `rank_grid`, in that order."""
+    """By method, the relative weight errors at the ranks of its `rank_grid`, in that order."""
     constraints: RankConstraints = FEWER_PARAMS
 
     def factors(self, value: Factorization, *, sweeps: int = 0) -> tuple[Tensor, ...]:
-        """The factors of `value`, refined by `sweeps`; a pure function of these, the kernel, the metric and the seed."""
+        """The factors of `value`, refined by `sweeps`: a pure function of both, the kernel, the whitening and the seed."""
         method, name, weight = METHODS[type(value)], value.method, tuple(self.kernel.shape)
         found = method.factors(self.whitened[name], self.prepared[name], value.ranks, self.seed, sweeps)
         if not self.whitening.roots:
@@ -59,22 +58,26 @@ class LayerProfile:
         return method.balanced(self.whitening.fold(found, method.holds(weight), weight), weight)
 
     def of(self, kernel: Tensor, value: Factorization) -> LayerProfile:
-        """The same layer with another kernel (out, in, *kernel), as after some training, prepared for `value` alone; its
-        metric stays that of the inputs that the layer had."""
+        """The same layer with another kernel (out, in, *kernel), for example after training, prepared for `value` only.
+
+        The whitening stays that of the original inputs.
+        """
         method, name = METHODS[type(value)], value.method
         whitened = self.whitening.whiten(kernel, method.holds(tuple(kernel.shape)))
         prepared = {name: method.prepare(whitened, [value.ranks], self.seed)}
         return replace(self, kernel=kernel, prepared=prepared, whitened={name: whitened}, errors={})
 
     def bias_correction(self, value: Factorization, factors: Sequence[Tensor]) -> Tensor | None:
-        """What to add to the layer's bias (out,) with the factors of `value`, so that the mean of its inputs gives what it
-        gave before; None: nothing."""
+        """The term (out,) to add to the layer's bias so that the mean input keeps its output with the factors of `value`.
+
+        None if nothing is to be added.
+        """
         if self.whitening.mean is None:
             return None
         return -self._difference(value, factors).flatten(1) @ self.whitening.mean.flatten()
 
     def candidates(self) -> Iterator[Candidate]:
-        """Every prepared method at every level of rank that is smaller than the dense layer."""
+        """Every method at every rank of its `rank_grid`: all are smaller than the dense layer."""
         for name, prepared in self.prepared.items():
             method = METHODS[KINDS[name]]
             grid = method.rank_grid(self.layer, self.constraints)
@@ -102,7 +105,7 @@ class Profile:
         return {name: self.layers[name].factors(value, sweeps=sweeps) for name, value in plan}
 
     def bias_corrections(self, plan: Plan, factors: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
-        """What to add to the biases of the layers that the plan names with its factors, where there is something to add."""
+        """The terms to add to the biases of the plan's layers, given its factors; layers without a correction are left out."""
         found = {name: self.layers[name].bias_correction(value, factors[name]) for name, value in plan}
         return {name: bias_correction for name, bias_correction in found.items() if bias_correction is not None}
 
@@ -118,23 +121,23 @@ def profile(
     seed: int = 0,
     on_layer: Callable[[str], None] = lambda name: None,
 ) -> Profile:
-    """Decompose each layer by each of its methods, on the CPU, or read that from `cache`.
+    """Decompose each layer by each of its methods, on the CPU, or read the results from `cache`.
 
     Args:
         model: the dense model.
         inventory: its layers.
-        methods: by layer name, the decompositions to prepare.
+        methods: by layer name, the methods to prepare.
         constraints: the ranks to prepare them for.
-        inputs: (count, ...) of the training split, to fit the factors in the metric of what each layer sees; without
-            them every weight counts alike.
-        cache: a folder for one file a layer; a torn or foreign file is made again, not trusted.
-        seed: of the random starts that CP uses.
-        on_layer: called with each layer's name when it is done.
+        inputs: (count, ...) of the training split. With them, each decomposition minimises the error of its layer's outputs on
+            these inputs; without, the error of its weights.
+        cache: a folder for one file per layer. A damaged file, or one with other contents, is replaced.
+        seed: of CP's random starts.
+        on_layer: called with each layer's name when the layer is done.
 
     Raises:
         ModelError: the inputs of a layer hold NaN or infinity.
     """
-    # A metric is known by what it follows from: its own last bits change with the number of threads.
+    # A whitening is identified by a hash of its inputs: its own last bits change with the number of threads.
     about = "" if inputs is None else source(model, inputs)
     layers = [Work.of(model, layer, methods.get(layer.name, ()), constraints, about, seed, cache) for layer in inventory.layers]
     missing = {work.layer: work.holds for work in layers if work.known is None and work.methods}

@@ -1,4 +1,4 @@
-"""A factorized net from scratch: its structure is the plan's, and no weight of it is one of the dense net."""
+"""Builds a factorized net from scratch: with the plan's structure and new random weights."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def scratch_(model: M, plan: Plan, *, seed: int) -> M:
-    """Factorize `model` in place as `plan` says, and draw every weight anew: of the factors as `initialise_` does, of all
-    other modules as their `reset_parameters` does. Buffers that belong to it, such as running statistics, start anew too.
+    """Factorize `model` in place as `plan` says, with new random weights.
+
+    Factors are initialised by `initialise_`, all other modules by their `reset_parameters`, which also resets buffers such as
+    running statistics.
 
     Raises:
-        ModelError: a module holds parameters that it cannot draw anew, or that are frozen.
+        ModelError: a module has frozen parameters, or parameters but no `reset_parameters`, or computes its weight from others.
         PlanError: as `factorize_` does.
     """
     check_scratch(model)
-    # The caller's random numbers are its own.
+    # Leaves the caller's random state unchanged.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # Before layers are replaced: a block may reset the layers in it by itself.
+        # Reset before layers are replaced: a block's own reset may access the layers in it.
         for module in model.modules():
             reset = getattr(module, "reset_parameters", None)
             if callable(reset) and (_holds_parameters(module) or _holds_buffers(module)):
@@ -41,10 +43,10 @@ def scratch_(model: M, plan: Plan, *, seed: int) -> M:
 
 
 def initialise_(parts: Sequence[nn.Module], *, last: str = "relu") -> None:
-    """Weights of linear layers in a row that keep the variance of what they are given, biases 0 (He et al. 2015).
+    """Initialise consecutive linear layers so that they keep the variance of their input; biases become 0 (He et al. 2015).
 
-    torch's own would leave a third of the variance a layer, and so next to nothing of a net of several such rows. The
-    last layer's weights make up for the nonlinearity `last` behind it.
+    torch's default keeps a third of the variance per layer, so the signal would vanish in a net of many factorized layers. The
+    last layer's weights are scaled for the nonlinearity `last` that follows it.
     """
     for part in parts:
         assert isinstance(part.weight, Tensor)
@@ -54,23 +56,23 @@ def initialise_(parts: Sequence[nn.Module], *, last: str = "relu") -> None:
 
 
 def check_scratch(model: nn.Module) -> None:
-    """Refuse a model that cannot be drawn anew; raises `ModelError` as `scratch_` does."""
+    """Raise `ModelError`, as `scratch_` does, for a model whose weights cannot be drawn anew."""
     frozen = next((name for name, parameter in model.named_parameters() if not parameter.requires_grad), None)
     if frozen:
         raise ModelError(
-            f"A net can start from scratch if all its weights are trained, but {frozen!r} is frozen; call requires_grad_(), or "
-            "use space.start = 'decomposed'."
+            f"A net can only start from scratch if all its weights are trainable, but {frozen!r} is frozen; call "
+            "requires_grad_(), or use space.start = 'decomposed'."
         )
     for name, module in model.named_modules():
         if isinstance(module, (*CONVOLUTIONS, nn.Linear)) and is_parametrised(module):
             raise ModelError(
-                f"A net can start from scratch if its layers hold their weights as they are, but {name!r} computes its own "
-                "from others; remove its normalisation or pruning, or use space.start = 'decomposed'."
+                f"A net can only start from scratch if its layers store their weights directly, but {name!r} computes its "
+                "weight from other tensors; remove its normalisation or pruning, or use space.start = 'decomposed'."
             )
         if _holds_parameters(module) and not callable(getattr(module, "reset_parameters", None)):
             raise ModelError(
-                f"A net can start from scratch if each module that holds parameters has reset_parameters(), but "
-                f"{name or 'the model'!r}, a {type(module).__name__}, has not; give it one, or use space.start = "
+                f"A net can only start from scratch if each module that holds parameters has reset_parameters(), but "
+                f"{name or 'the model'!r}, a {type(module).__name__}, does not; add that method, or use space.start = "
                 "'decomposed'."
             )
 

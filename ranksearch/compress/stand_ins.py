@@ -1,4 +1,4 @@
-"""Whether a forward takes a layer's replacement: it is run with stand-ins that have no more than replacements will."""
+"""Tests whether a model works with replaced layers, by running it with stand-ins that offer only what replacements will."""
 
 from __future__ import annotations
 
@@ -15,66 +15,69 @@ from torch.utils._pytree import tree_any
 from ranksearch.errors import first_line
 from ranksearch.support.batch import tensors_in
 
-UNCALLED = "the forward does not call it by its name, but keeps it elsewhere too, as in a list"
-"""Why a layer is skipped that a forward finds elsewhere than under its name."""
+UNCALLED = "the forward does not call it by its name, but through another reference, such as a list"
+"""The reason for skipping a layer that the forward calls, but not through the module's name."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass of a model that can be made again, and the outputs that one such pass gave."""
+    """A repeatable forward pass of a model, and the outputs of one such pass."""
 
     run: Callable[[], Any]
     outputs: list[Tensor]
 
-    def gave(self, outputs: Sequence[Tensor]) -> bool:
-        """Whether the pass gives these outputs, or others each time, so that nothing can be told."""
+    def matches(self, outputs: Sequence[Tensor]) -> bool:
+        """Whether the pass gives these outputs. Also True if its outputs differ each time and so cannot be compared."""
         return _alike(self.outputs, outputs) or self._repeated is None or _alike(self._repeated, outputs)
 
     @cached_property
     def _repeated(self) -> list[Tensor] | None:
-        """What the pass gives when it is made again; None where it gives something else each time.
+        """The outputs of a repeated pass; None if they differ each time.
 
-        It may differ from `outputs`: a model that is watched does without its fused forms.
+        They may differ from `outputs`, which may come from a watched pass: hooks keep a model from using its fused kernels.
         """
         first, second = tensors_of(self.run()), tensors_of(self.run())
         return first if _alike(first, second) else None
 
 
-def why_not_replaced(model: nn.Module, names: Sequence[str], whole: Pass) -> dict[str, str]:
-    """Why the forward needs some of these layers as they are, found by running it with a stand-in for each."""
+def why_not_replaced(model: nn.Module, names: Sequence[str], reference: Pass) -> dict[str, str]:
+    """Why some of these layers cannot be replaced, found by running the model with a stand-in for each.
+
+    If the run fails, or gives another result, without a reason for one layer, each half of the layers is tried alone.
+    """
     if not names:
         return {}
     failed = ""
     with _standing_in(model, names) as stand_ins:
         try:
-            outputs = tensors_of(whole.run())
+            outputs = tensors_of(reference.run())
         except Exception as error:
             failed = f"the forward fails when it is replaced ({type(error).__name__}: {first_line(error)})"
     reasons = {}
     for name, stand_in in stand_ins.items():
-        if stand_in.asked:
-            reasons[name] = f"its {stand_in.asked[0]} is also used outside the layer"
+        if stand_in.attributes_read:
+            reasons[name] = f"its {stand_in.attributes_read[0]} is also used outside the layer"
         elif not failed and not stand_in.called:
             reasons[name] = UNCALLED
-    if not failed and not reasons and not whole.gave(outputs):
-        # Such as where it asks for a layer's type.
+    if not failed and not reasons and not reference.matches(outputs):
+        # For example, because the forward checks a layer's type.
         failed = "the forward gives another result when it is replaced"
     if failed and len(names) == 1:
         return {names[0]: failed}
     if failed:
         half = len(names) // 2
-        return why_not_replaced(model, names[:half], whole) | why_not_replaced(model, names[half:], whole)
+        return why_not_replaced(model, names[:half], reference) | why_not_replaced(model, names[half:], reference)
     rest = [name for name in names if name not in reasons]
-    return reasons | (why_not_replaced(model, rest, whole) if reasons else {})
+    return reasons | (why_not_replaced(model, rest, reference) if reasons else {})
 
 
 def tensors_of(outputs: Any) -> list[Tensor]:
-    """The tensors of what a forward gives, copied: a module may write over them in the next pass."""
+    """Copies of the tensors in a forward's outputs: the next pass may overwrite the originals."""
     return [tensor.clone() for tensor in tensors_in(outputs)]
 
 
 def _alike(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    """Whether two passes gave the same, but for rounding."""
+    """Whether two passes gave the same outputs up to rounding."""
     return len(first) == len(second) and all(
         one.shape == two.shape and torch.allclose(one.double(), two.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
         for one, two in zip(first, second, strict=True)
@@ -82,28 +85,30 @@ def _alike(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
 
 
 def attributes_of(layer: nn.Module) -> dict[str, Any]:
-    """The public attributes of a layer that hold no tensor, module or function, such as `kernel_size` and `in_features`.
+    """The public attributes of a layer that contain no tensor, module or function, such as `kernel_size` and `in_features`.
 
-    A forward may read them, so the layer's replacement has them too.
+    A forward may read them, so the layer's replacement gets them too.
     """
     return {
         name: value
         for name, value in vars(layer).items()
-        if not name.startswith("_") and name != "training" and not tree_any(_is_tied, value)
+        if not name.startswith("_") and name != "training" and not tree_any(_holds_tensor_or_code, value)
     }
 
 
-def _is_tied(value: object) -> bool:
+def _holds_tensor_or_code(value: object) -> bool:
     return isinstance(value, Tensor | nn.Module) or callable(value)
 
 
 class _StandIn(nn.Sequential):
-    """A layer as its replacement will be: called like it, with its attributes that hold no tensor. Notes what else it is
-    asked for."""
+    """Wraps a layer and offers only what its replacement will: a call, and `attributes_of` the layer.
+
+    `attributes_read` lists the other attributes that were read, `called` says whether the layer was called.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.asked: list[str] = []
+        self.attributes_read: list[str] = []
         self.called = False
         vars(self).update(attributes_of(layer))
         self.add_module("0", layer)
@@ -113,13 +118,13 @@ class _StandIn(nn.Sequential):
         return self[0](input)
 
     def __getattr__(self, name: str) -> Any:
-        # Python comes here for the layer itself, and for what an nn.Sequential does not have.
+        # Called for the wrapped layer itself ("0"), and for attributes that an nn.Sequential does not have.
         layer = self.__dict__.get("_modules", {}).get("0")
         if layer is None or name == "0":
             return super().__getattr__(name)
-        found = getattr(layer, name)
-        self.asked.append(name)
-        return found
+        value = getattr(layer, name)
+        self.attributes_read.append(name)
+        return value
 
 
 @contextmanager
@@ -136,14 +141,14 @@ def _standing_in(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, _
 
 
 def replace_(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where the module of that name stands."""
+    """Replace the submodule of that name by `module`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; each module gets its own mode back, since a model may hold frozen parts."""
+    """Put a model into eval mode, and restore each module's own mode on exit, since some parts may be frozen."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""`factorize_(model, plan)`: the one verb that changes a model."""
+"""`factorize_(model, plan)` replaces layers of a model by their factorizations, in place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ranksearch.compress.axes import as_maps, back
+from ranksearch.compress.axes import as_maps, usual_order
 from ranksearch.compress.decomposed import from_tensorly
 from ranksearch.compress.inventory import why_not_factorized
 from ranksearch.compress.stand_ins import attributes_of, replace_
@@ -36,25 +36,25 @@ def factorize_(
     bias_corrections: Mapping[str, Tensor] | None = None,
     seed: int = 0,
 ) -> M:
-    """Replace, in place, each layer that `plan` names by the plain torch modules of its factorization.
+    """Replace, in place, each layer that `plan` names by plain torch modules that compute its factorization.
 
-    All or nothing: every new module is made before the first is put in. Device, dtype, `requires_grad` and mode of a
-    layer pass to its replacement; the rest of the model is not touched.
+    All or nothing: all new modules are built before the first is put in. A replacement keeps the layer's device, dtype,
+    `requires_grad` and mode; the rest of the model is not touched.
 
     Args:
         model: any module; layers are named as in `model.named_modules()`.
-        plan: what to store each layer as; a layer not named stays dense. Or TensorLy's decomposition of a layer's kernel, as
-            `from_tensorly` takes it.
-        factors: factors already computed, by layer; the others are decomposed here.
-        shifts: what to add to the bias (out,) of a layer, by layer.
-        seed: of the random starts that CP uses.
+        plan: by layer, the factorization, or TensorLy's decomposition of the kernel as `from_tensorly` takes it. A layer not
+            named stays dense.
+        factors: by layer, factors already computed; the other layers are decomposed here.
+        bias_corrections: by layer, a term (out,) to add to its bias.
+        seed: of CP's random starts.
 
     Returns:
         `model` itself.
 
     Raises:
-        PlanError: the plan names a layer that is not there, shares its weight or cannot be factorized as it says, a rank is
-            above its bound, a weight holds NaN or infinity, or a shift does not fit. The model is then as it was.
+        PlanError: a layer does not exist, shares its weight or cannot be factorized as the plan says, a rank is above its
+            bound, a weight holds NaN or infinity, or a bias correction does not fit. The model is then unchanged.
     """
     modules, ready = dict(model.named_modules()), dict(factors or {})
     values: dict[str, Any] = dict(plan)
@@ -68,55 +68,58 @@ def factorize_(
         if name not in modules or not name:
             raise PlanError(f"A plan must name layers of the model, but {name!r} is none.{nearest(name, _layers(model))}")
         module = modules[name]
-        owners = [other for other, found in model.named_modules(remove_duplicate=False) if found is module]
+        owners = [other for other, owned in model.named_modules(remove_duplicate=False) if owned is module]
         if len(owners) > 1:
             raise PlanError(f"A layer must have one name, but {name!r} is also {', '.join(o for o in owners if o != name)}.")
         kernel = kernel_of(name, module, value)
         tied = [other for other in names[id(module.weight)] if other != f"{name}.weight"]
         if tied:
-            raise PlanError(f"A layer's weight must be its own, but that of {name!r} is also {', '.join(tied)}; leave it out.")
+            raise PlanError(f"A layer must not share its weight, but that of {name!r} is also {', '.join(tied)}; leave it out.")
         method = method_of(value)
-        given = ready.get(name)
-        if given is None and not torch.isfinite(kernel).all():
+        layer_factors = ready.get(name)
+        if layer_factors is None and not torch.isfinite(kernel).all():
             raise PlanError(f"Weights must be finite, but layer {name!r} holds NaN or infinity; load or train it again.")
-        if given is None:
-            given = method.factors(kernel, method.prepare(kernel, [value.ranks], seed), value.ranks, seed)
-        _check_shapes(name, value, tuple(kernel.shape), given)
-        made = method.build(module, tuple(kernel.shape), value.ranks, given)
+        if layer_factors is None:
+            layer_factors = method.factors(kernel, method.prepare(kernel, [value.ranks], seed), value.ranks, seed)
+        _check_shapes(name, value, tuple(kernel.shape), layer_factors)
+        replacement = method.build(module, tuple(kernel.shape), value.ranks, layer_factors)
         if bias_corrections and name in bias_corrections:
-            _correct_bias(name, module, made, bias_corrections[name])
-        made = made if value.order is None else _reordered(made, tuple(kernel.shape[1:]), value.order)
-        vars(made).update(attributes_of(module))
-        replacements[name] = made
+            _correct_bias(name, module, replacement, bias_corrections[name])
+        replacement = replacement if value.order is None else _reordered(replacement, tuple(kernel.shape[1:]), value.order)
+        vars(replacement).update(attributes_of(module))
+        replacements[name] = replacement
     for name, module in replacements.items():
         replace_(model, name, module)
     return model
 
 
-def _reordered(made: nn.Sequential, size: Shape, order: Sequence[int]) -> nn.Sequential:
-    """`made` behind a step that puts the axes of a flattened map (channels, *size) from this order into the usual one."""
-    # Here, since it takes seconds to import, in every worker.
+def _reordered(replacement: nn.Sequential, size: Shape, order: Sequence[int]) -> nn.Sequential:
+    """Prepend a step that brings the axes of a flattened map (channels, *size) from this order into the usual one."""
+    # Imported here, since it would take seconds in every worker.
     from torchvision.ops import Permute
 
     steps: OrderedDict[str, nn.Module] = OrderedDict()
     steps["map"] = nn.Unflatten(1, [size[axis] for axis in order])
-    steps["order"] = Permute(list(back(order)))
+    steps["order"] = Permute(list(usual_order(order)))
     steps["row"] = nn.Flatten()
-    return nn.Sequential(steps | OrderedDict(made.named_children())).train(made.training)
+    return nn.Sequential(steps | OrderedDict(replacement.named_children())).train(replacement.training)
 
 
-def _correct_bias(layer: str, dense: nn.Module, made: nn.Module, bias_correction: Tensor) -> None:
+def _correct_bias(layer: str, dense: nn.Module, replacement: nn.Module, bias_correction: Tensor) -> None:
     if not isinstance(dense.bias, Tensor) or dense.bias.shape != bias_correction.shape:
-        has = f"has one of shape {tuple(dense.bias.shape)}" if isinstance(dense.bias, Tensor) else "has none"
-        raise PlanError(f"Layer {layer!r}: a shift of shape {tuple(bias_correction.shape)} needs such a bias, but it {has}.")
-    # Of all the parts of a factorization only the last has a bias.
-    bias = next(parameter for name, parameter in made.named_parameters() if name.endswith(".bias"))
+        has = f"a bias of shape {tuple(dense.bias.shape)}" if isinstance(dense.bias, Tensor) else "no bias"
+        raise PlanError(
+            f"Layer {layer!r}: a bias correction of shape {tuple(bias_correction.shape)} needs a bias of that shape, but the "
+            f"layer has {has}."
+        )
+    # Only the last part of a factorization has a bias.
+    bias = next(parameter for name, parameter in replacement.named_parameters() if name.endswith(".bias"))
     with torch.no_grad():
         bias.add_(bias_correction.to(bias))
 
 
 def skeleton_(model: M, plan: Plan) -> M:
-    """Give `model` the structure of `plan` with zeros for factors, for saved weights to be loaded into."""
+    """Factorize `model` in place with factors of zeros. Saved or new weights are then put into it."""
     modules = dict(model.named_modules())
     factors = {}
     for name, value in plan:
@@ -127,13 +130,13 @@ def skeleton_(model: M, plan: Plan) -> M:
 
 
 def kernel_of(name: str, module: nn.Module, value: Factorization) -> Tensor:
-    """The weight of a layer as the kernel (out, in, *kernel) that `value` decomposes, in float32 or better.
+    """The kernel (out, in, *kernel) of a layer that `value` decomposes, in float32 or float64.
 
     Raises:
-        PlanError: the layer can have no factorization, or not this one.
+        PlanError: the layer cannot be factorized, or not by `value`.
     """
     if reason := why_not_factorized(module):
-        raise PlanError(f"A plan must leave out what cannot be factorized, but names {name!r}: {reason}.")
+        raise PlanError(f"A plan may only name layers that can be factorized, but names {name!r}: {reason}.")
     assert isinstance(module, (*CONVOLUTIONS, nn.Linear))
     weight = module.weight.detach()
     weight = weight if weight.dtype == torch.float64 else weight.float()
@@ -141,7 +144,7 @@ def kernel_of(name: str, module: nn.Module, value: Factorization) -> Tensor:
         fits = len(value.kernel) <= len(CONVOLUTIONS) and weight[0].numel() % math.prod(value.kernel) == 0
         if not isinstance(module, nn.Linear) or not fits:
             raise PlanError(
-                f"Layer {name!r} of shape {tuple(weight.shape)} is not fully connected behind a map of size "
+                f"Layer {name!r} of shape {tuple(weight.shape)} is not a fully connected layer after a map of size "
                 f"{value.kernel}; the plan was made for another model or input size."
             )
         channels = weight[0].numel() // math.prod(value.kernel)
@@ -168,15 +171,16 @@ def _layers(model: nn.Module) -> list[str]:
 
 
 def copied(model: M) -> M:
-    """A copy of a model, as every trial begins with.
+    """A copy of a model. Every trial starts from one.
 
     Raises:
-        ModelError: it cannot be copied; so after training with torch.nn.utils.weight_norm, spectral_norm or prune.
+        ModelError: the model cannot be copied, for example after training with torch.nn.utils.weight_norm, spectral_norm or
+            prune.
     """
     try:
         return copy.deepcopy(model)
     except Exception as error:
         raise ModelError(
-            f"The model must be one that can be copied, but copy.deepcopy raised {type(error).__name__}: {first_line(error)}; "
-            "make a weight's normalisation or pruning permanent, and keep what is open, such as a file, outside of it."
+            f"It must be possible to copy the model, but copy.deepcopy raised {type(error).__name__}: {first_line(error)}; "
+            "make weight normalisation or pruning permanent, and keep open files and the like outside the model."
         ) from error

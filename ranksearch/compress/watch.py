@@ -1,4 +1,4 @@
-"""A pass of a network, watched: which layers are called, in which order, on which shapes, and what it multiplies."""
+"""Watches a forward pass: which layers are called, in which order, on which shapes, and the multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.compress.axes import Axes, Flattened
-from ranksearch.compress.macs import Multiplications
+from ranksearch.compress.macs import OperationCounter
 from ranksearch.compress.stand_ins import evaluating, tensors_of
 from ranksearch.methods.layer import CONVOLUTIONS
 from ranksearch.support.batch import run_model
 
 
 class Watch:
-    """Runs a model once and notes which candidate was called, in which order, with which shapes, behind which flatten."""
+    """Runs a model once and records the calls of its candidates: order, shapes, and the maps flattened before them."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -31,15 +31,15 @@ class Watch:
         self.outputs: list[Tensor] = []
 
     def run(self, example: Any) -> int:
-        """One pass in eval mode; returns the multiply-accumulates counted in it."""
-        counter = Multiplications()
+        """Run one pass in eval mode; returns its multiply-accumulates."""
+        counter = OperationCounter()
         with self.noting(), evaluating(self.model), torch.no_grad(), counter, self.axes:
             self.outputs = tensors_of(run_model(self.model, example))
         return counter.flops // 2
 
     @contextmanager
     def noting(self) -> Iterator[None]:
-        """Note the calls of the candidates."""
+        """Record the calls of the candidates."""
         with ExitStack() as hooks:
             for name, module in self.candidates.items():
                 hooks.enter_context(module.register_forward_hook(partial(self._note, name), with_kwargs=True))
@@ -47,29 +47,29 @@ class Watch:
 
     def _note(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
         self.order.append(name)
-        given = subject(args, kwargs)
-        if isinstance(given, Tensor) and isinstance(output, Tensor):
-            self.shapes[name] = (tuple(given.shape), tuple(output.shape))
-            if (source := self.axes.source(given)) is not None:
-                self.maps[name] = source
+        layer_input = subject(args, kwargs)
+        if isinstance(layer_input, Tensor) and isinstance(output, Tensor):
+            self.shapes[name] = (tuple(layer_input.shape), tuple(output.shape))
+            if (flattened := self.axes.flattened_map(layer_input)) is not None:
+                self.maps[name] = flattened
 
 
 def is_candidate(module: nn.Module) -> bool:
-    """Whether a module is a convolution or fully connected layer, or something of that name that an inventory explains."""
-    # A class name is how quantised and lazily or transposed convolutions are told from what never had a kernel. Quantised
-    # ones keep their weights in a child.
+    """Whether a module is a convolution or fully connected layer, or has such a name, so that the inventory explains it."""
+    # The class name identifies quantised, lazy and transposed convolutions, which are reported as skipped. Quantised ones keep
+    # their weights in a child.
     name, inner = type(module).__name__, {type(child).__name__ for child in module.children()}
     named = ("Conv" in name or "Linear" in name) and "PackedParams" not in name
     return isinstance(module, (*CONVOLUTIONS, nn.Linear)) or (named and all("PackedParams" in child for child in inner))
 
 
 def subject(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Any:
-    """The tensor that a function or module is about: its first argument, which torch calls `input`."""
+    """The first argument of a function or module, which torch calls `input`."""
     return args[0] if args else (kwargs or {}).get("input")
 
 
 def names_of_parameters(model: nn.Module) -> dict[int, list[str]]:
-    """By the id of each parameter all the names that it has in a model, several where it is shared."""
+    """By the id of each parameter, all its names in a model; a shared parameter has several."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

@@ -1,4 +1,4 @@
-"""How much each direction of a layer's inputs counts, measured on data: what its factors are fitted for."""
+"""Measures how much each direction of a layer's inputs matters. The layer's factors are fitted to that whitening."""
 
 from __future__ import annotations
 
@@ -27,49 +27,49 @@ Modes: TypeAlias = tuple[int, ...]
 """A run of modes of a kernel (out, in, *kernel): (1,) its input channels, (2, 3) the positions of a 2-D kernel."""
 
 SHRINKAGE = 0.01
-"""Share of the identity in every matrix of moments. It bounds the condition number, for dead and for copied channels too.
-Measured on the digits LeNet, from 0.001 to 0.1 and by the rule of OAS (Chen et al. 2010), the output error on held-out
-inputs differs by some per cent, with 128 inputs for 2,304 features too; only the error so predicted suffers from 0.1."""
+"""Share of the identity mixed into every moment matrix. It bounds the condition number, also with dead or duplicate channels.
+On the digits LeNet, values from 0.001 to 0.1 and the rule of OAS (Chen et al. 2010) change the output error on held-out inputs
+by a few per cent, also with 128 inputs for 2,304 features; 0.1 only makes the predicted error less accurate."""
 MAX_MOMENT_ROWS = 4096
-"""The largest matrix of moments, in rows: its Cholesky factor takes a second or two, and 128 MiB while it is made."""
+"""The most rows of a moment matrix: a Cholesky factor of this size takes a second or two, and 128 MiB."""
 MAX_INPUTS, MIN_INPUTS = 512, 128
 """How many inputs the moments are taken of. With 128 the output error on held-out digits is a tenth higher than with 512."""
 MAX_MACS = 2 * 10**12
 """Between the two, as many inputs as need no more multiply-accumulates: about 40 seconds on two cores."""
 POSITIONS_PER_INPUT = 64
-"""Positions drawn from each input of a convolution, whose neighbours see much the same; it bounds the time."""
+"""How many positions are drawn from each input of a convolution, to save time: neighbouring patches are much the same."""
 ROWS = 16384
-"""Rows of a factor that are folded at once."""
+"""How many rows of a factor are folded at once."""
 BATCH = 32
-"""Inputs a pass: what a convolution sees is held for so many at once."""
+"""Inputs per forward pass. The patches of one such batch are in memory at a time."""
 MIN_RELATIVE_VARIANCE = 1e-9
-"""A layer's inputs that vary by less than this part of their energy are constant up to rounding."""
+"""If the variance of a layer's inputs is less than this part of their mean square, they are constant up to rounding."""
 
 
 @dataclass(frozen=True)
 class Whitening:
-    """The inputs of one layer: ||(W' - W) L||, with L L^T their moments, is the expected error of its outputs.
+    """The moments of one layer's inputs, as roots: ||(W' - W) L||, with L L^T the moments, is the expected output error.
 
-    `roots` holds a lower triangular L (d, d) for each run of kernel modes of joint size d; a run that is not there is
-    the product of its first mode and the rest, and a mode that is not there counts alike in all directions. So
-    `Whitening()` is the plain norm of the weights. `mean` (in, *kernel) is the mean patch of inputs where the moments are
-    taken around it: the error of the mean is then the bias's to correct.
+    `roots` holds a lower triangular L (d, d) for each run of kernel modes of joint size d. A missing run is split into its
+    first mode and the rest; a missing single mode weights all directions alike. So `Whitening()` is the plain norm of the
+    weights. `mean` (in, *kernel) is the mean input patch, if the moments are taken around it and the layer has a bias: the
+    bias correction then removes the error of the mean.
     """
 
     roots: Mapping[Modes, Tensor] = field(default_factory=dict)
     mean: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> Whitening:
-        """The same in another type."""
+        """The same whitening in another dtype."""
         roots = {run: root.to(dtype) for run, root in self.roots.items()}
         return Whitening(roots, None if self.mean is None else self.mean.to(dtype))
 
     def runs(self, holds: Sequence[Modes]) -> tuple[Modes, ...]:
-        """The runs whose roots `whiten` multiplies by: equal ones give equal kernels."""
+        """The runs whose roots `whiten` multiplies by. Methods with equal runs get equal whitened kernels."""
         return tuple(run for modes in holds for run, _ in self._roots(modes))
 
     def whiten(self, kernel: Tensor, holds: Sequence[Modes]) -> Tensor:
-        """The kernel (out, in, *kernel) times the roots of the runs that the factors hold; of the same shape."""
+        """The kernel (out, in, *kernel) times the roots of the runs that the factors hold; the shape stays the same."""
         for modes in holds:
             for run, root in self._roots(modes):
                 shape = kernel.shape
@@ -78,7 +78,7 @@ class Whitening:
         return kernel
 
     def fold(self, factors: Sequence[Tensor], holds: Sequence[Modes], weight: Sequence[int]) -> tuple[Tensor, ...]:
-        """Factors of the whitened kernel of shape `weight` as factors of the kernel itself, shape by shape the same."""
+        """Convert factors of the whitened kernel, of shape `weight`, to factors of the kernel itself, of the same shapes."""
         return tuple(self._unwhiten(factor, modes, weight) for factor, modes in zip(factors, holds, strict=True))
 
     def _unwhiten(self, factor: Tensor, modes: Modes, weight: Sequence[int]) -> Tensor:
@@ -87,8 +87,8 @@ class Whitening:
             start = run[0] - modes[0] if modes else 0
             lead = math.prod(shape) // math.prod(sizes) * math.prod(sizes[:start])
             runs = factor.reshape(lead, len(root), -1).movedim(1, -1)
-            # In float64: half the digits of a direction that hardly counts are gone otherwise. In blocks, which stay in a
-            # processor's cache.
+            # In float64, since float32 would lose half the digits in directions of small moments. In blocks, which fit into
+            # the processor's cache.
             identity = torch.eye(len(root), dtype=torch.float64, device=root.device)
             inverse = torch.linalg.solve_triangular(root.double(), identity, upper=False)
             blocks = runs.flatten(0, 1).split(ROWS)
@@ -108,10 +108,10 @@ def inputs_wanted(macs: int) -> int:
 
 
 def source(model: nn.Module, inputs: Tensor) -> str:
-    """The digest of all that a metric follows from: every weight and buffer of the model, and the inputs."""
+    """The digest of everything that a whitening depends on: all weights and buffers of the model, and the inputs."""
     digest = hashlib.sha256(f"3|{SHRINKAGE}|{MAX_MOMENT_ROWS}|{POSITIONS_PER_INPUT}|{BATCH}".encode())
     kept = model.state_dict()
-    # What a model does not keep, such as the mean of its inputs, it computes with all the same.
+    # Non-persistent buffers, such as the mean of the inputs, are not in the state dict but change the result, too.
     others = [(name, value) for name, value in model.named_buffers() if name not in kept]
     for name, value in [*kept.items(), *others, ("", inputs)]:
         if isinstance(value, Tensor):
@@ -121,23 +121,24 @@ def source(model: nn.Module, inputs: Tensor) -> str:
 
 
 def whitenings(model: nn.Module, holds: Mapping[Layer, Iterable[Modes]], inputs: Tensor) -> dict[str, Whitening]:
-    """The metric of each of these layers, by name; a pure function of the model and the inputs.
+    """Measure the whitening of each of these layers, by name; a pure function of the model and the inputs.
 
-    The factors of a layer are fitted in the metric of its inputs, so that they keep what its outputs are made of
-    (ASVD, Yuan et al. 2023; SVD-LLM, Wang et al. 2024; for Tucker-2 and CP: Kalle et al. 2025, arXiv 2511.04494). Each
-    factor holds some of the kernel's input modes, and what stands in one factor is whitened as a whole: all of a matrix
-    for SVD, channels and then positions for Tucker-2 and CP. For these the moments of a patch are taken as the Kronecker
-    product of the two, which leaves plain factors of the same shapes and needs no solver of its own. Measured on held-out
-    digits, the LeNet's output errors are what SVD predicts but for 7 %, and what Tucker-2 and CP predict but for a half.
+    With it, each decomposition minimises the error of a layer's outputs, not that of its weights (ASVD, Yuan et al. 2023;
+    SVD-LLM, Wang et al. 2024; for Tucker-2 and CP: Kalle et al. 2025, arXiv 2511.04494). Each factor holds some of the kernel's
+    input modes, and the modes in one factor are whitened together: all of them for SVD, channels and positions separately for
+    Tucker-2 and CP. This takes the moments of a patch for the Kronecker product of the two, so that the factors keep their
+    shapes and need no special solver. On held-out digits, the LeNet's output errors agree with those that SVD predicts
+    within 7 %, and with those that Tucker-2 and CP predict within 50 %.
 
-    Moments are taken around the mean where the mean's error can be corrected: in the layer's bias, or by the batch
-    normalisation that alone it feeds, whose statistics are measured again. Uncentred, the mean takes every factor's first rank.
+    Moments are taken around the mean if the mean's error can be corrected: by the layer's bias, or by a batch normalisation
+    that is the only reader of the layer's output and whose statistics are measured again. Uncentred, the mean would take the
+    first rank of every factor.
 
     Args:
-        model: the dense model; it runs in eval mode, without gradients, and is left as it was.
-        holds: by layer, the runs of kernel modes to measure. A run of more than `MAX_MOMENT_ROWS` rows is parted into its first
-            mode and the rest, as the one row of features behind a 512 x 7 x 7 map into channels and positions; a single mode
-            of more counts alike.
+        model: the dense model; it runs in eval mode, without gradients, and is not changed.
+        holds: by layer, the runs of kernel modes to measure. A run of more than `MAX_MOMENT_ROWS` rows is split into its first
+            mode and the rest: the features of a flattened 512 x 7 x 7 map into channels and positions. A single mode of more
+            rows is not whitened.
         inputs: (count, ...) of the training split, on any device.
 
     Raises:
@@ -162,12 +163,12 @@ def whitenings(model: nn.Module, holds: Mapping[Layer, Iterable[Modes]], inputs:
 
 
 class _Followed(TorchFunctionMode):
-    """Which layers' outputs are read by batch normalisations and by nothing else, as a shortcut past them would be."""
+    """Finds the layers whose outputs only batch normalisations read, and nothing else, such as a shortcut connection."""
 
     def __init__(self) -> None:
         super().__init__()
         self._reads, self._normalised = Counter[str](), Counter[str]()
-        # By id, and kept alive for the pass: an id is only unique while its tensor lives.
+        # By id. The tensors are kept alive for the pass, since an id is only unique while its tensor lives.
         self.outputs: dict[int, tuple[str, Tensor]] = {}
 
     @property
@@ -184,14 +185,14 @@ class _Followed(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        # What gives no tensor, such as .dim(), reads no values.
+        # A function that returns no tensor, such as .dim(), reads no values.
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             self._reads.update(self.outputs[id(leaf)][0] for leaf in tree_leaves((args, kwargs)) if id(leaf) in self.outputs)
         return result
 
 
 class _Moments:
-    """Sums of the patches that a layer sees, and of their products by run of modes, all in float64."""
+    """Sums over a layer's input patches, and over their products for each run of modes, in float64."""
 
     def __init__(self, layer: Layer, runs: Iterable[Modes]) -> None:
         self.layer, self.count = layer, 0
@@ -202,9 +203,9 @@ class _Moments:
             self._products[run] = torch.zeros((self._size(run),) * 2, dtype=torch.float64)
 
     def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Add the patches (count, in, *kernel) of a batch of the layer's inputs: what a hook in front of the layer is given."""
+        """Forward pre-hook that adds the patches (count, in, *kernel) of a batch of the layer's inputs."""
         patches = self._patches(module, subject(args, kwargs).detach())
-        # Apple's GPUs have no float64; on CUDA the products are taken there.
+        # Apple's GPUs have no float64, so move to the CPU there. On CUDA the products are computed on the GPU.
         patches = (patches.cpu() if patches.device.type == "mps" else patches).double()
         if not bool(torch.isfinite(patches).all()):
             raise ModelError(
@@ -235,7 +236,7 @@ class _Moments:
         return math.prod(self.layer.weight[mode] for mode in run)
 
     def _rows(self, patches: Tensor, run: Modes) -> Tensor:
-        """(count, in, *kernel) as rows of the run's joint size."""
+        """Reshape patches (count, in, *kernel) to rows of the run's joint size."""
         return patches.movedim(run, tuple(range(-len(run), 0))).reshape(-1, self._size(run))
 
     def _patches(self, module: nn.Module, inputs: Tensor) -> Tensor:
@@ -256,7 +257,7 @@ class _Moments:
 
 
 def _padded(module: Conv, inputs: Tensor) -> Tensor:
-    """What the convolution slides over."""
+    """The inputs with the convolution's padding."""
     amounts: list[int] = []
     for axis in reversed(range(len(module.kernel_size))):
         around = module.dilation[axis] * (module.kernel_size[axis] - 1)
@@ -268,7 +269,7 @@ def _padded(module: Conv, inputs: Tensor) -> Tensor:
 
 
 def _root(moments: Tensor, of_mean: Tensor | None) -> Tensor:
-    """The Cholesky factor of shrunk moments (d, d) of mean diagonal one; of the identity where nothing varies."""
+    """The Cholesky factor of the shrunk moments (d, d), scaled to a mean diagonal of one; the identity if nothing varies."""
     identity = torch.eye(len(moments), dtype=torch.float64)
     energy = float(moments.diagonal().mean())
     around = moments if of_mean is None else moments - of_mean

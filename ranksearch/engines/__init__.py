@@ -1,1 +1,1 @@
-"""Where jobs run. `base.py` holds the engine and what it asks of its workers; each other file is one kind of them."""
+"""Where jobs run: `base.py` holds the engine and the interface of its workers; the other files implement kinds of workers."""

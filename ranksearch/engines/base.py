@@ -1,4 +1,4 @@
-"""The engine: draws jobs and passes their messages on, wherever the workers are."""
+"""The engine draws jobs, hands them to workers of any kind, and passes the workers' messages on."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ Evaluate: TypeAlias = Callable[[Job], Messages]
 OnMessage: TypeAlias = Callable[[Job, CurvePoint | Result], None]
 
 MAX_LOST = 5
-"""Workers lost in a row before the engine gives up: more than one plan is tried for, so the cause is not the plan."""
+"""The engine gives up after this many lost workers in a row. It exceeds the tries of one plan, so the plan is not the cause."""
 
 
 @dataclass(frozen=True)
 class Crash:
-    """A bug in a job: not an answer, an exception to be raised where the user sees it."""
+    """An exception that a job raised, that is, a bug. The driver raises it again, where the user sees it."""
 
     error: Exception
     trace: str
 
     @classmethod
     def of(cls, error: Exception) -> Self:
-        """The exception that is being handled, fit for the trip to the driver."""
+        """Wrap the exception that is being handled, in a form that can be pickled."""
         return cls(_portable(error), traceback.format_exc())
 
 
 class Workers(abc.ABC):
-    """What jobs run on. They stay warm from run to run, as long as they are to evaluate the same."""
+    """The processes that run jobs. They stay alive between calls of `Engine.run` with the same `evaluate`."""
 
-    about: str
-    """How many there are and of what kind, in few words for the report."""
+    description: str
+    """The number and kind of the workers, in a few words for the report."""
 
     @abc.abstractmethod
     def load(self, evaluate: Evaluate) -> None:
-        """What the next jobs are evaluated by, sent to each worker once."""
+        """Set the function that evaluates the next jobs. Each worker receives it once."""
 
     @abc.abstractmethod
     def idle(self) -> bool:
@@ -53,30 +53,30 @@ class Workers(abc.ABC):
 
     @abc.abstractmethod
     def submit(self, job: Job) -> None:
-        """Give a free worker a job."""
+        """Give a job to a free worker."""
 
     @abc.abstractmethod
     def messages(self) -> Iterable[tuple[int, CurvePoint | Result | Crash]]:
-        """Waits for news, and gives what has come in with the keys of the jobs; nothing where a worker became free.
+        """Wait for messages, and yield pairs (key of the job, message); none if a worker only became free.
 
-        A job whose worker is lost is answered with `Outcome.WORKER_LOST`.
+        A job whose worker is lost ends with `Outcome.WORKER_LOST`.
         """
 
     @abc.abstractmethod
-    def lost_words(self) -> str:
-        """How the last worker was lost, and what helps, as the end of a sentence."""
+    def lost_reason(self) -> str:
+        """How the last worker was lost, and the remedy, as the end of a sentence."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """End the workers, whatever they do; twice is no harm."""
+        """End the workers, even busy ones. A second call does no harm."""
 
 
 class Engine:
-    """Evaluates jobs on its workers; a context, which ends them."""
+    """Evaluates jobs on its workers. A context manager that ends the workers on exit."""
 
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
-        self.about = workers.about
+        self.description = workers.description
 
     def __enter__(self) -> Self:
         return self
@@ -87,18 +87,18 @@ class Engine:
     def run(self, jobs: Iterator[Job], evaluate: Evaluate, *, on_message: OnMessage, should_stop: Callable[[], bool]) -> None:
         """Evaluate jobs until there are no more.
 
-        `jobs` is drawn from only when a worker is free, after every message received so far has been passed on: the next
-        job may depend on them. A job whose worker dies is answered with `Outcome.WORKER_LOST`.
+        The next job is drawn only when a worker is free and every message received so far was passed on, since the choice
+        of the next job may depend on them. A job whose worker dies ends with `Outcome.WORKER_LOST`.
 
         Args:
-            jobs: what to evaluate; no two that run at a time have the same key.
-            evaluate: gives the messages of one job, an `Result` last. Workers elsewhere get it pickled.
-            on_message: receives every rung and every answer, in this process.
+            jobs: the jobs; two that run at the same time must have different keys.
+            evaluate: yields the messages of one job, a `Result` last. It is pickled for workers in other processes.
+            on_message: called in this process with every learning-curve point and every result.
             should_stop: asked before each draw; True lets the running jobs end and draws no more.
 
         Raises:
-            StudyError: workers die one after the other, or cannot be had any more.
-            Exception: whatever `evaluate` raised, with the worker's traceback; the other workers are ended first.
+            StudyError: `MAX_LOST` workers in a row died, or the workers are gone for good.
+            Exception: whatever `evaluate` raised, with the worker's traceback. All workers are ended first.
         """
         try:
             self._workers.load(evaluate)
@@ -128,13 +128,11 @@ class Engine:
                     lost = lost + 1 if message.outcome is Outcome.WORKER_LOST else 0
                 on_message(job, message)
                 if lost >= MAX_LOST:
-                    raise StudyError(
-                        f"Workers must outlive their trials, but {lost} in a row ended before {workers.lost_words()}"
-                    )
+                    raise StudyError(f"Workers must survive their trials, but {lost} in a row died {workers.lost_reason()}")
 
 
-def packed(evaluate: Evaluate) -> bytes:
-    """What travels to the workers of another machine, pickled.
+def pickled(evaluate: Evaluate) -> bytes:
+    """`evaluate`, pickled for workers on other machines.
 
     Raises:
         ModelError: something in it cannot be pickled.
@@ -145,18 +143,18 @@ def packed(evaluate: Evaluate) -> bytes:
 
 @contextmanager
 def picklable() -> Iterator[None]:
-    """What cannot be pickled within is told in a sentence."""
+    """Raise a `ModelError` with a remedy if something inside cannot be pickled."""
     try:
         yield
     except Exception as error:
         raise ModelError(
-            f"Model, data, loss and score must be picklable to reach the workers, but are not ({error}); mend that, or run the "
+            f"Model, data, loss and score must be picklable to reach the workers, but are not ({error}); fix that, or run the "
             "trials in this process with --workers 0."
         ) from error
 
 
 def _portable(error: Exception) -> Exception:
-    """The error itself where it survives the trip to the driver, else its words."""
+    """The error itself if it survives pickling, otherwise a `RuntimeError` with its text."""
     try:
         return error if isinstance(pickle.loads(pickle.dumps(error)), type(error)) else RuntimeError(repr(error))
     except Exception:

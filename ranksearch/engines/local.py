@@ -1,10 +1,10 @@
-"""The local workers: processes on this machine, kept warm from the first job to the last; or this process itself.
+"""The local workers: processes on this machine that live from the first job to the last, or this process itself.
 
-A worker maps what jobs are evaluated by (data, dense model, prepared factors; `shared.py`) and then receives one job at a
-time (`worker.py`). It reports every rung and its answer through its own pipe, so a worker that dies takes nothing with it but
-its job. It ends with its driver, however that ends, in the midst of a job too.
+A worker maps data, dense model and prepared factors into its memory (`shared.py`) and then receives one job at a time
+(`worker.py`). Each has its own pipe for learning-curve points and results, so a worker that dies loses only its job. A worker
+ends when its driver ends for whatever reason, even in the middle of a job.
 
-Workers do not import the script that calls `search()`, as those of multiprocessing do: what is defined there travels by value
+Unlike multiprocessing's, these workers do not import the script that calls `search()`: its definitions are pickled by value
 (cloudpickle), so the script needs no `if __name__ == "__main__":`.
 """
 
@@ -26,9 +26,9 @@ from ranksearch.engines.shared import Packed, pack
 from ranksearch.errors import ModelError
 from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
 
-START = """
+WORKER_PROGRAM = """
 import signal, sys
-signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's business
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the driver handles Ctrl-C
 from multiprocessing.connection import Connection
 driver = Connection(int(sys.argv[1]))
 try:
@@ -43,23 +43,23 @@ except Exception as error:
 else:
     serve(driver, *map(int, sys.argv[2:]))
 """
-"""What a worker runs; it imports torch only where a failure can be told to the driver."""
+"""The program of a worker. It imports torch only after the pipe is open, so that a failure can be reported to the driver."""
 
 
 def engine(workers: int) -> Engine:
-    """An engine of so many processes on this machine; 0 evaluates in this process."""
-    return Engine(_Pool(workers) if workers else _Here())
+    """An engine with this many worker processes on this machine; with 0, jobs run in this process."""
+    return Engine(_Pool(workers) if workers else _InProcess())
 
 
 def threads_for(workers: int) -> int:
-    """Threads for each worker. Several threads in several processes on the same cores spin at each other's barriers."""
+    """Threads for each worker. With more threads than cores in total, processes waste time waiting for each other's threads."""
     return max(1, (os.cpu_count() or 1) // max(1, workers))
 
 
-class _Here(Workers):
-    """This process, which does one job at a time; a bug is raised where it happens."""
+class _InProcess(Workers):
+    """This process as the only worker. An exception of a job is raised directly."""
 
-    about = "in one process"
+    description = "in one process"
 
     def __init__(self) -> None:
         self._evaluate: Evaluate | None = None
@@ -73,7 +73,7 @@ class _Here(Workers):
         return self._job is None
 
     def submit(self, job: Job) -> None:
-        assert self._evaluate is not None, "loaded before it is given jobs"
+        assert self._evaluate is not None, "`load` must be called before `submit`"
         self._job, self._messages = job, self._evaluate(job)
 
     def messages(self) -> Iterator[tuple[int, CurvePoint | Result]]:
@@ -84,7 +84,7 @@ class _Here(Workers):
             self._job = None
         yield key, message
 
-    def lost_words(self) -> str:
+    def lost_reason(self) -> str:
         raise AssertionError("this process is not lost")
 
     def close(self) -> None:
@@ -98,7 +98,7 @@ class _Worker:
     job: Job | None = None
 
     def end(self) -> None:
-        """Wait for its end, not for long."""
+        """Wait up to 5 seconds for the process to end, then kill it."""
         try:
             self.process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -112,7 +112,7 @@ class _Pool(Workers):
     def __init__(self, workers: int) -> None:
         self._threads = threads_for(workers)
         counts = ((workers, "worker"), (self._threads, "thread"))
-        self.about = " of ".join(f"{count} {thing}{'s' if count > 1 else ''}" for count, thing in counts)
+        self.description = " of ".join(f"{count} {thing}{'s' if count > 1 else ''}" for count, thing in counts)
         self._limit = workers
         self._evaluate: Evaluate | None = None
         self._packed: Packed | None = None
@@ -130,8 +130,8 @@ class _Pool(Workers):
     def submit(self, job: Job) -> None:
         worker = next((w for w in self._workers if w.job is None), None) or self._start()
         worker.job = job
-        with suppress(OSError):  # dead before its job: `messages` finds its pipe closed and answers for it
-            worker.pipe.send_bytes(cloudpickle.dumps(job))  # its plan may hold values of a method defined in a script
+        with suppress(OSError):  # the worker is already dead: `messages` finds its pipe closed and reports the job as lost
+            worker.pipe.send_bytes(cloudpickle.dumps(job))  # cloudpickle, since a plan may use a method defined in a script
 
     def messages(self) -> Iterator[tuple[int, CurvePoint | Result | Crash]]:
         ready = wait([worker.pipe for worker in self._busy()])
@@ -152,8 +152,8 @@ class _Pool(Workers):
                 worker.job = None
             yield key, message
 
-    def lost_words(self) -> str:
-        return f"(last exit code {self._last_exit}); give fewer --workers, or --workers 0 to see what happens in this process."
+    def lost_reason(self) -> str:
+        return f"(last exit code {self._last_exit}); use fewer --workers, or --workers 0 to see the error in this process."
 
     def close(self) -> None:
         for worker in self._workers:
@@ -171,20 +171,20 @@ class _Pool(Workers):
         return [worker for worker in self._workers if worker.job is not None]
 
     def _start(self) -> _Worker:
-        assert self._packed is not None, "loaded before it is given jobs"
+        assert self._packed is not None, "`load` must be called before `submit`"
         here, there = Pipe()
-        given = there.fileno(), self._packed.file.fileno()
+        descriptors = there.fileno(), self._packed.file.fileno()
         process = subprocess.Popen(
-            # -P: a file of the current folder must not stand in for a module of Python's before the driver's path is there.
-            [sys.executable, "-P", "-c", START, *map(str, (*given, self._packed.start, self._threads))],
-            # Read by OpenMP when the worker loads torch: later is too late.
+            # -P: without it, a file in the current folder could shadow a standard module before the driver's path arrives.
+            [sys.executable, "-P", "-c", WORKER_PROGRAM, *map(str, (*descriptors, self._packed.start, self._threads))],
+            # OpenMP reads this when the worker imports torch, so it must be set before.
             env=os.environ | {"OMP_NUM_THREADS": str(self._threads)},
-            pass_fds=given,
+            pass_fds=descriptors,
             stdin=subprocess.PIPE,
         )
         there.close()
         worker = _Worker(process, here)
         self._workers.append(worker)
-        with suppress(OSError):  # it died while starting: its first job is answered as lost
+        with suppress(OSError):  # the worker died while starting: `messages` will report its first job as lost
             here.send(sys.path)
         return worker

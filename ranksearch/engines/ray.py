@@ -1,8 +1,8 @@
-"""The Ray workers, seen from the driver: a process of their own holds Ray and speaks with us through a pipe.
+"""The driver's side of the Ray workers: a separate process runs Ray and talks to the driver through a pipe.
 
-Ray ends the process that it runs in when it loses its head node, waits without a bound for what the cluster does not have,
-and writes to the screen. So it gets a process (`tune.py`): what happens there reaches the study as a message, as a sentence,
-or as the end of the pipe. No other module of ours imports Ray.
+Ray ends its own process when it loses the head node, waits forever for resources that the cluster does not have, and writes
+to the screen. So it runs in a process of its own (`tune.py`), and the driver sees only messages, errors, or a closed pipe. No
+module but `tune.py` imports Ray.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from tempfile import TemporaryDirectory
 
 import cloudpickle
 
-from ranksearch.engines.base import Crash, Engine, Evaluate, Workers, packed
+from ranksearch.engines.base import Crash, Engine, Evaluate, Workers, pickled
 from ranksearch.errors import StudyError
 from ranksearch.results.messages import CurvePoint, Job, Result
 
 CONNECT_SECONDS = 24
-"""For a cluster that is up: two seconds to start, one or two to connect, more on a busy machine."""
+"""How long to wait for a running cluster. It takes two seconds to start and one or two to connect, more on a busy machine."""
 START_SECONDS = 120
-"""For a Ray of our own."""
+"""How long to wait for a new local Ray."""
 CLOSE_SECONDS = 15
 HEAD_SECONDS = 30
-"""After so long without its head node Ray gives up; 60 by its own default."""
+"""Ray gives up after this long without its head node. Ray's own default is 60."""
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -38,17 +38,20 @@ ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-    # Actors start side by side; how many there are is the searcher's business.
+    # Let actors start in parallel; the searcher limits their number.
     "TUNE_MAX_PENDING_TRIALS_PG": "1000000",
-    # Tune's own record of the experiment is of no use here: the study's is the driver's.
+    # Effectively never save Tune's own record of the experiment: the driver keeps the study's.
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
 }
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where to run trials, and what each takes: `address` of a Ray cluster, or None for a Ray of our own on this machine;
-    how many at a time, None for as many as the cluster holds; CPUs (also threads) and GPUs, whole or a fraction, of each."""
+    """Where to run trials, and the resources of each.
+
+    `address` is that of a Ray cluster, or None to start a local Ray. `workers` is the most trials at a time, or None for as
+    many as the cluster holds. `cpus` (also its threads) and `gpus` (whole or a fraction) are for one trial.
+    """
 
     address: str | None = None
     workers: int | None = None
@@ -57,48 +60,48 @@ class Cluster:
 
     @property
     def name(self) -> str:
-        """The cluster in a sentence."""
+        """The cluster as the subject of a sentence."""
         return f"The Ray cluster at {self.address}" if self.address else "The local Ray"
 
 
 @dataclass(frozen=True)
 class Ready:
-    """The Ray process is connected; `about` is what the cluster has."""
+    """The Ray process is connected. `description` is the cluster in a few words."""
 
-    about: str
+    description: str
 
 
 @dataclass(frozen=True)
-class Sealed:
-    """A job for the worker alone to unpickle: its plan may hold values of a class that only driver and workers know."""
+class SealedJob:
+    """A pickled job. Only the worker unpickles it: its plan may use a class that the Ray process between them does not know."""
 
     key: int
     pickled: bytes
 
 
 @dataclass(frozen=True)
-class Free:
-    """A worker is free. Answered with a sealed job, with None (not now), or with `End`."""
+class WorkerFree:
+    """A worker is free. The driver replies with a `SealedJob`, with None (no job now), or with `NoMoreJobs`."""
 
 
 @dataclass(frozen=True)
-class Said:
-    """A job's message."""
+class JobMessage:
+    """A message of the job with this key."""
 
     key: int
     message: CurvePoint | Result | Crash
 
 
 @dataclass(frozen=True)
-class End:
-    """No more jobs for what was loaded."""
+class NoMoreJobs:
+    """No more jobs for the loaded `evaluate`."""
 
 
 def engine(cluster: Cluster) -> Engine:
-    """An engine on Ray; its workers are there, or are refused, once this returns.
+    """An engine on Ray. Connects to the cluster, or starts a local Ray, before it returns.
 
     Raises:
-        StudyError: no Ray answers, or another version of it, or it has no node for a trial.
+        StudyError: no Ray answers, the cluster has another version of Ray or Python, or no node is large enough for a trial.
     """
     return Engine(_Cluster(cluster))
 
@@ -109,7 +112,7 @@ class _Cluster(Workers):
         self._cluster = cluster
         self._evaluate: Evaluate | None = None
         self._asked = False
-        """Whether the Ray process waits for our answer to `Free`."""
+        """Whether the Ray process waits for our reply to `WorkerFree`."""
         self._running = 0
         self._scratch = TemporaryDirectory(prefix="ranksearch-ray-")
         self._pipe, self._process = _start(cluster, self._scratch.name)
@@ -117,12 +120,12 @@ class _Cluster(Workers):
         try:
             if not self._pipe.poll(seconds):
                 raise StudyError(
-                    f"{cluster.name} must answer within {seconds} s, but does not; `ray status` says whether it is up, and the "
-                    "driver must run on one of its nodes."
+                    f"{cluster.name} must answer within {seconds} s, but does not; check with `ray status` that it is running, "
+                    "and run the driver on one of its nodes."
                 )
             ready = self._receive()
             assert isinstance(ready, Ready)
-            self.about = ready.about
+            self.description = ready.description
         except BaseException:
             self._process.kill()
             self.close()
@@ -131,11 +134,11 @@ class _Cluster(Workers):
     def load(self, evaluate: Evaluate) -> None:
         if evaluate is self._evaluate:
             return
-        payload = packed(evaluate)
+        payload = pickled(evaluate)
         if self._evaluate is not None:
             if not self._asked:
                 self._receive()
-            self._reply(End())
+            self._reply(NoMoreJobs())
         self._evaluate = evaluate
         self._send(payload)
 
@@ -144,26 +147,25 @@ class _Cluster(Workers):
 
     def submit(self, job: Job) -> None:
         self._running += 1
-        self._reply(Sealed(job.key, cloudpickle.dumps(job)))
+        self._reply(SealedJob(job.key, cloudpickle.dumps(job)))
 
     def messages(self) -> Iterator[tuple[int, CurvePoint | Result | Crash]]:
         if self._asked:
             self._reply(None)
         news = self._receive()
-        if isinstance(news, Said):
+        if isinstance(news, JobMessage):
             self._running -= not isinstance(news.message, CurvePoint)
             yield news.key, news.message
         else:
             self._asked = True
 
-    def lost_words(self) -> str:
+    def lost_reason(self) -> str:
         return (
-            "(killed, out of memory, or their nodes gone); Ray's dashboard and /tmp/ray/session_latest/logs on its nodes say "
-            "why."
+            "(killed, out of memory, or lost with their nodes); see Ray's dashboard or /tmp/ray/session_latest/logs on a node."
         )
 
     def close(self) -> None:
-        # With its end of the pipe closed the process leaves the cluster, unless it waits for trials.
+        # Closing the pipe makes the process leave the cluster. It would not notice while it waits for trials, so kill it then.
         self._pipe.close()
         if self._running:
             self._process.kill()
@@ -177,7 +179,7 @@ class _Cluster(Workers):
         self._running = 0
         self._scratch.cleanup()
 
-    def _reply(self, result: Sealed | End | None) -> None:
+    def _reply(self, result: SealedJob | NoMoreJobs | None) -> None:
         self._asked = False
         self._send(result)
 
@@ -187,7 +189,7 @@ class _Cluster(Workers):
         except OSError:
             raise self._gone() from None
 
-    def _receive(self) -> Ready | Free | Said:
+    def _receive(self) -> Ready | WorkerFree | JobMessage:
         try:
             news = self._pipe.recv()
         except (EOFError, OSError):
@@ -200,13 +202,13 @@ class _Cluster(Workers):
 
     def _gone(self) -> StudyError:
         return StudyError(
-            f"{self._cluster.name} must be there as long as a study runs, but the connection to it is lost; what was finished "
-            "is in the record, and the same command goes on once it is back."
+            f"{self._cluster.name} must stay up while a study runs, but the connection to it was lost; all finished work is "
+            "saved: run the same command again once the cluster is back."
         )
 
 
 def _check_address(address: str | None) -> None:
-    """Whether something listens there; Ray itself would wait for it."""
+    """Raise `StudyError` unless something listens at the address: Ray itself would wait for it."""
     if address is None or address == "auto":
         return
     host, colon, port = address.rpartition(":")

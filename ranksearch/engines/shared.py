@@ -1,9 +1,9 @@
-"""One copy of data, model and factors for all local workers.
+"""All local workers share one copy of data, model and factors.
 
 The driver writes the memory of tensors and arrays once, to a file without a name: in memory on Linux, in the folder for
-temporary files elsewhere. Every worker maps that file copy-on-write, so a write in a worker reaches nobody else. The file is
-gone with the last process that holds it, however the processes end. Memory that is itself the mapping of a file (`np.memmap`,
-`torch.from_file`, and tensors made from them) is not copied: a worker maps the same file.
+temporary files elsewhere. Every worker maps that file copy-on-write, so what a worker writes stays private to it. The file
+disappears with the last process that holds it, however the processes end. Memory that already maps a file (`np.memmap`,
+`torch.from_file`, and tensors made from them) is not copied: workers map the same file.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from torch.storage import TypedStorage
 from ranksearch.engines.base import picklable
 from ranksearch.errors import DataError, StudyError
 
-ALIGNMENT = 64
-"""Bytes; torch's own allocations are aligned so, and some kernels round differently elsewhere."""
-LARGE = 1 << 20
-"""Bytes; smaller parts of mapped files are copied, since there may be thousands."""
+ALIGNMENT_BYTES = 64
+"""Alignment in bytes, that of torch's own allocations: some kernels round differently with another one."""
+MIN_MAPPED_BYTES = 1 << 20
+"""Bytes. Smaller pieces of mapped files are copied, not mapped again, since there may be thousands."""
 MAPPING = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) ...(.) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)")
 """The first line of a mapping in /proc/self/smaps: start, end, p(rivate) or s(hared), offset, device, inode, path."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A value in a file; `start` is where the pickle begins that refers to the memory before it."""
+    """A value in a file: first the memory of its tensors and arrays, then, from byte `start` on, a pickle that refers to it."""
 
     file: IO[bytes]
     start: int
 
     def close(self) -> None:
-        """Workers that have unpacked the value keep it."""
+        """Close the file. Workers that have unpacked the value keep it."""
         self.file.close()
 
 
@@ -57,15 +57,15 @@ class _File:
     device: int
     inode: int
 
-    def check(self, about: os.stat_result) -> None:
-        """Raises a DataError unless `about` is of this file."""
-        if (about.st_dev, about.st_ino) != (self.device, self.inode) or not stat.S_ISREG(about.st_mode):
-            raise DataError(f"{self.path} must stay as it is while a study runs, but is another file now")
+    def check(self, stats: os.stat_result) -> None:
+        """Raises a DataError unless `stats` is of this file."""
+        if (stats.st_dev, stats.st_ino) != (self.device, self.inode) or not stat.S_ISREG(stats.st_mode):
+            raise DataError(f"{self.path} must not change while a study runs, but was replaced by another file")
 
 
 @dataclass(frozen=True)
 class _Mapping:
-    """Memory of this process, from address `start` to `end`, that is the same as the file from `offset` on."""
+    """Memory of this process, from address `start` to `end`, that maps the file from `offset` on."""
 
     start: int
     end: int
@@ -75,7 +75,7 @@ class _Mapping:
 
 @dataclass(frozen=True)
 class _Span:
-    """Where the memory of one tensor or array lies; in the packed file where `file` is None."""
+    """Where the memory of one tensor or array lies: in `file`, or in the packed file if `file` is None."""
 
     file: _File | None
     offset: int
@@ -94,7 +94,7 @@ def pack(value: Any) -> Packed:
     with picklable():
         _Pickler(stream, protocol=5, buffer_callback=buffers.append).dump(value)
     memories = [buffer.raw() for buffer in buffers]
-    file = _nameless()
+    file = _anonymous_file()
     try:
         spans = _write(memories, file)
         start = file.tell()
@@ -104,40 +104,40 @@ def pack(value: Any) -> Packed:
         file.close()
         size = sum(memory.nbytes for memory in memories) / 1e6
         raise StudyError(
-            f"Data, model and factors ({size:,.0f} MB) must fit into memory once more for the workers, but do not ({error}); "
-            "free some, or run the trials in this process with --workers 0."
+            f"A second copy of data, model and factors ({size:,.0f} MB) must fit into memory for the workers, but does not "
+            f"({error}); free some memory, or run the trials in this process with --workers 0."
         ) from None
     return Packed(file, start)
 
 
 def unpack(file: int, start: int) -> Any:
-    """What was packed into the file of that number; its memory is mapped copy-on-write.
+    """The value that was packed into the file with this descriptor. Its memory is mapped copy-on-write.
 
     Raises:
-        DataError: a file that was mapped is another one by now.
+        DataError: a mapped data file was replaced since.
     """
-    whole = memoryview(mmap.mmap(file, 0, access=mmap.ACCESS_COPY))
-    spans, stream = pickle.loads(whole[start:])
-    return pickle.loads(stream, buffers=[_mapped(whole, span) for span in spans])
+    packed_memory = memoryview(mmap.mmap(file, 0, access=mmap.ACCESS_COPY))
+    spans, stream = pickle.loads(packed_memory[start:])
+    return pickle.loads(stream, buffers=[_mapped(packed_memory, span) for span in spans])
 
 
 def check_portable(value: Any) -> None:
-    """Whether a part of what is evaluated can travel to the workers; keeps no copy.
+    """Check, without keeping a copy, that a value can be sent to the workers.
 
     Raises:
         ModelError: something in it cannot be pickled.
     """
     with picklable():
-        _Pickler(_Nowhere(), protocol=5, buffer_callback=lambda buffer: None).dump(value)
+        _Pickler(_NullStream(), protocol=5, buffer_callback=lambda buffer: None).dump(value)
 
 
-class _Nowhere(io.RawIOBase):
+class _NullStream(io.RawIOBase):
     def write(self, data: Any) -> int:
         return len(data)
 
 
 class _Pickler(cloudpickle.Pickler):
-    """Leaves the memory of tensors on the CPU and of arrays out of the pickle, where pickle by itself would copy it."""
+    """Passes the memory of CPU tensors and of arrays to `buffer_callback`. Plain pickle would copy it into the stream."""
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, TypedStorage):
@@ -153,7 +153,10 @@ class _Pickler(cloudpickle.Pickler):
 
 
 def _root(array: NDArray[Any]) -> NDArray[Any] | None:
-    """All the memory, in a row, of an array that is seen transposed, or of the mapped file that an array is a part of."""
+    """The flat memory behind a strided view: that of a transposed array, or of the mapped file that contains the array.
+
+    None if the array is contiguous or holds objects, which pickle handles itself, or is a part of some other array.
+    """
     if array.flags.forc or array.dtype.hasobject:
         return None
     root: Any = array
@@ -186,18 +189,18 @@ def _address(memory: Any) -> int:
     return int(np.asarray(memory).__array_interface__["data"][0])
 
 
-def _nameless() -> IO[bytes]:
-    # Unlike /dev/shm, which has 64 MB in a Docker container, this memory has no limit of its own.
+def _anonymous_file() -> IO[bytes]:
+    # Not in /dev/shm, which is limited to 64 MB in a Docker container: memfd has no limit of its own.
     return os.fdopen(os.memfd_create("ranksearch"), "w+b") if hasattr(os, "memfd_create") else tempfile.TemporaryFile()
 
 
 def _write(memories: Sequence[memoryview], file: IO[bytes]) -> list[_Span]:
-    mappings = _mappings() if any(memory.nbytes >= LARGE for memory in memories) else []
+    mappings = _mappings() if any(memory.nbytes >= MIN_MAPPED_BYTES for memory in memories) else []
     spans = []
     for memory in memories:
         span = _in_a_file(memory, mappings)
         if span is None:
-            file.seek(-file.tell() % ALIGNMENT, os.SEEK_CUR)
+            file.seek(-file.tell() % ALIGNMENT_BYTES, os.SEEK_CUR)
             span = _Span(None, file.tell(), memory.nbytes)
             file.write(memory)
         spans.append(span)
@@ -205,7 +208,7 @@ def _write(memories: Sequence[memoryview], file: IO[bytes]) -> list[_Span]:
 
 
 def _in_a_file(memory: memoryview, mappings: Sequence[_Mapping]) -> _Span | None:
-    if memory.nbytes < LARGE:
+    if memory.nbytes < MIN_MAPPED_BYTES:
         return None
     start = _address(memory)
     mapping = next((each for each in mappings if each.start <= start < each.end), None)
@@ -213,33 +216,33 @@ def _in_a_file(memory: memoryview, mappings: Sequence[_Mapping]) -> _Span | None
         return None
     try:
         mapping.file.check(Path(mapping.file.path).stat())
-    except (OSError, DataError):  # deleted, or replaced: the memory is all that is left of it
+    except (OSError, DataError):  # the file was deleted or replaced, so workers could not map it
         return None
     return _Span(mapping.file, start - mapping.start + mapping.offset, memory.nbytes)
 
 
 def _mappings() -> list[_Mapping]:
-    """The files that this process maps, but those whose memory differs from the file: written to, and private."""
-    found: list[_Mapping] = []
+    """The file mappings of this process, without private mappings that were written to and so differ from their file."""
+    mappings: list[_Mapping] = []
     private = False
-    with suppress(FileNotFoundError):  # only Linux has it; elsewhere mapped files are copied like other memory
+    with suppress(FileNotFoundError):  # only Linux has smaps; elsewhere mapped files are copied like other memory
         for line in Path("/proc/self/smaps").read_bytes().splitlines():
             if match := MAPPING.fullmatch(line):
                 start, end, kind, offset, major, minor, inode, path = match.groups()
                 file = _File(os.fsdecode(path), os.makedev(int(major, 16), int(minor, 16)), int(inode))
-                found.append(_Mapping(int(start, 16), int(end, 16), int(offset, 16), file))
+                mappings.append(_Mapping(int(start, 16), int(end, 16), int(offset, 16), file))
                 private = kind == b"p"
             elif private and line.startswith((b"Anonymous:", b"Swap:")) and int(line.split()[1]):
-                found.pop()
+                mappings.pop()
                 private = False
-    return found
+    return mappings
 
 
-def _mapped(whole: memoryview, span: _Span) -> memoryview:
+def _mapped(packed_memory: memoryview, span: _Span) -> memoryview:
     if span.file is None:
-        return whole[span.offset : span.offset + span.length]
+        return packed_memory[span.offset : span.offset + span.length]
     with Path(span.file.path).open("rb") as file:
         span.file.check(os.fstat(file.fileno()))
         before = span.offset % mmap.ALLOCATIONGRANULARITY
-        found = mmap.mmap(file.fileno(), before + span.length, access=mmap.ACCESS_COPY, offset=span.offset - before)
-    return memoryview(found)[before:]
+        mapping = mmap.mmap(file.fileno(), before + span.length, access=mmap.ACCESS_COPY, offset=span.offset - before)
+    return memoryview(mapping)[before:]

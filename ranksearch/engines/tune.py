@@ -1,8 +1,8 @@
-"""The process that holds Ray, started by the driver, which is at the other end of its pipe.
+"""The process that runs Ray. The driver starts it and talks to it through a pipe.
 
-Ray Tune runs the trials. `_Searcher` gives it the jobs that the driver asks for, `_Scheduler` passes rungs and answers on, and
-a `_Trial` is an actor that holds data, dense model and factors from its first job to its last. None decides anything, and
-nothing is kept here.
+Ray Tune runs the trials: `_Searcher` hands it the driver's jobs, `_Scheduler` passes learning-curve points and results on, and
+each `_Trial` is an actor that holds data, dense model and factors from its first job to its last. The driver decides
+everything, and this process stores nothing.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from ranksearch.engines.base import Crash, Evaluate, Messages
-from ranksearch.engines.ray import Cluster, End, Free, Ready, Said, Sealed
+from ranksearch.engines.ray import Cluster, JobMessage, NoMoreJobs, Ready, SealedJob, WorkerFree
 from ranksearch.errors import ModelError, StudyError, described, unloadable
 from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
 
 NO_NODE_SECONDS = 120
-"""So long a study waits for a node that can run a trial, after all that could are gone."""
+"""How long a study waits for a node that can run a trial, once all such nodes are gone."""
 
 
 def main() -> None:
-    """Connect, then run what the driver sends until it closes the pipe."""
+    """Connect to Ray, then run the jobs of each `evaluate` that the driver sends, until it closes the pipe."""
     threading.Thread(target=_end_with_driver, daemon=True).start()
     driver = Connection(int(sys.argv[1]))
     try:
         cluster: Cluster = driver.recv()
         _connect(cluster)
-        driver.send(Ready(_about(cluster)))
+        driver.send(Ready(_describe(cluster)))
         while True:
             _run(driver, cluster, driver.recv())
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def _end_with_driver() -> None:
-    """The standard input is a pipe that nobody writes to: it ends when the driver does, however that was."""
+    """Exit when the driver ends, for whatever reason: standard input is a pipe from the driver that nobody writes to."""
     sys.stdin.read()
     shutil.rmtree(sys.argv[2], ignore_errors=True)
     os._exit(1)
@@ -73,29 +73,29 @@ def _connect(cluster: Cluster) -> None:
             ray.init(address=cluster.address, **quiet)
         except (ConnectionError, ValueError) as error:
             raise StudyError(
-                f"A Ray cluster must listen at --address {cluster.address}, but none does: {_line(error)}"
+                f"A Ray cluster must listen at --address {cluster.address}, but none does: {_one_line(error)}"
             ) from None
         except RuntimeError as error:
             if "Version mismatch" not in str(error):
                 raise
             raise StudyError(
                 f"Driver and cluster must have the same versions of Ray and Python, but the cluster at {cluster.address} "
-                f"differs: {_line(error)}; install the same on both."
+                f"differs: {_one_line(error)}; install the same on both."
             ) from None
     if not _slots(cluster):
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         most = [f"{max((node.get(kind, 0) for node in nodes), default=0):g}" for kind in ("CPU", "GPU")]
         raise StudyError(
-            f"A node must hold a trial of --cpus-per-trial {cluster.cpus} and --gpus-per-trial {cluster.gpus:g}, but the most "
-            f"that a node of the cluster has is {most[0]} CPUs and {most[1]} GPUs."
+            f"A node must have room for a trial of --cpus-per-trial {cluster.cpus} and --gpus-per-trial {cluster.gpus:g}, but "
+            f"the most that a node of the cluster has is {most[0]} CPUs and {most[1]} GPUs."
         )
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _about(cluster: Cluster) -> str:
+def _describe(cluster: Cluster) -> str:
     nodes = sum(node["Alive"] for node in ray.nodes())
     trial = f"{cluster.cpus} {'CPU' if cluster.cpus == 1 else 'CPUs'}" + (
         f" and {cluster.gpus:g} {'GPU' if cluster.gpus <= 1 else 'GPUs'}" if cluster.gpus else ""
@@ -104,32 +104,32 @@ def _about(cluster: Cluster) -> str:
 
 
 def _slots(cluster: Cluster) -> int:
-    """How many trials the nodes that are there now hold at a time."""
-    found = 0
+    """How many trials the nodes that are alive now can run at a time."""
+    slots = 0
     for node in ray.nodes():
         if node["Alive"]:
             cpus, gpus = (node["Resources"].get(kind, 0) for kind in ("CPU", "GPU"))
             held = cpus // cluster.cpus
-            found += int(min(held, _share(gpus, cluster.gpus)) if cluster.gpus else held)
-    return found if cluster.workers is None else min(found, cluster.workers)
+            slots += int(min(held, _trials_on_gpus(gpus, cluster.gpus)) if cluster.gpus else held)
+    return slots if cluster.workers is None else min(slots, cluster.workers)
 
 
-def _share(gpus: float, each: float) -> int:
-    """How many trials so many GPUs hold; one that takes a fraction lies on one GPU. 1 // 0.1 is 9."""
+def _trials_on_gpus(gpus: float, each: float) -> int:
+    """How many trials fit on a node's GPUs. A trial that takes a fraction stays on one GPU; 1e-6, since 1 // 0.1 is 9."""
     return int(gpus) * int(1 / each + 1e-6) if each < 1 else int(gpus // each)
 
 
 def _run(driver: Connection, cluster: Cluster, evaluate: bytes) -> None:
-    """One experiment of Tune: as many trials as the driver has jobs for."""
-    board = _Board(driver)
+    """Run one Tune experiment, with a trial for each job of the driver."""
+    running_jobs = _RunningJobs(driver)
     trainable = tune.with_resources(
         tune.with_parameters(_Trial, evaluate=evaluate, threads=cluster.cpus), {"cpu": cluster.cpus, "gpu": cluster.gpus}
     )
     tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=_Searcher(board, cluster),
-            scheduler=_Scheduler(board),
+            search_alg=_Searcher(running_jobs, cluster),
+            scheduler=_Scheduler(running_jobs),
             num_samples=-1,
             reuse_actors=True,
             trial_name_creator=lambda trial: trial.trial_id,
@@ -144,98 +144,103 @@ def _run(driver: Connection, cluster: Cluster, evaluate: bytes) -> None:
     ).fit()
 
 
-class _Board:
-    """The jobs that run, by Tune's trial, and what is said of them to the driver."""
+class _RunningJobs:
+    """Keeps the running jobs by Tune's trial ids, and passes their messages to the driver."""
 
     def __init__(self, driver: Connection) -> None:
         self._driver = driver
-        self._running: dict[str, Sealed] = {}
+        self._running: dict[str, SealedJob] = {}
 
     def running(self) -> int:
         return len(self._running)
 
-    def draw(self, trial: str) -> Sealed | End | None:
-        """The job for a trial of Tune's."""
-        self._driver.send(Free())
+    def draw(self, trial: str) -> SealedJob | NoMoreJobs | None:
+        """Ask the driver for a job for this Tune trial."""
+        self._driver.send(WorkerFree())
         job = self._driver.recv()
-        if isinstance(job, Sealed):
+        if isinstance(job, SealedJob):
             self._running[trial] = job
         return job
 
-    def say(self, trial: str, message: CurvePoint | Result | Crash) -> None:
-        """Pass a message on; a trial ends with what is no rung."""
+    def send(self, trial: str, message: CurvePoint | Result | Crash) -> None:
+        """Pass a message on. A trial ends with its first message that is not a learning-curve point."""
         job = self._running[trial] if isinstance(message, CurvePoint) else self._running.pop(trial)
-        self._driver.send(Said(job.key, message))
+        self._driver.send(JobMessage(job.key, message))
 
 
 class _Searcher(Searcher):
-    """Has a job for Tune whenever a worker is free and the driver has one."""
+    """Gives Tune a job whenever a worker is free and the driver has a job."""
 
-    def __init__(self, board: _Board, cluster: Cluster) -> None:
+    def __init__(self, running_jobs: _RunningJobs, cluster: Cluster) -> None:
         super().__init__()
-        self._board, self._cluster = board, cluster
-        self._limit, self._looked, self._had_nodes = 0, -1.0, time.monotonic()
+        self._running_jobs, self._cluster = running_jobs, cluster
+        self._limit, self._counted_at, self._had_nodes = 0, -1.0, time.monotonic()
 
     def suggest(self, trial_id: str) -> Any:
-        """A configuration that holds the job, None for not now, or FINISHED."""
-        if self._board.running() >= self._places():
+        """A configuration that holds the job, None if there is no job now, or FINISHED."""
+        if self._running_jobs.running() >= self._places():
             return None
-        job = self._board.draw(trial_id)
-        return {"job": job} if isinstance(job, Sealed) else job and self.FINISHED
+        job = self._running_jobs.draw(trial_id)
+        return {"job": job} if isinstance(job, SealedJob) else job and self.FINISHED
 
     def _places(self) -> int:
-        """How many trials may run, as of the last second: nodes come and go."""
+        """How many trials may run now. Nodes come and go, so this is counted anew every second."""
         now = time.monotonic()
-        if now - self._looked > 1:
-            self._limit, self._looked = _slots(self._cluster), now
+        if now - self._counted_at > 1:
+            self._limit, self._counted_at = _slots(self._cluster), now
             if self._limit:
                 self._had_nodes = now
             elif now - self._had_nodes > NO_NODE_SECONDS:
                 raise StudyError(
                     f"{self._cluster.name} must have a node that can run a trial, but has had none for {NO_NODE_SECONDS} s; "
-                    "the same command goes on once it has one."
+                    "run the same command again once it has one."
                 )
         return self._limit
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """The scheduler hears of it first, and sees what Tune keeps."""
+        """Does nothing: the scheduler handles the end of a trial."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the record is the driver's."""
+        """Does nothing: the driver keeps the record."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing: the record is the driver's."""
+        """Does nothing: the driver keeps the record."""
 
 
 class _Scheduler(TrialScheduler):
-    """Passes on what trials report."""
+    """Passes the messages of trials to the driver."""
 
-    def __init__(self, board: _Board) -> None:
+    def __init__(self, running_jobs: _RunningJobs) -> None:
         super().__init__()
-        self._board = board
+        self._running_jobs = running_jobs
         self._chosen: set[str] = set()
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        self._board.say(trial.trial_id, result["message"])
+        self._running_jobs.send(trial.trial_id, result["message"])
         return self.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        self._board.say(trial.trial_id, result["message"])
-        del trial.last_result["message"]  # Tune keeps every result, and a finalist's holds its weights
+        self._running_jobs.send(trial.trial_id, result["message"])
+        del trial.last_result["message"]  # Tune keeps each trial's last result, and a finalist's message holds its weights
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """What a job raises is a message. An error to Tune is a worker that is gone, or that could not begin: its node lacks
-        this package, or one that it needs."""
-        kept = trial.pickled_error_file  # not `get_pickled_error()`, which looks where Tune copies this file later
+        """Report a worker that died or could not start because its node lacks this package or a dependency.
+
+        Exceptions of jobs do not come here: `_Trial.step` sends them as messages.
+        """
+        kept = trial.pickled_error_file  # `get_pickled_error()` would look where Tune copies this file only later
         error = cloudpickle.loads(Path(kept).read_bytes()) if kept else None
         message: Result | Crash = Result(Outcome.WORKER_LOST)
         if isinstance(error, RayActorError) and error.actor_init_failed:
-            message = _unable(error)
-        self._board.say(trial.trial_id, message)
+            message = _start_failure(error)
+        self._running_jobs.send(trial.trial_id, message)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """A trial that was not chosen yet. To one that was, whose actor is starting, Tune would give the next actor that
-        becomes free and end the one that starts: where trials are short, a new node would never come to work."""
+        """A pending trial that was not chosen before.
+
+        If a chosen trial, whose actor is still starting, were chosen again, Tune would give it the next free actor and end the
+        starting one. With short trials, a new node would then never get to work.
+        """
         for trial in tune_controller.get_live_trials():
             if trial.status == Trial.PENDING and trial.trial_id not in self._chosen:
                 self._chosen.add(trial.trial_id)
@@ -243,17 +248,17 @@ class _Scheduler(TrialScheduler):
         return None
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        """Nothing: the searcher counts what runs."""
+        """Does nothing: the searcher counts the running trials."""
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
-        """Nothing: no trial is paused."""
+        """Does nothing: no trial is paused."""
 
     def debug_string(self) -> str:
         return "the driver decides"
 
 
-def _unable(error: RayActorError) -> Crash:
-    """Ray's words for a worker that could not begin are a page, which names the node and ends with the error."""
+def _start_failure(error: RayActorError) -> Crash:
+    """A `ModelError` for a worker that could not start. Ray's text is a page that names the node and ends with the error."""
     page = str(error).strip()
     node = re.search(r"ip=([^,)]+)", page)
     words = unloadable(f"the node {node[1]}" if node else "a node", page.splitlines()[-1].strip())
@@ -261,7 +266,7 @@ def _unable(error: RayActorError) -> Crash:
 
 
 class _Trial(tune.Trainable):
-    """An actor: one job at a time, a message a step."""
+    """An actor that runs one job at a time and yields one message per step."""
 
     def setup(self, config: dict[str, Any], evaluate: bytes = b"", threads: int = 1) -> None:
         torch.set_num_threads(threads)
@@ -282,7 +287,7 @@ class _Trial(tune.Trainable):
 
 
 def _unpacked(evaluate: bytes) -> Evaluate:
-    """What the driver packed; where this node cannot load it, what says so at the first step of any job."""
+    """Unpickle `evaluate`. If this node cannot, return a function that raises a `ModelError` at the first step of any job."""
     try:
         return cloudpickle.loads(evaluate)
     except Exception as error:

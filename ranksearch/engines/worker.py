@@ -1,4 +1,4 @@
-"""The life of a local worker process: it loads what jobs are evaluated by, once, and then does one job at a time."""
+"""A local worker process: loads the function that evaluates jobs, once, and then runs one job at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ranksearch.errors import described, unloadable
 
 
 def serve(driver: Connection, file: int, start: int, threads: int) -> None:
-    """Do what the driver sends until it closes the pipe. `file` and `start` are of `Packed`."""
+    """Run the jobs that the driver sends until it closes the pipe. `file` (a descriptor) and `start` are those of `Packed`."""
     threading.Thread(target=_end_with_driver, daemon=True).start()
     torch.set_num_threads(threads)
     try:
@@ -24,7 +24,7 @@ def serve(driver: Connection, file: int, start: int, threads: int) -> None:
         with suppress(OSError):
             driver.send(unloadable("a worker process", described(error)))
         return
-    # Only the driver's end of the pipe raises these: a job's own errors are sent.
+    # Only the pipe to the driver raises these here: a job's own errors are caught and sent.
     with suppress(EOFError, OSError):
         while True:
             job = driver.recv()
@@ -37,14 +37,16 @@ def serve(driver: Connection, file: int, start: int, threads: int) -> None:
 
 
 def _end_with_driver() -> None:
-    """The standard input is a pipe that nobody writes to: it ends when the driver does. A job may be hours from the message
-    that finds nobody there."""
+    """Exit when the driver ends: standard input is a pipe from the driver that nobody writes to.
+
+    Without this, a job could run for hours before its next message fails.
+    """
     os.read(0, 1)
     os._exit(1)
 
 
 class _DriverGone(Exception):
-    """Nobody reads any more; apart from the errors of a job, which may be of pipes and files as well."""
+    """The driver no longer reads. A type of its own, since a job may itself raise errors of pipes and files."""
 
 
 def _report(messages: Messages, driver: Connection) -> None:

@@ -1,1 +1,1 @@
-"""One study from its file to its report: the steps, the folder, the storage."""
+"""Runs one study from its file to its report: the steps, the folder, the storage."""

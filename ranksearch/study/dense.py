@@ -1,4 +1,4 @@
-"""Where the dense model's weights come from."""
+"""The dense model's weights: trained here, or loaded from a file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ranksearch.task.task import Task
 
 
 def train_dense(task: Task, spec: StudySpec, device: torch.device, view: View, *, unfinished: Path) -> None:
-    """Train the dense model from the weights it has, as `spec.dense` says; `unfinished` is the file of its checkpoint.
+    """Train the dense model from its current weights, as `spec.dense` says. `unfinished` is the file of its checkpoint.
 
     Raises:
         ModelError: the loss became NaN or infinite.
@@ -34,7 +34,7 @@ def train_dense(task: Task, spec: StudySpec, device: torch.device, view: View, *
         return
     checkpoint = Checkpoint(unfinished, f"{spec.dense}, seed {spec.seed}, from {digest_of(task.model)}")
     view.stage("training the dense net", spec.dense.epochs, checkpoint.epochs)
-    # A copy is trained: some forwards keep what they computed, which no copy could be made of.
+    # Train a copy: some forwards store tensors in the model during training, after which it could not be copied any more.
     model = training.place(copied(task.model), device, channels_last=task.channels_last)
     try:
         for _ in training.fit(model, task, spec.dense, seed=spec.seed, device=device, checkpoint=checkpoint):
@@ -48,36 +48,36 @@ def train_dense(task: Task, spec: StudySpec, device: torch.device, view: View, *
 
 
 def load_weights(model: nn.Module, path: Path) -> bool:
-    """Load a state dict into the model; False where there is no such file.
+    """Load a state dict into the model. Returns False if the file does not exist.
 
     Raises:
-        ModelError: the file is no state dict, or not one of this model.
+        ModelError: the file is not a state dict, or is one of another model.
     """
     if not path.exists():
         return False
     state = _read(path)
     try:
         load_(model, state)
-    except Exception as error:  # a module that loads by code of its own may raise anything
-        found = _difference(model, state) or " ".join(str(error).split())
-        raise ModelError(f"{path} must be a state dict of the model, but {found}") from error
+    except Exception as error:  # a module's own loading code may raise anything
+        difference = _difference(model, state) or " ".join(str(error).split())
+        raise ModelError(f"{path} must be a state dict of the model, but {difference}") from error
     return True
 
 
-def load_given(model: nn.Module, path: Path) -> None:
-    """Load the weights that a study file names; raises `ModelError` as `load_weights` does, and where there is no file."""
+def load_required_weights(model: nn.Module, path: Path) -> None:
+    """Load the weights file that a study names; raises `ModelError` as `load_weights` does, and if the file does not exist."""
     if not load_weights(model, path):
         raise ModelError(f"dense.weights must be a state dict of the model, but {path} does not exist.")
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
-    """The tensors by name that a file holds."""
+    """The state dict in a file. Raises `ModelError` if there is none."""
     safe = path.suffix == ".safetensors"
     writer = "safetensors.torch.save_file" if safe else "torch.save"
     try:
         content = path.read_bytes()
         state = state_of(content) if safe else _unpickled(content)
-    except Exception as error:  # of a file that another program wrote torch may raise anything
+    except Exception as error:  # torch may raise anything on a file that another program wrote
         raise ModelError(
             f"{path} must be a state dict, but cannot be read: {_reason(error, writer)}; write it by "
             f"{writer}(model.state_dict(), ...)."
@@ -88,7 +88,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
 
 
 class _Inert:
-    """Stands for an object of a class that is not loaded, and keeps its attributes."""
+    """Takes the place of an object whose class is not safe to load, and keeps its attributes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -99,9 +99,9 @@ class _Inert:
 
 
 def _unpickled(content: bytes) -> Any:
-    """The content of a file of torch.save. Objects that torch does not load safely are `_Inert`: no code of theirs runs."""
+    """Load the content of a torch.save file. Objects that are not safe to load become `_Inert`, so their code never runs."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch announces TorchScript, which it then refuses
+        warnings.simplefilter("ignore")  # torch warns of TorchScript files and then refuses them anyway
         try:
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
@@ -115,7 +115,7 @@ def _unpickled(content: bytes) -> Any:
 
 def _reason(error: Exception, writer: str) -> str:
     """Why a file could not be read."""
-    if isinstance(error, OSError) and error.filename:  # of the file system; torch raises OSError for cut files, too
+    if isinstance(error, OSError) and error.filename:  # an error of the file system: torch's for cut files have no filename
         return str(error.strerror)
     if held := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
         return f"it holds a {held[1]}"
@@ -123,7 +123,7 @@ def _reason(error: Exception, writer: str) -> str:
 
 
 def _why_no_state_dict(state: Any) -> str:
-    """What a file holds instead of a state dict, and what helps; empty for a state dict."""
+    """What a file holds instead of a state dict, and the remedy, as the end of a sentence; empty for a state dict."""
     if _is_model(state):
         return f"is a whole model, a {type(state).__name__}; save model.state_dict()."
     if not isinstance(state, Mapping):
@@ -133,10 +133,10 @@ def _why_no_state_dict(state: Any) -> str:
         return ""
     for name, value in state.items():
         if isinstance(value, Mapping) and value and not _why_no_state_dict(value):
-            return f"is a training's checkpoint, which holds one as {name!r}; save that alone."
+            return f"is a training checkpoint, with a state dict under {name!r}; save only that."
         if _is_model(value):
-            return f"is a training's checkpoint, which holds a whole model as {name!r}; save the state_dict() of that alone."
-    return f"its entry {odd!r} is no tensor by name; save the state dict alone."
+            return f"is a training checkpoint, with a whole model under {name!r}; save only the state_dict() of that model."
+    return f"its entry {odd!r} is not a named tensor; save only the state dict."
 
 
 def _is_model(value: Any) -> bool:
@@ -144,17 +144,17 @@ def _is_model(value: Any) -> bool:
 
 
 def _difference(model: nn.Module, state: Mapping[str, Tensor]) -> str:
-    """How a state dict differs from the model's, and what helps; empty where names and shapes are the same."""
+    """How a state dict differs from the model's, and the remedy, as the end of a sentence; empty if names and shapes agree."""
     own = model.state_dict()
     missing, unexpected = [name for name in own if name not in state], [name for name in state if name not in own]
     prefix = next((name.removesuffix(inner) for name in unexpected[:1] for inner in own if name.endswith(f".{inner}")), "")
     if prefix and all(name.startswith(prefix) for name in state):
-        return f"all its names begin with {prefix!r}; take that off."
+        return f"all its names begin with {prefix!r}; remove that prefix."
     others = [name for name in own if name in state and own[name].shape != state[name].shape]
-    found = [f"it lacks {_some(missing)}"] if missing else []
-    found += [f"it holds {_some(unexpected)}, which the model has not"] if unexpected else []
-    found += [f"{name} is {tuple(state[name].shape)} there and {tuple(own[name].shape)} in the model" for name in others[:1]]
-    return ", ".join(found) + ("; name the model and the arguments that it was trained with." if found else "")
+    parts = [f"it lacks {_some(missing)}"] if missing else []
+    parts += [f"it holds {_some(unexpected)}, which the model lacks"] if unexpected else []
+    parts += [f"{name} is {tuple(state[name].shape)} there and {tuple(own[name].shape)} in the model" for name in others[:1]]
+    return ", ".join(parts) + ("; use the model and the arguments that it was trained with." if parts else "")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""What is known of a study's model before its first trial: its layers, and the dense model's size, scores and speed."""
+"""Facts measured before the first trial: the model's layers, and the dense model's size, scores and speed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ranksearch.spec import StudySpec
 from ranksearch.strategy.prior import at_vbmf, quarter
 from ranksearch.strategy.space import space_of
 from ranksearch.study import folder
-from ranksearch.study.dense import load_given, load_weights
+from ranksearch.study.dense import load_required_weights, load_weights
 from ranksearch.support.batch import tensors_in
 from ranksearch.task import training
 from ranksearch.task.task import Task, load_task
@@ -31,20 +31,20 @@ PACKAGES = ("ranksearch", "torch", "torchvision", "optuna", "tensorly", "scikit-
 
 
 def look(spec: StudySpec, out: Path) -> Look:
-    """The layers of a study's model, their VBMF ranks, and what each method would cost there; writes nothing.
+    """The layers of a study's model, their VBMF ranks, and each method's cost in each layer. Writes nothing.
 
-    The dense weights are those in the study's folder `out`, or those of `dense.weights`, or what the model comes with, which
-    are trained ones where the study trains none.
+    The weights come from the study's folder `out`, else from `dense.weights`, else from the model itself; the last count as
+    trained if `dense.epochs` is 0.
     """
     task = load_task(spec)
     check_splits(task.data, whole=False)
     kept = load_weights(task.model, out / folder.DENSE_FILE)
     if spec.dense.weights and not kept:
-        load_given(task.model, Path(spec.dense.weights))
+        load_required_weights(task.model, Path(spec.dense.weights))
     trained = kept or bool(spec.dense.weights) or not spec.dense.epochs
-    found = inventory(task.model, example(task.data.train))
-    space = space_of(spec.space, found)
-    vbmf = {layer.name: vbmf_ranks(kernel(task.model, layer)) for layer in found.layers}
+    layers = inventory(task.model, example(task.data.train))
+    space = space_of(spec.space, layers)
+    vbmf = {layer.name: vbmf_ranks(kernel(task.model, layer)) for layer in layers.layers}
     costs = {}
     for axis in space.axes:
         layer, estimate = axis.layer, vbmf[axis.layer.name]
@@ -54,18 +54,18 @@ def look(spec: StudySpec, out: Path) -> Look:
         ]
         costs[layer.name] = tuple((str(m.value(layer, ranks)), m.params(layer, ranks)) for m, ranks in suggested)
     return Look(
-        layers=layer_facts(found, vbmf), skipped=found.skipped, params=found.params, macs=found.macs, costs=costs,
+        layers=layer_facts(layers, vbmf), skipped=layers.skipped, params=layers.params, macs=layers.macs, costs=costs,
         trained=trained,
     )  # fmt: skip
 
 
 def study_facts(
-    spec: StudySpec, task: Task, found: Inventory, layers: Profile, inputs: Tensor, *, engine: str, command: str
+    spec: StudySpec, task: Task, layers: Inventory, profile: Profile, inputs: Tensor, *, engine: str, command: str
 ) -> StudyFacts:
-    """The facts of a study whose dense model is trained and stands on the device of `inputs`, a batch of one input.
+    """Measure the facts of a study. The dense model is trained and is on the device of `inputs`, a batch of one input.
 
     Raises:
-        ModelError: the dense model's score is no number, or on another scale than a share's.
+        ModelError: the dense model's score is NaN or infinite, or its validation score is outside [-1, 1].
     """
     device = tensors_in(inputs)[0].device
     splits = {"validation": task.data.validation, "test": task.data.test}
@@ -73,16 +73,17 @@ def study_facts(
     for name, score in scores.items():
         if not math.isfinite(score):
             raise ModelError(
-                f"The score must be a number for the dense net, but {task.score_name} gave {score} on {name}; mend it."
+                f"The dense net's score must be finite, but {task.score_name} returned {score} on {name}; fix the score "
+                "function."
             )
     score = scores["validation"]
     if abs(score) > 1:
         raise ModelError(
-            f"A score must be on the scale of a share, where 0.01 is a difference that counts, but {task.score_name} gave "
-            f"{score:g} for the dense net; divide it, by 100 where it is a percentage."
+            f"Scores should lie in [0, 1], where 0.01 is one percentage point, but {task.score_name} returned {score:g} for "
+            "the dense net; divide it (a percentage by 100)."
         )
     dense = DenseFacts(
-        costs=found.costs,
+        costs=layers.costs,
         score_validation=score,
         score_test=scores["test"],
         latency_ms=training.latencies_ms([task.model], inputs, channels_last=task.channels_last)[0],
@@ -93,8 +94,8 @@ def study_facts(
         spec=spec.to_dict(),
         score_name=task.score_name,
         dense=dense,
-        layers=layer_facts(found, layers.vbmf),
-        skipped=dict(found.skipped),
+        layers=layer_facts(layers, profile.vbmf),
+        skipped=dict(layers.skipped),
         versions={"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES},
         machine=f"{platform.machine()}, {os.cpu_count()} cores, device {device.type}, {engine}",
         command=command,
@@ -102,12 +103,12 @@ def study_facts(
     )
 
 
-def layer_facts(found: Inventory, vbmf: Mapping[str, tuple[int | None, int | None]]) -> tuple[LayerFacts, ...]:
-    """The layers as the record keeps them, with their VBMF ranks."""
+def layer_facts(layers: Inventory, vbmf: Mapping[str, tuple[int | None, int | None]]) -> tuple[LayerFacts, ...]:
+    """The layers, with their VBMF ranks, in the form that the record stores."""
     return tuple(
         LayerFacts(
             name=layer.name, kind=layer.kind, weight=layer.weight, costs=layer.costs,
             vbmf=vbmf[layer.name],
         )
-        for layer in found.layers
+        for layer in layers.layers
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""After the last trial: finalists are trained for longer, scored on the test split, kept and timed."""
+"""After the last trial: trains the finalists for longer, scores them on the test split, saves and times them."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from ranksearch.task import training
 from ranksearch.task.evaluation import Evaluator, checkpoint_file
 
 RESUMABLE = {Outcome.WORKER_LOST, Outcome.OUT_OF_MEMORY}
-"""How a finalist may end that the next run trains on, from its checkpoint."""
+"""Outcomes after which the next run resumes the finalist from its checkpoint."""
 
 
 def train_finalists(run: Run, evaluate: Evaluator) -> None:
-    """Fine-tune the best trials for longer, score them on the test split, keep their weights, time them."""
+    """Fine-tune the best trials for longer, score them on the test split, save their weights and time them."""
     trials, facts = attributes.read_trials(run.study), attributes.read_facts(run.study)
     chosen = choose_finalists(
         trials, facts.dense.score_validation, run.spec.finalists.count, run.spec.search.limits, facts.objectives
     )
-    # What diverged would again; what ran out of memory may have more of it now.
-    waiting = [t for t in chosen if t.failed is not Outcome.DIVERGED and not (t.finalist and _kept(run, t))]
+    # A finalist that diverged would diverge again. One that ran out of memory may succeed in this run.
+    waiting = [t for t in chosen if t.failed is not Outcome.DIVERGED and not (t.finalist and _has_model(run, t))]
     by_number = {trial.number: trial for trial in trials}
     outcomes = {trial.number: Outcome.WORKER_LOST for trial in waiting}
     run.view.stage("finalists", len(chosen), len(chosen) - len(waiting))
 
     def on_result(job: Job, result: Result) -> None:
-        _tell(run, by_number[job.key], result)
+        _record_result(run, by_number[job.key], result)
         outcomes[job.key] = result.outcome
         if result.outcome not in RESUMABLE:
             checkpoint_file(run.unfinished, job.key).unlink(missing_ok=True)
@@ -49,10 +49,10 @@ def train_finalists(run: Run, evaluate: Evaluator) -> None:
     if not RESUMABLE & set(outcomes.values()):
         shutil.rmtree(run.unfinished, ignore_errors=True)
     with run.stage("finalists"):
-        _time(run)
+        _measure_latencies(run)
 
 
-def _tell(run: Run, trial: TrialRecord, result: Result) -> None:
+def _record_result(run: Run, trial: TrialRecord, result: Result) -> None:
     if result.outcome is Outcome.WORKER_LOST:
         run.view.note(f"finalist {trial.number}: {result.outcome.value}")
         return
@@ -63,8 +63,8 @@ def _tell(run: Run, trial: TrialRecord, result: Result) -> None:
         return
     assert result.score_test is not None
     assert result.weights is not None
-    with writing(f"The model {_folder(run, trial)}"):
-        save_model(_folder(run, trial), trial.plan, result.weights)
+    with writing(f"The model {_model_folder(run, trial)}"):
+        save_model(_model_folder(run, trial), trial.plan, result.weights)
     finalist = Finalist(
         score_validation=result.curve[-1].score, score_test=result.score_test, curve=result.curve,
         seconds=result.seconds, latency_ms=None,
@@ -73,13 +73,13 @@ def _tell(run: Run, trial: TrialRecord, result: Result) -> None:
     run.view.trial(replace(trial, finalist=finalist), attributes.read_trials(run.study))
 
 
-def _time(run: Run) -> None:
-    """Milliseconds of the dense model and of every finalist, taken in turn in one go, so that they compare."""
-    # Weights of one that is a finalist no more may be gone: it is not made again.
-    trials = [trial for trial in attributes.read_trials(run.study) if trial.finalist and _kept(run, trial)]
+def _measure_latencies(run: Run) -> None:
+    """Measure the latency of the dense model and all finalists, taking turns in one go so that the times are comparable."""
+    # The weights of a former finalist may be missing; it is not trained again.
+    trials = [trial for trial in attributes.read_trials(run.study) if trial.finalist and _has_model(run, trial)]
     if all(trial.finalist and trial.finalist.latency_ms is not None for trial in trials):
         return
-    models = [load_model(run.task.model.cpu(), _folder(run, trial)).to(run.device) for trial in trials]
+    models = [load_model(run.task.model.cpu(), _model_folder(run, trial)).to(run.device) for trial in trials]
     dense, *times = training.latencies_ms(
         [run.task.model.to(run.device), *models], run.example, channels_last=run.task.channels_last
     )
@@ -90,9 +90,9 @@ def _time(run: Run) -> None:
     attributes.write_facts(run.study, replace(facts, dense=replace(facts.dense, latency_ms=dense)))
 
 
-def _folder(run: Run, trial: TrialRecord) -> Path:
+def _model_folder(run: Run, trial: TrialRecord) -> Path:
     return run.out / "models" / str(trial.number)
 
 
-def _kept(run: Run, trial: TrialRecord) -> bool:
-    return holds_model(_folder(run, trial))
+def _has_model(run: Run, trial: TrialRecord) -> bool:
+    return holds_model(_model_folder(run, trial))

@@ -1,4 +1,4 @@
-"""What a study is made from: its data and the weights that its dense model starts with, in a few numbers."""
+"""A fingerprint of a study's inputs: statistics of its data, and the digest of its dense model's initial weights."""
 
 from __future__ import annotations
 
@@ -11,35 +11,36 @@ from torch.utils.data import Dataset
 from ranksearch.data import Splits, batches, part, size
 from ranksearch.support.seeds import seeded
 
-SAMPLED = 16
-"""Inputs of a split that are compared; reading pictures takes milliseconds each."""
+COMPARED_INPUTS = 16
+"""How many inputs of a split are compared. Reading an image takes milliseconds."""
 
 
 def inputs_of(splits: Splits, dense: str | None) -> dict[str, Any]:
-    """What tells the inputs of a study from others, as JSON: of each split its size and how large its values are.
+    """The fingerprint of a study's inputs, as JSON: each split's size and the root mean square of its values.
 
-    `dense` is the digest of the model's weights before any training; None where these are not given but drawn at random, or
-    cannot be read any more.
+    `dense` is the digest of the model's weights before any training, or None if they are random or their file is missing.
     """
-    found: dict[str, Any] = {name: _values_of(getattr(splits, name)) for name in ("train", "validation", "test")}
-    return found if dense is None else found | {"dense": dense}
+    fingerprint: dict[str, Any] = {name: _values_of(getattr(splits, name)) for name in ("train", "validation", "test")}
+    return fingerprint if dense is None else fingerprint | {"dense": dense}
 
 
 def _values_of(split: Dataset[Any]) -> dict[str, float]:
-    """How many inputs a split holds, and the root mean square of a few and of their targets; of a split that reads differently
-    each time, as an augmented one does, the number alone."""
+    """The number of inputs in a split, and the root mean squares of a few inputs and of their targets.
+
+    Only the number if the split reads differently under different seeds, as with random augmentation.
+    """
     first, again = (_root_mean_squares(split, seed) for seed in (0, 1))
     return {"count": size(split)} | (first if first == again else {})
 
 
 def _root_mean_squares(split: Dataset[Any], seed: int) -> dict[str, float]:
-    # Spread evenly, so that each class of a split that is sorted by them is met.
-    few = part(split, torch.arange(0, size(split), max(1, size(split) // SAMPLED))[:SAMPLED])
+    # Spread evenly, so that a split sorted by class contributes inputs of each class.
+    few = part(split, torch.arange(0, size(split), max(1, size(split) // COMPARED_INPUTS))[:COMPARED_INPUTS])
     with seeded(seed):
-        inputs, targets = zip(*batches(few, SAMPLED), strict=True)
+        inputs, targets = zip(*batches(few, COMPARED_INPUTS), strict=True)
     return {"inputs": _root_mean_square(inputs), "targets": _root_mean_square(targets)}
 
 
 def _root_mean_square(parts: tuple[Tensor, ...]) -> float:
-    """Of all that is known: a target may be NaN."""
+    """The root mean square of the values that are not NaN: a NaN target marks an unknown value."""
     return float(torch.cat([part.flatten() for part in parts]).double().square().nanmean().sqrt())

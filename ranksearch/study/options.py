@@ -1,4 +1,4 @@
-"""How a study is run: what may differ from run to run and make no other study."""
+"""How a study is run: options that may change between the runs of one study."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Local:
     device: str = matching(
         r"auto|cpu|mps|cuda(:\d+)?",
         "auto, cpu, cuda, cuda:N or mps",
-        "where to train: `cpu`, `cuda`, one GPU of several such as `cuda:1`, `mps`, or `auto`: CUDA if it is there",
+        "where to train: `cpu`, `cuda`, one GPU of several such as `cuda:1`, `mps`, or `auto`: CUDA if available, else the CPU",
         default="auto",
     )
 
@@ -34,16 +34,16 @@ class Ray:
     """Run trials on a Ray cluster, by Ray Tune."""
 
     address: str | None = setting(
-        "the cluster: `auto` on one of its machines, or HOST:PORT of its head; without it, a Ray of its own is started on this "
+        "the cluster: `auto` on one of its machines, or HOST:PORT of its head; by default a local Ray is started on this "
         "machine and stopped at the end",
         default=None,
     )
     workers: int | None = at_least(
         1, "the most trials at a time; by default as many as the cluster holds", where=" on Ray", default=None
     )
-    cpus_per_trial: int = at_least(1, "CPUs that a trial takes, and threads that it runs", default=1)
+    cpus_per_trial: int = at_least(1, "CPUs and threads for each trial", default=1)
     gpus_per_trial: float = setting(
-        "GPUs that a trial takes, whole or a fraction such as 0.25; with 0, trials are trained on CPUs",
+        "GPUs for each trial, a whole number or a fraction such as 0.25; with 0, trials train on CPUs",
         "whole or a fraction of one",
         lambda gpus: 0 <= gpus < 1 or (gpus >= 1 and gpus.is_integer()),
         default=0.0,
@@ -57,25 +57,25 @@ class Ray:
 
 
 ENGINES: dict[str, type[Local] | type[Ray]] = {"local": Local, "ray": Ray}
-"""By their names on the command line."""
+"""Engines by their names on the command line."""
 
 
 @documented
 @dataclass(frozen=True)
 class Options:
-    """What a run may change without making another study."""
+    """Options that may change between the runs of one study."""
 
     engine: Local | Ray = setting("where trials run: in processes of this machine, or on Ray", default=Local())
     storage: str | None = setting("the address of an Optuna database; by default SQLite in the study's folder", default=None)
-    fresh: bool = setting("start over: delete what the folder and the storage hold of the study", default=False)
+    fresh: bool = setting("start over: first delete the study from its folder and its storage", default=False)
     command: str = setting("the command that makes the study again, for the report", default="ranksearch.search(...)")
 
 
 def check_engine(engine: Local | Ray, named: Named) -> Local | Ray:
-    """The engine, every value checked; `named` gives the words by which its user knows a setting.
+    """Check every value of an engine and return the engine. `named` turns a setting's name into the name that the user typed.
 
     Raises:
-        SpecError: it is no engine, or a value is of another type, against its rule, or does not go with the others.
+        SpecError: `engine` is not an engine, or a value has the wrong type, breaks its rule or contradicts another value.
     """
     if not isinstance(engine, Local | Ray):
         raise SpecError(f"{named('')} must be a ranksearch.Local or a ranksearch.Ray, but got {engine!r}.")
@@ -93,11 +93,11 @@ def check_engine(engine: Local | Ray, named: Named) -> Local | Ray:
 
 
 def engine_of(name: str, given: Mapping[str, Any]) -> Local | Ray:
-    """The engine that the command line names, with the options that were given to it.
+    """The engine that the command line names, with the options given there.
 
     Raises:
         SpecError: as `check_engine` does.
-        StudyError: an option is another engine's.
+        StudyError: an option belongs to another engine.
     """
     if set(given) - set(fields(ENGINES[name])):
         raise StudyError("--address, --cpus-per-trial and --gpus-per-trial are for --engine ray, but the engine is local.")
@@ -105,10 +105,10 @@ def engine_of(name: str, given: Mapping[str, Any]) -> Local | Ray:
 
 
 def option_of(name: str) -> str:
-    """The option of the command line for a setting."""
+    """The command-line option of a setting."""
     return f"--{name.replace('_', '-')}"
 
 
 def engine_table() -> str:
-    """The Markdown table of the options of an engine, for docs/cluster.md."""
+    """The Markdown table of the Ray engine's options, for docs/cluster.md."""
     return table_of(((option_of(name), entry) for name, entry in entries(Ray)), head="option")

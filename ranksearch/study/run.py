@@ -1,4 +1,4 @@
-"""One run of a study: what its steps share, how long they take, and how they have jobs evaluated."""
+"""One run of a study: the state that its steps share, the time they take, and how they run jobs on the engine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ranksearch.task.task import Task
 
 @dataclass
 class Run:
-    """One run of one study. `example` is a batch of one input on `device`, `first` are the user's plans to try first."""
+    """One run of one study. `example` is a batch of one input on `device`; `user_plans` holds the user's plans to try first."""
 
     spec: StudySpec
     out: Path
@@ -41,44 +41,48 @@ class Run:
     example: Any
     inventory: Inventory
     space: Space
-    first: Sequence[Plan]
+    user_plans: Sequence[Plan]
     study: optuna.Study
     engine: Engine
     view: View
     seconds: dict[str, float] = field(init=False)
-    """What each stage has taken, in all runs together."""
+    """The wall time of each stage, in seconds, over all runs."""
 
     def __post_init__(self) -> None:
         self.seconds = attributes.read_seconds(self.study)
 
     @property
     def unfinished(self) -> Path:
-        """The folder of the checkpoints."""
+        """The folder of checkpoints."""
         return self.out / folder.UNFINISHED
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[], None]]:
-        """Adds the seconds that a stage takes to those of earlier runs: at its end, after Ctrl-C, and whenever the yielded
-        function is called."""
+        """Accumulate the stage's wall time over all runs, and save it at the end and after Ctrl-C.
+
+        Call the yielded function to save it early.
+        """
         before, start = self.seconds.get(name, 0.0), time.monotonic()
 
-        def keep() -> None:
+        def save() -> None:
             self.seconds[name] = before + time.monotonic() - start
             attributes.write_seconds(self.study, self.seconds)
 
         try:
-            yield keep
+            yield save
         except KeyboardInterrupt:
-            keep()
+            save()
             raise
-        keep()  # not after an error, which may be the storage's
+        save()  # not after an error: the storage itself may have failed
 
     def run_jobs(
         self, stage: str, jobs: Callable[[], Iterator[Job]], evaluate: Evaluator, on_result: Callable[[Job, Result], None],
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
-        """Evaluate what `jobs()` gives; and again what it gives then, where workers were lost, but none more than `MAX_TRIES`
-        times. The stage's seconds are kept after each answer."""
+        """Evaluate the jobs that `jobs()` yields, and call it again after workers were lost, for the jobs that are left.
+
+        A job is given up after its worker was lost `MAX_TRIES` times. The stage's time is saved after each result.
+        """
         losses, again = Counter[int](), True
 
         def on_message(job: Job, message: CurvePoint | Result) -> None:
@@ -90,9 +94,9 @@ class Run:
                 losses[job.key] += 1
                 again = again or losses[job.key] < MAX_TRIES
             on_result(job, message)
-            keep()
+            save()
 
-        with self.stage(stage) as keep:
+        with self.stage(stage) as save:
             while again:
                 again = False
                 left = (job for job in jobs() if losses[job.key] < MAX_TRIES)
@@ -100,7 +104,11 @@ class Run:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; `auto` is CUDA where there is a GPU. Raises `StudyError` for a device that is not there."""
+    """The device of that name; `auto` means CUDA if there is a GPU, otherwise the CPU.
+
+    Raises:
+        StudyError: torch finds no such device.
+    """
     cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return torch.device("cuda" if cuda else "cpu")

@@ -1,4 +1,4 @@
-"""The Optuna storage of a study: it reads a long record quickly, and waits for a database that cannot be used for now."""
+"""The Optuna storage of a study: reads long records quickly, and waits while its database is temporarily unusable."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ T = TypeVar("T")
 M = TypeVar("M", bound=Callable[..., Any])
 
 MAX_WAIT_SECONDS = 300.0
-"""Seconds that a study waits for its database."""
+"""How long a study waits for its database."""
 RETRY_SECONDS = 2.0
-"""Seconds between two attempts."""
-BUSY_TIMEOUT = 2.0
-"""Seconds that SQLite itself waits for a lock, unannounced; Ctrl-C is heard only after them."""
-LOCKED, FULL = "locked by another program", "on a full disk"
+"""Time between two attempts."""
+BUSY_TIMEOUT_SECONDS = 2.0
+"""Seconds that SQLite itself waits for a lock. During them nothing is announced and Ctrl-C has no effect."""
+LOCKED, FULL, UNREACHABLE = "locked by another program", "on a full disk", "unreachable"
 CAUSES = {
     "SQLITE_BUSY": LOCKED,
     "SQLITE_LOCKED": LOCKED,
     "SQLITE_PROTOCOL": LOCKED,
     "SQLITE_FULL": FULL,
-    "SQLITE_IOERR": "on a disk that fails",
-    "SQLITE_CANTOPEN": "away",
+    "SQLITE_IOERR": "on a failing disk",
+    "SQLITE_CANTOPEN": UNREACHABLE,
     "SQLITE_READONLY": "read-only",
 }
-"""Errors of SQLite that may pass, and what they say of the database; its other errors are bugs."""
+"""SQLite errors that may pass, and how a message describes the database then. SQLite's other errors are bugs."""
 DISK_FULL = "53100"
-"""PostgreSQL's code for it."""
-CONNECT = {"connect_timeout": 10, "keepalives_idle": 20, "keepalives_interval": 5, "keepalives_count": 3}
-"""For PostgreSQL, in seconds: a server that is gone without a word is noticed, not waited for."""
-OPEN = (TrialState.RUNNING, TrialState.WAITING)
+"""PostgreSQL's error code for a full disk."""
+POSTGRES_OPTIONS = {"connect_timeout": 10, "keepalives_idle": 20, "keepalives_interval": 5, "keepalives_count": 3}
+"""PostgreSQL connection options, in seconds (but for the count). They detect a server that vanished without closing."""
+UNFINISHED_STATES = (TrialState.RUNNING, TrialState.WAITING)
 
 
 class QuickStorage(RDBStorage):
-    """Reads the whole of a study, as a run does once, in a quarter of Optuna's time: rows, instead of an object a value."""
+    """Reads all trials of a study, as each run does once, in a quarter of Optuna's time: as rows, not an object per value."""
 
     def _get_trials(
         self, study_id: int, states: Container[TrialState] | None, included_trial_ids: set[int], trial_id_greater_than: int
@@ -65,28 +65,28 @@ class QuickStorage(RDBStorage):
 
 
 def _all_trials(session: Session, study_id: int) -> list[FrozenTrial]:
-    """Every trial of a study, in the order of their making. Intermediate values, which no study of ours has, are left out."""
+    """All trials of a study in order of creation. Intermediate values are left out: ranksearch never writes any."""
     trial, param, value = models.TrialModel, models.TrialParamModel, models.TrialValueModel
     user, system = models.TrialUserAttributeModel, models.TrialSystemAttributeModel
 
     def rows(order: Any, *columns: Any) -> dict[int, list[Any]]:
-        """The columns of a trial's rows, by trial."""
-        found = defaultdict(list)
+        """By trial id, the values of these columns in the trial's rows."""
+        rows_of = defaultdict(list)
         wanted: Any = Select(trial.trial_id, *columns).join(trial).where(trial.study_id == study_id).order_by(order)
         for trial_id, *row in session.execute(wanted):
-            found[trial_id].append(row)
-        return found
+            rows_of[trial_id].append(row)
+        return rows_of
 
     params = rows(param.param_id, param.param_name, param.param_value, param.distribution_json)
     values = rows(value.objective, value.value, value.value_type)
     users, systems = rows(user.key, user.key, user.value_json), rows(system.key, system.key, system.value_json)
     kind = functools.cache(json_to_distribution)
 
-    def read(own: Any) -> FrozenTrial:
-        i = own.trial_id
+    def read(trial_row: Any) -> FrozenTrial:
+        i = trial_row.trial_id
         return FrozenTrial(
-            trial_id=i, number=own.number, state=own.state, value=None,
-            datetime_start=own.datetime_start, datetime_complete=own.datetime_complete,
+            trial_id=i, number=trial_row.number, state=trial_row.state, value=None,
+            datetime_start=trial_row.datetime_start, datetime_complete=trial_row.datetime_complete,
             values=[value.stored_repr_to_value(*row) for row in values[i]] or None,
             params={name: kind(text).to_external_repr(inner) for name, inner, text in params[i]},
             distributions={name: kind(text) for name, _, text in params[i]},
@@ -95,11 +95,11 @@ def _all_trials(session: Session, study_id: int) -> list[FrozenTrial]:
             intermediate_values={},
         )  # fmt: skip
 
-    return [read(own) for own in session.query(trial).filter(trial.study_id == study_id).order_by(trial.trial_id)]
+    return [read(trial_row) for trial_row in session.query(trial).filter(trial.study_id == study_id).order_by(trial.trial_id)]
 
 
 class Unusable(Exception):
-    """A database cannot be used for now; `cause` says what it is: locked by another program, away."""
+    """The database is temporarily unusable. `cause` completes "the database is ...", such as "locked by another program"."""
 
     def __init__(self, cause: str) -> None:
         super().__init__(cause)
@@ -107,50 +107,52 @@ class Unusable(Exception):
 
 
 def cause_of(error: BaseException | None) -> str | None:
-    """Why a database cannot be used for now, from an error of SQLAlchemy or one that came of it; None if that is not why."""
+    """Why the database is temporarily unusable, from an SQLAlchemy error or one that it caused; None for other errors."""
     while error is not None:
         if isinstance(error, OperationalError | InterfaceError):
             if isinstance(error.orig, sqlite3.Error):
                 name = getattr(error.orig, "sqlite_errorname", "")  # SQLITE_IOERR_WRITE is a kind of SQLITE_IOERR
                 return CAUSES.get("_".join(name.split("_")[:2]))
-            return FULL if getattr(error.orig, "sqlstate", None) == DISK_FULL else "away"
+            return FULL if getattr(error.orig, "sqlstate", None) == DISK_FULL else UNREACHABLE
         error = error.__cause__ or error.__context__
     return None
 
 
 def _as_unusable(context: ExceptionContext) -> None:
-    """Raises `Unusable` in place of a driver's error. Optuna would take that for invalid data, and try some calls again itself
-    without asking what became of the first."""
+    """Raise `Unusable` in place of a driver's error.
+
+    Optuna would take the driver's error for invalid data, and repeat some calls without checking whether the first succeeded.
+    """
     cause = cause_of(context.sqlalchemy_exception)
-    # A connection that fails its test before use is replaced, by SQLAlchemy.
+    # SQLAlchemy itself replaces a connection that fails its test before use.
     if cause and not context.is_pre_ping:
         raise Unusable(cause)
 
 
 class Patience:
-    """Calls again, announced and for a bounded time, what fails because a database cannot be used for now."""
+    """Repeats a call while the database is temporarily unusable, for at most `MAX_WAIT_SECONDS`, and announces the wait."""
 
-    def __init__(self, shown: str, announce: Callable[[str], None]) -> None:
-        """`shown` is the address without its password."""
-        self._shown, self._announce = shown, announce
+    def __init__(self, address: str, announce: Callable[[str], None]) -> None:
+        """`address` is that of the storage, without its password."""
+        self._address, self._announce = address, announce
         self._since: float | None = None
-        """When the database began to be unusable."""
+        """The `time.monotonic()` at which the database became unusable; None while it is usable."""
         self._interrupted = False
-        """Ctrl-C came while it was. What a study still writes at its end does not wait then."""
+        """Whether Ctrl-C was pressed during a wait. Later calls, which write the end of the study, then do not wait."""
 
     def __call__(self, call: Callable[[bool], T]) -> T:
-        """What a call returns; it is told whether it was tried before.
+        """The result of `call(again)`, where `again` says whether the call was tried before.
 
         Raises:
-            StudyError: the database cannot be used for too long.
+            StudyError: the database stays unusable for `MAX_WAIT_SECONDS`.
         """
         try:
-            return self._tried(call)
+            return self._repeated(call)
         except KeyboardInterrupt:
             self._interrupted = self._since is not None
             raise
 
-    def _tried(self, call: Callable[[bool], T]) -> T:
+    def _repeated(self, call: Callable[[bool], T]) -> T:
         again = False
         while True:
             try:
@@ -169,37 +171,38 @@ class Patience:
             raise KeyboardInterrupt
         if self._since is None:
             self._since = time.monotonic()
-            self._announce(f"the storage {self._shown} is {cause}; trying again for {MAX_WAIT_SECONDS / 60:g} minutes")
+            self._announce(f"the storage {self._address} is {cause}; trying again for {MAX_WAIT_SECONDS / 60:g} minutes")
         elif time.monotonic() - self._since > MAX_WAIT_SECONDS:
             raise StudyError(
-                f"The storage {self._shown} must be usable as long as a study runs, but has been {cause} for "
-                f"{MAX_WAIT_SECONDS:.0f} s; what was finished is in it, and the same command goes on once that has ended."
+                f"The storage {self._address} must stay usable while a study runs, but has been {cause} for "
+                f"{MAX_WAIT_SECONDS:.0f} s; all finished work is saved: run the same command again once the storage is usable."
             )
         time.sleep(RETRY_SECONDS)
 
 
 def _retried(method: M) -> M:
-    """A method of `RDBStorage` that may be called twice for once."""
+    """A method of `RDBStorage` that waits for the database. Repeating the method must do no harm."""
 
     @functools.wraps(method)
-    def call(self: PatientStorage, *args: Any, **more: Any) -> Any:
-        return self._patience(lambda again: method(self, *args, **more))
+    def call(self: PatientStorage, *args: Any, **kwargs: Any) -> Any:
+        return self._patience(lambda again: method(self, *args, **kwargs))
 
     return cast("M", call)
 
 
 class PatientStorage(QuickStorage):
-    """Waits for a database that cannot be used for now: another program locks it, its disk is full, its server is away.
+    """Waits while the database is temporarily unusable: locked by another program, on a full disk, or on an unreachable server.
 
-    A commit whose answer was lost may have been made or not. To set an attribute or a parameter twice is no harm; a trial
-    that was made, or told, without an answer is recognised. That needs what ranksearch keeps to: one driver for a study.
+    If the connection is lost during a commit, the commit may have succeeded or not. Setting an attribute or a parameter twice
+    does no harm. For new trials and trial states the storage first looks up whether the commit succeeded; that works because
+    only one driver writes to a study.
     """
 
-    def __init__(self, url: str, patience: Patience, **more: Any) -> None:
+    def __init__(self, url: str, patience: Patience, **kwargs: Any) -> None:
         self._patience = patience
-        super().__init__(url, **more)
+        super().__init__(url, **kwargs)
         event.listen(self.engine, "handle_error", _as_unusable)
-        weakref.finalize(self, self.engine.dispose)  # nothing else closes its connections
+        weakref.finalize(self, self.engine.dispose)  # nothing else closes the connections
 
     create_new_study = _retried(RDBStorage.create_new_study)
     delete_study = _retried(RDBStorage.delete_study)
@@ -214,18 +217,18 @@ class PatientStorage(QuickStorage):
     get_all_trials = _retried(RDBStorage.get_all_trials)
     set_trial_user_attr = _retried(RDBStorage.set_trial_user_attr)
     set_trial_system_attr = _retried(RDBStorage.set_trial_system_attr)
-    # What Optuna's cache in front of the storage calls of it.
+    # Called by Optuna's cache in front of the storage.
     _get_trials = _retried(QuickStorage._get_trials)
     _set_trial_param = _retried(RDBStorage._set_trial_param)
 
     def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
-        known = {trial._trial_id for trial in self.get_all_trials(study_id, deepcopy=False, states=OPEN)}
+        before = {trial._trial_id for trial in self.get_all_trials(study_id, deepcopy=False, states=UNFINISHED_STATES)}
 
         def create(again: bool) -> FrozenTrial:
-            # Not patiently: SQLite is read while another program locks it, which would seem to be the end of the wait.
-            made = QuickStorage._get_trials(self, study_id, OPEN, set(), -1) if again else []
-            made = [trial for trial in made if trial._trial_id not in known]
-            return made[0] if made else RDBStorage._create_new_trial(self, study_id, template_trial)
+            # Bypasses `_patience`: a locked SQLite file can still be read, which would look like the end of the wait.
+            created = QuickStorage._get_trials(self, study_id, UNFINISHED_STATES, set(), -1) if again else []
+            created = [trial for trial in created if trial._trial_id not in before]
+            return created[0] if created else RDBStorage._create_new_trial(self, study_id, template_trial)
 
         return self._patience(create)
 

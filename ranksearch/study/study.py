@@ -1,4 +1,4 @@
-"""`run_study`: one straight line from a study file to a front, a report and models to take home."""
+"""`run_study` runs all steps of a study, from its spec to the front, the report and the finalists' models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ranksearch.compress.export import check_comes_home
+from ranksearch.compress.export import check_reloading
 from ranksearch.compress.inventory import check_weights, inventory
 from ranksearch.compress.profile import Profile, profile
 from ranksearch.compress.scratch import check_scratch
@@ -34,12 +34,12 @@ from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.sampler import Knowledge
 from ranksearch.strategy.space import Space, check_limits, constraints_of, space_of
 from ranksearch.study import folder
-from ranksearch.study.dense import load_given, load_weights, train_dense
+from ranksearch.study.dense import load_required_weights, load_weights, train_dense
 from ranksearch.study.facts import study_facts
 from ranksearch.study.finishing import train_finalists
 from ranksearch.study.inputs import inputs_of
 from ranksearch.study.options import Options, Ray
-from ranksearch.study.probing import check_first, choose_initial_plans, plans_to_try, probe_layers
+from ranksearch.study.probing import check_user_plans, choose_initial_plans, probe_layers, read_user_plans
 from ranksearch.study.run import Run, choose_device
 from ranksearch.support.batch import batch_to
 from ranksearch.support.files import write_whole, writing
@@ -47,16 +47,16 @@ from ranksearch.task import training
 from ranksearch.task.evaluation import Evaluator
 from ranksearch.task.task import Task, accuracy, check_float32, check_outputs, load_task
 
-DIGEST = "ranksearch:dense"
-"""Of the dense model's weights, among the study's attributes."""
+DENSE_DIGEST = "ranksearch:dense"
+"""Name of the study attribute that holds the SHA-256 of the dense model's trained weights."""
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C, with the record so far; None where it came before the dense model was measured."""
+    """Ctrl-C stopped the study. `record` holds the results so far, or None if the dense model was not yet measured."""
 
-    def __init__(self, found: StudyRecord | None) -> None:
+    def __init__(self, record: StudyRecord | None) -> None:
         super().__init__()
-        self.record = found
+        self.record = record
 
 
 def run_study(
@@ -68,44 +68,45 @@ def run_study(
     first: Sequence[Plan] = (),
     view: View | None = None,
 ) -> StudyRecord:
-    """Run a study, or go on with it where an earlier run stopped, and write its folder.
+    """Run a study, or resume it where an earlier run stopped, and write its folder.
 
     Args:
         spec: the study.
-        out: its folder, made if it is not there.
-        options: how to run it.
-        task: model and data, where they do not come from `spec.task`.
+        out: the study's folder, created if missing.
+        options: how to run the study.
+        task: model and data; None loads them from `spec.task`.
         first: plans to try first, after those that `spec.search.first` names.
-        view: what is told while it runs.
+        view: shows the progress.
 
     Returns:
-        The whole record; its `front` is what the user chooses from.
+        The complete record. The user chooses a model from its `front`.
 
     Raises:
-        RankSearchError: bad input, most of it before anything is written; or a cluster, a storage or workers that are lost.
-        Stopped: Ctrl-C; the running trials were queued again and a report was written.
+        RankSearchError: the input is bad (mostly raised before anything is written), or the cluster, the storage or the
+            workers were lost.
+        Stopped: Ctrl-C was pressed. The running trials were queued again and a report was written.
     """
     options, view = options or Options(), view or Silent()
     device = choose_device(options.engine.device)
-    given, task = task is not None, task or load_task(spec)
+    model_given, task = task is not None, task or load_task(spec)
     check_splits(task.data)
     fresh = copied(task.model)
-    found = inventory(task.model, example(task.data.train))
+    layers = inventory(task.model, example(task.data.train))
     check_outputs(task, trains=any(part.epochs for part in (spec.dense, spec.finetune, spec.finalists)))
     if device.type == "mps":
         check_float32(task)
     check_state(task.model)
     task = replace(task, channels_last=training.takes_channels_last(task))
-    space = space_of(spec.space, found)
-    check_limits(spec.search.limits, space, found)
-    check_comes_home(task.model, fresh, _smallest_layer(space), next(batches(task.data.train, 2))[0])
-    initial_plans = plans_to_try(spec.search.first, first, space, found)
+    space = space_of(spec.space, layers)
+    check_limits(spec.search.limits, space, layers)
+    check_reloading(task.model, fresh, _smallest_layer(space), next(batches(task.data.train, 2))[0])
+    user_plans = read_user_plans(spec.search.first, first, space, layers)
     if spec.space.start == "scratch":
         check_scratch(task.model)
     _check_min_score(spec, task)
-    objectives = Objectives(spec.search.minimize, found.costs)
-    kept = (out / folder.DENSE_FILE).exists() and not options.fresh
-    inputs = inputs_of(task.data, _dense_start(spec, task, view, kept=kept))
+    objectives = Objectives(spec.search.minimize, layers.costs)
+    dense_saved = (out / folder.DENSE_FILE).exists() and not options.fresh
+    inputs = inputs_of(task.data, _load_initial_weights(spec, task, view, dense_saved=dense_saved))
     if options.storage:
         folder.check_study(spec, options.storage, inputs, fresh=options.fresh, announce=view.note)
     if options.engine.workers != 0:
@@ -118,38 +119,41 @@ def run_study(
         url = folder.storage_url(out, options.storage)
         if options.fresh and options.storage:
             folder.delete_study(spec.name, url, announce=view.note)
-        # It marks a new folder as a study's. That of an old one stays until the study is known to be the same.
+        # spec.toml marks a new folder as a study's. An existing spec.toml is only overwritten below, after the checks that the
+        # study is the same.
         if not (out / folder.SPEC).exists():
             folder.write_spec(out, spec, options.storage)
         study = folder.create_study(spec.name, url, objectives, announce=view.note)
-        folder.own_study(study, spec, inputs)
-        check_first(study, initial_plans)
+        folder.write_identity(study, spec, inputs)
+        check_user_plans(study, user_plans)
         folder.write_spec(out, spec, options.storage)
-        one = batch_to(example(task.data.validation), device)
-        run = Run(spec, out, options, device, task, one, found, space, initial_plans, study, engine, view)
+        one_input = batch_to(example(task.data.validation), device)
+        run = Run(spec, out, options, device, task, one_input, layers, space, user_plans, study, engine, view)
         try:
-            _straight_on(run, given=given)
+            _run_steps(run, model_given=model_given)
         except KeyboardInterrupt:
-            raise Stopped(_stopped(run)) from None
+            raise Stopped(_report_after_stop(run)) from None
         return attributes.read_study(study)
 
 
-def _dense_start(spec: StudySpec, task: Task, view: View, *, kept: bool) -> str | None:
-    """Load the dense weights that the spec names; the digest of those that the model then has, None where they are drawn at
-    random, or where their file is gone and the study has its dense net `kept` in its folder."""
+def _load_initial_weights(spec: StudySpec, task: Task, view: View, *, dense_saved: bool) -> str | None:
+    """Load the weights in `spec.dense.weights`, if any, and return the digest of the model's initial weights.
+
+    None if training starts from random weights, or if the weights file is missing but the folder holds the dense net.
+    """
     path = Path(spec.dense.weights)
-    if spec.dense.weights and kept and not path.exists():
-        view.note(f"dense.weights {path} is gone; the study goes on with the dense net in its folder")
+    if spec.dense.weights and dense_saved and not path.exists():
+        view.note(f"dense.weights {path} no longer exists; using the dense net in the study's folder")
         return None
     if spec.dense.weights:
-        load_given(task.model, path)
+        load_required_weights(task.model, path)
     return digest_of(task.model) if spec.dense.weights or not spec.dense.epochs else None
 
 
-def _straight_on(run: Run, *, given: bool) -> None:
-    _make_dense(run, given=given)
+def _run_steps(run: Run, *, model_given: bool) -> None:
+    _make_dense(run, model_given=model_given)
     layers = _make_profile(run)
-    _note_facts(run, layers)
+    _write_facts(run, layers)
     evaluate = _evaluator(run, layers)
     probe_layers(run, layers, evaluate)
     _search(run, layers, evaluate)
@@ -157,30 +161,30 @@ def _straight_on(run: Run, *, given: bool) -> None:
     _report(run)
 
 
-def _make_dense(run: Run, *, given: bool) -> None:
-    """The dense model's weights: from an earlier run, or from the spec's file and training."""
+def _make_dense(run: Run, *, model_given: bool) -> None:
+    """Load the dense model's weights from an earlier run, or else train the model as the spec says."""
     path, unfinished = run.out / folder.DENSE_FILE, run.unfinished / "dense.pt"
     with run.stage("dense"):
-        # A model given from Python is what it is; the folder's weights are those of an earlier one.
-        if given or not load_weights(run.task.model, path):
+        # A model passed from Python keeps its own weights: the folder may hold those of another model.
+        if model_given or not load_weights(run.task.model, path):
             train_dense(run.task, run.spec, run.device, run.view, unfinished=unfinished)
         digest = digest_of(run.task.model)
         _check_digest(run, digest)
-        # First the file: a digest without its weights could not be gone on from, since they seldom train to the same bits.
+        # Weights first: a digest without them could not be resumed from, since retraining seldom gives the same bits.
         if not path.exists():
             with writing(f"The dense net's {path}"):
                 write_whole(path, weights_of(run.task.model))
         unfinished.unlink(missing_ok=True)
-        if DIGEST not in run.study.user_attrs:
-            run.study.set_user_attr(DIGEST, digest)
-    # As training lays it out: else what a resumed run decomposes would differ in its last bits.
+        if DENSE_DIGEST not in run.study.user_attrs:
+            run.study.set_user_attr(DENSE_DIGEST, digest)
+    # Use the memory layout of training: otherwise the factors of a resumed run would differ in their last bits.
     training.place(run.task.model, run.device, channels_last=run.task.channels_last).eval()
-    # Trained weights can be what initial ones were not.
+    # Training may have made weights NaN or infinite.
     check_weights(run.task.model)
 
 
 def _make_profile(run: Run) -> Profile:
-    """Every candidate's factors and the VBMF ranks."""
+    """Decompose each layer by each of its methods and estimate its VBMF ranks."""
     methods = {axis.layer.name: axis.methods for axis in run.space.axes}
     run.view.stage("profiling layers", len(run.inventory.layers))
     aware, seed, count = run.spec.space.data_aware, run.spec.seed, inputs_wanted(run.inventory.macs)
@@ -192,18 +196,18 @@ def _make_profile(run: Run) -> Profile:
         )  # fmt: skip
 
 
-def _note_facts(run: Run, layers: Profile) -> None:
-    """The study's facts into its storage; what the dense model is is measured once."""
-    known = attributes.read_facts(run.study) if attributes.has_facts(run.study) else _measured(run, layers)
-    since = known.since if known.limits == run.spec.search.limits else len(run.study.get_trials(deepcopy=False))
-    facts = replace(known, spec=run.spec.to_dict(), command=run.options.command, since=since)
+def _write_facts(run: Run, layers: Profile) -> None:
+    """Write the study's facts to its storage. The dense model is measured only in the study's first run."""
+    saved = attributes.read_facts(run.study) if attributes.has_facts(run.study) else _measure_facts(run, layers)
+    since = saved.since if saved.limits == run.spec.search.limits else len(run.study.get_trials(deepcopy=False))
+    facts = replace(saved, spec=run.spec.to_dict(), command=run.options.command, since=since)
     attributes.write_facts(run.study, facts)
     run.view.facts(facts)
 
 
-def _measured(run: Run, layers: Profile) -> StudyFacts:
+def _measure_facts(run: Run, layers: Profile) -> StudyFacts:
     return study_facts(
-        run.spec, run.task, run.inventory, layers, run.example, engine=run.engine.about, command=run.options.command
+        run.spec, run.task, run.inventory, layers, run.example, engine=run.engine.description, command=run.options.command
     )
 
 
@@ -219,7 +223,7 @@ def _evaluator(run: Run, layers: Profile) -> Evaluator:
 
 
 def _search(run: Run, layers: Profile, evaluate: Evaluator) -> None:
-    """Ask, evaluate, tell, until the budget is spent."""
+    """Ask for plans, evaluate them and tell their results, until the budget is spent."""
     initial_plans = choose_initial_plans(run, layers)
     limits, facts = run.spec.search.limits, attributes.read_facts(run.study)
     dense_score = facts.dense.score_validation
@@ -231,35 +235,37 @@ def _search(run: Run, layers: Profile, evaluate: Evaluator) -> None:
     ledger = Ledger(
         run.study, run.space, run.inventory, initial_plans, sampler=run.spec.search.sampler, seed=run.spec.seed,
         dense_score=dense_score, limits=limits, since=facts.since, objectives=facts.objectives, knowledge=knowledge,
-        on_untrained=lambda found: run.view.trial(found, ledger.records()), on_note=run.view.note,
+        on_untrained=lambda record: run.view.trial(record, ledger.records()), on_note=run.view.note,
     )  # fmt: skip
     ledger.recover()
     trials, minutes = run.spec.search.trials, run.spec.search.minutes
     run.view.stage("trials", trials, min(trials, ledger.finished()))
     before, start = run.seconds.get("trials", 0.0), time.monotonic()
 
-    def spent() -> bool:
+    def time_is_up() -> bool:
         return minutes is not None and before + time.monotonic() - start >= minutes * 60
 
     def on_result(job: Job, result: Result) -> None:
         run.view.trial(ledger.receive(job, result), ledger.records())
 
     try:
-        run.run_jobs("trials", lambda: ledger.jobs(trials), evaluate, on_result, spent)
+        run.run_jobs("trials", lambda: ledger.jobs(trials), evaluate, on_result, time_is_up)
     except KeyboardInterrupt:
-        # Nothing is left running in the record: other tools read it, and the next run may be long in coming.
+        # Leave no trial RUNNING in the record: other tools read it, and the next run may start much later.
         ledger.recover()
         raise
 
 
 def _report(run: Run) -> None:
-    """The report, from the storage alone."""
+    """Write the report from the storage alone."""
     write_report(attributes.read_study(run.study), run.out)
 
 
-def _stopped(run: Run) -> StudyRecord | None:
-    """After Ctrl-C: the report shows what there is; None before the facts are known, or where the storage cannot be used or
-    Ctrl-C comes again."""
+def _report_after_stop(run: Run) -> StudyRecord | None:
+    """Write the report after Ctrl-C and return the record.
+
+    None if the dense model was not yet measured, if the storage is still unusable, or if Ctrl-C is pressed again.
+    """
     try:
         if not attributes.has_facts(run.study):
             return None
@@ -270,10 +276,10 @@ def _stopped(run: Run) -> StudyRecord | None:
 
 
 def _check_digest(run: Run, digest: str) -> None:
-    """Go on only with the dense model that the study was begun with."""
-    if run.study.user_attrs.get(DIGEST, digest) != digest:
+    """Raise `StudyError` unless the study was started with this dense model."""
+    if run.study.user_attrs.get(DENSE_DIGEST, digest) != digest:
         raise StudyError(
-            f"The study {run.spec.name!r} in this storage was made from another dense model; choose another name or "
+            f"The study {run.spec.name!r} in this storage was started from another dense model; choose another name or "
             "--storage, or --fresh to start over."
         )
 
@@ -282,18 +288,18 @@ def _engine(options: Options, device: torch.device) -> Engine:
     chosen = options.engine
     if isinstance(chosen, Ray):
         return ray.engine(ray.Cluster(chosen.address, chosen.workers, chosen.cpus_per_trial, chosen.gpus_per_trial))
-    # All of them share one GPU, and its memory.
-    most = 1 if device.type != "cpu" else os.cpu_count() or 1
-    return local.engine(most if chosen.workers is None else chosen.workers)
+    # One worker by default on a GPU, since all workers would share its memory.
+    default_workers = 1 if device.type != "cpu" else os.cpu_count() or 1
+    return local.engine(default_workers if chosen.workers is None else chosen.workers)
 
 
 def _smallest_layer(space: Space) -> Plan:
-    """The smallest layer at its least ranks, the others dense: the plan that is made soonest."""
+    """The plan that factorizes only the smallest layer, at its smallest ranks: it is the quickest plan to build."""
     axis = min(space.axes, key=lambda axis: axis.layer.params)
     return Plan.of({axis.layer.name: axis.smallest(axis.constraints.smaller_in[0])})
 
 
 def _check_min_score(spec: StudySpec, task: Task) -> None:
-    least = spec.search.min_score
-    if task.score is accuracy and least is not None and least > 1:
-        raise SpecError(f"search.min_score must be at most 1 for accuracy, but got {least:g}; 97 % is 0.97.")
+    min_score = spec.search.min_score
+    if task.score is accuracy and min_score is not None and min_score > 1:
+        raise SpecError(f"search.min_score must be at most 1 for accuracy, but got {min_score:g}; 97 % is 0.97.")

@@ -1,1 +1,1 @@
-"""Tensor mathematics: tensors in, tensors out, no modules."""
+"""Tensor mathematics: functions from tensors to tensors, without modules."""

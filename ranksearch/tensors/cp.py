@@ -1,6 +1,6 @@
-"""CP decomposition of a tensor with any number of modes, as a sum of rank-one terms that may not cancel each other.
+"""CP decomposition of a tensor as a sum of rank-one terms, with a bound on how much the terms cancel each other.
 
-Three modes `(out, in, k)` for a kernel with its spatial modes merged, four `(out, in, kh, kw)` for separate ones.
+A kernel has three modes `(out, in, k)` if its spatial modes are merged, four `(out, in, kh, kw)` if they are separate.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from ranksearch.tensors.matrix import Principal, floating, norm_of
 if TYPE_CHECKING:
     from tensorly.cp_tensor import CPTensor
 
-# Relative to the diagonal of the normal equations, which is one: enough for float32, and below its effect on the error.
+# Added to the diagonal of the normal equations, which is one. Stabilises float32 without a visible effect on the error.
 RIDGE = 1e-6
-# A bound of 10 costs no error that the same number of sweeps without it would have found, one of 2 about 2 % of it.
+# With a bound of 10, the error after a number of sweeps is no larger than without one; a bound of 2 makes it about 2 % larger.
 # Without a bound the terms reach several hundred times the tensor's energy.
 MAX_DEGENERACY = 10.0
-# Noise on the first start, relative to its unit vectors, and on the further ones.
-_NUDGE, _SHAKE = 1.0, 1.0
-# Errors up to this many units of rounding are none.
-_NOTHING = 100
+# Noise added to the unit vectors of the first start and of the further starts.
+_FIRST_NOISE, _FURTHER_NOISE = 1.0, 1.0
+# A relative error of at most this many machine epsilons counts as zero.
+_MAX_EXACT_EPS = 100
 
 
 @dataclass(frozen=True)
 class CPFit:
-    """A sum of rank-one terms by falling norm; term r is the outer product of the r-th columns of all `factors`.
+    """A sum of rank-one terms, in descending order of norm. Term r is the outer product of the r-th columns of all `factors`.
 
-    Every mode carries an equal share of a term's norm. `error` is the relative Frobenius error of the reconstruction;
-    `degeneracy` the sum of the squared norms of the terms over that of the tensor: far above 1, large terms cancel.
+    Each mode carries an equal share of a term's norm. `error` is the relative Frobenius error of the reconstruction.
+    `degeneracy` is the sum of the terms' squared norms over the tensor's squared norm; far above 1, large terms cancel.
     """
 
     factors: tuple[Float[Tensor, "dim rank"], ...]
@@ -46,14 +46,14 @@ class CPFit:
 
     def to_tensorly(self) -> CPTensor:
         """The same terms as a TensorLy CP tensor with unit weights; its functions need TensorLy's torch backend."""
-        # Here, since it takes half a second to import, in every worker.
+        # Imported here, since it would take half a second in every worker.
         from tensorly.cp_tensor import CPTensor
 
         return CPTensor((torch.ones_like(self.factors[0][0]), list(self.factors)))
 
 
 def reconstruct(factors: Sequence[Float[Tensor, "dim rank"]]) -> Float[Tensor, "*dims"]:
-    """The tensor that the factors stand for, one mode a factor."""
+    """The tensor that the factors represent; each factor belongs to one mode."""
     product = factors[0] @ khatri_rao([factor.T for factor in factors[1:]])
     return product.reshape([factor.shape[0] for factor in factors])
 
@@ -77,45 +77,44 @@ def cp_als(
 ) -> CPFit:
     """CP decomposition by accelerated ALS (Harshman 1970, Carroll and Chang 1970), the best of several starts.
 
-    The tensor is compressed by an HOSVD first, without loss. The first start is `init` if given, otherwise the largest
-    terms of the SVDs of the slices along the smaller modes, slightly disturbed; further starts are disturbed more.
-    Measured against HOSVD vectors filled up at random, slices reach the same error with terms that cancel less. Where
-    they leave out nothing, as from `exact_rank` on, they are the decomposition, and returned without a sweep.
+    The tensor is first compressed by an HOSVD, without loss. The first start is `init` if given, otherwise the largest terms
+    of the SVDs of all slices that span the two largest modes, plus noise; further starts have other noise. Compared with
+    starts from HOSVD vectors padded at random, these slices reach the same error with terms that cancel less. If they are
+    exact, as from `exact_rank` on, they are returned without a sweep.
 
     Degenerate terms (Phan et al. 2020, "Stable low-rank tensor decomposition for compression of convolutional neural
-    network") are not corrected afterwards but excluded: every update minimises the error under
-    `degeneracy <= max_degeneracy`, so that every fit keeps the bound. That is the dual of their error-preserving
-    correction, which lowers the degeneracy of a finished fit at constant error. Measured on a kernel of 64 x 64 x 9 at
-    rank 64: bounded at 10, 100 sweeps end with an error of 0.256; free, with 0.259 at a degeneracy of 280, which 300
-    sweeps of correction lower to 32.
+    network") are prevented, not corrected afterwards: each update minimises the error under `degeneracy <= max_degeneracy`.
+    That is the dual of their error-preserving correction, which lowers the degeneracy of a finished fit at constant error. On
+    a kernel of 64 x 64 x 9 at rank 64, 100 sweeps bounded at 10 end with an error of 0.256. Without a bound they end with 0.259
+    at a degeneracy of 280, which 300 sweeps of correction lower to 32.
 
     Args:
-        tensor: At least two modes. Half precision is computed in float32, and so is every type but float64.
+        tensor: At least two modes. All dtypes but float64 are computed in float32.
         rank: Number of terms, at least 1.
-        seed: Of the starts; one seed, one result.
+        seed: Seed of the starts; the same seed gives the same result.
         starts: How many fits to choose from.
         init: Factors (dim, rank) to start from, such as those of another fit.
         sweeps: Upper bound on the sweeps of one fit.
-        tolerance: A fit ends when one sweep lowers the relative error by less than this, as TensorLy's does.
-        ridge: Added to the normal equations' unit diagonal; `error^2 + ridge * degeneracy` is what is minimised.
-        max_degeneracy: Bound on the fit's degeneracy, at least 1; `math.inf` for none.
+        tolerance: A fit ends when one sweep lowers the relative error by less than this, as in TensorLy.
+        ridge: Added to the normal equations' unit diagonal, so that `error^2 + ridge * degeneracy` is minimised.
+        max_degeneracy: Upper bound on the fit's degeneracy, at least 1; `math.inf` for none.
 
     Raises:
-        ValueError: an argument outside these ranges, or NaN or infinity in the tensor.
+        ValueError: an argument is outside these ranges, or the tensor holds NaN or infinity.
     """
     rule = _rule(sweeps, tolerance, ridge, max_degeneracy)
     if starts < 1:
         raise ValueError(f"`starts >= 1` must hold, but got starts={starts}.")
     values = _checked(tensor, rank)
     if not bool(values.any()):
-        return _nothing(values, rank)
+        return _zero_fit(values, rank)
     problem = Compressed.of(values, rank)
     slices = problem.slices(rank)
     if _is_exact(slices):
         return _expanded(values, problem, slices)
     generator = torch.Generator().manual_seed(seed)
-    first = slices.shaken(_NUDGE, generator) if init is None else _projected(values, problem, rank, init)
-    further = (slices.shaken(_SHAKE, generator) for _ in range(starts - 1))
+    first = slices.with_noise(_FIRST_NOISE, generator) if init is None else _start_from(values, problem, rank, init)
+    further = (slices.with_noise(_FURTHER_NOISE, generator) for _ in range(starts - 1))
     fits = [problem.fit(start, rule) for start in (first, *further)]
     return _expanded(values, problem, min(fits, key=lambda terms: terms.error))
 
@@ -128,17 +127,14 @@ def cp_path(
     sweeps: int = 25,
     rows: Callable[[], Principal] | None = None,
 ) -> dict[int, CPFit]:
-    """CP fits of one tensor for all these ranks, by rising rank.
+    """CP fits of one tensor at each of these ranks, in ascending order.
 
-    `rows` gives `principal` of the tensor's first unfolding if that is known already.
-
-    Each ends after `sweeps`, or when one lowers the error by less than 1e-4.
-
-    Computed from the highest rank down, each fit starting from the largest terms of the one above. Fresh starts beside
-    these were measured: the same time spent on more sweeps lowers the error more.
+    The fits are computed from the highest rank down; each starts from the largest terms of the one above. Spending the same
+    time on more sweeps lowers the error more than additional fresh starts do. A fit ends after `sweeps`, or when a sweep lowers
+    the relative error by less than 1e-4. `rows`, if given, returns `principal` of the tensor's first unfolding.
 
     Raises:
-        ValueError: as `cp_als`.
+        ValueError: as in `cp_als`.
     """
     rule = _rule(sweeps, 1e-4, RIDGE, MAX_DEGENERACY)
     falling = sorted(set(ranks), reverse=True)
@@ -146,10 +142,10 @@ def cp_path(
         return {}
     values = _checked(tensor, falling[-1])
     if not bool(values.any()):
-        return {rank: _nothing(values, rank) for rank in reversed(falling)}
+        return {rank: _zero_fit(values, rank) for rank in reversed(falling)}
     problem = Compressed.of(values, falling[0], rows)
     slices = problem.slices(falling[0])
-    above = slices.shaken(_NUDGE, torch.Generator().manual_seed(seed))
+    above = slices.with_noise(_FIRST_NOISE, torch.Generator().manual_seed(seed))
     fits = {}
     for rank in falling:
         terms = slices.first(rank)
@@ -178,15 +174,15 @@ def _checked(tensor: Tensor, rank: int) -> Tensor:
 
 
 def _is_exact(slices: Terms) -> bool:
-    return slices.error <= _NOTHING * torch.finfo(slices.weights.dtype).eps
+    return slices.error <= _MAX_EXACT_EPS * torch.finfo(slices.weights.dtype).eps
 
 
-def _nothing(tensor: Tensor, rank: int) -> CPFit:
+def _zero_fit(tensor: Tensor, rank: int) -> CPFit:
     return CPFit(tuple(tensor.new_zeros(size, rank) for size in tensor.shape), 0.0, 0.0, 0)
 
 
-def _projected(tensor: Tensor, problem: Compressed, rank: int, init: Sequence[Tensor]) -> Terms:
-    """Given factors in the coordinates of the compressed core."""
+def _start_from(tensor: Tensor, problem: Compressed, rank: int, init: Sequence[Tensor]) -> Terms:
+    """Convert the factors `init` to the coordinates of the compressed core."""
     wanted = [(size, rank) for size in tensor.shape]
     if [tuple(factor.shape) for factor in init] != wanted:
         raise ValueError(f"`init` must hold factors of shapes {wanted}, but got {[tuple(f.shape) for f in init]}.")
@@ -196,7 +192,7 @@ def _projected(tensor: Tensor, problem: Compressed, rank: int, init: Sequence[Te
 
 
 def _expanded(tensor: Tensor, problem: Compressed, terms: Terms) -> CPFit:
-    """Terms of the core as factors of the tensor, with the error of just these factors rather than ALS's estimate."""
+    """Convert terms of the core to factors of the tensor, and compute the error of these factors instead of ALS's estimate."""
     ordered = terms.largest(len(terms.weights))
     share = (ordered.weights * problem.norm) ** (1 / tensor.ndim)
     factors = tuple((basis @ rows.T) * share for basis, rows in zip(problem.bases, ordered.rows, strict=True))

@@ -1,4 +1,4 @@
-"""Rank of a noisy matrix by empirical variational Bayes, the analytic global solution."""
+"""Estimates the rank of a noisy matrix by empirical variational Bayes, with the analytic global solution."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 
 from ranksearch.tensors.matrix import floating, gram, norm_of
 
-# Points of the search for the noise variance, and how often it narrows to the two intervals around the best one.
+# Grid points in the search for the noise variance, and how often the search narrows to the two intervals around the best point.
 _GRID, _ZOOMS = 65, 6
-# Below this part of the largest eigenvalue, those of a Gram matrix in float64 may be rounding.
-_SAFE = 1e-12
+# Eigenvalues of a float64 Gram matrix below this part of the largest may be just rounding.
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
 class VBMFEstimate:
-    """What a matrix holds above its noise.
+    """The estimated low-rank signal of a matrix.
 
-    `rank` 0 means that no low-rank signal stands out of the noise. `noise_variance` is that of one entry, in the units
-    of the matrix squared. `spectrum` holds the shrunk singular values of the signal, falling, in float64.
+    `rank` 0 means that no low-rank signal stands out from the noise. `noise_variance` is that of one entry, in the units
+    of the matrix squared. `spectrum` holds the shrunk singular values of the signal, in descending order, in float64.
     """
 
     rank: int
@@ -31,15 +31,15 @@ class VBMFEstimate:
 
 
 def vbmf(matrix: Float[Tensor, "m n"], *, noise_variance: float | None = None) -> VBMFEstimate:
-    """Empirical variational Bayesian matrix factorization, its global solution in closed form.
+    """The closed-form global solution of empirical variational Bayesian matrix factorization.
 
     Nakajima, Sugiyama, Babacan, Tomioka, "Global analytic solution of fully-observed variational Bayesian matrix
-    factorization", JMLR 14 (2013). The noise variance is estimated unless given. The rank does not change with the
-    scale of the matrix or under transposition. Rows and columns of zeros, such as dead channels, are left out; a single
-    row or column always has rank 0, as nothing in it tells signal from noise.
+    factorization", JMLR 14 (2013). The noise variance is estimated unless given. Scaling or transposing the matrix does not
+    change the rank. Rows and columns of zeros, such as dead channels, are ignored. A single row or column always has rank
+    0, since its signal cannot be told from noise.
 
     Raises:
-        ValueError: not a matrix, NaN or infinity in it, or a noise variance that is not positive.
+        ValueError: `matrix` is not a matrix or holds NaN or infinity, or the noise variance is not positive.
     """
     if matrix.ndim != 2:
         raise ValueError(f"VBMF needs a matrix, but got shape {tuple(matrix.shape)}.")
@@ -57,7 +57,7 @@ def vbmf(matrix: Float[Tensor, "m n"], *, noise_variance: float | None = None) -
     given = None if noise_variance is None else noise_variance / scale**2
     energy = torch.linalg.eigvalsh(gram(values) / scale**2).flip(0).clamp_min(0) / model.long
     variance = given or model.noise(energy)
-    if variance < _SAFE * float(energy[0]):
+    if variance < _ROUNDING * float(energy[0]):
         energy = torch.linalg.svdvals(values / scale).square() / model.long
         variance = given or model.noise(energy)
     kept = energy[energy > model.threshold * variance]
@@ -65,7 +65,7 @@ def vbmf(matrix: Float[Tensor, "m n"], *, noise_variance: float | None = None) -
 
 
 def _alive(matrix: Tensor, rounding: float) -> Tensor:
-    """The matrix without rows and columns of zeros: they hold no noise, and make that of the others look like signal."""
+    """Drop rows and columns of zeros: they hold no noise, which would make the noise of the others look like signal."""
     for _ in range(2):
         norms = torch.linalg.vector_norm(matrix, dim=1)
         alive = norms > rounding * norms.max() if len(norms) else norms.bool()
@@ -74,26 +74,26 @@ def _alive(matrix: Tensor, rounding: float) -> Tensor:
 
 
 class _Model:
-    """Constants of an L x M matrix, L <= M, for squared singular values divided by M ("energy", gamma^2 / M)."""
+    """The paper's model of an L x M matrix, L <= M. "Energy" is a squared singular value divided by M, gamma^2 / M."""
 
     def __init__(self, short: int, long: int, rounding: float) -> None:
         self.short, self.long, self.rounding = short, long, rounding
         self.alpha = short / long
-        # The paper's approximation of the tau at which a component lowers the free energy no longer: the zero of
-        # phi(tau) + phi(tau / alpha), phi(z) = log(z + 1) / z - 1 / 2. It is exact for alpha = 1.
+        # The paper's approximation of the tau below which a component no longer lowers the free energy, that is, of the zero
+        # of phi(tau) + phi(tau / alpha), with phi(z) = log(z + 1) / z - 1 / 2. It is exact for alpha = 1.
         tau = 2.5129 * math.sqrt(self.alpha)
         self.threshold = (1 + tau) * (1 + self.alpha / tau)
 
     def noise(self, energy: Tensor) -> float:
-        """The noise variance that minimises the free energy, between the paper's bounds, searched on a log scale."""
+        """The noise variance that minimises the free energy, searched on a log scale between the paper's bounds."""
         largest_rank = math.ceil(self.short / (1 + self.alpha)) - 1
         upper = float(energy.mean())
         lower = max(float(energy[largest_rank]) / self.threshold, float(energy[largest_rank:].mean()))
-        # A matrix of exactly low rank has no noise: the rest of its spectrum is the rounding of its entries, not white.
+        # A matrix of exactly low rank has no noise: the rest of its spectrum is rounding error, which is not white.
         lower = max(lower, float(energy[0]) * (8 * self.rounding) ** 2)
         if lower >= upper:
             return upper
-        # The free energy can have several minima: a grid over all of it, then finer ones around the best point.
+        # The free energy can have several minima, so search a grid over the whole range, then finer ones around the best point.
         ends = math.log(lower), math.log(upper)
         for _ in range(_ZOOMS):
             grid = torch.linspace(*ends, _GRID, dtype=energy.dtype, device=energy.device)
@@ -102,7 +102,7 @@ class _Model:
         return math.exp(float(grid[best]))
 
     def free_energy(self, energy: Float[Tensor, " short"], variance: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """The free energy per column for each noise variance, without the terms that do not depend on it."""
+        """The free energy per column at each noise variance, without constant terms."""
         x = energy / variance[:, None]
         tau = self._tau(x.clamp_min(self.threshold))
         signal = (tau + 1).log() + self.alpha * (tau / self.alpha + 1).log() - tau

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import ranksearch
-from ranksearch.compress.export import _strip, check_comes_home, export_model, export_onnx, export_pt2, load_model, save_model
+from ranksearch.compress.export import _strip, check_reloading, export_model, export_onnx, export_pt2, load_model, save_model
 from ranksearch.compress.surgery import factorize_
 from ranksearch.compress.weights import weights_of
 from ranksearch.errors import ModelError, PlanError, StudyError
@@ -55,7 +55,7 @@ def test_plan_and_weights_rebuild_on_the_plain_dense_class(compressed, inputs, t
 def test_a_model_that_cannot_be_traced(form, inputs, tmp_path):
     model = nets.Net(lambda net, x: net.fc(x.flatten(1)) * (2 if x.max() > 100 else 1), fc=torch.nn.Linear(64, 10)).eval()
     with pytest.raises(
-        StudyError, match=rf"A model must be one that torch can write as {form}, but .*; take it home by --format plan"
+        StudyError, match=rf"torch must be able to write the model as {form}, but raised .*; export it by --format plan"
     ):
         export_model(model, model, Plan(), inputs, tmp_path / "model", form=form)
     assert not (tmp_path / "model").exists()
@@ -64,7 +64,9 @@ def test_a_model_that_cannot_be_traced(form, inputs, tmp_path):
 @pytest.mark.slow
 def test_a_model_that_onnxruntime_does_not_run(inputs, tmp_path):
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten()).double().eval()
-    with pytest.raises(StudyError, match=r"must be one that torch can write as onnx, but .*; take it home by --format plan"):
+    with pytest.raises(
+        StudyError, match=r"torch must be able to write the model as onnx, but raised .*; export it by --format plan"
+    ):
         export_model(model, model, Plan(), inputs.double(), tmp_path / "model", form="onnx")
     assert not (tmp_path / "model").exists()
 
@@ -75,7 +77,7 @@ def test_the_weights_of_the_dense_model_do_not_matter(compressed, inputs, tmp_pa
     with torch.no_grad():
         dense.conv1.weight.fill_(float("nan"))
     assert torch.equal(load_model(dense, tmp_path)(inputs), compressed(inputs))
-    with pytest.raises(StudyError, match="must hold weights, if any, but it is on the device meta; build it on the CPU"):
+    with pytest.raises(StudyError, match="The dense model must not be on the device meta, but is; build it on the CPU"):
         load_model(nets.small().to("meta"), tmp_path)
 
 
@@ -90,10 +92,10 @@ def test_onnx_takes_any_batch(compressed, inputs, tmp_path):
 
 @pytest.mark.slow
 def test_an_export_that_differs_is_not_kept(compressed, inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("ranksearch.compress.export.TOLERANCE", -1.0)
+    monkeypatch.setattr("ranksearch.compress.export.MAX_RELATIVE_DIFFERENCE", -1.0)
     for form in ("plan", "onnx", "pt2"):
         with pytest.raises(
-            StudyError, match=r"The exported model's outputs must equal the trial's, but differ by .*nothing was kept"
+            StudyError, match=r"The exported model's outputs must equal the trial's, but differ by .*nothing was written"
         ):
             export_model(compressed, nets.small(), PLAN, inputs, tmp_path / form, form=form)
         assert not (tmp_path / form).exists()
@@ -106,7 +108,7 @@ def test_folders_without_a_model(tmp_path):
 
 def test_a_model_of_another_dense_class(compressed, tmp_path):
     save_model(tmp_path, PLAN, weights_of(compressed))
-    with pytest.raises(StudyError, match=r"must be of the given dense model, but are not: .*size mismatch"):
+    with pytest.raises(StudyError, match=r"must fit the given dense model, but do not: .*size mismatch"):
         load_model(nets.small(classes=20), tmp_path)
     with pytest.raises(PlanError, match="A plan must name layers of the model, but 'conv1' is none"):
         load_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), tmp_path)
@@ -197,7 +199,7 @@ def home(model):
     inputs = torch.rand(2, 1, 8, 8)
     model.eval()(inputs)
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    check_comes_home(model, fresh, Plan.of({"net.fc1": SVD(1)}), inputs)
+    check_reloading(model, fresh, Plan.of({"net.fc1": SVD(1)}), inputs)
     assert torch.equal(torch.get_rng_state(), random)
     after = model.state_dict()
     assert before.keys() == after.keys()
@@ -300,8 +302,8 @@ def loading_anew():
         ),
         (losing, r'cannot be loaded: RuntimeError: Missing key\(s\) in state_dict: "net.fc2.bias"'),
         (of_complex_numbers, "cannot be saved: "),
-        (passing, "gave other outputs once it was saved and loaded"),
-        (loading_anew, "gave other outputs once it was saved and loaded"),
+        (passing, "gave other outputs afterwards"),
+        (loading_anew, "gave other outputs afterwards"),
     ],
     ids=["lazy", "losing", "complex", "passing", "anew"],
 )
@@ -309,7 +311,7 @@ def test_a_model_that_does_not_come_home(make, told):
     with pytest.raises(ModelError) as raised:
         home(make())
     assert re.fullmatch(
-        rf"A compressed model must come back from its files as it was, but a factorized copy {told}.*; let state_dict\(\) keep all "
+        rf"A compressed model must be the same after saving and loading, but a factorized copy {told}.*; keep in state_dict\(\) all "
         r"that a forward needs and training changes, and make buffers in __init__\.",
         str(raised.value),
     )
@@ -318,7 +320,7 @@ def test_a_model_that_does_not_come_home(make, told):
 def test_what_cannot_come_home_is_refused_before_anything_is_trained(tmp_path):
     task = Task(nets.Net(lazy, net=nets.small()), nets.few_digits())
     with pytest.raises(
-        ModelError, match="A compressed model must come back from its files as it was, but a factorized copy cannot be"
+        ModelError, match="A compressed model must be the same after saving and loading, but a factorized copy cannot be"
     ):
         ranksearch.search(task, out=tmp_path / "mine", engine=ranksearch.Local(0))
     assert not list(tmp_path.iterdir())

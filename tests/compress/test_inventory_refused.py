@@ -30,7 +30,7 @@ MESSAGES = {
     "infinity": (not_finite(float("-inf")), FINITE),
     "lazy": (
         nn.Sequential(nn.LazyConv2d(3, 3)),
-        "Weights must be there, but '0.weight' has no shape yet; run the model once on its data first.",
+        "Weights must be initialised, but '0.weight' has no shape yet; run the model once on its data first.",
     ),
     "one line": (Net(fails, conv=nn.Conv2d(4, 3, 3), norm=nn.BatchNorm2d(3)), ACCEPT.format("ValueError: a broken forward")),
     "no message": (Net(lambda n, x: next(iter(())), conv=nn.Conv2d(4, 3, 3)), ACCEPT.format("StopIteration: no message")),
@@ -81,7 +81,7 @@ def compiled_in_place(model):
 )
 def test_a_compiled_model_is_refused(compiled, which):
     model = compiled(nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU()))
-    message = f"The model must come uncompiled, but {which} went through torch.compile; give the model as it was before, and"
+    message = f"The model must not be compiled, but {which} went through torch.compile; pass the original model, and"
     with pytest.raises(ModelError, match=message):
         inventory(model, torch.ones(1, 4, 8, 8))
 
@@ -105,7 +105,7 @@ def test_torchscript_is_refused():
         warnings.simplefilter("ignore")
         scripted = torch.jit.trace(nn.Sequential(nn.Conv2d(4, 2, 1)).eval(), IMAGE)
     with pytest.raises(
-        ModelError, match="The model must be one in Python, but is TorchScript, whose layers cannot be replaced"
+        ModelError, match="The model must be a Python module, but is TorchScript, whose layers cannot be replaced"
     ):
         inventory(scripted, IMAGE)
 

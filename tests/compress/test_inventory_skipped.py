@@ -161,7 +161,7 @@ SKIPPED = {
     "tensor of its own": (before_a_scale(), "its scale is also used outside the layer"),
     "kept in a list": (
         kept_in_a_list(),
-        "the forward does not call it by its name, but keeps it elsewhere too, as in a list",
+        "the forward does not call it by its name, but through another reference, such as a list",
     ),
     "hooked": (before(hooked()), "it has forward hooks, which its replacement would not have; remove them first"),
     "forward of the instance": (before(wrapped()), "its forward was replaced by another function"),

@@ -231,9 +231,9 @@ def hooked():
     return conv
 
 
-NOT_SUITED = "A plan must leave out what cannot be factorized, but names {!r}: "
+NOT_SUITED = "A plan may only name layers that can be factorized, but names {!r}: "
 NOT_FINITE = "Weights must be finite, but layer 'conv' holds NaN or infinity; load or train it again."
-ANOTHER_MAP = "is not fully connected behind a map of size {}; the plan was made for another model or input size."
+ANOTHER_MAP = "is not a fully connected layer after a map of size {}; the plan was made for another model or input size."
 # name: (model, layer, value, message)
 MESSAGES = {
     "near name": (
@@ -356,6 +356,6 @@ def test_a_layer_under_two_names_is_refused():
 def test_a_weight_that_another_module_shares_is_refused():
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
     model[2].weight = model[0].weight
-    with pytest.raises(PlanError, match=r"A layer's weight must be its own, but that of '0' is also 2.weight; leave it out"):
+    with pytest.raises(PlanError, match=r"A layer must not share its weight, but that of '0' is also 2.weight; leave it out"):
         factorize_(model, {"0": SVD(2)})
     assert len(model) == 3

@@ -142,7 +142,7 @@ def test_a_state_that_is_no_tensor():
             return {"seen": 3}
 
     with pytest.raises(
-        ModelError, match=r"A model's state must be of tensors, but '0._extra_state' is a dict; keep it elsewhere"
+        ModelError, match=r"A model's state_dict\(\) must hold tensors only, but '0._extra_state' is a dict; keep it elsewhere"
     ):
         check_state(torch.nn.Sequential(Stateful(4, 4, 1)))
 

@@ -157,8 +157,11 @@ def test_the_shifts_of_a_plan(trained):
 def test_a_shift_must_fit():
     model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 7, bias=False))
     for name, message in (
-        ("0", r"Layer '0': a shift of shape \(3,\) needs such a bias, but it has one of shape \(6,\)\.$"),
-        ("1", r"Layer '1': a shift of shape \(3,\) needs such a bias, but it has none\.$"),
+        (
+            "0",
+            r"Layer '0': a bias correction of shape \(3,\) needs a bias of that shape, but the layer has a bias of shape \(6,\)\.$",
+        ),
+        ("1", r"Layer '1': a bias correction of shape \(3,\) needs a bias of that shape, but the layer has no bias\.$"),
     ):
         with pytest.raises(PlanError, match=message):
             factorize_(model, {name: plan.SVD(2)}, bias_corrections={name: torch.zeros(3)})

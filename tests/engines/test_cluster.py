@@ -126,7 +126,7 @@ def refused(capsys, *more):
         (["--address", "localhost"], "--address must be auto or HOST:PORT of a Ray cluster's head node, but got 'localhost'."),
         (["--address", "ray://head:10001"], "--address must be auto or HOST:PORT of a Ray cluster's head node, but got 'ray://head"),
         (["--address", "127.0.0.1:1"], "A Ray cluster must listen at --address 127.0.0.1:1, but none does: [Errno 111]"),
-        (["--gpus-per-trial", "1"], "A node must hold a trial of --cpus-per-trial 1 and --gpus-per-trial 1, but the most that a node"),
+        (["--gpus-per-trial", "1"], "A node must have room for a trial of --cpus-per-trial 1 and --gpus-per-trial 1, but the most that"),
         (["--workers", "0"], "--workers must be at least 1 on Ray, but got 0."),
         (["--cpus-per-trial", "0"], "--cpus-per-trial must be at least 1, but got 0."),
         (["--gpus-per-trial", "1.5"], "--gpus-per-trial must be whole or a fraction of one, but got 1.5."),
@@ -160,7 +160,7 @@ def test_something_else_listens(study_file, capsys, monkeypatch):
 def test_a_trial_that_no_node_holds(study_file, capsys, small_cluster):
     told = refused(capsys, "--address", small_cluster.address, "--cpus-per-trial", "3")
     assert told == (
-        "A node must hold a trial of --cpus-per-trial 3 and --gpus-per-trial 0, but the most that a node of the cluster has is 2 "
+        "A node must have room for a trial of --cpus-per-trial 3 and --gpus-per-trial 0, but the most that a node of the cluster has is 2 "
         "CPUs and 0 GPUs."
     )
 
@@ -201,7 +201,7 @@ def test_thirty_trials_on_three_nodes_two_of_which_are_lost():
         cluster.tell("add 2")
         cluster.tell("add 2")
         with ray.engine(ray.Cluster(cluster.address)) as engine:
-            assert engine.about == "Ray on 3 nodes, 6 trials at a time, 1 CPU each"
+            assert engine.description == "Ray on 3 nodes, 6 trials at a time, 1 CPU each"
 
             def on_message(job, message):
                 nonlocal node_lost
@@ -257,8 +257,8 @@ def test_a_head_that_is_gone_ends_the_study_in_one_sentence(study_file, capsys, 
         monkeypatch.setattr(Plain, "trial", kill)
         told = refuse(capsys, "study", "small.toml", "--engine", "ray", "--address", cluster.address)
     assert told == (
-        f"The Ray cluster at {cluster.address} must be there as long as a study runs, but the connection to it is lost; what was "
-        "finished is in the record, and the same command goes on once it is back."
+        f"The Ray cluster at {cluster.address} must stay up while a study runs, but the connection to it was lost; all finished "
+        "work is saved: run the same command again once the cluster is back."
     )
     assert main(["study", "small.toml", "--workers", "0"]) == 0
     assert "3 of them done before" in capsys.readouterr().out
@@ -333,13 +333,13 @@ ModuleNotFoundError: No module named 'ranksearch'
 def test_a_node_that_lacks_this_package_is_refused_and_a_killed_worker_is_lost(tmp_path):
     """As Ray 2.60 said it on a node where no worker can import it."""
     here, there = Pipe()
-    board = tune._Board(there)
+    board = tune._RunningJobs(there)
     scheduler = tune._Scheduler(board)
     for error in (RayActorError(error_msg=PAGE, actor_init_failed=True), RayActorError(error_msg="killed"), None):
-        here.send(ray.Sealed(5, b""))
+        here.send(ray.SealedJob(5, b""))
         board.draw("1")
         scheduler.on_trial_error(None, Ended(tmp_path, error))
-        assert isinstance(here.recv(), ray.Free)
+        assert isinstance(here.recv(), ray.WorkerFree)
         said = here.recv()
         assert said.key == 5
         if error and error.actor_init_failed:
@@ -364,8 +364,8 @@ def test_a_cluster_without_nodes_is_waited_for_and_given_up(monkeypatch):
     clock, nodes = iter(range(0, 1000, 50)), iter([1, 0, 0, 2, 0, 0, 0])
     monkeypatch.setattr(tune, "_slots", lambda cluster: next(nodes))
     monkeypatch.setattr(tune.time, "monotonic", lambda: float(next(clock)))
-    searcher = tune._Searcher(tune._Board(None), ray.Cluster("head:6379"))
+    searcher = tune._Searcher(tune._RunningJobs(None), ray.Cluster("head:6379"))
     assert [searcher._places() for _ in range(6)] == [1, 0, 0, 2, 0, 0]
-    words = r"The Ray cluster at head:6379 must have a node that can run a trial, but has had none for 120 s; the same command"
+    words = r"The Ray cluster at head:6379 must have a node that can run a trial, but has had none for 120 s; run the same"
     with pytest.raises(StudyError, match=words):
         searcher._places()

@@ -138,7 +138,7 @@ def always():
 
 @pytest.mark.slow
 def test_workers_that_keep_dying_end_the_run():
-    words = r"Workers must outlive their trials, but 5 in a row .*last exit code -9.*--workers 0"
+    words = r"Workers must survive their trials, but 5 in a row died .*last exit code -9.*--workers 0"
     with local.engine(1) as engine, pytest.raises(StudyError, match=words):
         engine.run(always(), Work(dies_at=7, always=True), on_message=lambda job, m: None, should_stop=lambda: False)
 

@@ -185,7 +185,7 @@ def test_a_mapped_file_that_is_replaced_before_a_worker_starts(tmp_path):
     packed = pack(mapped(tmp_path / "data", "r"))
     (tmp_path / "other").write_bytes(bytes(100 + ROWS))
     (tmp_path / "other").replace(tmp_path / "data")
-    with pytest.raises(DataError, match=r"data must stay as it is while a study runs, but is another file now"):
+    with pytest.raises(DataError, match=r"data must not change while a study runs, but was replaced by another file"):
         unpack(packed.file.fileno(), packed.start)
     packed.close()
 
@@ -207,9 +207,9 @@ def test_no_room_for_the_copy(monkeypatch):
         def write(self, data):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shared, "_nameless", Full)
+    monkeypatch.setattr(shared, "_anonymous_file", Full)
     words = (
-        r"Data, model and factors \(8 MB\) must fit into memory once more for the workers, but do not \(\[Errno 28\] No space left "
+        r"A second copy of data, model and factors \(8 MB\) must fit into memory for the workers, but does not \(\[Errno 28\] No space left "
         r"on device\); free some, or run the trials in this process with --workers 0"
     )
     with pytest.raises(StudyError, match=words):

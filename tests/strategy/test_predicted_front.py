@@ -35,7 +35,7 @@ from ranksearch.strategy.sensitivity import (
 )
 from ranksearch.strategy.space import make_space
 from ranksearch.study.options import Local, Options
-from ranksearch.study.probing import PREDICTED_PLANS, WORST_LOSS
+from ranksearch.study.probing import MAX_PREDICTED_PLANS, WORST_LOSS
 from ranksearch.study.study import Stopped, run_study
 from ranksearch.task.evaluation import Evaluator
 from ranksearch.task.task import Task
@@ -208,7 +208,7 @@ def test_a_study_tries_the_frontier_before_vbmf_and_probes_once(tmp_path):
     spec = small_spec("search.trials=10", "finalists.count=1")
     whole = run_study(spec, tmp_path / "one", Options(Local(0)))
     origins = [trial.origin for trial in whole.trials]
-    assert 1 <= (many := origins.count("frontier")) <= PREDICTED_PLANS
+    assert 1 <= (many := origins.count("frontier")) <= MAX_PREDICTED_PLANS
     assert origins[:many] == ["frontier"] * many
     assert origins[many : many + 2] == ["vbmf tucker2 x1", "vbmf cp x1"]
     assert set(origins[many + 3 :]) == {"rank"}

@@ -44,7 +44,7 @@ def test_a_study_of_another_program_is_left_alone(tmp_path, directions, fresh):
     foreign(url, directions=directions)
     with pytest.raises(
         StudyError,
-        match="The storage's study 'small' must be one of ranksearch's, but is another program's; choose another name",
+        match="The storage's study 'small' must belong to ranksearch, but belongs to another program; choose another name",
     ):
         run_study(tiny_spec(), out, Options(Local(0), storage=url, fresh=fresh))
     theirs = optuna.load_study(study_name="small", storage=url)
@@ -66,7 +66,7 @@ def test_a_study_goes_on_where_its_record_is(tmp_path):
     out, spec = tmp_path / "small", tiny_spec()
     elsewhere, other = (Options(Local(0), storage=f"sqlite:///{tmp_path / name}.db") for name in ("one", "other"))
     before = run_study(spec, out, elsewhere)
-    fix = rf"must go on in the storage that it was begun in, sqlite:///{tmp_path}/one.db, but {{}} holds none of it; give --storage "
+    fix = rf"must continue in its storage, sqlite:///{tmp_path}/one.db, but {{}} does not hold it; give --storage "
     with pytest.raises(StudyError, match=fix.format("the folder's own")):
         run_study(spec, out, Options(Local(0)))
     with pytest.raises(StudyError, match=fix.format(other.storage)):
@@ -76,7 +76,8 @@ def test_a_study_goes_on_where_its_record_is(tmp_path):
     assert essence(run_study(spec, out, other).trials) == essence(before.trials)
     run_study(spec, out, replace(other, storage=None, fresh=True))
     with pytest.raises(
-        StudyError, match=r"was begun in, the folder's own, but sqlite.* holds none of it; leave out --storage, or"
+        StudyError,
+        match=r"must continue in its storage, the folder's own, but sqlite.* does not hold it; leave out --storage, or",
     ):
         run_study(spec, out, Options(Local(0), storage=f"sqlite:///{tmp_path / 'third'}.db"))
 
@@ -90,9 +91,7 @@ def test_a_storage_is_the_same_only_from_the_same_folder(tmp_path, monkeypatch):
     run_study(spec, tmp_path / "small", options)
     run_study(spec, tmp_path / "small", options)
     monkeypatch.chdir(tmp_path / "two")
-    with pytest.raises(
-        StudyError, match=rf"must go on in the storage that it was begun in, sqlite:///{tmp_path}/one/mine.db, but"
-    ):
+    with pytest.raises(StudyError, match=rf"must continue in its storage, sqlite:///{tmp_path}/one/mine.db, but"):
         run_study(spec, tmp_path / "small", options)
 
 
@@ -103,7 +102,7 @@ def test_fresh_starts_over_whatever_the_folder_says(tmp_path):
     older = (out / "spec.toml").read_text().replace("[search]", "[search]\nhalving = true")
     (out / "spec.toml").write_text(older)
     with pytest.raises(
-        SpecError, match=r"search.halving is not a key of a study.*another release's; choose another --out, or --fresh"
+        SpecError, match=r"search.halving is not a key of a study.*by another release; choose another --out, or --fresh"
     ):
         run_study(spec, out, Options(Local(0)))
     assert (out / "spec.toml").read_text() == older
@@ -112,7 +111,8 @@ def test_fresh_starts_over_whatever_the_folder_says(tmp_path):
 
 @pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize(
-    "attributes", [{"ranksearch:identity": {}}, {folder.STUDY: {"format": folder.FORMAT + 1}}, {folder.STUDY: {"identity": {}}}]
+    "attributes",
+    [{"ranksearch:identity": {}}, {folder.IDENTITY: {"format": folder.RECORD_FORMAT + 1}}, {folder.IDENTITY: {"identity": {}}}],
 )
 def test_a_record_of_another_release_is_refused_until_it_is_started_over(tmp_path, capsys, attributes, elsewhere):
     out, spec = tmp_path / "small", small_spec("search.trials=1", "finalists.count=1")
@@ -125,7 +125,7 @@ def test_a_record_of_another_release_is_refused_until_it_is_started_over(tmp_pat
         study.set_user_attr(name, value)
     before = {path for path in tmp_path.rglob("*") if path.name != ".lock"}
     words = (
-        "The storage's study 'small' must be of a format that this release of ranksearch reads, but another release wrote it; "
+        "The storage's study 'small' must have a format that this release of ranksearch reads, but another release wrote it; "
     )
     with pytest.raises(StudyError, match=f"^{words}choose another --out or name, or --fresh to start over.$"):
         run_study(spec, out, options)
@@ -142,16 +142,14 @@ def test_a_spec_of_another_release_is_refused_by_every_command(copied, capsys):
     for command in (["report", copied], ["export", copied, "--knee"]):
         assert refuse(capsys, *command).startswith(f"{path}: search.newer is not a key of a study.")
         assert refuse(capsys, *command).endswith(
-            "The file is damaged or another release's; use that release, or start over by `ranksearch study` with --fresh."
+            "The file is damaged or was written by another release; use that release, or start over by `ranksearch study` with --fresh."
         )
 
 
 @pytest.mark.slow
 def test_one_run_at_a_time_holds_a_study_of_a_shared_storage(tmp_path):
     url = f"sqlite:///{tmp_path / 'shared.db'}"
-    words = (
-        rf"One run at a time may go on with a study, but 'small' in {url} is in use; wait for it, give it more --workers, or"
-    )
+    words = rf"Only one run at a time may use a study, but 'small' in {url} is in use; wait for that run, give it more --workers, or"
     out, spec = tmp_path / "small", tiny_spec()
     run_study(spec, out, Options(Local(0), storage=url))
     kept = sorted(out.iterdir())
@@ -190,7 +188,7 @@ def test_a_study_that_cannot_be_held_is_told(tmp_path):
     ],
 )
 def test_a_storage_whose_tables_another_run_makes_is_tried_again(tmp_path, monkeypatch, told):
-    connected, left = database._connected, [1, 1]
+    connected, left = database._connect, [1, 1]
 
     def racing(*arguments):
         if left:
@@ -198,9 +196,9 @@ def test_a_storage_whose_tables_another_run_makes_is_tried_again(tmp_path, monke
             raise OperationalError("CREATE TABLE studies", {}, Exception(told))
         return connected(*arguments)
 
-    monkeypatch.setattr(database, "_connected", racing)
+    monkeypatch.setattr(database, "_connect", racing)
     monkeypatch.setattr(database.time, "sleep", lambda seconds: None)
     assert check_storage(f"sqlite:///{tmp_path / 'new.db'}")
-    left += [1] * database.ATTEMPTS
+    left += [1] * database.OPEN_ATTEMPTS
     with pytest.raises(StudyError, match=re.escape(f"cannot be used: {told.splitlines()[0]}; check its address")):
         check_storage(f"sqlite:///{tmp_path / 'new.db'}")

@@ -53,7 +53,7 @@ def test_a_study_goes_on_with_the_same_plans_whatever_their_files_are_called(fil
     for name in files:
         (tmp_path / name).rename(tmp_path / f"moved-{name}")
     moved = [f"moved-{name}" for name in files]
-    message = "The plans to try first are chosen once in a study, but search.first now holds others; leave it as it was"
+    message = "The initial plans of a study cannot change, but search.first now names others; change it back"
     for other in ([], moved[:1], moved[::-1]):
         with pytest.raises(StudyError, match=message):
             run(other, tmp_path / "small")
@@ -83,8 +83,8 @@ def test_the_plan_of_a_finished_study_can_be_tried_first(finished, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "search.first must name files of plans, but 'plan.json' cannot be read: No such file or directory; check the path."),
-        (b"\xff\xfe", "search.first must name files of plans, but 'plan.json' cannot be read: it is not UTF-8 text; check the path."),
+        (None, "search.first must name plan files, but 'plan.json' cannot be read: No such file or directory; check the path."),
+        (b"\xff\xfe", "search.first must name plan files, but 'plan.json' cannot be read: it is not UTF-8 text; check the path."),
         (b"{", "search.first, plan.json: A plan must be JSON, but line 1 is not: Expecting property name enclosed in double quotes."),
         (b"[]", 'search.first, plan.json: A plan needs "format": "ranksearch-plan/1" and a "layers" object, but got \'list\'.'),
         (Plan.of({"conv9": CP(1)}), "search.first, plan.json: A plan must name layers of the space, but 'conv9' is none. Did you mean 'conv2'?"),

@@ -15,7 +15,7 @@ from ranksearch.console import Silent
 from ranksearch.data.images import Images
 from ranksearch.errors import ModelError, StudyError
 from ranksearch.study import folder
-from ranksearch.study.folder import difference
+from ranksearch.study.folder import input_difference
 from ranksearch.study.inputs import inputs_of
 from ranksearch.study.options import Local, Options
 from ranksearch.study.study import run_study
@@ -55,15 +55,15 @@ def splits(**changes):
     ],
 )  # fmt: skip
 def test_what_is_other_data(changes, words):
-    found = difference(inputs_of(splits(), None), inputs_of(splits(**changes), None))
+    found = input_difference(inputs_of(splits(), None), inputs_of(splits(**changes), None))
     assert found.startswith(words)
     assert bool(found) is bool(words)
 
 
 def test_what_is_known_of_one_side_alone_is_no_difference():
-    assert not difference(inputs_of(splits(), "abc"), inputs_of(splits(), None))
-    assert not difference(inputs_of(splits(), None), inputs_of(splits(), "abc"))
-    assert difference(inputs_of(splits(), "a" * 64), inputs_of(splits(), "b" * 64)) == (
+    assert not input_difference(inputs_of(splits(), "abc"), inputs_of(splits(), None))
+    assert not input_difference(inputs_of(splits(), None), inputs_of(splits(), "abc"))
+    assert input_difference(inputs_of(splits(), "a" * 64), inputs_of(splits(), "b" * 64)) == (
         "another dense model (the SHA-256 of its weights is aaaaaaaa... there and bbbbbbbb... here)"
     )
 
@@ -83,7 +83,7 @@ def test_data_of_any_kind_is_the_same_as_itself():
     whole = TensorDataset(torch.arange(30).reshape(10, 3), torch.arange(10))
     data = Splits(Drawn(), unknown, whole, None, "odd")
     state = torch.get_rng_state()
-    assert difference(inputs_of(data, None), inputs_of(data, None)) == ""
+    assert input_difference(inputs_of(data, None), inputs_of(data, None)) == ""
     assert torch.equal(torch.get_rng_state(), state)
     assert inputs_of(data, None)["train"] == {"count": 30}
 
@@ -96,7 +96,7 @@ def test_a_study_does_not_go_on_with_other_data(tmp_path, monkeypatch, elsewhere
     run_study(tiny_spec(), out, options)
     before, few = snapshot(out), nets.few_digits
     monkeypatch.setattr(nets, "few_digits", lambda: few(210))
-    words = r"The storage's study 'small' was made from other data \(the number of inputs in split 'train' is 200 there and 210 here\)"
+    words = r"The storage's study 'small' was started from other data \(the number of inputs in split 'train' is 200 there and 210 here\)"
     with pytest.raises(StudyError, match=words + FIX):
         run_study(tiny_spec("search.trials=2"), out, options)
     assert {path: held for path, held in snapshot(out).items() if "study.db" not in path.name} == {
@@ -123,7 +123,9 @@ def test_a_study_does_not_go_on_with_other_weights(weights, tmp_path):
     run_study(spec("search.trials=1"), out, Options(Local(0)))
     state["fc2.bias"][0] += 1
     safetensors.torch.save_file(state, path)
-    words = r"The storage's study 'small' was made from another dense model \(the SHA-256 of its weights is \w{8}... there and "
+    words = (
+        r"The storage's study 'small' was started from another dense model \(the SHA-256 of its weights is \w{8}... there and "
+    )
     with pytest.raises(StudyError, match=words + r"\w{8}... here\)" + FIX):
         run_study(spec("search.trials=2"), out, Options(Local(0)))
     assert len(stored(out).trials) == 1
@@ -140,7 +142,7 @@ def test_weights_may_move_and_change_their_format_and_go_once_the_folder_has_the
     view = Silent()
     view.note = notes.append
     assert essence(run_study(spec("search.trials=1"), out, Options(Local(0)), view=view).trials) == essence(before.trials)
-    assert notes == [f"dense.weights {path} is gone; the study goes on with the dense net in its folder"]
+    assert notes == [f"dense.weights {path} no longer exists; using the dense net in the study's folder"]
     run_study(spec("search.trials=1", path=moved), out, Options(Local(0)))
     with pytest.raises(StudyError, match=r"is another study \(dense.weights is '.*moved.pt' there and 'nowhere.pt' here\)"):
         run_study(spec("search.trials=1", path="nowhere.pt"), out, Options(Local(0)))
@@ -155,6 +157,6 @@ def test_a_dense_net_that_was_put_into_the_folder_is_not_the_studys(finished, tm
     run_study(spec, out, Options(Local(0)))
     safetensors.torch.save_file(nets.small().state_dict(), out / folder.DENSE_FILE)
     with pytest.raises(
-        StudyError, match="The study 'small' in this storage was made from another dense model; choose another name"
+        StudyError, match="The study 'small' in this storage was started from another dense model; choose another name"
     ):
         run_study(spec, out, Options(Local(0)))

@@ -111,7 +111,9 @@ def test_a_study_outlives_a_restart_of_its_database(server, tmp_path):
     assert all(trial.outcome is Outcome.DONE for trial in record.trials)
     assert sum(trial.finalist is not None for trial in record.trials) == 2
     away, back = view.notes
-    assert away == f"the storage postgresql://me:***@127.0.0.1:{server.port}/postgres is away; trying again for 5 minutes"
+    assert (
+        away == f"the storage postgresql://me:***@127.0.0.1:{server.port}/postgres is unreachable; trying again for 5 minutes"
+    )
     assert back.startswith("the storage is back after ")
     study = folder.open_study("restarted", server.url)
     assert {trial.state.name for trial in study.trials} == {"COMPLETE"}
@@ -154,7 +156,7 @@ def test_a_database_that_stays_away_ends_the_study(server, monkeypatch):
     try:
         with pytest.raises(
             StudyError,
-            match=r"The storage postgresql.*me:\*\*\*@.* must be usable as long as a study runs, but has been away for",
+            match=r"The storage postgresql.*me:\*\*\*@.* must stay usable while a study runs, but has been unreachable for",
         ):
             study.set_user_attr("key", 1)
     finally:
@@ -178,7 +180,7 @@ def test_bad_addresses_are_one_sentence(server, study_file, capsys):
 
 
 def test_one_run_at_a_time_holds_a_study(server):
-    words = rf"One run at a time may go on with a study, but 'alone' in postgresql://me:\*\*\*@127.0.0.1:{server.port}/postgres is in use"
+    words = rf"Only one run at a time may use a study, but 'alone' in postgresql://me:\*\*\*@127.0.0.1:{server.port}/postgres is in use"
     again = database.study_lock("alone", server.url)
     with (
         database.study_lock("alone", server.url),

@@ -65,7 +65,7 @@ def hurried(monkeypatch):
     """Waits are short."""
     monkeypatch.setattr(storage, "MAX_WAIT_SECONDS", 60)
     monkeypatch.setattr(storage, "RETRY_SECONDS", 0.02)
-    monkeypatch.setattr(database, "BUSY_TIMEOUT", 0.02)
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_SECONDS", 0.02)
 
 
 class Lock:
@@ -120,7 +120,7 @@ def test_a_lock_that_stays_is_one_sentence_wherever_it_is_met(tmp_path, hurried,
     monkeypatch.setattr(storage, "MAX_WAIT_SECONDS", 0.1)
     url = folder.storage_url(tmp_path, None)
     words = (
-        rf"The storage {url} must be usable as long as a study runs, but has been locked by another program for 0 s; what was"
+        rf"The storage {url} must stay usable while a study runs, but has been locked by another program for 0 s; all finished"
     )
     lock = Lock(tmp_path / "study.db")
     with lock, pytest.raises(StudyError, match=words):
@@ -170,7 +170,7 @@ def test_an_error_that_will_not_pass_is_not_waited_for(tmp_path):
         study.set_user_attr("key", 1)
 
 
-@pytest.mark.parametrize(("code", "cause"), [("53100", "on a full disk"), ("08006", "away"), (None, "away")])
+@pytest.mark.parametrize(("code", "cause"), [("53100", "on a full disk"), ("08006", "unreachable"), (None, "unreachable")])
 def test_what_ails_a_server_is_told_by_its_code(code, cause):
     error = Exception("a driver's")
     error.sqlstate = code
@@ -180,7 +180,7 @@ def test_what_ails_a_server_is_told_by_its_code(code, cause):
 @pytest.mark.slow
 def test_ctrl_c_ends_the_wait_and_all_that_would_follow(tmp_path, monkeypatch):
     """Locked from the second trial on: one Ctrl-C ends the study, and the same study goes on once it is released."""
-    monkeypatch.setattr(database, "BUSY_TIMEOUT", 0.02)
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_SECONDS", 0.02)
     out, spec, locks = tmp_path / "small", tiny_spec("search.trials=3"), []
 
     class Impatient(Silent):

@@ -26,7 +26,7 @@ from ranksearch.strategy.finalists import MAX_FINALIST_SCORE_DROP
 from ranksearch.study import study
 from ranksearch.study.dense import train_dense
 from ranksearch.study.options import Local, Options, Ray, check_engine, option_of
-from ranksearch.study.probing import PREDICTED_PLANS
+from ranksearch.study.probing import MAX_PREDICTED_PLANS
 from ranksearch.study.run import choose_device
 from ranksearch.study.study import Stopped, run_study
 from ranksearch.task.task import Task, check_float32, predict
@@ -57,7 +57,7 @@ def test_the_first_trials_are_of_the_frontier_then_those_of_vbmf(finished):
     origins = [trial.origin for trial in record.trials]
     first = origins.index("vbmf tucker2 x1")
     assert origins[:first] == ["frontier"] * first
-    assert 1 <= first <= PREDICTED_PLANS
+    assert 1 <= first <= MAX_PREDICTED_PLANS
     assert origins[first + 1] == "vbmf cp x1"
 
 

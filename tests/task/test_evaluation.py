@@ -128,7 +128,7 @@ def test_a_model_that_cannot_be_drawn_anew():
 
     with pytest.raises(
         ModelError,
-        match=r"each module that holds parameters has reset_parameters\(\), but 'the model', a Scaled, has not; give it one, or use space.start = 'decomposed'",
+        match=r"each module that holds parameters has reset_parameters\(\), but 'the model', a Scaled, does not; add that method, or use space.start = 'decomposed'",
     ):
         scratch_(Scaled(), Plan(), seed=0)
 
@@ -151,7 +151,7 @@ def test_weights_that_are_computed_are_not_drawn_anew():
     prune.random_unstructured(model[1], "weight", amount=0.5)
     for inner in (model, torch.nn.Sequential(model[1])):
         with pytest.raises(
-            ModelError, match="if its layers hold their weights as they are, but '0' computes its own from others"
+            ModelError, match="if its layers store their weights directly, but '0' computes its weight from other"
         ):
             scratch_(inner, Plan(), seed=0)
 
@@ -161,7 +161,8 @@ def test_a_model_that_cannot_be_copied(trained, tmp_path):
     prune.random_unstructured(model.conv2, "weight", amount=0.5)
     model(trained.data.train.tensors[0][:2])
     with pytest.raises(
-        ModelError, match=r"one that can be copied, but copy.deepcopy raised RuntimeError: .*; make a weight's normalisation or"
+        ModelError,
+        match=r"It must be possible to copy the model, but copy.deepcopy raised RuntimeError: .*; make weight normalisation or",
     ):
         ranksearch.search(replace(trained, model=model), out=tmp_path / "mine")
 
@@ -183,6 +184,8 @@ def test_such_a_study_resumes(override, tmp_path):
 def test_a_net_with_frozen_weights_does_not_start_from_scratch():
     model = nets.small()
     model.conv1.requires_grad_(False)
-    words = "A net can start from scratch if all its weights are trained, but 'conv1.weight' is frozen; call requires_grad_"
+    words = (
+        "A net can only start from scratch if all its weights are trainable, but 'conv1.weight' is frozen; call requires_grad_"
+    )
     with pytest.raises(ModelError, match=words):
         scratch_(model, PLAN, seed=0)

@@ -56,9 +56,11 @@ def test_weights_that_cannot_be_trained():
         nowhere = nets.small()
     with torch.inference_mode():
         fixed = nets.small()
-    with pytest.raises(ModelError, match=r"Weights must be there, but 'conv1.weight' is on the meta device; load the model's"):
+    with pytest.raises(ModelError, match=r"Weights must be loaded, but 'conv1.weight' is on the meta device; load the model's"):
         check_weights(nowhere)
-    with pytest.raises(ModelError, match=r"Weights must be ones to train, but 'conv1.weight' was made in inference mode; make"):
+    with pytest.raises(
+        ModelError, match=r"Weights must be trainable, but 'conv1.weight' was created in inference mode; create"
+    ):
         check_weights(fixed)
 
 

@@ -313,7 +313,7 @@ def test_compression_loses_nothing(shape, seed, dtype):
 def test_a_fit_that_begins_on_a_short_core_is_as_good(mode, seed, monkeypatch):
     tensor, ranks = kernel(60, 9, 8, seed=seed).movedim(0, mode), [1, 4, 8]
     whole = cp_path(tensor, ranks)
-    monkeypatch.setattr(als, "_SHORT", 6)
+    monkeypatch.setattr(als, "_MIN_SHORT", 6)
     problem = Compressed.of(tensor, 8)
     assert problem.short.shape == torch.Size([8 if at == mode else size for at, size in enumerate(problem.core.shape)])
     short = cp_path(tensor, ranks)
@@ -329,7 +329,7 @@ def test_a_fit_that_begins_on_a_short_core_is_as_good(mode, seed, monkeypatch):
 
 
 def test_terms_on_a_short_core_know_what_lies_outside_of_it(monkeypatch):
-    monkeypatch.setattr(als, "_SHORT", 6)
+    monkeypatch.setattr(als, "_MIN_SHORT", 6)
     problem = Compressed.of(kernel(60, 9, 8), 6)
     terms = problem.slices(6)
     rebuilt = reconstruct([row.T * (terms.weights if at == 0 else 1) for at, row in enumerate(terms.rows)])
