@@ -1,4 +1,4 @@
-"""Who competes in `search.py`: Optuna's samplers, the rules of the literature, and ours with and without its parts."""
+"""The searches that `search.py` compares: Optuna's samplers, rules from the literature, ours with and without its parts."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ Arena: TypeAlias = Trained | Simulated
 Choices: TypeAlias = Mapping[str, Sequence[Choice]]
 
 DROP = 0.10
-"""The hypervolume counts scores above the dense score less this."""
+"""The hypervolume counts scores above the dense score minus this."""
 SWEEP = [2.0 ** (step / 4) for step in (0, 4, -4, 2, -2, -8, 8, -6, 6, -12, -10, 1, -1, 3, -3, -5, 5, -7, 7, -16, -14)]
-"""Weakenings of the one-shot VBMF plan, in the order they are tried."""
+"""Factors on the ranks of the one-shot VBMF plan, in the order they are tried."""
 THREE = (1.0, 2.0, 0.5)
-"""Those that TPE is given."""
+"""Factors of the VBMF plans that TPE starts with."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """The trials of one search in the order they were asked for: validation and test score, log10 of the ratio, seconds."""
+    """Trials of one search in the order of asking: validation and test score, log10 of the compression ratio, seconds of
+    training, seconds that the ask took."""
 
     scores: list[float] = field(default_factory=list)
     tests: list[float] = field(default_factory=list)
@@ -49,7 +50,8 @@ class Found:
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to search. `plans` gives those that are tried first, for a budget; `sampler` proposes the rest, if any."""
+    """A way to search. `plans` returns the plans to try first, given the number of trials. `sampler` proposes the others; None for
+    no others."""
 
     title: str
     plans: Callable[[Arena, int], list[tuple[str, Plan]]]
@@ -59,10 +61,10 @@ class Contender:
         plan for _, plan in vbmf_plans(arena.space, arena.vbmf, WEAKENINGS)
     ]
     probed: bool = False
-    """Whether it needs the probes of single layers."""
+    """Whether it needs the probes of single layers, whose time then counts."""
 
     def search(self, arena: Arena, seed: int, trials: int) -> Found:
-        """The trials of one run."""
+        """Run the search once."""
         plans = self.plans(arena, trials)
         return self._sampled(arena, seed, trials, plans) if self.sampler else self._fixed(arena, seed, plans[:trials])
 
@@ -102,7 +104,7 @@ def _note(found: Found, run: Run, log_ratio: float, asked: float) -> None:
 
 
 def dense_params(arena: Arena) -> dict[str, int]:
-    """Parameters of the layers that are searched, as they are."""
+    """By name, the parameters of each layer that is searched, undecomposed."""
     return {axis.layer.name: axis.layer.params for axis in arena.space.axes}
 
 
@@ -116,7 +118,7 @@ def vbmf_first(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
 
 
 def vbmf_sweep(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
-    """One-shot VBMF (Kim et al. 2016), the one factor on all its ranks swept."""
+    """One-shot VBMF (Kim et al. 2016), with one factor on all ranks, over a range of factors."""
     return list(vbmf_plans(arena.space, arena.vbmf, SWEEP))
 
 
@@ -126,13 +128,13 @@ def frontier_first(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
 
 
 def frontier_alone(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
-    """The predicted frontier, evenly spread."""
+    """Plans of the predicted front, evenly spaced."""
     corners = predicted_front(dense_params(arena), arena.choices)
     return [("frontier", corner.plan) for corner in spread(corners, arena.inventory.params, trials)]
 
 
 def greedy(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
-    """In the manner of AIMET: every layer as small as it can be within one bound on its own loss, and the bound swept."""
+    """Like AIMET: each layer is as small as one bound on its own loss increase allows, over a range of bounds."""
     dense = dense_params(arena)
 
     def within(bound: float) -> Plan:
@@ -155,7 +157,7 @@ def nothing(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
 
 
 def seeds(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
-    """The product's first trials."""
+    """The initial plans of a study."""
     return [*frontier_first(arena, trials), *vbmf_plans(arena.space, arena.vbmf)]
 
 

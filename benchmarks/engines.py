@@ -1,10 +1,10 @@
-"""What engines cost: seconds a trial beyond the trial's own work.
+"""Measure the overhead of the engines: seconds a trial beyond the trial's own work.
 
     python benchmarks/engines.py --write    # some six minutes on two cores; makes the table of docs/benchmarks.md
 
-A hundred trials that do nothing, on two workers. The engines run them from the ledger's ask to the storage's commit (SQLite,
-space of the LeNet, random sampler, one rung a trial); and Ray's `OptunaSearch` runs as many with a function trainable, as one
-would without an engine of one's own. Each has a process of its own, one after the other.
+A hundred trials that do nothing run on two workers. With our engines, a trial goes from the ledger's ask to the storage's commit
+(SQLite, space of the LeNet, random sampler, a learning curve of one point). For comparison, Ray's `OptunaSearch` runs as many
+trials with a function trainable, the usual way in Ray Tune. Each contender runs in its own process, one after the other.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
         *table(["", "first answer after", "a trial after that", "a trial, start and end included"]),
     ]
     for name in CONTENDERS:
-        # Not as a script, which each worker process would read again: the command `ranksearch` is none.
+        # By `-c`, since each worker process would import a script again; the command `ranksearch` is no script either.
         code = f"import engines; engines.measure({name!r})"
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def measure(name: str) -> None:
-    """Run one contender, and print its three figures."""
+    """Run one contender and print three figures: seconds to the first result, a trial after it, a trial over all."""
     start, answers, end = CONTENDERS[name]()
     assert len(answers) == TRIALS, f"{len(answers)} answers"
     first, last = answers[0], answers[-1]
@@ -65,11 +65,11 @@ def measure(name: str) -> None:
 
 
 Clock: TypeAlias = tuple[float, list[float], float]
-"""When the engine was asked for, when each answer was told, when the engine was gone."""
+"""Times: before the engine starts, of each result, after the engine is closed."""
 
 
 def ours(make: Callable[[], Engine]) -> Clock:
-    """A hundred trials of a study, on the engine that is made."""
+    """Run the trials of a study on an engine."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     found = inventory(lenet(), torch.zeros(1, 3, 32, 32))
     with tempfile.TemporaryDirectory() as scratch:
@@ -105,7 +105,7 @@ def nothing(job: Job) -> Iterator[CurvePoint | Result]:
 
 
 def plain() -> Clock:
-    """Ray's own search. It has one objective, since `OptunaSearch` drops the results of two."""
+    """Run as many trials by Ray's `OptunaSearch`. They have one objective, since it drops the results of two."""
     from ray import init, shutdown, tune
     from ray.tune.search.optuna import OptunaSearch
 

@@ -1,11 +1,11 @@
-"""What a long history costs: start-up, asks and report of a study with 5,000 trials in its record.
+"""Measure start-up, asks and report of a study with 5,000 trials in its record.
 
     python benchmarks/records.py --write    # some twenty minutes on two busy cores; makes the table of docs/benchmarks.md
 
-The study is the built-in `lenet`, run for a few trials and gone on with by random plans, whose scores are made up. Each
-measurement has a process of its own and is taken three times, of which the quickest counts: `ranksearch study` up to its first
-job, with its parts; the asks and tells of the jobs after that, which are trained in the same process; and `ranksearch report`.
-All of it once for a study that minimises parameters, and once for one that minimises parameters and multiply-accumulates.
+The study is the built-in `lenet`: a few trained trials, then random plans with made-up scores. Measured are `ranksearch study`
+until its first job, with its parts; the asks and tells of the next jobs, which are trained in the same process; and
+`ranksearch report`. Each measurement has its own process and runs three times, of which the fastest counts. All is measured once
+for a study that minimises parameters, and once for one that minimises parameters and multiply-accumulates.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def build(out: Path, costs: str) -> None:
-    """A study's folder with so many trials in its record: twelve that were trained, and others as the ledger keeps them."""
+    """Make a study's folder with `TRIALS` trials in its record: twelve trained ones, the others with made-up results."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     spec = load_spec("lenet", overrides=[*settings(costs), "search.trials=12"])
     study.run_study(spec, out)
@@ -77,24 +77,24 @@ def build(out: Path, costs: str) -> None:
 
 
 def settings(costs: str) -> list[str]:
-    """What makes the study short, and what it minimises."""
+    """Overrides that make the study short and set what it minimises."""
     return [*SHORT, f"search.minimize={costs}"]
 
 
 def made_up(job: Job, dense: float) -> Result:
-    """An answer with a curve of four rungs, which rises to somewhere below the dense score."""
+    """A result whose learning curve has four points and rises to somewhere below the dense score."""
     drop = random.Random(job.key).lognormvariate(-2.5, 1.0)
     return Result(Outcome.DONE, tuple(CurvePoint(epochs, dense - drop * 2 ** (3 - epochs)) for epochs in range(4)), seconds=1.0)
 
 
 def figures(out: Path, costs: str) -> dict[str, float]:
-    """Seconds, by what took them."""
+    """All measurements of a study: seconds by name."""
     started = min((alone("start", out, costs) for _ in range(REPEATS)), key=lambda found: found[FIRST])
     return started | min((alone("report", out, costs) for _ in range(REPEATS)), key=lambda found: found["a report"])
 
 
 def alone(what: str, out: Path, costs: str) -> dict[str, float]:
-    """What one measurement finds in a process of its own."""
+    """Run one measurement, the function `what` of this module, in its own process; its seconds by name."""
     code = f"import records; records.{what}({str(out)!r}, {costs!r}, {time.time()})"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -102,7 +102,7 @@ def alone(what: str, out: Path, costs: str) -> dict[str, float]:
 
 
 def start(out: str, costs: str, begun: float) -> None:
-    """Run the study for `ASKS` trials more, as the command does, and print what its parts took."""
+    """Resume the study for `ASKS` trials, as the command does, and print the seconds of each part."""
     clock, asks, tells = Clock(begun), list[float](), list[float]()
     clock.passed("packages, torch and Optuna among them")
 
@@ -134,7 +134,7 @@ def start(out: str, costs: str, begun: float) -> None:
 
 
 class Clock(console.Silent):
-    """What passed between the stages of a study."""
+    """A view that measures the seconds between the stages of a study."""
 
     def __init__(self, begun: float) -> None:
         self.parts: dict[str, float] = {}
@@ -158,7 +158,7 @@ class Clock(console.Silent):
 
 
 def report(out: str, costs: str, begun: float) -> None:
-    """Make the report as the command does, and print what it took."""
+    """Make the report as the command does, and print the seconds."""
     cli.main(["report", out])
     print(json.dumps({"a report": time.time() - begun}))
 

@@ -1,15 +1,14 @@
-"""Searches against each other: how good a front each finds within 20, 40 and 100 trials.
+"""Compare searches: how good a front each finds within 20, 40 and 100 trials.
 
     python benchmarks/search.py digits simulated --write    # hours on two cores; makes tables and charts of docs/
     python benchmarks/search.py simulated                   # minutes; prints the table only
 
-All searches have the same task, dense net, space, trial recipe and seeds; a plan tried twice under a seed is trained once.
+All searches have the same task, dense net, space, training recipe and seeds; a plan tried twice under one seed is trained once.
 The measure is the hypervolume of (validation score, log10 ratio) above the point (dense score - 0.10, ratio 1), as a share
-of the ideal: the dense score at the ratio of the smallest plan there is.
+of the ideal: the dense score at the ratio of the smallest possible plan.
 
-docs/search.json keeps every run that was measured under `--write`, since one machine seldom has the time for all: a run that it
-holds is not measured again, and the tables are of all that it holds. `--store` keeps every trial, so that a run that was
-stopped goes on.
+With `--write`, docs/search.json keeps every measured run, since all runs together take long. A run in it is not measured again,
+and the tables show all runs in it. The folder `--store` keeps every trial, so that a run that was stopped resumes.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ from ranksearch.support.files import write_whole
 
 BUDGETS = (20, 40, 100)
 SLOW = {"simulated": {"gp"}}
-"""Left out: an ask of Optuna's GP takes up to 18 s in 150 dimensions."""
+"""By arena, searches that are left out: an ask of Optuna's GP takes up to 18 s in 150 dimensions."""
 KEPT = PAGE.with_name("search.json")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The hypervolume after each trial of one run, on validation and on test scores, and the seconds up to it."""
+    """One run: after each trial, the hypervolume of validation scores, that of test scores, and the seconds until then."""
 
     curve: list[float]
     test: list[float]
@@ -53,12 +52,12 @@ class Measured:
     longest_ask: float
 
     def first(self, trials: int) -> Measured:
-        """What it was after so many trials."""
+        """The run cut to its first `trials` trials."""
         return Measured(self.curve[:trials], self.test[:trials], self.seconds[:trials], self.longest_ask)
 
 
 class Runs:
-    """The measured runs of one arena, by search, seed and budget, and what is to be said of the arena."""
+    """The measured runs of one arena, and facts about the arena for its table."""
 
     def __init__(self, name: str) -> None:
         whole = json.loads(KEPT.read_text()) if KEPT.exists() else {}
@@ -66,13 +65,13 @@ class Runs:
         self.name, self.about, self.entries = name, dict(kept["about"]), list[dict[str, Any]](kept["runs"])
 
     def add(self, key: str, seed: int, budget: int, run: Measured) -> None:
-        """One more, measured here and now."""
+        """Add a run, with today's date and this machine."""
         where = {"search": key, "seed": seed, "budget": budget, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
         rounded = {name: _rounded(value) for name, value in asdict(run).items()}
         self.entries.append(where | {"machine": about("torch", "optuna", "scikit-learn")} | rounded)
 
     def keep(self) -> None:
-        """Write them into docs/search.json, one run a line."""
+        """Write the runs into docs/search.json, one run a line."""
         whole = json.loads(KEPT.read_text()) if KEPT.exists() else {}
         whole[self.name] = {"about": self.about, "runs": self.entries}
         arenas = []
@@ -83,8 +82,8 @@ class Runs:
         write_whole(KEPT, "{" + ",\n".join(arenas) + "}\n")
 
     def of(self, key: str, budget: int) -> dict[int, Measured]:
-        """By seed, the runs of a search with that budget. Who proposes one after the other does not know the budget: of a
-        longer run its first trials count."""
+        """By seed, the runs of a search with that budget. A sampler does not know the budget, so the first trials of a longer
+        run count too."""
         found = {}
         for entry in self.entries:
             enough = entry["budget"] >= budget if CONTENDERS[key].sampler else entry["budget"] == budget
@@ -123,7 +122,7 @@ def main() -> None:
 
 
 def _measure(runs: Runs, given: argparse.Namespace) -> None:
-    """Every run that is asked for and not there yet."""
+    """Measure every requested run that is not kept yet."""
     arenas = _arenas(runs.name, given)
     smallest = size_of(arenas[0].space.smallest("params"), arenas[0].inventory).ratio
     runs.about = {
@@ -133,7 +132,7 @@ def _measure(runs: Runs, given: argparse.Namespace) -> None:
     for key in given.only:
         if key in SLOW.get(runs.name, ()):
             continue
-        # The longest first: a sampler's run of a hundred trials is its run of twenty too.
+        # The largest budget first: a sampler's run of a hundred trials contains its run of twenty.
         for budget in sorted(given.budgets, reverse=True):
             for seed in sorted(set(range(given.seeds)) - runs.of(key, budget).keys()):
                 found = CONTENDERS[key].search(arenas[seed], seed, budget)
@@ -144,7 +143,7 @@ def _measure(runs: Runs, given: argparse.Namespace) -> None:
 
 
 def _arenas(name: str, given: argparse.Namespace) -> list[Arena]:
-    """The arena of each seed: one network for all where it is trained, one of its own where it is simulated."""
+    """The arena of each seed. Trained networks are one for all seeds, each seed has a simulated network of its own."""
     if name == "simulated":
         return [Simulated(seed) for seed in range(given.seeds)]
     return [{"digits": digits, "cifar10": cifar10}[name](given.store)] * given.seeds
@@ -159,12 +158,12 @@ def _measured(arena: Arena, probed: bool, found: Found) -> Measured:
         seconds.append(total)
     points = list(zip(found.scores, found.log_ratios, strict=True))
     curve = [pareto.hypervolume(points[: n + 1], (arena.dense_score - DROP, 0.0)) / ideal for n in range(len(points))]
-    # Validation chooses the front, test judges it.
+    # The front is chosen by validation scores and measured on test scores.
     return Measured(curve, _judged(found, arena, ideal), seconds, max(found.asks))
 
 
 def _judged(found: Found, arena: Arena, ideal: float) -> list[float]:
-    """After each trial, the hypervolume of the test scores of the front that validation chose."""
+    """After each trial, the hypervolume of the test scores of the front by validation scores."""
     result = []
     for n in range(1, len(found.scores) + 1):
         points = list(zip(found.scores[:n], found.log_ratios[:n], strict=True))
@@ -219,7 +218,7 @@ def _cell(runs: Sequence[Measured], seeds: int, value: Callable[[Measured], floa
 
 
 def _words(runs: Runs) -> list[str]:
-    """After how many trials ours has what TPE has after a hundred."""
+    """A sentence: after how many trials ours reaches the mean hypervolume of TPE's 100 trials."""
     if not (runs.of("tpe", 100) and runs.of("rank", 100)):
         return []
     goal = statistics.mean(run.curve[-1] for run in runs.of("tpe", 100).values())
