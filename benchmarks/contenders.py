@@ -50,8 +50,8 @@ class Found:
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to search. `plans` returns the plans to try first, given the number of trials. `sampler` proposes the others; None for
-    no others."""
+    """A way to search. `plans` returns the plans to try first, given the number of trials. `sampler` proposes the others, if
+    it is not None."""
 
     title: str
     plans: Callable[[Arena, int], list[tuple[str, Plan]]]

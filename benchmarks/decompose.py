@@ -198,7 +198,7 @@ def peak_gib() -> float:
 
 
 def tucker_table(nets: Sequence[str]) -> list[str]:
-    """Our HOSVD runs once for each layer and serves all pairs of ranks; tensorly's HOOI and our refinement run once for each pair."""
+    """Our HOSVD runs once for each layer and serves all pairs of ranks. Tensorly's HOOI and our refinement run per pair."""
     method = METHODS[Tucker2]
     head = ["Tucker-2", "pairs (timed)", "`partial_tucker`", "one HOSVD a layer", "faster", "mean error", "largest",
             "within 1 %", "and a HOOI sweep a pair", "faster", "mean error", "largest", "within 1 %"]  # fmt: skip

@@ -2,9 +2,9 @@
 
     python benchmarks/engines.py --write    # some six minutes on two cores; makes the table of docs/benchmarks.md
 
-A hundred trials that do nothing run on two workers. With our engines, a trial goes from the ledger's ask to the storage's commit
-(SQLite, space of the LeNet, random sampler, a learning curve of one point). For comparison, Ray's `OptunaSearch` runs as many
-trials with a function trainable, the usual way in Ray Tune. Each contender runs in its own process, one after the other.
+A hundred trials that do nothing run on two workers. With our engines, a trial goes from the ledger's ask to the storage's
+commit (SQLite, space of the LeNet, random sampler, a learning curve of one point). For comparison, Ray's `OptunaSearch` runs as
+many trials with a function trainable, the usual way in Ray Tune. Each contender runs in its own process, one after the other.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 
 The study is the built-in `lenet`: a few trained trials, then random plans with made-up scores. Measured are `ranksearch study`
 until its first job, with its parts; the asks and tells of the next jobs, which are trained in the same process; and
-`ranksearch report`. Each measurement has its own process and runs three times, of which the fastest counts. All is measured once
-for a study that minimises parameters, and once for one that minimises parameters and multiply-accumulates.
+`ranksearch report`. Each measurement has its own process and runs three times, of which the fastest counts. All is measured
+once for a study that minimises parameters, and once for one that minimises parameters and multiply-accumulates.
 """
 
 from __future__ import annotations

@@ -173,8 +173,8 @@ def gathered(runs: Path) -> list[Entry]:
 
 
 def train(system: System, net: Net, seed: int, epochs: int | None, *, dense: Path, unfinished: Path) -> Entry:
-    """Train a net by the recipe of its study and measure it. `dense` is the file with the dense net's weights, `unfinished` that
-    with the checkpoint of a killed training."""
+    """Train a net by the recipe of its study and measure it. `dense` is the file with the dense net's weights, `unfinished`
+    that with the checkpoint of a killed training."""
     spec = load_spec(system.study, overrides=[*net.overrides, f"seed={seed}"])
     task = load_task(spec)
     model = training.place(task.model, CPU)

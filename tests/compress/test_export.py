@@ -1,4 +1,4 @@
-"""Models taken home compute what the trial's model computed."""
+"""Exported models compute the outputs of the trial's model; models that cannot be saved and loaded are refused."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_an_opset_that_the_exporter_does_not_reach_leaves_nothing(compressed, in
 
 
 def home(model):
-    """Check a model whose copy, as it was made, is `fresh`; then run passes, as a study does."""
+    """Check a model as a study does: with a copy from before its first pass. The model and the random state must not change."""
     fresh = copy.deepcopy(model)
     inputs = torch.rand(2, 1, 8, 8)
     model.eval()(inputs)
@@ -221,7 +221,7 @@ def frozen():
 
 
 def renaming():
-    """Keeps its names without a prefix, and puts it back when it loads."""
+    """A model that removes a prefix from the names in its state dict, and adds it again when it loads."""
     model = nets.Net(lambda net, x: net.net(x), net=nets.small())
 
     def shorten(module, state, prefix, metadata):
@@ -285,7 +285,7 @@ def of_complex_numbers():
 
 
 def loading_anew():
-    """Loads zeros for what it has kept."""
+    """A model that loads zeros instead of the weights in its state dict."""
     model = nets.Net(lambda net, x: net.net(x), net=nets.small())
     model.register_load_state_dict_pre_hook(lambda module, state, *rest: state.update({"net.fc2.bias": torch.zeros(10)}))
     return model

@@ -1,4 +1,4 @@
-"""State dicts come back from safetensors with all that they held: tensors of every type, and the versions of modules."""
+"""State dicts survive safetensors: tensors of every type, and the versions of modules."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def tied():
 
 
 class Extra(nn.Linear):
-    """Keeps a tensor beside its weights."""
+    """A layer that adds a tensor to its state dict beside its weights."""
 
     def __init__(self):
         super().__init__(4, 4)

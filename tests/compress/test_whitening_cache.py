@@ -1,4 +1,4 @@
-"""The metrics of a profile: the same from the cache, made again where what they follow from differs, kept over a study."""
+"""The whitening of a profile: read from the cache unchanged, measured again if its inputs differ, kept when a study resumes."""
 
 import copy
 from collections import OrderedDict
@@ -41,7 +41,7 @@ def assert_same(one, other):
         theirs = other.layers[name]
         assert mine.whitening.roots.keys() == theirs.whitening.roots.keys()
         values = [candidate.value for candidate in mine.candidates()][::5]
-        # A rank between two prepared ones is fitted again, from the whitened kernel.
+        # CP at a rank between two prepared ones is fitted again, from the whitened kernel.
         values += [type(v)(v.rank - 1, kernel=v.kernel) for v in values if type(v) in (plan.CP, plan.CP4) and v.rank > 2]
         for value in values:
             assert all(torch.equal(a, b) for a, b in zip(mine.factors(value), theirs.factors(value), strict=True))
@@ -52,7 +52,7 @@ def assert_same(one, other):
 
 @pytest.fixture
 def measurements(monkeypatch):
-    """The layers that were measured, by call."""
+    """A list that records, for each call, the layers whose moments are measured."""
     calls = []
 
     def noting(model, holds, inputs):
@@ -196,7 +196,7 @@ def test_a_data_aware_study_resumes_as_if_uninterrupted(tmp_path):
     plain = run_study(
         small_spec("space.data_aware=false", "search.trials=5", "finalists.count=1"), tmp_path / "plain", Options(Local(0))
     )
-    # VBMF estimates the ranks of the weights, and so suggests the same; the frontier is predicted from the errors.
+    # VBMF uses the weights alone, so its plans are equal; the predicted front depends on the errors.
     vbmf = [[trial for trial in study.trials if trial.origin.startswith("vbmf")] for study in (whole, plain)]
     pairs = list(zip(*vbmf, strict=True))
     assert pairs
