@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it prints, its exit codes, and one sentence for every kind of bad input."""
+"""The command line as a user sees it: output, exit codes, and a message of one sentence for every kind of bad input."""
 
 from __future__ import annotations
 
@@ -386,7 +386,7 @@ def test_a_report_without_its_storage(copied, capsys):
 
 
 def test_a_report_names_the_storage_that_the_study_was_begun_in(copied, capsys):
-    for path in copied.glob("study.db*"):  # its log beside it
+    for path in copied.glob("study.db*"):  # with the write-ahead log
         path.rename(copied.parent / path.name.replace("study", "else"))
     url = f"sqlite:///{copied.parent / 'else.db'}"
     spec = copied / "spec.toml"

@@ -285,7 +285,7 @@ def of_complex_numbers():
 
 
 def loading_anew():
-    """A model that loads zeros instead of the weights in its state dict."""
+    """A model that loads zeros instead of one bias in its state dict."""
     model = nets.Net(lambda net, x: net.net(x), net=nets.small())
     model.register_load_state_dict_pre_hook(lambda module, state, *rest: state.update({"net.fc2.bias": torch.zeros(10)}))
     return model

@@ -215,7 +215,7 @@ def test_only_those_that_the_forward_needs_are_skipped(kinds):
 
 
 def watched():
-    """A model with a hook that reads all weights, whichever there are, which a replaced layer does not break."""
+    """A model with a hook that reads whatever parameters there are, so a layer can be replaced."""
     model = Net(lambda n, x: n.two(n.one(x.to(next(n.parameters()).device))), one=nn.Conv2d(4, 4, 1), two=nn.Conv2d(4, 2, 1))
     model.register_forward_hook(lambda module, args, output: output / max(p.norm() for p in module.parameters()))
     return model

@@ -310,7 +310,7 @@ def test_moments_are_taken_around_the_mean_where_the_mean_can_be_corrected():
 
 
 def test_a_normalisation_corrects_the_mean_only_for_itself():
-    """In a pre-activation ResNet the shortcut takes the convolution's output past the normalisation, so the mean matters."""
+    """In a pre-activation ResNet the shortcut takes the convolution's output past the normalisation: the mean reaches the output."""
     inputs, runs, conv, norm = correlated(normal(1, 4, 9, 8)), [(1,)], nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6)
 
     def root(run):

@@ -1,4 +1,4 @@
-"""A layer never grows, in whichever costs must shrink, and ranks are multiples: whoever makes ranks holds to it."""
+"""Rank constraints hold wherever ranks are chosen: a layer shrinks in the given costs, and ranks are multiples."""
 
 import functools
 import itertools
@@ -40,7 +40,7 @@ ALL = tuple(BY_NAME)
 SHRINKS = [("params",), ("macs",), ("params", "macs")]
 contract = pytest.mark.parametrize(("geometry", "name"), PAIRS)
 laws = settings(max_examples=60, deadline=None)
-# Each convolution of even kernel says once in a process that it pads one side more; that is what 'same' means.
+# torch warns that an even kernel with padding 'same' pads one side more, as intended.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 offers = st.builds(RankConstraints, st.integers(1, 20), st.sampled_from(SHRINKS))
 layer_of = functools.cache(lambda geometry: given_geometry(geometry)[2])
@@ -55,7 +55,7 @@ def shrinks(method, layer, ranks, constraints):
 
 
 def allowed(method, layer, constraints):
-    """By kind of rank, all that the rule about multiples leaves."""
+    """For each rank of a method, the values that the rule about multiples allows."""
     pairs = zip(method.bounds(layer.weight), method.limits(layer.weight), strict=True)
     return [
         [r for r in range(1, limit + 1) if r % constraints.multiple == 0 or r == bound < constraints.multiple]
@@ -68,7 +68,7 @@ def obeys(method, layer, ranks, constraints):
 
 
 def rank_ranges(method, layer, constraints):
-    """Every candidate, by the law alone."""
+    """All candidates by brute force: ranks that are allowed multiples and at which the layer shrinks."""
     return {
         ranks for ranks in itertools.product(*allowed(method, layer, constraints)) if shrinks(method, layer, ranks, constraints)
     }
@@ -153,14 +153,14 @@ def test_a_rank_that_cannot_reach_the_multiple_is_held_at_its_bound():
 
 
 def test_so_many_terms_are_not_offered_that_als_takes_an_hour():
-    """As of the first fully connected layer of VGG-16; by hand it may have as many as its bound."""
+    """For the first fully connected layer of VGG-16. A plan made by hand may use ranks up to the bound."""
     for method in (METHODS[CP], METHODS[CP4]):
         assert method.limits((4096, 512, 7, 7)) == (1024,)
         assert method.bounds((4096, 512, 7, 7))[0] > 1024
 
 
 def test_no_rank_beyond_the_limit_is_offered_to_reach_the_multiple():
-    """CP at rank 8 would have fewer parameters here, with more terms than ALS can tell apart."""
+    """CP at rank 8 would have fewer parameters here, but more terms than ALS can tell apart."""
     layer = inventory(nn.Sequential(nn.Conv2d(4, 4, 3)), torch.ones(1, 4, 8, 8)).layers[0]
     assert METHODS[CP].shrinks(layer, (8,))
     assert METHODS[CP].limits(layer.weight) == (4,)
@@ -236,7 +236,7 @@ def test_a_space_of_nothing_says_what_was_asked_for():
 
 
 def wide_margin():
-    """A convolution whose output is so much larger than its input that it can save multiply-accumulates and no parameters."""
+    """A convolution with an output much larger than its input: it can save multiply-accumulates, but no parameters."""
     return inventory(nn.Sequential(nn.Conv2d(4, 4, 3, padding=3)), torch.ones(1, 4, 4, 4))
 
 

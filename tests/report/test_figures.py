@@ -1,4 +1,4 @@
-"""Laws of the derived figures, the texts, and the charts' data."""
+"""Laws of the report's derived figures, texts and chart data."""
 
 from __future__ import annotations
 

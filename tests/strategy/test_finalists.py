@@ -38,7 +38,7 @@ def test_what_lost_too_much_is_no_finalist_while_there_is_better():
 
 @given(st.lists(st.floats(0.0, 1.0), min_size=1), st.floats(0.0, 1.0))
 def test_some_trial_is_always_worth_something(scores, dense_score):
-    """Nets from scratch, or that a limit makes tiny, may all be far below the dense one after a few epochs."""
+    """After a few epochs all nets may be far below the dense one: nets from scratch, or tiny ones by a limit."""
     floor = floor_of(dense_score, scores, UNLIMITED)
     assert floor < max(scores)
     assert floor <= dense_score - MAX_FINALIST_SCORE_DROP
@@ -76,7 +76,7 @@ def test_finalists_keep_the_limits_first_and_then_come_near_them(cloud, min_scor
 
 
 def test_a_finalist_is_chosen_by_the_score_of_the_search():
-    """Else a finished study that is run again would go on to other finalists."""
+    """With the finalists' scores, a finished study that runs again would choose other finalists."""
     lifted = trial(0, 0.94, 10.0, finalist=finalist(0.97))
     sunk = trial(1, 0.96, 20.0, finalist=finalist(0.93))
     chosen = choose_finalists([lifted, sunk], 0.95, 1, Limits(min_score=0.95), OBJECTIVES)

@@ -1,4 +1,4 @@
-"""The predicted front: no plan is cheaper at any price, sensitivities rise, and a study starts from what it says."""
+"""The predicted front: no plan is cheaper at any price, sensitivities rise, and a study starts with plans of that front."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ prices = [10.0 ** (exponent / 4) for exponent in range(-24, 9)]
 
 @st.composite
 def layers(draw):
-    """By layer, some ways to store it, smaller than dense."""
+    """By layer, some choices that are smaller than dense."""
     loss_increases = st.floats(-0.5, 3)
     return {
         name: [
@@ -62,7 +62,7 @@ def layers(draw):
 
 
 def everything(choices):
-    """(saved, rise) of every plan there is."""
+    """(saved cost, loss increase) of every possible plan."""
     options = [[(0, 0.0), *((DENSE[n] - c.cost, max(0.0, c.loss_increase)) for c in choices[n])] for n in DENSE]
     for chosen in itertools.product(*options):
         yield sum(saved for saved, _ in chosen), sum(loss_increase for _, loss_increase in chosen)
@@ -147,11 +147,11 @@ def test_a_spread_is_of_the_frontier_with_its_middle_first(savings, count):
 @pytest.mark.parametrize(
     ("loss_increases", "kept"),
     [
-        ([0.0, 0.1, MAX_LOSS_INCREASE - 0.1, MAX_LOSS_INCREASE, MAX_LOSS_INCREASE + 9], 3),  # by what training makes good
+        ([0.0, 0.1, MAX_LOSS_INCREASE - 0.1, MAX_LOSS_INCREASE, MAX_LOSS_INCREASE + 9], 3),  # below the bound
         (
             [0.0, MAX_LOSS_INCREASE + 3, MAX_LOSS_INCREASE + 4, 2 * MAX_LOSS_INCREASE + 2.9, 2 * MAX_LOSS_INCREASE + 3],
             4,
-        ),  # a limit left none such: by the largest within it
+        ),  # none is below the bound: relative to the largest plan
         ([0.0, MAX_LOSS_INCREASE + 3], 2),
         ([0.0], 1),
     ],
@@ -216,7 +216,7 @@ def test_a_study_tries_the_frontier_before_vbmf_and_probes_once(tmp_path):
     assert dense == pytest.approx(min([dense, *(probe.loss for probe in probes)]), abs=0.2)
     assert {probe.layer for probe in probes} == {"conv1", "conv2", "fc1", "fc2"}
     assert "probes" in whole.seconds
-    # What is probed is known: going on with more trials probes nothing again, and keeps to the same plans.
+    # A run with more trials repeats no probe and keeps the same initial plans.
     more = run_study(small_spec("search.trials=11", "finalists.count=1"), tmp_path / "one", Options(Local(0)))
     assert [trial.plan for trial in more.trials][:10] == [trial.plan for trial in whole.trials]
     assert attributes.read_probes(stored(tmp_path / "one")) == (dense, probes)
@@ -278,7 +278,7 @@ def test_probes_go_on_where_they_were_stopped(finished, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_loss_that_is_no_number_counts_as_the_worst(tmp_path):
     def loss(outputs, targets):
-        whole = len(outputs) == 100  # the validation split; training goes in smaller batches
+        whole = len(outputs) == 100  # only the validation split has 100 inputs; training batches are smaller
         return outputs.mean() * (float("nan") if whole else 1.0)
 
     splits = nets.few_digits()

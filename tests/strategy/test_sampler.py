@@ -1,4 +1,4 @@
-"""Who proposes: the project's own sampler, what it expects of a plan, and the contract of every sampler there is."""
+"""Samplers: the sampler "rank", its expectation of plans, and a contract for every sampler."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_choice_outside_the_table_stands_as_the_nearest_of_its_method():
     assert sum(row) == row[layer]
 
 
-# --- what is expected ---
+# --- expected gains ---
 
 ratios = st.floats(0.05, 2.0)
 fronts = st.integers(1, 3).flatmap(
@@ -72,7 +72,7 @@ fronts = st.integers(1, 3).flatmap(
         st.lists(st.tuples(st.floats(0.3, 0.9), *[ratios] * costs), min_size=1, max_size=6), st.tuples(*[ratios] * costs)
     )
 )
-"""Trials (score, log ratios), and the log ratios of a plan, in one cost to three."""
+"""Trials as (score, log ratios), and the log ratios of a plan, in one to three costs."""
 
 
 def expected_gain(front, mean, std):
@@ -146,7 +146,7 @@ def test_what_lost_more_is_expected_to_lose_more():
 
 @pytest.mark.parametrize("floor", [FLOOR, 0.93])
 def test_scores_above_the_dense_one_are_told_apart(floor):
-    """Of a dense net of 0.9: trials of up to 0.97, whether or not the user asks for 0.93."""
+    """The dense net scores 0.9 and trials up to 0.97, with and without a minimum score of 0.93."""
     corners = TABLE.predicted_front(np.ones(len(TABLE.layers)))
     scores = 0.97 - 0.05 * TABLE.loss_increases_of(corners).sum(1)
     known = Surrogate(TABLE, corners, scores, dense_score=0.9, floor=floor, seed=0)
@@ -229,7 +229,7 @@ def test_scores_count_from_below_the_best_where_none_reaches_the_dense_one():
 
 
 def test_a_score_out_of_reach_is_climbed_to():
-    """Not given up for the smallest plans, which all gain nothing alike."""
+    """With all gains zero, the sampler would propose the smallest plans instead."""
     books = Books(sampler="rank", limits=Limits(min_score=0.99))
     ledger, scores = books.ledger(), []
     for job in ledger.jobs(14):

@@ -1,4 +1,4 @@
-"""Plans of the user's own among the first trials: from files, from Python, and what is refused before anything is trained."""
+"""The user's initial plans: from files, from Python; bad ones are refused before anything is trained."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MINE = [Plan.of({"conv2": Tucker2(4, 5), "fc1": SVD(6)}), Plan.of({"conv1": CP(2
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """Two plans' files in the folder that the command runs in."""
+    """Files of two plans in the folder in which the command runs."""
     monkeypatch.chdir(tmp_path)
     for name, plan in zip(("one.json", "other.json"), MINE, strict=True):
         (tmp_path / name).write_text(plan.to_json())

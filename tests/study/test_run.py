@@ -1,4 +1,4 @@
-"""How often a run has jobs evaluated whose workers are lost."""
+"""How often a run evaluates a job whose worker is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training that was killed and goes on equals one that never stopped, to the last bit."""
+"""A killed and resumed training equals an uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def always(monkeypatch):
-    """A checkpoint after every epoch, however short."""
+    """Write a checkpoint after every epoch, however short it is."""
     monkeypatch.setattr(checkpoint, "MIN_SECONDS_BETWEEN", 0.0)
 
 
@@ -41,7 +41,7 @@ def forgetful():
 
 
 def fitted(task, recipe, path, *, stop_after=99, of="this"):
-    """Train until so many epochs are done, or to the end; the epochs that were told."""
+    """Train for at most `stop_after` epochs; the list of epochs done."""
     told = []
     for epoch in training.fit(task.model, task, recipe, seed=3, device=CPU, checkpoint=Checkpoint(path, of)):
         torch.rand(2)
@@ -60,7 +60,7 @@ def test_resumed_equals_uninterrupted(always, tmp_path, precision, stop_after):
     path = tmp_path / "deep" / "net.pt"
     assert fitted(first, recipe, path, stop_after=stop_after)[-1] == stop_after + 1
     with torch.no_grad():
-        second.model.conv1.weight.zero_()  # all of the state is the file's
+        second.model.conv1.weight.zero_()  # the whole state must come from the file
     assert Checkpoint(path, "this").epochs == stop_after
     assert fitted(second, recipe, path) == list(range(stop_after + 1, 5))
     expected, got = whole.model.state_dict(), second.model.state_dict()
@@ -126,7 +126,7 @@ def test_a_finalist_goes_on_wherever_it_was_killed(always, tmp_path, evaluator, 
             next(messages)
         del messages
         *again, result = evaluator(**options, unfinished=folder)(job)
-        held = killed_at - 1 if killed_at > 2 else 0  # an epoch is kept once the caller had its score
+        held = killed_at - 1 if killed_at > 2 else 0  # an epoch's checkpoint is written after its score is passed on
         assert again == curve_points[held:]
         assert result.curve == whole.curve
         assert result.weights == whole.weights
@@ -140,7 +140,7 @@ def test_a_worker_elsewhere_keeps_none(always, tmp_path, evaluator):
 
 
 class Stopping(Silent):
-    """Ctrl-C at the nth message of one stage."""
+    """A view that raises Ctrl-C at the nth message of one stage."""
 
     def __init__(self, stage, at):
         self.wanted, self.left, self.now, self.done, self.curve_points = stage, at, "", [], []

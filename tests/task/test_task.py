@@ -1,4 +1,4 @@
-"""Tasks whose model, loss and score work together, and those that do not."""
+"""Tasks: model, loss and score that fit together, and those that are refused."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_large_inputs_are_scored_a_few_at_a_time(shape, most):
 
 
 class Fixed(Batched):
-    """Inputs of a shape that take no memory before they are read."""
+    """A split with inputs of a given shape that take no memory before they are read."""
 
     def __init__(self, shape, count):
         self.shape, self.count = shape, count
