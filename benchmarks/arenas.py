@@ -79,7 +79,7 @@ class Trained:
         self.epochs = spec.finetune.epochs
         self.dense_loss, self.probes, self.probe_seconds = self._probed()
         self.choices = predicted_choices(self.profile, self.probes, self.dense_loss)
-        self.blind = predicted_choices(self.profile, (), self.dense_loss)
+        self.unprobed_choices = predicted_choices(self.profile, (), self.dense_loss)
         self.vbmf = self.profile.vbmf
         self._store = folder / f"trials-{os.getpid()}.jsonl"
         self._known: dict[tuple[str, int], Run] = {}
@@ -166,7 +166,7 @@ class Simulated:
         self._methods = {(x.name, kind): draw.lognormvariate(0.0, 0.25) for x in layers for kind in METHODS_SEARCHED}
         seen = {layer.name: draw.lognormvariate(0.0, 0.8) for layer in layers}
         self.vbmf = {layer.name: self._estimate(layer, draw) for layer in layers}
-        self.choices, self.blind = {}, {}
+        self.choices, self.unprobed_choices = {}, {}
         for axis in self.space.axes:
             found = [m.value(axis.layer, ranks) for m in axis.methods for ranks in m.rank_grid(axis.layer)]
             name, costs = axis.layer.name, [METHODS[type(v)].params(axis.layer, v.ranks) for v in found]
@@ -175,7 +175,7 @@ class Simulated:
             self.choices[name] = [
                 Choice(v, c, loss_increase * e * (1 + e)) for v, c, e in zip(found, costs, squares, strict=True)
             ]
-            self.blind[name] = [Choice(v, c, e) for v, c, e in zip(found, costs, squares, strict=True)]
+            self.unprobed_choices[name] = [Choice(v, c, e) for v, c, e in zip(found, costs, squares, strict=True)]
 
     def run(self, plan: Plan, seed: int) -> Run:
         """The result of a plan; plan and seed determine its noise."""

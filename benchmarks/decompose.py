@@ -50,11 +50,11 @@ from ranksearch.tensors.tucker import hooi, hosvd
 from ranksearch.tensors.vbmf import vbmf
 
 T = TypeVar("T")
-DECAY = 0.7
+SPECTRUM_EXPONENT = 0.7
 """The k-th singular value of every unfolding is about k^-0.7, as in trained networks."""
-TOLERANCE, SWEEPS = 1e-4, 60
+TOLERANCE, MAX_SWEEPS = 1e-4, 60
 """Of both tensorly decompositions. Ours stop at the same tolerance, or after the number of sweeps in a profile."""
-SAMPLES = {"LeNet": 100, "NIN": 20, "ResNet-18": 8, "ResNet-50": 8}
+TIMED_RANK_PAIRS = {"LeNet": 100, "NIN": 20, "ResNet-18": 8, "ResNet-50": 8}
 """Rank pairs of each layer at which `partial_tucker` is timed, out of a hundred."""
 
 NIN = ((192, 3, 5), (160, 192, 1), (96, 160, 1), (192, 96, 5), (192, 192, 1), (192, 192, 1), (192, 192, 3), (192, 192, 1),
@@ -126,7 +126,7 @@ def decay_(model: nn.Module) -> None:
                 for mode in (0, 1):
                     size = weight.shape[mode]
                     basis = torch.linalg.qr(torch.randn(size, size))[0]
-                    scale = torch.arange(1, size + 1).float().pow(-DECAY)
+                    scale = torch.arange(1, size + 1).float().pow(-SPECTRUM_EXPONENT)
                     weight.copy_(torch.tensordot(basis * scale, weight, dims=([1], [mode])).movedim(0, mode))
                 weight.div_(weight.std()).mul_(0.05).add_(torch.randn_like(weight), alpha=1e-3)
 
@@ -210,14 +210,14 @@ def tucker_table(nets: Sequence[str]) -> list[str]:
             if not applies(method, layer):
                 continue
             tensor, grid = kernel(model, layer).flatten(2), method.rank_grid(layer)
-            chosen = [grid[i] for i in np.unique(np.linspace(0, len(grid) - 1, SAMPLES[name]).round().astype(int))]
+            chosen = [grid[i] for i in np.unique(np.linspace(0, len(grid) - 1, TIMED_RANK_PAIRS[name]).round().astype(int))]
             times = len(grid) / len(chosen)
             seconds, fit = timed(partial(hosvd, tensor))
             more, errors = timed(fit.errors)
             sweep, ours = timed(partial(each, partial(hooi, tensor, fit, sweeps=1), chosen))
-            theirs, found_by_it = timed(partial(each, partial(tensorly_hooi, tensor), chosen))
+            theirs, their_factors = timed(partial(each, partial(tensorly_hooi, tensor), chosen))
             swept = [tucker_error(tensor, *parts) for parts in ours]
-            peers = [tucker_error(tensor, *parts) for parts in found_by_it]
+            peers = [tucker_error(tensor, *parts) for parts in their_factors]
             ratios = [float(errors[i - 1, o - 1]) / e for (i, o), e in zip(chosen, peers, strict=True) if e > 1e-3]
             better = [mine / e for mine, e in zip(swept, peers, strict=True) if e > 1e-3]
             once.append(Row(seconds + more, theirs * times, tuple(ratios), len(chosen), len(grid)))
@@ -236,7 +236,7 @@ def compared(rows: Row) -> list[str]:
 
 def tensorly_hooi(tensor: Tensor, rank_in: int, rank_out: int) -> tuple[Tensor, Tensor, Tensor]:
     (core, (u_out, u_in)), _ = partial_tucker(
-        tensor, rank=[rank_out, rank_in], modes=[0, 1], init="svd", tol=TOLERANCE, n_iter_max=SWEEPS
+        tensor, rank=[rank_out, rank_in], modes=[0, 1], init="svd", tol=TOLERANCE, n_iter_max=MAX_SWEEPS
     )
     return core, u_out, u_in
 
@@ -283,7 +283,7 @@ def cp_table(nets: Sequence[str]) -> list[str]:
 
 def parafac_fit(tensor: Tensor, rank: int) -> tuple[float, float]:
     """Relative error and degeneracy: sum of the squared norms of the terms / squared norm of the tensor."""
-    found = parafac(tensor, rank, init="svd", tol=TOLERANCE, n_iter_max=SWEEPS, random_state=0)
+    found = parafac(tensor, rank, init="svd", tol=TOLERANCE, n_iter_max=MAX_SWEEPS, random_state=0)
     scaled = [found.factors[0] * found.weights, *found.factors[1:]]
     terms = torch.stack([factor.norm(dim=0) for factor in scaled]).prod(0)
     return float((reconstruct(scaled) - tensor).norm() / tensor.norm()), float((terms.norm() / tensor.norm()).square())

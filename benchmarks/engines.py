@@ -38,7 +38,7 @@ TRIALS, WORKERS = 100, 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     given = parser.parse_args()
     lines = [
         machine("ray", "optuna", "torch"),
@@ -68,7 +68,7 @@ Clock: TypeAlias = tuple[float, list[float], float]
 """Times: before the engine starts, of each result, after the engine is closed."""
 
 
-def ours(make: Callable[[], Engine]) -> Clock:
+def with_engine(make: Callable[[], Engine]) -> Clock:
     """Run the trials of a study on an engine."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     found = inventory(lenet(), torch.zeros(1, 3, 32, 32))
@@ -95,16 +95,16 @@ def ours(make: Callable[[], Engine]) -> Clock:
 
         start = time.perf_counter()
         with make() as engine:
-            engine.run(ledger.jobs(TRIALS), nothing, on_message=on_message, should_stop=lambda: False)
+            engine.run(ledger.jobs(TRIALS), no_work, on_message=on_message, should_stop=lambda: False)
         return start, answers, time.perf_counter()
 
 
-def nothing(job: Job) -> Iterator[CurvePoint | Result]:
+def no_work(job: Job) -> Iterator[CurvePoint | Result]:
     yield CurvePoint(0, 0.5)
     yield Result(Outcome.DONE, (CurvePoint(0, 0.5),))
 
 
-def plain() -> Clock:
+def with_optuna_search() -> Clock:
     """Run as many trials by Ray's `OptunaSearch`. They have one objective, since it drops the results of two."""
     from ray import init, shutdown, tune
     from ray.tune.search.optuna import OptunaSearch
@@ -136,9 +136,9 @@ def plain() -> Clock:
 
 
 CONTENDERS = {
-    "local engine": lambda: ours(lambda: local.engine(WORKERS)),
-    "Ray engine": lambda: ours(lambda: ray.engine(ray.Cluster(workers=WORKERS))),
-    "`OptunaSearch`, function trainable": plain,
+    "local engine": lambda: with_engine(lambda: local.engine(WORKERS)),
+    "Ray engine": lambda: with_engine(lambda: ray.engine(ray.Cluster(workers=WORKERS))),
+    "`OptunaSearch`, function trainable": with_optuna_search,
 }
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from ranksearch.task.task import Task, load_task
 
 CPU = torch.device("cpu")
 PAGE = Path(__file__).parents[1] / "docs" / "thesis.md"
-KEPT = PAGE.with_suffix(".json")
+FIGURES_FILE = PAGE.with_suffix(".json")
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,12 @@ SYSTEMS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("systems", nargs="*", choices=[*SYSTEMS, []])
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--epochs", type=int, help="fewer than the study has, which the tables then say")
+    parser.add_argument("--seeds", type=int, default=1, help="how many seeds, from 0 on")
+    parser.add_argument("--epochs", type=int, help="train for so many epochs instead of the study's; the tables show them")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the studies' folders are")
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument(
+        "--write", action="store_true", help="add the results to docs/thesis.json, and put the tables into docs/thesis.md"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     for name in given.systems:
@@ -144,10 +146,10 @@ def main() -> None:
                     print(found, flush=True)
     if given.write:
         kept = gathered(given.runs)
-        write_whole(KEPT, json.dumps(kept, indent=1) + "\n")
+        write_whole(FIGURES_FILE, json.dumps(kept, indent=1) + "\n")
         for name, system in SYSTEMS.items():
             own = [entry for entry in kept if entry["system"] == name]
-            write_section(name, "python benchmarks/thesis.py --write", "\n".join(lines(system, own)), page=PAGE)
+            write_section(name, "python benchmarks/thesis.py --write", "\n".join(table_lines(system, own)), page=PAGE)
 
 
 Entry: TypeAlias = dict[str, Any]
@@ -156,7 +158,7 @@ Entry: TypeAlias = dict[str, Any]
 
 def gathered(runs: Path) -> list[Entry]:
     """All entries kept before and those in `runs`, which replace earlier ones of the same net, seed and epochs."""
-    found = json.loads(KEPT.read_text()) if KEPT.exists() else []
+    found = json.loads(FIGURES_FILE.read_text()) if FIGURES_FILE.exists() else []
     for name, system in SYSTEMS.items():
         for net in system.nets:
             paths = sorted((runs / "thesis" / name).glob(f"{net.name} *.json"))
@@ -192,10 +194,10 @@ def train(system: System, net: Net, seed: int, epochs: int | None, *, dense: Pat
     if net.name == "dense":
         dense.parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), dense)
-    return facts(task, spec, seed, wanted, checkpoint.seconds())
+    return measurements(task, spec, seed, wanted, checkpoint.seconds())
 
 
-def facts(task: Task, spec: StudySpec, seed: int, recipe: Recipe, seconds: float) -> Entry:
+def measurements(task: Task, spec: StudySpec, seed: int, recipe: Recipe, seconds: float) -> Entry:
     """The measurements of a trained net."""
     model, data = task.model, task.data
     validation, test = (training.score(model, task, split, device=CPU) for split in (data.validation, data.test))
@@ -214,7 +216,7 @@ def searched(front: Entry) -> Entry:
     return about | {"nets": [{key: entry[key] for key in kept} for entry in front["front"] if entry["score_test"] is not None]}
 
 
-def lines(system: System, entries: Sequence[Entry]) -> list[str]:
+def table_lines(system: System, entries: Sequence[Entry]) -> list[str]:
     """A system's table, with a row for each net and number of epochs, then the commands of its searches."""
     machines = sorted({entry["machine"] for entry in entries})
     found = [f"Run on {', and on '.join(machines)}.\n"] if machines else []
@@ -223,7 +225,7 @@ def lines(system: System, entries: Sequence[Entry]) -> list[str]:
     for net in system.nets:
         mine = [entry for entry in entries if entry["net"] == net.name]
         found += [
-            trained(system, net, [e for e in mine if e["epochs"] == n], entries) for n in sorted({e["epochs"] for e in mine})
+            net_row(system, net, [e for e in mine if e["epochs"] == n], entries) for n in sorted({e["epochs"] for e in mine})
         ]
         if not mine:
             found.append(row(net.name, net.thesis, *["not run yet", *[""] * 5]))
@@ -232,13 +234,13 @@ def lines(system: System, entries: Sequence[Entry]) -> list[str]:
         mine = [entry for entry in entries if entry["net"] == search.name]
         for entry in mine:
             commands.append(entry["command"])
-            found += of_search(system, search, entry, entries, len(commands))
+            found += search_rows(system, search, entry, entries, len(commands))
         if not mine:
             found.append(row(f"{search.name}: `ranksearch study {search.study}`", search.thesis, *["not run yet", *[""] * 5]))
     return [*found, *([""] if commands else []), *(f"{i}. Search {i}: `{each}`" for i, each in enumerate(commands, 1))]
 
 
-def trained(system: System, net: Net, mine: Sequence[Entry], entries: Sequence[Entry]) -> str:
+def net_row(system: System, net: Net, mine: Sequence[Entry], entries: Sequence[Entry]) -> str:
     """The row of a net for one number of epochs. For a decomposed net only the epochs after decomposition count."""
     dense = system.nets[0]
     # A decomposed and fine-tuned net is compared with the dense net that was fine-tuned as long.
@@ -247,20 +249,20 @@ def trained(system: System, net: Net, mine: Sequence[Entry], entries: Sequence[E
     gains = [e["score_test"] - r["score_test"] for e in mine for r in rivals if e["seed"] == r["seed"]]
     return row(
         net.name, net.thesis, f"{mine[0]['params']:,}", smaller(mine[0], system, entries),
-        spread(system, [e["score_test"] for e in mine]),
-        spread(system, gains, gain=True) if gains and net is not dense else "", mine[0]["epochs"], len(mine),
+        mean_and_deviation(system, [e["score_test"] for e in mine]),
+        mean_and_deviation(system, gains, gain=True) if gains and net is not dense else "", mine[0]["epochs"], len(mine),
     )  # fmt: skip
 
 
-def of_search(system: System, search: Search, entry: Entry, entries: Sequence[Entry], number: int) -> list[str]:
+def search_rows(system: System, search: Search, entry: Entry, entries: Sequence[Entry], number: int) -> list[str]:
     """The rows of one search: its own dense net, then the nets of its front."""
     dense, rows = entry["dense"], list[str]()
     for net in (dense, *entry["nets"]):
         title, figures = (f"dense net of search {number}", "") if net is dense else (f"{search.name} {number}", search.thesis)
-        gain = "" if net is dense else spread(system, [net["score_test"] - dense["score_test"]], gain=True)
+        gain = "" if net is dense else mean_and_deviation(system, [net["score_test"] - dense["score_test"]], gain=True)
         rows.append(row(
-            title, figures, f"{net['params']:,}", smaller(net, system, entries, dense), spread(system, [net["score_test"]]),
-            gain, net.get("epochs", ""), f"seed {entry['seed']}",
+            title, figures, f"{net['params']:,}", smaller(net, system, entries, dense),
+            mean_and_deviation(system, [net["score_test"]]), gain, net.get("epochs", ""), f"seed {entry['seed']}",
         ))  # fmt: skip
     return rows
 
@@ -271,7 +273,7 @@ def smaller(net: Entry, system: System, entries: Sequence[Entry], otherwise: Ent
     return f"{dense['params'] / net['params']:.1f}x" if dense else ""
 
 
-def spread(system: System, scores: list[float], *, gain: bool = False) -> str:
+def mean_and_deviation(system: System, scores: list[float], *, gain: bool = False) -> str:
     """Mean and standard deviation of scores as text: the AUC, which is 1 - score, or accuracy in percent."""
     area = system.score == "AUC"
     values = [(0 if gain else 1) - score if area else 100 * score for score in scores]

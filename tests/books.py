@@ -26,7 +26,7 @@ DENSE_SCORE = 0.65
 """Made-up scores reach from 0 to 0.87, so some plans beat the dense model and some are far below it."""
 
 
-def rank_ranges(space=SPACE):
+def made_up_choices(space=SPACE):
     """By layer, a few dozen choices of all sizes. Smaller choices increase the loss more, and later layers more than earlier ones."""
     found = {}
     for place, axis in enumerate(space.axes):
@@ -44,7 +44,7 @@ def rank_ranges(space=SPACE):
 
 def knowledge(space=SPACE, *, limits=UNLIMITED, suggested=(), minimize=("params",)):
     """The knowledge that the sampler "rank" starts from, made up without any training."""
-    return Knowledge(space, Table(FOUND, rank_ranges(space), minimize), DENSE_SCORE, limits, suggested)
+    return Knowledge(space, Table(FOUND, made_up_choices(space), minimize), DENSE_SCORE, limits, suggested)
 
 
 class Books:

@@ -84,7 +84,7 @@ def test_a_report_tells_that_it_waits(copied, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 @pytest.mark.parametrize("words", [["studies"], ["report", "runs/small"]])
-def test_an_output_without_room_is_one_sentence(copied, study_file, words):
+def test_a_full_output_is_one_sentence(copied, study_file, words):
     code = f"import sys; from ranksearch.cli import main; sys.exit(main({words!r}))"
     with open("/dev/full", "w") as output:  # noqa: PTH123
         done = subprocess.run([sys.executable, "-c", code], stdout=output, stderr=subprocess.PIPE, text=True)

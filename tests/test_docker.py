@@ -52,7 +52,7 @@ def test_a_login_shell_finds_the_commands_too():
     assert f"echo 'PATH={path}' > /etc/profile.d/" in DOCKERFILE
 
 
-def test_what_is_copied_is_not_ignored():
+def test_dockerignore_names_the_files_that_the_image_copies():
     """`.dockerignore` excludes all files except those it names."""
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     copied = re.findall(r"^COPY (?:--\S+ )?(.*) \S+$", DOCKERFILE, re.MULTILINE)

@@ -97,7 +97,7 @@ KERNELS = [method for method in METHODS.values() if method.applies((7, 4, 6, 5),
 
 @pytest.mark.parametrize("method", KERNELS, ids=lambda method: method.kind.method)
 @pytest.mark.parametrize("axes", [(2, 3, 1), (3, 1, 2), (2, 1, 3)])
-def test_full_rank_is_the_identity_and_the_model_comes_home(method, axes, tmp_path):
+def test_full_rank_is_the_identity_and_the_model_can_be_loaded(method, axes, tmp_path):
     model = behind(lambda n, x: n.drop(x.permute(0, *axes).flatten(1)), drop=nn.Dropout()).eval()
     found = inventory(model, IMAGE)
     layer = found["fc"]

@@ -191,7 +191,7 @@ def test_an_opset_that_the_exporter_does_not_reach_leaves_nothing(compressed, in
     assert logging.root.manager.disable == level
 
 
-def home(model):
+def check_loadable(model):
     """Check a model as a study does: with a copy from before its first pass. The model and the random state must not change."""
     fresh = copy.deepcopy(model)
     inputs = torch.rand(2, 1, 8, 8)
@@ -250,8 +250,8 @@ def renaming():
     ],
     ids=["versioned", "renaming", "frozen", "drawing", "counting", "dropout", "nan"],
 )
-def test_a_model_that_comes_home(make):
-    home(make())
+def test_a_model_that_can_be_saved_and_loaded(make):
+    check_loadable(make())
 
 
 def lazy(net, inputs):
@@ -305,9 +305,9 @@ def loading_anew():
     ],
     ids=["lazy", "losing", "complex", "passing", "anew"],
 )
-def test_a_model_that_does_not_come_home(make, told):
+def test_a_model_that_cannot_be_saved_and_loaded(make, told):
     with pytest.raises(ModelError) as raised:
-        home(make())
+        check_loadable(make())
     assert re.fullmatch(
         rf"A compressed model must come back from its files as it was, but a factorized copy {told}.*; let state_dict\(\) keep all "
         r"that a forward needs and training changes, and make buffers in __init__\.",
@@ -315,7 +315,7 @@ def test_a_model_that_does_not_come_home(make, told):
     )
 
 
-def test_what_cannot_come_home_is_refused_before_anything_is_trained(tmp_path):
+def test_a_model_that_cannot_be_loaded_is_refused_before_training(tmp_path):
     task = Task(nets.Net(lazy, net=nets.small()), nets.few_digits())
     with pytest.raises(
         ModelError, match="A compressed model must come back from its files as it was, but a factorized copy cannot be"

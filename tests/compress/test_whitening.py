@@ -102,7 +102,7 @@ def wells(draw):
 
 @laws
 @given(wells())
-def test_full_rank_is_the_kernel_in_any_metric(well):
+def test_full_rank_is_the_kernel_with_any_whitening(well):
     weight, method, found, seed = well
     if method is None:
         return
@@ -199,7 +199,7 @@ def by_channel(outputs, layer):
 
 
 @pytest.mark.parametrize("geometry", SVDS)
-def test_the_error_in_the_metric_is_that_of_the_outputs(geometry, exact):
+def test_the_whitened_error_is_that_of_the_outputs(geometry, exact):
     """One factor of SVD holds all input modes, so the whitened error equals the error of the outputs on these inputs."""
     model, inputs, layer = given_geometry(geometry)
     method, inputs = BY_NAME["svd"], correlated(inputs, count=200)
@@ -217,7 +217,7 @@ def test_the_error_in_the_metric_is_that_of_the_outputs(geometry, exact):
 
 
 @pytest.mark.parametrize("geometry", SVDS)
-def test_no_svd_of_its_rank_has_a_smaller_error_in_the_metric(geometry):
+def test_no_svd_of_its_rank_has_a_smaller_whitened_error(geometry):
     model, inputs, layer = given_geometry(geometry)
     method, kernel = BY_NAME["svd"], model.layer.weight.detach().reshape(layer.weight)
     found = measured(model, layer, method, correlated(inputs))
@@ -256,7 +256,7 @@ def test_outputs_are_nearer_than_with_plain_factors(name):
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-def test_no_metric_is_the_plain_one(name):
+def test_without_inputs_nothing_is_whitened(name):
     model, inputs, layer = given_geometry("linear behind a map")
     method = BY_NAME[name]
     plain = profile(model, inventory(model, inputs), {"layer": [method]}).layers["layer"]
@@ -276,7 +276,7 @@ def test_no_metric_is_the_plain_one(name):
 
 @pytest.mark.parametrize("inputs", ["one dead channel", "all dead", "constant", "copied channels"])
 @pytest.mark.parametrize("name", BY_NAME)
-def test_inputs_that_say_nothing(name, inputs):
+def test_dead_constant_and_copied_inputs(name, inputs):
     model, one, layer = given_geometry("linear behind a map")
     batch = correlated(one)
     if inputs == "one dead channel":
@@ -327,7 +327,7 @@ def test_a_normalisation_corrects_the_mean_only_for_itself():
     assert torch.equal(root(lambda n, x: n.norm(n.conv(x)).relu()), alone)
 
 
-def test_a_run_that_is_too_large_is_parted(monkeypatch):
+def test_modes_too_large_for_one_root_are_split(monkeypatch):
     model, inputs, layer = given_geometry("linear behind a map")
     method, kernel, batch = BY_NAME["svd"], model.layer.weight.detach().reshape(layer.weight), correlated(inputs)
     assert layer.weight[1:] == (4, 3, 5)

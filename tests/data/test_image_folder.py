@@ -166,7 +166,7 @@ def test_a_class_without_pictures(pets):
         image_folder(root=str(pets), size=16)
 
 
-def test_links_to_nothing(pets):
+def test_broken_links(pets):
     (pets / "train" / "cat" / "x.jpg").symlink_to(pets / "gone.jpg")
     with pytest.raises(
         DataError, match=r"cat/x\.jpg must be a picture, but is a link to nothing \(No such file or directory\); delete"

@@ -149,7 +149,7 @@ def test_cifar10_from_torchvisions_pickles(tmp_path, monkeypatch):
         ({"validation": 20, "shift": 33}, r"shift must lie in 0\.\.32, the size of the images, but got 33"),
     ],
 )  # fmt: skip
-def test_parts_that_do_not_fit(root, options, message):
+def test_options_that_do_not_fit(root, options, message):
     with pytest.raises(DataError, match=message):
         cifar10(root=str(root), **options)
 

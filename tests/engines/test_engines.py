@@ -97,7 +97,7 @@ def answers(found):
 
 
 @ALL
-def test_every_job_is_answered_once_after_its_rungs(engine):
+def test_every_job_has_one_result_after_its_learning_curve(engine):
     found = collect(WORK, 5, engine)
     assert answers(found) == [(key, "DONE", (CurvePoint(0, key), CurvePoint(1, 2.0 * key))) for key in range(5)]
     for key in range(5):
@@ -171,7 +171,7 @@ def long_second(job):
 
 
 @engines(1, "ray")
-def test_a_worker_that_dies_after_a_rung_loses_its_job_alone(engine):
+def test_a_worker_that_dies_after_a_curve_point_loses_its_job_alone(engine):
     found = []
 
     def on_message(job, message):

@@ -104,7 +104,7 @@ def test_memory_is_aligned_as_torch_aligns_it():
     assert [each.data_ptr() % 64 for each in sent(given)] == [0] * 4
 
 
-def test_what_shares_memory_shares_it_there():
+def test_tensors_that_share_memory_share_it_in_the_worker():
     whole = torch.zeros(1 << 20)
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     net[1].weight = net[0].weight

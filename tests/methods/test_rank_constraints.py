@@ -67,7 +67,7 @@ def obeys(method, layer, ranks, constraints):
     return all(rank in kind for rank, kind in zip(ranks, allowed(method, layer, constraints), strict=True))
 
 
-def rank_ranges(method, layer, constraints):
+def all_candidates(method, layer, constraints):
     """All candidates by brute force: ranks that are allowed multiples and at which the layer shrinks."""
     return {
         ranks for ranks in itertools.product(*allowed(method, layer, constraints)) if shrinks(method, layer, ranks, constraints)
@@ -84,7 +84,7 @@ def space_of(constraints):
 
 def values(axis):
     """Every value that the axis can choose."""
-    found = ((method, ranks) for method in axis.methods for ranks in rank_ranges(method, axis.layer, axis.constraints))
+    found = ((method, ranks) for method in axis.methods for ranks in all_candidates(method, axis.layer, axis.constraints))
     return [Dense(), *(method.value(axis.layer, ranks) for method, ranks in found)]
 
 
@@ -97,7 +97,7 @@ def test_what_is_offered_is_what_the_law_leaves(geometry, name, smaller_in):
     method, layer = BY_NAME[name], layer_of(geometry)
     for constraints in (RankConstraints(multiple, smaller_in) for multiple in (1, 2, 3, 4, 8)):
         wanted, kinds, grid = (
-            rank_ranges(method, layer, constraints),
+            all_candidates(method, layer, constraints),
             method.rank_ranges(layer, constraints),
             method.rank_grid(layer, constraints),
         )
@@ -111,7 +111,7 @@ def test_what_is_offered_is_what_the_law_leaves(geometry, name, smaller_in):
 
 
 @contract
-def test_without_wishes_the_grid_is_log_spaced_between_one_and_the_largest_that_pays(geometry, name):
+def test_without_constraints_the_grid_is_log_spaced_from_one_to_the_largest_that_pays(geometry, name):
     method, layer = BY_NAME[name], layer_of(geometry)
 
     def fewer(ranks):
@@ -152,7 +152,7 @@ def test_a_rank_that_cannot_reach_the_multiple_is_held_at_its_bound():
     assert METHODS[Tucker2].rank_ranges(layer)[1][-1] > 16
 
 
-def test_so_many_terms_are_not_offered_that_als_takes_an_hour():
+def test_ranks_at_which_als_takes_an_hour_are_not_offered():
     """For the first fully connected layer of VGG-16. A plan made by hand may use ranks up to the bound."""
     for method in (METHODS[CP], METHODS[CP4]):
         assert method.limits((4096, 512, 7, 7)) == (1024,)
@@ -197,7 +197,7 @@ def test_every_value_that_is_offered_is_chosen_by_its_parameters(multiple, small
     [RankConstraints(1, ("macs",)), RankConstraints(3), RankConstraints(4, ("params", "macs")), RankConstraints(8)],
     ids=str,
 )
-def test_first_plans_and_profiles_keep_to_what_is_offered(trained, constraints):
+def test_initial_plans_and_profiles_use_only_offered_ranks(trained, constraints):
     space = space_of(constraints)
     layers = profile(trained.model, INVENTORY, {axis.layer.name: axis.methods for axis in space.axes}, constraints=constraints)
     plans = [plan for _, plan in vbmf_plans(space, layers.vbmf)]
@@ -258,7 +258,7 @@ def test_a_plan_is_not_smaller_only_where_nothing_that_must_shrink_does(plan, ru
 
 
 @pytest.mark.slow
-def test_a_study_keeps_to_what_is_offered(unreported, tmp_path):
+def test_a_study_uses_only_offered_ranks(unreported, tmp_path):
     spec = tiny_spec("space.rank_multiple=4", "space.smaller_in=['params', 'macs']", "search.trials=7")
     record = run_study(spec, tmp_path / "small", Options(Local(0)))
     constraints = RankConstraints(4, ("params", "macs"))
@@ -293,7 +293,7 @@ def test_the_costs_of_a_study_file_are_those_of_a_method():
         (Space(smaller_in=["mac"]), "space.smaller_in must name costs, but 'mac' is none. Did you mean 'macs'?"),
     ],
 )
-def test_wishes_from_python_are_checked(trained, tmp_path, wish, message):
+def test_constraints_from_python_are_checked(trained, tmp_path, wish, message):
     with pytest.raises(SpecError, match=f"^{re.escape(message)}$"):
         ranksearch.search(trained, out=tmp_path / "mine", space=wish)
     assert not list(tmp_path.iterdir())

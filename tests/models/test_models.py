@@ -41,7 +41,7 @@ def test_parameter_counts(model, params, image, output, decomposable):
         assert net.eval()(torch.zeros(2, *image)).shape == (2, *output)
 
 
-def test_torchvisions_models_enter_by_the_same_door():
+def test_a_study_can_name_torchvisions_models():
     net = resolve("torchvision.models:resnet18", key="task.model")(num_classes=10)
     assert len(inventory(net, torch.zeros(1, 3, 64, 64)).layers) == 21
 

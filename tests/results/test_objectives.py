@@ -61,7 +61,7 @@ def test_the_dense_model_is_the_reference(minimize):
 
 @minimized
 @pytest.mark.parametrize("plan", PLANS, ids=str)
-def test_a_ratio_is_what_it_says(minimize, plan):
+def test_ratios_are_dense_cost_over_cost(minimize, plan):
     size = size_of(plan, FOUND)
     by_cost = {"params": FOUND.params / size.params, "macs": FOUND.macs / size.macs}
     objectives = Objectives(minimize, FOUND.costs)
@@ -71,7 +71,7 @@ def test_a_ratio_is_what_it_says(minimize, plan):
 
 
 @minimized
-def test_a_price_is_of_what_is_minimised_and_of_both_alike(minimize):
+def test_two_costs_have_a_price_together_and_one_each(minimize):
     found = prices(minimize, FOUND)
     assert [price.of(FOUND) for price in found][-len(minimize) :] == [FOUND.costs[cost] for cost in minimize]
     if len(minimize) > 1:
@@ -104,7 +104,7 @@ def test_fronts_of_other_costs_are_others():
 
 
 @minimized
-def test_finalists_are_of_the_front_and_one_is_taken_home(minimize):
+def test_finalists_are_of_the_front_and_one_is_chosen(minimize):
     record = minimizing(*minimize)
     objectives = record.facts.objectives
     trials = [replace(trial, finalist=None) for trial in record.trials]

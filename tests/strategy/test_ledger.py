@@ -105,7 +105,7 @@ def test_a_search_that_found_nothing_within_its_limits_goes_on_within_wider_ones
     assert len(books.study.trials) < asked + MAX_UNTRAINED
 
 
-def test_what_was_over_the_limits_may_be_proposed_but_not_what_lost_too_many_workers():
+def test_plans_over_the_limits_may_be_proposed_again_but_not_those_that_lost_too_many_workers():
     books, known = Books(TINY, limits=Limits(most={"params": 1})), knowledge(TINY)
 
     def seen():
@@ -214,14 +214,14 @@ def test_a_twin_that_a_kill_left_is_answered_by_the_next_run():
 
 # --- trials that another program queued ---
 
-FIRSTS = [("frontier", Plan.of({"fc1": SVD(rank)})) for rank in (2, 4)]
+INITIAL_PLANS = [("frontier", Plan.of({"fc1": SVD(rank)})) for rank in (2, 4)]
 MINE = Plan.of({"fc1": SVD(3)})
 
 
 @pytest.mark.parametrize("at", [0, 1, 3])
-def test_a_trial_that_another_program_queued_has_the_next_place(at):
+def test_a_trial_that_another_program_queued_has_the_next_index(at):
     """It is trained like others. All initial plans are still tried, and earlier trials stay as they were."""
-    alone, disturbed = (Books(sampler="rank", initial_plans=FIRSTS) for _ in range(2))
+    alone, disturbed = (Books(sampler="rank", initial_plans=INITIAL_PLANS) for _ in range(2))
     alone.run(5)
     disturbed.run(at)
     disturbed.study.enqueue_trial(SPACE.params(MINE))
@@ -233,7 +233,7 @@ def test_a_trial_that_another_program_queued_has_the_next_place(at):
     assert ledger.records()[at].score == result(MINE).curve[-1].score
     assert essence(ledger.records()[:at]) == essence(alone.ledger().records()[:at])
     initial_plans = [trial.plan for trial in ledger.records() if trial.origin == "frontier"]
-    assert initial_plans == [plan for _, plan in FIRSTS]
+    assert initial_plans == [plan for _, plan in INITIAL_PLANS]
 
 
 @settings(deadline=None, max_examples=15)
@@ -242,7 +242,7 @@ def test_killed_and_resumed_equals_uninterrupted_with_a_trial_of_another_program
     """Even if it was queued before the killed trial is queued again, and so precedes it in Optuna's queue."""
 
     def run(kills):
-        books, ledgers = Books(sampler=sampler, initial_plans=FIRSTS), []
+        books, ledgers = Books(sampler=sampler, initial_plans=INITIAL_PLANS), []
         for kill in (*kills, None):
             ledgers.append(books.ledger())
             ledgers[-1].recover()
@@ -272,14 +272,14 @@ BAD = [
 def test_parameters_that_the_space_does_not_hold_are_told_in_words(change):
     changed, reason = BAD[change]
     params = {**SPACE.params(MINE), **changed} if changed else {}
-    books, said = Books(sampler="rank", initial_plans=FIRSTS), []
+    books, said = Books(sampler="rank", initial_plans=INITIAL_PLANS), []
     books.arguments["on_note"] = said.append
     books.run(1)
     books.study.enqueue_trial({name: value for name, value in params.items() if value is not None})
     ledger = books.run(4)
     assert said == [f"trial 1, which another program queued, is not evaluated: {reason}"]
     assert books.study.trials[1].state is optuna.trial.TrialState.FAIL
-    alone = Books(sampler="rank", initial_plans=FIRSTS)
+    alone = Books(sampler="rank", initial_plans=INITIAL_PLANS)
     assert essence(ledger.records()) == essence(alone.run(4).records())
 
 

@@ -38,7 +38,7 @@ def run(first, out, *, trials=3, given=()):
     return run_study(spec, out, Options(Local(0)), first=given)
 
 
-def test_they_are_the_first_trials_however_they_are_given(files, tmp_path):
+def test_the_users_plans_are_the_first_trials_however_they_are_given(files, tmp_path):
     found = run(files, tmp_path / "small")
     assert [(trial.origin, trial.plan) for trial in found.trials[:2]] == [("user", plan) for plan in MINE]
     assert found.trials[2].origin == "frontier"

@@ -54,13 +54,13 @@ def splits(**changes):
         ({"validation": replace(images(24), std=torch.tensor([1.0001]))}, ""),
     ],
 )  # fmt: skip
-def test_what_is_other_data(changes, words):
+def test_other_data_is_recognised(changes, words):
     found = difference(inputs_of(splits(), None), inputs_of(splits(**changes), None))
     assert found.startswith(words)
     assert bool(found) is bool(words)
 
 
-def test_what_is_known_of_one_side_alone_is_no_difference():
+def test_a_figure_that_only_one_side_has_is_no_difference():
     assert not difference(inputs_of(splits(), "abc"), inputs_of(splits(), None))
     assert not difference(inputs_of(splits(), None), inputs_of(splits(), "abc"))
     assert difference(inputs_of(splits(), "a" * 64), inputs_of(splits(), "b" * 64)) == (

@@ -203,7 +203,7 @@ def test_seconds_are_kept_after_each_trial(unreported, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_a_finalist_no_more_needs_no_weights(unreported, tmp_path):
+def test_a_trial_that_is_no_longer_a_finalist_needs_no_weights(unreported, tmp_path):
     out = tmp_path / "small"
     before = run_study(tiny_spec("search.trials=3", "finalists.count=3"), out, Options(Local(0)))
     shutil.rmtree(out / "models")

@@ -84,7 +84,7 @@ class Lock:
         self._connection.close()
 
 
-def test_books_are_the_same_whenever_another_program_locks_them(tmp_path, hurried):
+def test_the_record_is_the_same_whenever_another_program_locks_the_database(tmp_path, hurried):
     """The database is locked before every third commit, until the wait is announced."""
     quiet, locked, notes = Books(), Books(), []
     quiet.run(8)
@@ -171,7 +171,7 @@ def test_an_error_that_will_not_pass_is_not_waited_for(tmp_path):
 
 
 @pytest.mark.parametrize(("code", "cause"), [("53100", "on a full disk"), ("08006", "away"), (None, "away")])
-def test_what_ails_a_server_is_told_by_its_code(code, cause):
+def test_the_code_of_a_servers_error_tells_the_cause(code, cause):
     error = Exception("a driver's")
     error.sqlstate = code
     assert storage.cause_of(OperationalError("INSERT", {}, error)) == cause

@@ -52,7 +52,7 @@ def test_the_folder_holds_what_is_promised(finished):
     assert sum(trial.finalist is not None for trial in record.trials) == 3
 
 
-def test_the_first_trials_are_of_the_frontier_then_those_of_vbmf(finished):
+def test_the_first_trials_are_of_the_predicted_front_then_those_of_vbmf(finished):
     _, record = finished
     origins = [trial.origin for trial in record.trials]
     first = origins.index("vbmf tucker2 x1")
@@ -61,7 +61,7 @@ def test_the_first_trials_are_of_the_frontier_then_those_of_vbmf(finished):
     assert origins[first + 1] == "vbmf cp x1"
 
 
-def test_trials_that_lost_too_much_are_marked_infeasible(finished):
+def test_trials_far_below_dense_are_infeasible(finished):
     out, record = finished
     scores = {trial.number: trial.score for trial in record.trials if trial.score is not None}
     told = [trial for trial in sorted(stored(out).trials, key=lambda t: t.datetime_complete) if trial.number in scores]

@@ -40,7 +40,7 @@ def full(monkeypatch, name):
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_sentence_at_every_file(finished, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_sentence_for_every_file(finished, tmp_path, monkeypatch):
     """The disk is full for one file after the other; then the last run equals an uninterrupted one."""
     out, spec = tmp_path / "small", small_spec("search.trials=2", "finalists.count=1")
     for name, words in FILES.items():

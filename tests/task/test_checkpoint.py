@@ -97,7 +97,7 @@ def test_a_damaged_file_is_told(tmp_path):
         Checkpoint(path, "this")
 
 
-def test_rungs_and_seconds_go_on(always, tmp_path, monkeypatch):
+def test_learning_curve_and_seconds_continue(always, tmp_path, monkeypatch):
     path, model = tmp_path / "net.pt", nets.small()
     now = [100.0]
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
@@ -133,7 +133,7 @@ def test_a_finalist_goes_on_wherever_it_was_killed(always, tmp_path, evaluator, 
         assert result.score_test == whole.score_test
 
 
-def test_a_worker_elsewhere_keeps_none(always, tmp_path, evaluator):
+def test_a_worker_without_the_folder_keeps_no_checkpoint(always, tmp_path, evaluator):
     *_, result = evaluator(unfinished=tmp_path / "not here")(Job(7, PLAN, 0, Stage.FINALIST))
     assert result.score_test is not None
     assert not list(tmp_path.iterdir())
@@ -214,7 +214,7 @@ def test_a_finalist_that_ran_out_of_memory_goes_on(always, tmp_path, monkeypatch
         "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
     ],
 )
-def test_memory_that_is_short_in_words_only_is_no_bug(evaluator, trained, message):
+def test_an_out_of_memory_error_is_known_by_its_text(evaluator, trained, message):
     def failing(outputs, targets):
         raise RuntimeError(message)
 
@@ -223,7 +223,7 @@ def test_memory_that_is_short_in_words_only_is_no_bug(evaluator, trained, messag
     assert [curve_point.epochs for curve_point in result.curve] == [0]
 
 
-def test_another_runtime_error_is_one(evaluator, trained):
+def test_another_runtime_error_is_raised(evaluator, trained):
     def failing(outputs, targets):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 

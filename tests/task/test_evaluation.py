@@ -168,7 +168,7 @@ def test_a_model_that_cannot_be_copied(trained, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("override", ["space.start=scratch", "finalists.schedule=layerwise"])
-def test_such_a_study_resumes(override, tmp_path):
+def test_studies_from_scratch_or_layerwise_resume(override, tmp_path):
     def study(trials, out):
         return run_study(tiny_spec(override, f"search.trials={trials}"), out, Options(Local(0)))
 

@@ -77,7 +77,7 @@ def test_accuracy_is_the_ratio_of_the_counts():
         assert accuracy(outputs, targets) == right / inputs
 
 
-def test_the_accuracy_of_what_is_no_number_is_none():
+def test_nan_outputs_have_accuracy_nan():
     outputs = torch.tensor([[0.1, 0.2], [float("nan"), 0.0]])
     assert math.isnan(accuracy(outputs, torch.tensor([1, 1])))
 
