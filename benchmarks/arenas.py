@@ -129,7 +129,7 @@ class Trained:
 
 
 def digits(folder: Path) -> Trained:
-    """The built-in study `lenet`, unchanged: the thesis's LeNet on scikit-learn's digits."""
+    """Task and recipes of the built-in study `lenet`: the thesis's LeNet on scikit-learn's digits."""
     return Trained(load_spec("lenet"), folder / "digits", trained_on=359)
 
 
