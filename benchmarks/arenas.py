@@ -1,7 +1,7 @@
-"""What `search.py` lets the searches compete on: real networks that are trained, and one that is tabulated.
+"""The tasks on which `search.py` compares searches: real networks that are trained, and a simulated one with tabulated scores.
 
-A trial's answer depends on its plan and on the seed of the run alone, and is kept on disk: two searches that try the same
-plan under the same seed get the same answer, and a benchmark that was stopped goes on.
+The result of a trial depends only on its plan and the seed of the run. Results of real networks are kept on disk, so two
+searches that try the same plan under the same seed share one training, and a benchmark that was stopped resumes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ METHODS_SEARCHED = ("tucker2", "cp", "svd")
 
 @dataclass(frozen=True)
 class Run:
-    """One trial run to its end: the score after each epoch, 0 to the last, the CPU seconds up to it, the test score."""
+    """A finished trial: validation score after each epoch from 0 on, CPU seconds until then, and the test score."""
 
     scores: tuple[float, ...]
     seconds: tuple[float, ...]
@@ -53,10 +53,10 @@ class Run:
 
 
 class Trained:
-    """A study's task with its dense net, profile and probes; trials are trained when they are asked for first."""
+    """A study's task with its dense net, profile and probes. A trial is trained when it is first asked for."""
 
     def __init__(self, spec: StudySpec, folder: Path, *, trained_on: int) -> None:
-        """Trials are trained on `trained_on` inputs of the training split, so that thousands of them can be run."""
+        """Trials train on only `trained_on` inputs of the training split, so that thousands of trials are affordable."""
         torch.set_num_threads(1)
         folder.mkdir(parents=True, exist_ok=True)
         task, self.spec, self.folder = load_task(spec), spec, folder
@@ -70,7 +70,8 @@ class Trained:
         self.space: Space = make_space(self.inventory, spec.space.methods)
         self.profile: Profile = profile(
             task.model, self.inventory, {axis.layer.name: axis.methods for axis in self.space.axes},
-            inputs=sample_inputs(task.data.train, inputs_wanted(self.inventory.macs), seed=spec.seed), cache=folder / "profile", seed=spec.seed,
+            inputs=sample_inputs(task.data.train, inputs_wanted(self.inventory.macs), seed=spec.seed),
+            cache=folder / "profile", seed=spec.seed,
         )  # fmt: skip
         fewer = replace(task.data, train=sample(task.data.train, trained_on, seed=spec.seed))
         self._evaluate = Evaluator(replace(task, data=fewer), self.profile, spec.finetune, spec.finalists, "cpu")
@@ -79,7 +80,7 @@ class Trained:
         self.epochs = spec.finetune.epochs
         self.dense_loss, self.probes, self.probe_seconds = self._probed()
         self.choices = predicted_choices(self.profile, self.probes, self.dense_loss)
-        self.blind = predicted_choices(self.profile, (), self.dense_loss)
+        self.unprobed_choices = predicted_choices(self.profile, (), self.dense_loss)
         self.vbmf = self.profile.vbmf
         self._store = folder / f"trials-{os.getpid()}.jsonl"
         self._known: dict[tuple[str, int], Run] = {}
@@ -90,7 +91,7 @@ class Trained:
                 self._known[str(Plan.from_dict(entry["plan"])), entry["seed"]] = run
 
     def run(self, plan: Plan, seed: int) -> Run:
-        """The trial of a plan, trained under a seed."""
+        """The result of training a plan under a seed."""
         key = (str(plan), seed)
         if key not in self._known:
             self._known[key] = run = self._train(plan, seed)
@@ -100,7 +101,7 @@ class Trained:
         return self._known[key]
 
     def _train(self, plan: Plan, seed: int) -> Run:
-        # CPU seconds: another process on the same cores costs them little.
+        # CPU seconds, since other processes on the same cores change them little.
         start, scores, seconds = time.process_time(), [], []
         task = self._evaluate.task
         model = copy.deepcopy(task.model)
@@ -129,23 +130,24 @@ class Trained:
 
 
 def digits(folder: Path) -> Trained:
-    """The built-in study's task: the thesis's LeNet on scikit-learn's digits, its recipes as they stand."""
+    """Task and recipes of the built-in study `lenet`: the thesis's LeNet on scikit-learn's digits."""
     return Trained(load_spec("lenet"), folder / "digits", trained_on=359)
 
 
 def cifar10(folder: Path) -> Trained:
-    """The thesis's LeNet on CIFAR-10, which it looks for in data/; short enough for two cores, so not augmented."""
+    """The thesis's LeNet on CIFAR-10 (from data/), with short training and no augmentation, to be affordable on two cores."""
     overrides = ["task.data_args.validation=2500", "task.data_args.flip=false", "task.data_args.shift=0"]
     overrides += ["dense.epochs=15", "finetune.epochs=1"]
     return Trained(load_spec("lenet-cifar10", overrides=overrides), folder / "cifar10", trained_on=9000)
 
 
 class Simulated:
-    """A network of fifty layers with the shapes of ResNet-50 whose scores are tabulated, not trained.
+    """A simulated network of fifty layers with the shapes of ResNet-50. Scores come from a formula, nothing is trained.
 
-    Every unfolding has singular values that fall as a power of their own; the error of a choice follows from them. What a
-    layer's error costs the trained score differs from layer to layer, the errors of neighbours make each other worse, and
-    all scores are noisy. The probes see what the errors cost before training: that differs by a random factor a layer.
+    The singular values of each unfolding follow a power law with a random exponent, from which the error of each choice
+    follows. Layers differ in how much their error lowers the trained score, errors of neighbouring layers amplify each
+    other, and all scores are noisy. Probes measure the effect of errors before training, which differs from the effect
+    after training by a random factor for each layer.
     """
 
     epochs = 3
@@ -159,13 +161,13 @@ class Simulated:
         self.inventory = Inventory(layers, {}, size, sum(layer.macs for layer in layers))
         self.space = make_space(self.inventory, METHODS_SEARCHED)
         self._powers = {layer.name: [draw.uniform(0.25, 0.9) for _ in range(3)] for layer in layers}
-        # A layer's cost to the score rises with its share of the weights, but far less than in proportion.
+        # A layer with more weights affects the score more, but far less than in proportion.
         self._costs = {x.name: draw.lognormvariate(-3.9, 0.8) * (x.params / size * len(layers)) ** 0.3 for x in layers}
         self._couplings = {layer.name: draw.lognormvariate(-3.9, 0.8) for layer in layers}
         self._methods = {(x.name, kind): draw.lognormvariate(0.0, 0.25) for x in layers for kind in METHODS_SEARCHED}
         seen = {layer.name: draw.lognormvariate(0.0, 0.8) for layer in layers}
         self.vbmf = {layer.name: self._estimate(layer, draw) for layer in layers}
-        self.choices, self.blind = {}, {}
+        self.choices, self.unprobed_choices = {}, {}
         for axis in self.space.axes:
             found = [m.value(axis.layer, ranks) for m in axis.methods for ranks in m.rank_grid(axis.layer)]
             name, costs = axis.layer.name, [METHODS[type(v)].params(axis.layer, v.ranks) for v in found]
@@ -174,10 +176,10 @@ class Simulated:
             self.choices[name] = [
                 Choice(v, c, loss_increase * e * (1 + e)) for v, c, e in zip(found, costs, squares, strict=True)
             ]
-            self.blind[name] = [Choice(v, c, e) for v, c, e in zip(found, costs, squares, strict=True)]
+            self.unprobed_choices[name] = [Choice(v, c, e) for v, c, e in zip(found, costs, squares, strict=True)]
 
     def run(self, plan: Plan, seed: int) -> Run:
-        """The trial of a plan, with noise that follows from the plan and the seed."""
+        """The result of a plan; plan and seed determine its noise."""
         draw = random.Random(f"{plan}|{seed}")
         squares = {layer.name: self._square(layer, plan[layer.name]) for layer in self.inventory.layers}
         harm, before = 0.0, 0.0
@@ -187,7 +189,7 @@ class Simulated:
             before = square
         last = self.dense_score * math.exp(-0.05 * harm) - 0.02 * harm**2 / (1 + harm)
         first = max(0.001, self.dense_score * math.exp(-4.0 * harm))
-        # What is tested is what was trained so far: its score without the noise of the validation split.
+        # The test score is the score without the noise of the validation split.
         true = [last + (first - last) * 0.4**epoch for epoch in range(self.epochs + 1)]
         seconds = tuple(0.1 + epoch for epoch in range(self.epochs + 1))
         return Run(tuple(score + draw.gauss(0.0, 0.003) for score in true), seconds, true[-1])
@@ -202,7 +204,7 @@ class Simulated:
             kept = (1 - _tail(value.rank_in, layer.weight[1], into)) * (1 - _tail(value.rank_out, rows, out))
             return 1 - kept
         full = min(rows, columns)
-        # Terms of CP are poorer than those of an SVD: they are held to one direction in every mode.
+        # A CP term captures less than an SVD term, since it has only one direction in every mode.
         (rank,) = value.ranks
         return _tail(rank, full, both) if isinstance(value, SVD) else _tail(rank, 2 * full, 0.8 * both)
 
@@ -214,9 +216,9 @@ class Simulated:
 
 
 def _tail(rank: int, full: int, power: float) -> float:
-    """The share of the energy beyond `rank` of singular values that fall as k^-power."""
+    """The share of energy beyond `rank` if the singular values fall as k^-power."""
 
-    # Sums of k^-2p by integrals: the error of one rank is of no matter here.
+    # Sums of k^-2p, approximated by integrals; an error of one rank does not matter here.
     def energy(count: float) -> float:
         return math.log1p(count) if abs(2 * power - 1) < 1e-9 else ((1 + count) ** (1 - 2 * power) - 1) / (1 - 2 * power)
 
@@ -224,7 +226,7 @@ def _tail(rank: int, full: int, power: float) -> float:
 
 
 def _resnet50() -> list[tuple[str, tuple[str, tuple[int, ...], bool, tuple[int, ...], tuple[int, ...]]]]:
-    """Names and shapes of the layers that are decomposed: the stem, three convolutions a block, the classifier."""
+    """Names and shapes of the layers to decompose: the stem, three convolutions in each block, the classifier."""
     found = [("stem", ("Conv2d", (64, 3, 7, 7), False, (224, 224), (112, 112)))]
     into, side = 64, 56
     for stage, (width, blocks) in enumerate(zip((64, 128, 256, 512), (3, 4, 6, 3), strict=True), start=1):

@@ -1,9 +1,10 @@
-"""The published CCNN's weights (Poggi and Mattoccia 2016): do its maps come out, and what is its AUC on our disparity maps?
+"""Check the published CCNN weights (Poggi and Mattoccia 2016): compare their maps with the published ones, measure their AUC.
 
     python benchmarks/ccnn_reference.py WEIGHTS.npz data/stereo
 
-`WEIGHTS.npz` holds the TensorFlow variables (height, width, in, out); `data/stereo/ccnn_reference/{disparity,confidence}`
-some disparity maps and what the published program made of them, `data/stereo/kitti2015` pairs with ground truth.
+`WEIGHTS.npz` holds the TensorFlow variables (height, width, in, out). `data/stereo/ccnn_reference/disparity` holds disparity
+maps and `.../confidence` the confidence maps that the published program computed from them. `data/stereo/kitti2015` holds
+stereo pairs with ground truth; the AUC is measured on the disparity maps that ranksearch computes from them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ NAMES = {
 
 
 def published(path: Path) -> nn.Module:
-    """The published network; it takes disparities in pixels."""
+    """The published network. Its input is disparities in pixels."""
     found, state = np.load(path), {}
     for ours, theirs in NAMES.items():
         state[f"{ours}.weight"] = torch.from_numpy(found[f"{theirs}/weights"]).permute(3, 2, 0, 1)

@@ -1,4 +1,4 @@
-"""Who competes in `search.py`: Optuna's samplers, the rules of the literature, and ours with and without its parts."""
+"""The searches that `search.py` compares: Optuna's samplers, rules from the literature, ours with and without its parts."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ from ranksearch.study.probing import MAX_PREDICTED_PLANS
 Arena: TypeAlias = Trained | Simulated
 Choices: TypeAlias = Mapping[str, Sequence[Choice]]
 
-DROP = 0.10
-"""The hypervolume counts scores above the dense score less this."""
-SWEEP = [2.0 ** (step / 4) for step in (0, 4, -4, 2, -2, -8, 8, -6, 6, -12, -10, 1, -1, 3, -3, -5, 5, -7, 7, -16, -14)]
-"""Weakenings of the one-shot VBMF plan, in the order they are tried."""
-THREE = (1.0, 2.0, 0.5)
-"""Those that TPE is given."""
+REFERENCE_SCORE_DROP = 0.10
+"""The hypervolume counts scores above the dense score minus this."""
+VBMF_SWEEP = [2.0 ** (step / 4) for step in (0, 4, -4, 2, -2, -8, 8, -6, 6, -12, -10, 1, -1, 3, -3, -5, 5, -7, 7, -16, -14)]
+"""Factors on the ranks of the one-shot VBMF plan, in the order they are tried."""
+VBMF_FIRST = (1.0, 2.0, 0.5)
+"""Factors of the VBMF plans that TPE starts with."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """The trials of one search in the order they were asked for: validation and test score, log10 of the ratio, seconds."""
+class Searched:
+    """Trials of one search in the order of asking: validation and test score, log10 of the compression ratio, seconds of
+    training, seconds that the ask took."""
 
     scores: list[float] = field(default_factory=list)
     tests: list[float] = field(default_factory=list)
@@ -49,7 +50,8 @@ class Found:
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to search. `plans` gives those that are tried first, for a budget; `sampler` proposes the rest, if any."""
+    """A way to search. `plans` returns the plans to try first, given the number of trials. `sampler` proposes the others, if
+    it is not None."""
 
     title: str
     plans: Callable[[Arena, int], list[tuple[str, Plan]]]
@@ -59,21 +61,21 @@ class Contender:
         plan for _, plan in vbmf_plans(arena.space, arena.vbmf, WEAKENINGS)
     ]
     probed: bool = False
-    """Whether it needs the probes of single layers."""
+    """Whether it needs the probes of single layers, whose time then counts."""
 
-    def search(self, arena: Arena, seed: int, trials: int) -> Found:
-        """The trials of one run."""
+    def search(self, arena: Arena, seed: int, trials: int) -> Searched:
+        """Run the search once."""
         plans = self.plans(arena, trials)
         return self._sampled(arena, seed, trials, plans) if self.sampler else self._fixed(arena, seed, plans[:trials])
 
-    def _fixed(self, arena: Arena, seed: int, plans: Sequence[tuple[str, Plan]]) -> Found:
-        found = Found()
+    def _fixed(self, arena: Arena, seed: int, plans: Sequence[tuple[str, Plan]]) -> Searched:
+        found = Searched()
         for _, plan in plans:
             run = arena.run(plan, seed)
             _note(found, run, log_ratio(arena, plan), 0.0)
         return found
 
-    def _sampled(self, arena: Arena, seed: int, trials: int, plans: list[tuple[str, Plan]]) -> Found:
+    def _sampled(self, arena: Arena, seed: int, trials: int, plans: list[tuple[str, Plan]]) -> Searched:
         assert self.sampler is not None
         study = optuna.create_study(directions=["maximize", "maximize"])
         table = Table(arena.inventory, self.choices(arena))
@@ -82,7 +84,7 @@ class Contender:
             limits=UNLIMITED, objectives=Objectives(dense=arena.inventory.costs),
             knowledge=Knowledge(arena.space, table, arena.dense_score, suggested=self.suggested(arena)),
         )  # fmt: skip
-        found, start = Found(), time.process_time()
+        found, start = Searched(), time.process_time()
         for job in ledger.jobs(trials):
             asked = time.process_time() - start
             run = arena.run(job.plan, seed)
@@ -93,7 +95,7 @@ class Contender:
         return found
 
 
-def _note(found: Found, run: Run, log_ratio: float, asked: float) -> None:
+def _note(found: Searched, run: Run, log_ratio: float, asked: float) -> None:
     found.scores.append(run.scores[-1])
     found.tests.append(run.test)
     found.seconds.append(run.seconds[-1])
@@ -102,7 +104,7 @@ def _note(found: Found, run: Run, log_ratio: float, asked: float) -> None:
 
 
 def dense_params(arena: Arena) -> dict[str, int]:
-    """Parameters of the layers that are searched, as they are."""
+    """By name, the parameters of each layer that is searched, undecomposed."""
     return {axis.layer.name: axis.layer.params for axis in arena.space.axes}
 
 
@@ -112,27 +114,27 @@ def log_ratio(arena: Arena, plan: Plan) -> float:
 
 
 def vbmf_first(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
-    return list(vbmf_plans(arena.space, arena.vbmf, THREE))
+    return list(vbmf_plans(arena.space, arena.vbmf, VBMF_FIRST))
 
 
 def vbmf_sweep(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
-    """One-shot VBMF (Kim et al. 2016), the one factor on all its ranks swept."""
-    return list(vbmf_plans(arena.space, arena.vbmf, SWEEP))
+    """One-shot VBMF (Kim et al. 2016), with one factor on all ranks, over a range of factors."""
+    return list(vbmf_plans(arena.space, arena.vbmf, VBMF_SWEEP))
 
 
-def frontier_first(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
+def predicted_first(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
     corners = rescuable(predicted_front(dense_params(arena), arena.choices))
     return [("frontier", corner.plan) for corner in spread(corners, arena.inventory.params, MAX_PREDICTED_PLANS)]
 
 
-def frontier_alone(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
-    """The predicted frontier, evenly spread."""
+def predicted_alone(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
+    """Plans of the predicted front, evenly spaced."""
     corners = predicted_front(dense_params(arena), arena.choices)
     return [("frontier", corner.plan) for corner in spread(corners, arena.inventory.params, trials)]
 
 
 def greedy(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
-    """In the manner of AIMET: every layer as small as it can be within one bound on its own loss, and the bound swept."""
+    """Like AIMET: each layer is as small as one bound on its own loss increase allows, over a range of bounds."""
     dense = dense_params(arena)
 
     def within(bound: float) -> Plan:
@@ -150,26 +152,26 @@ def greedy(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
     return [("greedy", plans[place]) for place in nearest]
 
 
-def nothing(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
+def no_plans(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
     return []
 
 
-def seeds(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
-    """The product's first trials."""
-    return [*frontier_first(arena, trials), *vbmf_plans(arena.space, arena.vbmf)]
+def initial_plans(arena: Arena, trials: int) -> list[tuple[str, Plan]]:
+    """The initial plans of a study."""
+    return [*predicted_first(arena, trials), *vbmf_plans(arena.space, arena.vbmf)]
 
 
 CONTENDERS = {
-    "random": Contender("random", nothing, "random"),
-    "nsga2": Contender("NSGA-II", nothing, "nsga2"),
-    "tpe": Contender("TPE", nothing, "tpe"),
-    "gp": Contender("GP", nothing, "gp"),
+    "random": Contender("random", no_plans, "random"),
+    "nsga2": Contender("NSGA-II", no_plans, "nsga2"),
+    "tpe": Contender("TPE", no_plans, "tpe"),
+    "gp": Contender("GP", no_plans, "gp"),
     "tpe-vbmf": Contender("TPE, VBMF plans first", vbmf_first, "tpe"),
     "vbmf": Contender("one-shot VBMF, swept", vbmf_sweep),
     "greedy": Contender("greedy per layer", greedy, probed=True),
-    "frontier": Contender("frontier alone", frontier_alone, probed=True),
-    "rank": Contender("**ours**", seeds, "rank", probed=True),
-    "no-vbmf": Contender("ours, no VBMF", frontier_first, "rank", suggested=lambda arena: [], probed=True),
-    "no-frontier": Contender("ours, no frontier", vbmf_first, "rank", choices=lambda arena: arena.blind),
-    "no-surrogate": Contender("ours, no surrogate: TPE instead", seeds, "tpe", probed=True),
+    "frontier": Contender("frontier alone", predicted_alone, probed=True),
+    "rank": Contender("**ours**", initial_plans, "rank", probed=True),
+    "no-vbmf": Contender("ours, no VBMF", predicted_first, "rank", suggested=lambda arena: [], probed=True),
+    "no-frontier": Contender("ours, no frontier", vbmf_first, "rank", choices=lambda arena: arena.unprobed_choices),
+    "no-surrogate": Contender("ours, no surrogate: TPE instead", initial_plans, "tpe", probed=True),
 }

@@ -1,11 +1,11 @@
-"""The decomposition core against tensorly, side by side in one run on the same weights.
+"""Compare the decompositions with tensorly's, in one run on the same weights.
 
     python benchmarks/decompose.py --write         # about half an hour on two cores; makes the tables of docs/benchmarks.md
     python benchmarks/decompose.py --nets LeNet    # minutes; prints them only
 
-Weights are untrained, given a decaying spectrum so that ranks mean something. Both sides run in float32 with the same
-number of threads, on the same rank grid (ten levels a mode), to the same stopping tolerance. Where tensorly's whole grid
-would take hours, evenly spaced ranks of it are timed and the whole is extrapolated; the table says how many.
+Weights are untrained, but get a decaying spectrum, so that low ranks approximate them. Both sides run in float32 with the
+same number of threads, on the same rank grid (ten levels a mode), to the same stopping tolerance. Where tensorly would take
+hours for the grid, evenly spaced ranks of it are timed and the total is extrapolated; the table says how many.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 from unittest.mock import patch
 
-# As the command line sets it: threads that wait give their core away, so that a busy neighbour costs its share only.
+# As the command line does: a waiting thread gives up its core, so that other processes slow it down less.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -50,12 +50,12 @@ from ranksearch.tensors.tucker import hooi, hosvd
 from ranksearch.tensors.vbmf import vbmf
 
 T = TypeVar("T")
-DECAY = 0.7
-"""Singular values of every unfolding fall about as k^-0.7, as those of trained networks do."""
-TOLERANCE, SWEEPS = 1e-4, 60
-"""Tensorly's, for both of its decompositions; ours stops at the same tolerance, or after the sweeps of a profile."""
-SAMPLES = {"LeNet": 100, "NIN": 20, "ResNet-18": 8, "ResNet-50": 8}
-"""Rank pairs a layer that `partial_tucker` is timed at; a hundred are all."""
+SPECTRUM_EXPONENT = 0.7
+"""The k-th singular value of every unfolding is about k^-0.7, as in trained networks."""
+TOLERANCE, MAX_SWEEPS = 1e-4, 60
+"""Of both tensorly decompositions. Ours stop at the same tolerance, or after the number of sweeps in a profile."""
+TIMED_RANK_PAIRS = {"LeNet": 100, "NIN": 20, "ResNet-18": 8, "ResNet-50": 8}
+"""Rank pairs of each layer at which `partial_tucker` is timed, out of a hundred."""
 
 NIN = ((192, 3, 5), (160, 192, 1), (96, 160, 1), (192, 96, 5), (192, 192, 1), (192, 192, 1), (192, 192, 3), (192, 192, 1),
        (192, 192, 1), (10, 192, 1))  # fmt: skip
@@ -63,7 +63,7 @@ NIN = ((192, 3, 5), (160, 192, 1), (96, 160, 1), (192, 96, 5), (192, 192, 1), (1
 
 
 def nin() -> nn.Module:
-    """Network-in-Network's convolutions in a row; pooling and activations make no difference here."""
+    """Network-in-Network's convolutions in a row, without pooling and activations, which do not matter here."""
     return nn.Sequential(*(nn.Conv2d(into, out, size, padding=size // 2) for out, into, size in NIN))
 
 
@@ -76,14 +76,14 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 LARGE = {"AlexNet": torchvision.models.alexnet, "VGG-16": torchvision.models.vgg16}
-"""Nets of large fully connected layers, at 224 pixels, with torchvision's initial weights: a decaying spectrum would take
-longer to make than their profiles."""
+"""Nets with large fully connected layers, at 224 pixels, with torchvision's initial weights: making a decaying spectrum would
+take longer than their profiles."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One net or kernel: seconds on each side, extrapolated from `sampled` of `whole` fits, and ratios of errors, ours /
-    tensorly's, at the sampled ones."""
+    """One net or kernel: seconds on each side, extrapolated from `sampled` of `whole` fits, and the error ratios ours /
+    tensorly's of the sampled fits."""
 
     ours: float
     theirs: float
@@ -109,7 +109,7 @@ def main() -> None:
 
 
 def built(name: str) -> tuple[nn.Module, Inventory]:
-    """The net with a decaying spectrum, and its layers."""
+    """The net, its weights with a decaying spectrum, and its inventory."""
     make, shape = NETS[name]
     torch.manual_seed(0)
     model = make().eval()
@@ -118,7 +118,7 @@ def built(name: str) -> tuple[nn.Module, Inventory]:
 
 
 def decay_(model: nn.Module) -> None:
-    """Give every kernel a decaying spectrum along its channel modes, and a little noise."""
+    """Give every kernel a decaying spectrum along its channel modes, plus a little noise, in place."""
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -126,7 +126,7 @@ def decay_(model: nn.Module) -> None:
                 for mode in (0, 1):
                     size = weight.shape[mode]
                     basis = torch.linalg.qr(torch.randn(size, size))[0]
-                    scale = torch.arange(1, size + 1).float().pow(-DECAY)
+                    scale = torch.arange(1, size + 1).float().pow(-SPECTRUM_EXPONENT)
                     weight.copy_(torch.tensordot(basis * scale, weight, dims=([1], [mode])).movedim(0, mode))
                 weight.div_(weight.std()).mul_(0.05).add_(torch.randn_like(weight), alpha=1e-3)
 
@@ -138,7 +138,7 @@ def vbmf_line() -> str:
 
 
 def profile_table(nets: Sequence[str]) -> list[str]:
-    """Everything that a study asks of the core before its first trial; each net in a process of its own, for its peak."""
+    """A profile by all methods, fitted to the weights. Each net runs in its own process, for its peak memory."""
     lines = table(["whole profile", "layers", "candidates", "seconds", "memory above the model"])
     for name in nets:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -170,7 +170,7 @@ def study_table(nets: Sequence[str]) -> list[str]:
 
 
 def study_seconds(name: str) -> tuple[int, int, int, tuple[float, ...], tuple[float, ...], float]:
-    """Layers, candidates, pictures, wall and CPU seconds of the pass that measures the moments and of all, GiB of memory."""
+    """Layers, candidates, pictures, (wall, CPU) seconds until the moments are measured, (wall, CPU) seconds in all, GiB."""
     torch.manual_seed(0)
     model, spec = LARGE[name](weights=None).eval(), Space()
     found = inventory(model, torch.randn(1, 3, 224, 224))
@@ -191,7 +191,7 @@ def study_seconds(name: str) -> tuple[int, int, int, tuple[float, ...], tuple[fl
 
 
 def clocks() -> tuple[float, float]:
-    """Wall and CPU seconds; the latter tell more on a busy machine."""
+    """Wall and CPU seconds. CPU seconds are more reliable on a busy machine."""
     return time.perf_counter(), time.process_time()
 
 
@@ -200,7 +200,7 @@ def peak_gib() -> float:
 
 
 def tucker_table(nets: Sequence[str]) -> list[str]:
-    """One HOSVD a layer serves every pair of ranks; tensorly's HOOI runs once a pair, and so does our refinement."""
+    """Our HOSVD runs once for each layer and serves all pairs of ranks. Tensorly's HOOI and our refinement run per pair."""
     method = METHODS[Tucker2]
     head = ["Tucker-2", "pairs (timed)", "`partial_tucker`", "one HOSVD a layer", "faster", "mean error", "largest",
             "within 1 %", "and a HOOI sweep a pair", "faster", "mean error", "largest", "within 1 %"]  # fmt: skip
@@ -212,14 +212,14 @@ def tucker_table(nets: Sequence[str]) -> list[str]:
             if not applies(method, layer):
                 continue
             tensor, grid = kernel(model, layer).flatten(2), method.rank_grid(layer)
-            chosen = [grid[i] for i in np.unique(np.linspace(0, len(grid) - 1, SAMPLES[name]).round().astype(int))]
+            chosen = [grid[i] for i in np.unique(np.linspace(0, len(grid) - 1, TIMED_RANK_PAIRS[name]).round().astype(int))]
             times = len(grid) / len(chosen)
             seconds, fit = timed(partial(hosvd, tensor))
             more, errors = timed(fit.errors)
             sweep, ours = timed(partial(each, partial(hooi, tensor, fit, sweeps=1), chosen))
-            theirs, found_by_it = timed(partial(each, partial(tensorly_hooi, tensor), chosen))
+            theirs, their_factors = timed(partial(each, partial(tensorly_hooi, tensor), chosen))
             swept = [tucker_error(tensor, *parts) for parts in ours]
-            peers = [tucker_error(tensor, *parts) for parts in found_by_it]
+            peers = [tucker_error(tensor, *parts) for parts in their_factors]
             ratios = [float(errors[i - 1, o - 1]) / e for (i, o), e in zip(chosen, peers, strict=True) if e > 1e-3]
             better = [mine / e for mine, e in zip(swept, peers, strict=True) if e > 1e-3]
             once.append(Row(seconds + more, theirs * times, tuple(ratios), len(chosen), len(grid)))
@@ -238,7 +238,7 @@ def compared(rows: Row) -> list[str]:
 
 def tensorly_hooi(tensor: Tensor, rank_in: int, rank_out: int) -> tuple[Tensor, Tensor, Tensor]:
     (core, (u_out, u_in)), _ = partial_tucker(
-        tensor, rank=[rank_out, rank_in], modes=[0, 1], init="svd", tol=TOLERANCE, n_iter_max=SWEEPS
+        tensor, rank=[rank_out, rank_in], modes=[0, 1], init="svd", tol=TOLERANCE, n_iter_max=MAX_SWEEPS
     )
     return core, u_out, u_in
 
@@ -248,7 +248,7 @@ def tucker_error(tensor: Tensor, core: Tensor, u_out: Tensor, u_in: Tensor) -> f
 
 
 def cp_table(nets: Sequence[str]) -> list[str]:
-    """The distinct kernels of all nets, each at its ten ranks, both sides to the same tolerance and bound on sweeps."""
+    """Each distinct kernel of all nets at its ten ranks, both sides with the same tolerance."""
     method = METHODS[CP]
     head = [
         "CP of",
@@ -284,8 +284,8 @@ def cp_table(nets: Sequence[str]) -> list[str]:
 
 
 def parafac_fit(tensor: Tensor, rank: int) -> tuple[float, float]:
-    """Relative error, and the sum of the squared norms of the terms over that of the tensor."""
-    found = parafac(tensor, rank, init="svd", tol=TOLERANCE, n_iter_max=SWEEPS, random_state=0)
+    """Relative error and degeneracy: sum of the squared norms of the terms / squared norm of the tensor."""
+    found = parafac(tensor, rank, init="svd", tol=TOLERANCE, n_iter_max=MAX_SWEEPS, random_state=0)
     scaled = [found.factors[0] * found.weights, *found.factors[1:]]
     terms = torch.stack([factor.norm(dim=0) for factor in scaled]).prod(0)
     return float((reconstruct(scaled) - tensor).norm() / tensor.norm()), float((terms.norm() / tensor.norm()).square())

@@ -1,10 +1,10 @@
-"""What engines cost: seconds a trial beyond the trial's own work.
+"""Measure the overhead of the engines: seconds a trial beyond the trial's own work.
 
     python benchmarks/engines.py --write    # some six minutes on two cores; makes the table of docs/benchmarks.md
 
-A hundred trials that do nothing, on two workers. The engines run them from the ledger's ask to the storage's commit (SQLite,
-space of the LeNet, random sampler, one rung a trial); and Ray's `OptunaSearch` runs as many with a function trainable, as one
-would without an engine of one's own. Each has a process of its own, one after the other.
+A hundred trials that do nothing run on two workers. With our engines, a trial goes from the ledger's ask to the storage's
+commit (SQLite, space of the LeNet, random sampler, a learning curve of one point). For comparison, Ray's `OptunaSearch` runs as
+many trials with a function trainable, the usual way in Ray Tune. Each contender runs in its own process, one after the other.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ TRIALS, WORKERS = 100, 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     given = parser.parse_args()
     lines = [
         machine("ray", "optuna", "torch"),
         *table(["", "first answer after", "a trial after that", "a trial, start and end included"]),
     ]
     for name in CONTENDERS:
-        # Not as a script, which each worker process would read again: the command `ranksearch` is none.
+        # By `-c`, since each worker process would import a script again; the command `ranksearch` is no script either.
         code = f"import engines; engines.measure({name!r})"
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def measure(name: str) -> None:
-    """Run one contender, and print its three figures."""
+    """Run one contender and print three figures: seconds to the first result, a trial after it, a trial over all."""
     start, answers, end = CONTENDERS[name]()
     assert len(answers) == TRIALS, f"{len(answers)} answers"
     first, last = answers[0], answers[-1]
@@ -65,11 +65,11 @@ def measure(name: str) -> None:
 
 
 Clock: TypeAlias = tuple[float, list[float], float]
-"""When the engine was asked for, when each answer was told, when the engine was gone."""
+"""Times: before the engine starts, of each result, after the engine is closed."""
 
 
-def ours(make: Callable[[], Engine]) -> Clock:
-    """A hundred trials of a study, on the engine that is made."""
+def with_engine(make: Callable[[], Engine]) -> Clock:
+    """Run the trials of a study on an engine."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     found = inventory(lenet(), torch.zeros(1, 3, 32, 32))
     with tempfile.TemporaryDirectory() as scratch:
@@ -95,17 +95,17 @@ def ours(make: Callable[[], Engine]) -> Clock:
 
         start = time.perf_counter()
         with make() as engine:
-            engine.run(ledger.jobs(TRIALS), nothing, on_message=on_message, should_stop=lambda: False)
+            engine.run(ledger.jobs(TRIALS), no_work, on_message=on_message, should_stop=lambda: False)
         return start, answers, time.perf_counter()
 
 
-def nothing(job: Job) -> Iterator[CurvePoint | Result]:
+def no_work(job: Job) -> Iterator[CurvePoint | Result]:
     yield CurvePoint(0, 0.5)
     yield Result(Outcome.DONE, (CurvePoint(0, 0.5),))
 
 
-def plain() -> Clock:
-    """Ray's own search. It has one objective, since `OptunaSearch` drops the results of two."""
+def with_optuna_search() -> Clock:
+    """Run as many trials by Ray's `OptunaSearch`. They have one objective, since it drops the results of two."""
     from ray import init, shutdown, tune
     from ray.tune.search.optuna import OptunaSearch
 
@@ -136,9 +136,9 @@ def plain() -> Clock:
 
 
 CONTENDERS = {
-    "local engine": lambda: ours(lambda: local.engine(WORKERS)),
-    "Ray engine": lambda: ours(lambda: ray.engine(ray.Cluster(workers=WORKERS))),
-    "`OptunaSearch`, function trainable": plain,
+    "local engine": lambda: with_engine(lambda: local.engine(WORKERS)),
+    "Ray engine": lambda: with_engine(lambda: ray.engine(ray.Cluster(workers=WORKERS))),
+    "`OptunaSearch`, function trainable": with_optuna_search,
 }
 
 if __name__ == "__main__":

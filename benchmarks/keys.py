@@ -1,4 +1,4 @@
-"""Tables of settings for the pages of docs, made from the settings themselves: `python benchmarks/keys.py --write`."""
+"""Make the tables of settings in docs/ from the settings' fields: `python benchmarks/keys.py --write`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of benchmarks: printed as they grow, and kept in the pages of docs, a section for each script."""
+"""Tables of the benchmarks: print each line at once, and write the table into its section of a page in docs/."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
 
 def machine(*packages: str) -> str:
-    """Versions, cores and date, as a line of the page."""
+    """Print and return a line with machine, versions of packages, and date."""
     return said(f"{about(*packages)}; {datetime.now(UTC):%Y-%m-%d}.\n")
 
 
 def about(*packages: str) -> str:
-    """Versions and cores."""
+    """Architecture, cores and versions of packages, as text."""
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     return f"{platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}"
 
 
 def table(head: Sequence[str]) -> list[str]:
-    """The first two lines of a Markdown table."""
+    """Print and return the first two lines of a Markdown table."""
     return [row(*head), said("|" + " --- |" * len(head))]
 
 
 def row(*cells: object) -> str:
-    """A line of a Markdown table."""
+    """Print and return one line of a Markdown table."""
     return said("| " + " | ".join(map(str, cells)) + " |")
 
 
 def said(line: str) -> str:
-    """The line, printed."""
+    """Print a line and return it."""
     print(line, flush=True)
     return line
 
 
 def write_section(name: str, command: str, text: str, *, page: Path = PAGE) -> None:
-    """Replace what stands between the marks of `name` in docs/benchmarks.md, or another page; the words around it stay."""
+    """Replace the text between the marks of section `name` in a page. The rest of the page stays."""
     whole = page.read_text(encoding="utf-8")
     begin, end = f"<!-- {name}: made by `{command}` -->", f"<!-- end of {name} -->"
     pattern = re.compile(f"<!-- {name}:.*?{re.escape(end)}", re.DOTALL)

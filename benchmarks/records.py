@@ -1,11 +1,11 @@
-"""What a long history costs: start-up, asks and report of a study with 5,000 trials in its record.
+"""Measure start-up, asks and report of a study with 5,000 trials in its record.
 
     python benchmarks/records.py --write    # some twenty minutes on two busy cores; makes the table of docs/benchmarks.md
 
-The study is the built-in `lenet`, run for a few trials and gone on with by random plans, whose scores are made up. Each
-measurement has a process of its own and is taken three times, of which the quickest counts: `ranksearch study` up to its first
-job, with its parts; the asks and tells of the jobs after that, which are trained in the same process; and `ranksearch report`.
-All of it once for a study that minimises parameters, and once for one that minimises parameters and multiply-accumulates.
+The study is the built-in `lenet`: a few trained trials, then random plans with made-up scores. Measured are `ranksearch study`
+until its first job, with its parts; the asks and tells of the next jobs, which are trained in the same process; and
+`ranksearch report`. Each measurement has its own process and runs three times, of which the fastest counts. All is measured
+once for a study that minimises parameters, and once for one that minimises parameters and multiply-accumulates.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from ranksearch.study import folder, study
 from ranksearch.task.task import load_task
 
 TRIALS, ASKS, REPEATS = 5000, 20, 3
-SHORT = ("dense.epochs=3", "finetune.epochs=1", "finalists.epochs=1", "finalists.count=3")
+SHORT_TRAINING = ("dense.epochs=3", "finetune.epochs=1", "finalists.epochs=1", "finalists.count=3")
 MINIMIZED = {"parameters": '["params"]', "parameters and MACs": '["params", "macs"]'}
-FIRST = "from the process's start to its first job"
+UNTIL_FIRST_JOB = "from the process's start to its first job"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folders = [Path(scratch) / name / "lenet" for name in MINIMIZED]
         for out, costs in zip(folders, MINIMIZED.values(), strict=True):
             build(out, costs)
-        found = [figures(out, costs) for out, costs in zip(folders, MINIMIZED.values(), strict=True)]
+        found = [measurements(out, costs) for out, costs in zip(folders, MINIMIZED.values(), strict=True)]
         lines = [machine("torch", "optuna", "sqlalchemy"), *table(["seconds", *MINIMIZED])]
         lines += [row(name, *(f"{each[name]:.2f}" for each in found)) for name in found[0]]
     if given.write:
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def build(out: Path, costs: str) -> None:
-    """A study's folder with so many trials in its record: twelve that were trained, and others as the ledger keeps them."""
+    """Make a study's folder with `TRIALS` trials in its record: twelve trained ones, the others with made-up results."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     spec = load_spec("lenet", overrides=[*settings(costs), "search.trials=12"])
     study.run_study(spec, out)
@@ -77,24 +77,24 @@ def build(out: Path, costs: str) -> None:
 
 
 def settings(costs: str) -> list[str]:
-    """What makes the study short, and what it minimises."""
-    return [*SHORT, f"search.minimize={costs}"]
+    """Overrides that make the study short and set what it minimises."""
+    return [*SHORT_TRAINING, f"search.minimize={costs}"]
 
 
 def made_up(job: Job, dense: float) -> Result:
-    """An answer with a curve of four rungs, which rises to somewhere below the dense score."""
+    """A result whose learning curve has four points and rises to somewhere below the dense score."""
     drop = random.Random(job.key).lognormvariate(-2.5, 1.0)
     return Result(Outcome.DONE, tuple(CurvePoint(epochs, dense - drop * 2 ** (3 - epochs)) for epochs in range(4)), seconds=1.0)
 
 
-def figures(out: Path, costs: str) -> dict[str, float]:
-    """Seconds, by what took them."""
-    started = min((alone("start", out, costs) for _ in range(REPEATS)), key=lambda found: found[FIRST])
-    return started | min((alone("report", out, costs) for _ in range(REPEATS)), key=lambda found: found["a report"])
+def measurements(out: Path, costs: str) -> dict[str, float]:
+    """All measurements of a study: seconds by name."""
+    started = min((in_own_process("start", out, costs) for _ in range(REPEATS)), key=lambda found: found[UNTIL_FIRST_JOB])
+    return started | min((in_own_process("report", out, costs) for _ in range(REPEATS)), key=lambda found: found["a report"])
 
 
-def alone(what: str, out: Path, costs: str) -> dict[str, float]:
-    """What one measurement finds in a process of its own."""
+def in_own_process(what: str, out: Path, costs: str) -> dict[str, float]:
+    """Run one measurement, the function `what` of this module, in its own process; its seconds by name."""
     code = f"import records; records.{what}({str(out)!r}, {costs!r}, {time.time()})"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -102,9 +102,9 @@ def alone(what: str, out: Path, costs: str) -> dict[str, float]:
 
 
 def start(out: str, costs: str, begun: float) -> None:
-    """Run the study for `ASKS` trials more, as the command does, and print what its parts took."""
+    """Resume the study for `ASKS` trials, as the command does, and print the seconds of each part."""
     clock, asks, tells = Clock(begun), list[float](), list[float]()
-    clock.passed("packages, torch and Optuna among them")
+    clock.lap("packages, torch and Optuna among them")
 
     class Timed(Ledger):
         def jobs(self, trials: int) -> Iterator[Job]:
@@ -114,7 +114,7 @@ def start(out: str, costs: str, begun: float) -> None:
                 job = next(source)
                 asks.append(time.time() - before)
                 if len(asks) == 1:
-                    clock.passed("first ask")
+                    clock.lap("first ask")
                 yield job
             raise KeyboardInterrupt
 
@@ -130,21 +130,21 @@ def start(out: str, costs: str, begun: float) -> None:
         assert cli.main(command) == cli.INTERRUPTED
     parts = {f"- {name}": seconds for name, seconds in clock.parts.items()}
     later = {"an ask after that, mean": sum(asks[1:]) / ASKS, "an ask, longest": max(asks[1:])}
-    print(json.dumps({FIRST: sum(parts.values())} | parts | later | {"a tell, mean": sum(tells) / len(tells)}))
+    print(json.dumps({UNTIL_FIRST_JOB: sum(parts.values())} | parts | later | {"a tell, mean": sum(tells) / len(tells)}))
 
 
 class Clock(console.Silent):
-    """What passed between the stages of a study."""
+    """A view that measures the seconds between the stages of a study."""
 
     def __init__(self, begun: float) -> None:
         self.parts: dict[str, float] = {}
         self._last = begun
 
-    def passed(self, name: str) -> None:
+    def lap(self, name: str) -> None:
         self.parts[name], self._last = time.time() - self._last, time.time()
 
     def __enter__(self) -> Clock:
-        self.passed("model and data, checked")
+        self.lap("model and data, checked")
         return self
 
     def stage(self, title: str, total: int, done: int = 0) -> None:
@@ -154,11 +154,11 @@ class Clock(console.Silent):
             "trials": "record read",
         }
         if title in names:
-            self.passed(names[title])
+            self.lap(names[title])
 
 
 def report(out: str, costs: str, begun: float) -> None:
-    """Make the report as the command does, and print what it took."""
+    """Make the report as the command does, and print the seconds."""
     cli.main(["report", out])
     print(json.dumps({"a report": time.time() - begun}))
 

@@ -1,13 +1,13 @@
-"""The thesis's systems (A. A. Salman, University of Bologna, 2018): its figures, and what they come to here.
+"""Reproduce the systems of the thesis (A. A. Salman, University of Bologna, 2018) and compare its figures with ours.
 
     python benchmarks/thesis.py ccnn lenet lenet3 --seeds 3    # trains what is not in runs/thesis yet; hours on two cores
-    python benchmarks/thesis.py --write                        # adds what there is to docs/thesis.json, and makes the tables
+    python benchmarks/thesis.py --write                        # adds the results to docs/thesis.json, and makes the tables
 
-Nets that the thesis designed, the dense nets beside them, and single layers decomposed at its ranks are trained here, by the
-recipe of the study that stands for them. Searched nets come from the folders of finished studies, `ranksearch study NAME`.
-Of a search the trained nets of its front count. Tests are on the test split, once a net.
+This script trains the nets that the thesis designed, their dense nets, and dense nets with single layers decomposed at the
+thesis's ranks, by the recipe of the matching built-in study. Searched nets come from the folders of finished studies,
+`ranksearch study NAME`: the finalists of the front. Each net is scored once on the test split.
 
-docs/thesis.json keeps every figure that was measured, with its seed, epochs, versions and machine: no machine has run them all.
+docs/thesis.json keeps every measured figure, with its seed, epochs, versions and machine: no single machine ran them all.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ from ranksearch.task.task import Task, load_task
 
 CPU = torch.device("cpu")
 PAGE = Path(__file__).parents[1] / "docs" / "thesis.md"
-KEPT = PAGE.with_suffix(".json")
+FIGURES_FILE = PAGE.with_suffix(".json")
 
 
 @dataclass(frozen=True)
 class Net:
-    """A row of the tables that is trained here."""
+    """A row of the tables whose net this script trains."""
 
     name: str
     thesis: str
-    """The thesis's figures, as it gives them."""
+    """The figures that the thesis gives, as text."""
     overrides: tuple[str, ...] = ()
-    """What differs from the study's file."""
+    """Overrides of the study's file."""
     plan: dict[str, Factorization] | None = None
-    """What the system's dense net is decomposed to once it is trained, and then fine-tuned; without one the net is trained from
-    its own weights. An empty one gives the dense net the training that the decomposed ones have on top of its own."""
+    """The plan by which the system's trained dense net is decomposed before fine-tuning. None: the net is trained from its own
+    weights. Empty: the dense net gets the same further fine-tuning as the decomposed nets."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """A row of the tables that a finished study gives."""
+    """A row of the tables that is read from a finished study."""
 
     name: str
     thesis: str
@@ -65,7 +65,7 @@ class Search:
 
 @dataclass(frozen=True)
 class System:
-    """A table: the study whose data and recipes its nets are trained by, and its rows, the dense net first."""
+    """A table: the study that gives data and recipes, and the rows, the dense net first."""
 
     title: str
     study: str
@@ -123,10 +123,12 @@ SYSTEMS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("systems", nargs="*", choices=[*SYSTEMS, []])
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--epochs", type=int, help="fewer than the study has, which the tables then say")
+    parser.add_argument("--seeds", type=int, default=1, help="how many seeds, from 0 on")
+    parser.add_argument("--epochs", type=int, help="train for so many epochs instead of the study's; the tables show them")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the studies' folders are")
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument(
+        "--write", action="store_true", help="add the results to docs/thesis.json, and put the tables into docs/thesis.md"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     for name in given.systems:
@@ -144,19 +146,19 @@ def main() -> None:
                     print(found, flush=True)
     if given.write:
         kept = gathered(given.runs)
-        write_whole(KEPT, json.dumps(kept, indent=1) + "\n")
+        write_whole(FIGURES_FILE, json.dumps(kept, indent=1) + "\n")
         for name, system in SYSTEMS.items():
             own = [entry for entry in kept if entry["system"] == name]
-            write_section(name, "python benchmarks/thesis.py --write", "\n".join(lines(system, own)), page=PAGE)
+            write_section(name, "python benchmarks/thesis.py --write", "\n".join(table_lines(system, own)), page=PAGE)
 
 
 Entry: TypeAlias = dict[str, Any]
-"""What was measured of one net of one system under one seed; `dense` is of the search's own dense net."""
+"""The measurements of one net of one system under one seed. In the entry of a search, `dense` is its own dense net."""
 
 
 def gathered(runs: Path) -> list[Entry]:
-    """Every figure kept before, and those of `runs`, which stand for earlier ones of the same net, seed and epochs."""
-    found = json.loads(KEPT.read_text()) if KEPT.exists() else []
+    """All entries kept before and those in `runs`, which replace earlier ones of the same net, seed and epochs."""
+    found = json.loads(FIGURES_FILE.read_text()) if FIGURES_FILE.exists() else []
     for name, system in SYSTEMS.items():
         for net in system.nets:
             paths = sorted((runs / "thesis" / name).glob(f"{net.name} *.json"))
@@ -173,8 +175,8 @@ def gathered(runs: Path) -> list[Entry]:
 
 
 def train(system: System, net: Net, seed: int, epochs: int | None, *, dense: Path, unfinished: Path) -> Entry:
-    """Train a net by the recipe of its study, and say what came of it; the dense net's weights are kept in `dense`, and a
-    killed training's checkpoint in `unfinished`."""
+    """Train a net by the recipe of its study and measure it. `dense` is the file with the dense net's weights, `unfinished`
+    that with the checkpoint of a killed training."""
     spec = load_spec(system.study, overrides=[*net.overrides, f"seed={seed}"])
     task = load_task(spec)
     model = training.place(task.model, CPU)
@@ -192,11 +194,11 @@ def train(system: System, net: Net, seed: int, epochs: int | None, *, dense: Pat
     if net.name == "dense":
         dense.parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), dense)
-    return facts(task, spec, seed, wanted, checkpoint.seconds())
+    return measurements(task, spec, seed, wanted, checkpoint.seconds())
 
 
-def facts(task: Task, spec: StudySpec, seed: int, recipe: Recipe, seconds: float) -> Entry:
-    """What is known of a trained net."""
+def measurements(task: Task, spec: StudySpec, seed: int, recipe: Recipe, seconds: float) -> Entry:
+    """The measurements of a trained net."""
     model, data = task.model, task.data
     validation, test = (training.score(model, task, split, device=CPU) for split in (data.validation, data.test))
     return {
@@ -208,14 +210,14 @@ def facts(task: Task, spec: StudySpec, seed: int, recipe: Recipe, seconds: float
 
 
 def searched(front: Entry) -> Entry:
-    """A finished study: its dense net, and the finalists of its front."""
+    """The entry of a finished study: its dense net, and the finalists of its front."""
     kept = ("params", "macs", "score_validation", "score_test", "epochs", "plan_text")
     about = {key: front[key] for key in ("dense", "seed", "command", "machine", "versions", "seconds")}
     return about | {"nets": [{key: entry[key] for key in kept} for entry in front["front"] if entry["score_test"] is not None]}
 
 
-def lines(system: System, entries: Sequence[Entry]) -> list[str]:
-    """A system's table, with a row for each net and number of epochs, and the commands of its searches below it."""
+def table_lines(system: System, entries: Sequence[Entry]) -> list[str]:
+    """A system's table, with a row for each net and number of epochs, then the commands of its searches."""
     machines = sorted({entry["machine"] for entry in entries})
     found = [f"Run on {', and on '.join(machines)}.\n"] if machines else []
     found += [f"Data: {data}.\n" for data in sorted({entry["data"] for entry in entries if "data" in entry})]
@@ -223,7 +225,7 @@ def lines(system: System, entries: Sequence[Entry]) -> list[str]:
     for net in system.nets:
         mine = [entry for entry in entries if entry["net"] == net.name]
         found += [
-            trained(system, net, [e for e in mine if e["epochs"] == n], entries) for n in sorted({e["epochs"] for e in mine})
+            net_row(system, net, [e for e in mine if e["epochs"] == n], entries) for n in sorted({e["epochs"] for e in mine})
         ]
         if not mine:
             found.append(row(net.name, net.thesis, *["not run yet", *[""] * 5]))
@@ -232,47 +234,47 @@ def lines(system: System, entries: Sequence[Entry]) -> list[str]:
         mine = [entry for entry in entries if entry["net"] == search.name]
         for entry in mine:
             commands.append(entry["command"])
-            found += of_search(system, search, entry, entries, len(commands))
+            found += search_rows(system, search, entry, entries, len(commands))
         if not mine:
             found.append(row(f"{search.name}: `ranksearch study {search.study}`", search.thesis, *["not run yet", *[""] * 5]))
     return [*found, *([""] if commands else []), *(f"{i}. Search {i}: `{each}`" for i, each in enumerate(commands, 1))]
 
 
-def trained(system: System, net: Net, mine: Sequence[Entry], entries: Sequence[Entry]) -> str:
-    """The row of a net that was trained for some number of epochs; a plan's net counts them from its dense net on."""
+def net_row(system: System, net: Net, mine: Sequence[Entry], entries: Sequence[Entry]) -> str:
+    """The row of a net for one number of epochs. For a decomposed net only the epochs after decomposition count."""
     dense = system.nets[0]
-    # What is decomposed and fine-tuned stands against the dense net that was fine-tuned as much.
+    # A decomposed and fine-tuned net is compared with the dense net that was fine-tuned as long.
     rival = next(n for n in system.nets if n.plan == {}) if net.plan else dense
     rivals = [e for e in entries if e["net"] == rival.name and (net.plan == {} or e["epochs"] == mine[0]["epochs"])]
     gains = [e["score_test"] - r["score_test"] for e in mine for r in rivals if e["seed"] == r["seed"]]
     return row(
         net.name, net.thesis, f"{mine[0]['params']:,}", smaller(mine[0], system, entries),
-        spread(system, [e["score_test"] for e in mine]),
-        spread(system, gains, gain=True) if gains and net is not dense else "", mine[0]["epochs"], len(mine),
+        mean_and_deviation(system, [e["score_test"] for e in mine]),
+        mean_and_deviation(system, gains, gain=True) if gains and net is not dense else "", mine[0]["epochs"], len(mine),
     )  # fmt: skip
 
 
-def of_search(system: System, search: Search, entry: Entry, entries: Sequence[Entry], number: int) -> list[str]:
-    """The rows of one search: its own dense net, and what it found."""
+def search_rows(system: System, search: Search, entry: Entry, entries: Sequence[Entry], number: int) -> list[str]:
+    """The rows of one search: its own dense net, then the nets of its front."""
     dense, rows = entry["dense"], list[str]()
     for net in (dense, *entry["nets"]):
         title, figures = (f"dense net of search {number}", "") if net is dense else (f"{search.name} {number}", search.thesis)
-        gain = "" if net is dense else spread(system, [net["score_test"] - dense["score_test"]], gain=True)
+        gain = "" if net is dense else mean_and_deviation(system, [net["score_test"] - dense["score_test"]], gain=True)
         rows.append(row(
-            title, figures, f"{net['params']:,}", smaller(net, system, entries, dense), spread(system, [net["score_test"]]),
-            gain, net.get("epochs", ""), f"seed {entry['seed']}",
+            title, figures, f"{net['params']:,}", smaller(net, system, entries, dense),
+            mean_and_deviation(system, [net["score_test"]]), gain, net.get("epochs", ""), f"seed {entry['seed']}",
         ))  # fmt: skip
     return rows
 
 
 def smaller(net: Entry, system: System, entries: Sequence[Entry], otherwise: Entry | None = None) -> str:
-    """How many times smaller a net is than the system's dense net, or than another where that was not trained."""
+    """How many times smaller a net is than the system's dense net, or than `otherwise` if that was not trained."""
     dense = next((entry for entry in entries if entry["net"] == system.nets[0].name), otherwise)
     return f"{dense['params'] / net['params']:.1f}x" if dense else ""
 
 
-def spread(system: System, scores: list[float], *, gain: bool = False) -> str:
-    """Mean and standard deviation of scores, as the system's figure: an AUC of 1 - score, or points of accuracy."""
+def mean_and_deviation(system: System, scores: list[float], *, gain: bool = False) -> str:
+    """Mean and standard deviation of scores as text: the AUC, which is 1 - score, or accuracy in percent."""
     area = system.score == "AUC"
     values = [(0 if gain else 1) - score if area else 100 * score for score in scores]
     mean, off = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None

@@ -1,9 +1,9 @@
-"""The tests, in folders as the package has them."""
+"""The tests; their folders mirror those of the package."""
 
 import os
 from pathlib import Path
 
-# Read when torch is loaded. Tests run in as many processes as there are cores.
+# torch reads it when it is loaded. One thread each, since tests run in one process for each core.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).parents[1]

@@ -1,4 +1,4 @@
-"""Searches without training: the small model's space, its choices with made-up rises, and a ledger with made-up answers."""
+"""Searches without training: the small model's space, made-up loss increases, and a ledger with made-up results."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tests import nets
 FOUND = inventory(nets.small(), example(nets.few_digits().train))
 SPACE = make_space(FOUND, ("tucker2", "cp", "svd"))
 TINY = make_space(FOUND, ("svd",), layers=["fc2"])
-"""One layer and a handful of plans: soon every proposal is known."""
+"""A space of one layer with so few plans that soon every proposal is a tried plan."""
 DENSE_SCORE = 0.65
-"""Scores up to 0.87 are made up: some plans beat the dense model, some are worth nothing."""
+"""Made-up scores reach from 0 to 0.87, so some plans beat the dense model and some are far below it."""
 
 
-def rank_ranges(space=SPACE):
-    """By layer, some dozen choices over all sizes, whose rises grow with what they save, and in some layers more."""
+def made_up_choices(space=SPACE):
+    """By layer, a few dozen choices of all sizes. Smaller choices increase the loss more, and later layers more than earlier ones."""
     found = {}
     for place, axis in enumerate(space.axes):
         layer, chosen = axis.layer, {}
@@ -43,12 +43,12 @@ def rank_ranges(space=SPACE):
 
 
 def knowledge(space=SPACE, *, limits=UNLIMITED, suggested=(), minimize=("params",)):
-    """What the sampler "rank" starts from, without any training."""
-    return Knowledge(space, Table(FOUND, rank_ranges(space), minimize), DENSE_SCORE, limits, suggested)
+    """The knowledge that the sampler "rank" starts from, made up without any training."""
+    return Knowledge(space, Table(FOUND, made_up_choices(space), minimize), DENSE_SCORE, limits, suggested)
 
 
 class Books:
-    """One Optuna study without training; a new ledger stands for a new run of it."""
+    """An Optuna study without training. Each ledger made for it stands for a new run."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class Books:
         )
 
     def run(self, trials, *, kill_after=None):
-        """All trials, or as many as there are before a kill that leaves the last one running."""
+        """Run all trials, or stop with one trial still running after `kill_after` trials, as a kill does."""
         ledger = self.ledger()
         ledger.recover()
         for count, job in enumerate(ledger.jobs(trials)):
@@ -91,17 +91,17 @@ class Books:
 
 
 def result(plan):
-    """A score that a plan alone decides; one plan in eight diverges."""
+    """A made-up result that depends on the plan alone; one plan in eight diverges."""
     score = (size_of(plan, FOUND).params * 37 % 101) / 100
     return Result(Outcome.DIVERGED if score > 0.87 else Outcome.DONE, (CurvePoint(0, score / 2), CurvePoint(1, score)), 2.5)
 
 
 OBJECTIVES = Objectives(dense={"params": 100, "macs": 1000})
-"""Of made-up trials."""
+"""The objectives for the trials that `trial` makes."""
 
 
 def trial(number, score, ratio, outcome=Outcome.DONE, finalist=None, same_as=None):
-    """A trial of a plan that no other number has; `same_as` names the trial whose plan it shares."""
+    """A made-up trial. Each number has its own plan, except that a trial with `same_as` shares the plan of that number."""
     plan = Plan.of({"conv1": CP(1 + (number if same_as is None else same_as))})
     return TrialRecord(
         number=number, index=number, origin="tpe", plan=plan, outcome=outcome, costs={"params": 100 / ratio, "macs": 100}, ratio=ratio,

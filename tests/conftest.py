@@ -1,4 +1,4 @@
-"""What many tests share: a small trained task, one small finished study, and commands that must be refused."""
+"""Shared fixtures: a small trained task, one small finished study; and a check of commands that must be refused."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from tests import nets
 
 
 class TorchRandom:
-    """torch's global generator, as hypothesis wants those that it seeds before every example."""
+    """torch's global generator with the interface that hypothesis needs to seed it before every example."""
 
     seed = staticmethod(torch.manual_seed)
     getstate = staticmethod(torch.get_rng_state)
     setstate = staticmethod(torch.set_rng_state)
 
 
-TORCH_RANDOM = TorchRandom()  # hypothesis holds it weakly
+TORCH_RANDOM = TorchRandom()  # kept here, since hypothesis holds only a weak reference
 register_random(TORCH_RANDOM)
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    """What a test draws with torch does not depend on the tests before it."""
+    """Seed torch, so that no test depends on the tests before it."""
     torch.manual_seed(0)
 
 
 PLAN = Plan.of({"conv1": CP(2), "conv2": Tucker2(4, 5), "fc1": SVD(6)})
-"""Of the small net."""
+"""A plan of the small net."""
 
 
 def small_spec(*overrides):
@@ -59,7 +59,7 @@ def tiny_spec(*overrides):
 
 
 def essence(trials):
-    """What must not depend on where a run was interrupted: all but seconds, latency and Optuna's numbers."""
+    """The parts of trials that an interruption must not change: all but seconds, latency and Optuna's numbers."""
     return [
         (
             trial.index, trial.origin, trial.plan, trial.outcome, trial.params, trial.macs, trial.score, trial.curve, trial.seed,
@@ -76,7 +76,7 @@ def stored(out):
 
 @pytest.fixture
 def unreported(monkeypatch):
-    """Studies of this process write no report, which takes as long as half a dozen trials; for tests that read the record."""
+    """Studies write no report, which would take as long as half a dozen trials; for tests that read only the record."""
     monkeypatch.setattr("ranksearch.study.study.write_report", lambda record, folder: folder / "report.html")
 
 
@@ -95,14 +95,14 @@ def trained() -> Task:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> tuple[Path, object]:
-    """The folder and the record of one finished small study; not to be changed."""
+    """The folder and the record of one finished small study. Tests must not change them."""
     folder = tmp_path_factory.mktemp("finished") / "small"
     return folder, run_study(small_spec(), folder, Options(Local(0)))
 
 
 @pytest.fixture(scope="session")
 def evaluator(trained):
-    """Makes evaluators of the trained net, with two epochs for finalists."""
+    """A function that makes evaluators of the trained net, with two epochs for finalists."""
     found = inventory(trained.model, example(trained.data.train))
     space = make_space(found, ("tucker2", "cp", "svd"))
     prepared = profile(trained.model, found, {axis.layer.name: axis.methods for axis in space.axes})
@@ -127,7 +127,7 @@ def snapshot(folder):
 
 
 def refuse(capsys, *arguments):
-    """Run a command that must be refused; its one sentence."""
+    """Run a command that must be refused, and return its message of one sentence."""
     assert main([str(a) for a in arguments]) == 2
     err = capsys.readouterr().err
     assert err.startswith("ranksearch: ")
@@ -138,5 +138,5 @@ def refuse(capsys, *arguments):
 
 @pytest.fixture
 def copied(finished, tmp_path):
-    """A copy of the finished study, to be misused."""
+    """A copy of the finished study's folder, which a test may change."""
     return shutil.copytree(finished[0], tmp_path / "runs" / "small")

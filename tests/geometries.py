@@ -1,4 +1,4 @@
-"""Layers of every geometry that a method may store, each as the layer `layer` of a model, and ways to compare them."""
+"""Models with a layer called `layer`, for every geometry that a method can store, and helpers to compare them."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ GEOMETRIES = {
 }
 BY_NAME = {kind.method: method for kind, method in METHODS.items()}
 PAIRS = [(geometry, name) for geometry, (*_, names) in GEOMETRIES.items() for name in sorted(names)]
-# Each geometry once, by methods in turn, and each method for the plainest layers of every kind.
+# Every geometry with one method, the methods in turn, plus every method with the plain geometries.
 PLAIN_GEOMETRIES = {"conv1d", "conv2d", "conv3d", "linear", "linear behind a map"}
 IN_TURN = {(geometry, sorted(names)[at % len(names)]) for at, (geometry, (*_, names)) in enumerate(GEOMETRIES.items())}
 FEWER_PAIRS = [pair for pair in PAIRS if pair in IN_TURN or pair[0] in PLAIN_GEOMETRIES]
@@ -108,7 +108,7 @@ def assert_close(got, wanted):
 
 
 def some_ranks(method, layer):
-    """Rank 1, halves and the full rank, in all combinations."""
+    """Rank 1, half and full rank, in all combinations."""
     return list(itertools.product(*(sorted({1, (bound + 1) // 2, bound}) for bound in method.bounds(layer.weight))))
 
 

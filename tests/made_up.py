@@ -1,4 +1,4 @@
-"""A decomposition that is not of the package, as somebody else's module would add it: Tucker-1, 1x1 S -> R, d x d R -> T."""
+"""A method outside the package, as a user's module would add it: Tucker-1, 1x1 in -> rank, kernel rank -> out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ranksearch.methods import Method, Part
 
 @dataclass(frozen=True)
 class Tucker1(Factorization):
-    """1x1 in -> rank, kernel rank -> out."""
+    """A convolution 1x1 in -> rank, then one with the kernel's size, rank -> out."""
 
     method = "tucker1"
     title = "Tucker-1"
@@ -20,7 +20,7 @@ class Tucker1(Factorization):
 
 
 class Tucker1Method(Method):
-    """The leading directions of the input channels."""
+    """Keeps the leading directions of the input channels."""
 
     kind = Tucker1
     vbmf = ("in",)

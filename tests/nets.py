@@ -42,7 +42,7 @@ IMAGE = torch.ones(1, 4, 6, 5)
 
 
 class Net(nn.Module):
-    """Modules by name, in order of definition, and a function of the net and its input that runs them."""
+    """A net of named modules, and a function `run(net, input)` that is its forward."""
 
     def __init__(self, run, **modules):
         super().__init__()
@@ -65,7 +65,7 @@ def fails(n, x):
 
 
 def small(classes: int = 10) -> nn.Sequential:
-    """A LeNet in little, for digits of 8x8: two convolutions and a fully connected layer behind the flatten."""
+    """A small LeNet for digits of 8x8: two convolutions and fully connected layers behind a flatten."""
     return nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(1, 8, 3, padding=1),
@@ -83,7 +83,7 @@ def small(classes: int = 10) -> nn.Sequential:
 
 
 def few_digits(count: int = 200) -> Splits:
-    """Digits as they are, 8x8, `count` for training and 100 each for validation and test."""
+    """Digits of 8x8: `count` for training, 100 each for validation and test."""
     whole = digits(size=8)
 
     def first(split: TensorDataset, many: int) -> TensorDataset:
@@ -93,7 +93,7 @@ def few_digits(count: int = 200) -> Splits:
 
 
 class Deadly(nn.Module):
-    """Kills its own process when it is trained in a worker, while the file named by DEADLY is there. Two inputs are a check."""
+    """Kills its own process when it is trained, while the file named by the variable DEADLY exists; not in checks with two inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def deadly() -> Deadly:
 
 
 class Versioned(nn.Module):
-    """Loads what its own version wrote or the one before, as torchvision's MNASNet does."""
+    """Loads states of its own version and of the version before, as torchvision's MNASNet does."""
 
     _version = 2
 
@@ -158,7 +158,7 @@ def wrong_labels() -> Splits:
 
 
 class Odd(Dataset):
-    """Inputs that make no batch."""
+    """A data set whose inputs cannot make a batch: no tensors, or tensors of different shapes."""
 
     def __init__(self, kind):
         self.kind = kind
@@ -184,7 +184,7 @@ def larger_test() -> Splits:
 
 
 class Log:
-    """May be copied, but not sent anywhere."""
+    """A value that can be copied but not pickled."""
 
     def __deepcopy__(self, memo):
         return self

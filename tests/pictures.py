@@ -22,7 +22,7 @@ SHIFTS = (3, 7, 5)
 
 
 def pair(shift, *, height=24, width=40, seed=0):
-    """A right image that is the left one moved by `shift` pixels, noise where nothing is known."""
+    """A stereo pair: the right image is the left one moved by `shift` pixels, with noise at the free edge."""
     draw = np.random.default_rng(seed)
     left = draw.integers(0, 256, (height, width), dtype=np.uint8)
     right = draw.integers(0, 256, (height, width), dtype=np.uint8)
@@ -31,7 +31,7 @@ def pair(shift, *, height=24, width=40, seed=0):
 
 
 def write_scenes(root, *, shifts=SHIFTS, folder="kitti2015"):
-    """Scenes whose truth is their shift, but 9 pixels more in the upper half, and unknown in the first columns."""
+    """Write scenes. Their true disparity is the shift, 9 pixels more in the upper half, and unknown in the first columns."""
     for number, shift in enumerate(shifts):
         scene = root / folder / f"{number:06}"
         scene.mkdir(parents=True)

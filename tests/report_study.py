@@ -1,4 +1,4 @@
-"""A made-up study of LeNet's six layers, as full as a real one: 45 trials of every outcome, eight of them finalists."""
+"""A made-up study of LeNet's six layers, as complete as a real one: 45 trials with all outcomes, eight of them finalists."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def study_record(*, trials: int = 45, finalists: int = 8) -> StudyRecord:
 
 
 def study_facts() -> StudyFacts:
-    """What a study knows before its first trial."""
+    """The facts of a study before its first trial."""
     layers = tuple(
         LayerFacts(
             name=name,

@@ -1,4 +1,4 @@
-"""A search from Python: what may be given, what is refused, and that the user's own model stays as it is."""
+"""A search from Python: accepted and refused arguments; the user's model is unchanged."""
 
 from __future__ import annotations
 

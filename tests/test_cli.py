@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it prints, its exit codes, and one sentence for every kind of bad input."""
+"""The command line as a user sees it: output, exit codes, and a message of one sentence for every kind of bad input."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_a_gpu_that_is_not_there(study_file, capsys, device):
     assert re.fullmatch(rf"--device must be one that torch finds on this machine \(cpu(, mps)?\), but got {device}\.", told)
 
 
-def test_a_device_that_is_none(study_file, capsys):
+def test_a_misspelt_device(study_file, capsys):
     told = refuse(capsys, "study", "small.toml", "--device", "cdua")
     assert told == "--device must be auto, cpu, cuda, cuda:N or mps, but got 'cdua'."
 
@@ -189,7 +189,7 @@ def test_the_version(capsys):
         ),
     ],
 )  # fmt: skip
-def test_opsets_that_cannot_be(copied, capsys, arguments, message):
+def test_impossible_opsets_are_refused(copied, capsys, arguments, message):
     assert re.match(message, refuse(capsys, "export", copied, "--knee", *arguments))
     assert not (copied / "export").exists()
 
@@ -366,7 +366,7 @@ def test_a_study_made_from_python_is_not_exported_by_the_command_line(trained, t
         (["--min-ratio", "1e6"], "A ratio of at least 1e+06 is asked for, but the smallest model has"),
     ],
 )
-def test_exports_that_cannot_be(finished, capsys, choice, message):
+def test_impossible_exports_are_refused(finished, capsys, choice, message):
     assert refuse(capsys, "export", finished[0], *choice).startswith(message)
 
 
@@ -386,7 +386,7 @@ def test_a_report_without_its_storage(copied, capsys):
 
 
 def test_a_report_names_the_storage_that_the_study_was_begun_in(copied, capsys):
-    for path in copied.glob("study.db*"):  # its log beside it
+    for path in copied.glob("study.db*"):  # with the write-ahead log
         path.rename(copied.parent / path.name.replace("study", "else"))
     url = f"sqlite:///{copied.parent / 'else.db'}"
     spec = copied / "spec.toml"

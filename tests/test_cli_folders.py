@@ -1,4 +1,4 @@
-"""What a command does to folders: those of others stay as they are, and --fresh deletes what a study wrote and nothing else."""
+"""Commands leave other folders unchanged, and --fresh deletes only files that a study wrote."""
 
 from __future__ import annotations
 

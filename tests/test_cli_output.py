@@ -1,4 +1,4 @@
-"""Outputs that lack a character, or room: a command says what it has to say, and how it ended."""
+"""Outputs that cannot encode a character, or are full: the command still prints its message and exits with the right code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests import nets
 
 
 def latin(monkeypatch):
-    """Outputs as Windows' pipes have them; what was written to each. Not a fixture: pytest sets its own outputs after those."""
+    """Set outputs as in Windows' pipes; a function that returns their text. No fixture, since pytest sets its outputs later."""
     streams = {name: io.TextIOWrapper(io.BytesIO(), encoding="cp1252", write_through=True) for name in ("stdout", "stderr")}
     for name, stream in streams.items():
         monkeypatch.setattr(sys, name, stream)
@@ -84,7 +84,7 @@ def test_a_report_tells_that_it_waits(copied, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 @pytest.mark.parametrize("words", [["studies"], ["report", "runs/small"]])
-def test_an_output_without_room_is_one_sentence(copied, study_file, words):
+def test_a_full_output_is_one_sentence(copied, study_file, words):
     code = f"import sys; from ranksearch.cli import main; sys.exit(main({words!r}))"
     with open("/dev/full", "w") as output:  # noqa: PTH123
         done = subprocess.run([sys.executable, "-c", code], stdout=output, stderr=subprocess.PIPE, text=True)

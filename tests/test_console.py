@@ -1,4 +1,4 @@
-"""What the screen shows."""
+"""Progress on the screen: plain lines and the live view."""
 
 from __future__ import annotations
 

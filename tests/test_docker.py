@@ -1,4 +1,4 @@
-"""The cluster's files say what the docs promise of them; `docker/root` and `docker/check` build and run them."""
+"""The files in docker/ agree with the docs; `docker/root` and `docker/check` build and run them."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def test_the_base_is_pinned_and_the_image_runs_as_no_root():
 
 
 def test_a_login_shell_finds_the_commands_too():
-    """`ray up` runs its commands in one, and Debian's /etc/profile sets a PATH of its own."""
+    """`ray up` runs its commands in a login shell, where Debian's /etc/profile sets its own PATH."""
     (path,) = re.findall(r"^ENV PATH=(\S+)", DOCKERFILE, re.MULTILINE)
     assert f"echo 'PATH={path}' > /etc/profile.d/" in DOCKERFILE
 
 
-def test_what_is_copied_is_not_ignored():
-    """`.dockerignore` leaves out all but what it names."""
+def test_dockerignore_names_the_files_that_the_image_copies():
+    """`.dockerignore` excludes all files except those it names."""
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     copied = re.findall(r"^COPY (?:--\S+ )?(.*) \S+$", DOCKERFILE, re.MULTILINE)
     assert {path for line in copied for path in line.split()} == kept

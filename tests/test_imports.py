@@ -1,4 +1,4 @@
-"""Imports run one way, and the light doors stay light."""
+"""Imports go one way, and the command line starts without heavy packages."""
 
 import ast
 import subprocess
@@ -11,7 +11,7 @@ from tests import ROOT
 
 PACKAGE = ROOT / "ranksearch"
 
-# Each part may import from itself where it is a package, and from the parts above it.
+# A part may import from the parts above it, and a package also from itself.
 PARTS = [
     "errors",
     "support",
@@ -33,11 +33,11 @@ PARTS = [
     "api",
     "cli",
 ]
-DOORS = {"__init__.py", "cli.py", "report/__init__.py"}
+LIGHT_FILES = {"__init__.py", "cli.py", "report/__init__.py"}
 
 
 def imports(path):
-    """(imported module of ranksearch, whether inside a function) for every import of our own in a file."""
+    """For every import from ranksearch in a file: (module, whether the import is inside a function)."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     inner = {
         node
@@ -69,7 +69,7 @@ def test_a_file_imports_only_from_its_own_part_and_those_above(path):
     own = relative.parts[0].removesuffix(".py")
     for name, inside in imports(path):
         part = name.split(".")[0]
-        if str(relative) in DOORS:
+        if str(relative) in LIGHT_FILES:
             continue
         assert not inside, f"{relative} imports {name} inside a function"
         assert part == own or PARTS.index(part) < PARTS.index(own), f"{relative} imports {name}"
@@ -88,7 +88,7 @@ def test_no_imports_run_in_a_circle():
 
     graph = {module(path): {name for name, _ in imports(path)} for path in files() if path.parent != PACKAGE}
     assert {"compress.surgery", "methods.base", "study.study"} <= set(graph)
-    # A package's __init__ names its files; what a file takes from its own package's __init__ would be a circle.
+    # A package's __init__ imports its files, so a file that imports from its package's __init__ makes a circle.
     TopologicalSorter(graph).prepare()
 
 
@@ -110,7 +110,7 @@ def test_no_imports_run_in_a_circle():
         ),
     ],
 )
-def test_light_doors(statement, absent):
+def test_light_imports_load_no_heavy_packages(statement, absent):
     code = f"""
 import sys
 try:

@@ -1,4 +1,4 @@
-"""Plans: their JSON gives them back, and nonsense is refused in one sentence."""
+"""Plans: JSON gives the same plan back, and invalid plans are refused in one sentence."""
 
 import json
 

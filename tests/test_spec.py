@@ -1,4 +1,4 @@
-"""Study files: every key checked, every message one sentence with the rule, the value and the fix."""
+"""Study files: every key is checked, and every message is one sentence with the rule, the value and the fix."""
 
 import re
 from dataclasses import MISSING, is_dataclass, replace
@@ -165,7 +165,7 @@ def test_bad_references(reference, message):
 
 
 def test_the_docs_have_the_tables_of_keys():
-    """`python benchmarks/keys.py --write` makes them."""
+    """`python benchmarks/keys.py --write` updates the tables."""
     pages = ROOT / "docs"
     for name, page, text in (("keys", "studies.md", keys_tables()), ("engines", "cluster.md", engine_table())):
         written = re.search(rf"<!-- {name}: .* -->\n(.*)\n<!-- end of {name} -->", (pages / page).read_text(), re.DOTALL)
@@ -174,7 +174,7 @@ def test_the_docs_have_the_tables_of_keys():
 
 
 def all_settings(cls):
-    """(class, field) for every setting in it and in its sections."""
+    """(class, field) for every setting of a class and of its sections."""
     for name, kind in get_type_hints(cls).items():
         yield cls, fields(cls)[name]
         if is_dataclass(kind):

@@ -1,4 +1,4 @@
-"""Every built-in study starts, resumes and reports: in a reduced form, on pictures and stereo pairs made here."""
+"""Every built-in study starts, resumes and reports, in a reduced form on made-up pictures and stereo pairs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ranksearch.study.study import run_study
 from tests.pictures import write_pictures, write_scenes
 
 LAYERS = {"vgg16": "conv1_2", "resnet20": "stage1_1.conv1", "nin": "conv4"}
-"""The layer that the reduced study decomposes; conv2 in the others."""
+"""The layer that a reduced study decomposes; conv2 for the other studies."""
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def root(tmp_path_factory):
 
 
 def reduced(name, root, trials):
-    """The study with one epoch of everything, one layer, one method and little data."""
+    """The study with one epoch of each training, one layer, one method and little data."""
     overrides = [
         "dense.epochs=1", "finetune.epochs=1", "finalists.epochs=1", "finalists.count=1", f"search.trials={trials}",
         f"space.layers=['{LAYERS.get(name, 'conv2')}']",
@@ -46,7 +46,7 @@ def reduced(name, root, trials):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in builtin_studies() if name != "lenet"])
 def test_a_study_starts_resumes_and_reports(name, root, tmp_path):
-    """`lenet` runs as a whole, in the first command of the README."""
+    """`lenet` is left out: it runs as a whole, in the first command of the README."""
     first = run_study(reduced(name, root, 1), tmp_path / name, Options(Local(0)))
     again = run_study(reduced(name, root, 2), tmp_path / name, Options(Local(0)))
     assert len(again.trials) == 2

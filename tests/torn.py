@@ -1,3 +1,3 @@
-"""A module that cannot be imported; study files name it."""
+"""A module whose import fails, for study files in tests."""
 
 raise NameError("of a user's own module")

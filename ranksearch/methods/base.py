@@ -36,9 +36,8 @@ LEVELS = 10
 MAX_CANDIDATES = 128
 """How many combinations of ranks a profile looks at for one layer and method: of three ranks five levels each."""
 MAX_TERMS = 512
-"""The largest rank that ALS fits: it solves systems of as many unknowns. Only fully connected layers behind a map reach it, such
-as the first of VGG-16 (4096x512x49): the fits of a profile up to 1,024 terms take two minutes of a core there, up to 512 a third
-of that, and 512 terms are a 43rd of the layer's parameters."""
+"""The largest rank that ALS fits. Only fully connected layers behind a map reach it, such as the first of VGG-16 (4096x512x49):
+the fits of a profile up to 1,024 terms take two minutes of a core there, up to 512 terms a third of that."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Where the channels are behind a flatten, whatever permuted and reshaped the map before."""
+"""The order of the channels behind a flatten is found, however the map was permuted and reshaped before."""
 
 import copy
 from math import prod
@@ -85,7 +85,7 @@ def test_rows_go_back_to_the_map_that_they_were_flattened_from(axes, batch, data
     maps = torch.randn(shape)
     layer = inventory(behind(lambda n, x: x.permute(0, *axes).flatten(1), prod(shape[1:])), maps)["fc"]
     if not layer.flattened:
-        # Of one position, or the channels are where they are first all the same.
+        # With one position, a row needs no order.
         assert prod(shape[2:]) == 1
         return
     rows = maps.permute(0, *axes).flatten(1)
@@ -97,7 +97,7 @@ KERNELS = [method for method in METHODS.values() if method.applies((7, 4, 6, 5),
 
 @pytest.mark.parametrize("method", KERNELS, ids=lambda method: method.kind.method)
 @pytest.mark.parametrize("axes", [(2, 3, 1), (3, 1, 2), (2, 1, 3)])
-def test_full_rank_is_the_identity_and_the_model_comes_home(method, axes, tmp_path):
+def test_full_rank_is_the_identity_and_the_model_can_be_loaded(method, axes, tmp_path):
     model = behind(lambda n, x: n.drop(x.permute(0, *axes).flatten(1)), drop=nn.Dropout()).eval()
     found = inventory(model, IMAGE)
     layer = found["fc"]

@@ -1,4 +1,4 @@
-"""What TensorLy decomposed is what the layer then computes, whatever its backend."""
+"""A layer computes the tensor that TensorLy decomposed, with any TensorLy backend."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.nets import normal
 
 CONV, CONV1D, CONV3D = nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=1), nn.Conv1d(4, 6, 3), nn.Conv3d(3, 4, 2)
 FLAT = behind_flatten(4, 3, 2)[0]
-# id: (model, input, kernel's shape for TensorLy, how it decomposes, the method)
+# id: (model, input, shape of the kernel for TensorLy, its decomposition, the method)
 DECOMPOSED = {
     "parafac of four modes": (alone(CONV), (4, 9, 8), (6, 4, 3, 2), lambda k: parafac(k, 3, init="random", random_state=0), "cp4"),
     "parafac of three modes": (alone(CONV), (4, 9, 8), (6, 4, 6), lambda k: parafac(k, 3, init="random", random_state=0), "cp"),
@@ -85,7 +85,7 @@ def test_another_shape_is_refused(model, given, message):
 
 def test_a_value_of_no_registered_method_is_refused():
     class Other(SVD):
-        """Of no method."""
+        """A value that belongs to no registered method."""
 
     message = "A plan's values must be of registered methods, but got .*; call ranksearch.register_method"
     with pytest.raises(PlanError, match=message):

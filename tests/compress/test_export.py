@@ -1,4 +1,4 @@
-"""Models taken home compute what the trial's model computed."""
+"""Exported models compute the outputs of the trial's model; models that cannot be saved and loaded are refused."""
 
 from __future__ import annotations
 
@@ -193,8 +193,8 @@ def test_an_opset_that_the_exporter_does_not_reach_leaves_nothing(compressed, in
     assert logging.root.manager.disable == level
 
 
-def home(model):
-    """Check a model whose copy, as it was made, is `fresh`; then run passes, as a study does."""
+def check_loadable(model):
+    """Check a model as a study does: with a copy from before its first pass. The model and the random state must not change."""
     fresh = copy.deepcopy(model)
     inputs = torch.rand(2, 1, 8, 8)
     model.eval()(inputs)
@@ -223,7 +223,7 @@ def frozen():
 
 
 def renaming():
-    """Keeps its names without a prefix, and puts it back when it loads."""
+    """A model that removes a prefix from the names in its state dict, and adds it again when it loads."""
     model = nets.Net(lambda net, x: net.net(x), net=nets.small())
 
     def shorten(module, state, prefix, metadata):
@@ -252,8 +252,8 @@ def renaming():
     ],
     ids=["versioned", "renaming", "frozen", "drawing", "counting", "dropout", "nan"],
 )
-def test_a_model_that_comes_home(make):
-    home(make())
+def test_a_model_that_can_be_saved_and_loaded(make):
+    check_loadable(make())
 
 
 def lazy(net, inputs):
@@ -287,7 +287,7 @@ def of_complex_numbers():
 
 
 def loading_anew():
-    """Loads zeros for what it has kept."""
+    """A model that loads zeros instead of one bias in its state dict."""
     model = nets.Net(lambda net, x: net.net(x), net=nets.small())
     model.register_load_state_dict_pre_hook(lambda module, state, *rest: state.update({"net.fc2.bias": torch.zeros(10)}))
     return model
@@ -307,9 +307,9 @@ def loading_anew():
     ],
     ids=["lazy", "losing", "complex", "passing", "anew"],
 )
-def test_a_model_that_does_not_come_home(make, told):
+def test_a_model_that_cannot_be_saved_and_loaded(make, told):
     with pytest.raises(ModelError) as raised:
-        home(make())
+        check_loadable(make())
     assert re.fullmatch(
         rf"A compressed model must be the same after saving and loading, but a factorized copy {told}.*; keep in state_dict\(\) all "
         r"that a forward needs and training changes, and make buffers in __init__\.",
@@ -317,7 +317,7 @@ def test_a_model_that_does_not_come_home(make, told):
     )
 
 
-def test_what_cannot_come_home_is_refused_before_anything_is_trained(tmp_path):
+def test_a_model_that_cannot_be_loaded_is_refused_before_training(tmp_path):
     task = Task(nets.Net(lazy, net=nets.small()), nets.few_digits())
     with pytest.raises(
         ModelError, match="A compressed model must be the same after saving and loading, but a factorized copy cannot be"

@@ -1,4 +1,4 @@
-"""What an inventory finds: the layers as they are called, their shapes and their costs."""
+"""An inventory finds the layers in the order of their calls, with shapes and costs."""
 
 import copy
 
@@ -18,7 +18,7 @@ IMAGE = torch.ones(1, 4, 6, 5)
 
 
 class Named(nn.Conv2d):
-    """A convolution of another name that computes what torch's does."""
+    """A subclass that computes the same as torch's convolution."""
 
 
 def kernels(model, example=IMAGE):
@@ -36,7 +36,7 @@ def counted_macs(model, example):
     return counter.get_total_flops() / 2
 
 
-# --- what is found ---
+# --- layers and totals ---
 
 
 def test_layers_come_in_call_order():
@@ -110,7 +110,7 @@ def test_attention_counts_whole_and_what_its_fused_form_takes_the_weights_of_is_
         "0.linear1": "its weight is also used outside the layer",
         "0.linear2": "its weight is also used outside the layer",
     }
-    # The products of queries, keys and values too, which torch's own count leaves out.
+    # Products of queries, keys and values count as well; torch's own counter leaves them out.
     assert found.macs == count_macs(model, example) == counted_macs(model, example) + 2 * 5 * 5 * 8
     assert found.macs == found["1"].macs + 4 * 5 * 8 * 8 + 2 * 5 * 8 * 16 + 2 * 5 * 5 * 8
 

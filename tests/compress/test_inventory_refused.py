@@ -1,4 +1,4 @@
-"""Models and examples that an inventory refuses, each in one sentence."""
+"""Models and examples that an inventory refuses, each with a message of one sentence."""
 
 import re
 import warnings

@@ -1,4 +1,4 @@
-"""What an inventory leaves out and why, what it refuses, and that it leaves the model as it was."""
+"""An inventory skips layers that cannot be replaced, with the reason, and leaves the model unchanged."""
 
 import copy
 import random
@@ -21,7 +21,7 @@ from tests.nets import IMAGE, Net, fails
 
 
 class Standardised(nn.Conv2d):
-    """A convolution with a forward of its own, as weight standardisation has."""
+    """A convolution with its own forward, as in weight standardisation."""
 
     def forward(self, inputs):
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
@@ -29,17 +29,17 @@ class Standardised(nn.Conv2d):
 
 
 class Conv2d(Standardised):
-    """A convolution with the name of torch's own."""
+    """A convolution with its own forward whose class has the name of torch's class."""
 
 
 class DynamicConv(nn.Module):
-    """Something called Conv that is none, and returns no tensor."""
+    """A module whose name contains Conv, but that is no convolution and returns no tensor."""
 
     def forward(self, inputs, scale=1):
         return {"outputs": inputs * scale}
 
 
-# --- why not the rest ---
+# --- layers that are skipped ---
 
 
 def with_shared_weight():
@@ -76,7 +76,7 @@ def complex_convolution():
 
 
 def used(use):
-    """A model whose layer `one` is called, and asked for something more by `use(model, inputs, outputs)`."""
+    """A model that calls its layer `one`, then uses it in another way by `use(model, inputs, outputs)`."""
     return Net(lambda n, x: n.last(use(n, x, n.one(x))), one=nn.Conv2d(4, 4, 1), last=nn.Conv2d(4, 2, 1))
 
 
@@ -207,7 +207,7 @@ def test_only_those_that_the_forward_needs_are_skipped(kinds):
 
     model = Net(run, layers=nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in kinds), last=nn.Conv2d(4, 2, 1))
     for layer in model.layers:
-        # So that no layer drowns what another adds.
+        # The identity, so that the effect of each layer reaches the output.
         nn.init.dirac_(layer.weight)
     reasons = {"used": OUTSIDE, "typed": "the forward fails when it is replaced (AssertionError: another type)"}
     reasons["branch"] = "the forward gives another result when it is replaced"
@@ -215,7 +215,7 @@ def test_only_those_that_the_forward_needs_are_skipped(kinds):
 
 
 def watched():
-    """What may look at weights: it looks at others when the layer is replaced."""
+    """A model with a hook that reads whatever parameters there are, so a layer can be replaced."""
     model = Net(lambda n, x: n.two(n.one(x.to(next(n.parameters()).device))), one=nn.Conv2d(4, 4, 1), two=nn.Conv2d(4, 2, 1))
     model.register_forward_hook(lambda module, args, output: output / max(p.norm() for p in module.parameters()))
     return model
@@ -298,7 +298,7 @@ def test_hooks_of_every_module_may_look_at_weights():
     assert seen
 
 
-# --- the model stays as it was ---
+# --- the model is unchanged ---
 
 
 def hooks():

@@ -1,4 +1,4 @@
-"""A profile gives one answer whoever asks and however often, from its cache or anew."""
+"""Profiles are deterministic: the same factors and errors in every order of calls, from the cache or computed."""
 
 import itertools
 import threading
@@ -54,7 +54,7 @@ def made(model=None, cache=None, example=EXAMPLE, **options):
 
 
 def values(layer_profile, *, every=False):
-    """Values at the prepared ranks of every method, and at all ranks up to its limits."""
+    """The values of every method at its prepared ranks; with `every` at all ranks up to its limits."""
     layer = layer_profile.layer
     for name in layer_profile.prepared:
         method = METHODS[plan.KINDS[name]]
@@ -64,7 +64,7 @@ def values(layer_profile, *, every=False):
 
 
 def assert_same(one, other):
-    """Both profiles give the same factors bit for bit, at prepared ranks and between them."""
+    """Assert that both profiles give the same factors bit for bit, at prepared ranks and between them."""
     assert one.layers.keys() == other.layers.keys()
     for name, mine in one.layers.items():
         theirs = other.layers[name]
@@ -78,7 +78,7 @@ def assert_same(one, other):
 
 @pytest.fixture
 def prepared(monkeypatch):
-    """The names of the decompositions that ran."""
+    """A list that records the method of each decomposition that runs."""
     ran = []
 
     def noting(name, run):
@@ -103,7 +103,7 @@ def files(cache):
     return sorted(path for path in cache.rglob("*") if path.is_file())
 
 
-# --- what it says ---
+# --- factors, candidates, errors ---
 
 
 def test_two_builds_give_the_same_factors():
@@ -169,7 +169,7 @@ def test_the_factors_of_a_plan_are_those_of_its_layers_and_fit_the_model():
 
 
 def test_every_value_of_every_method_fits_the_model():
-    """What a profile proposes can be built: a fully connected layer behind a map is given that map where it is needed."""
+    """Every candidate can be built. A fully connected layer behind a map gets the map where its method needs it."""
     model = net()
     for name, layer in made(model).layers.items():
         for value in {candidate.value.method: candidate.value for candidate in layer.candidates()}.values():

@@ -1,4 +1,4 @@
-"""Surgery changes what the plan names and nothing else, or nothing at all."""
+"""`factorize_` changes the layers that the plan names and nothing else; if it fails, it changes nothing."""
 
 import copy
 import itertools
@@ -23,7 +23,7 @@ INPUTS = torch.linspace(-1, 1, 2 * 2 * 4 * 4).reshape(2, 2, 4, 4)
 
 
 class Standardised(nn.Conv2d):
-    """A convolution with a forward of its own."""
+    """A convolution with its own forward."""
 
     def forward(self, inputs):
         return super().forward(inputs) / self.weight.std()
@@ -48,7 +48,7 @@ def net(seed=0):
 
 
 def factors(plan, seed=0):
-    """Any factors of the right shapes; the model that gets them stands for no dense one."""
+    """Random factors of the right shapes, which approximate no dense model."""
     model, generator = net(), torch.Generator().manual_seed(seed)
     found = {}
     for name, value in plan:
@@ -68,7 +68,7 @@ def assert_same_state(model, state):
     assert all(torch.equal(found[name], value) for name, value in state.items())
 
 
-# --- what changes and what does not ---
+# --- changed and unchanged modules ---
 
 
 @pytest.mark.parametrize("plan", subplans(), ids=str)
@@ -89,7 +89,7 @@ def test_only_the_layers_named_change(plan):
 
 
 def test_layers_change_independently():
-    """Each layer's new modules are those it gets when it is the only one, whatever else the plan names."""
+    """A layer gets the same new modules whether the plan names it alone or with others."""
     together = factorize_(net(), PLAN).state_dict()
     for name, value in PLAN:
         alone = factorize_(net(), {name: value}).get_submodule(name).state_dict()

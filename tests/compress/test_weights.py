@@ -1,4 +1,4 @@
-"""State dicts come back from safetensors with all that they held: tensors of every type, and the versions of modules."""
+"""State dicts survive safetensors: tensors of every type, and the versions of modules."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def tied():
 
 
 class Extra(nn.Linear):
-    """Keeps a tensor beside its weights."""
+    """A layer that adds a tensor to its state dict beside its weights."""
 
     def __init__(self):
         super().__init__(4, 4)
@@ -136,7 +136,7 @@ def test_a_file_that_the_models_own_loader_refuses_is_one_sentence(tmp_path):
         load_weights(model, path)
 
 
-def test_a_state_that_is_no_tensor():
+def test_a_state_dict_that_holds_more_than_tensors():
     class Stateful(torch.nn.Conv2d):
         def get_extra_state(self):
             return {"seen": 3}
@@ -147,7 +147,7 @@ def test_a_state_that_is_no_tensor():
         check_state(torch.nn.Sequential(Stateful(4, 4, 1)))
 
 
-def test_versions_come_home(tmp_path):
+def test_versions_survive_saving_and_loading(tmp_path):
     model = factorize_(nets.versioned(), PLAN).eval()
     save_model(tmp_path, PLAN, weights_of(model))
     assert_same(model, load_model(nets.versioned(), tmp_path))

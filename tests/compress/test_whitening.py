@@ -1,4 +1,4 @@
-"""Factors fitted for a layer's inputs: exact at full rank, their errors those of its outputs."""
+"""Data-aware factors: exact at full rank, and their predicted errors are those of the layer's outputs."""
 
 import copy
 import itertools
@@ -29,13 +29,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 
 @pytest.fixture
 def exact(monkeypatch):
-    """Every position counts and nothing is shrunk: what is measured is then all there is."""
+    """No shrinkage, and all positions are used: the moments are then exact."""
     monkeypatch.setattr(whitening, "POSITIONS_PER_INPUT", 10**6)
     monkeypatch.setattr(whitening, "SHRINKAGE", 1e-13)
 
 
 def correlated(inputs, count=40, seed=3):
-    """A batch like `inputs`, smooth along its last axis, off centre, its channels mixed."""
+    """A batch of the shape of `inputs`: correlated along the last axis and across channels, with a mean other than 0."""
     drawn = normal(count, *inputs.shape[1:], seed=seed)
     return drawn.cumsum(-1) + 0.3 * drawn.flip(1) + 2
 
@@ -50,7 +50,7 @@ def measured(model, layer, method, inputs):
 
 
 def rebuilt(found, layer, kernel, method, ranks):
-    """The kernel that factors in the metric `found` stand for."""
+    """The kernel that the factors with the whitening `found` reconstruct."""
     holds = method.holds(layer.weight)
     whitened = found.whiten(kernel, holds)
     factors = method.factors(whitened, method.prepare(whitened, [ranks], 0), ranks, 0)
@@ -60,7 +60,7 @@ def rebuilt(found, layer, kernel, method, ranks):
 
 
 def whole_root(found, holds, weight):
-    """One matrix for all input modes (in * kernel): the Kronecker product of the roots, of the identity where there is none."""
+    """One root for all input modes (in * kernel): the Kronecker product of the roots, the identity for modes without a root."""
     product = torch.ones(1, 1, dtype=torch.float64)
     for modes in holds:
         for run in [modes] if modes in found.roots else [(mode,) for mode in modes]:
@@ -87,7 +87,7 @@ def test_full_rank_is_the_layer(geometry, name):
 
 @st.composite
 def wells(draw):
-    """Any well-conditioned metric of a kernel's modes, whole or split into single modes, and the kernel's shape."""
+    """A well-conditioned whitening, of all modes together or of single modes, and the kernel's shape."""
     weight = tuple(draw(st.lists(st.integers(1, 4), min_size=2, max_size=5)))
     seed, roots = draw(st.integers(0, 1000)), {}
     method = draw(st.sampled_from([m for m in METHODS.values() if m.applies(weight, linear=len(weight) == 2)] or [None]))
@@ -102,7 +102,7 @@ def wells(draw):
 
 @laws
 @given(wells())
-def test_full_rank_is_the_kernel_in_any_metric(well):
+def test_full_rank_is_the_kernel_with_any_whitening(well):
     weight, method, found, seed = well
     if method is None:
         return
@@ -171,7 +171,7 @@ def test_the_errors_of_candidates_are_those_of_weights_and_of_whitened_weights(g
 
 @contract
 def test_the_mean_of_the_outputs_is_kept(geometry, name, exact):
-    """Whatever the stride, padding and dilation: what the layer sees on average is what it is corrected for."""
+    """The bias correction is for the mean patch of the layer, with any stride, padding and dilation."""
     model, inputs, layer = given_geometry(geometry)
     method, inputs = BY_NAME[name], correlated(inputs)
     ranks = (1,) * len(method.bounds(layer.weight))
@@ -193,14 +193,14 @@ def test_the_mean_of_the_outputs_is_kept(geometry, name, exact):
 
 
 def by_channel(outputs, layer):
-    """(n, out): the outputs with their channels last."""
+    """The outputs as rows (n, out), channels last."""
     axis = outputs.dim() - 1 if layer.kind == "Linear" else outputs.dim() - 1 - len(layer.out_size)
     return outputs.movedim(axis, -1).reshape(-1, layer.weight[0])
 
 
 @pytest.mark.parametrize("geometry", SVDS)
-def test_the_error_in_the_metric_is_that_of_the_outputs(geometry, exact):
-    """SVD's one factor holds the whole input, so nothing is left out: its error is the output's on these inputs."""
+def test_the_whitened_error_is_that_of_the_outputs(geometry, exact):
+    """One factor of SVD holds all input modes, so the whitened error equals the error of the outputs on these inputs."""
     model, inputs, layer = given_geometry(geometry)
     method, inputs = BY_NAME["svd"], correlated(inputs, count=200)
     found = made(model, layer, method, inputs)
@@ -217,7 +217,7 @@ def test_the_error_in_the_metric_is_that_of_the_outputs(geometry, exact):
 
 
 @pytest.mark.parametrize("geometry", SVDS)
-def test_no_svd_of_its_rank_has_a_smaller_error_in_the_metric(geometry):
+def test_no_svd_of_its_rank_has_a_smaller_whitened_error(geometry):
     model, inputs, layer = given_geometry(geometry)
     method, kernel = BY_NAME["svd"], model.layer.weight.detach().reshape(layer.weight)
     found = measured(model, layer, method, correlated(inputs))
@@ -252,11 +252,11 @@ def test_outputs_are_nearer_than_with_plain_factors(name):
         assert relative(aware(held_out) - dense, dense) < 0.85 * relative(plain(held_out) - dense, dense)
 
 
-# --- the metric itself ---
+# --- the whitening itself ---
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-def test_no_metric_is_the_plain_one(name):
+def test_without_inputs_nothing_is_whitened(name):
     model, inputs, layer = given_geometry("linear behind a map")
     method = BY_NAME[name]
     plain = profile(model, inventory(model, inputs), {"layer": [method]}).layers["layer"]
@@ -276,7 +276,7 @@ def test_no_metric_is_the_plain_one(name):
 
 @pytest.mark.parametrize("inputs", ["one dead channel", "all dead", "constant", "copied channels"])
 @pytest.mark.parametrize("name", BY_NAME)
-def test_inputs_that_say_nothing(name, inputs):
+def test_dead_constant_and_copied_inputs(name, inputs):
     model, one, layer = given_geometry("linear behind a map")
     batch = correlated(one)
     if inputs == "one dead channel":
@@ -310,7 +310,7 @@ def test_moments_are_taken_around_the_mean_where_the_mean_can_be_corrected():
 
 
 def test_a_normalisation_corrects_the_mean_only_for_itself():
-    """The shortcut of a pre-activation ResNet takes the convolution's output past the normalisation."""
+    """In a pre-activation ResNet the shortcut takes the convolution's output past the normalisation: the mean reaches the output."""
     inputs, runs, conv, norm = correlated(normal(1, 4, 9, 8)), [(1,)], nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6)
 
     def root(run):
@@ -327,7 +327,7 @@ def test_a_normalisation_corrects_the_mean_only_for_itself():
     assert torch.equal(root(lambda n, x: n.norm(n.conv(x)).relu()), alone)
 
 
-def test_a_run_that_is_too_large_is_parted(monkeypatch):
+def test_modes_too_large_for_one_root_are_split(monkeypatch):
     model, inputs, layer = given_geometry("linear behind a map")
     method, kernel, batch = BY_NAME["svd"], model.layer.weight.detach().reshape(layer.weight), correlated(inputs)
     assert layer.weight[1:] == (4, 3, 5)
@@ -380,7 +380,7 @@ def test_a_layer_called_by_keyword():
 
 
 class OnMps(torch.Tensor):
-    """Stands for a tensor on Apple's GPU, which refuses float64."""
+    """A stand-in for a tensor on Apple's GPU: it refuses float64."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

@@ -1,4 +1,4 @@
-"""The metrics of a profile: the same from the cache, made again where what they follow from differs, kept over a study."""
+"""The whitening of a profile: read from the cache unchanged, measured again if its inputs differ, kept when a study resumes."""
 
 import copy
 from collections import OrderedDict
@@ -41,7 +41,7 @@ def assert_same(one, other):
         theirs = other.layers[name]
         assert mine.whitening.roots.keys() == theirs.whitening.roots.keys()
         values = [candidate.value for candidate in mine.candidates()][::5]
-        # A rank between two prepared ones is fitted again, from the whitened kernel.
+        # CP at a rank between two prepared ones is fitted again, from the whitened kernel.
         values += [type(v)(v.rank - 1, kernel=v.kernel) for v in values if type(v) in (plan.CP, plan.CP4) and v.rank > 2]
         for value in values:
             assert all(torch.equal(a, b) for a, b in zip(mine.factors(value), theirs.factors(value), strict=True))
@@ -52,7 +52,7 @@ def assert_same(one, other):
 
 @pytest.fixture
 def measurements(monkeypatch):
-    """The layers that were measured, by call."""
+    """A list that records, for each call, the layers whose moments are measured."""
     calls = []
 
     def noting(model, holds, inputs):
@@ -89,7 +89,7 @@ def test_a_torn_file_is_made_again_as_it_was(tmp_path, measurements):
 
 
 @pytest.mark.slow
-def test_all_that_a_metric_follows_from_changes_the_file(tmp_path):
+def test_every_input_of_a_whitening_changes_the_file(tmp_path):
     small_profile(cache=tmp_path)
     names = [path.name for path in files(tmp_path)]
     found = inventory(seeded(), torch.ones(1, 1, 8, 8))
@@ -106,7 +106,7 @@ def test_all_that_a_metric_follows_from_changes_the_file(tmp_path):
     assert set(names) <= {path.name for path in files(tmp_path)}
 
 
-def test_layers_of_equal_weights_and_alike_names_keep_their_own_metric(tmp_path):
+def test_layers_of_equal_weights_and_alike_names_keep_their_own_whitening(tmp_path):
     model = nn.Sequential(OrderedDict([("a b", nn.Linear(5, 5)), ("act", nn.ReLU()), ("a_b", nn.Linear(5, 5))]))
     model.a_b.load_state_dict(getattr(model, "a b").state_dict())
     inputs = normal(50, 5, dtype=torch.float32)
@@ -140,7 +140,7 @@ def test_a_source_reads_every_type(dtype):
     assert source(model, inputs) != before
 
 
-def test_the_shifts_of_a_plan(trained):
+def test_the_bias_corrections_of_a_plan(trained):
     found = small_profile(trained.model)
     chosen = plan.Plan.of({"conv2": plan.CP(3), "fc1": plan.SVD(4)})
     bias_corrections = found.bias_corrections(chosen, found.factors(chosen))
@@ -154,7 +154,7 @@ def test_the_shifts_of_a_plan(trained):
     torch.testing.assert_close(small.conv2.expand.bias, trained.model.conv2.bias + bias_corrections["conv2"])
 
 
-def test_a_shift_must_fit():
+def test_a_bias_correction_must_fit():
     model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 7, bias=False))
     for name, message in (
         (
@@ -199,7 +199,7 @@ def test_a_data_aware_study_resumes_as_if_uninterrupted(tmp_path):
     plain = run_study(
         small_spec("space.data_aware=false", "search.trials=5", "finalists.count=1"), tmp_path / "plain", Options(Local(0))
     )
-    # VBMF estimates the ranks of the weights, and so suggests the same; the frontier is predicted from the errors.
+    # VBMF uses the weights alone, so its plans are equal; the predicted front depends on the errors.
     vbmf = [[trial for trial in study.trials if trial.origin.startswith("vbmf")] for study in (whole, plain)]
     pairs = list(zip(*vbmf, strict=True))
     assert pairs

@@ -1,4 +1,4 @@
-"""Folders of anyone's pictures: which folder serves what, what is passed over, and what is refused in a sentence."""
+"""Folders of a user's pictures: which folder becomes which split, which files are ignored, and which folders are refused."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_image_folders_that_are_refused(tmp_path, options, message):
 
 @pytest.fixture
 def pets(tmp_path):
-    """A folder with pictures of cats and dogs, 20 and 3 each."""
+    """A folder with pictures of cats and dogs: 20 of each to train, 3 to test."""
     for name, each in (("train", 20), ("test", 3)):
         write_pictures(tmp_path / name, each=each, side=20, classes=["cat", "dog"])
     return tmp_path
@@ -166,7 +166,7 @@ def test_a_class_without_pictures(pets):
         image_folder(root=str(pets), size=16)
 
 
-def test_links_to_nothing(pets):
+def test_broken_links(pets):
     (pets / "train" / "cat" / "x.jpg").symlink_to(pets / "gone.jpg")
     with pytest.raises(
         DataError, match=r"cat/x\.jpg must be a picture, but is a link to nothing \(No such file or directory\); delete"

@@ -1,4 +1,4 @@
-"""Images in memory: what a batch does to them, where CIFAR-10 is found, and that a seed decides the augmentation."""
+"""Images in memory: augmentation and normalisation of a batch, reading CIFAR-10, and seeds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A folder laid out as the JPEG copy of CIFAR-10, with 8 and 2 pictures a class."""
+    """A folder in the layout of the JPEG copy of CIFAR-10, with 8 training and 2 test pictures of each class."""
     root = tmp_path_factory.mktemp("data")
     write_pictures(root / "cifar10" / "train", each=8)
     write_pictures(root / "cifar10" / "test", each=2)
@@ -121,7 +121,7 @@ def test_pictures_that_cannot_be_read(tmp_path, monkeypatch):
 
 
 def test_cifar10_from_torchvisions_pickles(tmp_path, monkeypatch):
-    """Written here as torchvision's archive holds them; their checksums are those of other images."""
+    """The test writes the files of torchvision's archive with its own images, so their checksums differ."""
     torchvision = pytest.importorskip("torchvision")
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
@@ -149,7 +149,7 @@ def test_cifar10_from_torchvisions_pickles(tmp_path, monkeypatch):
         ({"validation": 20, "shift": 33}, r"shift must lie in 0\.\.32, the size of the images, but got 33"),
     ],
 )  # fmt: skip
-def test_parts_that_do_not_fit(root, options, message):
+def test_options_that_do_not_fit(root, options, message):
     with pytest.raises(DataError, match=message):
         cifar10(root=str(root), **options)
 
@@ -183,7 +183,7 @@ def test_without_augmentation_a_batch_is_the_normalised_images():
 
 
 def test_augmentation_mirrors_and_moves_and_nothing_else():
-    """Each image of a batch is one of its two mirrorings, moved by one of the 5 x 5 shifts, and black where it moved from."""
+    """Each image of a batch is the original or its mirror image, shifted by one of 5 x 5 shifts, and black at the free edge."""
     split = images(400, flip=True, shift=2)
     torch.manual_seed(0)
     found, _ = split.batch(torch.arange(400), CPU)
@@ -233,7 +233,7 @@ def test_training_on_augmented_images_follows_its_seed_alone(root):
         torch.manual_seed(0)
         task = Task(lenet(), data)
         for epoch in training.fit(task.model, task, training.Recipe(2, batch_size=16), seed=seed, device=CPU):
-            torch.manual_seed(epoch)  # the caller's numbers play no part
+            torch.manual_seed(epoch)  # the global generator must not matter
         return torch.cat([p.detach().flatten() for p in task.model.parameters()])
 
     first = weights(1)

@@ -1,4 +1,4 @@
-"""Splits of data: checked, in batches, and sampled by a seed."""
+"""Splits of data: checks, batches, and samples by a seed."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_targets_of_any_kind_without_classes():
 
 
 class Broken(Plain):
-    """Some inputs cannot be read."""
+    """A data set some of whose inputs cannot be read."""
 
     def __init__(self, error):
         self.error = error

@@ -1,4 +1,4 @@
-"""Stereo confidence: maps by matching, patches and whole maps of them, AUC; on pairs made here."""
+"""Stereo confidence on made-up pairs: disparity maps by matching, patches and whole maps, AUC."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_splits_hold_patches_and_maps(root):
     check_outputs(Task(ccnn(), data, confidence.cross_entropy, confidence.one_minus_auc))
     assert example(data.train).shape == (1, 1, 9, 9)
     ((maps, targets),) = batches(data.test, 256)
-    # Truth is known from column 10 on; the margin is for the patches of the outermost pixels.
+    # The true disparity is known from column 10 on. The inputs have a margin for the patches of the outermost pixels.
     assert targets.shape == (1, 1, 24, 32)
     assert maps.shape == (1, 1, 32, 40)
     assert (targets[0, 0, 12:, 5:] == 1).all()
@@ -118,7 +118,7 @@ def test_pixels_are_drawn_the_same_in_every_run_and_maps_matched_once(root, monk
 
 
 def test_ccnn_learns_which_pixels_to_trust(tmp_path):
-    """Right in the lower half and noise where truth is another: the smooth are to be trusted."""
+    """Disparities are correct and smooth in the lower half, and noise in the upper half: the net must trust smooth ones."""
     write_scenes(tmp_path, shifts=(3, 5, 4))
     for scene in find_scenes(tmp_path / "kitti2015"):
         right = scene.images()[1].copy()
@@ -134,7 +134,7 @@ def test_ccnn_learns_which_pixels_to_trust(tmp_path):
 
 
 def by_definition(values, right):
-    """The error of the most confident at each step, one after the other."""
+    """The AUC by its definition: at 20 steps, the error of the most confident pixels."""
     errors = []
     for step in range(20):
         least = sorted(values)[min(len(values) - 1, math.ceil(len(values) * step / 20))]

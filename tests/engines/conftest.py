@@ -1,4 +1,4 @@
-"""Files whose tests start Ray wait for each other: `--address auto` finds any Ray that runs on this machine."""
+"""A lock between the test files that start Ray, since `--address auto` finds any Ray that runs on this machine."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ def _one_ray_at_a_time(request, tmp_path_factory):
     if request.module.__name__ not in RAY:
         yield
         return
-    # Each process of pytest-xdist has a folder of its own in one that they share.
+    # The folders of the processes of pytest-xdist have a common parent.
     with FileLock(tmp_path_factory.getbasetemp().parent / "ray.lock"):
         yield

@@ -1,4 +1,4 @@
-"""Ray as a user meets it: what is refused, in one sentence and soon; nodes that are lost, a driver that is killed."""
+"""Ray as a user sees it: bad input is refused soon in one sentence; nodes are lost; the driver is killed."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from tests.conftest import essence, refuse, small_spec, snapshot, stored
 from tests.engines.test_engines import REFUSED
 
 KILLS = 2
-"""Of the driver; ten went well, too, and take two minutes."""
+"""How often the driver is killed. Ten kills passed too, in two minutes."""
 SOON = 30
-"""Seconds within which bad input must be told."""
+"""Seconds within which bad input must be refused."""
 
 CLUSTER = """
 import os, sys
@@ -79,7 +79,7 @@ os._exit(0)
 
 
 class Cluster:
-    """A Ray cluster of several nodes on this machine, in a process of its own, where Ray may die as it likes."""
+    """A Ray cluster of several nodes on this machine, in its own process, since Ray may end the process that it runs in."""
 
     def __init__(self, cpus: int) -> None:
         self._process = subprocess.Popen(
@@ -92,8 +92,8 @@ class Cluster:
         return self
 
     def tell(self, words: str) -> bool:
-        """`add CPUS`, `kill NODE` (0 is the head), `pretend VERSION`; `lose PID`, whether that worker's node was killed,
-        which the head is not."""
+        """Send a command: `add CPUS`, `kill NODE` (0 is the head), `pretend VERSION`, or `lose PID`, which kills the node of that
+        worker and returns whether it did; it never kills the head."""
         self._process.stdin.write(f"{words}\n")
         self._process.stdin.flush()
         return self._process.stdout.readline().strip() == "done"
@@ -111,7 +111,7 @@ def small_cluster():
 
 
 def refused(capsys, *more):
-    """The one sentence that a study on Ray is refused with, soon and before anything is written."""
+    """Run a study on Ray that must be refused soon and before anything is written; its message of one sentence."""
     before, start = snapshot(Path.cwd()), time.monotonic()
     told = refuse(capsys, "study", "small.toml", "--engine", "ray", *more)
     assert time.monotonic() - start < SOON
@@ -141,14 +141,14 @@ def test_bad_input_is_one_sentence(study_file, capsys, arguments, message):
 
 @pytest.mark.slow
 def test_no_ray_on_this_machine(study_file, capsys, monkeypatch):
-    monkeypatch.setenv("RAY_TMPDIR", str(Path.cwd()))  # where Ray looks for what runs
+    monkeypatch.setenv("RAY_TMPDIR", str(Path.cwd()))  # where Ray looks for running clusters
     told = refused(capsys, "--address", "auto")
     assert told.startswith("A Ray cluster must listen at --address auto, but none does: Could not find any running Ray")
 
 
 @pytest.mark.slow
 def test_something_else_listens(study_file, capsys, monkeypatch):
-    """Ray would wait for it; the driver does not."""
+    """Ray itself would wait for an answer without a bound."""
     monkeypatch.setattr(ray, "CONNECT_SECONDS", 5)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
@@ -183,7 +183,7 @@ def test_a_model_that_cannot_be_pickled(study_file, capsys, engine):
 
 
 def slow(job):
-    """Three rungs, a second in all; the first holds the process that it runs in."""
+    """A learning curve of three points, a second in all. The first score is the worker's process id."""
     yield CurvePoint(0, float(os.getpid()))
     for epoch in (1, 2):
         time.sleep(0.5)
@@ -193,7 +193,7 @@ def slow(job):
 
 @pytest.mark.slow
 def test_thirty_trials_on_three_nodes_two_of_which_are_lost():
-    """A worker killed and a whole node: every trial is completed, once, and the plans are those of a quiet run."""
+    """A worker and a whole node are killed: every trial is completed once, with the plans of an undisturbed run."""
     quiet, torn = Books(), Books()
     quiet.run(30)
     ledger, answers, lost, node_lost = torn.ledger(), [], [], False
@@ -244,7 +244,7 @@ def test_a_node_that_joins_is_used():
 
 @pytest.mark.slow
 def test_a_head_that_is_gone_ends_the_study_in_one_sentence(study_file, capsys, monkeypatch):
-    """What was finished is in the record, and the same command goes on."""
+    """Finished trials are in the record, and the same command resumes."""
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "2")
     before, killed = Plain.trial, []
     with Cluster(2) as cluster:
@@ -267,7 +267,7 @@ def test_a_head_that_is_gone_ends_the_study_in_one_sentence(study_file, capsys, 
 
 @pytest.mark.slow
 def test_a_driver_that_is_killed_goes_on_by_the_same_command(study_file, tmp_path, small_cluster):
-    """Killed at random moments of its life, on a cluster that stays: exactly the trials asked for, every record readable."""
+    """The driver is killed at random times while the cluster stays: exactly the requested trials, and every record is readable."""
     moments = random.Random(0)
     code = "import sys; from ranksearch.cli import main; sys.exit(main(sys.argv[1:]))"
     words = ["study", "small.toml", "--engine", "ray", "--address", small_cluster.address, "--trials", "20"]
@@ -289,7 +289,7 @@ def test_a_driver_that_is_killed_goes_on_by_the_same_command(study_file, tmp_pat
 
 @pytest.mark.slow
 def test_both_engines_give_the_same_records(finished, tmp_path):
-    """Probes, trials and finalists of a whole study, score by score."""
+    """Probes, trials and finalists of a whole study have equal scores."""
     record = run_study(small_spec(), tmp_path / "small", Options(Ray(workers=1)))
     assert essence(record.trials) == essence(finished[1].trials)
 
@@ -301,7 +301,7 @@ def refused_by_a_node(evaluate):
 
 
 def test_a_node_that_cannot_load_the_model():
-    lacks = refused_by_a_node(b"cpackage_of_the_user\nnet\n.")  # what pickle writes for a function of a module
+    lacks = refused_by_a_node(b"cpackage_of_the_user\nnet\n.")  # the pickle of a function, by its module and name
     assert re.match(
         r"Every worker must be able to load model and data, but the node \S+ cannot \(ModuleNotFoundError: No module named "
         r"'package_of_the_user'\); mend that, or install what it lacks there",
@@ -312,7 +312,7 @@ def test_a_node_that_cannot_load_the_model():
 
 
 class Ended:
-    """A trial of Tune's whose actor ended with that error."""
+    """A stand-in for a trial of Tune whose actor ended with an error."""
 
     trial_id = "1"
 
@@ -331,7 +331,7 @@ ModuleNotFoundError: No module named 'ranksearch'
 
 
 def test_a_node_that_lacks_this_package_is_refused_and_a_killed_worker_is_lost(tmp_path):
-    """As Ray 2.60 said it on a node where no worker can import it."""
+    """With the error text of Ray 2.60 on a node whose workers cannot import ranksearch."""
     here, there = Pipe()
     board = tune._RunningJobs(there)
     scheduler = tune._Scheduler(board)

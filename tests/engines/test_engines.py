@@ -1,4 +1,4 @@
-"""The contract of an engine: every job is answered once, whatever happens to its worker."""
+"""The contract of an engine: every job gets one result, whatever happens to its worker."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from tests import ROOT
 
 @dataclass(frozen=True)
 class Work:
-    """Answers with twice the seed; misbehaves at some seeds, each time or as long as a file is there."""
+    """An evaluation that returns twice the seed. At a given seed it kills its worker (always, or once while the file `mark`
+    exists), or raises."""
 
     dies_at: int = -1
     always: bool = False
@@ -44,7 +45,7 @@ class Work:
 
 
 WORK = Work()
-"""One for all tests: workers stay warm as long as they are to evaluate the same."""
+"""One value for all tests, since workers stay warm only for the same evaluation."""
 
 
 def jobs(count):
@@ -53,7 +54,7 @@ def jobs(count):
 
 @pytest.fixture(scope="module")
 def kept():
-    """The engines that tests share, each made when it is first asked for; those of processes survive a test's bugs."""
+    """A function that returns the engine of a kind, made once for all tests; engines with processes survive a bug in a test."""
     with ExitStack() as stack:
         made = {}
 
@@ -68,7 +69,7 @@ def kept():
 
 @pytest.fixture
 def engine(request, kept):
-    """The engine that a test is to run on: of so many processes, or Ray's of two."""
+    """The engine of a test: with a number of local processes, or with two workers on Ray."""
     return kept(request.param)
 
 
@@ -81,7 +82,7 @@ ALL = engines(0, 1, 2, "ray", fast=(0, 1))
 
 
 def collect(work, count, engine, should_stop=lambda: False):
-    """Every message with its job's key."""
+    """Run `count` jobs; every message with the key of its job."""
     found = []
 
     def on_message(job, message):
@@ -96,7 +97,7 @@ def answers(found):
 
 
 @ALL
-def test_every_job_is_answered_once_after_its_rungs(engine):
+def test_every_job_has_one_result_after_its_learning_curve(engine):
     found = collect(WORK, 5, engine)
     assert answers(found) == [(key, "DONE", (CurvePoint(0, key), CurvePoint(1, 2.0 * key))) for key in range(5)]
     for key in range(5):
@@ -157,20 +158,20 @@ def test_a_bug_that_looks_like_a_lost_driver_is_raised_too(engine, error):
 
 
 def its_process(job):
-    """A rung whose score is the worker's process id, then the answer."""
+    """A learning-curve point whose score is the worker's process id, then the result."""
     yield CurvePoint(0, float(os.getpid()))
     yield Result(Outcome.DONE)
 
 
 def long_second(job):
-    """As `its_process`, but the job of key 1 takes long."""
+    """Like `its_process`, but the job of key 1 takes long."""
     yield CurvePoint(0, float(os.getpid()))
     time.sleep(600 if job.key == 1 else 0)
     yield Result(Outcome.DONE)
 
 
 @engines(1, "ray")
-def test_a_worker_that_dies_after_a_rung_loses_its_job_alone(engine):
+def test_a_worker_that_dies_after_a_curve_point_loses_its_job_alone(engine):
     found = []
 
     def on_message(job, message):
@@ -203,7 +204,7 @@ def test_a_driver_that_dies_leaves_no_worker_behind(tmp_path):
     script.write_text(DRIVER)
     (tmp_path / "tmp").mkdir()
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "tmp")}
-    # The worker has this pipe from its driver, so its end is read only once both are gone; its job takes far longer.
+    # The worker inherits this pipe, so `run` returns only once driver and worker are gone, long before the job would end.
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert list((tmp_path / "tmp").iterdir()) == []
@@ -215,7 +216,7 @@ def children():
 
 @pytest.fixture
 def no_child_more():
-    """The processes that a test starts are gone after it, or soon."""
+    """Assert that the processes that a test starts end soon after it."""
     before = children()
     yield
     deadline = time.monotonic() + 5
@@ -243,7 +244,7 @@ def test_a_bug_in_a_worker_carries_its_traceback(make):
 
 
 class Loads:
-    """What does something where it is unpickled."""
+    """A value that calls a function when it is unpickled."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -350,7 +351,7 @@ def test_nothing_is_drawn_after_the_stop(engine):
 
 @engines(1, 2, "ray")
 def test_workers_stay_warm_from_run_to_run(engine):
-    """On Ray one of them at least: between two runs, Tune keeps one that is free."""
+    """On Ray at least one of them, since Tune keeps one idle worker between two runs."""
     first, second = ({m.score for _, m in collect(its_process, 4, engine) if isinstance(m, CurvePoint)} for _ in range(2))
     assert first & second
 

@@ -1,4 +1,4 @@
-"""What local workers share: they get what was sent, a write reaches nobody else, and mapped files are not copied."""
+"""Memory shared by local workers: values arrive unchanged, a write is seen by its worker only, mapped files are not copied."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
 
 linux = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="mapped files are found in Linux's /proc alone")
 ROWS = 3 << 20
-"""Of a mapped file of one byte a row: larger than what is copied for its smallness."""
+"""Rows of a mapped file, one byte each: large enough to be mapped again instead of copied."""
 
 
 class Mine(Dataset):
-    """A user's data set, with arrays wherever it likes."""
+    """A user's data set with tensors and arrays in any attributes."""
 
     def __init__(self, **parts):
         self.parts = [parts]
@@ -38,7 +38,7 @@ class Mine(Dataset):
 
 
 def sent(value):
-    """What a worker gets."""
+    """The value as a worker gets it."""
     packed = pack(value)
     try:
         return unpack(packed.file.fileno(), packed.start)
@@ -47,7 +47,7 @@ def sent(value):
 
 
 def copied(value):
-    """How many bytes are copied for the workers."""
+    """The number of bytes that are copied for the workers."""
     packed = pack(value)
     packed.close()
     return packed.start
@@ -88,7 +88,7 @@ def arrays():
 
 @pytest.mark.parametrize("without", [None, "memfd_create"])
 def test_a_worker_gets_what_was_sent(without, monkeypatch):
-    """Of every kind, in one data set of a user's class; elsewhere than on Linux too."""
+    """Tensors and arrays of every kind in a user's data set, with and without the features of Linux."""
     if without:
         monkeypatch.delattr(os, without)
         monkeypatch.setattr(shared, "_mappings", list)
@@ -104,7 +104,7 @@ def test_memory_is_aligned_as_torch_aligns_it():
     assert [each.data_ptr() % 64 for each in sent(given)] == [0] * 4
 
 
-def test_what_shares_memory_shares_it_there():
+def test_tensors_that_share_memory_share_it_in_the_worker():
     whole = torch.zeros(1 << 20)
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     net[1].weight = net[0].weight
@@ -225,7 +225,7 @@ def test_what_cannot_be_pickled():
 
 
 class Writes:
-    """Adds one to its data, waits until the other worker has too, and tells what it then sees: memory, least and most."""
+    """Adds one to its data, waits until the other worker did so too, and reports memory, smallest and largest value."""
 
     def __init__(self, data, folder):
         self.data, self.folder = data, folder
@@ -244,7 +244,7 @@ class Writes:
 
 
 def _anonymous():
-    """Megabytes that this process shares with no other and with no file."""
+    """Private memory of this process that belongs to no file, in megabytes."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("Anonymous:")).split()[1]) / 1000
 

@@ -1,4 +1,4 @@
-"""One contract for every factorization and geometry: exact at full rank, its cost the counted one, its modules its kernel."""
+"""One contract for every method and geometry: exact at full rank, cost formulas equal counted costs, modules match kernels."""
 
 import copy
 import itertools
@@ -27,7 +27,7 @@ from tests.nets import normal
 
 PLAIN = {nn.Sequential, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Unflatten, nn.Flatten}
 laws = settings(max_examples=25, deadline=None)
-# Each convolution of even kernel says once in a process that it pads one side more; that is what 'same' means.
+# torch warns that an even kernel with padding 'same' pads one side more, as intended.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 
 
@@ -46,14 +46,14 @@ def factors_of(model, layer, method, ranks, seed=0):
 
 
 def check_identity(model, inputs, layer, method):
-    """At full rank the module is the dense layer; for more than one input too."""
+    """At full rank the module computes the dense layer, for a batch too."""
     several = torch.cat([inputs, normal(*inputs.shape, seed=5)])
     full = factorized(model, layer, method, method.bounds(layer.weight))
     assert_close(full(several), model(several))
 
 
 def check_costs(model, inputs, layer, method):
-    """Parameters and multiply-accumulates by formula are those of the modules."""
+    """The formulas for parameters and multiply-accumulates give the numbers counted on the modules."""
     for ranks in some_ranks(method, layer):
         built = factorized(model, layer, method, ranks)
         params = sum(parameter.numel() for parameter in built.layer.parameters())
@@ -63,7 +63,7 @@ def check_costs(model, inputs, layer, method):
 
 
 def check_reconstruction(model, inputs, layer, method):
-    """The modules compute what the dense layer would with the reconstructed kernel, and the factors have their shapes."""
+    """The modules compute the dense layer with the reconstructed kernel, and the factors have the promised shapes."""
     for ranks in some_ranks(method, layer):
         kernel, factors = factors_of(model, layer, method, ranks)
         assert tuple(tuple(factor.shape) for factor in factors) == method.factor_shapes(layer.weight, ranks)
@@ -98,7 +98,7 @@ def test_modules_compute_the_reconstructed_kernel(geometry, name):
 
 @st.composite
 def convolutions(draw):
-    """A convolution of 1 to 3 dimensions with any settings that torch accepts, and the size of an input it fits."""
+    """A convolution of 1 to 3 dimensions with any settings that torch accepts, and a fitting size of an input."""
     dims = draw(st.integers(1, 3))
 
     def each(low, high):
@@ -107,7 +107,7 @@ def convolutions(draw):
     kernel, dilation, mode = each(1, 4), each(1, 2), draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
     padding = draw(st.sampled_from(["same", "valid"]) | st.just(0)) or each(0, 2)
     stride = (1,) * dims if padding == "same" else each(1, 3)
-    # Larger than every kernel, and than what reflected and circular padding take from it.
+    # Larger than the kernel and than reflected or circular padding.
     size = tuple(d * (k - 1) + 2 + more for d, k, more in zip(dilation, kernel, each(1, 2), strict=True))
     channels, out = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](
@@ -207,7 +207,7 @@ def test_one_seed_one_result(name):
     ranks = (3,) * len(BY_NAME[name].bounds(layer.weight))
     (_, one), (_, same), (_, other) = (factors_of(model, layer, BY_NAME[name], ranks, seed) for seed in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
-    # Of CP alone there is no closed form, so it alone starts at random.
+    # Only CP starts at random, since it has no closed form.
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)) == (name not in ("cp", "cp4"))
 
 

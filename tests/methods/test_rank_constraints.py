@@ -1,4 +1,4 @@
-"""A layer never grows, in whichever costs must shrink, and ranks are multiples: whoever makes ranks holds to it."""
+"""Rank constraints hold wherever ranks are chosen: a layer shrinks in the given costs, and ranks are multiples."""
 
 import functools
 import itertools
@@ -40,7 +40,7 @@ ALL = tuple(BY_NAME)
 SHRINKS = [("params",), ("macs",), ("params", "macs")]
 contract = pytest.mark.parametrize(("geometry", "name"), PAIRS)
 laws = settings(max_examples=60, deadline=None)
-# Each convolution of even kernel says once in a process that it pads one side more; that is what 'same' means.
+# torch warns that an even kernel with padding 'same' pads one side more, as intended.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 offers = st.builds(RankConstraints, st.integers(1, 20), st.sampled_from(SHRINKS))
 layer_of = functools.cache(lambda geometry: given_geometry(geometry)[2])
@@ -55,7 +55,7 @@ def shrinks(method, layer, ranks, constraints):
 
 
 def allowed(method, layer, constraints):
-    """By kind of rank, all that the rule about multiples leaves."""
+    """For each rank of a method, the values that the rule about multiples allows."""
     pairs = zip(method.bounds(layer.weight), method.limits(layer.weight), strict=True)
     return [
         [r for r in range(1, limit + 1) if r % constraints.multiple == 0 or r == bound < constraints.multiple]
@@ -67,8 +67,8 @@ def obeys(method, layer, ranks, constraints):
     return all(rank in kind for rank, kind in zip(ranks, allowed(method, layer, constraints), strict=True))
 
 
-def rank_ranges(method, layer, constraints):
-    """Every candidate, by the law alone."""
+def all_candidates(method, layer, constraints):
+    """All candidates by brute force: ranks that are allowed multiples and at which the layer shrinks."""
     return {
         ranks for ranks in itertools.product(*allowed(method, layer, constraints)) if shrinks(method, layer, ranks, constraints)
     }
@@ -84,7 +84,7 @@ def space_of(constraints):
 
 def values(axis):
     """Every value that the axis can choose."""
-    found = ((method, ranks) for method in axis.methods for ranks in rank_ranges(method, axis.layer, axis.constraints))
+    found = ((method, ranks) for method in axis.methods for ranks in all_candidates(method, axis.layer, axis.constraints))
     return [Dense(), *(method.value(axis.layer, ranks) for method, ranks in found)]
 
 
@@ -97,7 +97,7 @@ def test_what_is_offered_is_what_the_law_leaves(geometry, name, smaller_in):
     method, layer = BY_NAME[name], layer_of(geometry)
     for constraints in (RankConstraints(multiple, smaller_in) for multiple in (1, 2, 3, 4, 8)):
         wanted, kinds, grid = (
-            rank_ranges(method, layer, constraints),
+            all_candidates(method, layer, constraints),
             method.rank_ranges(layer, constraints),
             method.rank_grid(layer, constraints),
         )
@@ -111,7 +111,7 @@ def test_what_is_offered_is_what_the_law_leaves(geometry, name, smaller_in):
 
 
 @contract
-def test_without_wishes_the_grid_is_log_spaced_between_one_and_the_largest_that_pays(geometry, name):
+def test_without_constraints_the_grid_is_log_spaced_from_one_to_the_largest_that_pays(geometry, name):
     method, layer = BY_NAME[name], layer_of(geometry)
 
     def fewer(ranks):
@@ -152,15 +152,15 @@ def test_a_rank_that_cannot_reach_the_multiple_is_held_at_its_bound():
     assert METHODS[Tucker2].rank_ranges(layer)[1][-1] > 16
 
 
-def test_so_many_terms_are_not_offered_that_als_takes_an_hour():
-    """As of the first fully connected layer of VGG-16; by hand it may have as many as its bound."""
+def test_ranks_at_which_als_takes_an_hour_are_not_offered():
+    """For the first fully connected layer of VGG-16. A plan made by hand may use ranks up to the bound."""
     for method in (METHODS[CP], METHODS[CP4]):
         assert method.limits((4096, 512, 7, 7)) == (512,)
         assert method.bounds((4096, 512, 7, 7))[0] > 512
 
 
 def test_no_rank_beyond_the_limit_is_offered_to_reach_the_multiple():
-    """CP at rank 8 would have fewer parameters here, with more terms than ALS can tell apart."""
+    """CP at rank 8 would have fewer parameters here, but more terms than ALS can tell apart."""
     layer = inventory(nn.Sequential(nn.Conv2d(4, 4, 3)), torch.ones(1, 4, 8, 8)).layers[0]
     assert METHODS[CP].shrinks(layer, (8,))
     assert METHODS[CP].limits(layer.weight) == (4,)
@@ -197,7 +197,7 @@ def test_every_value_that_is_offered_is_chosen_by_its_parameters(multiple, small
     [RankConstraints(1, ("macs",)), RankConstraints(3), RankConstraints(4, ("params", "macs")), RankConstraints(8)],
     ids=str,
 )
-def test_first_plans_and_profiles_keep_to_what_is_offered(trained, constraints):
+def test_initial_plans_and_profiles_use_only_offered_ranks(trained, constraints):
     space = space_of(constraints)
     layers = profile(trained.model, INVENTORY, {axis.layer.name: axis.methods for axis in space.axes}, constraints=constraints)
     plans = [plan for _, plan in vbmf_plans(space, layers.vbmf)]
@@ -236,7 +236,7 @@ def test_a_space_of_nothing_says_what_was_asked_for():
 
 
 def wide_margin():
-    """A convolution whose output is so much larger than its input that it can save multiply-accumulates and no parameters."""
+    """A convolution with an output much larger than its input: it can save multiply-accumulates, but no parameters."""
     return inventory(nn.Sequential(nn.Conv2d(4, 4, 3, padding=3)), torch.ones(1, 4, 4, 4))
 
 
@@ -258,7 +258,7 @@ def test_a_plan_is_not_smaller_only_where_nothing_that_must_shrink_does(plan, ru
 
 
 @pytest.mark.slow
-def test_a_study_keeps_to_what_is_offered(unreported, tmp_path):
+def test_a_study_uses_only_offered_ranks(unreported, tmp_path):
     spec = tiny_spec("space.rank_multiple=4", "space.smaller_in=['params', 'macs']", "search.trials=7")
     record = run_study(spec, tmp_path / "small", Options(Local(0)))
     constraints = RankConstraints(4, ("params", "macs"))
@@ -293,7 +293,7 @@ def test_the_costs_of_a_study_file_are_those_of_a_method():
         (Space(smaller_in=["mac"]), "space.smaller_in must name costs, but 'mac' is none. Did you mean 'macs'?"),
     ],
 )
-def test_wishes_from_python_are_checked(trained, tmp_path, wish, message):
+def test_constraints_from_python_are_checked(trained, tmp_path, wish, message):
     with pytest.raises(SpecError, match=f"^{re.escape(message)}$"):
         ranksearch.search(trained, out=tmp_path / "mine", space=wish)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Methods from outside of the package: they keep the contract, are searched and reported, and reach other processes."""
+"""Users' own methods keep the contract, are searched and reported, and reach other processes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 
 @pytest.fixture
 def forgotten():
-    """What is registered within is forgotten after."""
+    """Unregister after the test all methods that it registered."""
     before = dict(KINDS), dict(METHODS)
     yield
     for registry, entries in zip((KINDS, METHODS), before, strict=True):
@@ -74,7 +74,7 @@ def test_a_small_search_with_it_ends_in_a_report(made_up, trained, tmp_path):
     assert {trial.outcome for trial in found[0].trials} <= {Outcome.DONE, Outcome.OVER_BUDGET}
     assert made_up.Tucker1 in {type(value) for trial in found[1].trials for _, value in trial.plan}
     assert "Tucker-1" in (tmp_path / "1" / "report.html").read_text()
-    # Another process imports the module that the study names.
+    # This other process imports the module that the study names.
     done = run("report", tmp_path / "1", cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
@@ -114,7 +114,7 @@ print({{str(value) for trial in record.trials for _, value in trial.plan}})
 
 
 def test_workers_know_a_method_that_a_script_defines(tmp_path):
-    """Its classes can be imported nowhere, so they travel by value; another process refuses what it does not know."""
+    """A script's classes cannot be imported, so they travel by value. Another process refuses the unknown method."""
     script = (ROOT / "tests" / "made_up.py").read_text() + SCRIPT.format(out=str(tmp_path / "out"))
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -126,7 +126,7 @@ def test_workers_know_a_method_that_a_script_defines(tmp_path):
 
 
 class Named:
-    """Answers with the class of what a job's plan holds."""
+    """An evaluation whose result names the class of the value in the job's plan."""
 
     def __call__(self, job):
         raise PlanError(str(type(job.plan["conv"])))
@@ -197,7 +197,7 @@ def test_what_names_no_module_is_refused(name):
 
 
 def odd(*, vbmf=("larger",), ranks=("rank",), **names):
-    """A method of made-up ranks and names."""
+    """A method with made-up ranks and names, which may be invalid."""
     names = {"method": "odd", "title": "odd", "__module__": __name__} | names
     kind = make_dataclass("Odd", [(rank, int) for rank in ranks], bases=(Factorization,), namespace=names, frozen=True)
     empty = {name: lambda self, *args: None for name in Method.__abstractmethods__}
@@ -235,7 +235,7 @@ def with_kind(kind):
 
 
 def test_a_method_that_is_defined_again_replaces_its_former_self(forgotten):
-    """As by a notebook's cell that runs again."""
+    """As when a notebook's cell runs again."""
     first, second = odd(), odd()
     for method in (first, first, second):
         register_method(method)
@@ -245,7 +245,7 @@ def test_a_method_that_is_defined_again_replaces_its_former_self(forgotten):
 
 
 def test_a_layer_can_be_made_a_part_at_a_time(made_up, trained):
-    """The public names are enough to use one by hand."""
+    """The public names suffice to use a method by hand."""
     model = factorize_(nets.small(), {"conv2": made_up.Tucker1(3)})
     assert [name for name, _ in model.conv2.named_children()] == ["reduce", "core"]
     assert Part("core", 3, 16, (0, 1)).shape((16, 8, 3, 3)) == (16, 3, 3, 3)

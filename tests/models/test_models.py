@@ -1,4 +1,4 @@
-"""The built-in models: their parameter counts are those of their sources, and TD blocks are the layers they stand for."""
+"""The built-in models have the parameter counts of their sources, and TD blocks equal the convolutions they replace."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def test_parameter_counts(model, params, image, output, decomposable):
         assert net.eval()(torch.zeros(2, *image)).shape == (2, *output)
 
 
-def test_torchvisions_models_enter_by_the_same_door():
+def test_a_study_can_name_torchvisions_models():
     net = resolve("torchvision.models:resnet18", key="task.model")(num_classes=10)
     assert len(inventory(net, torch.zeros(1, 3, 64, 64)).layers) == 21
 
 
 def test_the_ccnn_runs_over_whole_maps():
-    """Each pixel of the output is that of the patch around it."""
+    """Each pixel of the output equals the output for the patch around it."""
     net = ccnn().eval()
     whole = torch.rand(1, 1, 20, 30)
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_a_td_block_stands_for_its_convolution(value, stride, padding):
 @pytest.mark.parametrize("value", [CP(16), CP4(16), Tucker2(16, 16)])
 @pytest.mark.parametrize("norm", ["all", "inner", "none"])
 def test_td_blocks_keep_the_scale_of_their_input(value, norm):
-    """Four in a row: torch's own initialisation, a third of the variance a layer, would leave next to nothing."""
+    """Four layers in a row. torch's own initialisation keeps a third of the variance in each layer, so almost none at the end."""
     torch.manual_seed(0)
     net = nn.Sequential(*(td_conv(64, 64, 3, value, padding=1, norm=norm) for _ in range(4)))
     with torch.no_grad():

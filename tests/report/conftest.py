@@ -1,4 +1,4 @@
-"""The made-up study, its report written once, and a reader of the page."""
+"""Fixtures: the made-up study with its report, written once, and a parser of the page."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Report:
 
 @dataclass
 class Page(html.parser.HTMLParser):
-    """A page as a browser reads it: tags with their attributes, visible text, and the data of its charts."""
+    """A parsed page: tags with their attributes, visible text, and the data of its charts."""
 
     tags: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
     words: list[str] = field(default_factory=list)

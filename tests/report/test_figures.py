@@ -1,4 +1,4 @@
-"""Laws of the derived figures, the texts, and the charts' data."""
+"""Laws of the report's derived figures, texts and chart data."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_vbmf_has_its_own_mark():
     assert [row["origin"] for row in rows] == ["vbmf", "vbmf x 0.5"]
 
 
-def test_the_predicted_frontier_has_its_own_mark_and_line():
+def test_the_predicted_front_has_its_own_mark_and_line():
     record = study_record()
     rows = [row for row in points.front_points(record, "params") if row["kind"] == points.PREDICTED]
     assert len(rows) == sum(t.origin.startswith("frontier") and t.score is not None for t in record.trials) > 0
@@ -117,7 +117,7 @@ def test_the_predicted_frontier_has_its_own_mark_and_line():
     assert {(row["ratio"], row["score"]) for row in line} <= {(row["ratio"], row["score"]) for row in rows}
 
 
-def test_the_frontier_alone_is_no_better_than_the_whole_search():
+def test_the_predicted_front_is_no_better_than_the_whole_search():
     alone, whole = figures.gain(study_record())
     assert 0 < alone <= whole
     assert whole == figures.hypervolumes(study_record())[-1][1]

@@ -1,4 +1,4 @@
-"""Laws of the report's files: every front point in every file, with the same figures, at every stage of a study."""
+"""Laws of the report's files: each has every point of the front, with the same figures, at every stage of a study."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of the page: it stands alone, names nothing it does not escape, and says what the record holds."""
+"""Laws of the page: it loads nothing, escapes every name, and shows the content of the record."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NASTY = "</script><script>alert(1)</script><b>&`|\"'"
 
 
 def nasty_record():
-    """The study with a hostile text in each place where a user's text can stand."""
+    """The made-up study with a hostile text in place of each text that a user can set."""
     record = study_record()
     facts = record.facts
     layers = tuple(replace(layer, name=layer.name + NASTY) for layer in facts.layers)

@@ -1,4 +1,4 @@
-"""A cost is one value: one that is made up goes through limits, fronts, reports and the screen."""
+"""A registered cost reaches limits, fronts, reports and the screen."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ RECORD = study_record()
 
 @pytest.fixture
 def memory(monkeypatch):
-    """Bytes on the disk: a cost that is measured, so that trials that are no finalists have no number for it."""
+    """Bytes on disk: a cost that is measured for finalists, so other trials have no value of it."""
     monkeypatch.setattr("ranksearch.results.costs.COSTS", COSTS)
     cost = register_cost(Cost("bytes", title="size on disk", ratio="disk ratio", fewer="on disk", suffix=" disk", unit="KB"))
     yield cost
@@ -29,7 +29,7 @@ def memory(monkeypatch):
 
 
 def weighed(search):
-    """The made-up study, with bytes for the dense model and its finalists, as one of the section `search`."""
+    """The made-up study, with bytes for the dense model and the finalists, and with this section `search`."""
 
     def bytes_of(trial):
         return {"bytes": 3.5 + trial.params / 1000 * (1 + trial.number % 7)} if trial.finalist else {}

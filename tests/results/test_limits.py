@@ -1,4 +1,4 @@
-"""Limits on what a study looks for, and the gates before training: sizes over a limit, plans that are known already."""
+"""Limits of a study, and the checks before training: plans over a limit of size, plans that were tried already."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_an_accuracy_above_one(tmp_path):
 
 @pytest.mark.slow
 def test_the_trials_of_a_study_count_since_its_limits_changed(unreported, tmp_path):
-    """Limits that leave next to nothing; then such as let in more, but none of what was turned down at first."""
+    """First limits that almost no plan keeps; then wider ones that still exclude all plans refused before."""
     smallest = size_of(SPACE.smallest("params"), FOUND).params
     out, spec = tmp_path / "small", ["dense.epochs=1", "search.sampler=random", "finalists.count=1", "search.trials=20"]
 
@@ -131,11 +131,11 @@ def test_a_study_with_limits(tmp_path):
     assert record.facts.limits == limits
     assert sum(trial.trained for trial in record.trials) == 9
     assert not any(limits.excess(trial) for trial in record.trials if trial.trained)
-    # The first plans were chosen within the limits.
+    # All initial plans are within the limits.
     assert all(trial.origin == "tpe" for trial in record.trials if trial.outcome is Outcome.OVER_BUDGET)
     assert {"frontier"} < {trial.origin for trial in record.trials}
     assert record.front
-    # Other limits are no other study; none at all, and all that was trained counts.
+    # Other limits make no other study; without limits of size, all trained trials count.
     best = max(trial.score for trial in record.trials if trial.trained and trial.score is not None)
     high = run_study(
         small_spec("search.trials=9", "finalists.count=2", "search.min_score=1.0", "search.min_ratio=4"),
@@ -169,7 +169,7 @@ def test_limits_from_python(unreported, trained, tmp_path):
     assert record.facts.limits == Limits(min_score=0.01, min_ratio=2.0, most={"params": 4000, "macs": 60_000})
 
 
-# --- what the report says ---
+# --- the report ---
 
 
 def limited(**search) -> StudyRecord:

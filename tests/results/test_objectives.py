@@ -1,4 +1,4 @@
-"""What models compete in: fronts, proposals, studies and reports that minimise multiply-accumulates, or both costs."""
+"""Objectives: fronts, proposals, studies and reports that minimise multiply-accumulates, or both costs."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ RECORD = study_record()
 
 
 def minimizing(*costs):
-    """The made-up study, as one that minimises these costs."""
+    """The made-up study, with these costs in `search.minimize`."""
     return replace(RECORD, facts=replace(RECORD.facts, spec={"search": {"trials": 45, "minimize": list(costs)}}))
 
 
 def searching(*costs):
-    """The small study, minimising these costs."""
+    """The spec of the small study, with these costs in `search.minimize`."""
     return tiny_spec(f"search.minimize={json.dumps(costs)}", "search.trials=6", "finalists.count=2")
 
 
-# --- what they are ---
+# --- the objectives ---
 
 
 @minimized
@@ -61,7 +61,7 @@ def test_the_dense_model_is_the_reference(minimize):
 
 @minimized
 @pytest.mark.parametrize("plan", PLANS, ids=str)
-def test_a_ratio_is_what_it_says(minimize, plan):
+def test_ratios_are_dense_cost_over_cost(minimize, plan):
     size = size_of(plan, FOUND)
     by_cost = {"params": FOUND.params / size.params, "macs": FOUND.macs / size.macs}
     objectives = Objectives(minimize, FOUND.costs)
@@ -71,7 +71,7 @@ def test_a_ratio_is_what_it_says(minimize, plan):
 
 
 @minimized
-def test_a_price_is_of_what_is_minimised_and_of_both_alike(minimize):
+def test_two_costs_have_a_price_together_and_one_each(minimize):
     found = prices(minimize, FOUND)
     assert [price.of(FOUND) for price in found][-len(minimize) :] == [FOUND.costs[cost] for cost in minimize]
     if len(minimize) > 1:
@@ -104,7 +104,7 @@ def test_fronts_of_other_costs_are_others():
 
 
 @minimized
-def test_finalists_are_of_the_front_and_one_is_taken_home(minimize):
+def test_finalists_are_of_the_front_and_one_is_chosen(minimize):
     record = minimizing(*minimize)
     objectives = record.facts.objectives
     trials = [replace(trial, finalist=None) for trial in record.trials]
@@ -142,7 +142,7 @@ def test_every_sampler_proposes_by_any_costs_and_resumes(minimize, sampler):
 @settings(deadline=None, max_examples=2)
 @given(st.integers(0, 99))
 def test_what_is_minimised_gets_smaller(seed):
-    """Where every plan scores the same, only its size counts."""
+    """All plans have the same score, so only size counts."""
     sizes = {}
     for cost in COSTS:
         books = Books(sampler="rank", seed=seed, minimize=(cost,))
@@ -160,7 +160,7 @@ def test_predicted_fronts_of_two_costs_differ():
     corners = [table.predicted_front(weights, at) for at in range(3)]
     sizes = [table.sizes(rows) for rows in corners]
     params, macs = ([np.array([size.costs[cost] for size in each]) for each in sizes] for cost in ("params", "macs"))
-    # Each saves the most of its own for the first steps along it.
+    # A front at the price of one cost saves more of that cost early on.
     assert len({rows.tobytes() for rows in corners}) == 3
     assert params[1].sum() / len(params[1]) <= params[2].sum() / len(params[2])
     assert macs[2].sum() / len(macs[2]) <= macs[1].sum() / len(macs[1])

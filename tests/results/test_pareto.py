@@ -1,4 +1,4 @@
-"""Laws of the front: it equals brute force, and its hypervolume equals a sampled area."""
+"""Laws of the Pareto front: it equals brute force, and its hypervolume equals a count of cells."""
 
 import itertools
 

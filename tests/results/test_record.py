@@ -1,4 +1,4 @@
-"""The front of a record, and the choice of a model to take home."""
+"""The front of a record, and the choice of one model from it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_choosing_keeps_the_studys_limits_where_it_can():
 
 
 def test_choosing_by_the_compression_ratio_where_the_front_is_of_another_cost():
-    """The front of multiply-accumulates holds the first alone."""
+    """On the front against multiply-accumulates only the first trial remains."""
     few, small = trial(0, 0.97, 10.0, finalist=finalist(0.97)), trial(1, 0.96, 50.0, finalist=finalist(0.96))
     trials = [replace(each, costs={**each.costs, "macs": macs}) for each, macs in ((few, 100), (small, 200))]
     objectives = OBJECTIVES.only("macs")

@@ -30,15 +30,15 @@ def test_finalists_are_the_front_first(cloud, count):
     assert [t.ratio for t in chosen] == sorted(t.ratio for t in chosen)
 
 
-def test_what_lost_too_much_is_no_finalist_while_there_is_better():
+def test_trials_far_below_dense_are_finalists_only_without_better_ones():
     good, bad = trial(0, 0.95, 10.0), trial(1, 0.95 - MAX_FINALIST_SCORE_DROP - 0.01, 1000.0)
     assert choose_finalists([good, bad], 0.96, 2, UNLIMITED, OBJECTIVES) == [good]
     assert choose_finalists([bad], 0.96, 2, UNLIMITED, OBJECTIVES) == [bad]
 
 
 @given(st.lists(st.floats(0.0, 1.0), min_size=1), st.floats(0.0, 1.0))
-def test_some_trial_is_always_worth_something(scores, dense_score):
-    """Nets from scratch, or that a limit makes tiny, may all be far below the dense one after a few epochs."""
+def test_the_best_trial_is_always_above_the_floor(scores, dense_score):
+    """After a few epochs all nets may be far below the dense one: nets from scratch, or tiny ones by a limit."""
     floor = floor_of(dense_score, scores, UNLIMITED)
     assert floor < max(scores)
     assert floor <= dense_score - MAX_FINALIST_SCORE_DROP
@@ -76,7 +76,7 @@ def test_finalists_keep_the_limits_first_and_then_come_near_them(cloud, min_scor
 
 
 def test_a_finalist_is_chosen_by_the_score_of_the_search():
-    """Else a finished study that is run again would go on to other finalists."""
+    """With the finalists' scores, a finished study that runs again would choose other finalists."""
     lifted = trial(0, 0.94, 10.0, finalist=finalist(0.97))
     sunk = trial(1, 0.96, 20.0, finalist=finalist(0.93))
     chosen = choose_finalists([lifted, sunk], 0.95, 1, Limits(min_score=0.95), OBJECTIVES)
@@ -84,7 +84,7 @@ def test_a_finalist_is_chosen_by_the_score_of_the_search():
     assert front_of([lifted, sunk], OBJECTIVES, Limits(min_score=0.95)) == [lifted]
 
 
-def test_what_the_user_asks_for_is_worth_taking_home_however_low():
+def test_trials_above_min_score_become_finalists_however_low():
     bad = trial(1, 0.5, 1000.0)
     assert choose_finalists([trial(0, 0.95, 10.0), bad], 0.96, 2, Limits(min_score=0.4), OBJECTIVES)[1] == bad
 

@@ -1,4 +1,4 @@
-"""The ledger, with made-up answers: what is asked for, told and queued again, over kills and changes of limits."""
+"""The ledger with made-up results: it asks, tells and queues again, over kills and changes of limits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.books import FOUND, SPACE, TINY, Books, knowledge, result
 from tests.conftest import essence
 
 ends_soon = patch("ranksearch.strategy.ledger.MAX_UNTRAINED", 15)
-"""Where a search ends is arbitrary: after so many proposals in a row that are not trained, not after a hundred."""
+"""End a search after 15 untrained proposals in a row instead of 100, to save time."""
 
 
 @settings(deadline=None, max_examples=10)
@@ -45,13 +45,13 @@ def test_no_trained_trial_breaks_a_limit_of_size(min_ratio, share, sampler, seed
 @pytest.mark.slow
 @patch("ranksearch.strategy.ledger.MAX_UNTRAINED", 2)
 def test_every_scored_trial_has_one_constraint_whatever_the_limits_were():
-    """Optuna's "gp" wants as many of each."""
+    """Optuna's "gp" needs the same constraints on all trials."""
     books = Books(TINY, sampler="gp")
     books.run(3)
     known = next(trial for trial in books.trained if trial.score is not None)
     narrow = Limits(min_ratio=known.ratio * 1.001)
     books.arguments |= {"limits": narrow, "since": len(books.study.trials)}
-    # As a killed run leaves it.
+    # As a killed run leaves a trial to be asked for again.
     books.study.enqueue_trial(TINY.params(known.plan), user_attrs=asked(3, "gp"))
     books.run(4)
     (again,) = (trial for trial in books.untrained if trial.same_as == known.number and trial.index == 3)
@@ -65,7 +65,7 @@ def test_every_scored_trial_has_one_constraint_whatever_the_limits_were():
 @given(st.integers(0, 99), st.sampled_from(["random", "tpe"]))
 def test_a_known_plan_has_the_record_of_its_original(seed, sampler):
     books = Books(TINY, sampler=sampler, seed=seed)
-    ledger = books.run(8)  # one more than there are plans
+    ledger = books.run(8)  # one more than the space has plans
     records = {trial.number: trial for trial in ledger.records()}
     twins = [trial for trial in records.values() if trial.same_as is not None]
     assert twins
@@ -105,7 +105,7 @@ def test_a_search_that_found_nothing_within_its_limits_goes_on_within_wider_ones
     assert len(books.study.trials) < asked + MAX_UNTRAINED
 
 
-def test_what_was_over_the_limits_may_be_proposed_but_not_what_lost_too_many_workers():
+def test_plans_over_the_limits_may_be_proposed_again_but_not_those_that_lost_too_many_workers():
     books, known = Books(TINY, limits=Limits(most={"params": 1})), knowledge(TINY)
 
     def seen():
@@ -138,7 +138,7 @@ def test_a_plan_that_lost_too_many_workers_is_not_tried_under_another_index(samp
 
 
 def test_a_trial_that_lost_its_worker_is_queued_before_it_is_told(monkeypatch):
-    """A kill between the two: the next run finds both the orphan and its place in the queue, and asks for it once."""
+    """After a kill between the two, the next run finds the trial running and queued, and asks for it once."""
     books = Books()
     ledger = books.ledger()
     job = next(ledger.jobs(1))
@@ -172,7 +172,7 @@ def test_killed_and_resumed_equals_uninterrupted(kills, sampler, seed, tiny):
 
 @pytest.mark.parametrize("kill", [2, 21, 25])
 def test_killed_and_resumed_equals_uninterrupted_over_the_generations_of_nsga2(kill):
-    """Its population holds queued trials too: the first plans, and what was asked for again."""
+    """Queued trials belong to its population too: initial plans, and trials that were queued again."""
     plan = SPACE.smallest("params")
     initial_plans = [("frontier", plan), ("vbmf", Plan.of(dict(list(plan)[:1])))]
     whole, broken = (Books(sampler="nsga2", initial_plans=initial_plans) for _ in range(2))
@@ -214,14 +214,14 @@ def test_a_twin_that_a_kill_left_is_answered_by_the_next_run():
 
 # --- trials that another program queued ---
 
-FIRSTS = [("frontier", Plan.of({"fc1": SVD(rank)})) for rank in (2, 4)]
+INITIAL_PLANS = [("frontier", Plan.of({"fc1": SVD(rank)})) for rank in (2, 4)]
 MINE = Plan.of({"fc1": SVD(3)})
 
 
 @pytest.mark.parametrize("at", [0, 1, 3])
-def test_a_trial_that_another_program_queued_has_the_next_place(at):
-    """It is trained like others, keeps every plan that is tried first, and changes nothing of what was asked before."""
-    alone, disturbed = (Books(sampler="rank", initial_plans=FIRSTS) for _ in range(2))
+def test_a_trial_that_another_program_queued_has_the_next_index(at):
+    """It is trained like others. All initial plans are still tried, and earlier trials stay as they were."""
+    alone, disturbed = (Books(sampler="rank", initial_plans=INITIAL_PLANS) for _ in range(2))
     alone.run(5)
     disturbed.run(at)
     disturbed.study.enqueue_trial(SPACE.params(MINE))
@@ -233,16 +233,16 @@ def test_a_trial_that_another_program_queued_has_the_next_place(at):
     assert ledger.records()[at].score == result(MINE).curve[-1].score
     assert essence(ledger.records()[:at]) == essence(alone.ledger().records()[:at])
     initial_plans = [trial.plan for trial in ledger.records() if trial.origin == "frontier"]
-    assert initial_plans == [plan for _, plan in FIRSTS]
+    assert initial_plans == [plan for _, plan in INITIAL_PLANS]
 
 
 @settings(deadline=None, max_examples=15)
 @given(st.integers(0, 4), st.lists(st.integers(0, 4), max_size=4), st.sampled_from(["random", "tpe", "nsga2", "rank"]))
 def test_killed_and_resumed_equals_uninterrupted_with_a_trial_of_another_program(at, kills, sampler):
-    """Also where it was queued while the trial ran that a kill left, so that it stands before that in Optuna's queue."""
+    """Even if it was queued before the killed trial is queued again, and so precedes it in Optuna's queue."""
 
     def run(kills):
-        books, ledgers = Books(sampler=sampler, initial_plans=FIRSTS), []
+        books, ledgers = Books(sampler=sampler, initial_plans=INITIAL_PLANS), []
         for kill in (*kills, None):
             ledgers.append(books.ledger())
             ledgers[-1].recover()
@@ -272,19 +272,19 @@ BAD = [
 def test_parameters_that_the_space_does_not_hold_are_told_in_words(change):
     changed, reason = BAD[change]
     params = {**SPACE.params(MINE), **changed} if changed else {}
-    books, said = Books(sampler="rank", initial_plans=FIRSTS), []
+    books, said = Books(sampler="rank", initial_plans=INITIAL_PLANS), []
     books.arguments["on_note"] = said.append
     books.run(1)
     books.study.enqueue_trial({name: value for name, value in params.items() if value is not None})
     ledger = books.run(4)
     assert said == [f"trial 1, which another program queued, is not evaluated: {reason}"]
     assert books.study.trials[1].state is optuna.trial.TrialState.FAIL
-    alone = Books(sampler="rank", initial_plans=FIRSTS)
+    alone = Books(sampler="rank", initial_plans=INITIAL_PLANS)
     assert essence(ledger.records()) == essence(alone.run(4).records())
 
 
 def test_a_trial_of_another_program_is_not_lost_by_a_kill(monkeypatch):
-    """Drawn from the queue, but without a place yet; nor is it tried twice."""
+    """A kill after the trial is drawn from the queue and before it has an index; it is tried once all the same."""
     books = Books()
     books.study.enqueue_trial(SPACE.params(MINE), user_attrs={"why": "a guess"})
     for name in ("_suggest", "asked"):

@@ -1,4 +1,4 @@
-"""The predicted front: no plan is cheaper at any price, sensitivities rise, and a study starts from what it says."""
+"""The predicted front: no plan is cheaper at any price, sensitivities rise, and a study starts with plans of that front."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ prices = [10.0 ** (exponent / 4) for exponent in range(-24, 9)]
 
 @st.composite
 def layers(draw):
-    """By layer, some ways to store it, smaller than dense."""
+    """By layer, some choices that are smaller than dense."""
     loss_increases = st.floats(-0.5, 3)
     return {
         name: [
@@ -62,7 +62,7 @@ def layers(draw):
 
 
 def everything(choices):
-    """(saved, rise) of every plan there is."""
+    """(saved cost, loss increase) of every possible plan."""
     options = [[(0, 0.0), *((DENSE[n] - c.cost, max(0.0, c.loss_increase)) for c in choices[n])] for n in DENSE]
     for chosen in itertools.product(*options):
         yield sum(saved for saved, _ in chosen), sum(loss_increase for _, loss_increase in chosen)
@@ -70,7 +70,7 @@ def everything(choices):
 
 @settings(max_examples=60, deadline=None)
 @given(layers())
-def test_at_every_price_the_frontier_holds_a_cheapest_plan(choices):
+def test_at_every_price_the_predicted_front_holds_a_cheapest_plan(choices):
     corners, plans = predicted_front(DENSE, choices), list(everything(choices))
     for price in prices:
         least = min(loss_increase - price * saved for saved, loss_increase in plans)
@@ -79,7 +79,7 @@ def test_at_every_price_the_frontier_holds_a_cheapest_plan(choices):
 
 @settings(max_examples=60, deadline=None)
 @given(layers())
-def test_a_corner_is_what_its_plan_says(choices):
+def test_a_corner_has_the_figures_of_its_plan(choices):
     corners = predicted_front(DENSE, choices)
     assert corners[0] == Corner(Plan(), 0, 0.0)
     for corner in corners:
@@ -103,7 +103,7 @@ def test_rounding_does_not_reorder_the_edges_of_one_layer():
             assert corner.saved == 50 * value.rank
 
 
-def test_what_costs_nothing_is_taken_first():
+def test_choices_without_a_loss_increase_come_first():
     corners = predicted_front(
         {"a": 10, "b": 10}, {"a": [Choice(SVD(1), 4, 0.0), Choice(SVD(2), 6, 0.1)], "b": [Choice(CP(1), 1, 0.5)]}
     )
@@ -132,7 +132,7 @@ def test_a_sensitivity_goes_through_its_probes_and_on_beyond_them():
 
 
 @given(st.lists(st.integers(1, 998), min_size=1, max_size=30, unique=True).map(sorted), st.integers(1, 9))
-def test_a_spread_is_of_the_frontier_with_its_middle_first(savings, count):
+def test_a_spread_is_of_the_predicted_front_with_its_middle_first(savings, count):
     corners = [Corner(Plan(), 0, 0.0), *(Corner(Plan.of({"a": SVD(s)}), s, float(s)) for s in savings)]
     chosen = spread(corners, 1000, count)
     assert 1 <= len(chosen) <= count
@@ -147,16 +147,16 @@ def test_a_spread_is_of_the_frontier_with_its_middle_first(savings, count):
 @pytest.mark.parametrize(
     ("loss_increases", "kept"),
     [
-        ([0.0, 0.1, MAX_LOSS_INCREASE - 0.1, MAX_LOSS_INCREASE, MAX_LOSS_INCREASE + 9], 3),  # by what training makes good
+        ([0.0, 0.1, MAX_LOSS_INCREASE - 0.1, MAX_LOSS_INCREASE, MAX_LOSS_INCREASE + 9], 3),  # below the bound
         (
             [0.0, MAX_LOSS_INCREASE + 3, MAX_LOSS_INCREASE + 4, 2 * MAX_LOSS_INCREASE + 2.9, 2 * MAX_LOSS_INCREASE + 3],
             4,
-        ),  # a limit left none such: by the largest within it
+        ),  # none is below the bound: relative to the largest plan
         ([0.0, MAX_LOSS_INCREASE + 3], 2),
         ([0.0], 1),
     ],
 )
-def test_first_plans_are_those_that_training_may_make_good(loss_increases, kept):
+def test_initial_plans_are_those_that_training_may_make_good(loss_increases, kept):
     corners = [
         Corner(Plan.of({"a": SVD(9 - place)} if place else {}), place, loss_increase)
         for place, loss_increase in enumerate(loss_increases)
@@ -164,7 +164,7 @@ def test_first_plans_are_those_that_training_may_make_good(loss_increases, kept)
     assert rescuable(corners) == corners[:kept]
 
 
-def test_a_frontier_of_nothing_has_no_spread():
+def test_an_empty_predicted_front_has_no_spread():
     assert spread([Corner(Plan(), 0, 0.0)], 10, 4) == []
     free = Corner(Plan.of({"a": SVD(1)}), 5, 0.0)
     assert spread([Corner(Plan(), 0, 0.0), free], 10, 4) == [free]
@@ -204,7 +204,7 @@ def test_a_sensitive_layer_is_spared(layered):
 
 
 @pytest.mark.slow
-def test_a_study_tries_the_frontier_before_vbmf_and_probes_once(tmp_path):
+def test_a_study_tries_the_predicted_front_before_vbmf_and_probes_once(tmp_path):
     spec = small_spec("search.trials=10", "finalists.count=1")
     whole = run_study(spec, tmp_path / "one", Options(Local(0)))
     origins = [trial.origin for trial in whole.trials]
@@ -216,14 +216,14 @@ def test_a_study_tries_the_frontier_before_vbmf_and_probes_once(tmp_path):
     assert dense == pytest.approx(min([dense, *(probe.loss for probe in probes)]), abs=0.2)
     assert {probe.layer for probe in probes} == {"conv1", "conv2", "fc1", "fc2"}
     assert "probes" in whole.seconds
-    # What is probed is known: going on with more trials probes nothing again, and keeps to the same plans.
+    # A run with more trials repeats no probe and keeps the same initial plans.
     more = run_study(small_spec("search.trials=11", "finalists.count=1"), tmp_path / "one", Options(Local(0)))
     assert [trial.plan for trial in more.trials][:10] == [trial.plan for trial in whole.trials]
     assert attributes.read_probes(stored(tmp_path / "one")) == (dense, probes)
 
 
 @pytest.mark.slow
-def test_the_first_plans_are_chosen_once(tmp_path, monkeypatch):
+def test_the_initial_plans_are_chosen_once(tmp_path, monkeypatch):
     spec = small_spec("search.trials=3", "finalists.count=1")
     run_study(spec, tmp_path / "small", Options(Local(0)))
     kept = attributes.read_initial_plans(stored(tmp_path / "small"))
@@ -278,7 +278,7 @@ def test_probes_go_on_where_they_were_stopped(finished, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_loss_that_is_no_number_counts_as_the_worst(tmp_path):
     def loss(outputs, targets):
-        whole = len(outputs) == 100  # the validation split; training goes in smaller batches
+        whole = len(outputs) == 100  # only the validation split has 100 inputs; training batches are smaller
         return outputs.mean() * (float("nan") if whole else 1.0)
 
     splits = nets.few_digits()

@@ -1,4 +1,4 @@
-"""Plans at the ranks that variational Bayes estimates."""
+"""Plans at the ranks that VBMF estimates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who proposes: the project's own sampler, what it expects of a plan, and the contract of every sampler there is."""
+"""Samplers: the sampler "rank", its expectation of plans, and a contract for every sampler."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ranksearch.strategy.predicted_front import Choice, predicted_front
 from ranksearch.strategy.sampler import MAX_SCORE_DROP, MIN_RECORDS, RankSampler, expected_gains
 from ranksearch.strategy.space import size_of
 from ranksearch.strategy.surrogate import Surrogate, Table, _log_weights
-from tests.books import DENSE_SCORE, FOUND, SPACE, TINY, Books, knowledge, rank_ranges
+from tests.books import DENSE_SCORE, FOUND, SPACE, TINY, Books, knowledge, made_up_choices
 
-CHOICES = rank_ranges()
+CHOICES = made_up_choices()
 TABLE = Table(FOUND, CHOICES)
 TOP, FLOOR = 0.91, 0.5
 
@@ -44,7 +44,7 @@ def test_a_row_is_a_plan_and_its_size(row):
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=len(TABLE.layers), max_size=len(TABLE.layers)))
-def test_a_weighted_frontier_is_that_of_weighted_rises(weights):
+def test_a_weighted_predicted_front_is_that_of_weighted_loss_increases(weights):
     weighted = {
         name: [Choice(c.value, c.cost, c.loss_increase * weight) for c in CHOICES[name]]
         for name, weight in zip(TABLE.layers, weights, strict=True)
@@ -64,7 +64,7 @@ def test_a_choice_outside_the_table_stands_as_the_nearest_of_its_method():
     assert sum(row) == row[layer]
 
 
-# --- what is expected ---
+# --- expected gains ---
 
 ratios = st.floats(0.05, 2.0)
 fronts = st.integers(1, 3).flatmap(
@@ -72,7 +72,7 @@ fronts = st.integers(1, 3).flatmap(
         st.lists(st.tuples(st.floats(0.3, 0.9), *[ratios] * costs), min_size=1, max_size=6), st.tuples(*[ratios] * costs)
     )
 )
-"""Trials (score, log ratios), and the log ratios of a plan, in one cost to three."""
+"""Trials as (score, log ratios), and the log ratios of a plan, in one to three costs."""
 
 
 def expected_gain(front, mean, std):
@@ -97,7 +97,7 @@ def test_the_expected_gain_is_the_mean_of_gains(front, mean, std):
 
 
 @given(fronts, st.floats(0.3, 0.9))
-def test_without_doubt_the_expected_gain_is_the_gain(front, score):
+def test_without_uncertainty_the_expected_gain_is_the_gain(front, score):
     assert expected_gain(front, np.log(TOP - score), 1e-9) == pytest.approx(gain(front, score), abs=1e-6)
 
 
@@ -137,7 +137,7 @@ def test_a_plan_that_was_tried_is_known_better_than_one_that_was_not():
     assert known.expect(tried[:1])[1][0] < known.expect(far)[1][0]
 
 
-def test_what_lost_more_is_expected_to_lose_more():
+def test_a_larger_loss_increase_means_a_lower_expected_score():
     corners = TABLE.predicted_front(np.ones(len(TABLE.layers)))
     known = surrogate(corners, 0.9 - 0.05 * TABLE.loss_increases_of(corners).sum(1))
     mean, _ = known.expect(corners[[1, -1]])
@@ -146,7 +146,7 @@ def test_what_lost_more_is_expected_to_lose_more():
 
 @pytest.mark.parametrize("floor", [FLOOR, 0.93])
 def test_scores_above_the_dense_one_are_told_apart(floor):
-    """Of a dense net of 0.9: trials of up to 0.97, whether or not the user asks for 0.93."""
+    """The dense net scores 0.9 and trials up to 0.97, with and without a minimum score of 0.93."""
     corners = TABLE.predicted_front(np.ones(len(TABLE.layers)))
     scores = 0.97 - 0.05 * TABLE.loss_increases_of(corners).sum(1)
     known = Surrogate(TABLE, corners, scores, dense_score=0.9, floor=floor, seed=0)
@@ -229,7 +229,7 @@ def test_scores_count_from_below_the_best_where_none_reaches_the_dense_one():
 
 
 def test_a_score_out_of_reach_is_climbed_to():
-    """Not given up for the smallest plans, which all gain nothing alike."""
+    """With all gains zero, the sampler would propose the smallest plans instead."""
     books = Books(sampler="rank", limits=Limits(min_score=0.99))
     ledger, scores = books.ledger(), []
     for job in ledger.jobs(14):
@@ -243,7 +243,7 @@ def test_a_score_out_of_reach_is_climbed_to():
     assert known.floor(np.array([0.3, 0.7])) == known.floor(np.array([])) == 0.6
 
 
-def test_sums_that_differ_by_rounding_alone_are_no_holes():
+def test_sums_that_differ_by_rounding_give_finite_weights():
     loss_increases = np.array([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1], [0.0, 0.1, 0.1], [0.1, 0.1, 0.0], [0.05, 0.0, 0.1]])
     assert loss_increases[0].sum() != loss_increases[1].sum()
     for found in _log_weights(loss_increases, np.log([0.3, 0.1, 0.05, 0.04, 0.02])):

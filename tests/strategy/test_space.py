@@ -1,4 +1,4 @@
-"""Parameters and plans are two names of one thing, over one static space."""
+"""Optuna's parameters and plans correspond one to one over a static space."""
 
 import itertools
 import re
@@ -189,7 +189,7 @@ def test_every_rank_of_every_method_has_a_parameter():
 
 
 def test_no_two_parameters_share_a_name():
-    """Also where a layer is called `a.cp` beside a layer `a`."""
+    """Even if a layer is called `a.cp` beside a layer `a`."""
     layers = [replace(INVENTORY["conv2"], name=name) for name in ("a", "a.cp", "a.cp.rank", "a.method")]
     space = make_space(replace(INVENTORY, layers=tuple(layers)), ALL)
     assert len(space.distributions()) == sum(len(axis.distributions()) for axis in space.axes)

@@ -1,4 +1,4 @@
-"""A study's folder and storage: whose they are, and that a run goes on in those it was begun in."""
+"""A study's folder and storage: other programs' are left alone, and a study resumes only in its own."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def test_folders_may_share_a_storage_but_not_a_study(tmp_path):
 
 
 def foreign(url, *, directions):
-    """A study of another program, of the same name."""
+    """Make a study of another program with the same name."""
     study = optuna.create_study(study_name="small", storage=url, directions=directions)
-    if "maximize" in directions:  # the others differ from ours without a trial
+    if "maximize" in directions:  # other directions suffice to tell the study from ours
         study.optimize(lambda trial: [trial.suggest_float("x", 0, 1)] * len(directions), n_trials=2)
 
 

@@ -1,4 +1,4 @@
-"""Plans of the user's own among the first trials: from files, from Python, and what is refused before anything is trained."""
+"""The user's initial plans: from files, from Python; bad ones are refused before anything is trained."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MINE = [Plan.of({"conv2": Tucker2(4, 5), "fc1": SVD(6)}), Plan.of({"conv1": CP(2
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """Two plans' files in the folder that the command runs in."""
+    """Files of two plans in the folder in which the command runs."""
     monkeypatch.chdir(tmp_path)
     for name, plan in zip(("one.json", "other.json"), MINE, strict=True):
         (tmp_path / name).write_text(plan.to_json())
@@ -38,7 +38,7 @@ def run(first, out, *, trials=3, given=()):
     return run_study(spec, out, Options(Local(0)), first=given)
 
 
-def test_they_are_the_first_trials_however_they_are_given(files, tmp_path):
+def test_the_users_plans_are_the_first_trials_however_they_are_given(files, tmp_path):
     found = run(files, tmp_path / "small")
     assert [(trial.origin, trial.plan) for trial in found.trials[:2]] == [("user", plan) for plan in MINE]
     assert found.trials[2].origin == "frontier"

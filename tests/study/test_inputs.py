@@ -1,4 +1,4 @@
-"""A study goes on only with the data and the dense weights that it was begun with."""
+"""A study resumes only with the data and the dense weights that it was begun with."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ def splits(**changes):
             {"test": replace(images(20), labels=torch.zeros(20))},
             "other data (the root mean square of some targets in split 'test' is 1.87083 there and 0 here)",
         ),
-        # What is drawn anew each time is counted, no more.
+        # Of augmented data only the number of inputs is compared.
         ({"train": images(shift=3)}, ""),
-        # Another release decodes a picture to other bits.
+        # A small difference, as when another release decodes pictures.
         ({"validation": replace(images(24), std=torch.tensor([1.0001]))}, ""),
     ],
 )  # fmt: skip
-def test_what_is_other_data(changes, words):
+def test_other_data_is_recognised(changes, words):
     found = input_difference(inputs_of(splits(), None), inputs_of(splits(**changes), None))
     assert found.startswith(words)
     assert bool(found) is bool(words)
 
 
-def test_what_is_known_of_one_side_alone_is_no_difference():
+def test_a_figure_that_only_one_side_has_is_no_difference():
     assert not input_difference(inputs_of(splits(), "abc"), inputs_of(splits(), None))
     assert not input_difference(inputs_of(splits(), None), inputs_of(splits(), "abc"))
     assert input_difference(inputs_of(splits(), "a" * 64), inputs_of(splits(), "b" * 64)) == (
@@ -69,7 +69,7 @@ def test_what_is_known_of_one_side_alone_is_no_difference():
 
 
 class Drawn(Dataset):
-    """Inputs from a generator of its own, which follows no seed; targets that are partly unknown."""
+    """Inputs from a generator that follows no seed; some targets are NaN."""
 
     def __len__(self):
         return 30
@@ -107,7 +107,7 @@ def test_a_study_does_not_go_on_with_other_data(tmp_path, monkeypatch, elsewhere
 
 @pytest.fixture
 def weights(finished, tmp_path):
-    """A study of given weights: its spec with more changes, and the file."""
+    """A function that makes the spec of a study with given weights, and the file of the weights."""
     path = tmp_path / "mine.safetensors"
     path.write_bytes((finished[0] / "dense.safetensors").read_bytes())
 

@@ -1,4 +1,4 @@
-"""A PostgreSQL server as the storage: restarts and lost answers do no harm, bad addresses are one sentence."""
+"""A PostgreSQL server as storage: restarts and lost answers do no harm, bad addresses give a message of one sentence."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BINARIES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=T
 INITDB = shutil.which("initdb") or (BINARIES and str(BINARIES / "initdb"))
 
 AWAY = 3
-"""Seconds without the server; 20 went as well."""
+"""Seconds without the server. 20 passed too."""
 
 pytestmark = [
     pytest.mark.skipif(not INITDB, reason="there is no initdb, of PostgreSQL's server"),
@@ -37,7 +37,7 @@ pytestmark = [
 
 
 class Server:
-    """A PostgreSQL server of the test's own. It refuses to run as root, so root runs it as nobody."""
+    """A PostgreSQL server for the tests. PostgreSQL refuses to run as root, so root runs it as the user nobody."""
 
     def __init__(self, place: Path) -> None:
         self._binaries, self._data = Path(INITDB).parent, place / "data"
@@ -78,7 +78,7 @@ def server():
 
 
 class Heard(Silent):
-    """What a study announces."""
+    """A view that keeps the notes of a study."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -92,7 +92,7 @@ class Heard(Silent):
 
 
 def test_a_study_outlives_a_restart_of_its_database(server, tmp_path):
-    """Stopped in the middle of the trials, and away for a while: all trials, none twice, and two lines say so."""
+    """The server is away for a while between trials: all trials run, none twice, and two notes tell of it."""
     view = Heard()
 
     def restart():
@@ -121,9 +121,9 @@ def test_a_study_outlives_a_restart_of_its_database(server, tmp_path):
 
 @pytest.mark.parametrize("loses", ["before", "after"])
 def test_a_commit_without_an_answer_is_made_once(server, loses, monkeypatch):
-    """Every third commit breaks its connection, before it is made or after: the books are the same as without."""
+    """Every third commit loses its connection, before or after it is made; the record is that of an undisturbed run."""
     monkeypatch.setattr(storage, "RETRY_SECONDS", 0.0)
-    monkeypatch.setattr("random.random", lambda: 0.0)  # Optuna sleeps for so long between its own attempts
+    monkeypatch.setattr("random.random", lambda: 0.0)  # no sleep between Optuna's own attempts
     quiet, torn = Books(), Books()
     torn.study = folder.create_study(f"torn {loses}", server.url, Objectives())
     quiet.run(8)
@@ -189,7 +189,7 @@ def test_one_run_at_a_time_holds_a_study(server):
     ):
         again.__enter__()
     with database.study_lock("alone", server.url):
-        server.stop()  # which gives the lock back by itself
+        server.stop()  # which releases the lock
         server.start()
     with database.study_lock("alone", server.url):
         pass

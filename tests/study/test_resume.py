@@ -1,4 +1,4 @@
-"""A killed and resumed study equals an uninterrupted one, and nothing is lost or half written."""
+"""A killed and resumed study equals an uninterrupted one: nothing is lost or half written."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from tests.conftest import essence, small_spec, stored, tiny_spec
 
 @pytest.mark.slow
 def test_resumed_equals_uninterrupted(unreported, finished, tmp_path):
-    """Stop after each trial in turn, and go on with the same command."""
+    """Stop after each trial, then resume by the same command."""
     _, whole = finished
     out = tmp_path / "small"
     for trials in range(1, 9):
@@ -55,7 +55,7 @@ def test_resumed_equals_uninterrupted(unreported, finished, tmp_path):
 
 @pytest.mark.slow
 def test_an_orphan_is_queued_again_in_its_place(unreported, finished, tmp_path):
-    """What SIGKILL leaves: a trial that runs in the storage and nowhere else, its parameters asked for or half asked for."""
+    """SIGKILL leaves a trial that is running in the storage only, with all of its parameters or some."""
     _, whole = finished
     for stop_at in (2, 6):
         out = tmp_path / str(stop_at) / "small"
@@ -73,7 +73,7 @@ def test_an_orphan_is_queued_again_in_its_place(unreported, finished, tmp_path):
 
 
 def ledger_of(study, dense=None, cache=None, *, initial_plans=None):
-    """The ledger that a run of the small study has."""
+    """A ledger as a run of the small study makes it."""
     data, model, spec = nets.few_digits(), nets.small(), small_spec()
     if dense:
         model.load_state_dict(load_file(dense))
@@ -93,7 +93,7 @@ def ledger_of(study, dense=None, cache=None, *, initial_plans=None):
 
 
 def orphan(out, stop_at):
-    """Ask for the next trial as a run does, and tell nothing."""
+    """Ask for the next trial as a run does, and tell no result."""
     next(ledger_of(stored(out), out / "dense.safetensors", out / "profile").jobs(stop_at + 1))
 
 
@@ -139,7 +139,7 @@ def test_sigkill_loses_no_completed_trial(tmp_path):
 
 
 def finished_trials(out):
-    # The weights come after the tables: two processes that make them at once are in each other's way.
+    # Wait for the weights, which come after the tables: two processes must not make the tables at once.
     if not (out / "dense.safetensors").exists():
         return 0
     try:
@@ -191,7 +191,7 @@ def test_ctrl_c_leaves_nothing_running(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_seconds_are_kept_after_each_trial(unreported, tmp_path):
-    """So that a kill gives `search.minutes` not anew."""
+    """So a kill does not reset `search.minutes`."""
     out, seen = tmp_path / "small", []
 
     class Watching(Silent):
@@ -204,7 +204,7 @@ def test_seconds_are_kept_after_each_trial(unreported, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_a_finalist_no_more_needs_no_weights(unreported, tmp_path):
+def test_a_trial_that_is_no_longer_a_finalist_needs_no_weights(unreported, tmp_path):
     out = tmp_path / "small"
     before = run_study(tiny_spec("search.trials=3", "finalists.count=3"), out, Options(Local(0)))
     shutil.rmtree(out / "models")

@@ -1,4 +1,4 @@
-"""How often a run has jobs evaluated whose workers are lost."""
+"""How often a run evaluates a job whose worker is lost."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ranksearch.results.record import MAX_TRIES
 from ranksearch.study.run import Run
 
 
-def test_what_loses_its_worker_is_tried_so_often_and_no_more():
+def test_a_job_that_keeps_losing_its_worker_is_given_up():
     tries, done = Counter(), set()
 
     class Losing:

@@ -1,4 +1,4 @@
-"""A record is read as Optuna reads it, only sooner; and a database that cannot be used for now is waited for."""
+"""The storage reads the same record as Optuna's, faster, and waits for a database that cannot be used for now."""
 
 import math
 import sqlite3
@@ -44,7 +44,7 @@ def test_all_trials_are_those_that_optuna_reads(tmp_path):
 
 
 def fill(study):
-    """A trial in every state that a study of ours has, one of them with a value that is no number of a database."""
+    """Add trials in every state that our studies have, one with an infinite value."""
     for values, state in (
         ((0.5, 1.0), TrialState.COMPLETE),
         ((math.inf, -math.inf), TrialState.COMPLETE),
@@ -62,14 +62,14 @@ def fill(study):
 
 @pytest.fixture
 def hurried(monkeypatch):
-    """Waits are short."""
+    """Make all waits short."""
     monkeypatch.setattr(storage, "MAX_WAIT_SECONDS", 60)
     monkeypatch.setattr(storage, "RETRY_SECONDS", 0.02)
     monkeypatch.setattr(database, "BUSY_TIMEOUT_SECONDS", 0.02)
 
 
 class Lock:
-    """Another program's write lock of an SQLite database."""
+    """A write lock of another program on an SQLite database."""
 
     def __init__(self, path):
         self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -84,8 +84,8 @@ class Lock:
         self._connection.close()
 
 
-def test_books_are_the_same_whenever_another_program_locks_them(tmp_path, hurried):
-    """Before every third commit the database is locked, until the first failure is announced."""
+def test_the_record_is_the_same_whenever_another_program_locks_the_database(tmp_path, hurried):
+    """The database is locked before every third commit, until the wait is announced."""
     quiet, locked, notes = Books(), Books(), []
     quiet.run(8)
     url, lock = folder.storage_url(tmp_path, None), Lock(tmp_path / "study.db")
@@ -135,13 +135,13 @@ def test_a_lock_that_stays_is_one_sentence_wherever_it_is_met(tmp_path, hurried,
     ):
         with lock, pytest.raises(StudyError, match=words):
             change()
-    with lock:  # what only reads need not wait
+    with lock:  # reading does not wait
         assert folder.open_study("begun", url).get_trials() == []
     lock.close()
 
 
 def test_a_full_disk_is_waited_for(tmp_path, hurried):
-    """SQLite's own limit stands for the disk."""
+    """A limit of SQLite on the file's size stands in for a full disk."""
     notes, url = [], folder.storage_url(tmp_path, None)
 
     def announce(text):
@@ -171,7 +171,7 @@ def test_an_error_that_will_not_pass_is_not_waited_for(tmp_path):
 
 
 @pytest.mark.parametrize(("code", "cause"), [("53100", "on a full disk"), ("08006", "unreachable"), (None, "unreachable")])
-def test_what_ails_a_server_is_told_by_its_code(code, cause):
+def test_the_code_of_a_servers_error_tells_the_cause(code, cause):
     error = Exception("a driver's")
     error.sqlstate = code
     assert storage.cause_of(OperationalError("INSERT", {}, error)) == cause
@@ -179,7 +179,7 @@ def test_what_ails_a_server_is_told_by_its_code(code, cause):
 
 @pytest.mark.slow
 def test_ctrl_c_ends_the_wait_and_all_that_would_follow(tmp_path, monkeypatch):
-    """Locked from the second trial on: one Ctrl-C ends the study, and the same study goes on once it is released."""
+    """The database is locked from the second trial on. One Ctrl-C ends the study; it resumes once the lock is released."""
     monkeypatch.setattr(database, "BUSY_TIMEOUT_SECONDS", 0.02)
     out, spec, locks = tmp_path / "small", tiny_spec("search.trials=3"), []
 

@@ -1,4 +1,4 @@
-"""A whole study: what its folder holds, what its trials are, and what makes another study of it."""
+"""Whole studies: folder, trials, finalists, devices and dense weights."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_folder_holds_what_is_promised(finished):
     assert sum(trial.finalist is not None for trial in record.trials) == 3
 
 
-def test_the_first_trials_are_of_the_frontier_then_those_of_vbmf(finished):
+def test_the_first_trials_are_of_the_predicted_front_then_those_of_vbmf(finished):
     _, record = finished
     origins = [trial.origin for trial in record.trials]
     first = origins.index("vbmf tucker2 x1")
@@ -61,7 +61,7 @@ def test_the_first_trials_are_of_the_frontier_then_those_of_vbmf(finished):
     assert origins[first + 1] == "vbmf cp x1"
 
 
-def test_trials_that_lost_too_much_are_marked_infeasible(finished):
+def test_trials_far_below_dense_are_infeasible(finished):
     out, record = finished
     scores = {trial.number: trial.score for trial in record.trials if trial.score is not None}
     told = [trial for trial in sorted(stored(out).trials, key=lambda t: t.datetime_complete) if trial.number in scores]
@@ -127,7 +127,7 @@ def test_a_diverged_trial_is_a_record(tmp_path):
 
 
 class Counted(Silent):
-    """How many steps of each stage a run had to do."""
+    """A view that counts the steps of each stage of a run."""
 
     def __init__(self):
         self.stages, self.notes = {}, []
@@ -168,7 +168,7 @@ def test_a_finalist_that_runs_out_of_memory_on_the_test_split_is_tried_again(unr
     asked = iter(range(100))
 
     def score(outputs, targets):
-        if next(asked) == 7:  # the check, the dense net twice, a trial's two rungs and a finalist's; then its test
+        if next(asked) == 7:  # after the check, the dense net twice, two scores each of a trial and a finalist
             raise torch.OutOfMemoryError
         return 0.5
 
@@ -206,7 +206,7 @@ def test_a_study_of_volumes(unreported, tmp_path):
 
 @pytest.mark.slow
 def test_a_kill_before_the_dense_weights_are_kept_costs_only_their_training(unreported, tmp_path, monkeypatch):
-    """Trained again, to other bits as it may be, they are the study's."""
+    """The weights are trained again, perhaps to other last bits, and become the study's."""
     out, spec = tmp_path / "small", tiny_spec()
 
     def killed(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""Batches of any nesting: cut and joined again they are what they were."""
+"""Batches of any nesting: cutting and joining gives the same batch."""
 
 import re
 

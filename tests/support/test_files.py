@@ -1,4 +1,4 @@
-"""Files of a study that cannot be written: one sentence, nothing half written, and the same study goes on."""
+"""A file that cannot be written gives a message of one sentence, leaves nothing half written, and the study can resume."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ FILES = {
     "plan.json": r"The model .*/models/\d+",
     "front.csv": r"The report's .*/front.csv",
 }
-"""By how its name begins, a file of each stage, in the order of their making; and what a message calls it."""
+"""For a file of each stage, in order: how its name begins, and its name in the message."""
 
 
 def full(monkeypatch, name):
-    """A disk without room for the files whose names so begin."""
+    """A disk that is full for files whose names begin with `name`."""
     opened = tempfile.mkstemp
 
     def mkstemp(dir, prefix):
@@ -40,8 +40,8 @@ def full(monkeypatch, name):
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_sentence_at_every_file(finished, tmp_path, monkeypatch):
-    """The disk is full when each is to be written in turn; the last run is whole and is what an uninterrupted one is."""
+def test_a_full_disk_is_one_sentence_for_every_file(finished, tmp_path, monkeypatch):
+    """The disk is full for one file after the other; then the last run equals an uninterrupted one."""
     out, spec = tmp_path / "small", small_spec("search.trials=2", "finalists.count=1")
     for name, words in FILES.items():
         kept = {path: bytes_ for path, bytes_ in snapshot(out).items() if path.suffix == ".safetensors"}

@@ -1,4 +1,4 @@
-"""A training that was killed and goes on equals one that never stopped, to the last bit."""
+"""A killed and resumed training equals an uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def always(monkeypatch):
-    """A checkpoint after every epoch, however short."""
+    """Write a checkpoint after every epoch, however short it is."""
     monkeypatch.setattr(checkpoint, "MIN_SECONDS_BETWEEN", 0.0)
 
 
@@ -41,7 +41,7 @@ def forgetful():
 
 
 def fitted(task, recipe, path, *, stop_after=99, of="this"):
-    """Train until so many epochs are done, or to the end; the epochs that were told."""
+    """Train for at most `stop_after` epochs; the list of epochs done."""
     told = []
     for epoch in training.fit(task.model, task, recipe, seed=3, device=CPU, checkpoint=Checkpoint(path, of)):
         torch.rand(2)
@@ -60,7 +60,7 @@ def test_resumed_equals_uninterrupted(always, tmp_path, precision, stop_after):
     path = tmp_path / "deep" / "net.pt"
     assert fitted(first, recipe, path, stop_after=stop_after)[-1] == stop_after + 1
     with torch.no_grad():
-        second.model.conv1.weight.zero_()  # all of the state is the file's
+        second.model.conv1.weight.zero_()  # the whole state must come from the file
     assert Checkpoint(path, "this").epochs == stop_after
     assert fitted(second, recipe, path) == list(range(stop_after + 1, 5))
     expected, got = whole.model.state_dict(), second.model.state_dict()
@@ -97,7 +97,7 @@ def test_a_damaged_file_is_told(tmp_path):
         Checkpoint(path, "this")
 
 
-def test_rungs_and_seconds_go_on(always, tmp_path, monkeypatch):
+def test_learning_curve_and_seconds_continue(always, tmp_path, monkeypatch):
     path, model = tmp_path / "net.pt", nets.small()
     now = [100.0]
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
@@ -126,21 +126,21 @@ def test_a_finalist_goes_on_wherever_it_was_killed(always, tmp_path, evaluator, 
             next(messages)
         del messages
         *again, result = evaluator(**options, unfinished=folder)(job)
-        held = killed_at - 1 if killed_at > 2 else 0  # an epoch is kept once the caller had its score
+        held = killed_at - 1 if killed_at > 2 else 0  # an epoch's checkpoint is written after its score is passed on
         assert again == curve_points[held:]
         assert result.curve == whole.curve
         assert result.weights == whole.weights
         assert result.score_test == whole.score_test
 
 
-def test_a_worker_elsewhere_keeps_none(always, tmp_path, evaluator):
+def test_a_worker_without_the_folder_keeps_no_checkpoint(always, tmp_path, evaluator):
     *_, result = evaluator(unfinished=tmp_path / "not here")(Job(7, PLAN, 0, Stage.FINALIST))
     assert result.score_test is not None
     assert not list(tmp_path.iterdir())
 
 
 class Stopping(Silent):
-    """Ctrl-C at the nth message of one stage."""
+    """A view that raises Ctrl-C at the nth message of one stage."""
 
     def __init__(self, stage, at):
         self.wanted, self.left, self.now, self.done, self.curve_points = stage, at, "", [], []
@@ -214,7 +214,7 @@ def test_a_finalist_that_ran_out_of_memory_goes_on(always, tmp_path, monkeypatch
         "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
     ],
 )
-def test_memory_that_is_short_in_words_only_is_no_bug(evaluator, trained, message):
+def test_an_out_of_memory_error_is_known_by_its_text(evaluator, trained, message):
     def failing(outputs, targets):
         raise RuntimeError(message)
 
@@ -223,7 +223,7 @@ def test_memory_that_is_short_in_words_only_is_no_bug(evaluator, trained, messag
     assert [curve_point.epochs for curve_point in result.curve] == [0]
 
 
-def test_another_runtime_error_is_one(evaluator, trained):
+def test_another_runtime_error_is_raised(evaluator, trained):
     def failing(outputs, targets):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 

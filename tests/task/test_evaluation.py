@@ -1,4 +1,4 @@
-"""What a plan's net is trained from: decomposed weights at once, layer by layer as the thesis does, or weights drawn anew."""
+"""The start of a plan's training: weights decomposed at once, layer by layer as in the thesis, or drawn at random."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def result(evaluator, stage=Stage.FINALIST, plan=PLAN, seed=0):
 
 
 def test_layerwise_trains_after_each_layer(evaluator):
-    """The curve goes on through all layers, and what was trained before a layer is decomposed is not lost."""
+    """The learning curve continues through all layers, and training before a layer is decomposed is kept."""
     found = result(evaluator(schedule="layerwise"))
     assert [curve_point.epochs for curve_point in found.curve] == [0, 1, 2, 3, 4, 5, 6]
     at_once = result(evaluator())
     assert [curve_point.epochs for curve_point in at_once.curve] == [0, 1, 2]
     assert found.weights != at_once.weights
     assert result(evaluator(schedule="layerwise")).weights == found.weights
-    # fc1 alone is decomposed first, from the dense weights.
+    # fc1 is decomposed first and alone, from the dense weights.
     first = result(evaluator(), plan=Plan.of({"fc1": SVD(6)}))
     assert first.curve[0].score == pytest.approx(found.curve[0].score, abs=0.02)
     assert found.score_test > 0.5
 
 
 def test_layerwise_at_full_rank_is_training_the_dense_net(evaluator, trained):
-    """Each layer is decomposed from its weights as they are by then, so nothing is lost where the rank is full."""
+    """Each layer is decomposed from its current weights, so at full rank nothing is lost."""
     full = Plan.of({"conv2": Tucker2(8, 16), "fc1": SVD(32)})
     model = copy.deepcopy(trained.model)
     runs = evaluator(schedule="layerwise")._steps(model, Job(0, full, 0, Stage.FINALIST))
@@ -53,7 +53,7 @@ def test_layerwise_at_full_rank_is_training_the_dense_net(evaluator, trained):
     with torch.no_grad():
         for _ in range(2):
             for parameter in model.parameters():
-                parameter.mul_(1.1)  # stands for training
+                parameter.mul_(1.1)  # in place of training
             before = model.eval()(inputs)
             next(runs)
             torch.testing.assert_close(model.eval()(inputs), before, rtol=1e-3, atol=1e-3)
@@ -86,7 +86,7 @@ def test_a_net_from_scratch_knows_nothing_of_the_dense_one(trained):
 
 
 class Gained(nn.Module):
-    """A block that resets the layer in it by itself."""
+    """A block whose own `reset_parameters` also resets the layer in it."""
 
     def __init__(self):
         super().__init__()
@@ -169,7 +169,7 @@ def test_a_model_that_cannot_be_copied(trained, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("override", ["space.start=scratch", "finalists.schedule=layerwise"])
-def test_such_a_study_resumes(override, tmp_path):
+def test_studies_from_scratch_or_layerwise_resume(override, tmp_path):
     def study(trials, out):
         return run_study(tiny_spec(override, f"search.trials={trials}"), out, Options(Local(0)))
 

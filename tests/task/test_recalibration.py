@@ -1,4 +1,4 @@
-"""Statistics of normalisation layers, measured again."""
+"""Recalibration: the statistics of normalisation layers are measured again."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def test_recalibration_measures_the_statistics_of_the_training_split(trained):
 
 
 def by_class(count=3000):
-    """A split as a folder of images gives it: sorted by class, each class of its own mean."""
+    """A split like that of a folder of images: sorted by class, and each class has its own mean."""
     targets = torch.arange(count) * 10 // count
     return TensorDataset(targets[:, None, None, None] + torch.randn(count, 1, 2, 2), targets)
 
 
 class Shuffling(TensorDataset):
-    """Changes its inputs at random, as augmentation does."""
+    """A data set with random inputs, as after augmentation."""
 
     def __getitem__(self, index):
         inputs, target = super().__getitem__(index)
@@ -56,7 +56,7 @@ def test_recalibration_sees_every_class_of_a_sorted_split(count):
     torch.manual_seed(0)
     mean, var = statistics(by_class(count), seed=0, inputs=1000)
     assert mean == pytest.approx(4.5, abs=0.4)
-    assert var == pytest.approx(8.25 + 1, rel=0.1)  # of the ten means, and within a class
+    assert var == pytest.approx(8.25 + 1, rel=0.1)  # variance of the ten means plus variance within a class
 
 
 @pytest.mark.parametrize("kind", [TensorDataset, Shuffling])
@@ -85,7 +85,7 @@ def test_recalibration_reads_no_more_inputs_than_it_says():
 
 @pytest.mark.parametrize(("count", "batches"), [(1, 1), (256, 1), (257, 2), (300, 2), (1030, 5)])
 def test_recalibration_counts_all_inputs_alike(count, batches):
-    """A last batch of a few would count as much as a full one; and normalisation of one value a channel would raise."""
+    """Batches are of equal size: a small last batch would count as much as a full one, or fail with one value a channel."""
     split = TensorDataset(10 * torch.randn(count, 3, 2), torch.zeros(count).long())
     model = nn.Sequential(nn.BatchNorm1d(3))
     training.recalibrate(model, Task(model, Splits(split, split, split, 10, "")), seed=0, device=CPU)
@@ -101,7 +101,7 @@ def test_recalibration_without_normalisation_changes_nothing(trained):
 
 
 def test_recalibration_leaves_what_is_not_called_as_it_is(trained):
-    """A normalisation of another branch, and one whose statistics the forward takes by itself."""
+    """One normalisation is in another branch; of another the forward itself uses the statistics."""
 
     def forward(net, inputs):
         inner = F.batch_norm(net.conv(inputs), net.taken.running_mean, net.taken.running_var, training=net.taken.training)

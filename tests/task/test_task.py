@@ -1,4 +1,4 @@
-"""Tasks whose model, loss and score work together, and those that do not."""
+"""Tasks: model, loss and score that fit together, and those that are refused."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_accuracy_is_the_ratio_of_the_counts():
         assert accuracy(outputs, targets) == right / inputs
 
 
-def test_the_accuracy_of_what_is_no_number_is_none():
+def test_nan_outputs_have_accuracy_nan():
     outputs = torch.tensor([[0.1, 0.2], [float("nan"), 0.0]])
     assert math.isnan(accuracy(outputs, torch.tensor([1, 1])))
 
@@ -122,7 +122,7 @@ def test_large_inputs_are_scored_a_few_at_a_time(shape, most):
 
 
 class Fixed(Batched):
-    """Inputs of a shape that take no memory before they are read."""
+    """A split with inputs of a given shape that take no memory before they are read."""
 
     def __init__(self, shape, count):
         self.shape, self.count = shape, count

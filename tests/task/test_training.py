@@ -1,4 +1,4 @@
-"""Training: a seed that is used, a loss that falls, a divergence that is told."""
+"""Training: seeds, convergence, divergence, devices and memory formats."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 class Noisy(Dataset):
-    """Inputs that numpy and `random` change."""
+    """A data set whose inputs change at random, by numpy and `random`."""
 
     def __len__(self):
         return 20
@@ -45,7 +45,7 @@ def test_training_on_a_users_random_inputs_follows_its_seed_alone():
         task = Task(model, Splits(Noisy(), Noisy(), Noisy(), 2, ""))
         training.recalibrate(model, task, seed=seed, device=CPU)
         for _ in training.fit(model, task, training.Recipe(2, batch_size=8), seed=seed, device=CPU):
-            np.random.rand()  # the caller's own
+            np.random.rand()  # drawn by the caller
         return torch.cat([tensor.flatten() for tensor in model.state_dict().values()])
 
     first = trained(1)
@@ -54,7 +54,7 @@ def test_training_on_a_users_random_inputs_follows_its_seed_alone():
 
 
 class Large(Batched):
-    """Inputs that come one at a time."""
+    """A split whose batches hold one input."""
 
     at_once = 1
 
@@ -85,7 +85,7 @@ def test_a_seed_decides_everything():
         torch.manual_seed(0)
         task = Task(lenet(channels=1), nets_32())
         for _ in training.fit(task.model, task, training.Recipe(1, batch_size=16), seed=seed, device=CPU):
-            torch.rand(3)  # what the caller draws in between makes no difference to the next run
+            torch.rand(3)  # random numbers drawn by the caller must not change the next run
         return torch.cat([p.detach().flatten() for p in task.model.parameters()])
 
     first = weights(1)
@@ -205,7 +205,7 @@ def test_random_numbers_of_a_gpu_follow_the_seed_and_are_given_back(monkeypatch,
 
 
 class Viewing(nn.Module):
-    """The net of many a tutorial: `view` asks for rows that lie as they are, behind a 3x3 and behind a 1x1 convolution."""
+    """The net of many tutorials: `view` needs contiguous rows, behind a 3x3 and behind a 1x1 convolution."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Laws of CP: exact where it can be, honest about its error, bounded in its degeneracy, and one seed one result."""
+"""Laws of CP: exact at the exact rank, correct errors, bounded degeneracy, and one result for one seed."""
 
 import math
 from itertools import pairwise
@@ -23,7 +23,7 @@ shapes = st.lists(st.integers(1, 6), min_size=2, max_size=4).map(tuple)
 
 
 def kernel(*shape, seed=0, decay=0.6):
-    """A random tensor whose spectrum falls in every mode, like that of a trained kernel."""
+    """A random tensor with a decaying spectrum in every mode, like a trained kernel."""
     x = normal(*shape, seed=seed)
     for mode, size in enumerate(shape):
         turn = torch.linalg.qr(normal(size, size, seed=seed + mode + 1))[0]
@@ -33,7 +33,7 @@ def kernel(*shape, seed=0, decay=0.6):
 
 
 def border():
-    """The tensor of rank 3 that tensors of rank 2 come arbitrarily near, with terms that grow without bound."""
+    """A tensor of rank 3 that tensors of rank 2 approximate arbitrarily well, with terms that grow without bound."""
     a, b = torch.eye(2, dtype=torch.float64)
     return sum(torch.einsum("i,j,k->ijk", *vectors) for vectors in ((a, a, b), (a, b, a), (b, a, a)))
 
@@ -192,7 +192,7 @@ def test_no_worse_than_tensorly():
             peer = parafac(tensor.numpy(), rank, n_iter_max=100, init="svd", random_state=0, tol=1e-8)
             error = np.linalg.norm(tensorly.cp_to_tensor(peer) - tensor.numpy()) / np.linalg.norm(tensor.numpy())
             ratios.append(cp_als(tensor, rank).error / error)
-    # Both end in local minima, now the one better, now the other.
+    # Both end in local minima, and either may find the better one.
     assert max(ratios) < 1.03
     assert np.mean(ratios) < 1
 

@@ -1,4 +1,4 @@
-"""Laws of the truncated SVD: full rank is the matrix, every reported error is the measured one."""
+"""Laws of the truncated SVD: exact at full rank, and every reported error equals the measured one."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_reported_errors_are_the_measured_ones_and_fall(m, n, seed):
 @laws
 @given(sizes, sizes, sizes, seeds, st.floats(0, 12))
 def test_in_float32_every_error_is_that_of_an_svd_in_float64(m, n, rank, seed, digits):
-    """Of any spectrum: flat, falling below all rounding, or of low rank."""
+    """For any spectrum: flat, falling below rounding, or of low rank."""
     singular = torch.logspace(0, -digits, rank, dtype=torch.float64)
     x = ((normal(m, rank, seed=seed) * singular) @ normal(rank, n, seed=seed + 1)).float()
     factors, wanted = svd(x), svd(x.double()).errors()

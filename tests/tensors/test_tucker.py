@@ -1,4 +1,4 @@
-"""Laws of Tucker-2: full ranks are the kernel, ranks are nested, every reported error is the measured one."""
+"""Laws of Tucker-2: exact at full ranks, factors nested over ranks, every reported error equals the measured one."""
 
 from itertools import pairwise
 

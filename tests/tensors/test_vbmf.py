@@ -1,4 +1,4 @@
-"""Laws of VBMF: planted ranks are found, noise is not taken for signal, and neither scale nor transposition matters."""
+"""Laws of VBMF: it finds planted ranks and no signal in noise; scale and transposition do not matter."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_a_planted_rank_and_its_noise_are_found(shape, seed, share):
     found = vbmf(planted(shape, rank, seed))
     assert found.rank == rank
     assert found.spectrum.shape == (rank,)
-    # Small matrices tell the noise less well: three rows leave one or two for it.
+    # Small matrices give a rough estimate of the noise: of three rows, one or two are noise alone.
     assert found.noise_variance == pytest.approx(0.01, rel=0.5)
 
 
