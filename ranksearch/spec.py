@@ -39,6 +39,9 @@ SAMPLERS = ("rank", "tpe", "nsga2", "gp", "random")
 PRECISIONS = ("float32", "bfloat16")
 STARTS = ("decomposed", "scratch")
 SCHEDULES = ("one-shot", "layerwise")
+TIMED_RANK_MULTIPLE = 8
+"""Kernels of ONNX Runtime and oneDNN take channels by 8 or 16. A rank between two multiples takes as long as the next one, or
+far longer: a 7x7 depthwise convolution of 25 channels took 4.4 ms in ONNX Runtime, one of 24 took 0.9."""
 
 
 def _reference(help: str, **kwargs: Any) -> Any:
@@ -141,13 +144,14 @@ class Space:
         default=(),
     )
     skip: tuple[str, ...] = setting("leave these layers dense, by names or patterns", default=())
-    rank_multiple: int = at_least(
+    rank_multiple: int | None = at_least(
         1,
-        "ranks are multiples of this, as some hardware wants; a rank that cannot be so large is held at its largest",
-        default=1,
+        "ranks are multiples of this, as some hardware wants; a rank that cannot be so large is held at its largest. "
+        f"{TIMED_RANK_MULTIPLE} where the latency is to be small, else 1",
+        default=None,
     )
     smaller_in: tuple[str, ...] = _costs(
-        "a layer is stored only in ways that are smaller than dense in each of these costs: `params`, `macs`"
+        "a layer is stored only in ways that are smaller than dense in each of these costs: `params`, `macs`, `latency`"
     )
     data_aware: bool = setting(
         "fit the factors to the inputs that each layer sees in training, not to the weights alone", default=True
@@ -171,7 +175,9 @@ class Search:
     first: tuple[str, ...] = setting(
         "files of plans to try first, such as `models/5/plan.json`, relative to where the command runs", default=()
     )
-    minimize: tuple[str, ...] = _costs("the costs that the front sets against the score: `params`, `macs`, or both")
+    minimize: tuple[str, ...] = _costs(
+        "the costs that the front sets against the score: `params`, `macs`, `latency`, or several"
+    )
     minutes: float | None = positive(
         "start no trial after so many minutes of search, summed over all runs; other stages are not counted", default=None
     )
@@ -181,11 +187,28 @@ class Search:
     min_ratio: float | None = positive("models of a lower compression ratio are not trained", default=None)
     max_params: int | None = at_least(1, "models of more parameters are not trained", default=None)
     max_macs: int | None = at_least(1, "models of more multiply-accumulates for one input are not trained", default=None)
+    max_latency_ms: float | None = positive("models that are predicted to take longer are not trained", default=None)
 
     @property
     def limits(self) -> Limits:
         """What every model of the front must keep."""
         return Limits.of(dataclasses.asdict(self))
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Where and how models are timed."""
+
+    runtime: str = matching(
+        r"auto|onnxruntime|torch|\w[\w.]*:\w[\w.]*",
+        "auto, onnxruntime, torch, or 'package.module:name'",
+        "`onnxruntime` on the CPU, `torch`, or a function of your own that takes a module and its inputs and returns "
+        "milliseconds, as of a phone behind a cable; `auto` is ONNX Runtime on a CPU and torch elsewhere",
+        default="auto",
+    )
+    threads: int = at_least(1, "threads that a model runs on", default=1)
+    batch_size: int = at_least(1, "inputs in one pass", default=1)
 
 
 @documented
@@ -202,8 +225,14 @@ class StudySpec:
     dense: DenseSpec = setting("where the dense net's weights come from: a file, training, or both")
     space: Space = setting("what the search may choose from, for which layers", default_factory=Space)
     search: Search = setting("how long to search, for what, and who proposes", default_factory=Search)
+    latency: Latency = setting("where and how models are timed", default_factory=Latency)
     finetune: Recipe = setting("how each trial is fine-tuned")
     finalists: Finalists = setting("the trials of the front that are fine-tuned for longer, from their start, and then tested")
+
+    @property
+    def timed(self) -> bool:
+        """Whether the latency of plans is to be known before they are trained."""
+        return "latency" in (*self.search.minimize, *self.space.smaller_in) or self.search.max_latency_ms is not None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain TOML values; what is not set is left out."""
@@ -224,6 +253,7 @@ class StudySpec:
             flat |= {f"{key}.{inner}": entry for inner, entry in value.items()} if isinstance(value, dict) else {key: value}
         free = {"about", "space.plugins", "search.trials", "search.minutes", "search.first", "finalists.count"}
         free |= {f"search.{key}" for key in Limits.names()}
+        free |= set() if self.timed else {key for key in flat if key.startswith("latency.")}
         return {key: value for key, value in flat.items() if key not in free}
 
 
@@ -277,7 +307,9 @@ def _consistent(spec: StudySpec) -> StudySpec:
             raise SpecError(f"{key} must name each cost once, but got {list(costs)}.")
     # In one order, so that in whichever they are named they make the same study.
     minimize = tuple(cost for cost in COSTS if cost in spec.search.minimize)
-    return dataclasses.replace(spec, search=dataclasses.replace(spec.search, minimize=minimize))
+    spec = dataclasses.replace(spec, search=dataclasses.replace(spec.search, minimize=minimize))
+    multiple = spec.space.rank_multiple or (TIMED_RANK_MULTIPLE if spec.timed else 1)
+    return dataclasses.replace(spec, space=dataclasses.replace(spec.space, rank_multiple=multiple))
 
 
 def load_spec(source: str, *, overrides: Sequence[str] = ()) -> StudySpec:

@@ -24,6 +24,7 @@ PARTS = [
     "tensors",
     "methods",
     "compress",
+    "latency",
     "data",
     "models",
     "task",

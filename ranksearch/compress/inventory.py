@@ -28,18 +28,23 @@ FORWARDS = ("forward", "_conv_forward")
 class Inventory:
     """The decomposable layers in call order, the reasons why others were skipped, and the size of the whole model.
 
-    `params` counts all parameters of the model (no buffers, shared ones once); `macs` is for one input.
+    `params` counts all parameters of the model (no buffers, shared ones once); `macs` is for one input. Once layers were
+    timed, `rest_ms` is the time of everything else, in milliseconds.
     """
 
     layers: tuple[Layer, ...]
     skipped: Mapping[str, str]
     params: int
     macs: int
+    rest_ms: float | None = None
 
     @property
     def costs(self) -> dict[str, float]:
         """Every cost of the whole model by its name."""
-        return {"params": self.params, "macs": self.macs}
+        costs: dict[str, float] = {"params": self.params, "macs": self.macs}
+        if self.rest_ms is not None:
+            costs["latency"] = self.rest_ms + sum(layer.latency.dense for layer in self.layers if layer.latency)
+        return costs
 
     def __getitem__(self, name: str) -> Layer:
         return {layer.name: layer for layer in self.layers}[name]

@@ -39,6 +39,9 @@ MAX_TERMS = 512
 """The largest rank that ALS fits. Only fully connected layers behind a map reach it, such as the first of VGG-16 (4096x512x49):
 the fits of a profile up to 1,024 terms take two minutes of a core there, up to 512 terms a third of that."""
 
+CHANNEL_BLOCK = 16
+"""Channels that a processor's vector instructions take at once, in float32: 8 or 16."""
+
 
 @dataclass(frozen=True)
 class RankConstraints:
@@ -187,7 +190,24 @@ class Method(abc.ABC):
 
     def costs(self, layer: Layer, ranks: tuple[int, ...]) -> dict[str, float]:
         """Every cost of the factorized layer by its name."""
-        return {"params": self.params(layer, ranks), "macs": self.macs(layer, ranks)}
+        timed = {"latency": layer.latency.ms(self.kind.method, self.work(layer, ranks))} if layer.latency else {}
+        return {"params": self.params(layer, ranks), "macs": self.macs(layer, ranks)} | timed
+
+    def work(self, layer: Layer, ranks: tuple[int, ...]) -> tuple[float, ...]:
+        """What the latency of the factorized layer depends on, for one input; none of these numbers falls as a rank rises.
+
+        They are 1, the multiply-accumulates of each part, the same with ranks rounded up to `CHANNEL_BLOCK`, the values passed
+        between parts, and the parameters.
+        """
+        blocks = tuple(-(-rank // CHANNEL_BLOCK) * CHANNEL_BLOCK for rank in ranks)
+        positions = [count * layer.calls for count in self.positions(layer)]
+        macs = [
+            float(math.prod(shape) * count)
+            for counted in (ranks, blocks)
+            for shape, count in zip(self.factor_shapes(layer.weight, counted), positions, strict=True)
+        ]
+        between = sum(part.out * count for part, count in zip(self.parts(layer.weight, ranks)[:-1], positions, strict=False))
+        return 1.0, *macs, float(between), float(self.params(layer, ranks))
 
     def rank_ranges(self, layer: Layer, constraints: RankConstraints = FEWER_PARAMS) -> tuple[range, ...]:
         """The ranks of each kind that pay while the others are at their least: a search's range, empty where none pays."""
@@ -206,7 +226,8 @@ class Method(abc.ABC):
 
     def shrinks(self, layer: Layer, ranks: tuple[int, ...], constraints: RankConstraints = FEWER_PARAMS) -> bool:
         """Whether the factorized layer is smaller than the dense one in every cost that the constraints name."""
-        return all(getattr(self, cost)(layer, ranks) < getattr(layer, cost) for cost in constraints.smaller_in)
+        costs = self.costs(layer, ranks)
+        return all(costs[cost] < layer.costs[cost] for cost in constraints.smaller_in)
 
     def _structure(self, weight: Shape) -> tuple[Part, ...]:
         """The parts at the least ranks, for what does not depend on ranks."""

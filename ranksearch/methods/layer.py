@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class LayerLatency:
+    """How long a layer takes where it will run, in milliseconds: dense, and as a model of its work for each method.
+
+    `methods` holds, by the name of a method, a coefficient for each number of `Method.work`; none is negative, so the time
+    never falls as a rank rises.
+    """
+
+    dense: float
+    methods: Mapping[str, tuple[float, ...]] = field(hash=False)
+
+    def ms(self, method: str, work: Sequence[float]) -> float:
+        """Milliseconds of that much work by that method."""
+        return sum(coefficient * amount for coefficient, amount in zip(self.methods[method], work, strict=True))
 
 
 @dataclass(frozen=True)
@@ -20,7 +37,7 @@ class Layer:
     input: to each position, or to each part of an input whose parts the model folds into the batch. A fully connected
     layer behind a flatten has `flattened` set: its weight is seen as a kernel that covers the whole map, as the thesis
     does, and its sizes are those of that convolution. Where the channels were not the first axis of the map, `order` is the
-    order of its axes in the flattened row, as in `Factorization.order`.
+    order of its axes in the flattened row, as in `Factorization.order`. `latency` is there once the layer was timed.
     """
 
     name: str
@@ -32,6 +49,7 @@ class Layer:
     calls: int = 1
     flattened: bool = False
     order: tuple[int, ...] | None = None
+    latency: LayerLatency | None = None
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -51,4 +69,5 @@ class Layer:
     @property
     def costs(self) -> dict[str, float]:
         """Every cost of the dense layer by its name."""
-        return {"params": self.params, "macs": self.macs}
+        timed = {"latency": self.latency.dense} if self.latency else {}
+        return {"params": self.params, "macs": self.macs} | timed

@@ -12,7 +12,17 @@ from optuna.trial import FrozenTrial
 from ranksearch.errors import StudyError
 from ranksearch.plan import Plan
 from ranksearch.results.messages import CurvePoint, Outcome
-from ranksearch.results.record import DenseFacts, Finalist, LayerFacts, Probe, StudyFacts, StudyRecord, TrialRecord
+from ranksearch.results.record import (
+    DenseFacts,
+    Finalist,
+    LayerFacts,
+    Probe,
+    StudyFacts,
+    StudyRecord,
+    Timing,
+    TrialRecord,
+    with_measured,
+)
 
 _FACTS, _SECONDS = "ranksearch:facts", "ranksearch:seconds"
 _FINALIST, _FAILED = "ranksearch:finalist:", "ranksearch:failed:"
@@ -105,7 +115,8 @@ def read_facts(study: optuna.Study) -> StudyFacts:
     layers = tuple(
         LayerFacts(**entry | {"weight": tuple(entry["weight"]), "vbmf": tuple(entry["vbmf"])}) for entry in data.pop("layers")
     )
-    return StudyFacts(**data | {"layers": layers, "dense": DenseFacts(**data["dense"])})
+    dense = {**data["dense"], "timings": _timings(data["dense"]["timings"])}
+    return StudyFacts(**data | {"layers": layers, "dense": DenseFacts(**dense)})
 
 
 def asked(index: int, origin: str) -> dict[str, Any]:
@@ -138,7 +149,12 @@ def read_trial(trial: FrozenTrial, study: Mapping[str, Any] | None = None) -> Tr
 
 
 def _finalist(data: Mapping[str, Any]) -> Finalist:
-    return Finalist(**{**data, "curve": tuple(CurvePoint(*point) for point in data["curve"])})
+    curve = tuple(CurvePoint(*point) for point in data["curve"])
+    return Finalist(**{**data, "curve": curve, "timings": _timings(data["timings"])})
+
+
+def _timings(entries: Sequence[Mapping[str, Any]]) -> tuple[Timing, ...]:
+    return tuple(Timing(**entry) for entry in entries)
 
 
 def read_trials(study: optuna.Study) -> tuple[TrialRecord, ...]:
@@ -150,7 +166,8 @@ def read_trials(study: optuna.Study) -> tuple[TrialRecord, ...]:
 
 def read_study(study: optuna.Study) -> StudyRecord:
     """Everything the report needs; raises `StudyError` as `read_facts` does."""
-    return StudyRecord(facts=read_facts(study), trials=read_trials(study), seconds=read_seconds(study))
+    facts, trials = with_measured(read_facts(study), read_trials(study))
+    return StudyRecord(facts=facts, trials=trials, seconds=read_seconds(study))
 
 
 def _points(curve: Sequence[CurvePoint]) -> list[tuple[float, float]]:

@@ -29,6 +29,13 @@ class Cost:
     """After a number, such as `ms`; a cost without one is a count."""
     about: str = ""
     """What is counted or measured, where the title does not say it."""
+    limit_key: str = ""
+    """The key of its limit in the section `search`, where that is not `max_<name>`."""
+
+    @property
+    def limit(self) -> str:
+        """The key of its largest allowed value in the section `search` of a study."""
+        return self.limit_key or f"max_{self.name}"
 
     @property
     def short_ratio(self) -> str:
@@ -62,6 +69,13 @@ MACS = register_cost(
     Cost(
         "macs", title="MACs", ratio="MACs ratio", fewer="fewer MACs", suffix=" MACs",
         about="multiply-accumulates for one input",
+    )
+)  # fmt: skip
+LATENCY = register_cost(
+    Cost(
+        "latency", title="latency", ratio="speed-up", fewer="faster", suffix=" speed", unit="ms",
+        about="milliseconds in the study's runtime, measured for finalists and predicted for other trials",
+        limit_key="max_latency_ms",
     )
 )  # fmt: skip
 

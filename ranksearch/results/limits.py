@@ -22,18 +22,18 @@ class Limits:
     @classmethod
     def of(cls, search: Mapping[str, Any]) -> Limits:
         """From a study's section `search`: `min_score`, `min_ratio`, and `max_<cost>` for each cost."""
-        most = {name: search[f"max_{name}"] for name in COSTS if search.get(f"max_{name}") is not None}
+        most = {name: search[cost.limit] for name, cost in COSTS.items() if search.get(cost.limit) is not None}
         return cls(min_score=search.get("min_score"), min_ratio=search.get("min_ratio"), most=most)
 
     @staticmethod
     def names() -> list[str]:
         """The keys of the section `search` that are limits."""
-        return ["min_score", "min_ratio", *(f"max_{name}" for name in COSTS)]
+        return ["min_score", "min_ratio", *(cost.limit for cost in COSTS.values())]
 
     def to_dict(self) -> dict[str, float | None]:
         """The limits by those keys; None where there is none."""
         found: dict[str, float | None] = {"min_score": self.min_score, "min_ratio": self.min_ratio}
-        return found | {f"max_{name}": self.most.get(name) for name in COSTS}
+        return found | {cost.limit: self.most.get(name) for name, cost in COSTS.items()}
 
     def excess(self, size: Sized, score: float | None = None) -> float:
         """How far a model lies outside: 0 within, and the larger the farther.

@@ -17,8 +17,8 @@ class Outcome(enum.Enum):
     DIVERGED = "diverged: the loss or the score became NaN or infinite; a lower finetune.learning_rate helps"
     NOT_SMALLER = "not smaller than dense: the plan saves no parameters, so it was not trained"
     OVER_BUDGET = (
-        "over budget: larger than search.min_ratio, search.max_params or search.max_macs allow, so it was not trained; a "
-        "wider limit lets it in"
+        "over budget: larger or slower than search.min_ratio, search.max_params, search.max_macs or search.max_latency_ms "
+        "allow, so it was not trained; a wider limit lets it in"
     )
     OUT_OF_MEMORY = "out of memory: a smaller finetune.batch_size or fewer --workers help"
     WORKER_LOST = "worker lost: its process ended before the trial did, most often for lack of memory; fewer --workers help"

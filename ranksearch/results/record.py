@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,8 +21,23 @@ _UNTRAINED = (Outcome.NOT_SMALLER, Outcome.OVER_BUDGET, Outcome.WORKER_LOST)
 
 MAX_UNTRAINED = 100
 """A search ends once so many proposals in a row needed no training: the sampler finds nothing new within the limits."""
+MAX_PREDICTION_ERROR = 0.2
+"""Relative; a predicted latency that is further from the measured one is told to the user."""
 MAX_TRIES = 3
 """A plan whose worker was lost so often is not tried again: by then the plan is the cause."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a model took for one batch in one runtime; `spread` is how far the median of the rounds lay above the least."""
+
+    runtime: str
+    threads: int
+    batch: int
+    ms: float
+    spread: float
+    quiet: bool
+    """Whether the machine was quiet enough for the order of models timed together to be trusted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +48,24 @@ class Finalist:
     score_test: float
     curve: tuple[CurvePoint, ...]
     seconds: float
-    latency_ms: float | None = None
+    timings: tuple[Timing, ...] = ()
+    """Its latencies; the first is in the runtime and at the size of batch that the study names."""
+    predicted_ms: float | None = None
+    """What the first was predicted to be, in a study that minimises or limits the latency."""
+    layers_ms: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """The predicted latency of each decomposed layer, in such a study."""
+
+    @property
+    def latency_ms(self) -> float | None:
+        """Milliseconds of one pass, as the study measures them."""
+        return self.timings[0].ms if self.timings else None
+
+    @property
+    def missed(self) -> bool:
+        """Whether its latency was predicted wrong by more than `MAX_PREDICTION_ERROR`."""
+        if self.predicted_ms is None or self.latency_ms is None:
+            return False
+        return abs(self.predicted_ms / self.latency_ms - 1) > MAX_PREDICTION_ERROR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +140,13 @@ class DenseFacts(Counts):
     costs: Mapping[str, float] = field(hash=False)
     score_validation: float
     score_test: float
-    latency_ms: float | None = None
+    timings: tuple[Timing, ...] = ()
+    """As those of a finalist, taken in turn with them."""
+
+    @property
+    def latency_ms(self) -> float | None:
+        """Milliseconds of one pass, as the study measures them."""
+        return self.timings[0].ms if self.timings else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,11 +227,27 @@ class StudyRecord:
         for trial in trials:
             if trial.failed:
                 found.append(f"Trial {trial.number} gave no model as a finalist, {trial.failed.of_finalist}.")
+        finalists = [trial for trial in trials if trial.finalist]
+        if any(not timing.quiet for trial in finalists if trial.finalist for timing in trial.finalist.timings):
+            found.append(
+                "The machine was busy while the finalists were timed: latencies that lie near each other may be in another "
+                "order; the same command on a quiet machine, with --fresh, times them again."
+            )
+        missed = [str(trial.number) for trial in finalists if trial.finalist and trial.finalist.missed]
+        if missed:
+            found.append(
+                f"The latency of {_are('trial', missed)} was predicted wrong by more than {MAX_PREDICTION_ERROR:.0%}; the "
+                "front is of measured times."
+            )
         if over:
             found.append(f"Proposals over the limits, which were not trained: {over:,}.")
         if known:
             found.append(f"Proposals of a plan that was known already, answered from the record: {known:,}.")
         return found
+
+
+def _are(noun: str, names: Sequence[str]) -> str:
+    return f"{noun} {names[0]}" if len(names) == 1 else f"{noun}s {', '.join(names[:-1])} and {names[-1]}"
 
 
 def untrained_in_a_row(
@@ -211,6 +265,21 @@ def untrained_in_a_row(
     last = max([since - 1, *running, *(trial.number for trial in trials if trial.trained)])
     untrained = [*waiting, *(trial.number for trial in trials if not trial.trained)]
     return sum(number > last for number in untrained)
+
+
+def with_measured(facts: StudyFacts, trials: Sequence[TrialRecord]) -> tuple[StudyFacts, tuple[TrialRecord, ...]]:
+    """The record with measured latencies in place of predicted ones, where the dense model and the finalists were timed."""
+    dense = facts.dense
+    if dense.latency_ms is None:
+        return facts, tuple(trials)
+    facts = replace(facts, dense=replace(dense, costs={**dense.costs, "latency": dense.latency_ms}))
+    return facts, tuple(_with_measured(trial) for trial in trials)
+
+
+def _with_measured(trial: TrialRecord) -> TrialRecord:
+    if trial.finalist is None or trial.finalist.latency_ms is None:
+        return trial
+    return replace(trial, costs={**trial.costs, "latency": trial.finalist.latency_ms})
 
 
 def yardstick(dense_score: float, scores: Iterable[float]) -> float:

@@ -17,7 +17,7 @@ from ranksearch.errors import PlanError, SpecError, nearest
 from ranksearch.methods import FEWER_PARAMS, METHODS, Method, RankConstraints, method_of, nearest_rank
 from ranksearch.methods.layer import Layer
 from ranksearch.plan import Dense, Factorization, Plan
-from ranksearch.results.costs import Counts
+from ranksearch.results.costs import COSTS, Counts
 from ranksearch.results.limits import Limits
 
 DENSE_METHOD = Dense.method
@@ -173,7 +173,7 @@ def check_plan(plan: Plan, space: Space, inventory: Inventory) -> None:
 
 def constraints_of(about: spec.Space) -> RankConstraints:
     """The ranks that a study offers."""
-    return RankConstraints(about.rank_multiple, about.smaller_in)
+    return RankConstraints(about.rank_multiple or 1, about.smaller_in)
 
 
 def space_of(about: spec.Space, inventory: Inventory) -> Space:
@@ -264,9 +264,10 @@ def check_limits(limits: Limits, space: Space, inventory: Inventory) -> None:
     for cost, limit in limits.most.items():
         least = size_of(space.smallest(cost), inventory).costs[cost]
         if limit < least:
+            shown = least if isinstance(least, int) else f"{math.ceil(least * 1000) / 1000:g}"
             raise SpecError(
-                f"search.max_{cost} must be at least {least}, which the smallest plan of the space has, but got {limit}; raise "
-                "it, or widen the space."
+                f"search.{COSTS[cost].limit} must be at least {shown}, which the smallest plan of the space has, but got "
+                f"{limit}; raise it, or widen the space."
             )
 
 

@@ -86,7 +86,6 @@ def study_facts(
         costs=layers.costs,
         score_validation=score,
         score_test=scores["test"],
-        latency_ms=training.latencies_ms([task.model], inputs, channels_last=task.channels_last)[0],
     )
     return StudyFacts(
         name=spec.name,

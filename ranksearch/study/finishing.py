@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ranksearch.compress.export import holds_model, load_model, save_model
+from ranksearch.compress.export import holds_model, save_model
 from ranksearch.results import attributes
 from ranksearch.results.messages import Job, Outcome, Result, Stage
 from ranksearch.results.record import Finalist, TrialRecord
 from ranksearch.strategy.finalists import choose_finalists
 from ranksearch.study.run import Run
+from ranksearch.study.timing import time_finalists
 from ranksearch.support.files import writing
-from ranksearch.task import training
 from ranksearch.task.evaluation import Evaluator, checkpoint_file
 
 RESUMABLE = {Outcome.WORKER_LOST, Outcome.OUT_OF_MEMORY}
@@ -67,27 +67,17 @@ def _record_result(run: Run, trial: TrialRecord, result: Result) -> None:
         save_model(_model_folder(run, trial), trial.plan, result.weights)
     finalist = Finalist(
         score_validation=result.curve[-1].score, score_test=result.score_test, curve=result.curve,
-        seconds=result.seconds, latency_ms=None,
+        seconds=result.seconds,
     )  # fmt: skip
     attributes.write_finalist(run.study, trial.number, finalist)
     run.view.trial(replace(trial, finalist=finalist), attributes.read_trials(run.study))
 
 
 def _measure_latencies(run: Run) -> None:
-    """Measure the latency of the dense model and all finalists, taking turns in one go so that the times are comparable."""
+    """Measure the latency of the dense model and all finalists."""
     # The weights of a former finalist may be missing; it is not trained again.
     trials = [trial for trial in attributes.read_trials(run.study) if trial.finalist and _has_model(run, trial)]
-    if all(trial.finalist and trial.finalist.latency_ms is not None for trial in trials):
-        return
-    models = [load_model(run.task.model.cpu(), _model_folder(run, trial)).to(run.device) for trial in trials]
-    dense, *times = training.latencies_ms(
-        [run.task.model.to(run.device), *models], run.example, channels_last=run.task.channels_last
-    )
-    for trial, latency in zip(trials, times, strict=True):
-        assert trial.finalist is not None
-        attributes.write_finalist(run.study, trial.number, replace(trial.finalist, latency_ms=latency))
-    facts = attributes.read_facts(run.study)
-    attributes.write_facts(run.study, replace(facts, dense=replace(facts.dense, latency_ms=dense)))
+    time_finalists(run, [(trial, _model_folder(run, trial)) for trial in trials])
 
 
 def _model_folder(run: Run, trial: TrialRecord) -> Path:

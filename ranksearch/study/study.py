@@ -41,6 +41,7 @@ from ranksearch.study.inputs import inputs_of
 from ranksearch.study.options import Options, Ray
 from ranksearch.study.probing import check_user_plans, choose_initial_plans, probe_layers, read_user_plans
 from ranksearch.study.run import Run, choose_device
+from ranksearch.study.timing import keep_table, time_layers
 from ranksearch.support.batch import batch_to
 from ranksearch.support.files import write_whole, writing
 from ranksearch.task import training
@@ -97,6 +98,7 @@ def run_study(
         check_float32(task)
     check_state(task.model)
     task = replace(task, channels_last=training.takes_channels_last(task))
+    layers, table = time_layers(spec, task, layers, device, out, view, fresh=options.fresh)
     space = space_of(spec.space, layers)
     check_limits(spec.search.limits, space, layers)
     check_reloading(task.model, fresh, _smallest_layer(space), next(batches(task.data.train, 2))[0])
@@ -127,6 +129,7 @@ def run_study(
         folder.write_identity(study, spec, inputs)
         check_user_plans(study, user_plans)
         folder.write_spec(out, spec, options.storage)
+        keep_table(spec, table, layers, device, out)
         one_input = batch_to(example(task.data.validation), device)
         run = Run(spec, out, options, device, task, one_input, layers, space, user_plans, study, engine, view)
         try:

@@ -54,6 +54,11 @@ def concatenate(batches: Sequence[Any]) -> Any:
     return tree_unflatten(joined, flat[0][1])
 
 
+def repeat_batch(batch: Any, times: int) -> Any:
+    """The batch so many times in a row, as one batch."""
+    return concatenate([batch] * times)
+
+
 def batch_shapes(batch: Any) -> Any:
     """The batch with each tensor's shape in its place."""
     return tree_map_only(Tensor, lambda tensor: tuple(tensor.shape), batch)
