@@ -1,4 +1,4 @@
-"""ranksearch: which tensor decomposition and which rank, layer by layer, make a trained CNN many times smaller."""
+"""ranksearch: compress a trained CNN by searching a tensor decomposition and its ranks for every layer."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ __all__ = ["__version__", *(name for names in _HOMES.values() for name in names)
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded when first used, so that `ranksearch --help` and reports do not wait for torch.
+    # Import each name on first use, so that `ranksearch --help` and reports do not wait for torch.
     for module, names in _HOMES.items():
         if name in names:
             return getattr(importlib.import_module(f"ranksearch.{module}"), name)

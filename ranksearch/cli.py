@@ -1,4 +1,7 @@
-"""The command line: parse, call, print, exit code. `--help`, `studies` and `report` never import torch."""
+"""The command line: parse, call the package, print, return the exit code.
+
+`--help`, `studies` and `report` do not import torch.
+"""
 
 from __future__ import annotations
 
@@ -32,18 +35,22 @@ ENGINE_OPTIONS = tuple(dict.fromkeys(name for engine in ENGINES.values() for nam
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. 0: done; 2: bad input, one sentence on stderr; 130: Ctrl-C. A bug is a traceback."""
+    """Run one command and return the exit code.
+
+    0: done. 1: the reader of the output is gone. 2: bad input or a full disk, with one sentence on stderr. 130: Ctrl-C.
+    A bug ends in a traceback.
+    """
     _escape_what_streams_lack()
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(given)
-    # Torch and a long record are a million objects that stay, which Python would search for garbage again and again: that took
-    # half of the time in which 5,000 trials are read.
+    # Torch and a long record make a million lasting objects. With the default thresholds the garbage collector scans them again
+    # and again, which took half of the time to read 5,000 trials.
     gc.set_threshold(50_000, 20, 50)
-    # A user's `package.module:name` is looked for in the folder the command runs in, as `python -m` does.
+    # Find a user's `package.module:name` in the current folder, as `python -m` does.
     sys.path.insert(0, str(Path.cwd()))
     try:
         done = int(options.run(options, given) or 0)
-        sys.stdout.flush()  # here, where a full disk or a reader that is gone is answered
+        sys.stdout.flush()  # inside the try: a full disk or a closed pipe may show up only here
         return done
     except RankSearchError as error:
         sys.stderr.write(f"ranksearch: {error}\n")
@@ -51,13 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output went away (`| head`): nothing is left to say, nor a place to say it.
+        # The reader of our output is gone (`| head`), so there is nowhere to write an error.
         _close_output()
         return 1
     except OSError as error:
         if error.errno not in FULL:
             raise
-        _close_output()  # it may be what has no room: what it still holds would fail again at exit
+        _close_output()  # stdout may be on the full disk, and flushing it at exit would fail again
         where = f" ({error.filename})" if error.filename else ""
         with suppress(OSError):
             sys.stderr.write(f"ranksearch: The disk is full{where}: {error.strerror}; {RESUME_HINT}.\n")
@@ -69,14 +76,14 @@ def _close_output() -> None:
 
 
 def _escape_what_streams_lack() -> None:
-    """A character that an output lacks is written as its code: a name must not end a finished study in a traceback."""
+    """Write characters that an output cannot encode as escapes: a name must not end a finished study in a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes whole options only: a command that is shown again must say what it does."""
+    """Refuses abbreviated options, because the command is stored and shown again and must be readable."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
@@ -145,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_option(parser: argparse.ArgumentParser, name: str, *owners: type[Any], note: str = "") -> None:
-    """An option for a setting, None where it is not given; `note` is told instead of the default."""
+    """Add the option for a setting; its value is None if it is not given. Its help shows `note` instead of the default."""
     entry, kind = fields(owners[0])[name], kind_of(owners[0], name)
     metavar = METAVARS.get(name) or {int: "N", float: "X"}.get(kind) or name.upper()
     words = [("on Ray: " if owner is Ray else "") + plain_help(fields(owner)[name]) for owner in owners]
@@ -172,8 +179,8 @@ def _study(options: argparse.Namespace, given: list[str]) -> int:
 
     spec = load_spec(options.source, overrides=_all_overrides(options))
     out = options.out or Path("runs") / spec.name
-    # Read by OpenMP when torch loads. Threads that sleep at a barrier instead of spinning cost nothing on a quiet machine,
-    # and keep the training of the dense net from slowing down threefold when one other process runs.
+    # OpenMP reads this when torch loads. With it threads sleep at a barrier instead of spinning. That costs nothing on a quiet
+    # machine; without it, one other process makes the training of the dense net three times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import optuna
 
@@ -189,7 +196,8 @@ def _study(options: argparse.Namespace, given: list[str]) -> int:
     try:
         found = run_study(spec, out, run, view=view)
     except KeyboardInterrupt as stop:
-        # Before what --fresh deletes is gone it is a plain one, and the same command does so.
+        # `Stopped`: the study has begun and --fresh has deleted the old one, so the command to resume omits --fresh. A plain
+        # KeyboardInterrupt comes before that, so the same command serves.
         if isinstance(stop, Stopped):
             given = [word for word in given if word != "--fresh"]
             if stop.record:
@@ -231,14 +239,14 @@ def _layers(options: argparse.Namespace, given: list[str]) -> int:
 
 
 def _storage_option(storage: str | None) -> str:
-    """The option that names a storage, without its password; empty where it is the folder's own."""
+    """The option --storage, without the password; empty for the storage in the folder."""
     from ranksearch.study.database import masked
 
     return f" --storage {shlex.quote(masked(storage))}" if storage else ""
 
 
 def _shown(given: Sequence[str], storage: str | None) -> str:
-    """A command as it may be shown and kept: without the storage's password."""
+    """The command line for display and for the record, without the storage's password."""
     from ranksearch.study.database import masked
 
     words = (word.replace(storage, masked(storage)) if storage else word for word in given)
@@ -246,12 +254,12 @@ def _shown(given: Sequence[str], storage: str | None) -> str:
 
 
 def _quoted(word: str) -> str:
-    """A word for the shell, readable where it holds TOML's quotes: "dense.weights='mine.pt'"."""
+    """Quote a word for the shell; words with TOML quotes stay readable: "dense.weights='mine.pt'"."""
     return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!\n') else shlex.quote(word)
 
 
 def _screen() -> Console:
-    """The standard output; wide off a terminal, where nothing else tells how long a line may be."""
+    """The standard output as a rich console; 180 columns wide if it is not a terminal."""
     from rich.console import Console
 
     screen = Console()

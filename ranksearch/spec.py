@@ -1,4 +1,4 @@
-"""A study on paper: strict TOML or values from Python -> one frozen value, every key checked before anything runs."""
+"""Study specifications: from strict TOML or Python values to one frozen `StudySpec`, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _are_modules(names: Iterable[str]) -> bool:
 @documented
 @dataclass(frozen=True, kw_only=True)
 class TaskSpec:
-    """What is compressed and how it is judged; every reference is `package.module:name`."""
+    """The model to compress, its data, its loss and its score. References are `package.module:name`."""
 
     model: str = _reference("what returns the dense `nn.Module`; `torchvision.models:resnet18` is an example")
     model_args: Mapping[str, Any] = setting("the arguments of `task.model`", default_factory=dict)
@@ -91,7 +91,7 @@ class Recipe:
 @documented
 @dataclass(frozen=True, kw_only=True)
 class DenseSpec(Recipe):
-    """How the dense model comes by its weights: a file of them, training, or both; neither if the model has them."""
+    """Where the weights of the dense model come from: a file, training, or both; neither if the model has trained weights."""
 
     weights: str = setting(
         "a file with the state dict that training starts from, `.safetensors` or `.pt`, relative to where the command runs",
@@ -102,9 +102,10 @@ class DenseSpec(Recipe):
 @documented
 @dataclass(frozen=True, kw_only=True)
 class Finalists(Recipe):
-    """The trials of the front that are fine-tuned for longer, from their start, and then tested."""
+    """Which trials of the front become finalists, and how these are fine-tuned again, for longer, and tested."""
 
-    count: int = at_least(1, "how many trials of the front become finalists", default=10, repr=False)  # makes no other training
+    # Not in the repr, by which checkpoints know their recipe: the count does not change the training.
+    count: int = at_least(1, "how many trials of the front become finalists", default=10, repr=False)
     sweeps: int = at_least(
         0,
         "further sweeps over the factors before they are fine-tuned: HOOI for Tucker-2, alternating least squares for CP",
@@ -121,7 +122,7 @@ class Finalists(Recipe):
 @documented
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """What the search may choose from, for which layers."""
+    """The methods and ranks that the search may use, and the layers it may decompose."""
 
     methods: tuple[str, ...] = setting(
         f"the methods that a layer may be decomposed by: {', '.join(f'`{name}`' for name in KINDS if name != Dense.method)}, "
@@ -162,7 +163,7 @@ class Space:
 @documented
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """How long to search, for what, and who proposes."""
+    """The sampler, the length of the search, its costs and its limits."""
 
     sampler: str = one_of(
         SAMPLERS, "who proposes plans: our own, `rank`, or Optuna's `tpe`, `nsga2`, `gp`, `random`", default="rank"
@@ -184,14 +185,14 @@ class Search:
 
     @property
     def limits(self) -> Limits:
-        """What every model of the front must keep."""
+        """The limits that every model of the front must keep."""
         return Limits.of(dataclasses.asdict(self))
 
 
 @documented
 @dataclass(frozen=True, kw_only=True)
 class StudySpec:
-    """A whole study. Equal values give equal studies."""
+    """A whole study. Equal specs give equal studies."""
 
     name: str = matching(
         r"[A-Za-z0-9][\w.-]*", "letters, digits, '.', '_' or '-'", "the name of the study, and of its folder `runs/NAME`"
@@ -206,18 +207,18 @@ class StudySpec:
     finalists: Finalists = setting("the trials of the front that are fine-tuned for longer, from their start, and then tested")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain TOML values; what is not set is left out."""
+        """The spec as plain TOML values; leaves out settings that are None."""
         return to_table(self)
 
     def to_toml(self) -> str:
-        """The spec as resolved: every key, defaults and overrides included."""
+        """The resolved spec as TOML: every key, with defaults and overrides."""
         return tomli_w.dumps(self.to_dict())
 
     def identity(self) -> dict[str, Any]:
-        """What makes results comparable: all but the budget, the limits and the wording. Flat, `section.key` -> value.
+        """The settings that must not change when a study is resumed, flat: `section.key` -> value.
 
-        A limit says what is looked for and leaves every score as it is, so a study may go on under others. The plans to try
-        first count by what is in their files, which the study's storage holds. The modules that define methods may move.
+        The budget, the limits and the description may change: they do not change any score. The paths in `search.first` may
+        change, because the storage holds the plans themselves. The modules in `space.plugins` may be renamed.
         """
         flat: dict[str, Any] = {}
         for key, value in self.to_dict().items():
@@ -228,17 +229,17 @@ class StudySpec:
 
 
 def keys_tables() -> str:
-    """The Markdown tables of all keys of a study, for docs/studies.md."""
+    """Markdown tables of all keys of a study file, for docs/studies.md."""
     shared = "`dense`, `finetune` and `finalists` each say how to train, with these keys:"
     own = table_of(entries(StudySpec, omit=fields(Recipe)), head="key")
     return "\n\n".join([own, shared, table_of(entries(Recipe), head="key")])
 
 
 def parse_spec(text: str, *, source: str, overrides: Sequence[str] = ()) -> StudySpec:
-    """The study that TOML `text` describes, with `section.key=value` overrides on top.
+    """Parse a study from TOML `text` and apply `section.key=value` overrides. `source` names the text in errors.
 
     Raises:
-        SpecError: not TOML, an unknown or missing key, a value of another type or out of range.
+        SpecError: the text is not TOML, a key is unknown or missing, or a value has the wrong type or is out of range.
     """
     try:
         data = tomllib.loads(text)
@@ -250,12 +251,12 @@ def parse_spec(text: str, *, source: str, overrides: Sequence[str] = ()) -> Stud
 
 
 def check_spec(spec: StudySpec) -> StudySpec:
-    """A study that was made in Python, checked as strictly as a file; raises `SpecError` as `parse_spec` does."""
+    """Check a study that was made in Python as strictly as a file; raises `SpecError` as `parse_spec` does."""
     return _consistent(from_python(StudySpec, spec, str))
 
 
 def _consistent(spec: StudySpec) -> StudySpec:
-    """The spec, once its keys go together and the names in its lists are known."""
+    """Check settings against each other, and the names in lists; returns the spec with `search.minimize` in canonical order."""
     for module in spec.space.plugins:
         _imported(module, module, key="space.plugins")
     methods = [name for name in KINDS if name != Dense.method]
@@ -275,16 +276,16 @@ def _consistent(spec: StudySpec) -> StudySpec:
                 raise SpecError(f"{key} must name costs, but {cost!r} is none.{nearest(cost, COSTS)}")
         if len(set(costs)) < len(costs):
             raise SpecError(f"{key} must name each cost once, but got {list(costs)}.")
-    # In one order, so that in whichever they are named they make the same study.
+    # Canonical order, so that the order in the file does not make another study.
     minimize = tuple(cost for cost in COSTS if cost in spec.search.minimize)
     return dataclasses.replace(spec, search=dataclasses.replace(spec.search, minimize=minimize))
 
 
 def load_spec(source: str, *, overrides: Sequence[str] = ()) -> StudySpec:
-    """The built-in study of that name, or the study in that file.
+    """Load a built-in study by name, or a study file by path.
 
     Raises:
-        SpecError: neither a built-in study nor a readable file; and as `parse_spec` does.
+        SpecError: `source` is neither a built-in study nor a readable file; or as `parse_spec` does.
     """
     path = Path(source)
     if source in builtin_studies():
@@ -302,18 +303,18 @@ def load_spec(source: str, *, overrides: Sequence[str] = ()) -> StudySpec:
 
 
 def builtin_studies() -> dict[str, Path]:
-    """The studies that come with the package, by name."""
+    """Paths of the studies that come with the package, by name."""
     inside = Path(__file__).parent / "studies"
-    # In a checkout the studies stand beside the package; the wheel carries them inside it.
+    # In a checkout the folder of studies is beside the package; in the wheel it is inside the package.
     folder = inside if inside.is_dir() else Path(__file__).parents[1] / "studies"
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def resolve(reference: str, *, key: str) -> Callable[..., Any]:
-    """What `package.module:name` names.
+    """Import the callable that a `package.module:name` reference names. `key` names the setting in errors.
 
     Raises:
-        SpecError: the module cannot be imported, has no such name, or the name is not callable.
+        SpecError: the module cannot be imported or has no such name, or the object is not callable.
     """
     module_name, _, name = reference.partition(":")
     found: Any = _imported(module_name, reference, key=key)
@@ -353,7 +354,7 @@ def _override(data: dict[str, Any], override: str) -> None:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is a string, as a shell user means it
+        value = text.strip()  # a word without quotes is a string: the shell removes the quotes
     *sections, last = key.strip().split(".")
     for section in sections:
         data = data.setdefault(section, {})

@@ -1,6 +1,6 @@
-"""The three charts, drawn by the page (SVG, by the reader's browser); the front is a picture too.
+"""The report's three charts as Vega-Lite, which the reader's browser draws as SVG; the front also as PNG.
 
-Colours are middle tones that hold on white and on black; the page's style sheet recolours text and lines for the dark.
+Colours are middle tones, visible on white and on black; the page's style sheet recolours text and lines in dark mode.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, s
 BLUE, ORANGE, GREEN, RED, GREY, INK = "#2563eb", "#d97706", "#059669", "#dc2626", "#94a3b8", "#1f2937"
 
 TICKS = 30
-"""Ticks on the axis of epochs, at most; a finalist may have hundreds."""
+"""Maximum number of ticks on the axis of epochs; a finalist may have hundreds of epochs."""
 
 _CLEAR = "transparent"
-# Right above its point, where a front has nothing.
+# To the upper right of the point, where no line of a front runs.
 _LABEL: dict[str, Any] = {"align": "left", "dx": 7, "dy": -9, "fontSize": 11.5, "fontWeight": 600, "fill": INK}
-# Kind of point -> fill, stroke, shape, size, opacity.
+# By kind of point: fill, stroke, shape, size, opacity.
 _LOOKS = {
     points.TRIAL: (GREY, GREY, "circle", 36, 0.75),
     points.VBMF: (ORANGE, ORANGE, "triangle-up", 90, 0.95),
@@ -41,14 +41,14 @@ _LOOKS = {
 
 @dataclass(frozen=True)
 class Drawing:
-    """A chart and, by name, the rows it draws: apart, because Altair copies and checks every row it is given many times."""
+    """A chart, and the rows it draws by name. They are separate because Altair copies and checks rows many times."""
 
     chart: alt.LayerChart
     rows: Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def front_chart(record: StudyRecord, cost: str) -> Drawing:
-    """Validation score against the ratio in one cost on a logarithmic axis: trials, front, test scores, the dense model."""
+    """Validation score against the ratio in one cost (log axis): trials, front, test scores, dense model."""
     window = points.window(record, cost)
     dense = record.facts.dense.score_validation
     least_score, least_ratio = points.limit_lines(record, cost)
@@ -86,7 +86,7 @@ def front_chart(record: StudyRecord, cost: str) -> Drawing:
 
 
 def hypervolume_chart(record: StudyRecord) -> Drawing:
-    """Hypervolume of the search's front after each trial; a mark where a trial raised it."""
+    """Hypervolume of the search's front after each trial, with a mark at every trial that raised it."""
     rows = points.hypervolume_points(record)
     x = alt.X("trial:Q", title="trial", axis=alt.Axis(tickMinStep=1, format="d"))
     y = alt.Y("hypervolume:Q", title="hypervolume", axis=alt.Axis(tickCount=5))
@@ -98,7 +98,7 @@ def hypervolume_chart(record: StudyRecord) -> Drawing:
 
 
 def curves_chart(record: StudyRecord) -> Drawing:
-    """Score against epochs of fine-tuning, one line a trial; finalists start anew."""
+    """Learning curves: score against epochs of fine-tuning, one line per trial and one more per finalist."""
     rows = points.curve_points(record)
     looks = {points.SEARCH: (GREY, 0.6), points.UNFINISHED: (ORANGE, 0.45), points.FINALIST: (BLUE, 0.95)}
     present = [kind for kind in looks if any(row["kind"] == kind for row in rows)]
@@ -122,12 +122,12 @@ def curves_chart(record: StudyRecord) -> Drawing:
 
 
 def page_spec(drawing: Drawing) -> dict[str, Any]:
-    """The chart as Vega-Lite that fills the width it is given."""
+    """The chart as a Vega-Lite specification that fills the width of its HTML element."""
     return _spec(drawing.chart.properties(width="container"), drawing.rows, background=_CLEAR)
 
 
 def picture(record: StudyRecord, cost: str) -> bytes:
-    """The front's chart against one cost with a heading that says what the page would say around it."""
+    """The front's chart against one cost as PNG, with a heading in place of the page's text."""
     window, facts = points.window(record, cost), record.facts
     title = f"{facts.name}: {facts.score_name} against {COSTS[cost].ratio}"
     below = f"; {text.counted(window.below, 'trial')} below {text.score(window.low, facts.score_name)} not shown"
@@ -136,25 +136,25 @@ def picture(record: StudyRecord, cost: str) -> bytes:
 
 
 def png(drawing: Drawing, *, title: str, subtitle: str) -> bytes:
-    """The chart as a picture, about 900 pixels wide at twice the resolution."""
+    """The chart as PNG, about 900 pixels wide at twice the resolution."""
     heading = alt.TitleParams(title, subtitle=subtitle, anchor="start", offset=14, fontSize=15, subtitleColor="#6b7280")
     spec = _spec(drawing.chart.properties(width=820, title=heading), drawing.rows, background="white")
     return vl_convert.vegalite_to_png(json.dumps(spec), scale=2)
 
 
 def _chart(rows: str) -> alt.Chart:
-    """A chart of the rows that its `Drawing` keeps under this name."""
+    """A chart of the rows with this name in its `Drawing`."""
     return alt.Chart(alt.NamedData(name=rows))
 
 
 def _looks_by_kind(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Fill, stroke, shape, size and opacity by kind of point; one legend for all, naming only what the chart shows."""
+    """Fill, stroke, shape, size and opacity by kind of point; one legend for all, with only the kinds that occur."""
     present = [kind for kind in _LOOKS if any(row["kind"] == kind for row in rows)]
     return {
         name: getattr(alt, name.capitalize())(
             "kind:N",
             sort=present,
-            # Without this type Vega-Lite spreads sizes evenly between the first and the last of the range.
+            # Without the type "ordinal" Vega-Lite interpolates sizes between the first and the last of the range.
             scale=alt.Scale(type="ordinal", domain=present, range=[_LOOKS[kind][at] for kind in present]),
             legend=_legend(),
         )
@@ -179,7 +179,7 @@ def _tooltip(record: StudyRecord, cost: str) -> list[alt.Tooltip]:
 
 
 def _ratio_axis(ratios: tuple[float, float], title: str) -> alt.Axis:
-    """Ticks at 1, 2, 5, 10 and so on: Vega's own choice for a logarithmic axis labels every 2, 3, 4, 5."""
+    """An axis with ticks at 1, 2, 5, 10 and so on; by default Vega labels 2, 3, 4, 5 on a logarithmic axis."""
     decades = range(math.floor(math.log10(ratios[0])), math.ceil(math.log10(ratios[1])) + 1)
     ticks = [step * 10.0**decade for decade in decades for step in (1, 2, 5)]
     inside = [tick for tick in ticks if ratios[0] <= tick <= ratios[1]]
@@ -195,7 +195,7 @@ def _score_y(record: StudyRecord, domain: tuple[float, float]) -> alt.Y:
 
 
 def _spec(chart: alt.LayerChart, rows: Mapping[str, Any], *, background: str) -> dict[str, Any]:
-    """The chart in the report's style, with its rows, as a Vega-Lite specification."""
+    """The Vega-Lite specification of a chart with its rows, in the report's style."""
     styled = (
         chart.configure(font=FONT, background=background, padding={"left": 4, "right": 12, "top": 8, "bottom": 4})
         .configure_view(stroke=None)

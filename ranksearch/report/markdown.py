@@ -1,4 +1,4 @@
-"""`report.md`: the front beside the dense model, and what is needed to make it again."""
+"""`report.md`: the front beside the dense model, and the settings and command to reproduce it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def markdown(record: StudyRecord) -> str:
         "## Versions, machine, time",
         _table(("what", "which"), _circumstances(record)),
         "## Make it again",
-        # Indented rather than fenced: nothing in the command can end the block.
+        # An indented block: text in the command could end a fenced block.
         "\n".join(f"    {line}" for line in facts.command.splitlines()),
     ]
     return "\n\n".join(parts) + "\n"
@@ -69,5 +69,5 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _escape(words: str) -> str:
-    """The words as themselves: no markup, no HTML, no end of the line or of the cell."""
+    """Escape Markdown and HTML, and replace line breaks by spaces."""
     return re.sub(r"([\\`*\[\]|<>&#~]|__+)", r"\\\1", " ".join(words.split()))

@@ -1,4 +1,4 @@
-"""`report.html`: one page with its data, charts and scripts inside, which asks nothing of the network."""
+"""`report.html`: one page that contains its data, charts and scripts, and needs no network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ranksearch.results.record import LayerFacts, StudyRecord, TrialRecord
 
 
 def html(record: StudyRecord) -> str:
-    """The page. Everything that comes from the record is escaped, in the text as in the charts' data."""
+    """The page as HTML. All text from the record is escaped, in the page and in the data of the charts."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -38,7 +38,7 @@ def _bundle() -> str:
 
 def _context(record: StudyRecord) -> dict[str, Any]:
     facts, name = record.facts, record.facts.score_name
-    window = points.window(record, facts.objectives.minimize[0])  # of scores, it is the same against every cost
+    window = points.window(record, facts.objectives.minimize[0])  # its scores are the same for every cost
     return {
         "facts": facts,
         "headline": _together(summary.headline(record)),
@@ -73,7 +73,7 @@ def _context(record: StudyRecord) -> dict[str, Any]:
 
 
 def _charts(record: StudyRecord) -> dict[str, Any]:
-    """The charts that have something to show, by the id of the element they go into."""
+    """The charts that have data, by the id of their HTML element."""
     found = {_element(name): charts.front_chart(record, cost) for name, cost in summary.pictures(record).items()}
     if figures.scored(record.trials):
         found["chart-hypervolume"] = charts.hypervolume_chart(record)
@@ -83,12 +83,12 @@ def _charts(record: StudyRecord) -> dict[str, Any]:
 
 
 def _element(picture: str) -> str:
-    """The id of the element that holds the chart of a picture."""
+    """Id of the HTML element for the chart that the picture file also shows."""
     return f"chart-{Path(picture).stem}"
 
 
 def _cards(record: StudyRecord) -> list[dict[str, str]]:
-    """The key figures at the top: title, the figure, and the line below it."""
+    """The cards at the top of the page: a title, a figure, and a line below it."""
     facts, name = record.facts, record.facts.score_name
     best = figures.near_dense(record.shown, facts.dense, facts.objectives)
     elbow = figures.knee(record.shown, facts.objectives)
@@ -116,12 +116,12 @@ def _trial_card(record: StudyRecord, title: str, trial: TrialRecord | None) -> d
 
 
 def _together(words: str) -> str:
-    """The words with their per cent signs tied to the numbers, so that no line begins with one."""
+    """Put a no-break space before every per cent sign, so that no line begins with one."""
     return words.replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def _rank_rows(record: StudyRecord) -> list[dict[str, Any]]:
-    """One row a layer: its VBMF ranks, and what each trial of the front makes of it."""
+    """One row per layer: its VBMF ranks, and its factorization in each trial of the front."""
     rows = []
     for layer in record.facts.layers:
         chosen = [trial.plan[layer.name] for trial in record.shown]
@@ -132,7 +132,7 @@ def _rank_rows(record: StudyRecord) -> list[dict[str, Any]]:
 
 
 def _rank_cell(value: Factorization, largest: float) -> dict[str, str]:
-    """The cell's text and shade; a square root keeps small ranks apart."""
+    """Text and shade of one cell; the square root makes small ranks distinguishable."""
     if isinstance(value, Dense):
         return {"title": "dense", "ranks": "", "method": "dense", "depth": "1"}
     depth = 0.15 + 0.85 * math.sqrt(_mean_rank(value) / largest)

@@ -1,4 +1,4 @@
-"""What the page and the Markdown file say in words: the headline, the front as lines of text, outcomes, settings."""
+"""Texts for the page and the Markdown file: the headline, the front as lines of text, outcomes, settings."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ranksearch.results.record import StudyRecord, TrialRecord
 
 @dataclass(frozen=True)
 class FrontLine:
-    """The dense model, or one trial of the front, as text; `near` marks the smallest model near the dense one."""
+    """The dense model or one trial of the front as text; `near` marks the smallest model near the dense one."""
 
     trial: int | str
     sizes: list[str]
-    """How many times smaller in what the study minimises: `36.4x`, and `3.67x MACs` where it is those."""
+    """The ratio in each cost that the study minimises: `36.4x`, `3.67x MACs`."""
     ratio: str
     costs: list[tuple[str, str]]
-    """Each cost of `costs`, and its ratio; that of parameters is `ratio`."""
+    """Each cost with its ratio; parameters have an empty ratio here, as `ratio` holds it."""
     validation: str
     validation_difference: str
     test: str
@@ -54,18 +54,18 @@ def headline(record: StudyRecord) -> str:
 
 
 def nothing(record: StudyRecord) -> str:
-    """What stands in the place of what trials would show, where no trial has a score."""
+    """The sentence that replaces tables and charts when no trial has a score."""
     return "No trial came to a score." if record.trials else "No trial has finished yet."
 
 
 def reach(record: StudyRecord) -> str:
-    """How bad a model is that counts for nothing: `10 points worse than the dense one`."""
+    """How bad a model must be to count for nothing in the hypervolume: `10 points worse than the dense one`."""
     than = "the dense one" if figures.reaches_dense(record) else "the best trial, as none reaches the dense one,"
     return f"{text.margin(figures.MAX_SHOWN_SCORE_DROP, record.facts.score_name)} worse than {than}"
 
 
 def smaller(record: StudyRecord, trial: TrialRecord) -> list[tuple[str, str]]:
-    """How much smaller a trial is, by each cost that is minimised: (`25.5x`, `smaller`), (`12.0x`, `fewer MACs`)."""
+    """The ratio of a trial in each minimised cost, and the words after it: (`25.5x`, `smaller`), (`12.0x`, `fewer MACs`)."""
     objectives = record.facts.objectives
     ratios = zip(objectives.minimize, objectives.ratios(trial), strict=True)
     return [(text.ratio(ratio), COSTS[cost].fewer) for cost, ratio in ratios]
@@ -77,18 +77,18 @@ def costs(record: StudyRecord) -> list[Cost]:
 
 
 def against(record: StudyRecord) -> str:
-    """What the front sets against the score: `compression ratio`."""
+    """The ratios that the front shows against the score: `compression ratio and MACs ratio`."""
     return " and ".join(COSTS[cost].ratio for cost in record.facts.objectives.minimize)
 
 
 def pictures(record: StudyRecord) -> dict[str, str]:
-    """The files that show the front, each against a cost: `front.png`, and one more where there are two costs."""
+    """Picture files of the front and the cost that each shows: `front.png`, then `front-COST.png` for each further cost."""
     first, *more = record.facts.objectives.minimize
     return {"front.png": first} | {f"front-{cost}.png": cost for cost in more}
 
 
 def front_lines(record: StudyRecord) -> list[FrontLine]:
-    """The front, the largest model first."""
+    """The front as text, the largest model first."""
     shown = record.shown
     facts = record.facts
     elbow, near = figures.knee(shown, facts.objectives), figures.near_dense(shown, facts.dense, facts.objectives)
@@ -96,7 +96,7 @@ def front_lines(record: StudyRecord) -> list[FrontLine]:
 
 
 def dense_line(record: StudyRecord) -> FrontLine:
-    """The dense model in the words of the front's lines."""
+    """The dense model as text."""
     dense, name, same = record.facts.dense, record.facts.score_name, text.ratio(1)
     return FrontLine(
         trial="dense", sizes=[], ratio=same, costs=_costs(record, dense),
@@ -107,7 +107,7 @@ def dense_line(record: StudyRecord) -> FrontLine:
 
 
 def effort(record: StudyRecord) -> str:
-    """How much work stands behind the front: `45 trials, 8 of them finalists, in 11 min 49 s`."""
+    """The work that the study took: `45 trials, 8 of them finalists, in 11 min 49 s`."""
     finalists = len(figures.finalists(record))
     parts = [text.counted(len(figures.trained(record.trials)), "trial")]
     parts += [f"{finalists} of them finalists"] if finalists else []
@@ -115,7 +115,7 @@ def effort(record: StudyRecord) -> str:
 
 
 def unfinished(record: StudyRecord) -> list[tuple[str, list[TrialRecord]]]:
-    """The trials that did not finish, by outcome; with each the sentence that says what to do about it."""
+    """The trials that did not finish, grouped by outcome, with the sentence of the outcome."""
     groups = [(outcome, [t for t in record.trials if t.outcome is outcome]) for outcome in Outcome]
     return [(outcome.value, trials) for outcome, trials in groups if outcome is not Outcome.DONE and trials]
 
@@ -180,7 +180,7 @@ def _costs(record: StudyRecord, costed: Costed) -> list[tuple[str, str]]:
 
 
 def _instead(record: StudyRecord, trial: TrialRecord, cost: Cost) -> str:
-    """`(47,554 parameters instead of 1,250,282)`; the name is left out where the words before say it."""
+    """`(47,554 parameters instead of 1,250,282)`, without the cost's name if the words before it contain the name."""
     named = "" if cost.title in cost.fewer else f" {cost.title}"
     return f"({cost.text(trial.costs[cost.name])}{named} instead of {cost.text(record.facts.dense.costs[cost.name])})"
 

@@ -1,4 +1,4 @@
-"""The study as rows: `front.json`, `front.csv` and `trials.csv`, with every number as it was measured."""
+"""`front.json`, `front.csv` and `trials.csv`: the study as rows, with unrounded numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ranksearch.results.costs import costs_of
 from ranksearch.results.record import StudyRecord, TrialRecord
 
 COSTS_HERE = "costs"
-"""Among columns, the place of those of the costs."""
+"""Placeholder in the lists of columns; replaced by one column per cost."""
 
 _TRIAL_COLUMNS = (
     "trial", "index", "origin", "outcome", "score", "ratio", COSTS_HERE, "seconds", "seed", "epochs", "curve",
@@ -28,7 +28,7 @@ _FRONT_COLUMNS = (
 
 
 def front_json(record: StudyRecord) -> str:
-    """The front, the dense model and how both were made, as indented JSON."""
+    """The front, the dense model, and the circumstances of the study, as indented JSON."""
     facts = record.facts
     content = {
         "name": facts.name,
@@ -47,27 +47,27 @@ def front_json(record: StudyRecord) -> str:
 
 
 def front_csv(record: StudyRecord) -> str:
-    """The front as a flat table; the plan is one cell of JSON."""
+    """The front as CSV; each plan is one cell of JSON."""
     rows = [row | {"plan": json.dumps(row["plan"])} for row in front_rows(record)]
     return _csv(_columns(record, _FRONT_COLUMNS), rows)
 
 
 def trials_csv(record: StudyRecord) -> str:
-    """Every trial, the ones that did not finish included."""
+    """Every trial as CSV, including trials that did not finish."""
     return _csv(_columns(record, _TRIAL_COLUMNS), [trial_row(trial) for trial in record.trials])
 
 
 def front_rows(record: StudyRecord) -> list[dict[str, Any]]:
-    """The front, the largest model first, one row a trial; `knee` is true on exactly one row.
+    """One row per trial of the front, the largest model first; `knee` is true in exactly one row.
 
-    Where no model keeps the limits, they are of the front without them and say so.
+    If no model keeps the limits, the rows are the front without limits, and `within_limits` is false.
     """
     elbow, within = figures.knee(record.shown, record.facts.objectives), bool(record.front)
     return [_front_row(trial) | {"knee": trial == elbow, "within_limits": within} for trial in record.shown]
 
 
 def dense_row(record: StudyRecord) -> dict[str, Any]:
-    """The dense model in the words of the front's rows."""
+    """The dense model, with the keys of a row of the front."""
     dense = record.facts.dense
     return {
         **dense.costs,
@@ -83,7 +83,7 @@ def seconds_row(record: StudyRecord) -> dict[str, float]:
 
 
 def trial_row(trial: TrialRecord) -> dict[str, Any]:
-    """One trial; finalist columns are None for a trial that is none."""
+    """One trial; the columns of finalists are None for other trials."""
     final = trial.finalist
     return {
         "trial": trial.number,

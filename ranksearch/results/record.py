@@ -1,4 +1,4 @@
-"""What a study found, and choosing from it. The report reads nothing else, and neither needs torch."""
+"""The record of a study, and how to choose a model from it. The report reads nothing else; torch is not needed."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from ranksearch.results.objectives import Objectives
 _UNTRAINED = (Outcome.NOT_SMALLER, Outcome.OVER_BUDGET, Outcome.WORKER_LOST)
 
 MAX_UNTRAINED = 100
-"""A search ends once so many proposals in a row needed no training: the sampler finds nothing new within the limits."""
+"""The search ends after this many proposals in a row without training: the sampler finds nothing new within the limits."""
 MAX_TRIES = 3
-"""A plan whose worker was lost so often is not tried again: by then the plan is the cause."""
+"""How often a plan is tried while its workers are lost; after that the plan itself must be the cause."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finalist:
-    """A trial that was fine-tuned for longer, from its start, and scored once on the test split."""
+    """Result of fine-tuning a trial again, from its start and for longer; scored once on the test split."""
 
     score_validation: float
     score_test: float
@@ -38,7 +38,7 @@ class Finalist:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord(Counts):
-    """One trial. `score` is the validation score after its last rung, None where it did not get there."""
+    """One trial. `score` is the validation score at the end of its learning curve; None if it did not finish."""
 
     number: int
     index: int
@@ -46,43 +46,43 @@ class TrialRecord(Counts):
     plan: Plan
     outcome: Outcome
     costs: Mapping[str, float] = field(hash=False)
-    """By the name of each cost that is known of it."""
+    """Its known costs, by name."""
     ratio: float
-    """Of compression: parameters of the dense model over its own."""
+    """Compression ratio: parameters of the dense model / parameters of this one."""
     score: float | None = None
     curve: tuple[CurvePoint, ...] = ()
     seconds: float = 0.0
     seed: int = 0
     same_as: int | None = None
-    """The number of the trial of the same plan that answered for this one, which was not trained again."""
+    """Number of the earlier trial of the same plan, whose result this trial took over instead of training."""
     finalist: Finalist | None = None
     failed: Outcome | None = None
-    """How its longer fine-tuning ended, where that gave no finalist."""
+    """Outcome of its longer fine-tuning, if that failed."""
 
     @property
     def trained(self) -> bool:
-        """Whether it was trained to an answer of its own: what `search.trials` counts."""
+        """Whether it was trained itself, and its worker not lost; `search.trials` counts these trials."""
         return self.same_as is None and self.outcome not in _UNTRAINED
 
     @property
     def scored(self) -> bool:
-        """Whether it came to a score, its own or that of the trial of the same plan."""
+        """Whether it has a score, its own or that of the trial of the same plan."""
         return self.outcome is Outcome.DONE and self.score is not None
 
     @property
     def score_validation(self) -> float | None:
-        """The validation score with the most fine-tuning behind it."""
+        """The validation score after the longest fine-tuning: the finalist's, else the trial's."""
         return self.finalist.score_validation if self.finalist else self.score
 
     @property
     def ending(self) -> str:
-        """How the trial ended, in a word or two: `done`, `diverged`."""
+        """The outcome in a word or two: `done`, `diverged`."""
         return self.outcome.value.partition(":")[0]
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The loss, on a sample of the validation split, with one layer alone stored as `value` and nothing trained."""
+    """The loss on a sample of the validation split, with one layer stored as `value`, without training."""
 
     layer: str
     value: Factorization
@@ -91,19 +91,19 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerFacts(Counts):
-    """One layer that can be decomposed, as the report shows it. `weight` is the kernel's shape (out, in, *kernel)."""
+    """A layer that can be decomposed. `weight` is the shape of its kernel, (out, in, *size)."""
 
     name: str
     kind: str
     weight: tuple[int, ...]
     costs: Mapping[str, float] = field(hash=False)
     vbmf: tuple[int | None, int | None]
-    """VBMF ranks of the input and the output unfolding; None where the estimate finds no low-rank signal."""
+    """VBMF ranks of the input and the output unfolding; None if VBMF finds no low-rank signal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseFacts(Counts):
-    """The dense model: its costs by name, its scores, and milliseconds for one input."""
+    """The dense model: costs by name, scores, and latency for one input."""
 
     costs: Mapping[str, float] = field(hash=False)
     score_validation: float
@@ -113,7 +113,7 @@ class DenseFacts(Counts):
 
 @dataclass(frozen=True, kw_only=True)
 class StudyFacts:
-    """What holds for the study as a whole, kept as attributes of the Optuna study."""
+    """Facts about the whole study, stored as an attribute of the Optuna study."""
 
     name: str
     seed: int
@@ -126,24 +126,24 @@ class StudyFacts:
     machine: str
     command: str
     data: str
-    """One sentence: what the images are, and how many stand in each split."""
+    """One sentence: the kind of data, and the size of each split."""
     since: int = 0
-    """The number of the first trial within today's limits: earlier ones were proposed within others."""
+    """Number of the first trial that was proposed under the current limits; earlier runs may have had other limits."""
 
     @property
     def limits(self) -> Limits:
-        """What the models of the front must keep, as of the last run."""
+        """The limits of the last run."""
         return Limits.of(self.spec["search"])
 
     @property
     def objectives(self) -> Objectives:
-        """What the models of the study compete in."""
+        """The objectives of the study."""
         return Objectives.of(self.spec["search"], self.dense)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyRecord:
-    """A whole study: its facts, its trials in the order they were asked for, and the seconds each stage took so far."""
+    """A whole study: its facts, its trials by number, and the seconds each stage has taken so far."""
 
     facts: StudyFacts
     trials: tuple[TrialRecord, ...]
@@ -156,17 +156,17 @@ class StudyRecord:
 
     @cached_property
     def unconstrained_front(self) -> list[TrialRecord]:
-        """The front that there would be without the limits."""
+        """The front without the limits."""
         return front_of(self.trials, self.facts.objectives)
 
     @cached_property
     def shown(self) -> list[TrialRecord]:
-        """What a reader is shown: the front, or the unconstrained one where no model keeps the limits."""
+        """The front to show: the front, or the unconstrained one if no model keeps the limits."""
         return self.front or self.unconstrained_front
 
     @property
     def notes(self) -> list[str]:
-        """Sentences on what became of the limits and of proposals that were not trained; most studies have none."""
+        """Sentences about limits that no model keeps, proposals that were not trained, and failures; often none."""
         trials, planned = self.trials, self.facts.spec["search"]["trials"]
         over = sum(trial.outcome is Outcome.OVER_BUDGET for trial in trials)
         known = sum(trial.same_as is not None for trial in trials)
@@ -199,13 +199,13 @@ class StudyRecord:
 def untrained_in_a_row(
     trials: Iterable[TrialRecord], since: int, *, waiting: Iterable[int] = (), running: Iterable[int] = ()
 ) -> int:
-    """How many proposals since the last that was trained needed no training.
+    """Number of proposals without training since the last one that was trained or is being trained.
 
     Args:
-        trials: those that have an answer.
-        since: the number of the first that counts. What was proposed within other limits says nothing of these.
-        waiting: numbers of those that wait for the answer to the same plan.
-        running: numbers of those that are being trained.
+        trials: the finished trials.
+        since: the number of the first trial that counts; earlier ones were proposed under other limits.
+        waiting: numbers of the trials that wait for a running trial of the same plan.
+        running: numbers of the trials that are being trained.
     """
     trials = list(trials)
     last = max([since - 1, *running, *(trial.number for trial in trials if trial.trained)])
@@ -214,18 +214,19 @@ def untrained_in_a_row(
 
 
 def yardstick(dense_score: float, scores: Iterable[float]) -> float:
-    """The score that trials are measured against: the dense model's, or the best of theirs where none reaches it.
+    """The score that trials are compared with: the dense model's, or their best score if none reaches the dense model's.
 
-    What is small by the user's will, or trained from scratch for a few epochs, is not to be told apart by how far it is from
-    the dense model.
+    Trials may all lie far below the dense model, if the limits allow only small models or a few epochs train them from
+    scratch. The distance to the dense score would not separate them.
     """
     return min(dense_score, max(scores, default=dense_score))
 
 
 def front_of(trials: Sequence[TrialRecord], objectives: Objectives, limits: Limits = UNLIMITED) -> list[TrialRecord]:
-    """The non-dominated trials within the limits by validation score and ratios, the largest first; each plan once.
+    """The non-dominated trials within the limits, by validation score and ratios; the largest model first, each plan once.
 
-    Once there are finalists within them only they compete: scores of long and of short fine-tuning do not compare.
+    If there are finalists within the limits, only they compete: scores after long and after short fine-tuning are not
+    comparable.
     """
     within = [trial for trial in trials if trial.scored and not limits.excess(trial, trial.score_validation)]
     within = [trial for trial in within if objectives.measured(trial)]
@@ -243,12 +244,18 @@ def choose(
     min_ratio: float | None = None,
     limits: Limits = UNLIMITED,
 ) -> TrialRecord:
-    """One finalist: of that number, or the smallest of at least that validation score, or the best of at least that
-    compression ratio; the knee of the front where nothing is asked for. One within the study's `limits` where there is one.
-    Front, knee and size are meant by the study's `objectives`.
+    """Choose one finalist; without `number`, `min_score` and `min_ratio` it is the knee of the front.
+
+    Args:
+        trials: the trials of a study.
+        objectives: the study's objectives, which define front, knee and size.
+        number: choose the finalist with this trial number.
+        min_score: choose the smallest finalist with at least this validation score.
+        min_ratio: choose the best finalist with at least this compression ratio.
+        limits: the study's limits; finalists that keep them are preferred.
 
     Raises:
-        StudyError: there are no finalists, or none is as asked.
+        StudyError: there are no finalists, or none meets the condition.
     """
     finalists = {trial.number: trial for trial in trials if trial.finalist}
     if not finalists:
@@ -264,7 +271,7 @@ def choose(
             names = ", ".join(map(str, sorted(finalists)))
             raise StudyError(f"Only finalists keep their weights, but trial {number} is none; they are {names}.")
         return finalists[number]
-    # Not of the front alone, which may be of another cost than the compression ratio.
+    # All finalists, not only the front: the front may be about another cost than the compression ratio.
     whole = list(finalists.values())
     within = [trial for trial in whole if not limits.excess(trial, _score(trial))]
     if min_score is not None:

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all: written beside, flushed to the disk, then renamed."""
+"""Atomic file writes: write a temporary file beside the target, flush it to the disk, rename it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ RESUME_HINT = "mend that, and the same command goes on"
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Replace `path` by `content` in one step; a reader or a crash sees the old file or the new one, never a part.
+    """Replace the content of `path` in one step: a reader, or a crash, sees the old file or the new one, never a part of it.
 
-    Creates missing parent folders. Raises OSError as usual, with the old file left as it was.
+    Creates missing parent folders. Raises OSError if the write fails, and then leaves the old file as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
@@ -35,7 +35,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def writing(what: str, fix: str = RESUME_HINT) -> Iterator[None]:
-    """Raises a `StudyError` where `what` cannot be written inside: its disk is full, its folder is protected."""
+    """Turn an OSError inside the block, such as a full disk or a protected folder, into a `StudyError` that names `what`."""
     try:
         yield
     except OSError as error:
