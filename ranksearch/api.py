@@ -76,7 +76,7 @@ def search(
     spec = replace(spec, space=replace(spec.space, plugins=_plugins(spec.space.methods)))
     options = Options(check_engine(engine, lambda key: f"engine.{key}" if key else "engine"), storage, fresh)
     task = replace(task, model=copied(task.model).cpu())
-    return run_study(spec, Path(out), options, task=task, first=_plans(first), view=view)
+    return run_study(spec, Path(out), options, task=task, first=_checked_plans(first), view=view)
 
 
 _HELP = {name: plain_help(entry) for cls in (StudySpec, Options) for name, entry in fields(cls).items()}
@@ -89,8 +89,8 @@ def _task_spec(task: Task) -> TaskSpec:
         model=FROM_PYTHON,
         data=FROM_PYTHON,
         data_args={"about": task.data.about},
-        score=f"python:{_word(task.score)}",
-        loss=f"python:{_word(task.loss)}",
+        score=f"python:{_reference_name(task.score)}",
+        loss=f"python:{_reference_name(task.loss)}",
     )
 
 
@@ -101,13 +101,13 @@ def _plugins(methods: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(name for name in modules if name in sys.modules and not name.startswith(("__main__", "ranksearch."))))
 
 
-def _plans(given: Sequence[Plan]) -> tuple[Plan, ...]:
-    for plan in given:
+def _checked_plans(plans: Sequence[Plan]) -> tuple[Plan, ...]:
+    for plan in plans:
         if not isinstance(plan, Plan):
-            raise SpecError(f"first must hold plans, but got {plan!r}; make one by Plan.of or Plan.from_json.")
-    return tuple(given)
+            raise SpecError(f"first must hold plans, but got {plan!r}; make one with Plan.of or Plan.from_json.")
+    return tuple(plans)
 
 
-def _word(function: Callable[..., Any]) -> str:
+def _reference_name(function: Callable[..., Any]) -> str:
     """A function's name with only letters, digits and underscores, as references require; `<lambda>` has others."""
     return re.sub(r"\W+", "_", getattr(function, "__name__", type(function).__name__))

@@ -85,7 +85,7 @@ class Plain(View):
 
     def stage(self, title: str, total: int, done: int = 0) -> None:
         self._title, self._done, self._total = title, done, total
-        begun = f", {done} of them done before" if done else ""
+        begun = f", {done} of them done by an earlier run" if done else ""
         self._print(f"{title}: {total} {'step' if total == 1 else 'steps'}{begun}")
 
     def step(self, text: str = "") -> None:
@@ -163,7 +163,7 @@ class Terminal(View):
         self._note(f"trial {record.number}: {short_outcome(record, self._facts)}", advance=int(record.trained))
         rows = max(4, self._console.height - 12)
         front = StudyRecord(facts=self._facts, trials=tuple(trials)).shown
-        self._front = front_table(front, self._facts, most=rows, title="front so far")
+        self._front = front_table(front, self._facts, max_rows=rows, title="front so far")
 
     def _note(self, text: str, *, advance: int) -> None:
         assert self._current is not None, "a step belongs to a stage"
@@ -188,8 +188,7 @@ class _TimeLeft(TimeRemainingColumn):
 
 def clock(seconds: float) -> str:
     """Seconds as m:ss or h:mm:ss."""
-    whole = round(seconds)
-    hours, rest = divmod(whole, 3600)
+    hours, rest = divmod(round(seconds), 3600)
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
@@ -204,9 +203,9 @@ def short_outcome(record: TrialRecord, facts: StudyFacts) -> str:
     """Ratios and score of a trial that is done, such as `55.3x, 98.1 %` or `12.0x MACs, 98.1 %`; else its outcome."""
     ratios = zip(facts.objectives.minimize, facts.objectives.ratios(record), strict=True)
     sizes = (f"{ratio:.1f}x{COSTS[cost].suffix}" for cost, ratio in ratios)
-    found = ", ".join([*sizes, score_text(record.score_validation, facts.score_name)])
+    result = ", ".join([*sizes, score_text(record.score_validation, facts.score_name)])
     if record.outcome is Outcome.DONE:
-        return found if record.same_as is None else f"{found}, the plan of trial {record.same_as}"
+        return result if record.same_as is None else f"{result}, same plan as trial {record.same_as}"
     return record.ending
 
 
@@ -214,9 +213,9 @@ def trial_line(record: TrialRecord, facts: StudyFacts) -> str:
     """One line about one finished trial or finalist."""
     kind = "finalist" if record.finalist else "trial"
     seconds = record.finalist.seconds if record.finalist else record.seconds
-    found = short_outcome(record, facts)
+    outcome = short_outcome(record, facts)
     test = f" (test {score_text(record.finalist.score_test, facts.score_name)})" if record.finalist else ""
-    return f"{kind} {record.number} [{record.origin}] {found}{test}, {seconds:.1f} s: {record.plan}"
+    return f"{kind} {record.number} [{record.origin}] {outcome}{test}, {seconds:.1f} s: {record.plan}"
 
 
 def curve_point_line(number: int, curve_point: CurvePoint, facts: StudyFacts | None) -> str:
@@ -234,17 +233,17 @@ def dense_line(dense: DenseFacts, score_name: str) -> str:
     )
 
 
-def front_table(front: Sequence[TrialRecord], facts: StudyFacts, *, most: int | None = None, title: str = "") -> Table:
-    """The dense model and the front as a table, the largest model first; only the first `most` models if it is given."""
+def front_table(front: Sequence[TrialRecord], facts: StudyFacts, *, max_rows: int | None = None, title: str = "") -> Table:
+    """The dense model and the front as a table, the largest model first; only the first `max_rows` models if it is given."""
     table = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
     dense, costs = facts.dense, costs_of(facts.dense)
     ratios = [COSTS[cost].short_ratio for cost in facts.objectives.minimize]
     for heading in ("trial", *ratios, *(cost.title for cost in costs), "validation", "test"):
         table.add_column(heading, justify="right", no_wrap=True, min_width=min(10, len(heading) + 6))
-    table.add_column("plan", overflow="ellipsis", no_wrap=bool(most))  # a live table has little room: one line per model
+    table.add_column("plan", overflow="ellipsis", no_wrap=bool(max_rows))  # a live table has little room: one line per model
     scores = (score_text(score, facts.score_name) for score in (dense.score_validation, dense.score_test))
     table.add_row("dense", *["1.0x"] * len(ratios), *_sizes(dense, costs), *scores, "", style="dim")
-    for record in front[: most or len(front)]:
+    for record in front[: max_rows or len(front)]:
         test = record.finalist.score_test if record.finalist else None
         table.add_row(
             str(record.number),
@@ -261,13 +260,13 @@ def _sizes(costed: Costed, costs: Sequence[Cost]) -> list[str]:
     return [cost.text(costed.costs.get(cost.name)) for cost in costs]
 
 
-def final_words(folder: Path, record: StudyRecord, storage: str) -> str:
+def next_steps(folder: Path, record: StudyRecord, storage: str) -> str:
     """The paths of report and models, and the next command; `storage` is its option --storage, or empty."""
     report = f"report  {folder / 'report.html'}"
     if not any(trial.finalist for trial in record.trials):
         return report
     export = f"ranksearch export {shlex.quote(str(folder))} --knee --format onnx{storage}"
-    return f"{report}\nmodels  {folder / 'models'}\ntake one home:  {export}"
+    return f"{report}\nmodels  {folder / 'models'}\nexport  {export}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,7 +309,7 @@ def layers_table(look: Look) -> Table:
     return table
 
 
-def layers_words(look: Look) -> str:
+def layers_summary(look: Look) -> str:
     """The totals, the skipped layers with the reasons, and a note if the weights are untrained."""
     lines = [f"{look.params:,} parameters, {look.macs:,} MACs for one input"]
     lines += [f"skipped {name}: {reason}" for name, reason in look.skipped.items()]

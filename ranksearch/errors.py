@@ -47,8 +47,8 @@ def described(error: Exception) -> str:
 def unloadable(place: str, why: str) -> str:
     """The message for a worker that cannot load the model or the data."""
     return (
-        f"Every worker must be able to load model and data, but {place} cannot ({why}); mend that, or install what it lacks "
-        "there, or run the trials in the command's own process with --engine local --workers 0."
+        f"Every worker must be able to load the model and the data, but {place} cannot ({why}); fix this, or install the "
+        "missing package there, or run without workers by --engine local --workers 0."
     )
 
 

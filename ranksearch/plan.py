@@ -200,10 +200,10 @@ def _is_positive(value: object) -> bool:
 def _factorization(layer: str, entry: Any) -> Factorization:
     method = entry.get("method") if isinstance(entry, dict) else entry
     if not isinstance(method, str) or method not in KINDS:
-        raise PlanError(f"Layer {layer!r} names the method {method!r}, which is none.{nearest(str(method), KINDS)}")
+        raise PlanError(f"Layer {layer!r} must name a known method, but got {method!r}.{nearest(str(method), KINDS)}")
     kind = KINDS[method]
-    given, wanted = set(entry) - {"method", "kernel", "order"}, kind.rank_names()
-    if given != set(wanted):
-        need = ", ".join(wanted) or "no rank"
-        raise PlanError(f"Layer {layer!r}: method {method!r} takes {need}, but got {', '.join(sorted(given)) or 'none'}.")
-    return kind(*(entry[name] for name in wanted), kernel=entry.get("kernel"), order=entry.get("order"))
+    got, expected = set(entry) - {"method", "kernel", "order"}, kind.rank_names()
+    if got != set(expected):
+        ranks = ", ".join(expected) or "no rank"
+        raise PlanError(f"Layer {layer!r}: method {method!r} takes {ranks}, but got {', '.join(sorted(got)) or 'none'}.")
+    return kind(*(entry[name] for name in expected), kernel=entry.get("kernel"), order=entry.get("order"))

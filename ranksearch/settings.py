@@ -84,14 +84,14 @@ def from_table(cls: type[T], table: Mapping[str, Any], named: Named) -> T:
     Raises:
         SpecError: a key is unknown or missing, or a value has the wrong type or breaks its rule.
     """
-    hints, entries = typing.get_type_hints(cls), fields(cls)
+    hints, by_name = typing.get_type_hints(cls), fields(cls)
     for key in table:
-        if key not in entries:
-            raise SpecError(f"{named(key)} is not a key of a study.{nearest(key, entries)}")
+        if key not in by_name:
+            raise SpecError(f"{named(key)} is not a key of a study.{nearest(key, by_name)}")
     values = {}
-    for name, entry in entries.items():
+    for name, entry in by_name.items():
         if name in table:
-            values[name] = _value(hints[name], table[name], entry, _within(named, name))
+            values[name] = _checked_value(hints[name], table[name], entry, _within(named, name))
         elif default_of(entry) is MISSING:
             if not dataclasses.is_dataclass(hints[name]):
                 raise SpecError(f"{named(name)} must be set, but is missing.")
@@ -99,12 +99,12 @@ def from_table(cls: type[T], table: Mapping[str, Any], named: Named) -> T:
     return cls(**values)
 
 
-def from_python(cls: type[T], given: Any, named: Named) -> T:
+def from_python(cls: type[T], settings: Any, named: Named) -> T:
     """Check settings that were made in Python, as `from_table` does.
 
     A string becomes a tuple of one string where a tuple is expected; numpy numbers become Python numbers.
     """
-    return from_table(cls, _table_of(cls, given, named), named)
+    return from_table(cls, _table_of(cls, settings, named), named)
 
 
 def to_table(settings: Any) -> dict[str, Any]:
@@ -125,16 +125,16 @@ def entries(cls: type[Any], *, prefix: str = "", omit: Collection[str] = ()) -> 
 
 def table_of(settings: Iterable[tuple[str, Field[Any]]], *, head: str) -> str:
     """A Markdown table of settings: key, default, help."""
-    lines = (f"| `{name}` | {_left_out(entry)} | {entry.metadata['help']} |" for name, entry in settings)
-    return "\n".join([f"| {head} | left out | what it says |", "|---|---|---|", *lines])
+    lines = (f"| `{name}` | {_default_text(entry)} | {entry.metadata['help']} |" for name, entry in settings)
+    return "\n".join([f"| {head} | default | meaning |", "|---|---|---|", *lines])
 
 
-def _left_out(entry: Field[Any]) -> str:
+def _default_text(entry: Field[Any]) -> str:
     default = default_of(entry)
     if dataclasses.is_dataclass(default):
         return "its defaults"
     if default is MISSING:
-        return "needed"
+        return "required"
     if default is None:
         return "none"
     return "empty" if default == "" else json.dumps(default)
@@ -145,25 +145,25 @@ def _within(named: Named, section: str) -> Named:
     return lambda key: named(f"{section}.{key}" if key else section)
 
 
-def _value(kind: Any, given: Any, entry: Field[Any], named: Named) -> Any:
+def _checked_value(kind: Any, raw: Any, entry: Field[Any], named: Named) -> Any:
     name = named("")
     if dataclasses.is_dataclass(kind):
-        if not isinstance(given, dict):
-            raise SpecError(f"{name} must be a section, but got {given!r}.")
-        return from_table(typing.cast(type, kind), given, named)
+        if not isinstance(raw, dict):
+            raise SpecError(f"{name} must be a section, but got {raw!r}.")
+        return from_table(typing.cast(type, kind), raw, named)
     if isinstance(kind, types.UnionType):
-        if given is None:
+        if raw is None:
             return None
         kind = _without_none(kind)
-    value = _typed(kind, given)
+    value = _converted(kind, raw)
     if value is None:
-        raise SpecError(f"{name} must be {_words(kind)}, but got {given!r}.")
+        raise SpecError(f"{name} must be {_type_name(kind)}, but got {raw!r}.")
     if isinstance(value, dict):
-        _check_kept(value, name)
+        _check_json(value, name)
     if not entry.metadata["holds"](value):
         choices = entry.metadata["choices"]
         hint = nearest(value, choices) if choices else ""
-        raise SpecError(f"{name} must be {entry.metadata['rule']}, but got {given!r}.{hint}")
+        raise SpecError(f"{name} must be {entry.metadata['rule']}, but got {raw!r}.{hint}")
     return value
 
 
@@ -173,46 +173,46 @@ def _without_none(kind: Any) -> Any:
     return kind
 
 
-def _check_kept(value: Any, path: str) -> None:
+def _check_json(value: Any, path: str) -> None:
     """Check the arguments of a user's function: they are stored as JSON, and compared when a study is resumed."""
     if isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            _check_kept(inner, f"{path}.{key}")
+            _check_json(inner, f"{path}.{key}")
     elif not isinstance(value, str | int | float):
         raise SpecError(f"{path} must be a string, a number, true or false, but got {value}; write it in quotes.")
     elif value != value:
         raise SpecError(f"{path} must be a number, but got nan.")
 
 
-def _typed(kind: Any, given: Any) -> Any:
-    """`given` converted to the type `kind`; None if its type is wrong."""
+def _converted(kind: Any, raw: Any) -> Any:
+    """`raw` converted to the type `kind`; None if its type is wrong."""
     origin = typing.get_origin(kind)
     if origin is tuple:
-        return tuple(given) if isinstance(given, list | tuple) and all(isinstance(item, str) for item in given) else None
-    if kind is float and type(given) is int:
-        return float(given)
-    return given if type(given) is (dict if origin else kind) else None
+        return tuple(raw) if isinstance(raw, list | tuple) and all(isinstance(item, str) for item in raw) else None
+    if kind is float and type(raw) is int:
+        return float(raw)
+    return raw if type(raw) is (dict if origin else kind) else None
 
 
-def _words(kind: Any) -> str:
+def _type_name(kind: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
     return names.get(kind) or ("a list of strings" if typing.get_origin(kind) is tuple else "a table")
 
 
-def _table_of(cls: type[Any], given: Any, named: Named) -> dict[str, Any]:
-    if type(given) is not cls:
-        raise SpecError(f"{named('')} must be a ranksearch.{cls.__name__}, but got {given!r}.")
+def _table_of(cls: type[Any], settings: Any, named: Named) -> dict[str, Any]:
+    if type(settings) is not cls:
+        raise SpecError(f"{named('')} must be a ranksearch.{cls.__name__}, but got {settings!r}.")
     hints = typing.get_type_hints(cls)
-    return {name: _native(hints[name], getattr(given, name), _within(named, name)) for name in fields(cls)}
+    return {name: _as_in_toml(hints[name], getattr(settings, name), _within(named, name)) for name in fields(cls)}
 
 
-def _native(kind: Any, given: Any, named: Named) -> Any:
+def _as_in_toml(kind: Any, raw: Any, named: Named) -> Any:
     """Convert a value from Python to the form it has in a TOML table."""
     if dataclasses.is_dataclass(kind):
-        return _table_of(typing.cast(type, kind), given, named)
-    if typing.get_origin(kind) is tuple and isinstance(given, str):
-        return (given,)
-    return given.item() if isinstance(given, np.generic) else given
+        return _table_of(typing.cast(type, kind), raw, named)
+    if typing.get_origin(kind) is tuple and isinstance(raw, str):
+        return (raw,)
+    return raw.item() if isinstance(raw, np.generic) else raw
 
 
 def _plain(value: Any) -> Any:

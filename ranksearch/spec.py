@@ -58,9 +58,9 @@ def _are_modules(names: Iterable[str]) -> bool:
 class TaskSpec:
     """The model to compress, its data, its loss and its score. References are `package.module:name`."""
 
-    model: str = _reference("what returns the dense `nn.Module`; `torchvision.models:resnet18` is an example")
+    model: str = _reference("a function that returns the dense `nn.Module`, such as `torchvision.models:resnet18`")
     model_args: Mapping[str, Any] = setting("the arguments of `task.model`", default_factory=dict)
-    data: str = _reference("what returns `ranksearch.Splits`")
+    data: str = _reference("a function that returns `ranksearch.Splits`")
     data_args: Mapping[str, Any] = setting("the arguments of `task.data`", default_factory=dict)
     loss: str = _reference(
         "a function of (outputs, targets) that returns a scalar tensor", default="torch.nn.functional:cross_entropy"
@@ -82,8 +82,7 @@ class Recipe:
     weight_decay: float = at_least(0, "the weight decay of AdamW", default=1e-4)
     precision: str = one_of(  # Micikevicius et al. 2018; bfloat16 needs no loss scaling
         PRECISIONS,
-        "`float32`, or `bfloat16`: mixed precision while it trains; weights and scores stay float32; slow on GPUs "
-        "before Ampere",
+        "`float32`, or `bfloat16` for mixed precision in training; weights and scores stay float32; slow on GPUs before Ampere",
         default="float32",
     )
 
@@ -94,7 +93,7 @@ class DenseSpec(Recipe):
     """Where the weights of the dense model come from: a file, training, or both; neither if the model has trained weights."""
 
     weights: str = setting(
-        "a file with the state dict that training starts from, `.safetensors` or `.pt`, relative to where the command runs",
+        "a file with the state dict to start from, `.safetensors` or `.pt`, relative to the current folder",
         default="",
     )
 
@@ -108,13 +107,13 @@ class Finalists(Recipe):
     count: int = at_least(1, "how many trials of the front become finalists", default=10, repr=False)
     sweeps: int = at_least(
         0,
-        "further sweeps over the factors before they are fine-tuned: HOOI for Tucker-2, alternating least squares for CP",
+        "further sweeps over the factors before fine-tuning: HOOI for Tucker-2, alternating least squares for CP",
         default=0,
     )
     schedule: str = one_of(
         SCHEDULES,
-        "`one-shot`, or `layerwise` as in the thesis: layers are decomposed one after the other, the last first, and `epochs` "
-        "follow each",
+        "`one-shot`, or `layerwise` as in the thesis: decompose one layer at a time, the last first, and train for `epochs` "
+        "after each",
         default="one-shot",
     )
 
@@ -125,37 +124,37 @@ class Space:
     """The methods and ranks that the search may use, and the layers it may decompose."""
 
     methods: tuple[str, ...] = setting(
-        f"the methods that a layer may be decomposed by: {', '.join(f'`{name}`' for name in KINDS if name != Dense.method)}, "
+        f"methods to decompose layers with: {', '.join(f'`{name}`' for name in KINDS if name != Dense.method)}, "
         "or methods of your own",
         "at least one method",
         bool,
         default=("tucker2", "cp", "svd"),
     )
     plugins: tuple[str, ...] = setting(
-        "modules to import first, which register methods of your own",
-        "names of modules, as 'my_pkg.methods' is",
+        "modules that register methods of your own; they are imported first",
+        "names of modules such as 'my_pkg.methods'",
         _are_modules,
         default=(),
     )
     layers: tuple[str, ...] = setting(
-        "decompose these layers only, by names or patterns such as `stage2.*`; all that can be decomposed if it is empty",
+        "decompose only these layers, by names or patterns such as `stage2.*`; empty for all that can be decomposed",
         default=(),
     )
     skip: tuple[str, ...] = setting("leave these layers dense, by names or patterns", default=())
     rank_multiple: int = at_least(
         1,
-        "ranks are multiples of this, as some hardware wants; a rank that cannot be so large is held at its largest",
+        "ranks are multiples of this number, as some hardware prefers; a rank whose maximum is smaller stays at its maximum",
         default=1,
     )
     smaller_in: tuple[str, ...] = _costs(
-        "a layer is stored only in ways that are smaller than dense in each of these costs: `params`, `macs`"
+        "use only factorizations that are smaller than the dense layer in each of these costs: `params`, `macs`"
     )
     data_aware: bool = setting(
-        "fit the factors to the inputs that each layer sees in training, not to the weights alone", default=True
+        "minimise the error of each layer's outputs on training inputs, not the error of its weights", default=True
     )
     start: str = one_of(
         STARTS,
-        "what a plan's net is trained from: the dense net's `decomposed` weights, or weights drawn anew, `scratch`",
+        "train each plan from the `decomposed` weights of the dense net, or from random weights (`scratch`)",
         default="decomposed",
     )
 
@@ -166,22 +165,22 @@ class Search:
     """The sampler, the length of the search, its costs and its limits."""
 
     sampler: str = one_of(
-        SAMPLERS, "who proposes plans: our own, `rank`, or Optuna's `tpe`, `nsga2`, `gp`, `random`", default="rank"
+        SAMPLERS, "the sampler that proposes plans: our own, `rank`, or Optuna's `tpe`, `nsga2`, `gp`, `random`", default="rank"
     )
-    trials: int = at_least(1, "how many plans are trained in all; plans over a limit or known already do not count", default=60)
+    trials: int = at_least(1, "how many plans to train in all; plans over a limit and repeated plans do not count", default=60)
     first: tuple[str, ...] = setting(
-        "files of plans to try first, such as `models/5/plan.json`, relative to where the command runs", default=()
+        "files of plans to try first, such as `models/5/plan.json`, relative to the current folder", default=()
     )
-    minimize: tuple[str, ...] = _costs("the costs that the front sets against the score: `params`, `macs`, or both")
+    minimize: tuple[str, ...] = _costs("the costs to minimise while the score is maximised: `params`, `macs`, or both")
     minutes: float | None = positive(
-        "start no trial after so many minutes of search, summed over all runs; other stages are not counted", default=None
+        "stop starting trials after this many minutes of search, summed over all runs; other stages do not count", default=None
     )
     min_score: float | None = setting(
         "models with a lower validation score are not on the front", "a finite number", math.isfinite, default=None
     )
-    min_ratio: float | None = positive("models of a lower compression ratio are not trained", default=None)
-    max_params: int | None = at_least(1, "models of more parameters are not trained", default=None)
-    max_macs: int | None = at_least(1, "models of more multiply-accumulates for one input are not trained", default=None)
+    min_ratio: float | None = positive("models with a lower compression ratio are not trained", default=None)
+    max_params: int | None = at_least(1, "models with more parameters are not trained", default=None)
+    max_macs: int | None = at_least(1, "models with more multiply-accumulates for one input are not trained", default=None)
 
     @property
     def limits(self) -> Limits:
@@ -199,12 +198,16 @@ class StudySpec:
     )
     about: str = setting("a line for `ranksearch studies` and the report", default="")
     seed: int = setting("the seed of everything random", "between 0 and 2147483647", lambda seed: 0 <= seed < 2**31, default=0)
-    task: TaskSpec = setting("what is compressed, and how it is judged; functions are named as `package.module:name`")
+    task: TaskSpec = setting("the model, its data, its loss and its score; functions are named as `package.module:name`")
     dense: DenseSpec = setting("where the dense net's weights come from: a file, training, or both")
-    space: Space = setting("what the search may choose from, for which layers", default_factory=Space)
-    search: Search = setting("how long to search, for what, and who proposes", default_factory=Search)
+    space: Space = setting(
+        "the methods and ranks that the search may use, and the layers it may decompose", default_factory=Space
+    )
+    search: Search = setting("the sampler, the length of the search, its costs and its limits", default_factory=Search)
     finetune: Recipe = setting("how each trial is fine-tuned")
-    finalists: Finalists = setting("the trials of the front that are fine-tuned for longer, from their start, and then tested")
+    finalists: Finalists = setting(
+        "which trials of the front become finalists, and how these are fine-tuned again, for longer, and tested"
+    )
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as plain TOML values; leaves out settings that are None."""
@@ -223,9 +226,9 @@ class StudySpec:
         flat: dict[str, Any] = {}
         for key, value in self.to_dict().items():
             flat |= {f"{key}.{inner}": entry for inner, entry in value.items()} if isinstance(value, dict) else {key: value}
-        free = {"about", "space.plugins", "search.trials", "search.minutes", "search.first", "finalists.count"}
-        free |= {f"search.{key}" for key in Limits.names()}
-        return {key: value for key, value in flat.items() if key not in free}
+        may_change = {"about", "space.plugins", "search.trials", "search.minutes", "search.first", "finalists.count"}
+        may_change |= {f"search.{key}" for key in Limits.names()}
+        return {key: value for key, value in flat.items() if key not in may_change}
 
 
 def keys_tables() -> str:
@@ -262,7 +265,7 @@ def _consistent(spec: StudySpec) -> StudySpec:
     methods = [name for name in KINDS if name != Dense.method]
     for method in spec.space.methods:
         if method not in methods:
-            raise SpecError(f"space.methods must name methods, but {method!r} is none.{nearest(method, methods)}")
+            raise SpecError(f"space.methods must name known methods, but got {method!r}.{nearest(method, methods)}")
     if spec.space.start == "scratch" and (spec.finalists.schedule != "one-shot" or spec.finalists.sweeps):
         raise SpecError(
             "finalists.schedule must be one-shot and finalists.sweeps 0 where space.start is scratch, which decomposes no "
@@ -273,7 +276,7 @@ def _consistent(spec: StudySpec) -> StudySpec:
     for key, costs in (("space.smaller_in", spec.space.smaller_in), ("search.minimize", spec.search.minimize)):
         for cost in costs:
             if cost not in COSTS:
-                raise SpecError(f"{key} must name costs, but {cost!r} is none.{nearest(cost, COSTS)}")
+                raise SpecError(f"{key} must name known costs, but got {cost!r}.{nearest(cost, COSTS)}")
         if len(set(costs)) < len(costs):
             raise SpecError(f"{key} must name each cost once, but got {list(costs)}.")
     # Canonical order, so that the order in the file does not make another study.
@@ -317,14 +320,14 @@ def resolve(reference: str, *, key: str) -> Callable[..., Any]:
         SpecError: the module cannot be imported or has no such name, or the object is not callable.
     """
     module_name, _, name = reference.partition(":")
-    found: Any = _imported(module_name, reference, key=key)
+    target: Any = _imported(module_name, reference, key=key)
     for part in name.split("."):
-        if not hasattr(found, part):
-            raise SpecError(f"{key}: module {module_name!r} has no {name!r}.{nearest(name, _public(found))}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise SpecError(f"{key} must name something callable, but {reference!r} is a {type(found).__name__}.")
-    return typing.cast(Callable[..., Any], found)
+        if not hasattr(target, part):
+            raise SpecError(f"{key}: module {module_name!r} has no {name!r}.{nearest(name, _public(target))}")
+        target = getattr(target, part)
+    if not callable(target):
+        raise SpecError(f"{key} must name a callable, but {reference!r} is of type {type(target).__name__}.")
+    return typing.cast(Callable[..., Any], target)
 
 
 def _imported(module: str, reference: str, *, key: str) -> types.ModuleType:
@@ -336,10 +339,10 @@ def _imported(module: str, reference: str, *, key: str) -> types.ModuleType:
             "run from the folder that holds it."
         ) from None
     except RankSearchError as error:
-        raise SpecError(f"{key} must be importable, but {reference!r} is refused: {error}") from None
+        raise SpecError(f"{key} must be importable, but {reference!r} cannot be used: {error}") from None
     except Exception as error:
         raise SpecError(
-            f"{key} must be importable, but {reference!r} raised {type(error).__name__}: {first_line(error)}; mend the module."
+            f"{key} must be importable, but {reference!r} raised {type(error).__name__}: {first_line(error)}; fix the module."
         ) from error
 
 
@@ -359,5 +362,5 @@ def _override(data: dict[str, Any], override: str) -> None:
     for section in sections:
         data = data.setdefault(section, {})
         if not isinstance(data, dict):
-            raise SpecError(f"An override must read section.key=value, but {section!r} of {override!r} is no section.")
+            raise SpecError(f"An override must read section.key=value, but {section!r} in {override!r} is not a section.")
     data[last] = value

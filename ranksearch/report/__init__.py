@@ -33,6 +33,6 @@ def write_report(record: StudyRecord, folder: Path) -> Path:
         "report.html": page.html(record),
     }
     for name, content in contents.items():
-        with writing(f"The report's {folder / name}", "mend that, and `ranksearch report` makes it from the record"):
+        with writing(f"The report's {folder / name}", "fix this and run `ranksearch report`"):
             write_whole(folder / name, content)
     return folder / "report.html"

@@ -36,7 +36,7 @@ class Correlation:
     value: float
 
 
-def known(value: float | None) -> float | None:
+def finite_or_none(value: float | None) -> float | None:
     """The value; None if it is missing, NaN or infinite, which JSON cannot hold."""
     return value if value is not None and math.isfinite(value) else None
 
@@ -68,8 +68,8 @@ def epochs_of(trial: TrialRecord) -> float:
 
 def near_dense(front: Sequence[TrialRecord], dense: DenseFacts, objectives: Objectives) -> TrialRecord | None:
     """The smallest model of the front with a validation score at most `NEAR_DENSE` below the dense model's, or None."""
-    floor = dense.score_validation - NEAR_DENSE - _ROUNDING
-    close = [trial for trial in front if trial.score_validation is not None and trial.score_validation >= floor]
+    lowest = dense.score_validation - NEAR_DENSE - _ROUNDING
+    close = [trial for trial in front if trial.score_validation is not None and trial.score_validation >= lowest]
     return max(close, key=objectives.ratio, default=None)
 
 
@@ -117,12 +117,12 @@ def baseline(record: StudyRecord) -> list[TrialRecord]:
     return [replace(trial, finalist=None, same_as=None) for trial in record.trials if trial.origin.startswith(PREDICTED_ORIGIN)]
 
 
-def gain(record: StudyRecord) -> tuple[float, float] | None:
+def hypervolume_gain(record: StudyRecord) -> tuple[float, float] | None:
     """The hypervolume of the predicted front's trials alone, and of all trials; None if none of the former has a score."""
     if not scored(baseline(record)):
         return None
-    (_, whole), (_, alone) = hypervolumes(record)[-1], hypervolumes(record, baseline(record))[-1]
-    return alone, whole
+    (_, of_all), (_, of_baseline) = hypervolumes(record)[-1], hypervolumes(record, baseline(record))[-1]
+    return of_baseline, of_all
 
 
 def curve_correlations(record: StudyRecord) -> list[Correlation]:
@@ -162,12 +162,12 @@ def _mean_ranks(values: ArrayLike) -> np.ndarray:
 
 
 def _correlations(pairs: dict[float, list[tuple[float, float]]]) -> list[Correlation]:
-    found = [
+    correlations = [
         Correlation(epochs, len(scores), spearman(*zip(*scores, strict=True)))
         for epochs, scores in sorted(pairs.items())
         if len(scores) >= 3
     ]
-    return [entry for entry in found if math.isfinite(entry.value)]
+    return [entry for entry in correlations if math.isfinite(entry.value)]
 
 
 def _searched(record: StudyRecord) -> list[float]:

@@ -14,7 +14,7 @@ def markdown(record: StudyRecord) -> str:
     """The report as GitHub-flavoured Markdown."""
     facts = record.facts
     parts = [
-        f"# {_escape(facts.name)}: {_escape(facts.score_name)} against {summary.against(record)}",
+        f"# {_escape(facts.name)}: {_escape(facts.score_name)} against {summary.ratio_names(record)}",
         _escape(summary.headline(record)),
         *map(_escape, record.notes),
         _escape(f"{facts.data} {summary.effort(record)}; seed {facts.seed}."),
@@ -24,8 +24,8 @@ def markdown(record: StudyRecord) -> str:
         "## Settings",
         _table(("setting", "value"), summary.settings(facts.spec)),
         "## Versions, machine, time",
-        _table(("what", "which"), _circumstances(record)),
-        "## Make it again",
+        _table(("item", "value"), _circumstances(record)),
+        "## Reproduce",
         # An indented block: text in the command could end a fenced block.
         "\n".join(f"    {line}" for line in facts.command.splitlines()),
     ]
@@ -33,7 +33,9 @@ def markdown(record: StudyRecord) -> str:
 
 
 def _front_head(record: StudyRecord) -> list[str]:
-    costs = [word for cost in summary.costs(record) for word in (cost.title, "" if cost is PARAMS else cost.ratio) if word]
+    costs = [
+        word for cost in summary.shown_costs(record) for word in (cost.title, "" if cost is PARAMS else cost.ratio) if word
+    ]
     return ["trial", PARAMS.ratio, *costs, "validation", "test", "latency", "epochs", "plan"]
 
 
@@ -49,10 +51,10 @@ def _front_cells(line: summary.FrontLine) -> list[str]:
 
 def _front_note(record: StudyRecord) -> str:
     unit = "points" if text.is_percent(record.facts.score_name) else "the score"
-    note = f"In brackets: difference to the dense net in {unit}. Latency is for one input on the machine below."
-    gain = figures.gain(record)
+    note = f"In brackets: difference from the dense net in {unit}. Latency is for one input on the machine below."
+    gain = figures.hypervolume_gain(record)
     if gain:
-        note += f" Hypervolume of the predicted frontier's trials alone {gain[0]:.4f}, with all others {gain[1]:.4f}."
+        note += f" Hypervolume of the predicted front's trials alone: {gain[0]:.4f}; of all trials: {gain[1]:.4f}."
     return note
 
 

@@ -13,7 +13,7 @@ from ranksearch.results.messages import Outcome
 from ranksearch.results.record import StudyRecord, TrialRecord, front_of, yardstick
 
 TRIAL, VBMF, DENSE = "trial", "VBMF one-shot", "dense model"
-PREDICTED = "predicted frontier"
+PREDICTED = "predicted front"
 FINALIST, FRONT, TEST, SEARCH = "finalist", "front", "test score of finalist", "finished trial"
 UNFINISHED = "unfinished trial"
 
@@ -36,10 +36,10 @@ def window(record: StudyRecord, cost: str) -> Window:
     rows = front_points(record, cost)
     scores = [row["score"] for row in rows]
     best = [trial.score_validation or 0.0 for trial in record.shown]
-    floor = yardstick(record.facts.dense.score_validation, best) - figures.MAX_SHOWN_SCORE_DROP
-    pad = 0.05 * (max(scores) - max(min(scores), floor)) + 0.002
+    lowest = yardstick(record.facts.dense.score_validation, best) - figures.MAX_SHOWN_SCORE_DROP
+    pad = 0.05 * (max(scores) - max(min(scores), lowest)) + 0.002
     band = record.facts.dense.score_validation - 1.5 * figures.NEAR_DENSE
-    low = max(floor, min(min(scores) - pad, band))
+    low = max(lowest, min(min(scores) - pad, band))
     ratios = [row["ratio"] for row in rows]
     below = {row["trial"] for row in rows} - {row["trial"] for row in rows if row["score"] >= low}
     return Window(low, max(scores) + pad, (min(ratios) * 0.92, max(max(ratios) * 1.12, 2.0)), len(below))
@@ -69,17 +69,20 @@ def front_line(record: StudyRecord, cost: str) -> list[dict[str, Any]]:
 def front_labels(record: StudyRecord, cost: str) -> list[dict[str, Any]]:
     """Labels of the two points that the report names: the knee, and the smallest model near the dense one."""
     facts = record.facts
-    elbow, near = figures.knee(record.shown, facts.objectives), figures.near_dense(record.shown, facts.dense, facts.objectives)
-    labels = {trial.number: (trial, "") for trial in (near,) if trial}
-    labels |= {trial.number: (trial, ", knee") for trial in (elbow,) if trial}
-    ratios = [(trial, ratio(record, trial, cost), label) for trial, label in labels.values()]
-    return [{"ratio": x, "score": t.score_validation, "text": f"{text.ratio(x)}{label}"} for t, x, label in ratios]
+    at_knee, near = (
+        figures.knee(record.shown, facts.objectives),
+        figures.near_dense(record.shown, facts.dense, facts.objectives),
+    )
+    suffixes = {trial.number: (trial, "") for trial in (near,) if trial}
+    suffixes |= {trial.number: (trial, ", knee") for trial in (at_knee,) if trial}
+    ratios = [(trial, ratio(record, trial, cost), suffix) for trial, suffix in suffixes.values()]
+    return [{"ratio": x, "score": t.score_validation, "text": f"{text.ratio(x)}{suffix}"} for t, x, suffix in ratios]
 
 
 def limit_lines(record: StudyRecord, cost: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The limits on score and ratio that lie inside the chart; a maximum cost counts as a minimum ratio."""
     limits, dense, shown = record.facts.limits, record.facts.dense, window(record, cost)
-    ratios = [dense.costs[cost] / limits.most[cost] if cost in limits.most else 0.0]
+    ratios = [dense.costs[cost] / limits.max_costs[cost] if cost in limits.max_costs else 0.0]
     ratios += [limits.min_ratio] if cost == PARAMS.name and limits.min_ratio else []
     scores = [limits.min_score] if limits.min_score is not None and shown.low <= limits.min_score <= shown.high else []
     inside = [max(ratios)] if shown.ratios[0] <= max(ratios) <= shown.ratios[1] else []
@@ -150,8 +153,8 @@ def plan_lines(plan: Plan) -> str:
 
 def _searched(record: StudyRecord, trials: Sequence[TrialRecord], cost: str) -> list[dict[str, Any]]:
     """The front of some trials against one cost as a line, by the scores of the search."""
-    found = front_of(trials, record.facts.objectives.only(cost))
-    return [{"ratio": ratio(record, trial, cost), "score": trial.score} for trial in found]
+    front = front_of(trials, record.facts.objectives.only(cost))
+    return [{"ratio": ratio(record, trial, cost), "score": trial.score} for trial in front]
 
 
 def _kind(trial: TrialRecord) -> str:
@@ -167,7 +170,7 @@ def _point(record: StudyRecord, trial: TrialRecord, score: float | None, cost: s
     return {
         "kind": kind,
         "ratio": ratio(record, trial, cost),
-        "score": figures.known(score),
+        "score": figures.finite_or_none(score),
         "trial": str(trial.number),
         "origin": trial.origin,
         "outcome": trial.ending,
@@ -212,5 +215,5 @@ def _curve(record: StudyRecord, trial: TrialRecord, curve: Sequence[Any], *, kin
             "text": text.score(curve_point.score, record.facts.score_name),
         }
         for curve_point in curve
-        if figures.known(curve_point.score) is not None
+        if figures.finite_or_none(curve_point.score) is not None
     ]

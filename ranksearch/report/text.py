@@ -8,7 +8,7 @@ NO_VALUE = "\N{EN DASH}"
 _MINUS = "\N{MINUS SIGN}"
 
 
-def whole(number: float) -> str:
+def count(number: float) -> str:
     """A count, rounded, with thousands separators: `1,180,160`."""
     return f"{round(number):,}"
 
@@ -69,9 +69,9 @@ def duration(seconds: float) -> str:
     return f"{hours:,} h {minutes} min"
 
 
-def counted(number: int, thing: str) -> str:
+def with_noun(number: int, noun: str) -> str:
     """A number with its noun: `1 trial`, `45 trials`."""
-    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _signed(number: str) -> str:

@@ -21,7 +21,7 @@ _TRIAL, _ASKED, _PROBES, _INITIAL_PLANS = "ranksearch:trial", "ranksearch:asked"
 
 def write_trial(trial: optuna.Trial, record: TrialRecord) -> None:
     """Store a trial's record, readable parts first, as one attribute: Optuna commits every attribute separately."""
-    whole = {
+    content = {
         "about": f"{record.plan}: {record.ending}",
         "plan": record.plan.to_dict(),
         "outcome": record.outcome.name,
@@ -33,7 +33,7 @@ def write_trial(trial: optuna.Trial, record: TrialRecord) -> None:
         "seed": record.seed,
         "same_as": record.same_as,
     }
-    trial.set_user_attr(_TRIAL, whole)
+    trial.set_user_attr(_TRIAL, content)
 
 
 def write_facts(study: optuna.Study, facts: StudyFacts) -> None:
@@ -59,9 +59,9 @@ def write_probes(study: optuna.Study, dense_loss: float | None, probes: Sequence
 
 def read_probes(study: optuna.Study) -> tuple[float | None, list[Probe]]:
     """The dense loss (None until it is known) and the probes that `write_probes` stored."""
-    found = study.user_attrs.get(_PROBES, {"dense": None, "probes": []})
-    plans = [(Plan.from_dict(entry["plan"]), entry["loss"]) for entry in found["probes"]]
-    return found["dense"], [Probe(*plan.layers[0], loss) for plan, loss in plans]
+    stored = study.user_attrs.get(_PROBES, {"dense": None, "probes": []})
+    plans = [(Plan.from_dict(entry["plan"]), entry["loss"]) for entry in stored["probes"]]
+    return stored["dense"], [Probe(*plan.layers[0], loss) for plan, loss in plans]
 
 
 def write_initial_plans(study: optuna.Study, initial_plans: Sequence[tuple[str, Plan]]) -> None:
@@ -71,8 +71,8 @@ def write_initial_plans(study: optuna.Study, initial_plans: Sequence[tuple[str, 
 
 def read_initial_plans(study: optuna.Study) -> list[tuple[str, Plan]] | None:
     """The initial plans that `write_initial_plans` stored; None before it ran."""
-    found = study.user_attrs.get(_INITIAL_PLANS)
-    return None if found is None else [(entry["origin"], Plan.from_dict(entry["plan"])) for entry in found]
+    stored = study.user_attrs.get(_INITIAL_PLANS)
+    return None if stored is None else [(entry["origin"], Plan.from_dict(entry["plan"])) for entry in stored]
 
 
 def write_finalist(study: optuna.Study, number: int, finalist: Finalist) -> None:
@@ -115,8 +115,8 @@ def asked(index: int, origin: str) -> dict[str, Any]:
 
 def read_asked(trial: FrozenTrial | optuna.Trial) -> tuple[int, str] | None:
     """The (index, origin) of a proposed trial; None if a run was killed before the proposal was complete."""
-    found = trial.user_attrs.get(_ASKED)
-    return (found["index"], found["origin"]) if found else None
+    stored = trial.user_attrs.get(_ASKED)
+    return (stored["index"], stored["origin"]) if stored else None
 
 
 def read_trial(trial: FrozenTrial, study: Mapping[str, Any] | None = None) -> TrialRecord | None:
@@ -124,19 +124,19 @@ def read_trial(trial: FrozenTrial, study: Mapping[str, Any] | None = None) -> Tr
 
     `study` are the user attributes of the Optuna study, which hold the results of finalists.
     """
-    whole, place = trial.user_attrs.get(_TRIAL), read_asked(trial)
-    if whole is None or place is None or trial.state is not Outcome[whole["outcome"]].state:
+    content, place = trial.user_attrs.get(_TRIAL), read_asked(trial)
+    if content is None or place is None or trial.state is not Outcome[content["outcome"]].state:
         return None
     finalist, failed = ((study or {}).get(f"{key}{trial.number}") for key in (_FINALIST, _FAILED))
-    read = {
-        "plan": Plan.from_dict(whole["plan"]),
-        "outcome": Outcome[whole["outcome"]],
-        "curve": tuple(CurvePoint(*point) for point in whole["curve"]),
+    converted = {
+        "plan": Plan.from_dict(content["plan"]),
+        "outcome": Outcome[content["outcome"]],
+        "curve": tuple(CurvePoint(*point) for point in content["curve"]),
         "finalist": _finalist(finalist) if finalist else None,
         "failed": Outcome[failed] if failed and not finalist else None,
     }
-    kept = {key: value for key, value in whole.items() if key != "about"}
-    return TrialRecord(**kept | read, number=trial.number, index=place[0], origin=place[1])
+    plain = {key: value for key, value in content.items() if key != "about"}
+    return TrialRecord(**plain | converted, number=trial.number, index=place[0], origin=place[1])
 
 
 def _finalist(data: Mapping[str, Any]) -> Finalist:
@@ -146,8 +146,8 @@ def _finalist(data: Mapping[str, Any]) -> Finalist:
 def read_trials(study: optuna.Study) -> tuple[TrialRecord, ...]:
     """The records of all finished trials, by number, finalists' results included."""
     attrs = study.user_attrs
-    found = (read_trial(trial, attrs) for trial in study.get_trials(deepcopy=False))
-    return tuple(record for record in found if record is not None)
+    records = (read_trial(trial, attrs) for trial in study.get_trials(deepcopy=False))
+    return tuple(record for record in records if record is not None)
 
 
 def read_study(study: optuna.Study) -> StudyRecord:

@@ -53,7 +53,7 @@ def register_cost(cost: Cost) -> Cost:
         StudyError: a different cost has the same name.
     """
     if COSTS.setdefault(cost.name, cost) != cost:
-        raise StudyError(f"A cost must have a name of its own, but {cost.name!r} is {COSTS[cost.name].title}.")
+        raise StudyError(f"A cost must have a unique name, but {cost.name!r} is registered for {COSTS[cost.name].title}.")
     return cost
 
 

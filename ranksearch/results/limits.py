@@ -16,14 +16,14 @@ class Limits:
 
     min_score: float | None = None
     min_ratio: float | None = None
-    most: Mapping[str, float] = field(default_factory=dict, hash=False)
+    max_costs: Mapping[str, float] = field(default_factory=dict, hash=False)
     """Largest allowed value of each limited cost, by the cost's name."""
 
     @classmethod
     def of(cls, search: Mapping[str, Any]) -> Limits:
         """The limits in a study's section `search`: `min_score`, `min_ratio`, and `max_<cost>` for each cost."""
-        most = {name: search[f"max_{name}"] for name in COSTS if search.get(f"max_{name}") is not None}
-        return cls(min_score=search.get("min_score"), min_ratio=search.get("min_ratio"), most=most)
+        max_costs = {name: search[f"max_{name}"] for name in COSTS if search.get(f"max_{name}") is not None}
+        return cls(min_score=search.get("min_score"), min_ratio=search.get("min_ratio"), max_costs=max_costs)
 
     @staticmethod
     def names() -> list[str]:
@@ -32,8 +32,8 @@ class Limits:
 
     def to_dict(self) -> dict[str, float | None]:
         """The limits by their keys in the section `search`; None for each that is not set."""
-        found: dict[str, float | None] = {"min_score": self.min_score, "min_ratio": self.min_ratio}
-        return found | {f"max_{name}": self.most.get(name) for name in COSTS}
+        minima: dict[str, float | None] = {"min_score": self.min_score, "min_ratio": self.min_ratio}
+        return minima | {f"max_{name}": self.max_costs.get(name) for name in COSTS}
 
     def excess(self, size: Sized, score: float | None = None) -> float:
         """How far a model lies outside the limits; 0 if it keeps them all.
@@ -42,16 +42,16 @@ class Limits:
         the size counts. A cost that the model has no value for is ignored.
         """
         factors = [self.min_ratio / size.ratio if self.min_ratio else 0.0]
-        factors += [size.costs[name] / bound for name, bound in self.most.items() if name in size.costs]
-        lacking = 0.0 if score is None or self.min_score is None else self.min_score - score
-        return sum(math.log(factor) for factor in factors if factor > 1) + max(0.0, lacking)
+        factors += [size.costs[name] / bound for name, bound in self.max_costs.items() if name in size.costs]
+        missing_score = 0.0 if score is None or self.min_score is None else self.min_score - score
+        return sum(math.log(factor) for factor in factors if factor > 1) + max(0.0, missing_score)
 
     def __bool__(self) -> bool:
         return self != UNLIMITED
 
     def __str__(self) -> str:
-        given = ((name, value) for name, value in self.to_dict().items() if value is not None)
-        return ", ".join(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:g}" for name, value in given)
+        limits = ((name, value) for name, value in self.to_dict().items() if value is not None)
+        return ", ".join(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:g}" for name, value in limits)
 
 
 UNLIMITED = Limits()

@@ -17,8 +17,8 @@ class Outcome(enum.Enum):
     DIVERGED = "diverged: the loss or the score became NaN or infinite; a lower finetune.learning_rate helps"
     NOT_SMALLER = "not smaller than dense: the plan saves no parameters, so it was not trained"
     OVER_BUDGET = (
-        "over budget: larger than search.min_ratio, search.max_params or search.max_macs allow, so it was not trained; a "
-        "wider limit lets it in"
+        "over budget: too large for search.min_ratio, search.max_params or search.max_macs, so it was not trained; relax the "
+        "limit to admit it"
     )
     OUT_OF_MEMORY = "out of memory: a smaller finetune.batch_size or fewer --workers help"
     WORKER_LOST = "worker lost: its process ended before the trial did, most often for lack of memory; fewer --workers help"

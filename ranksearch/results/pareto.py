@@ -27,9 +27,9 @@ def ranks(points: ArrayLike) -> NDArray[np.intp]:
     values = _points(points)
     result, left, rank = np.empty(len(values), dtype=np.intp), np.arange(len(values)), 0
     while len(left):
-        peeled = front(values[left])
-        result[left[peeled]] = rank
-        left, rank = np.delete(left, peeled), rank + 1
+        on_front = front(values[left])
+        result[left[on_front]] = rank
+        left, rank = np.delete(left, on_front), rank + 1
     return result
 
 

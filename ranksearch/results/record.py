@@ -169,31 +169,31 @@ class StudyRecord:
         """Sentences about limits that no model keeps, proposals that were not trained, and failures; often none."""
         trials, planned = self.trials, self.facts.spec["search"]["trials"]
         over = sum(trial.outcome is Outcome.OVER_BUDGET for trial in trials)
-        known = sum(trial.same_as is not None for trial in trials)
+        repeated = sum(trial.same_as is not None for trial in trials)
         trained = sum(trial.trained for trial in trials)
-        found = []
+        notes = []
         if self.facts.limits and not self.front and self.unconstrained_front:
-            found.append(
-                f"No model keeps the limits ({self.facts.limits}): shown is the front without them, and the nearest trials "
-                "are the finalists."
+            notes.append(
+                f"No model keeps the limits ({self.facts.limits}). The front is shown without them, and the finalists are the "
+                "trials nearest to them."
             )
         if trained < planned and untrained_in_a_row(trials, self.facts.since) >= MAX_UNTRAINED:
-            found.append(
+            notes.append(
                 f"The search ended after {trained} of {planned} trials: {MAX_UNTRAINED} proposals in a row were over the "
-                "limits or known already; widen the limits or the space."
+                "limits or repeated an earlier plan; widen the limits or the space."
             )
         if trials and not any(trial.scored for trial in trials):
             ends = Counter(trial.outcome for trial in trials)
-            how = " ".join(f"{count:,} {outcome.value}." for outcome, count in ends.items())
-            found.append(f"No trial of {len(trials):,} came to a score. {how}")
+            reasons = " ".join(f"{count:,} {outcome.value}." for outcome, count in ends.items())
+            notes.append(f"No trial of {len(trials):,} has a score. {reasons}")
         for trial in trials:
             if trial.failed:
-                found.append(f"Trial {trial.number} gave no model as a finalist, {trial.failed.of_finalist}.")
+                notes.append(f"Trial {trial.number} failed as a finalist, {trial.failed.of_finalist}.")
         if over:
-            found.append(f"Proposals over the limits, which were not trained: {over:,}.")
-        if known:
-            found.append(f"Proposals of a plan that was known already, answered from the record: {known:,}.")
-        return found
+            notes.append(f"Proposals over the limits, not trained: {over:,}.")
+        if repeated:
+            notes.append(f"Proposals that repeated an earlier plan, not trained again: {repeated:,}.")
+        return notes
 
 
 def untrained_in_a_row(
@@ -260,33 +260,33 @@ def choose(
     finalists = {trial.number: trial for trial in trials if trial.finalist}
     if not finalists:
         if trials and not any(trial.scored for trial in trials):
-            raise StudyError("A model must be a finalist to be taken home, but no trial came to a score; the report says why.")
+            raise StudyError("Only finalists can be exported, but no trial has a score; the report says why.")
         failed = sum(trial.failed is not None for trial in trials)
-        known = f" ({failed} failed, as the report says)" if failed else ""
-        raise StudyError(
-            f"A model must be a finalist to be taken home, but there are none yet{known}; let the study end first."
-        )
+        failures = f" ({failed} failed, see the report)" if failed else ""
+        raise StudyError(f"Only finalists can be exported, but there are none yet{failures}; finish the study first.")
     if number is not None:
         if number not in finalists:
             names = ", ".join(map(str, sorted(finalists)))
-            raise StudyError(f"Only finalists keep their weights, but trial {number} is none; they are {names}.")
+            raise StudyError(f"Only finalists can be exported, but trial {number} is not one of them; they are {names}.")
         return finalists[number]
     # All finalists, not only the front: the front may be about another cost than the compression ratio.
-    whole = list(finalists.values())
-    within = [trial for trial in whole if not limits.excess(trial, _score(trial))]
+    candidates = list(finalists.values())
+    within = [trial for trial in candidates if not limits.excess(trial, _score(trial))]
     if min_score is not None:
-        fitting = [t for t in within if _score(t) >= min_score] or [t for t in whole if _score(t) >= min_score]
+        fitting = [t for t in within if _score(t) >= min_score] or [t for t in candidates if _score(t) >= min_score]
         if not fitting:
-            best = max(map(_score, whole))
-            raise StudyError(f"A model with a score of at least {min_score:g} is asked for, but the best has {best:.4f}.")
+            best = max(map(_score, candidates))
+            raise StudyError(f"No finalist has a validation score of at least {min_score:g}; the best has {best:.4f}.")
         return max(fitting, key=lambda trial: (objectives.ratio(trial), _score(trial)))
     if min_ratio is not None:
-        fitting = [t for t in within if t.ratio >= min_ratio] or [t for t in whole if t.ratio >= min_ratio]
+        fitting = [t for t in within if t.ratio >= min_ratio] or [t for t in candidates if t.ratio >= min_ratio]
         if not fitting:
-            most = max(trial.ratio for trial in whole)
-            raise StudyError(f"A ratio of at least {min_ratio:g} is asked for, but the smallest model has {most:.1f}.")
+            largest = max(trial.ratio for trial in candidates)
+            raise StudyError(
+                f"No finalist has a compression ratio of at least {min_ratio:g}; the smallest model has {largest:.1f}."
+            )
         return max(fitting, key=lambda trial: (_score(trial), objectives.ratio(trial)))
-    front = front_of(within or whole, objectives)
+    front = front_of(within or candidates, objectives)
     return front[pareto.knee([objectives.point(_score(trial), trial) for trial in front])]
 
 

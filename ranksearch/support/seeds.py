@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 @contextmanager
 def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
     """Seed torch, numpy and `random` inside the block, and restore their states after it."""
-    before = random.getstate(), np.random.get_state()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
             # Not torch.manual_seed: it also seeds every GPU.
@@ -25,8 +25,8 @@ def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
             np.random.seed(seed % 2**32)
             yield
     finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 def _seed(device: torch.device, seed: int) -> None:
