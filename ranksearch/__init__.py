@@ -1,4 +1,4 @@
-"""ranksearch: which tensor decomposition and which rank, layer by layer, make a trained CNN many times smaller."""
+"""ranksearch: compress a trained CNN by searching a tensor decomposition and its ranks for every layer."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_NAMES_BY_MODULE = {
     "api": ("search",),
     "compress.export": (
         "export_model",
@@ -83,12 +83,12 @@ _HOMES = {
     "task.task": ("Task",),
 }
 
-__all__ = ["__version__", *(name for names in _HOMES.values() for name in names)]
+__all__ = ["__version__", *(name for names in _NAMES_BY_MODULE.values() for name in names)]
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded when first used, so that `ranksearch --help` and reports do not wait for torch.
-    for module, names in _HOMES.items():
+    # Import each name on first use, so that `ranksearch --help` and reports do not wait for torch.
+    for module, names in _NAMES_BY_MODULE.items():
         if name in names:
             return getattr(importlib.import_module(f"ranksearch.{module}"), name)
     raise AttributeError(f"module 'ranksearch' has no attribute {name!r}")

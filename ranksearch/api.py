@@ -1,4 +1,4 @@
-"""The whole search from Python: `ranksearch.search(task, ...)`."""
+"""The search from Python: `ranksearch.search(task, ...)`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def search(
     fresh: bool = False,
     view: View | None = None,
 ) -> StudyRecord:
-    """Search for the front of a trained model, from Python; `ranksearch study` is the same from a file.
+    """Compress a trained model: search plans, fine-tune them, and return the front. `ranksearch study` does this from a file.
 
     Args:
         task: the trained model, its data, its loss and score.
@@ -47,19 +47,19 @@ def search(
         finetune: {finetune}.
         finalists: {finalists}.
         seed: {seed}.
-        first: plans to try first.
-        out: the study's folder; the same call goes on where an earlier one stopped.
+        first: plans to try before all others.
+        out: the study's folder; the same call resumes a study that was stopped.
         engine: {engine}.
         storage: {storage}.
         fresh: {fresh}.
-        view: what is told while it runs; nothing by default.
+        view: receives the progress; silent by default.
 
     Returns:
-        The study's record; `record.front` are the trials to choose from, `load_model(task.model, out / "models" /
-        str(trial.number))` takes one home.
+        The study's record. Choose a trial from `record.front` and load its model by
+        `load_model(task.model, out / "models" / str(trial.number))`.
 
     Raises:
-        RankSearchError: bad input, most of it before anything is written; or a cluster, a storage or workers that are lost.
+        RankSearchError: bad input, mostly before anything is written; or a cluster, a storage or a worker is lost.
     """
     spec = check_spec(
         StudySpec(
@@ -76,7 +76,7 @@ def search(
     spec = replace(spec, space=replace(spec.space, plugins=_plugins(spec.space.methods)))
     options = Options(check_engine(engine, lambda key: f"engine.{key}" if key else "engine"), storage, fresh)
     task = replace(task, model=copied(task.model).cpu())
-    return run_study(spec, Path(out), options, task=task, first=_plans(first), view=view)
+    return run_study(spec, Path(out), options, task=task, first=_checked_plans(first), view=view)
 
 
 _HELP = {name: plain_help(entry) for cls in (StudySpec, Options) for name, entry in fields(cls).items()}
@@ -84,30 +84,30 @@ search.__doc__ = inspect.cleandoc(search.__doc__ or "").format_map(_HELP)
 
 
 def _task_spec(task: Task) -> TaskSpec:
-    """The task by its names alone, which tell it from others."""
+    """The task as a study file would name it; the names are compared when a study is resumed."""
     return TaskSpec(
         model=FROM_PYTHON,
         data=FROM_PYTHON,
         data_args={"about": task.data.about},
-        score=f"python:{_word(task.score)}",
-        loss=f"python:{_word(task.loss)}",
+        score=f"python:{_reference_name(task.score)}",
+        loss=f"python:{_reference_name(task.loss)}",
     )
 
 
 def _plugins(methods: Sequence[str]) -> tuple[str, ...]:
-    """The modules that registered methods of a user's own are defined in, for other processes; a script cannot be imported."""
+    """The modules that define the user's own methods, for workers to import; a script (`__main__`) cannot be imported."""
     kinds = [KINDS[name] for name in methods if name in KINDS]
     modules = {type(METHODS[kind]).__module__ for kind in kinds if kind in METHODS}
     return tuple(sorted(name for name in modules if name in sys.modules and not name.startswith(("__main__", "ranksearch."))))
 
 
-def _plans(given: Sequence[Plan]) -> tuple[Plan, ...]:
-    for plan in given:
+def _checked_plans(plans: Sequence[Plan]) -> tuple[Plan, ...]:
+    for plan in plans:
         if not isinstance(plan, Plan):
-            raise SpecError(f"first must hold plans, but got {plan!r}; make one by Plan.of or Plan.from_json.")
-    return tuple(given)
+            raise SpecError(f"first must hold plans, but got {plan!r}; make one with Plan.of or Plan.from_json.")
+    return tuple(plans)
 
 
-def _word(function: Callable[..., Any]) -> str:
-    """A function's name as a reference takes it; `<lambda>` is none."""
+def _reference_name(function: Callable[..., Any]) -> str:
+    """A function's name with only letters, digits and underscores, as references require; `<lambda>` has others."""
     return re.sub(r"\W+", "_", getattr(function, "__name__", type(function).__name__))

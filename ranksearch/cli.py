@@ -1,4 +1,7 @@
-"""The command line: parse, call, print, exit code. `--help`, `studies` and `report` never import torch."""
+"""The command line: parse, call the package, print, return the exit code.
+
+`--help`, `studies` and `report` do not import torch.
+"""
 
 from __future__ import annotations
 
@@ -26,38 +29,42 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 INTERRUPTED = 130
-FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 METAVARS = {"address": "HOST:PORT", "storage": "URL"}
 ENGINE_OPTIONS = tuple(dict.fromkeys(name for engine in ENGINES.values() for name in fields(engine)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. 0: done; 2: bad input, one sentence on stderr; 130: Ctrl-C. A bug is a traceback."""
-    _escape_what_streams_lack()
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(given)
-    # Torch and a long record are a million objects that stay, which Python would search for garbage again and again: that took
-    # half of the time in which 5,000 trials are read.
+    """Run one command and return the exit code.
+
+    0: done. 1: the reader of the output is gone. 2: bad input or a full disk, with one sentence on stderr. 130: Ctrl-C.
+    A bug ends in a traceback.
+    """
+    _escape_unencodable()
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(argv)
+    # Torch and a long record make a million lasting objects. With the default thresholds the garbage collector scans them again
+    # and again, which took half of the time to read 5,000 trials.
     gc.set_threshold(50_000, 20, 50)
-    # A user's `package.module:name` is looked for in the folder the command runs in, as `python -m` does.
+    # Find a user's `package.module:name` in the current folder, as `python -m` does.
     sys.path.insert(0, str(Path.cwd()))
     try:
-        done = int(options.run(options, given) or 0)
-        sys.stdout.flush()  # here, where a full disk or a reader that is gone is answered
-        return done
+        code = int(options.run(options, argv) or 0)
+        sys.stdout.flush()  # inside the try: a full disk or a closed pipe may show up only here
+        return code
     except RankSearchError as error:
         sys.stderr.write(f"ranksearch: {error}\n")
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output went away (`| head`): nothing is left to say, nor a place to say it.
+        # The reader of our output is gone (`| head`), so there is nowhere to write an error.
         _close_output()
         return 1
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in DISK_FULL:
             raise
-        _close_output()  # it may be what has no room: what it still holds would fail again at exit
+        _close_output()  # stdout may be on the full disk, and flushing it at exit would fail again
         where = f" ({error.filename})" if error.filename else ""
         with suppress(OSError):
             sys.stderr.write(f"ranksearch: The disk is full{where}: {error.strerror}; {RESUME_HINT}.\n")
@@ -68,15 +75,15 @@ def _close_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _escape_what_streams_lack() -> None:
-    """A character that an output lacks is written as its code: a name must not end a finished study in a traceback."""
+def _escape_unencodable() -> None:
+    """Write characters that an output cannot encode as escapes: a name must not end a finished study in a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes whole options only: a command that is shown again must say what it does."""
+    """Refuses abbreviated options, because the command is stored and shown again and must be readable."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
@@ -90,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ranksearch {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
-    study = commands.add_parser("study", help="run a study, or go on with it", description="Run a study, or go on with it.")
+    study = commands.add_parser("study", help="run or resume a study", description="Run or resume a study.")
     study.add_argument("source", metavar="NAME|FILE", help="a built-in study, or a TOML file")
     _overrides(study)
     study.add_argument("--out", type=Path, metavar="DIR", help="the study's folder (runs/NAME)")
@@ -119,39 +126,39 @@ def _parser() -> argparse.ArgumentParser:
     layers.set_defaults(run=_layers)
 
     report = commands.add_parser(
-        "report", help="make a study's report again", description="Make a study's report again, from its storage."
+        "report", help="write a study's report again", description="Write a study's report again, from its storage."
     )
     report.add_argument("folder", type=Path, metavar="DIR")
-    report.add_argument("--storage", metavar="URL", help="Optuna storage, if it is not the folder's own")
+    report.add_argument("--storage", metavar="URL", help="Optuna storage, if the study is not stored in its folder")
     report.set_defaults(run=_report)
 
     export = commands.add_parser(
         "export",
-        help="take a model of the front home",
-        description="Write a finalist as plan and weights, ONNX or torch.export; reload it and compare its outputs.",
+        help="export a model of the front",
+        description="Export a finalist as plan and weights, ONNX or torch.export; reload it and compare its outputs.",
     )
     export.add_argument("folder", type=Path, metavar="DIR")
     which = export.add_mutually_exclusive_group(required=True)
-    which.add_argument("--trial", type=int, metavar="N", help="the finalist of that trial number")
-    which.add_argument("--knee", action="store_true", help="the elbow of the front")
-    which.add_argument("--min-score", type=float, metavar="S", help="the smallest with at least this validation score")
-    which.add_argument("--min-ratio", type=float, metavar="R", help="the best with at least this compression ratio")
+    which.add_argument("--trial", type=int, metavar="N", help="the finalist with this trial number")
+    which.add_argument("--knee", action="store_true", help="the knee of the front")
+    which.add_argument("--min-score", type=float, metavar="S", help="the smallest finalist with at least this validation score")
+    which.add_argument("--min-ratio", type=float, metavar="R", help="the best finalist with at least this compression ratio")
     export.add_argument("--format", choices=("plan", "onnx", "pt2"), default="plan")
     export.add_argument("--opset", type=int, metavar="N", help="ONNX operator set, for --format onnx (the exporter's default)")
     export.add_argument("--to", type=Path, metavar="PATH", help="where to write (DIR/export/TRIAL, with the format's ending)")
-    export.add_argument("--storage", metavar="URL", help="Optuna storage, if it is not the folder's own")
+    export.add_argument("--storage", metavar="URL", help="Optuna storage, if the study is not stored in its folder")
     export.set_defaults(run=_export)
     return parser
 
 
 def _add_option(parser: argparse.ArgumentParser, name: str, *owners: type[Any], note: str = "") -> None:
-    """An option for a setting, None where it is not given; `note` is told instead of the default."""
+    """Add the option for a setting; its value is None if it is not given. Its help shows `note` instead of the default."""
     entry, kind = fields(owners[0])[name], kind_of(owners[0], name)
     metavar = METAVARS.get(name) or {int: "N", float: "X"}.get(kind) or name.upper()
     words = [("on Ray: " if owner is Ray else "") + plain_help(fields(owner)[name]) for owner in owners]
     note = note or ("" if entry.default is None else str(entry.default))
-    told = "; ".join(words) + (f" ({note})" if note else "")
-    parser.add_argument(option_of(name), type=kind, metavar=metavar, help=told.replace("%", "%%"))
+    text = "; ".join(words) + (f" ({note})" if note else "")
+    parser.add_argument(option_of(name), type=kind, metavar=metavar, help=text.replace("%", "%%"))
 
 
 def _overrides(parser: argparse.ArgumentParser) -> None:
@@ -163,17 +170,17 @@ def _overrides(parser: argparse.ArgumentParser) -> None:
 
 def _all_overrides(options: argparse.Namespace) -> list[str]:
     flags = {"seed": "seed", "trials": "search.trials", "minutes": "search.minutes"}
-    given = ((key, getattr(options, flag, None)) for flag, key in flags.items())
-    return [*options.overrides, *(f"{key}={value}" for key, value in given if value is not None)]
+    values = ((key, getattr(options, flag, None)) for flag, key in flags.items())
+    return [*options.overrides, *(f"{key}={value}" for key, value in values if value is not None)]
 
 
-def _study(options: argparse.Namespace, given: list[str]) -> int:
+def _study(options: argparse.Namespace, argv: list[str]) -> int:
     from ranksearch.spec import load_spec
 
     spec = load_spec(options.source, overrides=_all_overrides(options))
     out = options.out or Path("runs") / spec.name
-    # Read by OpenMP when torch loads. Threads that sleep at a barrier instead of spinning cost nothing on a quiet machine,
-    # and keep the training of the dense net from slowing down threefold when one other process runs.
+    # OpenMP reads this when torch loads. With it threads sleep at a barrier instead of spinning. That costs nothing on a quiet
+    # machine; without it, one other process makes the training of the dense net three times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import optuna
 
@@ -183,27 +190,28 @@ def _study(options: argparse.Namespace, given: list[str]) -> int:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     screen = _screen()
     view = views.Terminal(screen) if screen.is_terminal else views.Plain(screen)
-    command = _shown(given, options.storage)
-    given_to_engine = {name: value for name in ENGINE_OPTIONS if (value := getattr(options, name)) is not None}
-    run = Options(engine_of(options.engine, given_to_engine), options.storage, options.fresh, command)
+    command = _command_text(argv, options.storage)
+    engine_options = {name: value for name in ENGINE_OPTIONS if (value := getattr(options, name)) is not None}
+    run = Options(engine_of(options.engine, engine_options), options.storage, options.fresh, command)
     try:
-        found = run_study(spec, out, run, view=view)
+        record = run_study(spec, out, run, view=view)
     except KeyboardInterrupt as stop:
-        # Before what --fresh deletes is gone it is a plain one, and the same command does so.
+        # `Stopped`: the study has begun and --fresh has deleted the old one, so the command to resume omits --fresh. A plain
+        # KeyboardInterrupt comes before that, so the same command serves.
         if isinstance(stop, Stopped):
-            given = [word for word in given if word != "--fresh"]
+            argv = [word for word in argv if word != "--fresh"]
             if stop.record:
                 screen.print(views.front_table(stop.record.shown, stop.record.facts, title="the front so far"))
-        screen.out(f"\nStopped. Go on with:  {_shown(given, options.storage)}", highlight=False)
+        screen.out(f"\nStopped. Resume with:  {_command_text(argv, options.storage)}", highlight=False)
         return INTERRUPTED
-    screen.print(views.front_table(found.shown, found.facts, title="the front"))
-    for note in found.notes:
+    screen.print(views.front_table(record.shown, record.facts, title="the front"))
+    for note in record.notes:
         screen.out(note, highlight=False)
-    screen.out(views.final_words(out, found, _storage_option(options.storage)), highlight=False)
+    screen.out(views.next_steps(out, record, _storage_option(options.storage)), highlight=False)
     return 0
 
 
-def _studies(options: argparse.Namespace, given: list[str]) -> int:
+def _studies(options: argparse.Namespace, argv: list[str]) -> int:
     from rich.table import Table
 
     from ranksearch.spec import builtin_studies, load_spec
@@ -217,63 +225,63 @@ def _studies(options: argparse.Namespace, given: list[str]) -> int:
     return 0
 
 
-def _layers(options: argparse.Namespace, given: list[str]) -> int:
+def _layers(options: argparse.Namespace, argv: list[str]) -> int:
     from ranksearch import console as views
     from ranksearch.spec import load_spec
     from ranksearch.study.facts import look
 
     spec = load_spec(options.source, overrides=_all_overrides(options))
-    found = look(spec, options.out or Path("runs") / spec.name)
+    layers = look(spec, options.out or Path("runs") / spec.name)
     screen = _screen()
-    screen.print(views.layers_table(found))
-    screen.out(views.layers_words(found), highlight=False)
+    screen.print(views.layers_table(layers))
+    screen.out(views.layers_summary(layers), highlight=False)
     return 0
 
 
 def _storage_option(storage: str | None) -> str:
-    """The option that names a storage, without its password; empty where it is the folder's own."""
+    """The option --storage, without the password; empty for the storage in the folder."""
     from ranksearch.study.database import masked
 
     return f" --storage {shlex.quote(masked(storage))}" if storage else ""
 
 
-def _shown(given: Sequence[str], storage: str | None) -> str:
-    """A command as it may be shown and kept: without the storage's password."""
+def _command_text(argv: Sequence[str], storage: str | None) -> str:
+    """The command line for display and for the record, without the storage's password."""
     from ranksearch.study.database import masked
 
-    words = (word.replace(storage, masked(storage)) if storage else word for word in given)
+    words = (word.replace(storage, masked(storage)) if storage else word for word in argv)
     return " ".join(["ranksearch", *map(_quoted, words)])
 
 
 def _quoted(word: str) -> str:
-    """A word for the shell, readable where it holds TOML's quotes: "dense.weights='mine.pt'"."""
+    """Quote a word for the shell; argv with TOML quotes stay readable: "dense.weights='mine.pt'"."""
     return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!\n') else shlex.quote(word)
 
 
 def _screen() -> Console:
-    """The standard output; wide off a terminal, where nothing else tells how long a line may be."""
+    """The standard output as a rich console; 180 columns wide if it is not a terminal."""
     from rich.console import Console
 
     screen = Console()
     return screen if screen.is_terminal else Console(width=180)
 
 
-def _report(options: argparse.Namespace, given: list[str]) -> int:
+def _report(options: argparse.Namespace, argv: list[str]) -> int:
     from ranksearch.report import write_report
     from ranksearch.results.attributes import read_study
 
-    sys.stdout.write(f"{write_report(read_study(_stored(options)), options.folder)}\n")
+    sys.stdout.write(f"{write_report(read_study(_open_study(options)), options.folder)}\n")
     return 0
 
 
-def _export(options: argparse.Namespace, given: list[str]) -> int:
+def _export(options: argparse.Namespace, argv: list[str]) -> int:
     if options.opset is not None and options.format != "onnx":
         raise StudyError(f"--opset is for --format onnx, but the format is {options.format}; leave one of them out.")
     from ranksearch.results.attributes import read_study
     from ranksearch.results.record import choose
     from ranksearch.study import folder
 
-    record = read_study(_stored(options))
+    record = read_study(_open_study(options))
     trial = choose(
         record.trials, record.facts.objectives, number=options.trial, min_score=options.min_score, min_ratio=options.min_ratio,
         limits=record.facts.limits,
@@ -285,7 +293,7 @@ def _export(options: argparse.Namespace, given: list[str]) -> int:
     from ranksearch.task.task import FROM_PYTHON, load_task
 
     if spec.task.model == FROM_PYTHON:
-        raise StudyError("This study was made from Python, which alone has the dense model; use ranksearch.load_model there.")
+        raise StudyError("This study was run from Python, so only Python has its dense model; use ranksearch.load_model there.")
     task = load_task(spec)
     model = load_model(task.model, options.folder / "models" / str(trial.number))
     inputs = next(batches(task.data.validation, 64))[0]
@@ -302,7 +310,7 @@ def _export(options: argparse.Namespace, given: list[str]) -> int:
     return 0
 
 
-def _stored(options: argparse.Namespace) -> optuna.Study:
+def _open_study(options: argparse.Namespace) -> optuna.Study:
     """The Optuna study of a folder that `ranksearch study` made."""
     from ranksearch.study import folder
 

@@ -1,4 +1,4 @@
-"""What the screen shows: live progress and the front on a terminal, one plain line per event elsewhere."""
+"""Progress of a study: a live display with the front on a terminal, one plain line per event elsewhere."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from ranksearch.results.messages import CurvePoint, Outcome
 from ranksearch.results.record import DenseFacts, LayerFacts, StudyFacts, StudyRecord, TrialRecord
 
 QUIET_SECONDS = 60.0
-"""Seconds without a line after which a log is told how far a long stage is."""
+"""After this many seconds without output a log gets a line about the progress of the stage."""
 
 
 class View(abc.ABC):
-    """What a study tells while it runs. A context: live views take the screen on entry and give it back on exit."""
+    """Receives the progress of a study. A context manager: a live view takes the screen on entry and releases it on exit."""
 
     def __enter__(self) -> Self:
         return self
@@ -36,7 +36,7 @@ class View(abc.ABC):
 
     @abc.abstractmethod
     def stage(self, title: str, total: int, done: int = 0) -> None:
-        """A stage of so many steps begins, some of which an earlier run has done."""
+        """A stage of `total` steps begins; an earlier run has done `done` of them."""
 
     @abc.abstractmethod
     def step(self, text: str = "") -> None:
@@ -44,23 +44,23 @@ class View(abc.ABC):
 
     @abc.abstractmethod
     def note(self, text: str) -> None:
-        """Something happened that the study lives with: a worker is lost, the database is away."""
+        """Something happened that does not stop the study: a worker is lost, the database does not answer."""
 
     @abc.abstractmethod
     def facts(self, facts: StudyFacts) -> None:
-        """The dense model and its layers are known."""
+        """The dense model and its layers have been measured."""
 
     @abc.abstractmethod
     def curve_point(self, number: int, curve_point: CurvePoint) -> None:
-        """A trial or a finalist got so far."""
+        """A trial or a finalist in training reached a point of its learning curve."""
 
     @abc.abstractmethod
     def trial(self, record: TrialRecord, trials: Sequence[TrialRecord]) -> None:
-        """A trial, trained or not, or a finalist, has its answer; `trials` are all so far."""
+        """A trial, trained or not, or a finalist has ended; `trials` are all finished trials so far."""
 
 
 class Silent(View):
-    """Says nothing; for calls from Python."""
+    """Shows nothing; the default for calls from Python."""
 
     def stage(self, title: str, total: int, done: int = 0) -> None: ...
 
@@ -76,7 +76,7 @@ class Silent(View):
 
 
 class Plain(View):
-    """One line a stage, one a finished trial, and one a minute where there is neither: for logs and pipes."""
+    """For logs and pipes: one line per stage and per finished trial, and one per minute when neither comes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -85,7 +85,7 @@ class Plain(View):
 
     def stage(self, title: str, total: int, done: int = 0) -> None:
         self._title, self._done, self._total = title, done, total
-        begun = f", {done} of them done before" if done else ""
+        begun = f", {done} of them done by an earlier run" if done else ""
         self._print(f"{title}: {total} {'step' if total == 1 else 'steps'}{begun}")
 
     def step(self, text: str = "") -> None:
@@ -103,7 +103,7 @@ class Plain(View):
         self._print_seldom(curve_point_line(number, curve_point, self._facts))
 
     def trial(self, record: TrialRecord, trials: Sequence[TrialRecord]) -> None:
-        # A tight limit turns down many proposals for each that is trained; their number is told at the end.
+        # Under tight limits most proposals are over budget; the notes at the end give their number.
         assert self._facts is not None, "trials come after the facts"
         if record.outcome is not Outcome.OVER_BUDGET:
             self._print(trial_line(record, self._facts))
@@ -118,7 +118,7 @@ class Plain(View):
 
 
 class Terminal(View):
-    """Progress with the time left for every stage, and the front so far beneath it."""
+    """For terminals: the progress and time left of every stage, and the front so far below."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -140,7 +140,7 @@ class Terminal(View):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._front = ""  # the last word on the front is the caller's
+        self._front = ""  # the caller prints the final front
         self._live.stop()
 
     def stage(self, title: str, total: int, done: int = 0) -> None:
@@ -163,7 +163,7 @@ class Terminal(View):
         self._note(f"trial {record.number}: {short_outcome(record, self._facts)}", advance=int(record.trained))
         rows = max(4, self._console.height - 12)
         front = StudyRecord(facts=self._facts, trials=tuple(trials)).shown
-        self._front = front_table(front, self._facts, most=rows, title="front so far")
+        self._front = front_table(front, self._facts, max_rows=rows, title="front so far")
 
     def _note(self, text: str, *, advance: int) -> None:
         assert self._current is not None, "a step belongs to a stage"
@@ -174,7 +174,7 @@ class Terminal(View):
 
 
 class _TimeLeft(TimeRemainingColumn):
-    """Rich forgets its estimate between slow steps; a trial may take minutes, so the stage's mean serves."""
+    """Time left, from the mean time per step of the stage: rich forgets its own estimate when a step takes minutes."""
 
     def render(self, task: Task) -> Text:
         if task.finished:
@@ -188,25 +188,24 @@ class _TimeLeft(TimeRemainingColumn):
 
 def clock(seconds: float) -> str:
     """Seconds as m:ss or h:mm:ss."""
-    whole = round(seconds)
-    hours, rest = divmod(whole, 3600)
+    hours, rest = divmod(round(seconds), 3600)
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
 def score_text(score: float | None, score_name: str) -> str:
-    """A score for people: accuracy as per cent, any other with four decimals."""
+    """A score as people read it: accuracy as per cent, any other with four decimals."""
     if score is None:
         return "-"
     return f"{score * 100:.1f} %" if score_name == "accuracy" else f"{score:.4f}"
 
 
 def short_outcome(record: TrialRecord, facts: StudyFacts) -> str:
-    """`55.3x, 98.1 %` for a trial that is done, `12.0x MACs` where those are minimised; its outcome otherwise."""
+    """Ratios and score of a trial that is done, such as `55.3x, 98.1 %` or `12.0x MACs, 98.1 %`; else its outcome."""
     ratios = zip(facts.objectives.minimize, facts.objectives.ratios(record), strict=True)
     sizes = (f"{ratio:.1f}x{COSTS[cost].suffix}" for cost, ratio in ratios)
-    found = ", ".join([*sizes, score_text(record.score_validation, facts.score_name)])
+    result = ", ".join([*sizes, score_text(record.score_validation, facts.score_name)])
     if record.outcome is Outcome.DONE:
-        return found if record.same_as is None else f"{found}, the plan of trial {record.same_as}"
+        return result if record.same_as is None else f"{result}, same plan as trial {record.same_as}"
     return record.ending
 
 
@@ -214,13 +213,13 @@ def trial_line(record: TrialRecord, facts: StudyFacts) -> str:
     """One line about one finished trial or finalist."""
     kind = "finalist" if record.finalist else "trial"
     seconds = record.finalist.seconds if record.finalist else record.seconds
-    found = short_outcome(record, facts)
+    outcome = short_outcome(record, facts)
     test = f" (test {score_text(record.finalist.score_test, facts.score_name)})" if record.finalist else ""
-    return f"{kind} {record.number} [{record.origin}] {found}{test}, {seconds:.1f} s: {record.plan}"
+    return f"{kind} {record.number} [{record.origin}] {outcome}{test}, {seconds:.1f} s: {record.plan}"
 
 
 def curve_point_line(number: int, curve_point: CurvePoint, facts: StudyFacts | None) -> str:
-    """One line about a trial or finalist that is being trained."""
+    """One line about a trial or finalist in training."""
     assert facts is not None, "trials come after the facts"
     return f"trial {number}: epoch {curve_point.epochs:g}, {score_text(curve_point.score, facts.score_name)}"
 
@@ -234,17 +233,17 @@ def dense_line(dense: DenseFacts, score_name: str) -> str:
     )
 
 
-def front_table(front: Sequence[TrialRecord], facts: StudyFacts, *, most: int | None = None, title: str = "") -> Table:
-    """The front as a table beside the dense model, the largest first; at most so many rows, the smallest models dropped."""
+def front_table(front: Sequence[TrialRecord], facts: StudyFacts, *, max_rows: int | None = None, title: str = "") -> Table:
+    """The dense model and the front as a table, the largest model first; only the first `max_rows` models if it is given."""
     table = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
     dense, costs = facts.dense, costs_of(facts.dense)
     ratios = [COSTS[cost].short_ratio for cost in facts.objectives.minimize]
     for heading in ("trial", *ratios, *(cost.title for cost in costs), "validation", "test"):
         table.add_column(heading, justify="right", no_wrap=True, min_width=min(10, len(heading) + 6))
-    table.add_column("plan", overflow="ellipsis", no_wrap=bool(most))  # one line a row while there is little room
+    table.add_column("plan", overflow="ellipsis", no_wrap=bool(max_rows))  # a live table has little room: one line per model
     scores = (score_text(score, facts.score_name) for score in (dense.score_validation, dense.score_test))
     table.add_row("dense", *["1.0x"] * len(ratios), *_sizes(dense, costs), *scores, "", style="dim")
-    for record in front[: most or len(front)]:
+    for record in front[: max_rows or len(front)]:
         test = record.finalist.score_test if record.finalist else None
         table.add_row(
             str(record.number),
@@ -252,7 +251,7 @@ def front_table(front: Sequence[TrialRecord], facts: StudyFacts, *, most: int | 
             *_sizes(record, costs),
             score_text(record.score_validation, facts.score_name),
             score_text(test, facts.score_name),
-            Text(str(record.plan)),  # names of layers are no markup
+            Text(str(record.plan)),  # a str would be parsed as markup
         )
     return table
 
@@ -261,32 +260,34 @@ def _sizes(costed: Costed, costs: Sequence[Cost]) -> list[str]:
     return [cost.text(costed.costs.get(cost.name)) for cost in costs]
 
 
-def final_words(folder: Path, record: StudyRecord, storage: str) -> str:
-    """Where things are, and what to do next; `storage` is the option that names it, if it is not the folder's own."""
+def next_steps(folder: Path, record: StudyRecord, storage: str) -> str:
+    """The paths of report and models, and the next command; `storage` is its option --storage, or empty."""
     report = f"report  {folder / 'report.html'}"
     if not any(trial.finalist for trial in record.trials):
         return report
     export = f"ranksearch export {shlex.quote(str(folder))} --knee --format onnx{storage}"
-    return f"{report}\nmodels  {folder / 'models'}\ntake one home:  {export}"
+    return f"{report}\nmodels  {folder / 'models'}\nexport  {export}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """A model's layers, as `ranksearch layers` shows them."""
+    """The data that `ranksearch layers` shows."""
 
     layers: tuple[LayerFacts, ...]
     skipped: Mapping[str, str]
     params: int
     macs: int
     costs: Mapping[str, tuple[tuple[str, int], ...]]
-    """By layer: each method at its VBMF ranks, or a quarter of the largest where there are none, such as "CP 16", and the
-    parameters that it would leave."""
+    """By layer, for each method: the text of its factorization, such as "CP 16", and its number of parameters.
+
+    The ranks are those of VBMF, or a quarter of the largest ranks if VBMF finds none.
+    """
     trained: bool
-    """Whether the VBMF ranks are of trained weights."""
+    """Whether the weights are trained, so that the VBMF ranks mean something."""
 
 
 def layers_table(look: Look) -> Table:
-    """The inventory as a table: shape, size, share of each layer, VBMF ranks, and each method's cost at those ranks."""
+    """One row per layer: kernel shape, parameters, MACs, VBMF ranks, and the parameters of each method at those ranks."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("layer")
     table.add_column("kernel (out, in, *size)")
@@ -308,8 +309,8 @@ def layers_table(look: Look) -> Table:
     return table
 
 
-def layers_words(look: Look) -> str:
-    """The totals, what was skipped and why, and whether the weights were trained."""
+def layers_summary(look: Look) -> str:
+    """The totals, the skipped layers with the reasons, and a note if the weights are untrained."""
     lines = [f"{look.params:,} parameters, {look.macs:,} MACs for one input"]
     lines += [f"skipped {name}: {reason}" for name, reason in look.skipped.items()]
     if not look.trained:

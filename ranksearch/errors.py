@@ -1,4 +1,4 @@
-"""The errors a user can cause. Each message states the rule, the value and the fix, in one sentence."""
+"""Errors that a user can cause. Each message states the rule, the value and the fix in one sentence."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class RankSearchError(Exception):
-    """Bad input. The command line prints the message on stderr and exits with code 2; a bug is any other exception."""
+    """Bad input: the command line prints the message on stderr and exits with code 2. Any other exception is a bug."""
 
 
 class SpecError(RankSearchError):
@@ -33,32 +33,32 @@ class StudyError(RankSearchError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says; another program's error may say a page, or nothing."""
+    """The first line of an error's message; errors of other packages may have a long message, or none."""
     return (str(error).strip() or "no message").splitlines()[0].strip()
 
 
 def described(error: Exception) -> str:
-    """An error of code that is not ours: its type, its first line, and the file that it was raised in."""
+    """An error of foreign code in one line: its type, the first line of its message, and where it was raised."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    inside = last.filename.startswith(("<", str(Path(__file__).parent)))  # the import system, or unpickling: no news
+    inside = last.filename.startswith(("<", str(Path(__file__).parent)))  # the import system or our unpickling
     return f"{type(error).__name__}: {first_line(error)}" + ("" if inside else f", in {last.filename} line {last.lineno}")
 
 
 def unloadable(place: str, why: str) -> str:
-    """The sentence for a worker that cannot load what it is to evaluate."""
+    """The message for a worker that cannot load the model or the data."""
     return (
-        f"Every worker must be able to load model and data, but {place} cannot ({why}); mend that, or install what it lacks "
-        "there, or run the trials in the command's own process with --engine local --workers 0."
+        f"Every worker must be able to load the model and the data, but {place} cannot ({why}); fix this, or install the "
+        "missing package there, or run without workers by --engine local --workers 0."
     )
 
 
 def last_line(error: BaseException) -> str:
-    """The last line of what an error says; torch lists there what does not fit, below a headline."""
+    """The last line of an error's message; torch puts the mismatch there, below a headline."""
     return (str(error).strip() or "no message").splitlines()[-1].strip()
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the valid name closest to `name`, otherwise the list of valid names."""
+    """` Did you mean 'x'?` with the closest valid name, or the list of valid names if none is close."""
     names = sorted(valid)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if close:

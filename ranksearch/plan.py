@@ -1,7 +1,7 @@
-"""What a compressed model is, on paper: one frozen factorization value per layer, and the plan that maps layers to them.
+"""Plans: a plan maps each layer of a model to a factorization, a frozen value with a method and its ranks.
 
-No torch here, so that reports and tools can read a plan in milliseconds. What a factorization costs and how it is
-built stands in `ranksearch.methods`, one file for each value below.
+This file does not import torch, so that reports and tools can read a plan in milliseconds. The cost and the construction
+of each factorization are in `ranksearch.methods`, one file per class below.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ FORMAT = "ranksearch-plan/1"
 
 @dataclass(frozen=True)
 class Factorization:
-    """How one layer is stored. The fields of each kind are its ranks; the type selects the code.
+    """How one layer is stored. The subclass selects the method; its positional fields are the ranks.
 
-    A fully connected layer behind a flatten can be treated as a convolution over the whole map it was flattened from;
-    `kernel` then holds the size of that map, such as (6, 6). It is None for every other layer. Where the channels were not
-    the first axis of the map, `order` lists its axes as the row holds them, from the slowest to the fastest, 0 for the channels
-    and 1 and up for the positions: (1, 2, 0) where the channels were last.
+    A fully connected layer after a flatten can be treated as a convolution over the whole feature map. `kernel` is then the
+    size of that map, such as (6, 6), and None otherwise. If the channels were not the first axis of the map, `order` lists
+    the axes in the flattened row from slowest to fastest, 0 for the channels, 1 and up for the positions: (1, 2, 0) if the
+    channels were last.
     """
 
     method: ClassVar[str]
@@ -37,7 +37,7 @@ class Factorization:
         for name in self.rank_names():
             if not _is_positive(rank := getattr(self, name)):
                 raise PlanError(f"A rank must be a whole number of at least 1, but {self.method} got {name}={rank!r}.")
-            object.__setattr__(self, name, int(rank))  # numpy's too
+            object.__setattr__(self, name, int(rank))  # also a numpy integer
         if self.kernel is not None:
             if not (isinstance(self.kernel, Sequence) and self.kernel and all(map(_is_positive, self.kernel))):
                 raise PlanError(f"A kernel must be whole numbers of at least 1, but {self.method} got kernel={self.kernel!r}.")
@@ -68,7 +68,7 @@ class Factorization:
 
 @dataclass(frozen=True)
 class Dense(Factorization):
-    """The layer as it is."""
+    """The layer, unchanged."""
 
     method = "dense"
     title = "dense"
@@ -133,18 +133,18 @@ class TT(Factorization):
 
 
 KINDS: dict[str, type[Factorization]] = {kind.method: kind for kind in (Dense, SVD, Spatial, Tucker2, CP, CP4, TT)}
-"""By the method's name; `ranksearch.register_method` adds to them."""
+"""Factorization classes by method name; `ranksearch.register_method` adds to them."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Map from layer name to factorization; a layer not named stays dense. Compares and hashes by content."""
+    """Map from layer name to factorization; layers that it does not name stay dense. Compares and hashes by content."""
 
     layers: tuple[tuple[str, Factorization], ...] = ()
 
     @classmethod
     def of(cls, layers: Mapping[str, Factorization]) -> Plan:
-        """The plan for these layers, without the dense ones, in a canonical order, so that equal plans compare equal."""
+        """The plan for these layers; drops dense layers and sorts by name, so that equal plans compare equal."""
         return cls(tuple(sorted((name, value) for name, value in layers.items() if not isinstance(value, Dense))))
 
     def __iter__(self) -> Iterator[tuple[str, Factorization]]:
@@ -168,15 +168,15 @@ class Plan:
         return {"format": FORMAT, "layers": layers}
 
     def to_json(self) -> str:
-        """The plan as JSON text, one layer a line's worth of indentation."""
+        """The plan as indented JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_dict(cls, data: Any) -> Plan:
-        """The plan that `to_dict` wrote.
+        """The plan from the output of `to_dict`.
 
         Raises:
-            PlanError: another format, an unknown method, a missing or unknown rank, or a rank that is not positive.
+            PlanError: the format is not `FORMAT`, a method or rank is unknown, or a rank is missing or not positive.
         """
         if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("layers"), dict):
             got = data.get("format") if isinstance(data, dict) else type(data).__name__
@@ -185,7 +185,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan in JSON text; raises `PlanError` as `from_dict` does, and for text that is not JSON."""
+        """The plan from JSON text; raises `PlanError` as `from_dict` does, or if the text is not JSON."""
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
@@ -200,10 +200,10 @@ def _is_positive(value: object) -> bool:
 def _factorization(layer: str, entry: Any) -> Factorization:
     method = entry.get("method") if isinstance(entry, dict) else entry
     if not isinstance(method, str) or method not in KINDS:
-        raise PlanError(f"Layer {layer!r} names the method {method!r}, which is none.{nearest(str(method), KINDS)}")
+        raise PlanError(f"Layer {layer!r} must name a known method, but got {method!r}.{nearest(str(method), KINDS)}")
     kind = KINDS[method]
-    given, wanted = set(entry) - {"method", "kernel", "order"}, kind.rank_names()
-    if given != set(wanted):
-        need = ", ".join(wanted) or "no rank"
-        raise PlanError(f"Layer {layer!r}: method {method!r} takes {need}, but got {', '.join(sorted(given)) or 'none'}.")
-    return kind(*(entry[name] for name in wanted), kernel=entry.get("kernel"), order=entry.get("order"))
+    got, expected = set(entry) - {"method", "kernel", "order"}, kind.rank_names()
+    if got != set(expected):
+        ranks = ", ".join(expected) or "no rank"
+        raise PlanError(f"Layer {layer!r}: method {method!r} takes {ranks}, but got {', '.join(sorted(got)) or 'none'}.")
+    return kind(*(entry[name] for name in expected), kernel=entry.get("kernel"), order=entry.get("order"))

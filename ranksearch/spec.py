@@ -1,4 +1,4 @@
-"""A study on paper: strict TOML or values from Python -> one frozen value, every key checked before anything runs."""
+"""Study specifications: from strict TOML or Python values to one frozen `StudySpec`, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def _are_modules(names: Iterable[str]) -> bool:
 @documented
 @dataclass(frozen=True, kw_only=True)
 class TaskSpec:
-    """What is compressed and how it is judged; every reference is `package.module:name`."""
+    """The model to compress, its data, its loss and its score. References are `package.module:name`."""
 
-    model: str = _reference("what returns the dense `nn.Module`; `torchvision.models:resnet18` is an example")
+    model: str = _reference("a function that returns the dense `nn.Module`, such as `torchvision.models:resnet18`")
     model_args: Mapping[str, Any] = setting("the arguments of `task.model`", default_factory=dict)
-    data: str = _reference("what returns `ranksearch.Splits`")
+    data: str = _reference("a function that returns `ranksearch.Splits`")
     data_args: Mapping[str, Any] = setting("the arguments of `task.data`", default_factory=dict)
     loss: str = _reference(
         "a function of (outputs, targets) that returns a scalar tensor", default="torch.nn.functional:cross_entropy"
@@ -85,8 +85,7 @@ class Recipe:
     weight_decay: float = at_least(0, "the weight decay of AdamW", default=1e-4)
     precision: str = one_of(  # Micikevicius et al. 2018; bfloat16 needs no loss scaling
         PRECISIONS,
-        "`float32`, or `bfloat16`: mixed precision while it trains; weights and scores stay float32; slow on GPUs "
-        "before Ampere",
+        "`float32`, or `bfloat16` for mixed precision in training; weights and scores stay float32; slow on GPUs before Ampere",
         default="float32",
     )
 
@@ -94,10 +93,10 @@ class Recipe:
 @documented
 @dataclass(frozen=True, kw_only=True)
 class DenseSpec(Recipe):
-    """How the dense model comes by its weights: a file of them, training, or both; neither if the model has them."""
+    """Where the weights of the dense model come from: a file, training, or both; neither if the model has trained weights."""
 
     weights: str = setting(
-        "a file with the state dict that training starts from, `.safetensors` or `.pt`, relative to where the command runs",
+        "a file with the state dict to start from, `.safetensors` or `.pt`, relative to the current folder",
         default="",
     )
 
@@ -105,18 +104,19 @@ class DenseSpec(Recipe):
 @documented
 @dataclass(frozen=True, kw_only=True)
 class Finalists(Recipe):
-    """The trials of the front that are fine-tuned for longer, from their start, and then tested."""
+    """Which trials of the front become finalists, and how these are fine-tuned again, for longer, and tested."""
 
-    count: int = at_least(1, "how many trials of the front become finalists", default=10, repr=False)  # makes no other training
+    # Not in the repr, by which checkpoints know their recipe: the count does not change the training.
+    count: int = at_least(1, "how many trials of the front become finalists", default=10, repr=False)
     sweeps: int = at_least(
         0,
-        "further sweeps over the factors before they are fine-tuned: HOOI for Tucker-2, alternating least squares for CP",
+        "further sweeps over the factors before fine-tuning: HOOI for Tucker-2, alternating least squares for CP",
         default=0,
     )
     schedule: str = one_of(
         SCHEDULES,
-        "`one-shot`, or `layerwise` as in the thesis: layers are decomposed one after the other, the last first, and `epochs` "
-        "follow each",
+        "`one-shot`, or `layerwise` as in the thesis: decompose one layer at a time, the last first, and train for `epochs` "
+        "after each",
         default="one-shot",
     )
 
@@ -124,41 +124,41 @@ class Finalists(Recipe):
 @documented
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """What the search may choose from, for which layers."""
+    """The methods and ranks that the search may use, and the layers it may decompose."""
 
     methods: tuple[str, ...] = setting(
-        f"the methods that a layer may be decomposed by: {', '.join(f'`{name}`' for name in KINDS if name != Dense.method)}, "
+        f"methods to decompose layers with: {', '.join(f'`{name}`' for name in KINDS if name != Dense.method)}, "
         "or methods of your own",
         "at least one method",
         bool,
         default=("tucker2", "cp", "svd"),
     )
     plugins: tuple[str, ...] = setting(
-        "modules to import first, which register methods of your own",
-        "names of modules, as 'my_pkg.methods' is",
+        "modules that register methods of your own; they are imported first",
+        "names of modules such as 'my_pkg.methods'",
         _are_modules,
         default=(),
     )
     layers: tuple[str, ...] = setting(
-        "decompose these layers only, by names or patterns such as `stage2.*`; all that can be decomposed if it is empty",
+        "decompose only these layers, by names or patterns such as `stage2.*`; empty for all that can be decomposed",
         default=(),
     )
     skip: tuple[str, ...] = setting("leave these layers dense, by names or patterns", default=())
     rank_multiple: int | None = at_least(
         1,
-        "ranks are multiples of this, as some hardware wants; a rank that cannot be so large is held at its largest. "
-        f"{TIMED_RANK_MULTIPLE} where the latency is to be small, else 1",
+        "ranks are multiples of this number, as some hardware prefers; a rank whose maximum is smaller stays at its maximum. "
+        f"The default is 1, and {TIMED_RANK_MULTIPLE} in a study that minimises or limits the latency",
         default=None,
     )
     smaller_in: tuple[str, ...] = _costs(
-        "a layer is stored only in ways that are smaller than dense in each of these costs: `params`, `macs`, `latency`"
+        "use only factorizations that are smaller than the dense layer in each of these costs: `params`, `macs`, `latency`"
     )
     data_aware: bool = setting(
-        "fit the factors to the inputs that each layer sees in training, not to the weights alone", default=True
+        "minimise the error of each layer's outputs on training inputs, not the error of its weights", default=True
     )
     start: str = one_of(
         STARTS,
-        "what a plan's net is trained from: the dense net's `decomposed` weights, or weights drawn anew, `scratch`",
+        "train each plan from the `decomposed` weights of the dense net, or from random weights (`scratch`)",
         default="decomposed",
     )
 
@@ -166,32 +166,30 @@ class Space:
 @documented
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """How long to search, for what, and who proposes."""
+    """The sampler, the length of the search, its costs and its limits."""
 
     sampler: str = one_of(
-        SAMPLERS, "who proposes plans: our own, `rank`, or Optuna's `tpe`, `nsga2`, `gp`, `random`", default="rank"
+        SAMPLERS, "the sampler that proposes plans: our own, `rank`, or Optuna's `tpe`, `nsga2`, `gp`, `random`", default="rank"
     )
-    trials: int = at_least(1, "how many plans are trained in all; plans over a limit or known already do not count", default=60)
+    trials: int = at_least(1, "how many plans to train in all; plans over a limit and repeated plans do not count", default=60)
     first: tuple[str, ...] = setting(
-        "files of plans to try first, such as `models/5/plan.json`, relative to where the command runs", default=()
+        "files of plans to try first, such as `models/5/plan.json`, relative to the current folder", default=()
     )
-    minimize: tuple[str, ...] = _costs(
-        "the costs that the front sets against the score: `params`, `macs`, `latency`, or several"
-    )
+    minimize: tuple[str, ...] = _costs("the costs to minimise while the score is maximised: `params`, `macs`, `latency`")
     minutes: float | None = positive(
-        "start no trial after so many minutes of search, summed over all runs; other stages are not counted", default=None
+        "stop starting trials after this many minutes of search, summed over all runs; other stages do not count", default=None
     )
     min_score: float | None = setting(
         "models with a lower validation score are not on the front", "a finite number", math.isfinite, default=None
     )
-    min_ratio: float | None = positive("models of a lower compression ratio are not trained", default=None)
-    max_params: int | None = at_least(1, "models of more parameters are not trained", default=None)
-    max_macs: int | None = at_least(1, "models of more multiply-accumulates for one input are not trained", default=None)
-    max_latency_ms: float | None = positive("models that are predicted to take longer are not trained", default=None)
+    min_ratio: float | None = positive("models with a lower compression ratio are not trained", default=None)
+    max_params: int | None = at_least(1, "models with more parameters are not trained", default=None)
+    max_macs: int | None = at_least(1, "models with more multiply-accumulates for one input are not trained", default=None)
+    max_latency_ms: float | None = positive("models with a higher predicted latency are not trained", default=None)
 
     @property
     def limits(self) -> Limits:
-        """What every model of the front must keep."""
+        """The limits that every model of the front must keep."""
         return Limits.of(dataclasses.asdict(self))
 
 
@@ -214,61 +212,65 @@ class Latency:
 @documented
 @dataclass(frozen=True, kw_only=True)
 class StudySpec:
-    """A whole study. Equal values give equal studies."""
+    """A whole study. Equal specs give equal studies."""
 
     name: str = matching(
         r"[A-Za-z0-9][\w.-]*", "letters, digits, '.', '_' or '-'", "the name of the study, and of its folder `runs/NAME`"
     )
     about: str = setting("a line for `ranksearch studies` and the report", default="")
     seed: int = setting("the seed of everything random", "between 0 and 2147483647", lambda seed: 0 <= seed < 2**31, default=0)
-    task: TaskSpec = setting("what is compressed, and how it is judged; functions are named as `package.module:name`")
+    task: TaskSpec = setting("the model, its data, its loss and its score; functions are named as `package.module:name`")
     dense: DenseSpec = setting("where the dense net's weights come from: a file, training, or both")
-    space: Space = setting("what the search may choose from, for which layers", default_factory=Space)
-    search: Search = setting("how long to search, for what, and who proposes", default_factory=Search)
+    space: Space = setting(
+        "the methods and ranks that the search may use, and the layers it may decompose", default_factory=Space
+    )
+    search: Search = setting("the sampler, the length of the search, its costs and its limits", default_factory=Search)
     latency: Latency = setting("where and how models are timed", default_factory=Latency)
     finetune: Recipe = setting("how each trial is fine-tuned")
-    finalists: Finalists = setting("the trials of the front that are fine-tuned for longer, from their start, and then tested")
+    finalists: Finalists = setting(
+        "which trials of the front become finalists, and how these are fine-tuned again, for longer, and tested"
+    )
 
     @property
     def timed(self) -> bool:
-        """Whether the latency of plans is to be known before they are trained."""
+        """Whether the search needs the latency of every plan."""
         return "latency" in (*self.search.minimize, *self.space.smaller_in) or self.search.max_latency_ms is not None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain TOML values; what is not set is left out."""
+        """The spec as plain TOML values; leaves out settings that are None."""
         return to_table(self)
 
     def to_toml(self) -> str:
-        """The spec as resolved: every key, defaults and overrides included."""
+        """The resolved spec as TOML: every key, with defaults and overrides."""
         return tomli_w.dumps(self.to_dict())
 
     def identity(self) -> dict[str, Any]:
-        """What makes results comparable: all but the budget, the limits and the wording. Flat, `section.key` -> value.
+        """The settings that must not change when a study is resumed, flat: `section.key` -> value.
 
-        A limit says what is looked for and leaves every score as it is, so a study may go on under others. The plans to try
-        first count by what is in their files, which the study's storage holds. The modules that define methods may move.
+        The budget, the limits and the description may change: they do not change any score. The paths in `search.first` may
+        change, because the storage holds the plans themselves. The modules in `space.plugins` may be renamed.
         """
         flat: dict[str, Any] = {}
         for key, value in self.to_dict().items():
             flat |= {f"{key}.{inner}": entry for inner, entry in value.items()} if isinstance(value, dict) else {key: value}
-        free = {"about", "space.plugins", "search.trials", "search.minutes", "search.first", "finalists.count"}
-        free |= {f"search.{key}" for key in Limits.names()}
-        free |= set() if self.timed else {key for key in flat if key.startswith("latency.")}
-        return {key: value for key, value in flat.items() if key not in free}
+        may_change = {"about", "space.plugins", "search.trials", "search.minutes", "search.first", "finalists.count"}
+        may_change |= {f"search.{key}" for key in Limits.names()}
+        may_change |= set() if self.timed else {key for key in flat if key.startswith("latency.")}
+        return {key: value for key, value in flat.items() if key not in may_change}
 
 
 def keys_tables() -> str:
-    """The Markdown tables of all keys of a study, for docs/studies.md."""
+    """Markdown tables of all keys of a study file, for docs/studies.md."""
     shared = "`dense`, `finetune` and `finalists` each say how to train, with these keys:"
     own = table_of(entries(StudySpec, omit=fields(Recipe)), head="key")
     return "\n\n".join([own, shared, table_of(entries(Recipe), head="key")])
 
 
 def parse_spec(text: str, *, source: str, overrides: Sequence[str] = ()) -> StudySpec:
-    """The study that TOML `text` describes, with `section.key=value` overrides on top.
+    """Parse a study from TOML `text` and apply `section.key=value` overrides. `source` names the text in errors.
 
     Raises:
-        SpecError: not TOML, an unknown or missing key, a value of another type or out of range.
+        SpecError: the text is not TOML, a key is unknown or missing, or a value has the wrong type or is out of range.
     """
     try:
         data = tomllib.loads(text)
@@ -280,18 +282,18 @@ def parse_spec(text: str, *, source: str, overrides: Sequence[str] = ()) -> Stud
 
 
 def check_spec(spec: StudySpec) -> StudySpec:
-    """A study that was made in Python, checked as strictly as a file; raises `SpecError` as `parse_spec` does."""
+    """Check a study that was made in Python as strictly as a file; raises `SpecError` as `parse_spec` does."""
     return _consistent(from_python(StudySpec, spec, str))
 
 
 def _consistent(spec: StudySpec) -> StudySpec:
-    """The spec, once its keys go together and the names in its lists are known."""
+    """Check settings against each other, and the names in lists; returns the spec with `search.minimize` in canonical order."""
     for module in spec.space.plugins:
         _imported(module, module, key="space.plugins")
     methods = [name for name in KINDS if name != Dense.method]
     for method in spec.space.methods:
         if method not in methods:
-            raise SpecError(f"space.methods must name methods, but {method!r} is none.{nearest(method, methods)}")
+            raise SpecError(f"space.methods must name known methods, but got {method!r}.{nearest(method, methods)}")
     if spec.space.start == "scratch" and (spec.finalists.schedule != "one-shot" or spec.finalists.sweeps):
         raise SpecError(
             "finalists.schedule must be one-shot and finalists.sweeps 0 where space.start is scratch, which decomposes no "
@@ -302,10 +304,10 @@ def _consistent(spec: StudySpec) -> StudySpec:
     for key, costs in (("space.smaller_in", spec.space.smaller_in), ("search.minimize", spec.search.minimize)):
         for cost in costs:
             if cost not in COSTS:
-                raise SpecError(f"{key} must name costs, but {cost!r} is none.{nearest(cost, COSTS)}")
+                raise SpecError(f"{key} must name known costs, but got {cost!r}.{nearest(cost, COSTS)}")
         if len(set(costs)) < len(costs):
             raise SpecError(f"{key} must name each cost once, but got {list(costs)}.")
-    # In one order, so that in whichever they are named they make the same study.
+    # Canonical order, so that the order in the file does not make another study.
     minimize = tuple(cost for cost in COSTS if cost in spec.search.minimize)
     spec = dataclasses.replace(spec, search=dataclasses.replace(spec.search, minimize=minimize))
     multiple = spec.space.rank_multiple or (TIMED_RANK_MULTIPLE if spec.timed else 1)
@@ -313,10 +315,10 @@ def _consistent(spec: StudySpec) -> StudySpec:
 
 
 def load_spec(source: str, *, overrides: Sequence[str] = ()) -> StudySpec:
-    """The built-in study of that name, or the study in that file.
+    """Load a built-in study by name, or a study file by path.
 
     Raises:
-        SpecError: neither a built-in study nor a readable file; and as `parse_spec` does.
+        SpecError: `source` is neither a built-in study nor a readable file; or as `parse_spec` does.
     """
     path = Path(source)
     if source in builtin_studies():
@@ -334,28 +336,28 @@ def load_spec(source: str, *, overrides: Sequence[str] = ()) -> StudySpec:
 
 
 def builtin_studies() -> dict[str, Path]:
-    """The studies that come with the package, by name."""
+    """Paths of the studies that come with the package, by name."""
     inside = Path(__file__).parent / "studies"
-    # In a checkout the studies stand beside the package; the wheel carries them inside it.
+    # In a checkout the folder of studies is beside the package; in the wheel it is inside the package.
     folder = inside if inside.is_dir() else Path(__file__).parents[1] / "studies"
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def resolve(reference: str, *, key: str) -> Callable[..., Any]:
-    """What `package.module:name` names.
+    """Import the callable that a `package.module:name` reference names. `key` names the setting in errors.
 
     Raises:
-        SpecError: the module cannot be imported, has no such name, or the name is not callable.
+        SpecError: the module cannot be imported or has no such name, or the object is not callable.
     """
     module_name, _, name = reference.partition(":")
-    found: Any = _imported(module_name, reference, key=key)
+    target: Any = _imported(module_name, reference, key=key)
     for part in name.split("."):
-        if not hasattr(found, part):
-            raise SpecError(f"{key}: module {module_name!r} has no {name!r}.{nearest(name, _public(found))}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise SpecError(f"{key} must name something callable, but {reference!r} is a {type(found).__name__}.")
-    return typing.cast(Callable[..., Any], found)
+        if not hasattr(target, part):
+            raise SpecError(f"{key}: module {module_name!r} has no {name!r}.{nearest(name, _public(target))}")
+        target = getattr(target, part)
+    if not callable(target):
+        raise SpecError(f"{key} must name a callable, but {reference!r} is of type {type(target).__name__}.")
+    return typing.cast(Callable[..., Any], target)
 
 
 def _imported(module: str, reference: str, *, key: str) -> types.ModuleType:
@@ -367,10 +369,10 @@ def _imported(module: str, reference: str, *, key: str) -> types.ModuleType:
             "run from the folder that holds it."
         ) from None
     except RankSearchError as error:
-        raise SpecError(f"{key} must be importable, but {reference!r} is refused: {error}") from None
+        raise SpecError(f"{key} must be importable, but {reference!r} cannot be used: {error}") from None
     except Exception as error:
         raise SpecError(
-            f"{key} must be importable, but {reference!r} raised {type(error).__name__}: {first_line(error)}; mend the module."
+            f"{key} must be importable, but {reference!r} raised {type(error).__name__}: {first_line(error)}; fix the module."
         ) from error
 
 
@@ -385,10 +387,10 @@ def _override(data: dict[str, Any], override: str) -> None:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is a string, as a shell user means it
+        value = text.strip()  # a word without quotes is a string: the shell removes the quotes
     *sections, last = key.strip().split(".")
     for section in sections:
         data = data.setdefault(section, {})
         if not isinstance(data, dict):
-            raise SpecError(f"An override must read section.key=value, but {section!r} of {override!r} is no section.")
+            raise SpecError(f"An override must read section.key=value, but {section!r} in {override!r} is not a section.")
     data[last] = value

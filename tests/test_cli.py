@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import ranksearch
-from ranksearch.cli import _shown, _storage_option, main
+from ranksearch.cli import _command_text, _storage_option, main
 from ranksearch.console import Plain
 from ranksearch.plan import Plan
 from ranksearch.study.database import _storage_error
@@ -46,7 +46,7 @@ def test_a_study_from_start_to_export(study_file, tmp_path, capsys):
     assert f"trial {number}," in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "mine").iterdir()} == {"plan.json", "weights.safetensors"}
     assert main(command) == 0
-    assert "4 of them done before" in capsys.readouterr().out
+    assert "4 of them done by an earlier run" in capsys.readouterr().out
 
 
 def test_layers_lists_shapes_and_costs_and_writes_nothing(study_file, tmp_path, capsys):
@@ -84,7 +84,7 @@ def test_ctrl_c_prints_the_front_so_far_and_how_to_go_on(study_file, capsys, mon
     assert main(["study", "small.toml", "--workers", "0", "--fresh", "--seed", "1"]) == 130
     out = capsys.readouterr().out
     assert "the front so far" in out
-    assert out.endswith("Stopped. Go on with:  ranksearch study small.toml --workers 0 --seed 1\n")
+    assert out.endswith("Stopped. Resume with:  ranksearch study small.toml --workers 0 --seed 1\n")
 
 
 @pytest.mark.parametrize("choice", [["--knee"], ["--min-score", "0.1"], ["--min-ratio", "1"]])
@@ -111,12 +111,12 @@ def test_export_chooses_from_the_front(finished, capsys, tmp_path, choice, monke
         (["study", "small.toml", "--minutes", "-1"], "small.toml: search.minutes must be a finite number above 0, but got -1.0."),
         (["study", "small.toml", "--seed", "-1"], "small.toml: seed must be between 0 and 2147483647, but got -1."),
         (["study", "small.toml", "--workers", "-1"], "--workers must be at least 0, but got -1."),
-        (["study", "small.toml", "--set", "space.methods=['tuker2']"], "space.methods must name methods, but 'tuker2' is none."),
+        (["study", "small.toml", "--set", "space.methods=['tuker2']"], "space.methods must name known methods, but got 'tuker2'."),
         (["study", "small.toml", "--set", "space.skip=['conv9']"], "space.skip must name layers that can be decomposed, but"),
         (["study", "small.toml", "--set", "space.layers=['norm1']"], "space.layers must name layers that can be decomposed, but"),
         (["study", "small.toml", "--set", "task.model=tests.nets:smal"], "task.model: module 'tests.nets' has no 'smal'. Did you"),
         (["study", "small.toml", "--set", "task.model=nowhere:net"], "task.model must be importable, but 'nowhere:net' is not"),
-        (["study", "small.toml", "--set", "task.model=tests.nets:NUMBER"], "task.model must name something callable, but"),
+        (["study", "small.toml", "--set", "task.model=tests.nets:NUMBER"], "task.model must name a callable, but"),
         (["study", "small.toml", "--set", "task.model=tests.nets:not_a_model"], "task.model must give an nn.Module, but"),
         (["study", "small.toml", "--set", "task.model=tests.nets:not_a_number"], "Weights must be finite, but 'conv1.weight' holds"),
         (["study", "small.toml", "--set", "task.model=tests.nets:nothing_to_decompose"], "The model must have a decomposable layer"),
@@ -235,7 +235,7 @@ def test_an_address_in_a_drivers_words_is_masked():
 )  # fmt: skip
 def test_an_address_that_cannot_be_read_shows_no_password(study_file, capsys, url, told):
     assert refuse(capsys, "study", "small.toml", "--storage", url) == told
-    assert url not in _shown(["study", "--storage", url], url)
+    assert url not in _command_text(["study", "--storage", url], url)
 
 
 def test_a_file_that_is_not_toml(study_file, capsys):
@@ -325,8 +325,8 @@ def test_old_files_of_torch_that_hold_more_than_tensors(study_file, capsys, made
 def test_a_command_is_shown_without_the_storages_password():
     url = "postgresql://me:s3cret@host/db?password=s3cret"
     for given in (["study", "lenet", "--storage", url], ["study", "lenet", f"--storage={url}"]):
-        assert "s3cret" not in _shown(given, url)
-        assert "postgresql://me:***@host/db" in _shown(given, url)
+        assert "s3cret" not in _command_text(given, url)
+        assert "postgresql://me:***@host/db" in _command_text(given, url)
     assert _storage_option(url) == " --storage 'postgresql://me:***@host/db'"
     assert _storage_option(None) == ""
 
@@ -342,7 +342,7 @@ def test_a_command_is_shown_without_the_storages_password():
     ],
 )
 def test_a_command_is_shown_as_a_shell_reads_it(word, shown):
-    found = _shown(["study", "lenet", "--set", word], None)
+    found = _command_text(["study", "lenet", "--set", word], None)
     assert shlex.split(found) == ["ranksearch", "study", "lenet", "--set", word]
     assert shown is None or found.endswith(f"--set {shown}")
 
@@ -355,15 +355,15 @@ def test_a_study_made_from_python_is_not_exported_by_the_command_line(trained, t
         engine=ranksearch.Local(0),
     )  # fmt: skip
     told = refuse(capsys, "export", out, "--knee")
-    assert told == "This study was made from Python, which alone has the dense model; use ranksearch.load_model there."
+    assert told == "This study was run from Python, so only Python has its dense model; use ranksearch.load_model there."
 
 
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        (["--trial", "999"], "Only finalists keep their weights, but trial 999 is none; they are"),
-        (["--min-score", "1.1"], "A model with a score of at least 1.1 is asked for, but the best has"),
-        (["--min-ratio", "1e6"], "A ratio of at least 1e+06 is asked for, but the smallest model has"),
+        (["--trial", "999"], "Only finalists can be exported, but trial 999 is not one of them; they are"),
+        (["--min-score", "1.1"], "No finalist has a validation score of at least 1.1; the best has"),
+        (["--min-ratio", "1e6"], "No finalist has a compression ratio of at least 1e+06; the smallest model has"),
     ],
 )
 def test_impossible_exports_are_refused(finished, capsys, choice, message):
@@ -432,7 +432,7 @@ def test_a_report_that_cannot_be_written_is_one_sentence(study_file, capsys):
     page.mkdir()
     for words in (command, ["report", "runs/small"]):
         assert refuse(capsys, *words) == (
-            "The report's runs/small/front.csv cannot be written: Is a directory; mend that, and `ranksearch "
+            "The report's runs/small/front.csv cannot be written: Is a directory; fix this and run `ranksearch "
             "report` makes it from the record."
         )
 

@@ -102,4 +102,4 @@ def test_ctrl_c_before_the_old_study_is_gone_keeps_fresh(study_file, capsys, mon
 
     monkeypatch.setattr("ranksearch.study.study.load_task", impatient)
     assert main(["study", "small.toml", "--fresh"]) == 130
-    assert capsys.readouterr().out.endswith("Stopped. Go on with:  ranksearch study small.toml --fresh\n")
+    assert capsys.readouterr().out.endswith("Stopped. Resume with:  ranksearch study small.toml --fresh\n")

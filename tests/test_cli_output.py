@@ -89,4 +89,4 @@ def test_a_full_output_is_one_sentence(copied, study_file, words):
     with open("/dev/full", "w") as output:  # noqa: PTH123
         done = subprocess.run([sys.executable, "-c", code], stdout=output, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
-    assert done.stderr == ("ranksearch: The disk is full: No space left on device; mend that, and the same command goes on.\n")
+    assert done.stderr == ("ranksearch: The disk is full: No space left on device; fix this and run the same command again.\n")

@@ -95,12 +95,12 @@ def test_plain_lines_for_every_kind_of_trial(finished):
     view.trial(trial(11, None, 1.0, Outcome.OVER_BUDGET), record.trials)
     view.trial(again, record.trials)
     lines = out.getvalue().splitlines()
-    assert lines[0] == "trials: 8 steps, 3 of them done before"
+    assert lines[0] == "trials: 8 steps, 3 of them done by an earlier run"
     assert lines[1].startswith("dense: ")
     assert lines[2].startswith(f"finalist {done.number} [{done.origin}] {done.ratio:.1f}x, ")
     assert lines[3].startswith("trial 9 [tpe] diverged, 0.0 s: ")
     assert len(lines) == 5
-    assert lines[4].startswith("trial 12 [tpe] 2.0x, 50.0 %, the plan of trial 3, 0.0 s: ")
+    assert lines[4].startswith("trial 12 [tpe] 2.0x, 50.0 %, same plan as trial 3, 0.0 s: ")
 
 
 def test_a_log_is_told_once_a_minute_how_far_a_long_stage_is(finished, monkeypatch):
@@ -147,5 +147,5 @@ def test_names_of_layers_are_no_markup(finished, name):
 
 def test_the_last_command_is_one_for_a_shell(finished):
     _, record = finished
-    words = console.final_words(Path("my runs/lenet"), record, "")
+    words = console.next_steps(Path("my runs/lenet"), record, "")
     assert words.endswith("ranksearch export 'my runs/lenet' --knee --format onnx")

@@ -78,7 +78,7 @@ def entry(**layer):
         ('{"format": "other/9", "layers": {}}', "but got 'other/9'"),
         (
             entry(method="tuker2", rank_in=1, rank_out=1),
-            "Layer 'conv' names the method 'tuker2', which is none. Did you mean 'tucker2'",
+            "Layer 'conv' must name a known method, but got 'tuker2'. Did you mean 'tucker2'",
         ),
         (entry(method="cp"), "Layer 'conv': method 'cp' takes rank, but got none"),
         (entry(method="cp", rank=3, extra=1), "Layer 'conv': method 'cp' takes rank, but got extra, rank"),

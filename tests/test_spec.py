@@ -60,7 +60,7 @@ def test_the_budget_is_not_part_of_a_studys_identity():
 
 def test_limits_say_what_is_looked_for_and_make_no_other_study():
     spec = parse(SMALL, "search.min_score=0.9", "search.min_ratio=4", "search.max_params=9000", "search.max_macs=80000")
-    assert spec.search.limits == Limits(min_score=0.9, min_ratio=4.0, most={"params": 9000, "macs": 80000})
+    assert spec.search.limits == Limits(min_score=0.9, min_ratio=4.0, max_costs={"params": 9000, "macs": 80000})
     assert str(spec.search.limits) == "min_score 0.9, min_ratio 4, max_params 9,000, max_macs 80,000"
     assert parse().search.limits == UNLIMITED
     assert not parse().search.limits
@@ -86,16 +86,16 @@ def test_limits_say_what_is_looked_for_and_make_no_other_study():
         ("search.min_ratio=inf", "study.toml: search.min_ratio must be a finite number above 0, but got inf."),
         ("search.max_params=0", "study.toml: search.max_params must be at least 1, but got 0."),
         ("search.max_macs=1e6", "study.toml: search.max_macs must be a whole number, but got 1000000.0."),
-        ("space.methods=['tucker']", "space.methods must name methods, but 'tucker' is none. Did you mean 'tucker2'?"),
+        ("space.methods=['tucker']", "space.methods must name known methods, but got 'tucker'. Did you mean 'tucker2'?"),
         ("space.methods=[]", "study.toml: space.methods must be at least one method, but got []."),
         ("space.rank_multiple=0", "study.toml: space.rank_multiple must be at least 1, but got 0."),
         ("space.rank_multiple=1.5", "study.toml: space.rank_multiple must be a whole number, but got 1.5."),
         ("space.smaller_in=[]", "study.toml: space.smaller_in must be at least one of params, macs, but got []."),
         ("space.smaller_in='macs'", "study.toml: space.smaller_in must be a list of strings, but got 'macs'."),
-        ("space.smaller_in=['flops']", "space.smaller_in must name costs, but 'flops' is none. Valid: macs, params."),
+        ("space.smaller_in=['flops']", "space.smaller_in must name known costs, but got 'flops'. Valid: macs, params."),
         ("space.smaller_in=['macs', 'macs']", "space.smaller_in must name each cost once, but got ['macs', 'macs']."),
         ("search.minimize=[]", "study.toml: search.minimize must be at least one of params, macs, but got []."),
-        ("search.minimize=['latency']", "search.minimize must name costs, but 'latency' is none. Valid: macs, params."),
+        ("search.minimize=['latency']", "search.minimize must name known costs, but got 'latency'. Valid: macs, params."),
         ("space.data_aware=1", "study.toml: space.data_aware must be true or false, but got 1."),
         ("space.skip='conv1'", "study.toml: space.skip must be a list of strings, but got 'conv1'."),
         ("finetune.learning_rate=-1", "study.toml: finetune.learning_rate must be a finite number above 0, but got -1."),
@@ -116,7 +116,7 @@ def test_limits_say_what_is_looked_for_and_make_no_other_study():
         ("dense=3", "study.toml: dense must be a section, but got 3."),
         ("name='a/b'", "study.toml: name must be letters, digits, '.', '_' or '-', but got 'a/b'."),
         ("seed", "An override must read section.key=value, but got 'seed'."),
-        ("name.x=3", "An override must read section.key=value, but 'name' of 'name.x=3' is no section."),
+        ("name.x=3", "An override must read section.key=value, but 'name' in 'name.x=3' is not a section."),
     ],
 )
 def test_bad_values(override, message):
@@ -156,7 +156,7 @@ def test_unreadable_files(tmp_path):
     [
         ("no_such_package.nets:make", "task.model must be importable, but 'no_such_package.nets:make' is not: No module named"),
         ("tests.nets:smal", "task.model: module 'tests.nets' has no 'smal'. Did you mean 'small'?"),
-        ("tests.nets:NUMBER", "task.model must name something callable, but 'tests.nets:NUMBER' is a int."),
+        ("tests.nets:NUMBER", "task.model must name a callable, but 'tests.nets:NUMBER' is of type int."),
     ],
 )
 def test_bad_references(reference, message):
@@ -222,7 +222,7 @@ def test_values_from_python_are_checked_as_a_file_is():
         ({"search": Search(trials=True)}, "search.trials must be a whole number, but got True."),
         ({"search": Search(sampler="tpee")}, "search.sampler must be one of rank, tpe, nsga2, gp, random, but got 'tpee'. Did you mean 'tpe'?"),
         ({"search": Search(first=[3])}, "search.first must be a list of strings, but got [3]."),
-        ({"space": Space(methods="tucker")}, "space.methods must name methods, but 'tucker' is none. Did you mean 'tucker2'?"),
+        ({"space": Space(methods="tucker")}, "space.methods must name known methods, but got 'tucker'. Did you mean 'tucker2'?"),
         ({"space": "svd"}, "space must be a ranksearch.Space, but got 'svd'."),
         ({"finetune": Finalists(1)}, f"finetune must be a ranksearch.Recipe, but got {Finalists(1)!r}."),
         ({"finalists": Recipe(1)}, f"finalists must be a ranksearch.Finalists, but got {Recipe(1)!r}."),

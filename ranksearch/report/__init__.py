@@ -1,4 +1,4 @@
-"""The report of a study: one HTML page, Markdown, CSV, JSON, a picture; from its record alone, without torch."""
+"""The report of a study: an HTML page, Markdown, CSV, JSON and PNG, made from the record alone, without torch."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["write_report"]
 def write_report(record: StudyRecord, folder: Path) -> Path:
     """Write the study's report into `folder` and return the path of its page, `report.html`.
 
-    Beside the page stand `report.md`, `front.csv`, `front.json`, `trials.csv` and `front.png`, or one more picture where there
-    are two costs, each replaced as a whole. A study at any stage has a report: before its first trial, before its finalists,
-    after its end. Equal records give equal bytes.
+    Also writes `report.md`, `front.csv`, `front.json`, `trials.csv`, `front.png`, and `front-COST.png` for each further cost.
+    Each file is replaced in one step. The study may be at any stage, even before its first trial. Equal records give equal
+    bytes.
 
     Raises:
-        StudyError: a file of it cannot be written.
+        StudyError: a file cannot be written.
     """
-    # Loaded here: what draws takes a quarter of a second, which is not for the start of a study.
+    # Imported here: the drawing libraries take a quarter of a second, which would delay the start of a study.
     from ranksearch.report import charts, markdown, page, summary, tables
 
-    # The page comes last: once it is there, so is all that it links to.
+    # The page comes last, so that every file it links to exists before it.
     contents: dict[str, str | bytes] = {
         "front.json": tables.front_json(record),
         "front.csv": tables.front_csv(record),
@@ -33,6 +33,6 @@ def write_report(record: StudyRecord, folder: Path) -> Path:
         "report.html": page.html(record),
     }
     for name, content in contents.items():
-        with writing(f"The report's {folder / name}", "mend that, and `ranksearch report` makes it from the record"):
+        with writing(f"The report's {folder / name}", "fix this and run `ranksearch report`"):
             write_whole(folder / name, content)
     return folder / "report.html"

@@ -1,6 +1,6 @@
-"""The three charts, drawn by the page (SVG, by the reader's browser); the front is a picture too.
+"""The report's three charts as Vega-Lite, which the reader's browser draws as SVG; the front also as PNG.
 
-Colours are middle tones that hold on white and on black; the page's style sheet recolours text and lines for the dark.
+Colours are middle tones, visible on white and on black; the page's style sheet recolours text and lines in dark mode.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ from ranksearch.results.record import StudyRecord
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 BLUE, ORANGE, GREEN, RED, GREY, INK = "#2563eb", "#d97706", "#059669", "#dc2626", "#94a3b8", "#1f2937"
 
-TICKS = 30
-"""Ticks on the axis of epochs, at most; a finalist may have hundreds."""
+MAX_EPOCH_TICKS = 30
+"""Maximum number of ticks on the axis of epochs; a finalist may have hundreds of epochs."""
 
-_CLEAR = "transparent"
-# Right above its point, where a front has nothing.
-_LABEL: dict[str, Any] = {"align": "left", "dx": 7, "dy": -9, "fontSize": 11.5, "fontWeight": 600, "fill": INK}
-# Kind of point -> fill, stroke, shape, size, opacity.
-_LOOKS = {
+_TRANSPARENT = "transparent"
+# To the upper right of the point, where no line of a front runs.
+_LABEL_STYLE: dict[str, Any] = {"align": "left", "dx": 7, "dy": -9, "fontSize": 11.5, "fontWeight": 600, "fill": INK}
+# By kind of point: fill, stroke, shape, size, opacity.
+_MARK_STYLES = {
     points.TRIAL: (GREY, GREY, "circle", 36, 0.75),
     points.VBMF: (ORANGE, ORANGE, "triangle-up", 90, 0.95),
     points.PREDICTED: (GREEN, GREEN, "triangle-down", 90, 0.95),
     points.FINALIST: ("#93b4f5", BLUE, "circle", 70, 0.9),
     points.FRONT: (BLUE, BLUE, "circle", 90, 1.0),
-    points.TEST: (_CLEAR, BLUE, "circle", 70, 1.0),
+    points.TEST: (_TRANSPARENT, BLUE, "circle", 70, 1.0),
     points.DENSE: (INK, INK, "diamond", 130, 1.0),
 }
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A chart and, by name, the rows it draws: apart, because Altair copies and checks every row it is given many times."""
+    """A chart, and the rows it draws by name. They are separate because Altair copies and checks rows many times."""
 
     chart: alt.LayerChart
     rows: Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def front_chart(record: StudyRecord, cost: str) -> Drawing:
-    """Validation score against the ratio in one cost on a logarithmic axis: trials, front, test scores, the dense model."""
+    """Validation score against the ratio in one cost (log axis): trials, front, test scores, dense model."""
     window = points.window(record, cost)
     dense = record.facts.dense.score_validation
-    least_score, least_ratio = points.limit_lines(record, cost)
+    min_score, min_ratio = points.limit_lines(record, cost)
     rows = {
         "points": [row for row in points.front_points(record, cost) if row["score"] >= window.low],
         "labels": [row for row in points.front_labels(record, cost) if row["score"] >= window.low],
@@ -59,8 +59,8 @@ def front_chart(record: StudyRecord, cost: str) -> Drawing:
         "search": points.search_line(record, cost),
         "baseline": points.baseline_line(record, cost),
         "near": [{"score": dense, "low": dense - figures.NEAR_DENSE}],
-        "least score": least_score,
-        "least ratio": least_ratio,
+        "min score": min_score,
+        "min ratio": min_ratio,
     }
     x = alt.X(
         "ratio:Q",
@@ -72,21 +72,21 @@ def front_chart(record: StudyRecord, cost: str) -> Drawing:
     layers = [
         _chart("near").mark_rect(fill=BLUE, opacity=0.07).encode(y, y2="low:Q"),
         _chart("near").mark_rule(stroke=GREY, strokeDash=[2, 3]).encode(y),
-        _chart("least score").mark_rule(stroke=RED, strokeDash=[6, 3]).encode(y),
-        _chart("least ratio").mark_rule(stroke=RED, strokeDash=[6, 3]).encode(x),
+        _chart("min score").mark_rule(stroke=RED, strokeDash=[6, 3]).encode(y),
+        _chart("min ratio").mark_rule(stroke=RED, strokeDash=[6, 3]).encode(x),
         _chart("baseline").mark_line(**line, stroke=GREEN, strokeWidth=1, opacity=0.6, strokeDash=[2, 3]).encode(x, y),
         _chart("search").mark_line(**line, stroke=BLUE, strokeWidth=1, opacity=0.35, strokeDash=[4, 3]).encode(x, y),
         _chart("front").mark_line(**line, stroke=BLUE, strokeWidth=2).encode(x, y),
         _chart("points")
         .mark_point(strokeWidth=1.6)
-        .encode(x, y, tooltip=_tooltip(record, cost), **_looks_by_kind(rows["points"])),
-        _chart("labels").mark_text(**_LABEL).encode(x, y, text="text:N"),
+        .encode(x, y, tooltip=_tooltip(record, cost), **_styles_by_kind(rows["points"])),
+        _chart("labels").mark_text(**_LABEL_STYLE).encode(x, y, text="text:N"),
     ]
     return Drawing(alt.LayerChart(layer=layers).properties(height=400), rows)
 
 
 def hypervolume_chart(record: StudyRecord) -> Drawing:
-    """Hypervolume of the search's front after each trial; a mark where a trial raised it."""
+    """Hypervolume of the search's front after each trial, with a mark at every trial that raised it."""
     rows = points.hypervolume_points(record)
     x = alt.X("trial:Q", title="trial", axis=alt.Axis(tickMinStep=1, format="d"))
     y = alt.Y("hypervolume:Q", title="hypervolume", axis=alt.Axis(tickCount=5))
@@ -98,67 +98,67 @@ def hypervolume_chart(record: StudyRecord) -> Drawing:
 
 
 def curves_chart(record: StudyRecord) -> Drawing:
-    """Score against epochs of fine-tuning, one line a trial; finalists start anew."""
+    """Learning curves: score against epochs of fine-tuning, one line per trial and one more per finalist."""
     rows = points.curve_points(record)
-    looks = {points.SEARCH: (GREY, 0.6), points.UNFINISHED: (ORANGE, 0.45), points.FINALIST: (BLUE, 0.95)}
-    present = [kind for kind in looks if any(row["kind"] == kind for row in rows)]
+    styles = {points.SEARCH: (GREY, 0.6), points.UNFINISHED: (ORANGE, 0.45), points.FINALIST: (BLUE, 0.95)}
+    present = [kind for kind in styles if any(row["kind"] == kind for row in rows)]
     epochs = sorted({row["epochs"] for row in rows})
-    axis = alt.Axis(values=epochs[:: math.ceil(len(epochs) / TICKS)], format="~g", labelOverlap=True)
+    axis = alt.Axis(values=epochs[:: math.ceil(len(epochs) / MAX_EPOCH_TICKS)], format="~g", labelOverlap=True)
     x = alt.X("epochs:Q", title="epochs of fine-tuning", scale=alt.Scale(type="sqrt", nice=False), axis=axis)
     y = _score_y(record, points.curve_domain(record))
     colour = alt.Color(
         "kind:N",
         sort=present,
-        scale=alt.Scale(domain=present, range=[looks[kind][0] for kind in present]),
+        scale=alt.Scale(domain=present, range=[styles[kind][0] for kind in present]),
         legend=_legend(),
     )
-    opacities = alt.Scale(type="ordinal", domain=present, range=[looks[kind][1] for kind in present])
-    fade = alt.Opacity("kind:N", sort=present, scale=opacities, legend=_legend())
-    base = _chart("rungs")
-    lines = base.mark_line(strokeWidth=1.3, clip=True).encode(x, y, color=colour, opacity=fade, detail="line:N")
+    opacities = alt.Scale(type="ordinal", domain=present, range=[styles[kind][1] for kind in present])
+    opacity = alt.Opacity("kind:N", sort=present, scale=opacities, legend=_legend())
+    base = _chart("curves")
+    lines = base.mark_line(strokeWidth=1.3, clip=True).encode(x, y, color=colour, opacity=opacity, detail="line:N")
     tooltip = ["trial:N", "origin:N", alt.Tooltip("epochs:Q", format="~g"), alt.Tooltip("text:N", title="score")]
-    dots = base.mark_point(filled=True, size=28, clip=True).encode(x, y, color=colour, opacity=fade, tooltip=tooltip)
-    return Drawing(alt.LayerChart(layer=[lines, dots]).properties(height=260), {"rungs": rows})
+    dots = base.mark_point(filled=True, size=28, clip=True).encode(x, y, color=colour, opacity=opacity, tooltip=tooltip)
+    return Drawing(alt.LayerChart(layer=[lines, dots]).properties(height=260), {"curves": rows})
 
 
 def page_spec(drawing: Drawing) -> dict[str, Any]:
-    """The chart as Vega-Lite that fills the width it is given."""
-    return _spec(drawing.chart.properties(width="container"), drawing.rows, background=_CLEAR)
+    """The chart as a Vega-Lite specification that fills the width of its HTML element."""
+    return _spec(drawing.chart.properties(width="container"), drawing.rows, background=_TRANSPARENT)
 
 
 def picture(record: StudyRecord, cost: str) -> bytes:
-    """The front's chart against one cost with a heading that says what the page would say around it."""
+    """The front's chart against one cost as PNG, with a heading in place of the page's text."""
     window, facts = points.window(record, cost), record.facts
     title = f"{facts.name}: {facts.score_name} against {COSTS[cost].ratio}"
-    below = f"; {text.counted(window.below, 'trial')} below {text.score(window.low, facts.score_name)} not shown"
+    below = f"; {text.with_noun(window.below, 'trial')} below {text.score(window.low, facts.score_name)} not shown"
     subtitle = summary.effort(record) + (below if window.below else "")
     return png(front_chart(record, cost), title=title, subtitle=subtitle)
 
 
 def png(drawing: Drawing, *, title: str, subtitle: str) -> bytes:
-    """The chart as a picture, about 900 pixels wide at twice the resolution."""
+    """The chart as PNG, about 900 pixels wide at twice the resolution."""
     heading = alt.TitleParams(title, subtitle=subtitle, anchor="start", offset=14, fontSize=15, subtitleColor="#6b7280")
     spec = _spec(drawing.chart.properties(width=820, title=heading), drawing.rows, background="white")
     return vl_convert.vegalite_to_png(json.dumps(spec), scale=2)
 
 
 def _chart(rows: str) -> alt.Chart:
-    """A chart of the rows that its `Drawing` keeps under this name."""
+    """A chart of the rows with this name in its `Drawing`."""
     return alt.Chart(alt.NamedData(name=rows))
 
 
-def _looks_by_kind(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Fill, stroke, shape, size and opacity by kind of point; one legend for all, naming only what the chart shows."""
-    present = [kind for kind in _LOOKS if any(row["kind"] == kind for row in rows)]
+def _styles_by_kind(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Fill, stroke, shape, size and opacity by kind of point; one legend for all, with only the kinds that occur."""
+    present = [kind for kind in _MARK_STYLES if any(row["kind"] == kind for row in rows)]
     return {
         name: getattr(alt, name.capitalize())(
             "kind:N",
             sort=present,
-            # Without this type Vega-Lite spreads sizes evenly between the first and the last of the range.
-            scale=alt.Scale(type="ordinal", domain=present, range=[_LOOKS[kind][at] for kind in present]),
+            # Without the type "ordinal" Vega-Lite interpolates sizes between the first and the last of the range.
+            scale=alt.Scale(type="ordinal", domain=present, range=[_MARK_STYLES[kind][index] for kind in present]),
             legend=_legend(),
         )
-        for at, name in enumerate(("fill", "stroke", "shape", "size", "opacity"))
+        for index, name in enumerate(("fill", "stroke", "shape", "size", "opacity"))
     }
 
 
@@ -179,7 +179,7 @@ def _tooltip(record: StudyRecord, cost: str) -> list[alt.Tooltip]:
 
 
 def _ratio_axis(ratios: tuple[float, float], title: str) -> alt.Axis:
-    """Ticks at 1, 2, 5, 10 and so on: Vega's own choice for a logarithmic axis labels every 2, 3, 4, 5."""
+    """An axis with ticks at 1, 2, 5, 10 and so on; by default Vega labels 2, 3, 4, 5 on a logarithmic axis."""
     decades = range(math.floor(math.log10(ratios[0])), math.ceil(math.log10(ratios[1])) + 1)
     ticks = [step * 10.0**decade for decade in decades for step in (1, 2, 5)]
     inside = [tick for tick in ticks if ratios[0] <= tick <= ratios[1]]
@@ -195,7 +195,7 @@ def _score_y(record: StudyRecord, domain: tuple[float, float]) -> alt.Y:
 
 
 def _spec(chart: alt.LayerChart, rows: Mapping[str, Any], *, background: str) -> dict[str, Any]:
-    """The chart in the report's style, with its rows, as a Vega-Lite specification."""
+    """The Vega-Lite specification of a chart with its rows, in the report's style."""
     styled = (
         chart.configure(font=FONT, background=background, padding={"left": 4, "right": 12, "top": 8, "bottom": 4})
         .configure_view(stroke=None)

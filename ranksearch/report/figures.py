@@ -1,4 +1,4 @@
-"""What the report derives from a record: the best model near the dense one, the knee, hypervolume, correlations."""
+"""Figures that the report derives from a record: the best model near the dense one, knee, hypervolume, correlations."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from ranksearch.results.objectives import Objectives
 from ranksearch.results.record import DenseFacts, StudyRecord, TrialRecord, yardstick
 
 NEAR_DENSE = 0.01
-"""A model this close to the dense one on validation counts as "as good": one point of accuracy."""
+"""A model counts as good as the dense one down to this much below its validation score: one percentage point of accuracy."""
 
 MAX_SHOWN_SCORE_DROP = 0.10
-"""Scores more than this below the yardstick are of no interest: outside the charts, and nothing in the hypervolume."""
+"""Scores more than this below the yardstick are left out of the charts and the hypervolume."""
 
 PREDICTED_ORIGIN = "frontier"
-"""The origin of trials that were predicted from the profile and the probes, before any sampler."""
+"""Origin of the trials of the predicted front, which profile and probes predict before any sampler."""
 
-# A score is a ratio of counts, so 0.98 - 0.97 > 0.01 in floating point though both differ by exactly one point.
+# In floating point 0.98 - 0.97 > 0.01, although the scores differ by exactly one percentage point.
 _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
 class Correlation:
-    """Spearman's rank correlation of the scores after `epochs` with a later score, over `trials` trials."""
+    """Spearman's rank correlation between the scores after `epochs` epochs and a later score, over `trials` trials."""
 
     epochs: float
     trials: int
     value: float
 
 
-def known(value: float | None) -> float | None:
-    """The value, or None where it is missing, NaN or infinite: neither JSON nor a reader can use those."""
+def finite_or_none(value: float | None) -> float | None:
+    """The value; None if it is missing, NaN or infinite, which JSON cannot hold."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def scored(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """The trials that finished with a score."""
+    """The trials with a score."""
     return [trial for trial in trials if trial.scored]
 
 
@@ -57,40 +57,40 @@ def finalists(record: StudyRecord) -> list[TrialRecord]:
 
 
 def curve_of(trial: TrialRecord) -> tuple[CurvePoint, ...]:
-    """The curve that ends in the trial's best-trained score: the finalist's, otherwise the search's."""
+    """The learning curve that ends in `score_validation`: the finalist's, else the trial's."""
     return trial.finalist.curve if trial.finalist else trial.curve
 
 
 def epochs_of(trial: TrialRecord) -> float:
-    """The epochs of fine-tuning behind `score_validation`; 0 where there was none."""
+    """Epochs of fine-tuning before `score_validation`; 0 if there were none."""
     return max((curve_point.epochs for curve_point in curve_of(trial)), default=0)
 
 
 def near_dense(front: Sequence[TrialRecord], dense: DenseFacts, objectives: Objectives) -> TrialRecord | None:
-    """The front's smallest model whose validation score is at most `NEAR_DENSE` below the dense one, if there is one."""
-    floor = dense.score_validation - NEAR_DENSE - _ROUNDING
-    close = [trial for trial in front if trial.score_validation is not None and trial.score_validation >= floor]
+    """The smallest model of the front with a validation score at most `NEAR_DENSE` below the dense model's, or None."""
+    lowest = dense.score_validation - NEAR_DENSE - _ROUNDING
+    close = [trial for trial in front if trial.score_validation is not None and trial.score_validation >= lowest]
     return max(close, key=objectives.ratio, default=None)
 
 
 def knee(front: Sequence[TrialRecord], objectives: Objectives) -> TrialRecord | None:
-    """The front's elbow in validation score and logarithm of the ratio, as the chart shows it, if there is a front."""
+    """The knee of the front in validation score and log10 of the ratios, the axes of the chart; None without a front."""
     if not front:
         return None
     return front[pareto.knee([_point(trial.score_validation, trial, objectives) for trial in front])]
 
 
 def reaches_dense(record: StudyRecord) -> bool:
-    """Whether a trial's score of the search is the dense model's at least, or there is none yet."""
+    """Whether a trial reached the dense model's score during the search; true while no trial has a score."""
     return yardstick(record.facts.dense.score_validation, _searched(record)) == record.facts.dense.score_validation
 
 
 def hypervolumes(record: StudyRecord, trials: Sequence[TrialRecord] | None = None) -> list[tuple[TrialRecord, float]]:
-    """Each trial with the hypervolume of the search's front once it was told; of the record's trials or of some.
+    """Each trained trial with the hypervolume of the front after it, in the order of `trials` (default: the record's).
 
-    It is measured in validation score and log10 of each ratio, above 1x and the yardstick less `MAX_SHOWN_SCORE_DROP`, so half
-    the area of a chart is half the value. Only scores of the search count: longer fine-tuning of finalists would be a
-    jump at the end.
+    The axes are those of the chart: validation score, and log10 of each ratio. The reference point is the yardstick minus
+    `MAX_SHOWN_SCORE_DROP`, and a ratio of 1x. Only scores of the search count: those of finalists, after longer fine-tuning,
+    would make a jump at the end.
     """
     objectives = record.facts.objectives
     reference = (
@@ -103,32 +103,32 @@ def hypervolumes(record: StudyRecord, trials: Sequence[TrialRecord] | None = Non
         if trial.scored and objectives.measured(trial):
             point, before = _point(trial.score, trial, objectives), best
             best = [(*best, point)[i] for i in pareto.front([*best, point])]
-            # Most trials are behind the front, and a volume of two costs takes its time.
+            # Most trials do not change the front, and a hypervolume with two costs is slow.
             value = value if best == before else pareto.hypervolume(best, reference)
         result.append((trial, value))
     return result
 
 
 def baseline(record: StudyRecord) -> list[TrialRecord]:
-    """The trials of the predicted frontier, without the longer fine-tuning of those that became finalists.
+    """The trials of the predicted front, with their scores of the search only.
 
-    A VBMF plan may be one of them too: whichever was trained, both have its score.
+    If a trial has the same plan as an earlier one, it still counts here, with the score of that one.
     """
     return [replace(trial, finalist=None, same_as=None) for trial in record.trials if trial.origin.startswith(PREDICTED_ORIGIN)]
 
 
-def gain(record: StudyRecord) -> tuple[float, float] | None:
-    """The hypervolume of the predicted frontier's trials alone, and of the whole search; None without such trials."""
+def hypervolume_gain(record: StudyRecord) -> tuple[float, float] | None:
+    """The hypervolume of the predicted front's trials alone, and of all trials; None if none of the former has a score."""
     if not scored(baseline(record)):
         return None
-    (_, whole), (_, alone) = hypervolumes(record)[-1], hypervolumes(record, baseline(record))[-1]
-    return alone, whole
+    (_, of_all), (_, of_baseline) = hypervolumes(record)[-1], hypervolumes(record, baseline(record))[-1]
+    return of_baseline, of_all
 
 
 def curve_correlations(record: StudyRecord) -> list[Correlation]:
-    """How well each rung's scores foretell the order after the last rung, among the trials that finished.
+    """Rank correlation of the scores at each learning-curve point with the scores at the last, over the trials that got so far.
 
-    A rung is left out where fewer than three trials, or equal scores, leave nothing to correlate.
+    Points with fewer than three trials, or with equal scores only, are left out.
     """
     curves = [trial.curve for trial in scored(trained(record.trials)) if trial.curve]
     last = max((curve[-1].epochs for curve in curves), default=0)
@@ -141,7 +141,7 @@ def curve_correlations(record: StudyRecord) -> list[Correlation]:
 
 
 def finalist_correlations(record: StudyRecord) -> list[Correlation]:
-    """How well the search's score of a finalist foretells the order of finalists' scores; at most one entry."""
+    """Rank correlation of the finalists' scores in the search with their scores as finalists; one entry or none."""
     chosen = finalists(record)
     pairs = [(t.score, t.finalist.score_validation) for t in chosen if t.finalist and t.score is not None]
     epochs = max((curve_point.epochs for trial in chosen for curve_point in trial.curve), default=0)
@@ -149,7 +149,7 @@ def finalist_correlations(record: StudyRecord) -> list[Correlation]:
 
 
 def spearman(first: ArrayLike, second: ArrayLike) -> float:
-    """Spearman's rank correlation, ties at their mean rank; NaN where one side is constant."""
+    """Spearman's rank correlation; ties get their mean rank. NaN if one side is constant."""
     ranks = np.array([_mean_ranks(first), _mean_ranks(second)])
     centred = ranks - ranks.mean(axis=1, keepdims=True)
     scale = np.linalg.norm(centred, axis=1).prod()
@@ -162,12 +162,12 @@ def _mean_ranks(values: ArrayLike) -> np.ndarray:
 
 
 def _correlations(pairs: dict[float, list[tuple[float, float]]]) -> list[Correlation]:
-    found = [
+    correlations = [
         Correlation(epochs, len(scores), spearman(*zip(*scores, strict=True)))
         for epochs, scores in sorted(pairs.items())
         if len(scores) >= 3
     ]
-    return [entry for entry in found if math.isfinite(entry.value)]
+    return [entry for entry in correlations if math.isfinite(entry.value)]
 
 
 def _searched(record: StudyRecord) -> list[float]:

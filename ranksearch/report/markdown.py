@@ -1,4 +1,4 @@
-"""`report.md`: the front beside the dense model, and what is needed to make it again."""
+"""`report.md`: the front beside the dense model, and the settings and command to reproduce it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def markdown(record: StudyRecord) -> str:
     """The report as GitHub-flavoured Markdown."""
     facts = record.facts
     parts = [
-        f"# {_escape(facts.name)}: {_escape(facts.score_name)} against {summary.against(record)}",
+        f"# {_escape(facts.name)}: {_escape(facts.score_name)} against {summary.ratio_names(record)}",
         _escape(summary.headline(record)),
         *map(_escape, record.notes),
         _escape(f"{facts.data} {summary.effort(record)}; seed {facts.seed}."),
@@ -24,16 +24,18 @@ def markdown(record: StudyRecord) -> str:
         "## Settings",
         _table(("setting", "value"), summary.settings(facts.spec)),
         "## Versions, machine, time",
-        _table(("what", "which"), _circumstances(record)),
-        "## Make it again",
-        # Indented rather than fenced: nothing in the command can end the block.
+        _table(("item", "value"), _circumstances(record)),
+        "## Reproduce",
+        # An indented block: text in the command could end a fenced block.
         "\n".join(f"    {line}" for line in facts.command.splitlines()),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _front_head(record: StudyRecord) -> list[str]:
-    costs = [word for cost in summary.costs(record) for word in (cost.title, "" if cost is PARAMS else cost.ratio) if word]
+    costs = [
+        word for cost in summary.shown_costs(record) for word in (cost.title, "" if cost is PARAMS else cost.ratio) if word
+    ]
     return ["trial", PARAMS.ratio, *costs, "validation", "test", "latency", "epochs", "plan"]
 
 
@@ -49,10 +51,10 @@ def _front_cells(line: summary.FrontLine) -> list[str]:
 
 def _front_note(record: StudyRecord) -> str:
     unit = "points" if text.is_percent(record.facts.score_name) else "the score"
-    note = f"In brackets: difference to the dense net in {unit}. Latency is for one input on the machine below."
-    gain = figures.gain(record)
+    note = f"In brackets: difference from the dense net in {unit}. Latency is for one input on the machine below."
+    gain = figures.hypervolume_gain(record)
     if gain:
-        note += f" Hypervolume of the predicted frontier's trials alone {gain[0]:.4f}, with all others {gain[1]:.4f}."
+        note += f" Hypervolume of the predicted front's trials alone: {gain[0]:.4f}; of all trials: {gain[1]:.4f}."
     return note
 
 
@@ -69,5 +71,5 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _escape(words: str) -> str:
-    """The words as themselves: no markup, no HTML, no end of the line or of the cell."""
+    """Escape Markdown and HTML, and replace line breaks by spaces."""
     return re.sub(r"([\\`*\[\]|<>&#~]|__+)", r"\\\1", " ".join(words.split()))

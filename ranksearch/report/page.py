@@ -1,4 +1,4 @@
-"""`report.html`: one page with its data, charts and scripts inside, which asks nothing of the network."""
+"""`report.html`: one page that contains its data, charts and scripts, and needs no network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ranksearch.results.record import LayerFacts, StudyRecord, TrialRecord
 
 
 def html(record: StudyRecord) -> str:
-    """The page. Everything that comes from the record is escaped, in the text as in the charts' data."""
+    """The page as HTML. All text from the record is escaped, in the page and in the data of the charts."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -38,30 +38,30 @@ def _bundle() -> str:
 
 def _context(record: StudyRecord) -> dict[str, Any]:
     facts, name = record.facts, record.facts.score_name
-    window = points.window(record, facts.objectives.minimize[0])  # of scores, it is the same against every cost
+    window = points.window(record, facts.objectives.minimize[0])  # its scores are the same for every cost
     return {
         "facts": facts,
-        "headline": _together(summary.headline(record)),
-        "nothing": summary.nothing(record),
+        "headline": _glue_percent_signs(summary.headline(record)),
+        "no_scores": summary.no_scores(record),
         "cards": _cards(record),
         "charts": _charts(record),
         "dense": summary.dense_line(record),
         "front": summary.front_lines(record),
         "finalists": len(figures.finalists(record)),
-        "gain": figures.gain(record),
+        "gain": figures.hypervolume_gain(record),
         "notes": record.notes,
         "limits": str(facts.limits),
-        "trials": text.counted(len(figures.trained(record.trials)), "trial"),
+        "trials": text.with_noun(len(figures.trained(record.trials)), "trial"),
         "below": window.below,
-        "floor": text.score(window.low, name),
-        "against": summary.against(record),
+        "lowest_score": text.score(window.low, name),
+        "ratio_names": summary.ratio_names(record),
         "minimized": [COSTS[cost] for cost in facts.objectives.minimize],
-        "costs": summary.costs(record),
-        "pictures": {name: _element(name) for name in summary.pictures(record)},
-        "logs": ", ".join(f"log10 of the {COSTS[cost].ratio}" for cost in facts.objectives.minimize),
-        "near": text.margin(figures.NEAR_DENSE, name),
-        "reach": summary.reach(record),
-        "unit": "points" if text.is_percent(name) else name,
+        "costs": summary.shown_costs(record),
+        "pictures": {name: _element_id(name) for name in summary.pictures(record)},
+        "log_ratios": ", ".join(f"log10 of the {COSTS[cost].ratio}" for cost in facts.objectives.minimize),
+        "near_margin": text.margin(figures.NEAR_DENSE, name),
+        "worst_that_counts": summary.worst_that_counts(record),
+        "score_unit": "points" if text.is_percent(name) else name,
         "rank_rows": _rank_rows(record),
         "correlations": _correlations(record),
         "unfinished": summary.unfinished(record),
@@ -73,33 +73,37 @@ def _context(record: StudyRecord) -> dict[str, Any]:
 
 
 def _charts(record: StudyRecord) -> dict[str, Any]:
-    """The charts that have something to show, by the id of the element they go into."""
-    found = {_element(name): charts.front_chart(record, cost) for name, cost in summary.pictures(record).items()}
+    """The charts that have data, by the id of their HTML element."""
+    drawings = {_element_id(name): charts.front_chart(record, cost) for name, cost in summary.pictures(record).items()}
     if figures.scored(record.trials):
-        found["chart-hypervolume"] = charts.hypervolume_chart(record)
+        drawings["chart-hypervolume"] = charts.hypervolume_chart(record)
     if points.curve_points(record):
-        found["chart-curves"] = charts.curves_chart(record)
-    return {name: charts.page_spec(chart) for name, chart in found.items()}
+        drawings["chart-curves"] = charts.curves_chart(record)
+    return {name: charts.page_spec(drawing) for name, drawing in drawings.items()}
 
 
-def _element(picture: str) -> str:
-    """The id of the element that holds the chart of a picture."""
+def _element_id(picture: str) -> str:
+    """Id of the HTML element for the chart that the picture file also shows."""
     return f"chart-{Path(picture).stem}"
 
 
 def _cards(record: StudyRecord) -> list[dict[str, str]]:
-    """The key figures at the top: title, the figure, and the line below it."""
+    """The cards at the top of the page: a title, a figure, and a line below it."""
     facts, name = record.facts, record.facts.score_name
     best = figures.near_dense(record.shown, facts.dense, facts.objectives)
-    elbow = figures.knee(record.shown, facts.objectives)
-    dense = f"{text.whole(facts.dense.params)} parameters, {text.score(facts.dense.score_test, name)} on test"
+    at_knee = figures.knee(record.shown, facts.objectives)
+    dense = f"{text.count(facts.dense.params)} parameters, {text.score(facts.dense.score_test, name)} on test"
     finalists, trials = len(figures.finalists(record)), len(figures.trained(record.trials))
     work = f"in {text.duration(sum(record.seconds.values()))}; "
-    work += f"{text.counted(finalists, 'finalist')}, " if finalists else ""
+    work += f"{text.with_noun(finalists, 'finalist')}, " if finalists else ""
     return [
-        {"title": f"Dense {name}", "figure": text.score(facts.dense.score_validation, name), "line": _together(dense)},
+        {
+            "title": f"Dense {name}",
+            "figure": text.score(facts.dense.score_validation, name),
+            "line": _glue_percent_signs(dense),
+        },
         _trial_card(record, f"Within {text.margin(figures.NEAR_DENSE, name)} of dense", best),
-        _trial_card(record, "Knee of the front", elbow),
+        _trial_card(record, "Knee of the front", at_knee),
         {"title": "Trials", "figure": f"{trials:,}", "line": f"{work}{len(record.front)} on the front"},
     ]
 
@@ -109,19 +113,19 @@ def _trial_card(record: StudyRecord, title: str, trial: TrialRecord | None) -> d
         return {"title": title, "figure": text.NO_VALUE, "line": "no model yet"}
     name = record.facts.score_name
     test = f", {text.score(trial.finalist.score_test, name)} on test" if trial.finalist else ""
-    (figure, words), *more = summary.smaller(record, trial)
-    smaller = " and ".join([words, *(f"{other} {kind}" for other, kind in more)])
-    line = f"{smaller}, trial {trial.number}: {text.score(trial.score_validation, name)} on validation{test}"
-    return {"title": title, "figure": figure, "line": _together(line)}
+    (figure, words), *others = summary.ratio_words(record, trial)
+    ratios = " and ".join([words, *(f"{other} {its_words}" for other, its_words in others)])
+    line = f"{ratios}, trial {trial.number}: {text.score(trial.score_validation, name)} on validation{test}"
+    return {"title": title, "figure": figure, "line": _glue_percent_signs(line)}
 
 
-def _together(words: str) -> str:
-    """The words with their per cent signs tied to the numbers, so that no line begins with one."""
+def _glue_percent_signs(words: str) -> str:
+    """Put a no-break space before every per cent sign, so that no line begins with one."""
     return words.replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def _rank_rows(record: StudyRecord) -> list[dict[str, Any]]:
-    """One row a layer: its VBMF ranks, and what each trial of the front makes of it."""
+    """One row per layer: its VBMF ranks, and its factorization in each trial of the front."""
     rows = []
     for layer in record.facts.layers:
         chosen = [trial.plan[layer.name] for trial in record.shown]
@@ -132,7 +136,7 @@ def _rank_rows(record: StudyRecord) -> list[dict[str, Any]]:
 
 
 def _rank_cell(value: Factorization, largest: float) -> dict[str, str]:
-    """The cell's text and shade; a square root keeps small ranks apart."""
+    """Text and shade of one cell; the square root makes small ranks distinguishable."""
     if isinstance(value, Dense):
         return {"title": "dense", "ranks": "", "method": "dense", "depth": "1"}
     depth = 0.15 + 0.85 * math.sqrt(_mean_rank(value) / largest)
@@ -153,9 +157,9 @@ def _layer(layer: LayerFacts, dense_params: int) -> dict[str, str]:
         "name": layer.name,
         "kind": layer.kind,
         "shape": " x ".join(map(str, layer.weight)),
-        "params": text.whole(layer.params),
+        "params": text.count(layer.params),
         "share": text.share(layer.params / dense_params),
-        "macs": text.whole(layer.macs),
+        "macs": text.count(layer.macs),
         "vbmf": _vbmf(layer),
     }
 
@@ -168,13 +172,13 @@ def _correlations(record: StudyRecord) -> list[dict[str, str]]:
     ]
 
 
-def _correlation_rows(found: Sequence[figures.Correlation], target: str) -> list[dict[str, str]]:
+def _correlation_rows(correlations: Sequence[figures.Correlation], target: str) -> list[dict[str, str]]:
     return [
         {
-            "rung": f"{entry.epochs:g}",
+            "epochs": f"{entry.epochs:g}",
             "target": target,
             "trials": str(entry.trials),
             "value": f"{entry.value:.2f}",
         }
-        for entry in found
+        for entry in correlations
     ]

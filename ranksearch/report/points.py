@@ -1,4 +1,4 @@
-"""The data behind the charts: rows with a position, the kind of mark, and the texts of the tooltip."""
+"""Data of the charts: rows with a position, a kind of mark, and the texts of the tooltip."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ranksearch.results.messages import Outcome
 from ranksearch.results.record import StudyRecord, TrialRecord, front_of, yardstick
 
 TRIAL, VBMF, DENSE = "trial", "VBMF one-shot", "dense model"
-PREDICTED = "predicted frontier"
+PREDICTED = "predicted front"
 FINALIST, FRONT, TEST, SEARCH = "finalist", "front", "test score of finalist", "finished trial"
 UNFINISHED = "unfinished trial"
 
 
 @dataclass(frozen=True)
 class Window:
-    """What the front's chart shows: scores `low..high` and `ratios`; `below` trials lie under it."""
+    """The visible part of the front's chart: scores `low..high`, and `ratios`. `below` trials lie below it."""
 
     low: float
     high: float
@@ -29,24 +29,24 @@ class Window:
 
 
 def window(record: StudyRecord, cost: str) -> Window:
-    """The readable part: scores from `REACH` below the yardstick of the front upwards.
+    """The visible part of the front's chart: scores down to `MAX_SHOWN_SCORE_DROP` below the yardstick.
 
-    One trial at chance level would otherwise squash the differences that matter into a few pixels.
+    Otherwise one trial at chance level would squeeze the differences that matter into a few pixels.
     """
     rows = front_points(record, cost)
     scores = [row["score"] for row in rows]
     best = [trial.score_validation or 0.0 for trial in record.shown]
-    floor = yardstick(record.facts.dense.score_validation, best) - figures.MAX_SHOWN_SCORE_DROP
-    pad = 0.05 * (max(scores) - max(min(scores), floor)) + 0.002
+    lowest = yardstick(record.facts.dense.score_validation, best) - figures.MAX_SHOWN_SCORE_DROP
+    pad = 0.05 * (max(scores) - max(min(scores), lowest)) + 0.002
     band = record.facts.dense.score_validation - 1.5 * figures.NEAR_DENSE
-    low = max(floor, min(min(scores) - pad, band))
+    low = max(lowest, min(min(scores) - pad, band))
     ratios = [row["ratio"] for row in rows]
     below = {row["trial"] for row in rows} - {row["trial"] for row in rows if row["score"] >= low}
     return Window(low, max(scores) + pad, (min(ratios) * 0.92, max(max(ratios) * 1.12, 2.0)), len(below))
 
 
 def front_points(record: StudyRecord, cost: str) -> list[dict[str, Any]]:
-    """Every mark of the front's chart against one cost, drawn in this order: the later stands on top."""
+    """All marks of the front's chart against one cost, in drawing order: later marks are on top."""
     front = {trial.number for trial in record.shown}
     measured = record.facts.objectives.only(cost).measured
     finalists = [trial for trial in figures.finalists(record) if measured(trial)]
@@ -61,25 +61,28 @@ def front_points(record: StudyRecord, cost: str) -> list[dict[str, Any]]:
 
 
 def front_line(record: StudyRecord, cost: str) -> list[dict[str, Any]]:
-    """The front as a line; of a front in two costs what no other model beats in this one."""
+    """The front as a line. With two costs: the models of the front that no other model beats in score and this cost."""
     best = front_of(record.shown, record.facts.objectives.only(cost))
     return [{"ratio": ratio(record, trial, cost), "score": trial.score_validation} for trial in best]
 
 
 def front_labels(record: StudyRecord, cost: str) -> list[dict[str, Any]]:
-    """The two points of the front that the report names: the knee, and the smallest model near the dense one."""
+    """Labels of the two points that the report names: the knee, and the smallest model near the dense one."""
     facts = record.facts
-    elbow, near = figures.knee(record.shown, facts.objectives), figures.near_dense(record.shown, facts.dense, facts.objectives)
-    labels = {trial.number: (trial, "") for trial in (near,) if trial}
-    labels |= {trial.number: (trial, ", knee") for trial in (elbow,) if trial}
-    ratios = [(trial, ratio(record, trial, cost), label) for trial, label in labels.values()]
-    return [{"ratio": x, "score": t.score_validation, "text": f"{text.ratio(x)}{label}"} for t, x, label in ratios]
+    at_knee, near = (
+        figures.knee(record.shown, facts.objectives),
+        figures.near_dense(record.shown, facts.dense, facts.objectives),
+    )
+    suffixes = {trial.number: (trial, "") for trial in (near,) if trial}
+    suffixes |= {trial.number: (trial, ", knee") for trial in (at_knee,) if trial}
+    ratios = [(trial, ratio(record, trial, cost), suffix) for trial, suffix in suffixes.values()]
+    return [{"ratio": x, "score": t.score_validation, "text": f"{text.ratio(x)}{suffix}"} for t, x, suffix in ratios]
 
 
 def limit_lines(record: StudyRecord, cost: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The least score and the least ratio that the study asks for, where the chart shows them; a size is a ratio too."""
+    """The limits on score and ratio that lie inside the chart; a maximum cost counts as a minimum ratio."""
     limits, dense, shown = record.facts.limits, record.facts.dense, window(record, cost)
-    ratios = [dense.costs[cost] / limits.most[cost] if cost in limits.most else 0.0]
+    ratios = [dense.costs[cost] / limits.max_costs[cost] if cost in limits.max_costs else 0.0]
     ratios += [limits.min_ratio] if cost == PARAMS.name and limits.min_ratio else []
     scores = [limits.min_score] if limits.min_score is not None and shown.low <= limits.min_score <= shown.high else []
     inside = [max(ratios)] if shown.ratios[0] <= max(ratios) <= shown.ratios[1] else []
@@ -87,7 +90,7 @@ def limit_lines(record: StudyRecord, cost: str) -> tuple[list[dict[str, Any]], l
 
 
 def search_line(record: StudyRecord, cost: str) -> list[dict[str, Any]]:
-    """The front by the search's own scores; empty while it is the front itself, before finalists are on that."""
+    """The front by the scores of the search; empty before there are finalists, when it equals the front."""
     if not any(trial.finalist for trial in record.shown):
         return []
     searched = [replace(trial, finalist=None) for trial in record.trials]
@@ -95,17 +98,17 @@ def search_line(record: StudyRecord, cost: str) -> list[dict[str, Any]]:
 
 
 def baseline_line(record: StudyRecord, cost: str) -> list[dict[str, Any]]:
-    """The front of the predicted frontier's plans alone, by the search's scores: what the rest of the search adds to."""
+    """The front of the predicted front's trials alone, by the scores of the search: the baseline of the search."""
     return _searched(record, figures.baseline(record), cost)
 
 
 def ratio(record: StudyRecord, trial: TrialRecord, cost: str) -> float:
-    """How many times smaller than the dense model a trial is in one cost."""
+    """The ratio dense / compressed of a trial in one cost."""
     return record.facts.objectives.only(cost).ratio(trial)
 
 
 def hypervolume_points(record: StudyRecord) -> list[dict[str, Any]]:
-    """The hypervolume after each trial, and whether that trial raised it."""
+    """One row per trial: the hypervolume after it, and whether the trial raised it."""
     before, rows = 0.0, []
     for trial, value in figures.hypervolumes(record):
         rows.append(
@@ -122,7 +125,7 @@ def hypervolume_points(record: StudyRecord) -> list[dict[str, Any]]:
 
 
 def curve_points(record: StudyRecord) -> list[dict[str, Any]]:
-    """Every rung of every trial, and of every finalist's longer fine-tuning."""
+    """One row per learning-curve point of every trial, and of every finalist's longer fine-tuning."""
     rows = []
     for trial in figures.trained(record.trials):
         kind = SEARCH if trial.outcome is Outcome.DONE else UNFINISHED
@@ -133,7 +136,10 @@ def curve_points(record: StudyRecord) -> list[dict[str, Any]]:
 
 
 def curve_domain(record: StudyRecord) -> tuple[float, float]:
-    """The scores that the curves' chart shows: three times as deep as the front's, for curves start low."""
+    """Lowest and highest score in the chart of learning curves.
+
+    The curves start low, so the chart reaches down three times as far as that of the front.
+    """
     scores = [row["score"] for row in curve_points(record)]
     low = max(min(scores), yardstick(record.facts.dense.score_validation, scores) - 3 * figures.MAX_SHOWN_SCORE_DROP)
     pad = 0.04 * (max(scores) - low) + 0.001
@@ -141,14 +147,14 @@ def curve_domain(record: StudyRecord) -> tuple[float, float]:
 
 
 def plan_lines(plan: Plan) -> str:
-    """The plan with one layer a line."""
+    """The plan, one layer per line."""
     return "\n".join(f"{name}: {value}" for name, value in plan) or "dense"
 
 
 def _searched(record: StudyRecord, trials: Sequence[TrialRecord], cost: str) -> list[dict[str, Any]]:
-    """The front of some trials against one cost, by the search's scores."""
-    found = front_of(trials, record.facts.objectives.only(cost))
-    return [{"ratio": ratio(record, trial, cost), "score": trial.score} for trial in found]
+    """The front of some trials against one cost as a line, by the scores of the search."""
+    front = front_of(trials, record.facts.objectives.only(cost))
+    return [{"ratio": ratio(record, trial, cost), "score": trial.score} for trial in front]
 
 
 def _kind(trial: TrialRecord) -> str:
@@ -164,7 +170,7 @@ def _point(record: StudyRecord, trial: TrialRecord, score: float | None, cost: s
     return {
         "kind": kind,
         "ratio": ratio(record, trial, cost),
-        "score": figures.known(score),
+        "score": figures.finite_or_none(score),
         "trial": str(trial.number),
         "origin": trial.origin,
         "outcome": trial.ending,
@@ -209,5 +215,5 @@ def _curve(record: StudyRecord, trial: TrialRecord, curve: Sequence[Any], *, kin
             "text": text.score(curve_point.score, record.facts.score_name),
         }
         for curve_point in curve
-        if figures.known(curve_point.score) is not None
+        if figures.finite_or_none(curve_point.score) is not None
     ]

@@ -1,4 +1,4 @@
-"""What the page and the Markdown file say in words: the headline, the front as lines of text, outcomes, settings."""
+"""Texts for the page and the Markdown file: the headline, the front as lines of text, outcomes, settings."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ranksearch.results.record import StudyRecord, TrialRecord
 
 @dataclass(frozen=True)
 class FrontLine:
-    """The dense model, or one trial of the front, as text; `near` marks the smallest model near the dense one."""
+    """The dense model or one trial of the front as text; `near` marks the smallest model near the dense one."""
 
     trial: int | str
     sizes: list[str]
-    """How many times smaller in what the study minimises: `36.4x`, and `3.67x MACs` where it is those."""
+    """The ratio in each cost that the study minimises: `36.4x`, `3.67x MACs`."""
     ratio: str
     costs: list[tuple[str, str]]
-    """Each cost of `costs`, and its ratio; that of parameters is `ratio`."""
+    """Each cost with its ratio; parameters have an empty ratio here, as `ratio` holds it."""
     validation: str
     validation_difference: str
     test: str
@@ -40,7 +40,7 @@ def headline(record: StudyRecord) -> str:
     facts, name = record.facts, record.facts.score_name
     near = text.margin(figures.NEAR_DENSE, name)
     if not record.shown:
-        return nothing(record)
+        return no_scores(record)
     best = figures.near_dense(record.shown, facts.dense, facts.objectives)
     if best is None:
         top = max(trial.score_validation or 0.0 for trial in record.shown)
@@ -48,74 +48,74 @@ def headline(record: StudyRecord) -> str:
             f"No model is within {near} of the dense net yet: the best of the front reaches {text.score(top, name)} "
             f"{name} on validation, the dense net {text.score(facts.dense.score_validation, name)}."
         )
-    found = zip(smaller(record, best), facts.objectives.minimize, strict=True)
-    size = " and ".join(f"{figure} {words} {_instead(record, best, COSTS[cost])}" for (figure, words), cost in found)
+    ratios = zip(ratio_words(record, best), facts.objectives.minimize, strict=True)
+    size = " and ".join(f"{figure} {words} {_instead_of(record, best, COSTS[cost])}" for (figure, words), cost in ratios)
     return f"The smallest model within {near} of the dense net is trial {best.number}: {size}, {_scores(record, best)}."
 
 
-def nothing(record: StudyRecord) -> str:
-    """What stands in the place of what trials would show, where no trial has a score."""
-    return "No trial came to a score." if record.trials else "No trial has finished yet."
+def no_scores(record: StudyRecord) -> str:
+    """The sentence that replaces tables and charts when no trial has a score."""
+    return "No trial has a score." if record.trials else "No trial has finished yet."
 
 
-def reach(record: StudyRecord) -> str:
-    """How bad a model is that counts for nothing: `10 points worse than the dense one`."""
-    than = "the dense one" if figures.reaches_dense(record) else "the best trial, as none reaches the dense one,"
-    return f"{text.margin(figures.MAX_SHOWN_SCORE_DROP, record.facts.score_name)} worse than {than}"
+def worst_that_counts(record: StudyRecord) -> str:
+    """How bad a model must be to count for nothing in the hypervolume: `10 points worse than the dense one`."""
+    other = "the dense one" if figures.reaches_dense(record) else "the best trial, as none reaches the dense one,"
+    return f"{text.margin(figures.MAX_SHOWN_SCORE_DROP, record.facts.score_name)} worse than {other}"
 
 
-def smaller(record: StudyRecord, trial: TrialRecord) -> list[tuple[str, str]]:
-    """How much smaller a trial is, by each cost that is minimised: (`25.5x`, `smaller`), (`12.0x`, `fewer MACs`)."""
+def ratio_words(record: StudyRecord, trial: TrialRecord) -> list[tuple[str, str]]:
+    """The ratio of a trial in each minimised cost, and the words after it: (`25.5x`, `smaller`), (`12.0x`, `fewer MACs`)."""
     objectives = record.facts.objectives
     ratios = zip(objectives.minimize, objectives.ratios(trial), strict=True)
     return [(text.ratio(ratio), COSTS[cost].fewer) for cost, ratio in ratios]
 
 
-def costs(record: StudyRecord) -> list[Cost]:
+def shown_costs(record: StudyRecord) -> list[Cost]:
     """The costs that the tables show."""
     return costs_of(record.facts.dense)
 
 
-def against(record: StudyRecord) -> str:
-    """What the front sets against the score: `compression ratio`."""
+def ratio_names(record: StudyRecord) -> str:
+    """The ratios that the front shows against the score: `compression ratio and MACs ratio`."""
     return " and ".join(COSTS[cost].ratio for cost in record.facts.objectives.minimize)
 
 
 def pictures(record: StudyRecord) -> dict[str, str]:
-    """The files that show the front, each against a cost: `front.png`, and one more where there are two costs."""
+    """Picture files of the front and the cost that each shows: `front.png`, then `front-COST.png` for each further cost."""
     first, *more = record.facts.objectives.minimize
     return {"front.png": first} | {f"front-{cost}.png": cost for cost in more}
 
 
 def front_lines(record: StudyRecord) -> list[FrontLine]:
-    """The front, the largest model first."""
+    """The front as text, the largest model first."""
     shown = record.shown
     facts = record.facts
-    elbow, near = figures.knee(shown, facts.objectives), figures.near_dense(shown, facts.dense, facts.objectives)
-    return [_line(record, trial, knee=trial is elbow, near=trial is near) for trial in shown]
+    at_knee, near = figures.knee(shown, facts.objectives), figures.near_dense(shown, facts.dense, facts.objectives)
+    return [_line(record, trial, knee=trial is at_knee, near=trial is near) for trial in shown]
 
 
 def dense_line(record: StudyRecord) -> FrontLine:
-    """The dense model in the words of the front's lines."""
+    """The dense model as text."""
     dense, name, same = record.facts.dense, record.facts.score_name, text.ratio(1)
     return FrontLine(
         trial="dense", sizes=[], ratio=same, costs=_costs(record, dense),
         validation=text.score(dense.score_validation, name), validation_difference="",
         test=text.score(dense.score_test, name), test_difference="",
-        latency=text.milliseconds(figures.known(dense.latency_ms)), epochs="", plan=Plan(), knee=False, near=False,
+        latency=text.milliseconds(figures.finite_or_none(dense.latency_ms)), epochs="", plan=Plan(), knee=False, near=False,
     )  # fmt: skip
 
 
 def effort(record: StudyRecord) -> str:
-    """How much work stands behind the front: `45 trials, 8 of them finalists, in 11 min 49 s`."""
+    """The work that the study took: `45 trials, 8 of them finalists, in 11 min 49 s`."""
     finalists = len(figures.finalists(record))
-    parts = [text.counted(len(figures.trained(record.trials)), "trial")]
+    parts = [text.with_noun(len(figures.trained(record.trials)), "trial")]
     parts += [f"{finalists} of them finalists"] if finalists else []
     return ", ".join(parts) + f", in {text.duration(sum(record.seconds.values()))}"
 
 
 def unfinished(record: StudyRecord) -> list[tuple[str, list[TrialRecord]]]:
-    """The trials that did not finish, by outcome; with each the sentence that says what to do about it."""
+    """The trials that did not finish, grouped by outcome, with the sentence of the outcome."""
     groups = [(outcome, [t for t in record.trials if t.outcome is outcome]) for outcome in Outcome]
     return [(outcome.value, trials) for outcome, trials in groups if outcome is not Outcome.DONE and trials]
 
@@ -156,7 +156,7 @@ def _line(record: StudyRecord, trial: TrialRecord, *, knee: bool, near: bool) ->
         validation_difference=_difference(trial.score_validation, dense.score_validation, name),
         test=text.score(final.score_test if final else None, name),
         test_difference=_difference(final.score_test if final else None, dense.score_test, name),
-        latency=text.milliseconds(figures.known(final.latency_ms if final else None)),
+        latency=text.milliseconds(figures.finite_or_none(final.latency_ms if final else None)),
         epochs=f"{figures.epochs_of(trial):g}",
         plan=trial.plan,
         knee=knee,
@@ -172,17 +172,17 @@ def _sizes(record: StudyRecord, trial: TrialRecord) -> list[str]:
 
 def _costs(record: StudyRecord, costed: Costed) -> list[tuple[str, str]]:
     dense, cells = record.facts.dense, []
-    for cost in costs(record):
+    for cost in shown_costs(record):
         value = costed.costs.get(cost.name)
-        told = value is not None and cost is not PARAMS
-        cells.append((cost.text(value), text.ratio(dense.costs[cost.name] / value) if told and value else ""))
+        has_ratio = value and cost is not PARAMS
+        cells.append((cost.text(value), text.ratio(dense.costs[cost.name] / value) if has_ratio and value else ""))
     return cells
 
 
-def _instead(record: StudyRecord, trial: TrialRecord, cost: Cost) -> str:
-    """`(47,554 parameters instead of 1,250,282)`; the name is left out where the words before say it."""
-    named = "" if cost.title in cost.fewer else f" {cost.title}"
-    return f"({cost.text(trial.costs[cost.name])}{named} instead of {cost.text(record.facts.dense.costs[cost.name])})"
+def _instead_of(record: StudyRecord, trial: TrialRecord, cost: Cost) -> str:
+    """`(47,554 parameters instead of 1,250,282)`, without the cost's name if the words before it contain the name."""
+    noun = "" if cost.title in cost.fewer else f" {cost.title}"
+    return f"({cost.text(trial.costs[cost.name])}{noun} instead of {cost.text(record.facts.dense.costs[cost.name])})"
 
 
 def _difference(score: float | None, dense: float, name: str) -> str:

@@ -1,4 +1,4 @@
-"""The study as rows: `front.json`, `front.csv` and `trials.csv`, with every number as it was measured."""
+"""`front.json`, `front.csv` and `trials.csv`: the study as rows, with unrounded numbers."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from ranksearch.report import figures
 from ranksearch.results.costs import costs_of
 from ranksearch.results.record import StudyRecord, TrialRecord
 
-COSTS_HERE = "costs"
-"""Among columns, the place of those of the costs."""
+COST_COLUMNS = "costs"
+"""Placeholder in the lists of columns; replaced by one column per cost."""
 
 _TRIAL_COLUMNS = (
-    "trial", "index", "origin", "outcome", "score", "ratio", COSTS_HERE, "seconds", "seed", "epochs", "curve",
+    "trial", "index", "origin", "outcome", "score", "ratio", COST_COLUMNS, "seconds", "seed", "epochs", "curve",
     "plan_text", "finalist_score_validation", "finalist_score_test", "finalist_epochs", "finalist_latency_ms",
     "same_as",
 )  # fmt: skip
 
 _FRONT_COLUMNS = (
-    "trial", "score_validation", "score_test", "ratio", COSTS_HERE, "plan", "plan_text", "origin", "epochs",
+    "trial", "score_validation", "score_test", "ratio", COST_COLUMNS, "plan", "plan_text", "origin", "epochs",
     "latency_ms", "knee", "within_limits",
 )  # fmt: skip
 
 
 def front_json(record: StudyRecord) -> str:
-    """The front, the dense model and how both were made, as indented JSON."""
+    """The front, the dense model, and the circumstances of the study, as indented JSON."""
     facts = record.facts
     content = {
         "name": facts.name,
@@ -47,33 +47,33 @@ def front_json(record: StudyRecord) -> str:
 
 
 def front_csv(record: StudyRecord) -> str:
-    """The front as a flat table; the plan is one cell of JSON."""
+    """The front as CSV; each plan is one cell of JSON."""
     rows = [row | {"plan": json.dumps(row["plan"])} for row in front_rows(record)]
     return _csv(_columns(record, _FRONT_COLUMNS), rows)
 
 
 def trials_csv(record: StudyRecord) -> str:
-    """Every trial, the ones that did not finish included."""
+    """Every trial as CSV, including trials that did not finish."""
     return _csv(_columns(record, _TRIAL_COLUMNS), [trial_row(trial) for trial in record.trials])
 
 
 def front_rows(record: StudyRecord) -> list[dict[str, Any]]:
-    """The front, the largest model first, one row a trial; `knee` is true on exactly one row.
+    """One row per trial of the front, the largest model first; `knee` is true in exactly one row.
 
-    Where no model keeps the limits, they are of the front without them and say so.
+    If no model keeps the limits, the rows are the front without limits, and `within_limits` is false.
     """
-    elbow, within = figures.knee(record.shown, record.facts.objectives), bool(record.front)
-    return [_front_row(trial) | {"knee": trial == elbow, "within_limits": within} for trial in record.shown]
+    at_knee, within = figures.knee(record.shown, record.facts.objectives), bool(record.front)
+    return [_front_row(trial) | {"knee": trial == at_knee, "within_limits": within} for trial in record.shown]
 
 
 def dense_row(record: StudyRecord) -> dict[str, Any]:
-    """The dense model in the words of the front's rows."""
+    """The dense model, with the keys of a row of the front."""
     dense = record.facts.dense
     return {
         **dense.costs,
-        "score_validation": figures.known(dense.score_validation),
-        "score_test": figures.known(dense.score_test),
-        "latency_ms": figures.known(dense.latency_ms),
+        "score_validation": figures.finite_or_none(dense.score_validation),
+        "score_test": figures.finite_or_none(dense.score_test),
+        "latency_ms": figures.finite_or_none(dense.latency_ms),
     }
 
 
@@ -83,25 +83,25 @@ def seconds_row(record: StudyRecord) -> dict[str, float]:
 
 
 def trial_row(trial: TrialRecord) -> dict[str, Any]:
-    """One trial; finalist columns are None for a trial that is none."""
+    """One trial; the columns of finalists are None for other trials."""
     final = trial.finalist
     return {
         "trial": trial.number,
         "index": trial.index,
         "origin": trial.origin,
         "outcome": trial.outcome.value,
-        "score": figures.known(trial.score),
+        "score": figures.finite_or_none(trial.score),
         "ratio": trial.ratio,
         **trial.costs,
         "seconds": trial.seconds,
         "seed": trial.seed,
         "epochs": max((curve_point.epochs for curve_point in trial.curve), default=0),
-        "curve": json.dumps([[curve_point.epochs, figures.known(curve_point.score)] for curve_point in trial.curve]),
+        "curve": json.dumps([[curve_point.epochs, figures.finite_or_none(curve_point.score)] for curve_point in trial.curve]),
         "plan_text": str(trial.plan),
         "finalist_score_validation": final and final.score_validation,
         "finalist_score_test": final and final.score_test,
         "finalist_epochs": final and figures.epochs_of(trial),
-        "finalist_latency_ms": final and figures.known(final.latency_ms),
+        "finalist_latency_ms": final and figures.finite_or_none(final.latency_ms),
         "same_as": trial.same_as,
     }
 
@@ -111,20 +111,20 @@ def _front_row(trial: TrialRecord) -> dict[str, Any]:
     return {
         "trial": trial.number,
         "score_validation": trial.score_validation,
-        "score_test": final and figures.known(final.score_test),
+        "score_test": final and figures.finite_or_none(final.score_test),
         "ratio": trial.ratio,
         **trial.costs,
         "plan": trial.plan.to_dict()["layers"],
         "plan_text": str(trial.plan),
         "origin": trial.origin,
         "epochs": figures.epochs_of(trial),
-        "latency_ms": final and figures.known(final.latency_ms),
+        "latency_ms": final and figures.finite_or_none(final.latency_ms),
     }
 
 
 def _columns(record: StudyRecord, columns: Sequence[str]) -> list[str]:
     costs = [cost.name for cost in costs_of(record.facts.dense)]
-    return [name for column in columns for name in (costs if column == COSTS_HERE else [column])]
+    return [name for column in columns for name in (costs if column == COST_COLUMNS else [column])]
 
 
 def _csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:

@@ -1,15 +1,15 @@
-"""Numbers as people read them: 1,180,160; 97.8 %; 55.3x; 3 min 20 s. One function for each kind of number."""
+"""Format numbers for people: 1,180,160; 97.8 %; 55.3x; 3 min 20 s. One function per kind of number."""
 
 from __future__ import annotations
 
 NO_VALUE = "\N{EN DASH}"
-"""What stands where there is no number."""
+"""Text for a missing number."""
 
 _MINUS = "\N{MINUS SIGN}"
 
 
-def whole(number: float) -> str:
-    """A count with thousands separated: `1,180,160`."""
+def count(number: float) -> str:
+    """A count, rounded, with thousands separators: `1,180,160`."""
     return f"{round(number):,}"
 
 
@@ -24,12 +24,12 @@ def percent(fraction: float) -> str:
 
 
 def share(part: float) -> str:
-    """A part of 1 as per cent that tells little from nothing: `94.3 %`, `<0.1 %`."""
+    """A fraction as per cent; small is not shown as zero: `94.3 %`, `<0.1 %`."""
     return "<0.1 %" if 0 < part < 0.0005 else percent(part)
 
 
 def is_percent(score_name: str) -> bool:
-    """Whether a score of this name is read as per cent; every other score is shown as it is, with four decimals."""
+    """Whether scores of this name are shown as per cent; all others are shown with four decimals."""
     return score_name == "accuracy"
 
 
@@ -41,12 +41,12 @@ def score(value: float | None, score_name: str) -> str:
 
 
 def difference(value: float, score_name: str) -> str:
-    """The difference of two scores, signed: points with one decimal for accuracy, else four decimals."""
+    """A signed difference of scores: percentage points with one decimal for accuracy, else four decimals."""
     return _signed(f"{100 * value:+.1f}" if is_percent(score_name) else f"{value:+.4f}")
 
 
 def margin(width: float, score_name: str) -> str:
-    """A distance between scores in words: `one point`, `10 points`; a plain number for scores other than accuracy."""
+    """A distance between scores: `one point` or `10 points` for accuracy, a plain number for other scores."""
     if not is_percent(score_name):
         return f"{width:g}"
     points = f"{100 * width:g}"
@@ -59,7 +59,7 @@ def milliseconds(value: float | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in its two largest units: `0.4 s`, `3 min 20 s`, `2 h 5 min`."""
+    """A duration in its two largest units: `0.4 s`, `3 min 20 s`, `2 h 5 min`."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -69,13 +69,13 @@ def duration(seconds: float) -> str:
     return f"{hours:,} h {minutes} min"
 
 
-def counted(number: int, thing: str) -> str:
-    """`1 trial`, `45 trials`."""
-    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+def with_noun(number: int, noun: str) -> str:
+    """A number with its noun: `1 trial`, `45 trials`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _signed(number: str) -> str:
-    """`-0.0` becomes `0.0`, and a hyphen in front a true minus sign, which is as wide as the plus."""
+    """Drop the sign of zero, and replace a leading hyphen by a minus sign, which is as wide as a plus sign."""
     if not float(number):
         return number.lstrip("+-")
     return number.replace("-", _MINUS, 1)

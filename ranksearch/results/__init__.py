@@ -1,1 +1,1 @@
-"""What a study finds, and choosing from it: no torch, so that reports and tools read it in a moment."""
+"""The results of a study, and how to choose from them; without torch, so that reports and tools load them quickly."""

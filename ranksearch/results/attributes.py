@@ -1,4 +1,4 @@
-"""A study's record in its Optuna study: attributes of the study and of its trials, and nothing else."""
+"""Read and write a study's record as user attributes of its Optuna study and trials."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _TRIAL, _ASKED, _PROBES, _INITIAL_PLANS = "ranksearch:trial", "ranksearch:asked"
 
 
 def write_trial(trial: optuna.Trial, record: TrialRecord) -> None:
-    """Keep a trial's whole record, first what a person wants to see. As one attribute, since each is a commit of its own."""
-    whole = {
+    """Store a trial's record, readable parts first, as one attribute: Optuna commits every attribute separately."""
+    content = {
         "about": f"{record.plan}: {record.ending}",
         "plan": record.plan.to_dict(),
         "outcome": record.outcome.name,
@@ -43,68 +43,68 @@ def write_trial(trial: optuna.Trial, record: TrialRecord) -> None:
         "seed": record.seed,
         "same_as": record.same_as,
     }
-    trial.set_user_attr(_TRIAL, whole)
+    trial.set_user_attr(_TRIAL, content)
 
 
 def write_facts(study: optuna.Study, facts: StudyFacts) -> None:
-    """Keep the study's facts in its storage."""
+    """Store the study's facts."""
     study.set_user_attr(_FACTS, dataclasses.asdict(facts))
 
 
 def write_seconds(study: optuna.Study, seconds: Mapping[str, float]) -> None:
-    """Keep the seconds that each stage has taken so far."""
+    """Store the seconds that each stage has taken so far."""
     study.set_user_attr(_SECONDS, dict(seconds))
 
 
 def read_seconds(study: optuna.Study) -> dict[str, float]:
-    """What `write_seconds` kept."""
+    """The seconds by stage that `write_seconds` stored; empty before it ran."""
     return dict(study.user_attrs.get(_SECONDS, {}))
 
 
 def write_probes(study: optuna.Study, dense_loss: float | None, probes: Sequence[Probe]) -> None:
-    """Keep the probes so far, and the dense model's validation loss that they are set against."""
+    """Store the probes so far, and the dense model's loss that they are compared with."""
     plans = [{"plan": Plan.of({probe.layer: probe.value}).to_dict(), "loss": probe.loss} for probe in probes]
     study.set_user_attr(_PROBES, {"dense": dense_loss, "probes": plans})
 
 
 def read_probes(study: optuna.Study) -> tuple[float | None, list[Probe]]:
-    """What `write_probes` kept: the dense loss, None before it is known, and the probes."""
-    found = study.user_attrs.get(_PROBES, {"dense": None, "probes": []})
-    plans = [(Plan.from_dict(entry["plan"]), entry["loss"]) for entry in found["probes"]]
-    return found["dense"], [Probe(*plan.layers[0], loss) for plan, loss in plans]
+    """The dense loss (None until it is known) and the probes that `write_probes` stored."""
+    stored = study.user_attrs.get(_PROBES, {"dense": None, "probes": []})
+    plans = [(Plan.from_dict(entry["plan"]), entry["loss"]) for entry in stored["probes"]]
+    return stored["dense"], [Probe(*plan.layers[0], loss) for plan, loss in plans]
 
 
 def write_initial_plans(study: optuna.Study, initial_plans: Sequence[tuple[str, Plan]]) -> None:
-    """Keep the plans that are tried first, with their origins: an index means the same trial whenever it is asked for."""
+    """Store the initial plans with their origins, so that a resumed study tries the same plans in the same order."""
     study.set_user_attr(_INITIAL_PLANS, [{"origin": origin, "plan": plan.to_dict()} for origin, plan in initial_plans])
 
 
 def read_initial_plans(study: optuna.Study) -> list[tuple[str, Plan]] | None:
-    """What `write_initial_plans` kept; None before it did."""
-    found = study.user_attrs.get(_INITIAL_PLANS)
-    return None if found is None else [(entry["origin"], Plan.from_dict(entry["plan"])) for entry in found]
+    """The initial plans that `write_initial_plans` stored; None before it ran."""
+    stored = study.user_attrs.get(_INITIAL_PLANS)
+    return None if stored is None else [(entry["origin"], Plan.from_dict(entry["plan"])) for entry in stored]
 
 
 def write_finalist(study: optuna.Study, number: int, finalist: Finalist) -> None:
-    """Keep a finalist's result. Optuna closes finished trials, so it stands among the study's attributes."""
+    """Store a finalist's result as an attribute of the study: Optuna does not let a finished trial change."""
     study.set_user_attr(f"{_FINALIST}{number}", dataclasses.asdict(finalist) | {"curve": _points(finalist.curve)})
 
 
 def write_failed(study: optuna.Study, number: int, outcome: Outcome) -> None:
-    """Keep how a trial's longer fine-tuning ended, where it gave no finalist."""
+    """Store the outcome of a finalist whose longer fine-tuning failed."""
     study.set_user_attr(f"{_FAILED}{number}", outcome.name)
 
 
 def has_facts(study: optuna.Study) -> bool:
-    """Whether the study got as far as its probes, with the dense model measured."""
+    """Whether the dense model has been measured and its facts stored, so that probing could start."""
     return _FACTS in study.user_attrs
 
 
 def read_facts(study: optuna.Study) -> StudyFacts:
-    """The facts that `write_facts` kept.
+    """The facts that `write_facts` stored.
 
     Raises:
-        StudyError: the Optuna study is not one of ranksearch's, or stopped before its first trial.
+        StudyError: ranksearch did not make this Optuna study, or the study stopped before its first trial.
     """
     try:
         data = dict(study.user_attrs[_FACTS])
@@ -120,32 +120,34 @@ def read_facts(study: optuna.Study) -> StudyFacts:
 
 
 def asked(index: int, origin: str) -> dict[str, Any]:
-    """The attribute of a trial that was asked for: its place in the study, kept when it is queued again, and by whom."""
+    """The user attribute of a proposed trial: its index, which it keeps when it is queued again, and its origin."""
     return {_ASKED: {"index": index, "origin": origin}}
 
 
 def read_asked(trial: FrozenTrial | optuna.Trial) -> tuple[int, str] | None:
-    """What `asked` kept: (index, origin); None for a trial that a killed run had not finished asking for."""
-    found = trial.user_attrs.get(_ASKED)
-    return (found["index"], found["origin"]) if found else None
+    """The (index, origin) of a proposed trial; None if a run was killed before the proposal was complete."""
+    stored = trial.user_attrs.get(_ASKED)
+    return (stored["index"], stored["origin"]) if stored else None
 
 
 def read_trial(trial: FrozenTrial, study: Mapping[str, Any] | None = None) -> TrialRecord | None:
-    """The record of a finished trial; None while it waits or runs, or where a killed run left it without a result. What is
-    known of it as a finalist stands among the attributes of its `study`."""
-    whole, place = trial.user_attrs.get(_TRIAL), read_asked(trial)
-    if whole is None or place is None or trial.state is not Outcome[whole["outcome"]].state:
+    """The record of a finished trial; None if it waits, runs, or was left without a result by a killed run.
+
+    `study` are the user attributes of the Optuna study, which hold the results of finalists.
+    """
+    content, place = trial.user_attrs.get(_TRIAL), read_asked(trial)
+    if content is None or place is None or trial.state is not Outcome[content["outcome"]].state:
         return None
     finalist, failed = ((study or {}).get(f"{key}{trial.number}") for key in (_FINALIST, _FAILED))
-    read = {
-        "plan": Plan.from_dict(whole["plan"]),
-        "outcome": Outcome[whole["outcome"]],
-        "curve": tuple(CurvePoint(*point) for point in whole["curve"]),
+    converted = {
+        "plan": Plan.from_dict(content["plan"]),
+        "outcome": Outcome[content["outcome"]],
+        "curve": tuple(CurvePoint(*point) for point in content["curve"]),
         "finalist": _finalist(finalist) if finalist else None,
         "failed": Outcome[failed] if failed and not finalist else None,
     }
-    kept = {key: value for key, value in whole.items() if key != "about"}
-    return TrialRecord(**kept | read, number=trial.number, index=place[0], origin=place[1])
+    plain = {key: value for key, value in content.items() if key != "about"}
+    return TrialRecord(**plain | converted, number=trial.number, index=place[0], origin=place[1])
 
 
 def _finalist(data: Mapping[str, Any]) -> Finalist:
@@ -158,14 +160,14 @@ def _timings(entries: Sequence[Mapping[str, Any]]) -> tuple[Timing, ...]:
 
 
 def read_trials(study: optuna.Study) -> tuple[TrialRecord, ...]:
-    """Every finished trial of the study, finalists' results included, by number."""
+    """The records of all finished trials, by number, finalists' results included."""
     attrs = study.user_attrs
-    found = (read_trial(trial, attrs) for trial in study.get_trials(deepcopy=False))
-    return tuple(record for record in found if record is not None)
+    records = (read_trial(trial, attrs) for trial in study.get_trials(deepcopy=False))
+    return tuple(record for record in records if record is not None)
 
 
 def read_study(study: optuna.Study) -> StudyRecord:
-    """Everything the report needs; raises `StudyError` as `read_facts` does."""
+    """The whole record of a study; raises `StudyError` as `read_facts` does."""
     facts, trials = with_measured(read_facts(study), read_trials(study))
     return StudyRecord(facts=facts, trials=trials, seconds=read_seconds(study))
 

@@ -1,4 +1,4 @@
-"""What a model costs: each cost that a study can minimise and limit is one value here."""
+"""Costs of a model, such as parameters and MACs. A study can minimise each of them, and limit it."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from ranksearch.errors import StudyError
 
 @dataclass(frozen=True)
 class Cost:
-    """One cost of a model, the smaller the better.
+    """One cost of a model; smaller is better.
 
-    Study files name it in `search.minimize` and `search.max_<name>`; records keep a number for it under its name.
+    Study files use its `name` in `search.minimize` and `search.max_<name>`; records store its value under that name.
     """
 
     name: str
     title: str
-    """Of a column of its numbers, such as `parameters`."""
+    """Heading of a column of its values, such as `parameters`."""
     ratio: str
-    """Of how many times smaller than the dense model, such as `compression ratio`."""
+    """Name of the ratio dense model / compressed model, such as `compression ratio`."""
     fewer: str
-    """After such a ratio: `25.5x smaller`."""
+    """Words after that ratio: `smaller` in `25.5x smaller`."""
     suffix: str = ""
-    """After a ratio where there is little room: `12.0x MACs`."""
+    """Short form of those words, with a leading space: ` MACs` in `12.0x MACs`."""
     unit: str = ""
-    """After a number, such as `ms`; a cost without one is a count."""
+    """Unit of its values, such as `ms`; empty for a count."""
     about: str = ""
-    """What is counted or measured, where the title does not say it."""
+    """Explanation of the title, if it needs one."""
     limit_key: str = ""
-    """The key of its limit in the section `search`, where that is not `max_<name>`."""
+    """The key of its limit in the section `search`, if that is not `max_<name>`."""
 
     @property
     def limit(self) -> str:
@@ -39,28 +39,28 @@ class Cost:
 
     @property
     def short_ratio(self) -> str:
-        """Of a column of its ratios: `MACs ratio`."""
+        """Heading of a column of its ratios: `MACs ratio`."""
         return f"{self.suffix} ratio".strip()
 
     def text(self, value: float | None) -> str:
-        """A number of it for people: `1,250,282`, `3.14 ms`."""
+        """A value as people read it: `1,250,282`, `3.14 ms`; a dash for None."""
         if value is None:
             return "\N{EN DASH}"
         return f"{value:#.3g} {self.unit}" if self.unit else f"{round(value):,}"
 
 
 COSTS: dict[str, Cost] = {}
-"""Every cost by its name, in the order in which they are shown."""
+"""All costs by name, in display order."""
 
 
 def register_cost(cost: Cost) -> Cost:
-    """Make a cost known: to limits, fronts, reports and the screen, wherever a record has a number for it.
+    """Register a cost, so that limits, fronts, reports and the screen use it wherever a record holds its value.
 
     Raises:
-        StudyError: there is another of that name.
+        StudyError: a different cost has the same name.
     """
     if COSTS.setdefault(cost.name, cost) != cost:
-        raise StudyError(f"A cost must have a name of its own, but {cost.name!r} is {COSTS[cost.name].title}.")
+        raise StudyError(f"A cost must have a unique name, but {cost.name!r} is registered for {COSTS[cost.name].title}.")
     return cost
 
 
@@ -81,27 +81,27 @@ LATENCY = register_cost(
 
 
 class Costed(Protocol):
-    """Something with costs, by name: a layer, a way to store it, a whole model."""
+    """An object with costs by name: a layer, a factorization of it, a whole model."""
 
     @property
     def costs(self) -> Mapping[str, float]: ...
 
 
 class Sized(Costed, Protocol):
-    """A whole model, whose compression ratio is known."""
+    """A whole model with a known compression ratio."""
 
     @property
     def ratio(self) -> float: ...
 
 
 class Counts:
-    """Shorthand for the two counts that every record of a model has."""
+    """Properties for the two costs that every record has."""
 
     costs: Mapping[str, float]
 
     @property
     def params(self) -> int:
-        """Parameters."""
+        """Number of parameters."""
         return int(self.costs["params"])
 
     @property
@@ -111,5 +111,5 @@ class Counts:
 
 
 def costs_of(costed: Costed) -> list[Cost]:
-    """The costs that something has a number for, in the order in which they are shown."""
+    """The costs that an object has a value for, in display order."""
     return [cost for name, cost in COSTS.items() if name in costed.costs]

@@ -1,4 +1,4 @@
-"""What the driver of a study and its workers tell each other: jobs, points of learning curves, results. No torch."""
+"""Messages between the driver of a study and its workers: jobs, learning-curve points, results. Without torch."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from ranksearch.plan import Plan
 
 
 class Outcome(enum.Enum):
-    """How a trial ended; the value is the sentence its user reads."""
+    """How a trial ended; the value is the sentence that the user reads."""
 
     DONE = "done"
     DIVERGED = "diverged: the loss or the score became NaN or infinite; a lower finetune.learning_rate helps"
     NOT_SMALLER = "not smaller than dense: the plan saves no parameters, so it was not trained"
     OVER_BUDGET = (
-        "over budget: larger or slower than search.min_ratio, search.max_params, search.max_macs or search.max_latency_ms "
-        "allow, so it was not trained; a wider limit lets it in"
+        "over budget: too large or too slow for search.min_ratio, search.max_params, search.max_macs or "
+        "search.max_latency_ms, so it was not trained; relax the limit to admit it"
     )
     OUT_OF_MEMORY = "out of memory: a smaller finetune.batch_size or fewer --workers help"
     WORKER_LOST = "worker lost: its process ended before the trial did, most often for lack of memory; fewer --workers help"
 
     @property
     def state(self) -> TrialState:
-        """The state that Optuna is told."""
+        """The Optuna state of a trial with this outcome."""
         return _STATES.get(self, TrialState.PRUNED)
 
     @property
     def of_finalist(self) -> str:
-        """The sentence where it was a finalist that ended so."""
+        """The sentence for a finalist with this outcome: it names the settings of `finalists`."""
         return self.value.replace("finetune.", "finalists.")
 
 
@@ -39,25 +39,25 @@ _STATES = {Outcome.DONE: TrialState.COMPLETE, Outcome.WORKER_LOST: TrialState.FA
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One point of a trial's curve: the validation score after so many epochs of fine-tuning."""
+    """One point of a learning curve: the validation score after `epochs` epochs of fine-tuning."""
 
     epochs: float
     score: float
 
 
 class Stage(enum.Enum):
-    """What a job is for."""
+    """The purpose of a job."""
 
     PROBE = "probe"
-    """The validation loss before any fine-tuning."""
+    """Measure the loss, on a sample of the validation split, without fine-tuning."""
     TRIAL = "trial"
     FINALIST = "finalist"
-    """Longer fine-tuning; also scored on the test split, and its weights kept."""
+    """Fine-tune for longer, score on the test split too, and keep the weights."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One plan to evaluate. `key` tells jobs apart."""
+    """One plan to evaluate. `key` identifies the job."""
 
     key: int
     plan: Plan
@@ -67,7 +67,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """How a job ended. `curve` holds every rung that was reached, `loss` a probe's; `weights` are safetensors bytes."""
+    """Result of a job: `curve` is its learning curve, `loss` the loss of a probe, `weights` a safetensors file as bytes."""
 
     outcome: Outcome
     curve: tuple[CurvePoint, ...] = ()

@@ -1,4 +1,4 @@
-"""What the models of a study compete in: their score, and how much smaller they are in each cost that it minimises."""
+"""Objectives of a study: the score, and the compression in each cost that the study minimises."""
 
 from __future__ import annotations
 
@@ -12,61 +12,61 @@ from ranksearch.results.costs import Costed
 
 @dataclass(frozen=True)
 class Objectives:
-    """The score, and for each cost of `minimize` by how many times it is smaller than the dense model's; all to be maximised.
+    """The score, and log10 of the ratio dense / compressed for each cost in `minimize`; all are maximised.
 
-    On a log scale: from 10x to 20x is worth as much as from 50x to 100x. On a plain one a hypervolume is all about the
-    smallest models.
+    Logarithms make 10x -> 20x worth as much as 50x -> 100x. With plain ratios the smallest models would make up nearly all
+    of the hypervolume.
     """
 
     minimize: tuple[str, ...] = ("params",)
     dense: Mapping[str, float] = field(default_factory=dict, hash=False)
-    """The costs of the dense model, which those of the others are set against."""
+    """Costs of the dense model, by name."""
 
     @classmethod
     def of(cls, search: Mapping[str, Any], dense: Costed) -> Objectives:
-        """From a study's section `search`."""
+        """The objectives of a study, from its section `search` and its dense model."""
         return cls(tuple(search["minimize"]), dense.costs)
 
     @property
     def directions(self) -> list[Literal["maximize"]]:
-        """Optuna's directions."""
+        """The directions of the Optuna study."""
         return ["maximize"] * (1 + len(self.minimize))
 
     @property
     def reference(self) -> tuple[float, ...]:
-        """The dense model's place in the costs, above which hypervolumes count: 1x, as logarithms."""
+        """Reference point of the hypervolume in the costs: a ratio of 1x, so log10 = 0, for each."""
         return (0.0,) * len(self.minimize)
 
     def only(self, cost: str) -> Objectives:
-        """The score against that cost alone."""
+        """The objectives with this one cost."""
         return Objectives((cost,), self.dense)
 
     def measured(self, size: Costed) -> bool:
-        """Whether a model has a number for each of the costs; one that is measured in the end is missing until then."""
+        """Whether a model has a value for every minimised cost; a cost that is measured last has no value before."""
         return all(cost in size.costs for cost in self.minimize)
 
     def ratios(self, size: Costed) -> tuple[float, ...]:
-        """How many times smaller than the dense model, in each cost; NaN where that is not measured."""
+        """The ratio dense / compressed in each minimised cost; NaN if it is not measured."""
         return tuple(self.dense[cost] / size.costs.get(cost, math.nan) for cost in self.minimize)
 
     def ratio(self, size: Costed) -> float:
-        """How many times smaller over all costs, their geometric mean: what sizes are put in order by."""
+        """The geometric mean of `ratios`; models are sorted by it."""
         ratios = self.ratios(size)
         return ratios[0] if len(ratios) == 1 else math.prod(ratios) ** (1 / len(ratios))
 
     def point(self, score: float, size: Costed) -> tuple[float, ...]:
-        """The score, then log10 of each ratio."""
+        """The model as a point: its score, then log10 of each ratio."""
         return (score, *map(math.log10, self.ratios(size)))
 
 
 @dataclass(frozen=True)
 class Price:
-    """What a unit of each cost is worth, where several costs are weighed against one loss."""
+    """Price per unit of each cost, which turns several costs into one number."""
 
     units: Mapping[str, float] = field(hash=False)
 
     def of(self, size: Costed) -> float:
-        """The price of a whole size."""
+        """The sum of a model's costs, each times its price."""
         return sum(price * size.costs[cost] for cost, price in self.units.items())
 
 
@@ -74,7 +74,9 @@ PER_PARAMETER = Price({"params": 1.0})
 
 
 def prices(minimize: Sequence[str], dense: Costed) -> list[Price]:
-    """The prices at which predicted fronts are solved: of the one cost, or of all alike (the dense model costs 1 in each) and
-    of each alone."""
+    """The prices that predicted fronts are solved for.
+
+    For one cost: that cost. For several: their sum, scaled so that the dense model costs 1 in each, then each alone.
+    """
     alone = [Price({cost: 1.0}) for cost in minimize]
     return alone if len(alone) == 1 else [Price({cost: 1 / dense.costs[cost] for cost in minimize}), *alone]

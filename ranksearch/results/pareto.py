@@ -1,5 +1,4 @@
-"""Front, hypervolume and knee of points to be maximised in any number of objectives: pure functions of an array
-(points, objectives). The algorithms are moocore's."""
+"""Front, hypervolume and knee of points (points, objectives), all objectives maximised. The algorithms are moocore's."""
 
 from __future__ import annotations
 
@@ -9,9 +8,9 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def front(points: ArrayLike) -> NDArray[np.intp]:
-    """Indices of the points that no other point dominates, ordered by rising second objective.
+    """Indices of the non-dominated points, by rising second objective.
 
-    A point dominates another when it is nowhere smaller and somewhere larger. Of equal points only the first is kept.
+    A point dominates another if it is smaller in no objective and larger in at least one. Of equal points the first is kept.
     """
     values = _points(points)
     if not len(values):
@@ -21,36 +20,38 @@ def front(points: ArrayLike) -> NDArray[np.intp]:
 
 
 def ranks(points: ArrayLike) -> NDArray[np.intp]:
-    """Non-domination rank of each point (Deb et al. 2002): 0 on the front, 1 on the front of the rest, and so on. Of equal
-    points each lies behind the one before, which moocore's own ranks do not tell apart."""
+    """Non-domination rank of each point (Deb et al. 2002): 0 on the front, 1 on the front of the rest, and so on.
+
+    Equal points get different ranks, in their order; moocore's own function gives them the same rank.
+    """
     values = _points(points)
     result, left, rank = np.empty(len(values), dtype=np.intp), np.arange(len(values)), 0
     while len(left):
-        peeled = front(values[left])
-        result[left[peeled]] = rank
-        left, rank = np.delete(left, peeled), rank + 1
+        on_front = front(values[left])
+        result[left[on_front]] = rank
+        left, rank = np.delete(left, on_front), rank + 1
     return result
 
 
 def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
-    """Volume between the front of `points` and `reference`; points not above the reference count nothing."""
+    """Hypervolume of `points` above `reference`; points that are not above it in every objective add nothing."""
     origin = np.asarray(reference, dtype=float)
     values = _points(points, len(origin))
     return float(moocore.hypervolume(values, ref=origin, maximise=True)) if len(values) else 0.0
 
 
 def contributions(points: ArrayLike, reference: ArrayLike) -> NDArray[np.float64]:
-    """The volume that each point of a front adds to the hypervolume of the others (exclusive hypervolume, While et al. 2012).
+    """Hypervolume that each point of a front adds to the others (exclusive hypervolume, While et al. 2012).
 
-    Equal points add nothing each.
+    Points that occur twice add nothing.
     """
     return np.asarray(moocore.hv_contributions(_points(points), ref=np.asarray(reference, dtype=float), maximise=True))
 
 
 def knee(points: ArrayLike) -> int:
-    """Index of the front point farthest above the plane through the ends of the front, each objective scaled to 0..1.
+    """Index of the knee: the front point farthest above the plane through the ends of the front (Das 1999).
 
-    The usual "elbow" of a front (Das 1999); with fewer than three points the one of highest first objective.
+    Each objective is scaled to 0..1. With fewer than three points on the front it is the one with the highest first objective.
     """
     values = _points(points)
     chosen = front(values)
@@ -65,6 +66,6 @@ def knee(points: ArrayLike) -> int:
 
 
 def _points(points: ArrayLike, objectives: int = 2) -> NDArray[np.float64]:
-    """As an array of two dimensions, where there is no point too."""
+    """The points as a float array (points, objectives), also if there are none."""
     values = np.asarray(points, dtype=float)
     return values if values.ndim == 2 else values.reshape(-1, objectives)

@@ -1,4 +1,4 @@
-"""What a study found, and choosing from it. The report reads nothing else, and neither needs torch."""
+"""The record of a study, and how to choose a model from it. The report reads nothing else; torch is not needed."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ranksearch.results.objectives import Objectives
 _UNTRAINED = (Outcome.NOT_SMALLER, Outcome.OVER_BUDGET, Outcome.WORKER_LOST)
 
 MAX_UNTRAINED = 100
-"""A search ends once so many proposals in a row needed no training: the sampler finds nothing new within the limits."""
+"""The search ends after this many proposals in a row without training: the sampler finds nothing new within the limits."""
 MAX_PREDICTION_ERROR = 0.2
-"""Relative; a predicted latency that is further from the measured one is told to the user."""
+"""Relative error of a predicted latency above which the report says that the prediction was wrong."""
 MAX_TRIES = 3
-"""A plan whose worker was lost so often is not tried again: by then the plan is the cause."""
+"""How often a plan is tried while its workers are lost; after that the plan itself must be the cause."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Finalist:
-    """A trial that was fine-tuned for longer, from its start, and scored once on the test split."""
+    """Result of fine-tuning a trial again, from its start and for longer; scored once on the test split."""
 
     score_validation: float
     score_test: float
@@ -61,7 +61,7 @@ class Finalist:
         return self.timings[0].ms if self.timings else None
 
     @property
-    def missed(self) -> bool:
+    def mispredicted(self) -> bool:
         """Whether its latency was predicted wrong by more than `MAX_PREDICTION_ERROR`."""
         if self.predicted_ms is None or self.latency_ms is None:
             return False
@@ -70,7 +70,7 @@ class Finalist:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord(Counts):
-    """One trial. `score` is the validation score after its last rung, None where it did not get there."""
+    """One trial. `score` is the validation score at the end of its learning curve; None if it did not finish."""
 
     number: int
     index: int
@@ -78,43 +78,43 @@ class TrialRecord(Counts):
     plan: Plan
     outcome: Outcome
     costs: Mapping[str, float] = field(hash=False)
-    """By the name of each cost that is known of it."""
+    """Its known costs, by name."""
     ratio: float
-    """Of compression: parameters of the dense model over its own."""
+    """Compression ratio: parameters of the dense model / parameters of this one."""
     score: float | None = None
     curve: tuple[CurvePoint, ...] = ()
     seconds: float = 0.0
     seed: int = 0
     same_as: int | None = None
-    """The number of the trial of the same plan that answered for this one, which was not trained again."""
+    """Number of the earlier trial of the same plan, whose result this trial took over instead of training."""
     finalist: Finalist | None = None
     failed: Outcome | None = None
-    """How its longer fine-tuning ended, where that gave no finalist."""
+    """Outcome of its longer fine-tuning, if that failed."""
 
     @property
     def trained(self) -> bool:
-        """Whether it was trained to an answer of its own: what `search.trials` counts."""
+        """Whether it was trained itself, and its worker not lost; `search.trials` counts these trials."""
         return self.same_as is None and self.outcome not in _UNTRAINED
 
     @property
     def scored(self) -> bool:
-        """Whether it came to a score, its own or that of the trial of the same plan."""
+        """Whether it has a score, its own or that of the trial of the same plan."""
         return self.outcome is Outcome.DONE and self.score is not None
 
     @property
     def score_validation(self) -> float | None:
-        """The validation score with the most fine-tuning behind it."""
+        """The validation score after the longest fine-tuning: the finalist's, else the trial's."""
         return self.finalist.score_validation if self.finalist else self.score
 
     @property
     def ending(self) -> str:
-        """How the trial ended, in a word or two: `done`, `diverged`."""
+        """The outcome in a word or two: `done`, `diverged`."""
         return self.outcome.value.partition(":")[0]
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The loss, on a sample of the validation split, with one layer alone stored as `value` and nothing trained."""
+    """The loss on a sample of the validation split, with one layer stored as `value`, without training."""
 
     layer: str
     value: Factorization
@@ -123,19 +123,19 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerFacts(Counts):
-    """One layer that can be decomposed, as the report shows it. `weight` is the kernel's shape (out, in, *kernel)."""
+    """A layer that can be decomposed. `weight` is the shape of its kernel, (out, in, *size)."""
 
     name: str
     kind: str
     weight: tuple[int, ...]
     costs: Mapping[str, float] = field(hash=False)
     vbmf: tuple[int | None, int | None]
-    """VBMF ranks of the input and the output unfolding; None where the estimate finds no low-rank signal."""
+    """VBMF ranks of the input and the output unfolding; None if VBMF finds no low-rank signal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseFacts(Counts):
-    """The dense model: its costs by name, its scores, and milliseconds for one input."""
+    """The dense model: costs by name, scores, and latency for one input."""
 
     costs: Mapping[str, float] = field(hash=False)
     score_validation: float
@@ -151,7 +151,7 @@ class DenseFacts(Counts):
 
 @dataclass(frozen=True, kw_only=True)
 class StudyFacts:
-    """What holds for the study as a whole, kept as attributes of the Optuna study."""
+    """Facts about the whole study, stored as an attribute of the Optuna study."""
 
     name: str
     seed: int
@@ -164,24 +164,24 @@ class StudyFacts:
     machine: str
     command: str
     data: str
-    """One sentence: what the images are, and how many stand in each split."""
+    """One sentence: the kind of data, and the size of each split."""
     since: int = 0
-    """The number of the first trial within today's limits: earlier ones were proposed within others."""
+    """Number of the first trial that was proposed under the current limits; earlier runs may have had other limits."""
 
     @property
     def limits(self) -> Limits:
-        """What the models of the front must keep, as of the last run."""
+        """The limits of the last run."""
         return Limits.of(self.spec["search"])
 
     @property
     def objectives(self) -> Objectives:
-        """What the models of the study compete in."""
+        """The objectives of the study."""
         return Objectives.of(self.spec["search"], self.dense)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyRecord:
-    """A whole study: its facts, its trials in the order they were asked for, and the seconds each stage took so far."""
+    """A whole study: its facts, its trials by number, and the seconds each stage has taken so far."""
 
     facts: StudyFacts
     trials: tuple[TrialRecord, ...]
@@ -194,72 +194,77 @@ class StudyRecord:
 
     @cached_property
     def unconstrained_front(self) -> list[TrialRecord]:
-        """The front that there would be without the limits."""
+        """The front without the limits."""
         return front_of(self.trials, self.facts.objectives)
 
     @cached_property
     def shown(self) -> list[TrialRecord]:
-        """What a reader is shown: the front, or the unconstrained one where no model keeps the limits."""
+        """The front to show: the front, or the unconstrained one if no model keeps the limits."""
         return self.front or self.unconstrained_front
 
     @property
     def notes(self) -> list[str]:
-        """Sentences on what became of the limits and of proposals that were not trained; most studies have none."""
+        """Sentences about limits that no model keeps, proposals that were not trained, and failures; often none."""
         trials, planned = self.trials, self.facts.spec["search"]["trials"]
         over = sum(trial.outcome is Outcome.OVER_BUDGET for trial in trials)
-        known = sum(trial.same_as is not None for trial in trials)
+        repeated = sum(trial.same_as is not None for trial in trials)
         trained = sum(trial.trained for trial in trials)
-        found = []
+        notes = []
         if self.facts.limits and not self.front and self.unconstrained_front:
-            found.append(
-                f"No model keeps the limits ({self.facts.limits}): shown is the front without them, and the nearest trials "
-                "are the finalists."
+            notes.append(
+                f"No model keeps the limits ({self.facts.limits}). The front is shown without them, and the finalists are the "
+                "trials nearest to them."
             )
         if trained < planned and untrained_in_a_row(trials, self.facts.since) >= MAX_UNTRAINED:
-            found.append(
+            notes.append(
                 f"The search ended after {trained} of {planned} trials: {MAX_UNTRAINED} proposals in a row were over the "
-                "limits or known already; widen the limits or the space."
+                "limits or repeated an earlier plan; widen the limits or the space."
             )
         if trials and not any(trial.scored for trial in trials):
             ends = Counter(trial.outcome for trial in trials)
-            how = " ".join(f"{count:,} {outcome.value}." for outcome, count in ends.items())
-            found.append(f"No trial of {len(trials):,} came to a score. {how}")
+            reasons = " ".join(f"{count:,} {outcome.value}." for outcome, count in ends.items())
+            notes.append(f"No trial of {len(trials):,} has a score. {reasons}")
         for trial in trials:
             if trial.failed:
-                found.append(f"Trial {trial.number} gave no model as a finalist, {trial.failed.of_finalist}.")
-        finalists = [trial for trial in trials if trial.finalist]
-        if any(not timing.quiet for trial in finalists if trial.finalist for timing in trial.finalist.timings):
-            found.append(
-                "The machine was busy while the finalists were timed: latencies that lie near each other may be in another "
-                "order; the same command on a quiet machine, with --fresh, times them again."
-            )
-        missed = [str(trial.number) for trial in finalists if trial.finalist and trial.finalist.missed]
-        if missed:
-            found.append(
-                f"The latency of {_are('trial', missed)} was predicted wrong by more than {MAX_PREDICTION_ERROR:.0%}; the "
-                "front is of measured times."
-            )
+                notes.append(f"Trial {trial.number} failed as a finalist, {trial.failed.of_finalist}.")
+        notes += self._latency_notes()
         if over:
-            found.append(f"Proposals over the limits, which were not trained: {over:,}.")
-        if known:
-            found.append(f"Proposals of a plan that was known already, answered from the record: {known:,}.")
-        return found
+            notes.append(f"Proposals over the limits, not trained: {over:,}.")
+        if repeated:
+            notes.append(f"Proposals that repeated an earlier plan, not trained again: {repeated:,}.")
+        return notes
+
+    def _latency_notes(self) -> list[str]:
+        finalists = [(trial.number, trial.finalist) for trial in self.trials if trial.finalist]
+        notes = []
+        if not all(timing.quiet for _, finalist in finalists for timing in finalist.timings):
+            notes.append(
+                "The machine was busy while the finalists were timed, so the order of latencies that are near each other "
+                "may be wrong."
+            )
+        wrong = [str(number) for number, finalist in finalists if finalist.mispredicted]
+        if wrong:
+            notes.append(
+                f"The latency of {_named('trial', wrong)} was predicted wrong by more than {MAX_PREDICTION_ERROR:.0%}; the "
+                "front is of measured latencies."
+            )
+        return notes
 
 
-def _are(noun: str, names: Sequence[str]) -> str:
+def _named(noun: str, names: Sequence[str]) -> str:
     return f"{noun} {names[0]}" if len(names) == 1 else f"{noun}s {', '.join(names[:-1])} and {names[-1]}"
 
 
 def untrained_in_a_row(
     trials: Iterable[TrialRecord], since: int, *, waiting: Iterable[int] = (), running: Iterable[int] = ()
 ) -> int:
-    """How many proposals since the last that was trained needed no training.
+    """Number of proposals without training since the last one that was trained or is being trained.
 
     Args:
-        trials: those that have an answer.
-        since: the number of the first that counts. What was proposed within other limits says nothing of these.
-        waiting: numbers of those that wait for the answer to the same plan.
-        running: numbers of those that are being trained.
+        trials: the finished trials.
+        since: the number of the first trial that counts; earlier ones were proposed under other limits.
+        waiting: numbers of the trials that wait for a running trial of the same plan.
+        running: numbers of the trials that are being trained.
     """
     trials = list(trials)
     last = max([since - 1, *running, *(trial.number for trial in trials if trial.trained)])
@@ -283,18 +288,19 @@ def _with_measured(trial: TrialRecord) -> TrialRecord:
 
 
 def yardstick(dense_score: float, scores: Iterable[float]) -> float:
-    """The score that trials are measured against: the dense model's, or the best of theirs where none reaches it.
+    """The score that trials are compared with: the dense model's, or their best score if none reaches the dense model's.
 
-    What is small by the user's will, or trained from scratch for a few epochs, is not to be told apart by how far it is from
-    the dense model.
+    Trials may all lie far below the dense model, if the limits allow only small models or a few epochs train them from
+    scratch. The distance to the dense score would not separate them.
     """
     return min(dense_score, max(scores, default=dense_score))
 
 
 def front_of(trials: Sequence[TrialRecord], objectives: Objectives, limits: Limits = UNLIMITED) -> list[TrialRecord]:
-    """The non-dominated trials within the limits by validation score and ratios, the largest first; each plan once.
+    """The non-dominated trials within the limits, by validation score and ratios; the largest model first, each plan once.
 
-    Once there are finalists within them only they compete: scores of long and of short fine-tuning do not compare.
+    If there are finalists within the limits, only they compete: scores after long and after short fine-tuning are not
+    comparable.
     """
     within = [trial for trial in trials if trial.scored and not limits.excess(trial, trial.score_validation)]
     within = [trial for trial in within if objectives.measured(trial)]
@@ -312,43 +318,49 @@ def choose(
     min_ratio: float | None = None,
     limits: Limits = UNLIMITED,
 ) -> TrialRecord:
-    """One finalist: of that number, or the smallest of at least that validation score, or the best of at least that
-    compression ratio; the knee of the front where nothing is asked for. One within the study's `limits` where there is one.
-    Front, knee and size are meant by the study's `objectives`.
+    """Choose one finalist; without `number`, `min_score` and `min_ratio` it is the knee of the front.
+
+    Args:
+        trials: the trials of a study.
+        objectives: the study's objectives, which define front, knee and size.
+        number: choose the finalist with this trial number.
+        min_score: choose the smallest finalist with at least this validation score.
+        min_ratio: choose the best finalist with at least this compression ratio.
+        limits: the study's limits; finalists that keep them are preferred.
 
     Raises:
-        StudyError: there are no finalists, or none is as asked.
+        StudyError: there are no finalists, or none meets the condition.
     """
     finalists = {trial.number: trial for trial in trials if trial.finalist}
     if not finalists:
         if trials and not any(trial.scored for trial in trials):
-            raise StudyError("A model must be a finalist to be taken home, but no trial came to a score; the report says why.")
+            raise StudyError("Only finalists can be exported, but no trial has a score; the report says why.")
         failed = sum(trial.failed is not None for trial in trials)
-        known = f" ({failed} failed, as the report says)" if failed else ""
-        raise StudyError(
-            f"A model must be a finalist to be taken home, but there are none yet{known}; let the study end first."
-        )
+        failures = f" ({failed} failed, see the report)" if failed else ""
+        raise StudyError(f"Only finalists can be exported, but there are none yet{failures}; finish the study first.")
     if number is not None:
         if number not in finalists:
             names = ", ".join(map(str, sorted(finalists)))
-            raise StudyError(f"Only finalists keep their weights, but trial {number} is none; they are {names}.")
+            raise StudyError(f"Only finalists can be exported, but trial {number} is not one of them; they are {names}.")
         return finalists[number]
-    # Not of the front alone, which may be of another cost than the compression ratio.
-    whole = list(finalists.values())
-    within = [trial for trial in whole if not limits.excess(trial, _score(trial))]
+    # All finalists, not only the front: the front may be about another cost than the compression ratio.
+    candidates = list(finalists.values())
+    within = [trial for trial in candidates if not limits.excess(trial, _score(trial))]
     if min_score is not None:
-        fitting = [t for t in within if _score(t) >= min_score] or [t for t in whole if _score(t) >= min_score]
+        fitting = [t for t in within if _score(t) >= min_score] or [t for t in candidates if _score(t) >= min_score]
         if not fitting:
-            best = max(map(_score, whole))
-            raise StudyError(f"A model with a score of at least {min_score:g} is asked for, but the best has {best:.4f}.")
+            best = max(map(_score, candidates))
+            raise StudyError(f"No finalist has a validation score of at least {min_score:g}; the best has {best:.4f}.")
         return max(fitting, key=lambda trial: (objectives.ratio(trial), _score(trial)))
     if min_ratio is not None:
-        fitting = [t for t in within if t.ratio >= min_ratio] or [t for t in whole if t.ratio >= min_ratio]
+        fitting = [t for t in within if t.ratio >= min_ratio] or [t for t in candidates if t.ratio >= min_ratio]
         if not fitting:
-            most = max(trial.ratio for trial in whole)
-            raise StudyError(f"A ratio of at least {min_ratio:g} is asked for, but the smallest model has {most:.1f}.")
+            largest = max(trial.ratio for trial in candidates)
+            raise StudyError(
+                f"No finalist has a compression ratio of at least {min_ratio:g}; the smallest model has {largest:.1f}."
+            )
         return max(fitting, key=lambda trial: (_score(trial), objectives.ratio(trial)))
-    front = front_of(within or whole, objectives)
+    front = front_of(within or candidates, objectives)
     return front[pareto.knee([objectives.point(_score(trial), trial) for trial in front])]
 
 

@@ -261,7 +261,7 @@ def check_limits(limits: Limits, space: Space, inventory: Inventory) -> None:
             f"search.min_ratio must be at most {most:.12g}, which the smallest plan of the space reaches, but got "
             f"{limits.min_ratio:g}; lower it, or widen the space."
         )
-    for cost, limit in limits.most.items():
+    for cost, limit in limits.max_costs.items():
         least = size_of(space.smallest(cost), inventory).costs[cost]
         if limit < least:
             shown = least if isinstance(least, int) else f"{math.ceil(least * 1000) / 1000:g}"

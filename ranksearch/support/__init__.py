@@ -1,1 +1,1 @@
-"""What every part uses: files that appear whole or not at all, and random numbers that follow a seed."""
+"""Helpers for every other part: nested batches, atomic file writes, seeded random numbers."""

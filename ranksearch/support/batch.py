@@ -1,6 +1,6 @@
-"""Batches: one tensor, or tensors in tuples, lists and dicts of any depth; the first dimension of each is the batch's.
+"""Batches: one tensor, or tensors nested in tuples, lists and dicts; the first dimension of each is the batch dimension.
 
-What else stands in a batch, such as a number, goes along unchanged. Models are called here alone.
+Other values in a batch, such as numbers, are passed on unchanged. The package calls models only through `run_model`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 
 def run_model(model: Callable[[Any], Any], inputs: Any) -> Any:
-    """What a model gives for a batch of inputs, which is its one argument."""
+    """Call the model with the batch as its only argument, and return its outputs."""
     return model(inputs)
 
 
@@ -24,10 +24,10 @@ def tensors_in(batch: Any) -> list[Tensor]:
 
 
 def batch_size(batch: Any) -> int:
-    """How many inputs a batch holds: the first size of its tensors.
+    """Number of inputs in a batch: the first dimension of its tensors.
 
     Raises:
-        ValueError: the tensors do not have the same first size, or there are none.
+        ValueError: the first dimensions of the tensors differ, or there are no tensors.
     """
     sizes = {len(tensor) for tensor in tensors_in(batch) if tensor.dim()}
     if len(sizes) != 1:
@@ -36,18 +36,18 @@ def batch_size(batch: Any) -> int:
 
 
 def batch_to(batch: Any, device: torch.device) -> Any:
-    """The batch on a device."""
+    """Move every tensor of the batch to the device."""
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
 
 
 def split_batch(batch: Any, size: int) -> Iterator[Any]:
-    """The batch in parts of at most so many inputs."""
+    """Split the batch into parts of at most `size` inputs."""
     for start in range(0, batch_size(batch), size):
         yield tree_map_only(Tensor, lambda tensor: tensor[start : start + size] if tensor.dim() else tensor, batch)  # noqa: B023
 
 
 def concatenate(batches: Sequence[Any]) -> Any:
-    """One batch of all that several of the same nesting hold."""
+    """Join several batches of the same nesting into one."""
     flat = [tree_flatten(batch) for batch in batches]
     leaves = zip(*(leaves for leaves, _ in flat), strict=True)
     joined = [torch.cat(parts) if isinstance(parts[0], Tensor) and parts[0].dim() else parts[0] for parts in leaves]
@@ -60,5 +60,5 @@ def repeat_batch(batch: Any, times: int) -> Any:
 
 
 def batch_shapes(batch: Any) -> Any:
-    """The batch with each tensor's shape in its place."""
+    """The batch with every tensor replaced by its shape."""
     return tree_map_only(Tensor, lambda tensor: tuple(tensor.shape), batch)

@@ -377,6 +377,6 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
     blocked = Path(tmp_path / "file")
     blocked.write_text("not a folder")
     with pytest.raises(
-        StudyError, match=r"The layer's factors .*/file/profile/.* cannot be written: .*; mend that, and the same"
+        StudyError, match=r"The layer's factors .*/file/profile/.* cannot be written: .*; fix this and run the same"
     ):
         made(cache=blocked / "profile")

@@ -261,7 +261,7 @@ def test_a_head_that_is_gone_ends_the_study_in_one_sentence(study_file, capsys, 
         "work is saved: run the same command again once the cluster is back."
     )
     assert main(["study", "small.toml", "--workers", "0"]) == 0
-    assert "3 of them done before" in capsys.readouterr().out
+    assert "3 of them done by an earlier run" in capsys.readouterr().out
     assert sorted(trial.index for trial in read_trials(stored(Path("runs/small")))) == list(range(8))
 
 
@@ -304,11 +304,11 @@ def test_a_node_that_cannot_load_the_model():
     lacks = refused_by_a_node(b"cpackage_of_the_user\nnet\n.")  # the pickle of a function, by its module and name
     assert re.match(
         r"Every worker must be able to load model and data, but the node \S+ cannot \(ModuleNotFoundError: No module named "
-        r"'package_of_the_user'\); mend that, or install what it lacks there",
+        r"'package_of_the_user'\); fix this, or install the missing package there",
         lacks,
     )
     raises = refused_by_a_node(pickle.dumps(REFUSED))
-    assert re.search(r"the node \S+ cannot \(ValueError: no weights here, in .*test_engines\.py line \d+\); mend that", raises)
+    assert re.search(r"the node \S+ cannot \(ValueError: no weights here, in .*test_engines\.py line \d+\); fix this", raises)
 
 
 class Ended:
@@ -344,8 +344,8 @@ def test_a_node_that_lacks_this_package_is_refused_and_a_killed_worker_is_lost(t
         assert said.key == 5
         if error and error.actor_init_failed:
             assert str(said.message.error).startswith(
-                "Every worker must be able to load model and data, but the node 10.0.0.7 cannot (ModuleNotFoundError: No module "
-                "named 'ranksearch'); mend that, or install what it lacks there, or run"
+                "Every worker must be able to load the model and the data, but the node 10.0.0.7 cannot (ModuleNotFoundError: No "
+                "module named 'ranksearch'); fix this, or install the missing package there, or run"
             )
         else:
             assert said.message == Result(Outcome.WORKER_LOST)

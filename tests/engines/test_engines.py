@@ -270,9 +270,9 @@ def refused_by_a_worker(work, capfd):
 @pytest.mark.slow
 def test_what_no_worker_can_load_is_refused_in_a_sentence(capfd):
     assert re.fullmatch(
-        r"Every worker must be able to load model and data, but a worker process cannot \(ValueError: no weights here, in "
-        r".*test_engines\.py line \d+\); mend that, or install what it lacks there, or run the trials in the command's own "
-        r"process with --engine local --workers 0\.",
+        r"Every worker must be able to load the model and the data, but a worker process cannot \(ValueError: no weights here, in "
+        r".*test_engines\.py line \d+\); fix this, or install the missing package there, or run without workers by "
+        r"--engine local --workers 0\.",
         refused_by_a_worker(REFUSED, capfd),
     )
 

@@ -290,7 +290,7 @@ def test_the_costs_of_a_study_file_are_those_of_a_method():
     [
         (Space(rank_multiple=0), "space.rank_multiple must be at least 1, but got 0."),
         (Space(smaller_in=()), "space.smaller_in must be at least one of params, macs, but got ()."),
-        (Space(smaller_in=["mac"]), "space.smaller_in must name costs, but 'mac' is none. Did you mean 'macs'?"),
+        (Space(smaller_in=["mac"]), "space.smaller_in must name known costs, but got 'mac'. Did you mean 'macs'?"),
     ],
 )
 def test_constraints_from_python_are_checked(trained, tmp_path, wish, message):

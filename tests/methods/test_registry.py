@@ -121,7 +121,7 @@ def test_workers_know_a_method_that_a_script_defines(tmp_path):
     assert "Tucker-1" in done.stdout
     refused = run("report", tmp_path / "out", cwd=ROOT)
     assert refused.returncode == 2
-    assert "space.methods must name methods, but 'tucker1' is none. Did you mean 'tucker2'? The file" in refused.stderr
+    assert "space.methods must name known methods, but got 'tucker1'. Did you mean 'tucker2'? The file" in refused.stderr
     assert refused.stderr.count("\n") == 1
 
 
@@ -144,7 +144,7 @@ def test_a_plan_reaches_a_worker_with_a_class_that_cannot_be_imported(forgotten)
 
 def test_a_plan_of_an_unknown_method_is_refused(forgotten):
     text = '{"format": "ranksearch-plan/1", "layers": {"conv": {"method": "odd", "rank": 3}}}'
-    with pytest.raises(PlanError, match=r"^Layer 'conv' names the method 'odd', which is none\."):
+    with pytest.raises(PlanError, match=r"^Layer 'conv' must name a known method, but got 'odd'\."):
         Plan.from_json(text)
     register_method(odd())
     assert Plan.from_json(text).to_json() == Plan.from_json(Plan.from_json(text).to_json()).to_json()
@@ -153,7 +153,7 @@ def test_a_plan_of_an_unknown_method_is_refused(forgotten):
 
 def test_a_study_of_an_unknown_method_is_refused(forgotten):
     with pytest.raises(
-        SpecError, match=r"^space.methods must name methods, but 'odd' is none\. Valid: cp, cp4, spatial, svd, tt, tuck"
+        SpecError, match=r"^space.methods must name known methods, but got 'odd'\. Valid: cp, cp4, spatial, svd, tt, tuck"
     ):
         small_spec("space.methods=['odd']")
     register_method(odd())
@@ -170,11 +170,11 @@ def test_where_a_method_is_defined_makes_no_other_study(made_up):
         (None, "space.plugins must be importable, but 'plugged' is not: No module named 'plugged'; check the spelling"),
         (
             "1 / 0",
-            "space.plugins must be importable, but 'plugged' raised ZeroDivisionError: division by zero; mend the module.",
+            "space.plugins must be importable, but 'plugged' raised ZeroDivisionError: division by zero; fix the module.",
         ),
         (
             "import ranksearch; ranksearch.register_method(3)",
-            "space.plugins must be importable, but 'plugged' is refused: register_method takes an instance of a subclass of",
+            "space.plugins must be importable, but 'plugged' cannot be used: register_method takes an instance of a subclass of",
         ),
     ],
 )
@@ -188,7 +188,7 @@ def test_a_module_that_cannot_be_imported_is_refused(tmp_path, monkeypatch, sour
 
 @pytest.mark.parametrize("name", ["", ".x", "a b", "a:b"])
 def test_what_names_no_module_is_refused(name):
-    message = f"small.toml: space.plugins must be names of modules, as 'my_pkg.methods' is, but got {[name]!r}."
+    message = f"small.toml: space.plugins must be names of modules such as 'my_pkg.methods', but got {[name]!r}."
     with pytest.raises(SpecError, match=f"^{re.escape(message)}$"):
         small_spec(f"space.plugins={[name]!r}")
 

@@ -39,10 +39,10 @@ def test_hypervolume_never_falls_and_ends_at_that_of_all():
 
 def test_hypervolume_is_above_the_best_trial_where_none_reaches_the_dense_model():
     lowered = replace(RECORD, trials=tuple(replace(t, score=t.score and t.score - 0.3, finalist=None) for t in RECORD.trials))
-    alone, whole = figures.gain(lowered)
+    alone, whole = figures.hypervolume_gain(lowered)
     assert 0 < alone <= whole
-    assert summary.reach(RECORD) == "10 points worse than the dense one"
-    assert summary.reach(lowered) == "10 points worse than the best trial, as none reaches the dense one,"
+    assert summary.worst_that_counts(RECORD) == "10 points worse than the dense one"
+    assert summary.worst_that_counts(lowered) == "10 points worse than the best trial, as none reaches the dense one,"
 
 
 def test_one_point_below_dense_counts_as_near():
@@ -118,10 +118,10 @@ def test_the_predicted_front_has_its_own_mark_and_line():
 
 
 def test_the_predicted_front_is_no_better_than_the_whole_search():
-    alone, whole = figures.gain(study_record())
+    alone, whole = figures.hypervolume_gain(study_record())
     assert 0 < alone <= whole
     assert whole == figures.hypervolumes(study_record())[-1][1]
-    assert figures.gain(study_record(trials=2, finalists=0)) is None
+    assert figures.hypervolume_gain(study_record(trials=2, finalists=0)) is None
 
 
 def test_before_finalists_the_front_is_the_searchs_own():
@@ -138,13 +138,13 @@ def test_charts_have_no_names_that_count_upwards():
 def test_charts_take_more_rows_than_altair_allows_by_default():
     many = tuple(replace(RECORD.trials[i % 45], number=i) for i in range(1700))
     drawing = charts.curves_chart(replace(RECORD, trials=many))
-    assert len(charts.page_spec(drawing)["datasets"]["rungs"]) > 5000
+    assert len(charts.page_spec(drawing)["datasets"]["curves"]) > 5000
 
 
 @pytest.mark.parametrize(
     ("shown", "expected"),
     [
-        (text.whole(1180160), "1,180,160"),
+        (text.count(1180160), "1,180,160"),
         (text.percent(0.9781), "97.8 %"),
         (text.ratio(55.31), "55.3x"),
         (text.ratio(9.996), "10.0x"),

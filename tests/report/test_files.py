@@ -68,8 +68,8 @@ def test_page_and_markdown_show_the_figures_of_the_json(report):
     for row in report.json["front"]:
         figures = [
             text.ratio(row["ratio"]),
-            text.whole(row["params"]),
-            text.whole(row["macs"]),
+            text.count(row["params"]),
+            text.count(row["macs"]),
             text.score(row["score_validation"], "accuracy"),
             text.score(row["score_test"], "accuracy"),
             text.milliseconds(row["latency_ms"]),
@@ -121,7 +121,7 @@ def test_a_study_of_failures_only_has_a_report(written):
     record = replace(record, trials=tuple(t for t in record.trials if t.outcome is not Outcome.DONE))
     report = written(record)
     assert report.json["front"] == []
-    assert "No trial came to a score." in report.text("report.md")
+    assert "No trial has a score." in report.text("report.md")
 
 
 def test_an_unknown_latency_is_null(written):

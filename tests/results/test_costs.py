@@ -42,7 +42,7 @@ def weighed(search):
 
 def test_a_cost_has_a_name_of_its_own():
     assert register_cost(PARAMS) is COSTS["params"]
-    with pytest.raises(StudyError, match="A cost must have a name of its own, but 'params' is parameters"):
+    with pytest.raises(StudyError, match="A cost must have a unique name, but 'params' is registered for parameters"):
         register_cost(replace(PARAMS, title="weights"))
 
 
@@ -67,7 +67,7 @@ def test_limits_are_of_the_cost_and_spare_what_has_no_number(memory):
     all_of_them = weighed({"minimize": ["params"]})
     most = sorted(trial.costs["bytes"] for trial in all_of_them.front)[len(all_of_them.front) // 2]
     record = weighed({"minimize": ["params"], "max_bytes": most})
-    assert record.facts.limits == Limits(most={"bytes": most})
+    assert record.facts.limits == Limits(max_costs={"bytes": most})
     assert "max_bytes" in Limits.names()
     assert 0 < len(record.front) < len(all_of_them.front)
     assert all(trial.costs["bytes"] <= most for trial in record.front)

@@ -51,7 +51,7 @@ def test_nothing_is_in_excess_exactly_within_the_limits(min_ratio, max_params, p
     max_params = max_params and int(max_params) + 1
     size = Size({"params": params, "macs": macs}, 100 / params)
     within = size.ratio >= (min_ratio or 0) and params <= (max_params or 100) and score >= (min_score or 0)
-    excess = Limits(min_ratio=min_ratio, most={"params": max_params} if max_params else {}, min_score=min_score).excess(
+    excess = Limits(min_ratio=min_ratio, max_costs={"params": max_params} if max_params else {}, min_score=min_score).excess(
         size, score
     )
     assert (excess == 0) == within
@@ -89,9 +89,9 @@ def test_limits_that_no_plan_keeps(limits, message):
 
 def test_what_the_messages_name_is_accepted():
     most = int(smallest("params").ratio * 100) / 100
-    least = Limits(min_ratio=most, most={"params": smallest("params").params})
+    least = Limits(min_ratio=most, max_costs={"params": smallest("params").params})
     check_limits(least, SPACE, FOUND)
-    check_limits(Limits(most={"macs": smallest("macs").macs}), SPACE, FOUND)
+    check_limits(Limits(max_costs={"macs": smallest("macs").macs}), SPACE, FOUND)
     check_limits(UNLIMITED, SPACE, FOUND)
 
 
@@ -124,7 +124,7 @@ def test_the_trials_of_a_study_count_since_its_limits_changed(unreported, tmp_pa
 
 @pytest.mark.slow
 def test_a_study_with_limits(tmp_path):
-    limits = Limits(min_ratio=4.0, most={"macs": 40_000})
+    limits = Limits(min_ratio=4.0, max_costs={"macs": 40_000})
     spec = small_spec("search.min_ratio=4", "search.max_macs=40000", "search.trials=9", "finalists.count=2")
     out = tmp_path / "small"
     record = run_study(spec, out, Options(Local(0)))
@@ -146,8 +146,8 @@ def test_a_study_with_limits(tmp_path):
     assert high.front == []
     assert high.shown == high.unconstrained_front != []
     assert high.notes[0] == (
-        "No model keeps the limits (min_score 1, min_ratio 4): shown is the front without them, and the nearest trials are the "
-        "finalists."
+        "No model keeps the limits (min_score 1, min_ratio 4). The front is shown without them, and the finalists are the trials "
+        "nearest to them."
     )
     assert max(t.score for t in high.trials if t.finalist) == best
     rows = json.loads((out / "front.json").read_text())
@@ -166,7 +166,7 @@ def test_limits_from_python(unreported, trained, tmp_path):
         trained, out=tmp_path / "mine", finetune=ranksearch.Recipe(1), finalists=ranksearch.Finalists(1, count=1),
         search=ranksearch.Search(trials=1, min_score=0.01, min_ratio=2, max_params=4000, max_macs=60_000), engine=ranksearch.Local(0),
     )  # fmt: skip
-    assert record.facts.limits == Limits(min_score=0.01, min_ratio=2.0, most={"params": 4000, "macs": 60_000})
+    assert record.facts.limits == Limits(min_score=0.01, min_ratio=2.0, max_costs={"params": 4000, "macs": 60_000})
 
 
 # --- the report ---
@@ -190,15 +190,15 @@ def test_the_report_draws_the_limits(tmp_path):
     assert all(t.ratio >= 2 and t.params <= 400_000 and t.score_validation >= 0.95 for t in record.front)
     write_report(record, tmp_path)
     sets = charts(tmp_path)["datasets"]
-    assert sets["least score"] == [{"score": 0.95}]
-    assert sets["least ratio"] == [{"ratio": record.facts.dense.params / 400_000}]
+    assert sets["min score"] == [{"score": 0.95}]
+    assert sets["min ratio"] == [{"ratio": record.facts.dense.params / 400_000}]
     assert "min_score 0.95, min_ratio 2, max_params 400,000" in (tmp_path / "report.html").read_text()
 
 
 def test_limits_outside_the_picture_are_not_drawn(tmp_path):
     write_report(limited(min_score=0.2, min_ratio=1e6), tmp_path)
     sets = charts(tmp_path)["datasets"]
-    assert sets["least score"] == sets["least ratio"] == []
+    assert sets["min score"] == sets["min ratio"] == []
 
 
 def test_the_report_counts_what_was_not_trained():
@@ -207,15 +207,15 @@ def test_the_report_counts_what_was_not_trained():
     twin = replace(record.trials[0], number=45, index=45, same_as=0, finalist=None)
     notes = replace(record, trials=(*record.trials, twin)).notes
     assert notes == [
-        "Proposals over the limits, which were not trained: 1.",
-        "Proposals of a plan that was known already, answered from the record: 1.",
+        "Proposals over the limits, not trained: 1.",
+        "Proposals that repeated an earlier plan, not trained again: 1.",
     ]
     many = tuple(replace(over, number=50 + i, index=50 + i) for i in range(MAX_UNTRAINED))
     trained = sum(trial.trained for trial in record.trials)
     ended = replace(limited(trials=60, max_params=over.params - 1), trials=(*record.trials, *many))
     assert ended.notes[0] == (
-        f"The search ended after {trained} of 60 trials: 100 proposals in a row were over the limits or known already; widen "
-        "the limits or the space."
+        f"The search ended after {trained} of 60 trials: 100 proposals in a row were over the limits or repeated an earlier plan; "
+        "widen the limits or the space."
     )
     since = replace(ended.facts, since=many[1].number)
     assert not any("ended after" in note for note in replace(ended, facts=since).notes)

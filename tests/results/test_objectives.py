@@ -207,7 +207,7 @@ def test_the_report_shows_the_front_against_each_cost(minimize, tmp_path):
         wanted = {t.number: getattr(record.facts.dense, cost) / getattr(t, cost) for t in record.front}
         assert drawn
         assert {number: wanted[number] for number in drawn} == pytest.approx(drawn)
-    assert f"Front of accuracy against {summary.against(record)}" in page
+    assert f"Front of accuracy against {summary.ratio_names(record)}" in page
     assert json.loads((tmp_path / "front.json").read_text())["minimize"] == list(minimize)
 
 

@@ -46,12 +46,12 @@ def test_choosing(wish, number):
 
 
 def test_choosing_keeps_the_studys_limits_where_it_can():
-    limits = Limits(min_score=0.96, most={"params": 1000})
+    limits = Limits(min_score=0.96, max_costs={"params": 1000})
     assert choose(front(), OBJECTIVES, limits=Limits(min_score=0.966)).number == 0
     assert choose(front(), OBJECTIVES, min_ratio=20, limits=limits).number == 1
     assert choose(front(), OBJECTIVES, min_ratio=61, limits=limits).number == 2
     assert choose(front(), OBJECTIVES, limits=Limits(min_score=0.99)).number == 1
-    with pytest.raises(StudyError, match=r"A ratio of at least 101 is asked for, but the smallest model has 100.0"):
+    with pytest.raises(StudyError, match=r"No finalist has a compression ratio of at least 101; the smallest model has 100.0"):
         choose(front(), OBJECTIVES, min_ratio=101, limits=limits)
 
 
@@ -66,5 +66,5 @@ def test_choosing_by_the_compression_ratio_where_the_front_is_of_another_cost():
 
 
 def test_choosing_before_there_is_a_finalist():
-    with pytest.raises(StudyError, match="A model must be a finalist to be taken home, but there are none yet"):
+    with pytest.raises(StudyError, match="Only finalists can be exported, but there are none yet"):
         choose([replace(t, finalist=None) for t in front()], OBJECTIVES)

@@ -30,7 +30,7 @@ ends_soon = patch("ranksearch.strategy.ledger.MAX_UNTRAINED", 15)
     st.floats(1, 20), st.integers(5, 30) | st.none(), st.sampled_from(["random", "tpe", "nsga2", "rank"]), st.integers(0, 99)
 )
 def test_no_trained_trial_breaks_a_limit_of_size(min_ratio, share, sampler, seed):
-    limits = Limits(min_ratio=min_ratio, most={"macs": FOUND.macs * share // 100} if share else {})
+    limits = Limits(min_ratio=min_ratio, max_costs={"macs": FOUND.macs * share // 100} if share else {})
     books = Books(limits=limits, sampler=sampler, seed=seed)
     ledger = books.run(8)
     assert len(books.trained) == 8 or ledger._untrained_in_a_row() == MAX_UNTRAINED
@@ -95,10 +95,10 @@ def test_a_search_that_finds_nothing_new_ends():
 @pytest.mark.parametrize(("sampler", "seed"), [("random", 0), ("tpe", 8), ("nsga2", 0), ("rank", 0)])
 def test_a_search_that_found_nothing_within_its_limits_goes_on_within_wider_ones(sampler, seed):
     smallest = size_of(SPACE.smallest("params"), FOUND)
-    books = Books(sampler=sampler, seed=seed, limits=Limits(most={"params": smallest.params}))
+    books = Books(sampler=sampler, seed=seed, limits=Limits(max_costs={"params": smallest.params}))
     assert books.run(20)._untrained_in_a_row() == MAX_UNTRAINED
     asked, trained = len(books.study.trials), len(books.trained)
-    books.arguments |= {"limits": Limits(most={"params": 3 * smallest.params}), "since": asked}
+    books.arguments |= {"limits": Limits(max_costs={"params": 3 * smallest.params}), "since": asked}
     books.run(trained + 8)
     assert len(books.trained) == trained + 8
     assert not any(books.arguments["limits"].excess(trial) for trial in books.trained)
@@ -106,7 +106,7 @@ def test_a_search_that_found_nothing_within_its_limits_goes_on_within_wider_ones
 
 
 def test_plans_over_the_limits_may_be_proposed_again_but_not_those_that_lost_too_many_workers():
-    books, known = Books(TINY, limits=Limits(most={"params": 1})), knowledge(TINY)
+    books, known = Books(TINY, limits=Limits(max_costs={"params": 1})), knowledge(TINY)
 
     def seen():
         return RankSampler(known, seed=0)._seen([t for t in books.study.trials if t.params]) - {known.table.row(Plan())}

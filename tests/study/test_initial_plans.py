@@ -64,7 +64,7 @@ def test_a_study_goes_on_with_the_same_plans_whatever_their_files_are_called(fil
 def test_from_python(trained, tmp_path):
     options = {"search": ranksearch.Search(trials=1), "finetune": ranksearch.Recipe(1), "finalists": ranksearch.Finalists(1)}
     out = tmp_path / "mine"
-    with pytest.raises(SpecError, match=r"^first must hold plans, but got 'plan.json'; make one by Plan.of or"):
+    with pytest.raises(SpecError, match=r"^first must hold plans, but got 'plan.json'; make one with Plan.of or"):
         ranksearch.search(trained, out=out, first=["plan.json"], **options)
     with pytest.raises(SpecError, match=r"^search.first, plan 2: A plan must name layers of the space, but 'fc' is none. Did"):
         ranksearch.search(trained, out=out, first=[MINE[0], Plan.of({"fc": SVD(2)})], **options)

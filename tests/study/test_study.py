@@ -16,7 +16,7 @@ import torch
 import ranksearch
 from ranksearch import Splits
 from ranksearch.compress.export import load_model
-from ranksearch.console import Silent, final_words
+from ranksearch.console import Silent, next_steps
 from ranksearch.errors import ModelError, SpecError, StudyError
 from ranksearch.report import write_report
 from ranksearch.results.messages import Outcome
@@ -119,10 +119,10 @@ def test_a_diverged_trial_is_a_record(tmp_path):
     assert record.front == []
     assert stored(tmp_path / "small").trials[0].state is optuna.trial.TrialState.PRUNED
     told = (tmp_path / "small" / "report.md").read_text()
-    assert "No trial of 3 came to a score. 3 diverged: the loss or the score became NaN" in told
+    assert "No trial of 3 has a score. 3 diverged: the loss or the score became NaN" in told
     assert "a lower finetune.learning_rate helps" in told
-    assert "ranksearch export" not in final_words(tmp_path, record, "")
-    with pytest.raises(StudyError, match="to be taken home, but no trial came to a score; the report says why"):
+    assert "ranksearch export" not in next_steps(tmp_path, record, "")
+    with pytest.raises(StudyError, match="Only finalists can be exported, but no trial has a score; the report says why"):
         choose(record.trials, record.facts.objectives)
 
 
@@ -151,9 +151,11 @@ def test_a_finalist_that_diverges_is_known_and_not_tried_again(tmp_path):
     assert first.notes == [f"finalist {failed.number}: {Outcome.DIVERGED.value.replace('finetune', 'finalists')}"]
     assert again.notes == []
     (note,) = [note for note in record.notes if "finalist" in note]
-    assert note.startswith(f"Trial {failed.number} gave no model as a finalist, diverged: the loss")
+    assert note.startswith(f"Trial {failed.number} failed as a finalist, diverged: the loss")
     assert "finalists.learning_rate" in note
-    with pytest.raises(StudyError, match=r"to be taken home, but there are none yet \(1 failed, as the report says\); let the"):
+    with pytest.raises(
+        StudyError, match=r"Only finalists can be exported, but there are none yet \(1 failed, see the report\); finish the"
+    ):
         choose(record.trials, record.facts.objectives)
 
 

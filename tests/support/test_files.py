@@ -47,7 +47,7 @@ def test_a_full_disk_is_one_sentence_for_every_file(finished, tmp_path, monkeypa
         kept = {path: bytes_ for path, bytes_ in snapshot(out).items() if path.suffix == ".safetensors"}
         with monkeypatch.context() as patch:
             full(patch, name)
-            with pytest.raises(StudyError, match=f"{words} cannot be written: No space left on device; mend that, and "):
+            with pytest.raises(StudyError, match=f"{words} cannot be written: No space left on device; fix this and "):
                 run_study(spec, out, Options(Local(0)))
         now = snapshot(out)
         assert not [path for path in now if path.name.startswith(f".{name}")], "nothing half written"
