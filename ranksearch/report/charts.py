@@ -1,4 +1,4 @@
-"""The report's three charts as Vega-Lite, which the reader's browser draws as SVG; the front also as PNG.
+"""The report's charts as Vega-Lite, which the reader's browser draws as SVG; the front also as PNG.
 
 Colours are middle tones, visible on white and on black; the page's style sheet recolours text and lines in dark mode.
 """
@@ -119,6 +119,18 @@ def curves_chart(record: StudyRecord) -> Drawing:
     tooltip = ["trial:N", "origin:N", alt.Tooltip("epochs:Q", format="~g"), alt.Tooltip("text:N", title="score")]
     dots = base.mark_point(filled=True, size=28, clip=True).encode(x, y, color=colour, opacity=opacity, tooltip=tooltip)
     return Drawing(alt.LayerChart(layer=[lines, dots]).properties(height=260), {"curves": rows})
+
+
+def layers_chart(record: StudyRecord) -> Drawing:
+    """The predicted latency of each layer: one bar for the dense model, one for the model that the report names."""
+    rows = points.layer_bars(record)
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    y = alt.Y("layer:N", sort=None, title=None)
+    x = alt.X("ms:Q", title="milliseconds", axis=alt.Axis(tickCount=6))
+    colour = alt.Color("model:N", sort=models, scale=alt.Scale(domain=models, range=[GREY, BLUE]), legend=_legend())
+    tooltip = ["layer:N", "model:N", alt.Tooltip("how:N", title="stored as"), alt.Tooltip("ms:Q", format=".3f")]
+    bars = _chart("layers").mark_bar().encode(x, y, yOffset=alt.YOffset("model:N", sort=models), color=colour, tooltip=tooltip)
+    return Drawing(alt.LayerChart(layer=[bars]).properties(height=alt.Step(14)), {"layers": rows})
 
 
 def page_spec(drawing: Drawing) -> dict[str, Any]:

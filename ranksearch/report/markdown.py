@@ -21,6 +21,7 @@ def markdown(record: StudyRecord) -> str:
         "## Front",
         _table(_front_head(record), map(_front_cells, [summary.dense_line(record), *summary.front_lines(record)])),
         _front_note(record),
+        *_latency(record),
         "## Settings",
         _table(("setting", "value"), summary.settings(facts.spec)),
         "## Versions, machine, time",
@@ -36,7 +37,7 @@ def _front_head(record: StudyRecord) -> list[str]:
     costs = [
         word for cost in summary.shown_costs(record) for word in (cost.title, "" if cost is PARAMS else cost.ratio) if word
     ]
-    return ["trial", PARAMS.ratio, *costs, "validation", "test", "latency", "epochs", "plan"]
+    return ["trial", PARAMS.ratio, *costs, "validation", "test", "epochs", "plan"]
 
 
 def _front_cells(line: summary.FrontLine) -> list[str]:
@@ -46,16 +47,23 @@ def _front_cells(line: summary.FrontLine) -> list[str]:
         for score, difference in ((line.validation, line.validation_difference), (line.test, line.test_difference))
     )
     costs = [word for number, ratio in line.costs for word in (number, ratio) if word]
-    return [f"{line.trial}{mark}", line.ratio, *costs, validation, test, line.latency, line.epochs, str(line.plan)]
+    return [f"{line.trial}{mark}", line.ratio, *costs, validation, test, line.epochs, str(line.plan)]
 
 
 def _front_note(record: StudyRecord) -> str:
     unit = "points" if text.is_percent(record.facts.score_name) else "the score"
-    note = f"In brackets: difference from the dense net in {unit}. Latency is for one input on the machine below."
+    note = f"In brackets: difference from the dense net in {unit}."
     gain = figures.hypervolume_gain(record)
     if gain:
         note += f" Hypervolume of the predicted front's trials alone: {gain[0]:.4f}; of all trials: {gain[1]:.4f}."
     return note
+
+
+def _latency(record: StudyRecord) -> list[str]:
+    if not record.facts.dense.timings:
+        return []
+    rows = ([name, *cells] for name, cells in summary.timing_rows(record))
+    return ["## Latency", _escape(summary.timing_note(record)), _table(["trial", *summary.timing_head(record)], rows)]
 
 
 def _circumstances(record: StudyRecord) -> list[tuple[str, str]]:

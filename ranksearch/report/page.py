@@ -48,6 +48,9 @@ def _context(record: StudyRecord) -> dict[str, Any]:
         "dense": summary.dense_line(record),
         "front": summary.front_lines(record),
         "finalists": len(figures.finalists(record)),
+        "timing_head": summary.timing_head(record),
+        "timing_rows": summary.timing_rows(record),
+        "timing_note": summary.timing_note(record) if facts.dense.timings else "",
         "gain": figures.hypervolume_gain(record),
         "notes": record.notes,
         "limits": str(facts.limits),
@@ -79,6 +82,8 @@ def _charts(record: StudyRecord) -> dict[str, Any]:
         drawings["chart-hypervolume"] = charts.hypervolume_chart(record)
     if points.curve_points(record):
         drawings["chart-curves"] = charts.curves_chart(record)
+    if points.layer_bars(record):
+        drawings["chart-layers"] = charts.layers_chart(record)
     return {name: charts.page_spec(drawing) for name, drawing in drawings.items()}
 
 

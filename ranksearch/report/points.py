@@ -75,8 +75,26 @@ def front_labels(record: StudyRecord, cost: str) -> list[dict[str, Any]]:
     )
     suffixes = {trial.number: (trial, "") for trial in (near,) if trial}
     suffixes |= {trial.number: (trial, ", knee") for trial in (at_knee,) if trial}
-    ratios = [(trial, ratio(record, trial, cost), suffix) for trial, suffix in suffixes.values()]
+    measured = record.facts.objectives.only(cost).measured
+    ratios = [(trial, ratio(record, trial, cost), suffix) for trial, suffix in suffixes.values() if measured(trial)]
     return [{"ratio": x, "score": t.score_validation, "text": f"{text.ratio(x)}{suffix}"} for t, x, suffix in ratios]
+
+
+def layer_bars(record: StudyRecord) -> list[dict[str, Any]]:
+    """The latency of each layer, dense and in the model that the report names; empty if the layers were not timed."""
+    facts = record.facts
+    near = figures.near_dense(record.shown, facts.dense, facts.objectives) or figures.knee(record.shown, facts.objectives)
+    timed = [layer for layer in facts.layers if "latency" in layer.costs]
+    if near is None or near.finalist is None or not near.finalist.layers_ms:
+        return []
+    rows = []
+    for layer in timed:
+        ms = layer.costs["latency"], near.finalist.layers_ms.get(layer.name, layer.costs["latency"])
+        names = ("dense", "dense model"), (str(near.plan[layer.name]), f"trial {near.number}")
+        rows += [
+            {"layer": layer.name, "ms": ms, "how": how, "model": model} for ms, (how, model) in zip(ms, names, strict=True)
+        ]
+    return rows
 
 
 def limit_lines(record: StudyRecord, cost: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

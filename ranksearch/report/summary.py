@@ -9,9 +9,9 @@ from typing import Any
 
 from ranksearch.plan import Plan
 from ranksearch.report import figures, text
-from ranksearch.results.costs import COSTS, PARAMS, Cost, Costed, costs_of
+from ranksearch.results.costs import COSTS, LATENCY, PARAMS, Cost, Costed, costs_of
 from ranksearch.results.messages import Outcome
-from ranksearch.results.record import StudyRecord, TrialRecord
+from ranksearch.results.record import StudyRecord, Timing, TrialRecord
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,6 @@ class FrontLine:
     validation_difference: str
     test: str
     test_difference: str
-    latency: str
     epochs: str
     plan: Plan
     knee: bool
@@ -82,8 +81,11 @@ def ratio_names(record: StudyRecord) -> str:
 
 
 def pictures(record: StudyRecord) -> dict[str, str]:
-    """Picture files of the front and the cost that each shows: `front.png`, then `front-COST.png` for each further cost."""
-    first, *more = record.facts.objectives.minimize
+    """Picture files of the front and the cost that each shows: `front.png`, then `front-COST.png` for each further cost.
+
+    The latency has a picture whenever it was measured.
+    """
+    first, *more = dict.fromkeys([*record.facts.objectives.minimize, *({LATENCY.name} & set(record.facts.dense.costs))])
     return {"front.png": first} | {f"front-{cost}.png": cost for cost in more}
 
 
@@ -102,8 +104,38 @@ def dense_line(record: StudyRecord) -> FrontLine:
         trial="dense", sizes=[], ratio=same, costs=_costs(record, dense),
         validation=text.score(dense.score_validation, name), validation_difference="",
         test=text.score(dense.score_test, name), test_difference="",
-        latency=text.milliseconds(figures.finite_or_none(dense.latency_ms)), epochs="", plan=Plan(), knee=False, near=False,
+        epochs="", plan=Plan(), knee=False, near=False,
     )  # fmt: skip
+
+
+def timing_head(record: StudyRecord) -> list[str]:
+    """One heading for each way in which the models were timed: `ONNX Runtime, batch 1`."""
+    return [f"{text.runtime(timing.runtime)}, batch {timing.batch}" for timing in record.facts.dense.timings]
+
+
+def timing_rows(record: StudyRecord) -> list[tuple[str, list[str]]]:
+    """The dense model and the models of the front, each with its latencies: `0.034 ms (6.1x, +2 %)`.
+
+    In brackets the speed-up, and how far the median of the rounds lay above the least.
+    """
+    dense = record.facts.dense.timings
+    models = [("dense", dense)] + [(str(trial.number), trial.finalist.timings) for trial in record.shown if trial.finalist]
+    return [(name, [_timing(one, by_way) for one, by_way in zip(timings, dense, strict=True)]) for name, timings in models]
+
+
+def timing_note(record: StudyRecord) -> str:
+    """The circumstances of the latencies in a sentence."""
+    threads = sorted({timing.threads for timing in record.facts.dense.timings})
+    quiet = all(timing.quiet for timing in record.facts.dense.timings)
+    return (
+        f"Milliseconds for one batch on {text.with_noun(threads[0], 'thread')}, the least of rounds in which all models took "
+        "turns; in brackets the speed-up, and how far the median round lay above the least. "
+        f"The machine was {'quiet' if quiet else 'busy'} meanwhile."
+    )
+
+
+def _timing(timing: Timing, dense: Timing) -> str:
+    return f"{text.milliseconds(timing.ms)} ({text.ratio(dense.ms / timing.ms)}, +{timing.spread:.0%})"
 
 
 def effort(record: StudyRecord) -> str:
@@ -156,7 +188,6 @@ def _line(record: StudyRecord, trial: TrialRecord, *, knee: bool, near: bool) ->
         validation_difference=_difference(trial.score_validation, dense.score_validation, name),
         test=text.score(final.score_test if final else None, name),
         test_difference=_difference(final.score_test if final else None, dense.score_test, name),
-        latency=text.milliseconds(figures.finite_or_none(final.latency_ms if final else None)),
         epochs=f"{figures.epochs_of(trial):g}",
         plan=trial.plan,
         knee=knee,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ranksearch.report import figures
-from ranksearch.results.costs import costs_of
-from ranksearch.results.record import StudyRecord, TrialRecord
+from ranksearch.results.costs import COSTS, Costed, costs_of
+from ranksearch.results.record import StudyRecord, Timing, TrialRecord
 
 COST_COLUMNS = "costs"
 """Placeholder in the lists of columns; replaced by one column per cost."""
@@ -32,7 +33,7 @@ def front_json(record: StudyRecord) -> str:
     facts = record.facts
     content = {
         "name": facts.name,
-        "front": front_rows(record),
+        "front": _timed_front_rows(record),
         "dense": dense_row(record),
         "minimize": list(facts.objectives.minimize),
         "limits": facts.limits.to_dict(),
@@ -66,14 +67,21 @@ def front_rows(record: StudyRecord) -> list[dict[str, Any]]:
     return [_front_row(trial) | {"knee": trial == at_knee, "within_limits": within} for trial in record.shown]
 
 
+def _timed_front_rows(record: StudyRecord) -> list[dict[str, Any]]:
+    finalists = [trial.finalist for trial in record.shown]
+    rows = zip(front_rows(record), finalists, strict=True)
+    return [row | {"timings": _timings(final.timings) if final else []} for row, final in rows]
+
+
 def dense_row(record: StudyRecord) -> dict[str, Any]:
     """The dense model, with the keys of a row of the front."""
     dense = record.facts.dense
     return {
-        **dense.costs,
+        **_costs(dense),
         "score_validation": figures.finite_or_none(dense.score_validation),
         "score_test": figures.finite_or_none(dense.score_test),
-        "latency_ms": figures.finite_or_none(dense.latency_ms),
+        "latency_ms": figures.finite_or_none(dense.costs.get("latency")),
+        "timings": _timings(dense.timings),
     }
 
 
@@ -92,7 +100,7 @@ def trial_row(trial: TrialRecord) -> dict[str, Any]:
         "outcome": trial.outcome.value,
         "score": figures.finite_or_none(trial.score),
         "ratio": trial.ratio,
-        **trial.costs,
+        **_costs(trial),
         "seconds": trial.seconds,
         "seed": trial.seed,
         "epochs": max((curve_point.epochs for curve_point in trial.curve), default=0),
@@ -113,17 +121,25 @@ def _front_row(trial: TrialRecord) -> dict[str, Any]:
         "score_validation": trial.score_validation,
         "score_test": final and figures.finite_or_none(final.score_test),
         "ratio": trial.ratio,
-        **trial.costs,
+        **_costs(trial),
         "plan": trial.plan.to_dict()["layers"],
         "plan_text": str(trial.plan),
         "origin": trial.origin,
         "epochs": figures.epochs_of(trial),
-        "latency_ms": final and figures.finite_or_none(final.latency_ms),
+        "latency_ms": figures.finite_or_none(trial.costs.get("latency")),
     }
 
 
+def _costs(costed: Costed) -> dict[str, float | None]:
+    return {COSTS[name].column: figures.finite_or_none(value) for name, value in costed.costs.items()}
+
+
+def _timings(timings: Sequence[Timing]) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(timing) for timing in timings]
+
+
 def _columns(record: StudyRecord, columns: Sequence[str]) -> list[str]:
-    costs = [cost.name for cost in costs_of(record.facts.dense)]
+    costs = [cost.column for cost in costs_of(record.facts.dense) if cost.column not in columns]
     return [name for column in columns for name in (costs if column == COST_COLUMNS else [column])]
 
 

@@ -58,6 +58,11 @@ def milliseconds(value: float | None) -> str:
     return NO_VALUE if value is None else f"{value:#.3g} ms" if value < 99.5 else f"{value:,.0f} ms"
 
 
+def runtime(name: str) -> str:
+    """A runtime as people write it."""
+    return {"onnxruntime": "ONNX Runtime"}.get(name, name)
+
+
 def duration(seconds: float) -> str:
     """A duration in its two largest units: `0.4 s`, `3 min 20 s`, `2 h 5 min`."""
     if seconds < 59.95:

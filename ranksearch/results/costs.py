@@ -33,6 +33,11 @@ class Cost:
     """The key of its limit in the section `search`, if that is not `max_<name>`."""
 
     @property
+    def column(self) -> str:
+        """Name of its column in tables of data, with the unit: `latency_ms`."""
+        return self.limit.removeprefix("max_")
+
+    @property
     def limit(self) -> str:
         """The key of its largest allowed value in the section `search` of a study."""
         return self.limit_key or f"max_{self.name}"
