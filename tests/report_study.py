@@ -8,7 +8,17 @@ from dataclasses import replace
 
 from ranksearch.plan import CP, SVD, Factorization, Plan, Spatial, Tucker2
 from ranksearch.results.messages import CurvePoint, Outcome
-from ranksearch.results.record import DenseFacts, Finalist, LayerFacts, StudyFacts, StudyRecord, Timing, TrialRecord, front_of, with_measured
+from ranksearch.results.record import (
+    DenseFacts,
+    Finalist,
+    LayerFacts,
+    StudyFacts,
+    StudyRecord,
+    Timing,
+    TrialRecord,
+    front_of,
+    with_measured,
+)
 
 SHAPES = {
     "conv1": ((32, 1, 3, 3), 784),
@@ -33,7 +43,8 @@ def study_record(*, trials: int = 45, finalists: int = 8) -> StudyRecord:
     chosen = front_of(record.trials, record.facts.objectives)
     chosen = [chosen[i * (len(chosen) - 1) // max(finalists - 1, 1)] for i in range(min(finalists, len(chosen)))]
     finals = {trial.number: _finalist(trial, draw) for trial in chosen}
-    return replace(record, trials=tuple(replace(t, finalist=finals.get(t.number)) for t in record.trials))
+    facts, timed = with_measured(facts, [replace(t, finalist=finals.get(t.number)) for t in record.trials])
+    return replace(record, facts=facts if finals else record.facts, trials=timed)
 
 
 def study_facts() -> StudyFacts:
