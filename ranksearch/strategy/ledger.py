@@ -1,7 +1,7 @@
-"""Between Optuna and the engine: asks for trials, tells their results, and loses none when a run is killed.
+"""The ledger asks Optuna for trials, hands them out as jobs, and tells Optuna the results. No trial is lost if a run is killed.
 
-The Optuna study is the only state. Each trial has an index, its place in the order of asking; a trial that a killed run
-left behind is told FAIL and queued again under its old index, so that what follows is what would have followed.
+The Optuna study holds all state. Each trial has an index, its place in the order of asking. A trial that a killed run left
+unfinished is told FAIL and queued again under its old index, so the study continues as if the run had not been killed.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from ranksearch.strategy.sampler import SIZE_CONSTRAINT, Knowledge, admit, make_
 from ranksearch.strategy.space import Space, size_of
 
 ENQUEUED = "enqueued"
-"""The origin of trials that another program queued, by Optuna's `enqueue_trial`."""
+"""The origin of trials that another program queued with Optuna's `enqueue_trial`."""
 _FIXED = "fixed_params"
-"""Where Optuna keeps the parameters that a trial was queued with."""
+"""The key of a trial's system attributes under which Optuna keeps the parameters it was queued with."""
 
 
 @dataclass(frozen=True)
 class _Open:
-    """A trial that was asked for and not told yet: its place in the study, who proposed it, and what."""
+    """A trial that was asked for but not told yet, with its index, origin and plan."""
 
     trial: optuna.Trial
     index: int
@@ -42,7 +42,7 @@ class _Open:
 
 
 class Ledger:
-    """The trials of one study: those in the storage, and those that run now."""
+    """The finished and running trials of one study."""
 
     def __init__(
         self,
@@ -61,12 +61,21 @@ class Ledger:
         on_untrained: Callable[[TrialRecord], None] = lambda record: None,
         on_note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """Trials too far below `dense_score` are not worth taking home; samplers then look elsewhere. `knowledge` is what the
-        sampler "rank" starts from.
-
-        Plans over the `limits` in size, and plans that are known already, are answered without a job; `on_untrained` is told
-        of each. The limits hold `since` the trial of that number. Optuna is told the score and the ratios of the `objectives`.
-        `on_note` is told why a trial that another program queued cannot be evaluated.
+        """
+        Args:
+            study: the Optuna study that holds the trials.
+            space: the search space.
+            inventory: the model's layers.
+            initial_plans: pairs (origin, plan) to try before the sampler proposes.
+            sampler: name of the sampler.
+            seed: the study's seed.
+            dense_score: score of the dense model. Trials far below it break a constraint, so samplers avoid their region.
+            limits: limits of score and size. Plans over a size limit are not trained.
+            objectives: what Optuna is told of a trial: its score and the ratios of these costs.
+            since: number of the first trial that was proposed under these limits.
+            knowledge: what the sampler "rank" needs; None for other samplers.
+            on_untrained: called with the record of each trial that gets a result without a job.
+            on_note: called with the reason if a trial that another program queued cannot be evaluated.
         """
         self.study = study
         self._space, self._inventory, self._firsts = space, inventory, initial_plans
@@ -76,33 +85,33 @@ class Ledger:
         self._records = {record.number: record for record in read_trials(study)}
         trials = study.get_trials(deepcopy=False)
         self._waiting = sum(trial.state is TrialState.WAITING and read_asked(trial) is not None for trial in trials)
-        """How many trials with a place are queued."""
+        """The number of queued trials that have an index."""
         places = {place for trial in trials if (place := read_asked(trial))}
         self._next = 1 + max((index for index, _ in places), default=-1)
-        """The index of the next trial that is not one queued again."""
+        """The index that the next new trial gets."""
         self._begun = sum(origin in {first for first, _ in initial_plans} for _, origin in places)
-        """How many of the plans that are tried first have a place."""
+        """How many initial plans have an index already."""
         self._limits, self._since, self._objectives = limits, since, objectives
         self._on_untrained, self._on_note = on_untrained, on_note
         self._running: dict[int, _Open] = {}
         self._twins: list[tuple[int, _Open]] = []
-        """Trials of plans that are running, with the numbers of those; they will have their answers."""
+        """Trials whose plan another trial is training now, each with the number of that trial; they will share its result."""
 
     def records(self) -> tuple[TrialRecord, ...]:
-        """Every finished trial, by number: those that were in the storage at first, and those told since, by us alone."""
+        """All finished trials by number: those in the storage at the start, and those that this ledger told."""
         return tuple(self._records[number] for number in sorted(self._records))
 
     def finished(self) -> int:
-        """How many trials were trained to an answer; those lost with their worker have none."""
+        """The number of trials that were trained; trials whose worker was lost are not counted."""
         return sum(record.trained for record in self.records())
 
     def recover(self) -> int:
-        """Tell every trial that is left running FAIL and queue its parameters again; returns how many there were."""
+        """Tell every trial that a killed run left running FAIL and queue it again; returns the number of these trials."""
         left = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         for trial in left:
-            # Queued before it is told: a kill in between leaves it to be found again, not lost.
-            # Parameters of a queued trial that were not all asked for yet stand in what it was queued with. One that was not
-            # wholly asked for has no place yet, and asking again proposes the same.
+            # Queue the trial before it is told FAIL: after a kill in between, the next run finds it still running.
+            # A queued trial keeps the parameters not suggested yet in its system attributes. A new trial without all of its
+            # parameters has no index yet; it is dropped, since asking again with that index proposes the same plan.
             params = {**trial.system_attrs.get(_FIXED, {}), **trial.params}
             place = read_asked(trial)
             if place and set(self._distributions) <= set(params):
@@ -115,7 +124,7 @@ class Ledger:
         return len(left)
 
     def jobs(self, trials: int) -> Iterator[Job]:
-        """Jobs until `trials` trials are trained or running, or `MAX_UNTRAINED` plans in a row were answered without one."""
+        """Yield jobs until `trials` trials are trained or running, or `MAX_UNTRAINED` trials in a row needed no training."""
         while self.finished() + len(self._running) < trials and self._untrained_in_a_row() < MAX_UNTRAINED:
             opened = self._ask()
             if not self._settled(opened):
@@ -123,9 +132,9 @@ class Ledger:
                 yield Job(opened.trial.number, opened.plan, self.seed_of(opened.index))
 
     def receive(self, job: Job, result: Result) -> TrialRecord:
-        """Tell Optuna the answer to a job, and queue it again if its worker was lost, a bounded number of times."""
+        """Tell Optuna the result of a job. If the worker was lost, queue the trial again, up to `MAX_TRIES` tries a plan."""
         opened = self._running.pop(job.key)
-        # Queued before it is told: a kill in between leaves it to be found again, not lost.
+        # Queue the trial before it is told FAIL: after a kill in between, the next run finds it still running.
         if result.outcome is Outcome.WORKER_LOST and self._losses(opened.plan) + 1 < MAX_TRIES:
             self._queue_again(opened.index, opened.origin, opened.trial.params)
         record = self._tell(opened.trial, self._record(opened, result))
@@ -136,7 +145,7 @@ class Ledger:
         return record
 
     def seed_of(self, index: int) -> int:
-        """The seed of the trial at an index: its sampler's, its shuffling's, its dropout's."""
+        """The seed of the trial at an index, for the sampler that proposes it and for its training."""
         return (self._seed * 1_000_003 + index) % 2**31
 
     def _ask(self) -> _Open:
@@ -147,7 +156,7 @@ class Ledger:
         for name, kind in self._distributions.items():
             _suggest(trial, name, kind)
         if place is None:
-            # Set last: a proposal without all of its parameters is made anew by the next run, at the same index.
+            # The index is set last: if the run is killed before, the next run proposes this trial anew at the same index.
             place = self._next, ENQUEUED if queued else self._sampler
             self._next += 1
             for key, value in asked(*place).items():
@@ -157,8 +166,8 @@ class Ledger:
         return _Open(trial, *place, self._space.plan(trial.params))
 
     def _drawn(self) -> optuna.Trial:
-        """The next trial: of ours that were queued again, then of those that another program queued, then of the plans that
-        are tried first; or a new one, for the sampler."""
+        """The next trial from Optuna: first trials that were queued again, then trials that another program queued, then the
+        initial plans, then a new trial for the sampler."""
         while True:
             if not self._waiting:
                 self._prepare()
@@ -168,12 +177,13 @@ class Ledger:
                 return trial
             if not self._waiting or self._fixed(trial) is None:
                 return trial
-            # Samplers see trials in the order of their numbers, so it is queued behind ours.
+            # Another program queued this trial before ours. Queue it again behind them, since samplers see trials in the order
+            # of their numbers.
             self._put_back(trial)
             self.study.tell(trial, state=TrialState.FAIL)
 
     def _prepare(self) -> None:
-        """Queue the next of the plans that are tried first, or set the sampler for a proposal."""
+        """Queue the next initial plan, or give the study a sampler for the next proposal."""
         waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         if self._begun < len(self._firsts) and not waiting:
             origin, plan = self._firsts[self._begun]
@@ -183,7 +193,7 @@ class Ledger:
             self.study.sampler = make_sampler(self._sampler, seed=self.seed_of(self._next), knowledge=self._knowledge)
 
     def _unfit(self, trial: optuna.Trial) -> str | None:
-        """Why a trial that another program queued cannot be evaluated; None if it can, and for all other trials."""
+        """Why a trial that another program queued cannot be evaluated; None if it can be, and for all other trials."""
         params = self._fixed(trial)
         if params is None or read_asked(trial) is not None:
             return None
@@ -195,7 +205,8 @@ class Ledger:
         return None
 
     def _settled(self, opened: _Open) -> bool:
-        """Whether the plan needs no training: it is known, or runs now, or its size alone answers for it."""
+        """Settle a trial without a job if its plan is known, is training now, is dense or is over a size limit; returns whether
+        it did."""
         plan, trial = opened.plan, opened.trial
         known = next((r for r in self.records() if r.plan == plan and r.outcome is Outcome.DONE), None)
         if known is None and self._losses(plan) >= MAX_TRIES:
@@ -207,7 +218,7 @@ class Ledger:
         elif running is not None:
             self._twins.append((running, opened))
         elif not plan.layers:
-            # Each layer of a plan is smaller than dense in all that must shrink, so the dense plan alone is not.
+            # Every other plan is smaller than dense: the space holds only factorizations that make their layer smaller.
             self._on_untrained(self._tell(trial, replace(record, outcome=Outcome.NOT_SMALLER)))
         elif self._limits.excess(record):
             self._on_untrained(self._tell(trial, record))
@@ -216,7 +227,7 @@ class Ledger:
         return True
 
     def _tell_known(self, opened: _Open, known: TrialRecord) -> None:
-        """Tell a trial what the first of the same plan found, whatever that was."""
+        """Tell a trial the result of an earlier trial of the same plan."""
         same_as = known.number if known.same_as is None else known.same_as
         record = replace(
             known,
@@ -254,8 +265,8 @@ class Ledger:
         write_trial(trial, record)
         excess = self._limits.excess(record)
         if record.score is not None:
-            # Without it a sampler spends half its trials on ever smaller models that know nothing. One constraint for every
-            # trial that has a score, since "gp" wants as many of each.
+            # Without this constraint a sampler spends half its trials on tiny models with a useless score. One constraint for
+            # score and size together, since Optuna's GP needs the same number of constraints in every trial.
             scores = [r.score for r in (*self._records.values(), record) if r.score is not None]
             lacking = floor_of(self._dense_score, scores, self._limits) - record.score
             trial.set_constraint("worth taking home", max(0.0, lacking) + excess if excess else lacking)
@@ -267,7 +278,7 @@ class Ledger:
         return record
 
     def _losses(self, plan: Plan) -> int:
-        """How many workers were lost over a plan."""
+        """How many workers were lost while they evaluated this plan."""
         lost = [r for r in self._records.values() if r.outcome is Outcome.WORKER_LOST and r.same_as is None]
         return sum(record.plan == plan for record in lost)
 
@@ -282,10 +293,10 @@ class Ledger:
         return self.study.get_trials(deepcopy=False)[trial.number].system_attrs.get(_FIXED)
 
     def _put_back(self, trial: FrozenTrial | optuna.Trial) -> None:
-        """Queue a trial of another program again that was drawn but has no place yet."""
+        """Queue a trial of another program again that was taken from the queue but has no index yet."""
         params = self._fixed(trial)
         waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        # A run that was killed in between has queued it already.
+        # A run that was killed right after this step has queued it already.
         if not any(read_asked(other) is None and self._fixed(other) == params for other in waiting):
             self.study.enqueue_trial(params or {}, user_attrs=trial.user_attrs)
 

@@ -1,4 +1,4 @@
-"""Axes of the search: per layer one method and static, normalised levels of rank."""
+"""The search space: for each layer, the choice of a method and a level in 0..1 for each of the method's ranks."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from ranksearch.results.limits import Limits
 
 DENSE_METHOD = Dense.method
 UNUSED_LEVEL = 0.5
-"""The level, in a queued trial, of the ranks of methods that the trial does not choose."""
+"""A queued trial needs a value for every parameter; ranks of methods that it does not choose get this level."""
 
 
 @dataclass(frozen=True)
 class Size(Counts):
-    """What a whole model costs, by the name of each cost, and its compression ratio."""
+    """The costs of a whole model by name, and its compression ratio."""
 
     costs: Mapping[str, float] = field(hash=False)
     ratio: float
 
 
 def size_of(plan: Plan, inventory: Inventory) -> Size:
-    """The size of the model that the plan makes."""
+    """The size of the whole model under a plan."""
     costs = dict(inventory.costs)
     for name, value in plan:
         layer, method = inventory[name], METHODS[type(value)]
@@ -48,7 +48,7 @@ class Axis:
     """One layer and the methods that can make it smaller.
 
     The parameter `LAYER.method` chooses among them. Each rank of each method has a parameter of its own,
-    `LAYER.METHOD.RANK`: a level in 0..1, on a log scale between the least rank and the largest that pays.
+    `LAYER.METHOD.RANK`: a level in 0..1, on a log scale from the smallest rank to the largest that still shrinks the layer.
     """
 
     layer: Layer
@@ -57,25 +57,25 @@ class Axis:
 
     @functools.cached_property
     def rank_ranges(self) -> Mapping[type[Factorization], tuple[range, ...]]:
-        """The ranks that each method may take."""
+        """By type of factorization, the allowed values of each rank."""
         return {method.kind: method.rank_ranges(self.layer, self.constraints) for method in self.methods}
 
     def distributions(self) -> dict[str, BaseDistribution]:
-        """Optuna's distributions, by parameter name; the same for every trial."""
+        """Optuna's distributions by parameter name; they are the same for every trial."""
         name = self.layer.name
         names = [DENSE_METHOD, *(method.kind.method for method in self.methods)]
         levels = {key: FloatDistribution(0.0, 1.0) for method in self.methods for key in self._levels(method)}
         return {f"{name}.method": CategoricalDistribution(names), **levels}
 
     def smallest(self, cost: str) -> Factorization:
-        """The layer at its least cost. Costs rise with the ranks, so the ranks are at their least too."""
+        """The factorization of the lowest cost. Costs rise with the ranks, so only the smallest ranks are compared."""
         layer = self.layer
         least = [(method, tuple(ranks[0] for ranks in self.rank_ranges[method.kind])) for method in self.methods]
         method, ranks = min(least, key=lambda choice: choice[0].costs(layer, choice[1])[cost])
         return method.value(layer, ranks) if method.shrinks(layer, ranks, RankConstraints(smaller_in=(cost,))) else Dense()
 
     def factorization(self, params: Mapping[str, Any]) -> Factorization:
-        """What these parameters choose for the layer; dense where the ranks would not make it smaller."""
+        """The factorization that these parameters choose; `Dense()` if their ranks would not make the layer smaller."""
         name = self.layer.name
         method = next((m for m in self.methods if m.kind.method == params[f"{name}.method"]), None)
         if method is None:
@@ -96,10 +96,10 @@ class Axis:
         return params | {f"{name}.method": value.method} | dict(zip(self._levels(method), levels, strict=True))
 
     def check(self, value: Factorization) -> None:
-        """Refuse what no parameters choose.
+        """Refuse a factorization that is outside the space.
 
         Raises:
-            PlanError: another method, a rank that is not offered, another kernel, or the layer would not be smaller.
+            PlanError: the method, a rank or the kernel is not in the space, or the layer would not become smaller.
         """
         method, layer = self._method(value), self.layer
         ranks = zip(value.rank_names(), value.ranks, self.rank_ranges[method.kind], method.bounds(layer.weight), strict=True)
@@ -125,14 +125,14 @@ class Axis:
         raise PlanError(f"Layer {name!r} may not be stored as {value.title} in this study; add it to space.methods.")
 
     def _levels(self, method: Method) -> list[str]:
-        """The parameters that hold the levels of the method's ranks. No other parameter has such a name: neither the names of
-        methods nor those of ranks hold a dot, and no rank is called `method`."""
+        """The names of the parameters for the method's ranks. They are unique: names of methods and ranks hold no dot, and no
+        rank is called `method`."""
         return [f"{self.layer.name}.{method.kind.method}.{rank}" for rank in method.kind.rank_names()]
 
 
 @dataclass(frozen=True)
 class Space:
-    """All axes of a study, in call order of the layers."""
+    """All axes of a study, in the order in which the model calls the layers."""
 
     axes: tuple[Axis, ...]
 
@@ -145,19 +145,19 @@ class Space:
         return Plan.of({axis.layer.name: axis.factorization(params) for axis in self.axes})
 
     def smallest(self, cost: str) -> Plan:
-        """The plan of the least cost of that name."""
+        """The plan with the lowest value of this cost."""
         return Plan.of({axis.layer.name: axis.smallest(cost) for axis in self.axes})
 
     def params(self, plan: Plan) -> dict[str, Any]:
-        """Parameters that choose `plan`: the inverse of `plan` for plans inside the space."""
+        """The parameters that choose `plan`; the inverse of `Space.plan` for plans inside the space."""
         return {key: value for axis in self.axes for key, value in axis.params(plan[axis.layer.name]).items()}
 
 
 def check_plan(plan: Plan, space: Space, inventory: Inventory) -> None:
-    """Refuse a plan that no trial of the space can have.
+    """Refuse a plan that is outside the space.
 
     Raises:
-        PlanError: it names a layer, a method or a rank that the space does not offer, or no layer.
+        PlanError: the plan names no layer, or a layer, method or rank that is not in the space.
     """
     axes = {axis.layer.name: axis for axis in space.axes}
     if not plan.layers:
@@ -172,12 +172,12 @@ def check_plan(plan: Plan, space: Space, inventory: Inventory) -> None:
 
 
 def constraints_of(about: spec.Space) -> RankConstraints:
-    """The ranks that a study offers."""
+    """The constraints on ranks that a study's section `space` sets."""
     return RankConstraints(about.rank_multiple, about.smaller_in)
 
 
 def space_of(about: spec.Space, inventory: Inventory) -> Space:
-    """The space of a study; raises as `make_space` does."""
+    """The search space that a study's section `space` describes; raises as `make_space` does."""
     return make_space(inventory, about.methods, layers=about.layers, skip=about.skip, constraints=constraints_of(about))
 
 
@@ -189,14 +189,14 @@ def make_space(
     skip: Sequence[str] = (),
     constraints: RankConstraints = FEWER_PARAMS,
 ) -> Space:
-    """The axes of the layers that at least one of the methods makes smaller.
+    """The search space over all layers that at least one of the methods makes smaller.
 
     Args:
         inventory: the model's layers.
         methods: names of the methods to choose from.
-        layers: names or patterns (as of `fnmatch.fnmatchcase`) of the only layers; all where it is empty.
-        skip: not these.
-        offer: what ranks must be multiples of, and which costs must shrink.
+        layers: names or patterns (`fnmatch.fnmatchcase`) of the layers to decompose; empty for all layers.
+        skip: names or patterns of layers to leave dense.
+        constraints: the number that ranks must be multiples of, and the costs in which a layer must shrink.
 
     Raises:
         SpecError: a name or pattern matches no layer that can be decomposed, or no layer is left.
@@ -234,12 +234,12 @@ def _matching(key: str, patterns: Sequence[str], inventory: Inventory) -> set[st
 
 
 def _matches(pattern: str, names: Iterable[str]) -> list[str]:
-    # A name may hold a pattern's characters itself.
+    # Compared as a plain name too, since layer names may contain pattern characters such as "[".
     return [name for name in names if name == pattern or fnmatchcase(name, pattern)]
 
 
 def _why_skipped(pattern: str, skipped: Mapping[str, str]) -> str:
-    """The reasons of the skipped layers that a pattern matches, of three at most."""
+    """Why the layers that a pattern matches cannot be decomposed, for the first three of them."""
     names = _matches(pattern, skipped)
     if names == [pattern]:
         return f" Skipped: {skipped[pattern]}."
@@ -248,14 +248,14 @@ def _why_skipped(pattern: str, skipped: Mapping[str, str]) -> str:
 
 
 def check_limits(limits: Limits, space: Space, inventory: Inventory) -> None:
-    """Refuse limits that no plan of the space keeps.
+    """Refuse limits that no plan of the space can meet.
 
     Raises:
-        SpecError: the smallest plan is larger.
+        SpecError: the smallest plan is still over a limit.
     """
     ratio = size_of(space.smallest("params"), inventory).ratio
     if limits.min_ratio and limits.min_ratio > ratio:
-        # Rounded down, so that what the message names is accepted.
+        # Rounded down, so that the value in the message would be accepted.
         most = math.floor(ratio * 100) / 100
         raise SpecError(
             f"search.min_ratio must be at most {most:.12g}, which the smallest plan of the space reaches, but got "
@@ -271,7 +271,7 @@ def check_limits(limits: Limits, space: Space, inventory: Inventory) -> None:
 
 
 def _terms(constraints: RankConstraints) -> str:
-    """What more than fewer parameters an offer asks for, and the key that asks it."""
+    """The constraints beyond the default (fewer parameters), each with its key, for an error message."""
     costs = (
         f" in {' and '.join(constraints.smaller_in)} (space.smaller_in)"
         if constraints.smaller_in != FEWER_PARAMS.smaller_in
@@ -283,15 +283,15 @@ def _terms(constraints: RankConstraints) -> str:
 
 
 def applies(method: Method, layer: Layer, constraints: RankConstraints = FEWER_PARAMS) -> bool:
-    """Whether the method can store this layer and makes it smaller at some rank that is offered."""
+    """Whether the method can store this layer and makes it smaller at some allowed rank."""
     return method.applies(layer.weight, linear=layer.kind == "Linear") and all(method.rank_ranges(layer, constraints))
 
 
 def rank_at(level: float, ranks: range) -> int:
-    """The rank at a level of 0..1, on a log scale of the ranks of `Method.rank_ranges`."""
+    """The rank at a level in 0..1, on a log scale over `ranks`, one of `Method.rank_ranges`."""
     return nearest_rank(ranks, ranks.step * math.exp(level * math.log(len(ranks))))
 
 
 def level_of(rank: int, ranks: range) -> float:
-    """The level of a rank: the inverse of `rank_at`; ranks outside have the level of the nearest end."""
+    """The level of a rank, the inverse of `rank_at`; ranks outside `ranks` get the level of the nearest end."""
     return min(1.0, max(0.0, math.log(rank / ranks.step) / math.log(len(ranks)))) if len(ranks) > 1 else 0.0
