@@ -1,4 +1,4 @@
-"""The methods that plans, searches and workers know: those of this package, and those that users add."""
+"""The registry of methods: those of this package, and those that users add."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from ranksearch.methods.base import Estimate, Method
 from ranksearch.plan import KINDS, Factorization
 
 METHODS: dict[type[Factorization], Method] = {}
-"""By the type of its values, in the order of registration. Changed by `register_method` alone."""
+"""By type of factorization, in the order of registration. Only `register_method` changes it."""
 
 NAME = r"[a-z][a-z0-9_]*"
 RESERVED = ("method", "kernel", "order")
-"""What a plan's entry for a layer holds beside the ranks."""
+"""The keys of a plan's entry for a layer that are not ranks."""
 
 
 def method_of(value: Factorization) -> Method:
-    """The code behind a plan's value.
+    """The method that a plan's value selects.
 
     Raises:
-        PlanError: its type is of no registered method.
+        PlanError: no method is registered for the value's type.
     """
     method = METHODS.get(type(value))
     if method is None:
@@ -30,18 +30,18 @@ def method_of(value: Factorization) -> Method:
 
 
 def register_method(method: Method) -> None:
-    """Make a decomposition known: to plans, to `factorize_`, and to searches that name it in `space.methods`.
+    """Register a decomposition, so that plans, `factorize_` and the study's key `space.methods` can use it.
 
-    Call it where the class of the method is defined, once at import. The workers of a study get the methods from it. Another
-    process, such as `ranksearch report`, imports the modules that the study's key `plugins` names. The same class may be
-    registered again, also when its module or notebook cell runs anew.
+    Call it once, in the module that defines the method. A study sends its registered methods to its workers. Other processes,
+    for example `ranksearch report`, import the modules that the study's key `plugins` names. Registering the same class again
+    is allowed, also if its module or notebook cell runs again.
 
     Args:
         method: an instance of a subclass of `ranksearch.methods.Method`. Its `kind` is a frozen dataclass that derives from
             `Factorization`: it names the `method`, its `title`, and the ranks, one field each.
 
     Raises:
-        PlanError: it is none, or its name is another method's.
+        PlanError: `method` is not a valid method, or another method has its name.
     """
     if not isinstance(method, Method):
         raise PlanError(f"register_method takes an instance of a subclass of ranksearch.methods.Method, but got {method!r}.")
@@ -53,7 +53,7 @@ def register_method(method: Method) -> None:
             "rename one."
         )
     if known is not None and known is not kind:
-        METHODS.pop(known, None)  # defined anew, as by a notebook's cell that runs again
+        METHODS.pop(known, None)  # the same class defined again, for example by a notebook cell that ran twice
     KINDS[kind.method] = kind
     METHODS[kind] = method
 

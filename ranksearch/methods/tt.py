@@ -16,9 +16,9 @@ from ranksearch.tensors.matrix import floating, principal
 class TTMethod(Method):
     """Tensor train of the kernel as (in, height, width, out), by TT-SVD (Oseledets 2011).
 
-    The three bases are those of the whole kernel's unfoldings, not each of what the bases before it leave. So the ranks are
-    nested, and one decomposition serves all of them; the bound on the error, the root of the sum of the squared errors of the
-    three unfoldings, is that of TT-SVD.
+    Unlike TT-SVD, which projects the kernel on each basis before it computes the next, all three bases come from unfoldings of
+    the whole kernel. So the ranks are nested, and one decomposition serves all of them. The bound on the error is the same: the
+    root of the sum of the three unfoldings' squared errors.
     """
 
     kind = plan.TT
@@ -74,7 +74,7 @@ class TTMethod(Method):
 
 
 def _errors(high: Tensor, wide: Tensor, ranks: Tensor) -> Tensor:
-    """The relative errors at `ranks` (n, 3), in the bases of the channels, which leave the kernel's norm as it is."""
+    """The relative errors at `ranks` (n, 3). `high` and `wide` are in orthonormal bases of the channels, which keep norms."""
     whole = torch.tensordot(high, wide, 1)
     energy = whole.square().sum((1, 2))
     found = torch.zeros(len(ranks), dtype=torch.float64)
@@ -86,7 +86,7 @@ def _errors(high: Tensor, wide: Tensor, ranks: Tensor) -> Tensor:
 
 
 def _refined(tensor: Tensor, cores: Sequence[Tensor], sweeps: int) -> list[Tensor]:
-    """The cores (before, size, after) after as many sweeps of alternating least squares, each core the best for the others."""
+    """The cores (before, size, after) after `sweeps` of alternating least squares; each step solves for one core."""
     values, cores, kind = tensor.double(), [core.double() for core in cores], tensor.dtype
     for _ in range(sweeps):
         for place, core in enumerate(cores):
@@ -99,7 +99,7 @@ def _refined(tensor: Tensor, cores: Sequence[Tensor], sweeps: int) -> list[Tenso
 
 
 def _chain(before: int, cores: Sequence[Tensor]) -> Tensor:
-    """The product of cores in a row, of which the first has size `before` in front; the identity where there are none."""
+    """The product of consecutive cores; `before` is the first size of the first core. Without cores, the identity."""
     product = torch.eye(before, dtype=torch.float64)
     for core in cores:
         product = torch.tensordot(product, core, 1)
