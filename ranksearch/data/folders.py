@@ -1,4 +1,4 @@
-"""Folders of pictures, one a class: decoded once, then read from one file beside them."""
+"""Pictures in one folder per class, decoded once and cached in one file next to the folder."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from ranksearch.errors import DataError
 from ranksearch.support.files import write_whole
 
 DECODER = 2
-"""Counts changes in how a picture is decoded, so that what was kept before is decoded again."""
+"""The version of the decoder. Raise it when decoding changes, so that older caches are not used."""
 MOST_NAMED = 3
-"""Files that a message names beside the first."""
+"""How many unreadable files an error message names after the first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,21 +33,21 @@ class Pictures:
     labels: Tensor
     classes: tuple[str, ...]
     left_out: tuple[Path, ...]
-    """Files whose names do not end like a picture's."""
+    """Ignored files: their names do not have the ending of a picture."""
 
 
 def read_pictures(folder: Path, *, size: int, mode: str = "RGB") -> Pictures:
-    """The pictures under `folder/<class>/`, scaled so that the shorter side is `size` and cut to the square in the middle.
+    """Read the pictures under `folder/<class>/`, scaled so that the shorter side is `size`, and cropped to the central square.
 
-    They are kept as `<folder>-<size>-<mode>.safetensors`, which is made again when the files' names, sizes or times change.
+    They are cached in `<folder>-<size>-<mode>.safetensors`, which is written anew if the files' names, sizes or times change.
 
     Args:
-        folder: torchvision's ImageFolder layout.
-        size: pixels of a side.
-        mode: RGB, or L for gray.
+        folder: a folder in torchvision's ImageFolder layout.
+        size: side of the square in pixels.
+        mode: "RGB", or "L" for gray.
 
     Raises:
-        DataError: no folder of classes with pictures, or files that are no pictures.
+        DataError: there are no class folders, a class has no pictures, or a file cannot be read as a picture.
     """
     classes = class_names(folder)
     found, left_out = _listed(folder, classes)
@@ -58,17 +58,17 @@ def read_pictures(folder: Path, *, size: int, mode: str = "RGB") -> Pictures:
     pixels = _cached(cache, digest)
     if pixels is None:
         pixels = _all_decoded([path for path, _ in found], size, mode)
-        # A folder that cannot be written to is no reason to stop: its pictures are then decoded in each run.
+        # If the folder is read-only, go on: the pictures are then decoded in each run.
         with suppress(OSError):
             write_whole(cache, safetensors.torch.save({"pixels": pixels}, {"files": digest}))
     return Pictures(pixels, torch.tensor([label for _, label in found]), classes, tuple(left_out))
 
 
 def class_names(folder: Path) -> tuple[str, ...]:
-    """The names of the folders in a folder, sorted; without those that a system or a program left there.
+    """The sorted names of the class folders in a folder, without hidden folders and folders of operating systems.
 
     Raises:
-        DataError: there is no such folder, or none in it.
+        DataError: the folder does not exist, has no class folders, or holds a broken link.
     """
     if not folder.is_dir():
         raise DataError(f"Pictures must lie in {folder}/<class>/, but there is no folder {folder}{_beside(folder)}.")
@@ -82,8 +82,8 @@ def class_names(folder: Path) -> tuple[str, ...]:
 
 
 def _listed(folder: Path, classes: Sequence[str]) -> tuple[list[tuple[Path, int]], list[Path]]:
-    """The pictures of a folder with the numbers of their classes, and the files that are no pictures."""
-    # Here, since it takes seconds to import, in every worker.
+    """The pictures of a folder with their class numbers, and the files that are not pictures."""
+    # Imported here: it takes seconds, which workers of studies with other data should not spend.
     from torchvision.datasets.folder import make_dataset
 
     endings = {ending for ending, form in Image.registered_extensions().items() if form in Image.OPEN}
@@ -107,7 +107,7 @@ def _listed(folder: Path, classes: Sequence[str]) -> tuple[list[tuple[Path, int]
 
 
 def _beside(folder: Path) -> str:
-    """Which folders there are instead; of a relative path, where it was looked for."""
+    """For an error message: the folders next to a missing one, or where a relative path was looked for."""
     if not folder.parent.is_dir():
         return "" if folder.is_absolute() else f" in {Path.cwd()}"
     names = sorted(path.name for path in folder.parent.iterdir() if path.is_dir() and not _is_clutter(path.name))
@@ -115,7 +115,7 @@ def _beside(folder: Path) -> str:
 
 
 def _is_clutter(name: str) -> bool:
-    """Whether a system or a program left it: macOS, Windows, Jupyter, a Synology server."""
+    """Whether the name is of a hidden file or one that macOS, Windows, Jupyter or a Synology server leaves behind."""
     return name.startswith(".") or name in {"__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir"}
 
 
@@ -128,12 +128,12 @@ def _existing(paths: Iterable[Path]) -> Iterator[tuple[Path, os.stat_result]]:
 
 
 def _all_decoded(paths: Sequence[Path], size: int, mode: str) -> Tensor:
-    """All pictures (count, channels, size, size); of files that are none, all are told of at once."""
+    """All pictures (count, channels, size, size); one error reports all files that cannot be read."""
     decoded, wrong = list[Tensor](), dict[Path, Exception]()
     for path in paths:
         try:
             decoded.append(_decoded(path, size, mode))
-        except Exception as error:  # Pillow raises of many types on damaged files
+        except Exception as error:  # Pillow raises many types of exceptions on damaged files
             wrong[path] = error
     if wrong:
         first, *rest = wrong
@@ -153,7 +153,7 @@ def _cached(path: Path, digest: str) -> Tensor | None:
 
 
 def _in_eight_bits(picture: Image.Image) -> Image.Image:
-    """Pillow itself clips what is darker or brighter than 8 bits can say."""
+    """A 16-bit picture scaled to 8 bits; Pillow's own conversion would clip its values. Other pictures are unchanged."""
     if picture.mode[0] not in "IF":
         return picture
     values = np.array(picture)

@@ -1,4 +1,4 @@
-"""Anyone's pictures, one folder a class."""
+"""A user's pictures, in one folder per class."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ranksearch.data.splits import Splits
 from ranksearch.errors import DataError
 
 VALIDATION = ("val", "valid", "validation")
-"""Names that folders of pictures for validation have."""
+"""The names by which a validation folder is recognised."""
 
 
 def image_folder(
@@ -22,28 +22,28 @@ def image_folder(
     validation_folder: str | None = None, train: int | None = None, validation: int | None = None,
     mean: Sequence[float] | None = None, std: Sequence[float] | None = None, flip: bool = True, shift: int = 0,
 ) -> Splits:  # fmt: skip
-    """Pictures as `root/{train,val,test}/<class>/<any name>.jpg`, torchvision's ImageFolder layout; decoded once.
+    """Pictures in torchvision's ImageFolder layout, `root/{train,val,test}/<class>/<any name>.jpg`; decoded once, then cached.
 
-    Without a folder for validation, pictures for training are held out. Hidden files and folders are passed over.
+    Without a validation folder, some training pictures are held out. Hidden files and folders are ignored.
 
     Args:
-        root: holds the folders; relative to the folder the command runs in.
-        size: pixels of a side; pictures are scaled to it by their shorter side and cut to the square in the middle.
+        root: the folder with the folders below; a relative path starts at the folder the command runs in.
+        size: side in pixels; pictures are scaled so that their shorter side is `size`, and cropped to the central square.
         gray: one channel instead of three.
-        train_folder: what holds the pictures for training.
-        test_folder: what holds those for test.
-        validation_folder: what holds those for validation; `val`, `valid` or `validation` where there is one of them. The
-            `train_folder` again: pictures for training are held out, whatever other folders there are.
-        train: how many to train on, stratified by class; all but those for validation by default.
-        validation: how many of the training pictures are held out; a tenth by default.
-        mean: of each channel in 0..1, for normalisation; that of the training pictures by default.
-        std: the standard deviation of each channel, likewise.
-        flip: mirror half of the training pictures, anew in each batch.
-        shift: move each training picture by up to so many pixels both ways; what moves in is black.
+        train_folder: the folder with the training pictures.
+        test_folder: the folder with the test pictures.
+        validation_folder: the folder with the validation pictures; by default the one named `val`, `valid` or `validation`, if
+            there is one. Give the `train_folder` to hold out training pictures even so.
+        train: how many pictures to train on, stratified by class; by default all that are not held out.
+        validation: how many training pictures to hold out; by default a tenth.
+        mean: mean of each channel in 0..1, for normalisation; by default that of the training pictures.
+        std: standard deviation of each channel, likewise.
+        flip: mirror each training picture with a chance of 1/2, drawn anew for each batch.
+        shift: move each training picture by up to this many pixels along both axes; the exposed border is black.
 
     Raises:
-        DataError: the pictures are not there, or cannot be read, or are too few; the folders differ in their classes;
-            `validation` is given and so is a folder for it; or `mean` or `std` is not one a channel.
+        DataError: pictures are missing, unreadable or too few; the folders have different classes; `validation` is given
+            although there is a validation folder; or `mean` or `std` does not have one number per channel.
     """
     if size < 1:
         raise DataError(f"size must be at least 1, but got {size}.")
@@ -74,7 +74,7 @@ def image_folder(
 
 
 def _validation_folder(root: Path, train: str, test: str, given: str | None) -> str | None:
-    """The folder of the pictures for validation; None where pictures for training are held out."""
+    """The folder with the validation pictures; None if training pictures are held out instead."""
     if Path(test) in (Path(train), Path(given or train)):
         raise DataError(f"Pictures for test must serve nothing else, but test_folder = {test!r} does; name another folder.")
     if given is not None:
@@ -94,7 +94,7 @@ def _validation_folder(root: Path, train: str, test: str, given: str | None) -> 
 
 
 def _classes(root: Path, names: Sequence[str]) -> tuple[str, ...]:
-    """The classes, which all folders must have."""
+    """The names of the classes, which must be the same in all folders."""
     first, *others = names
     classes = class_names(root / first)
     for other in others:

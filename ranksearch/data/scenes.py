@@ -1,4 +1,4 @@
-"""Rectified stereo pairs with ground truth, found where KITTI, Middlebury and their copies put them."""
+"""Rectified stereo pairs with ground truth, in the folder layouts of KITTI and Middlebury."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from ranksearch.errors import DataError
 
 KITTI = (("image_2", "image_3", "disp_noc_0"), ("image_0", "image_1", "disp_noc"), ("colored_0", "colored_1", "disp_noc"))
-"""Folders of left images, right images and truth: KITTI 2015, KITTI 2012 in gray and in colour."""
+"""The folders of left images, right images and ground truth in KITTI 2015, KITTI 2012 in gray, and KITTI 2012 in colour."""
 PAIRS = (
     ("left.png", "right.png", "disp_gt.pfm"),
     ("left.png", "right.png", "disp_gt.png"),
@@ -23,14 +23,15 @@ PAIRS = (
     ("view1.png", "view5.png", "disp1.png"),
     ("im2.png", "im6.png", "disp2.png"),
 )
-"""Files of a scene that has a folder of its own: a plain copy, and Middlebury 2014, its benchmark, 2005 to 2006, 2003."""
+"""The left image, right image and ground truth in a scene's own folder: two plain layouts, then Middlebury 2014, Middlebury's
+benchmark, Middlebury 2005 and 2006, and Middlebury 2003."""
 KITTI_UNITS = 256.0
-"""16-bit truth holds disparities times this."""
+"""The value of one pixel of disparity in 16-bit ground truth."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One pair; `units` is what a pixel of disparity is in the file of the truth, None where only the user can tell."""
+    """One stereo pair; `units` is the value of one pixel of disparity in the truth's file, None if nothing states it."""
 
     name: str
     left: Path
@@ -46,10 +47,10 @@ class Scene:
         return left, right
 
     def disparities(self, units: float | None = None) -> NDArray[np.float32]:
-        """The true disparity of the left image's pixels (height, width), NaN where it is not known.
+        """The true disparities of the left image's pixels (height, width), NaN where not known.
 
         Raises:
-            DataError: the file does not tell its unit and neither does the caller.
+            DataError: neither the file nor the caller states the unit.
         """
         if self.truth.suffix == ".pfm":
             raw, units = _read_pfm(self.truth), 1.0
@@ -67,10 +68,10 @@ class Scene:
 
 
 def find_scenes(folder: Path) -> list[Scene]:
-    """The scenes under `folder`, by name.
+    """The scenes under `folder`, sorted by name.
 
     Raises:
-        DataError: there are none in any of the known layouts.
+        DataError: there are no scenes in a known layout.
     """
     for base in (folder, folder / "training"):
         for left, right, truth in KITTI:
@@ -94,7 +95,7 @@ def find_scenes(folder: Path) -> list[Scene]:
 
 
 def _manifest(folder: Path) -> dict[str, float]:
-    """By scene, the unit that a `manifest.csv` beside the folder gives it, in a column `gt_div`."""
+    """By scene, the unit from the column `gt_div` of a `manifest.csv` next to the folder; empty without such a file."""
     path = folder.parent / "manifest.csv"
     if not path.exists():
         return {}

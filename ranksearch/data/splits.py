@@ -1,4 +1,4 @@
-"""A data set in three splits, and the batches that it is taken in."""
+"""Data sets in three splits, and batches of a split."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from ranksearch.support.seeds import CPU, seeded
 
 @dataclass(frozen=True)
 class Splits:
-    """Data for a study, as a `data` reference returns it.
+    """The data of a study; the function that `task.data` names returns it.
 
-    Each split is any map-style `torch.utils.data.Dataset` of (input, target); a `TensorDataset` and a `Batched` are cut
-    into batches as a whole, which is far quicker for small inputs. `classes` is None where targets are no class labels.
+    Each split is a map-style `torch.utils.data.Dataset` of pairs (input, target). Batches of a `TensorDataset` or a `Batched`
+    are made by indexing, not input by input, which is much faster for small inputs. `classes` is None if targets are not class
+    labels.
     """
 
     train: Dataset[Any]
@@ -31,28 +32,28 @@ class Splits:
     test: Dataset[Any]
     classes: int | None
     about: str
-    """One sentence: what the data is."""
+    """One sentence that describes the data."""
 
 
 def size(split: Dataset[Any]) -> int:
-    """How many inputs stand in a split."""
+    """The number of inputs in a split."""
     return len(split)  # type: ignore[arg-type]
 
 
 def example(split: Dataset[Any]) -> Any:
-    """A batch of the split's first input."""
+    """The split's first input as a batch of one."""
     return next(batches(split, 1))[0]
 
 
 def sample(split: Dataset[Any], count: int, *, seed: int) -> Dataset[Any]:
-    """`count` inputs of a split, drawn without repeats and in the split's order; the whole split if it holds no more."""
+    """A random sample of `count` inputs of a split, in the split's order; the whole split if it holds no more."""
     if size(split) <= count:
         return split
     return part(split, torch.randperm(size(split), generator=torch.Generator().manual_seed(seed))[:count].sort().values)
 
 
 def part(split: Dataset[Any], chosen: Tensor) -> Dataset[Any]:
-    """The split of the inputs with the numbers `chosen` (count,) alone."""
+    """The part of a split with the indices `chosen` (count,)."""
     if isinstance(split, Batched):
         return split.only(chosen)
     if type(split) is TensorDataset:
@@ -61,7 +62,7 @@ def part(split: Dataset[Any], chosen: Tensor) -> Dataset[Any]:
 
 
 def at_once(split: Dataset[Any], batch_size: int) -> int:
-    """How many inputs a batch of a split holds: as many as are asked for, or fewer where they are large."""
+    """The size of a split's batches: `batch_size`, or less if the split limits it because its inputs are large."""
     most = split.at_once if isinstance(split, Batched) else None
     return min(batch_size, most or batch_size)
 
@@ -69,9 +70,9 @@ def at_once(split: Dataset[Any], batch_size: int) -> int:
 def batches(
     split: Dataset[Any], batch_size: int, *, generator: torch.Generator | None = None, device: torch.device = CPU
 ) -> Iterator[Any]:
-    """Batches (inputs, targets) of a split on `device`: in order, or shuffled when a generator is given."""
+    """Batches (inputs, targets) of a split on `device`, in order, or shuffled by `generator`."""
     count = size(split)
-    # Not of a subclass: its own __getitem__ may transform.
+    # Only exactly TensorDataset: a subclass may transform inputs in its own __getitem__.
     if type(split) is TensorDataset or isinstance(split, Batched):
         order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
         batch_size = at_once(split, batch_size)
@@ -90,21 +91,22 @@ def batches(
 
 
 def _lonely(inputs: int, size: int, count: int) -> bool:
-    """A last shuffled batch of one input: batch normalisation cannot train on it, and the next epoch leaves out another."""
+    """Whether a shuffled batch is a leftover of one input. It is dropped: batch normalisation cannot train on one input."""
     return inputs == 1 < min(size, count)
 
 
 def sample_inputs(split: Dataset[Any], count: int, *, seed: int) -> Any:
-    """The inputs of `sample` as one batch; what their transforms draw at random follows the seed too."""
+    """The inputs of `sample` as one batch; random transforms depend only on the seed too."""
     with seeded(seed):
         return concatenate([inputs for inputs, _ in batches(sample(split, count, seed=seed), count)])
 
 
 def check_splits(splits: Splits, *, whole: bool = True) -> None:
-    """Refuse data that a study would stumble over later; all of it, or the first batch of each split.
+    """Refuse data on which a study would fail later; checks all of it, or only the first batch of each split.
 
     Raises:
-        DataError: an empty split, inputs that are not finite, or targets that are not whole numbers below `classes`.
+        DataError: a split is empty or not a readable map-style Dataset of pairs of tensors, inputs are not finite, or targets
+            are not integers below `classes`.
     """
     if splits.classes is not None and not isinstance(splits.classes, Integral):
         raise DataError(f"Splits.classes must be None or how many there are, a whole number, but got {splits.classes!r}.")
@@ -125,10 +127,10 @@ def check_splits(splits: Splits, *, whole: bool = True) -> None:
 
 
 def _readable(name: str, split: Dataset[Any]) -> Iterator[Any]:
-    """All of a split; what torch cannot make batches of is the data's fault."""
+    """The batches of a split; any exception while reading them is a `DataError`."""
     try:
         yield from batches(split, 512)
-    except Exception as error:  # of a user's data set, as of a picture that is none
+    except Exception as error:  # a user's Dataset may raise any exception, for example on a damaged picture
         odd = any(sign in str(error) for sign in ("default_collate", "equal size"))
         fix = "; for pictures, add Resize and ToTensor." if odd else ""
         raise DataError(

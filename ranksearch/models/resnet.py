@@ -1,4 +1,4 @@
-"""The residual networks for CIFAR-10 (He et al. 2016): 6n + 2 layers, shortcuts without parameters."""
+"""The residual networks for CIFAR-10 (He et al. 2016), with 6n + 2 layers and shortcuts without parameters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions, and what came in added to them; where the map shrinks, every other pixel of it."""
+    """A residual block of two 3x3 convolutions. With stride 2, the shortcut takes every other pixel of the input."""
 
     def __init__(self, into: int, out: int, stride: int) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Block(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         found = self.norm2(self.conv2(self.relu1(self.norm1(self.conv1(inputs)))))
         kept = inputs[:, :, :: self.stride, :: self.stride]
-        # The added channels are zero, half of them on either side: shortcut A of the paper.
+        # The shortcut's additional channels are zero, half of them on either side: option A of the paper.
         kept = F.pad(kept, (0, 0, 0, 0, self.more // 2, self.more // 2))
         result: Tensor = self.relu2(found + kept)
         return result

@@ -1,4 +1,4 @@
-"""What is searched: a model, its data, a loss and a score."""
+"""The task of a study: a model, its data, a loss and a score."""
 
 from __future__ import annotations
 
@@ -22,45 +22,51 @@ from ranksearch.support.batch import batch_to, concatenate, run_model, tensors_i
 from ranksearch.support.seeds import CPU, seeded
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""(outputs, targets) -> a scalar to be minimised."""
+"""(outputs, targets) -> a scalar to minimise."""
 Score: TypeAlias = Callable[[Tensor, Tensor], float]
-"""(outputs, targets) of a whole split -> a number, higher is better, on the scale of a share: 0.01 is a point."""
+"""(outputs, targets) of a whole split -> a number; higher is better. Scores should lie in [0, 1]: 0.01 is one percentage point,
+and trials 0.15 below the dense model are dropped."""
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> float:
-    """Share of inputs whose largest output, of (inputs, classes), is the target's; NaN where an output is."""
+    """The share of inputs whose largest output is that of the target class; NaN if any output is NaN.
+
+    Args:
+        outputs: (inputs, classes).
+        targets: class numbers (inputs,).
+    """
     if torch.isnan(outputs).any():
         return math.nan
     return float((outputs.argmax(1) == targets).double().mean())
 
 
 EVALUATION_BATCH, EVALUATION_VALUES = 256, 2**23
-"""Inputs a pass where nothing is trained, and values in them, at most: of 224 x 224 pictures 55, of which VGG's first layer
-alone makes 0.7 GB."""
+"""The largest batch outside of training, in inputs and in input values. The second limit gives 55 colour images of 224 x 224,
+for which the first layer of VGG-16 alone outputs 0.7 GB."""
 FROM_PYTHON = "python:given"
-"""What stands in the spec of a study for a model and data that were given to `search`, not named in a file."""
+"""The value of `task.model` and `task.data` in the spec of a study whose model and data were passed to `ranksearch.search`."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A model to compress and how to judge it. Classification by default; any loss and score make another task."""
+    """A model to compress, its data, and how to judge it: by default as a classifier, by any other loss and score if given."""
 
     model: nn.Module
     data: Splits
     loss: Loss = F.cross_entropy
     score: Score = accuracy
     channels_last: bool = True
-    """Whether the model runs with 2-D kernels so laid out; a study finds out."""
+    """Whether 2-D kernels may use the channels-last memory format; a study tests this, see `takes_channels_last`."""
 
     @property
     def score_name(self) -> str:
-        """What the score is called in reports."""
+        """The name of the score in reports."""
         return getattr(self.score, "__name__", "score")
 
 
 def evaluation_batch(split: Dataset[Any]) -> int:
-    """How many inputs of a split go through a model at once where nothing is trained."""
-    # Reading an input may draw random numbers, which are the caller's.
+    """The batch size for a split outside of training."""
+    # Reading an input may draw random numbers; do not change the caller's random state.
     with seeded(0):
         return max(1, min(EVALUATION_BATCH, EVALUATION_VALUES // sum(tensor.numel() for tensor in tensors_in(example(split)))))
 
@@ -76,12 +82,15 @@ def predict(model: nn.Module, split: Dataset[Any], *, device: torch.device = CPU
 
 
 def check_outputs(task: Task, *, trains: bool = True) -> None:
-    """Refuse a classifier whose outputs do not fit the classes, splits that the model does not accept, and, where it `trains`,
-    a model that cannot be. Leaves the model in eval mode.
+    """Check that the model, the data, the loss and the score fit together. Leaves the model in eval mode.
+
+    Args:
+        task: the task to check.
+        trains: whether the model will be trained; then its outputs must depend on a trainable weight.
 
     Raises:
-        ModelError: the data has classes and the outputs are not (batch, classes); or the model accepts the inputs of the train
-            split, but not of another; or its outputs depend on no weight that is trained.
+        ModelError: the model does not accept the inputs of a split or does not run in training mode; its output is not one
+            tensor, not (batch, classes) for `accuracy`, or depends on no trainable weight; or loss or score give no number.
     """
     classes = task.data.classes
     inputs, targets = next(batches(task.data.train, 2))
@@ -104,7 +113,7 @@ def check_outputs(task: Task, *, trains: bool = True) -> None:
             raise ModelError(
                 f"The model must run in training mode, but raised {type(error).__name__}: {first_line(error)}"
             ) from error
-    # Some give more while they are trained, such as the outputs of auxiliary classifiers.
+    # Some models return more in training mode, for example the outputs of auxiliary classifiers.
     for found in (outputs, trained):
         if not isinstance(found, Tensor):
             raise ModelError(f"The model must give one tensor, in training too, but gives a {type(found).__name__}; wrap it.")
@@ -122,15 +131,15 @@ def check_outputs(task: Task, *, trains: bool = True) -> None:
     try:
         _check_number("score", task.score, outputs, targets)
     except ModelError:
-        # One may need more than two inputs, such as some of each class.
+        # A score may need more than two inputs, for example some of each class.
         _check_number("score", task.score, *predict(task.model, task.data.validation))
 
 
 def check_float32(task: Task) -> None:
-    """Refuse a task that holds float64, which Apple's GPUs do not have.
+    """Refuse a task with float64 tensors, which Apple's GPUs do not support.
 
     Raises:
-        ModelError: a weight or buffer of the model or the loss, an input or a target is of float64 or complex128.
+        ModelError: a weight or buffer of the model or the loss, an input or a target is float64 or complex128.
     """
     inputs, targets = next(batches(task.data.train, 2))
     found = {"the inputs are": inputs, "the targets are": targets}
@@ -156,14 +165,15 @@ def _check_number(name: str, function: Callable[[Tensor, Tensor], Any], outputs:
 
 
 def load_task(spec: StudySpec) -> Task:
-    """The task that a spec names.
+    """Create the task that a study's section `task` describes.
 
     Raises:
-        SpecError: a reference cannot be used, or does not take its arguments.
-        ModelError, DataError: it does not give a module, or splits.
+        SpecError: a reference cannot be imported or called with its arguments.
+        ModelError: `task.model` does not return an `nn.Module`.
+        DataError: `task.data` does not return `Splits`.
     """
     about = spec.task
-    torch.manual_seed(spec.seed)  # of the initial weights
+    torch.manual_seed(spec.seed)  # for the initial weights
     model = _call(about.model, about.model_args, "task.model")
     if not isinstance(model, nn.Module):
         raise ModelError(f"task.model must give an nn.Module, but {about.model!r} gave a {type(model).__name__}.")
