@@ -42,7 +42,23 @@ class _Open:
 
 
 class Ledger:
-    """The finished and running trials of one study."""
+    """The finished and running trials of one study.
+
+    Args:
+        study: the Optuna study that holds the trials.
+        space: the search space.
+        inventory: the model's layers.
+        initial_plans: pairs (origin, plan) to try before the sampler proposes.
+        sampler: name of the sampler.
+        seed: the study's seed.
+        dense_score: score of the dense model. Trials far below it break a constraint, so samplers avoid their region.
+        limits: limits of score and size. Plans over a size limit are not trained.
+        objectives: what Optuna is told of a trial: its score and the ratios of these costs.
+        since: number of the first trial that was proposed under these limits.
+        knowledge: what the sampler "rank" needs; None for other samplers.
+        on_untrained: called with the record of each trial that gets a result without a job.
+        on_note: called with the reason if a trial that another program queued cannot be evaluated.
+    """
 
     def __init__(
         self,
@@ -61,22 +77,6 @@ class Ledger:
         on_untrained: Callable[[TrialRecord], None] = lambda record: None,
         on_note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """
-        Args:
-            study: the Optuna study that holds the trials.
-            space: the search space.
-            inventory: the model's layers.
-            initial_plans: pairs (origin, plan) to try before the sampler proposes.
-            sampler: name of the sampler.
-            seed: the study's seed.
-            dense_score: score of the dense model. Trials far below it break a constraint, so samplers avoid their region.
-            limits: limits of score and size. Plans over a size limit are not trained.
-            objectives: what Optuna is told of a trial: its score and the ratios of these costs.
-            since: number of the first trial that was proposed under these limits.
-            knowledge: what the sampler "rank" needs; None for other samplers.
-            on_untrained: called with the record of each trial that gets a result without a job.
-            on_note: called with the reason if a trial that another program queued cannot be evaluated.
-        """
         self.study = study
         self._space, self._inventory, self._firsts = space, inventory, initial_plans
         self._sampler, self._seed, self._dense_score = sampler, seed, dense_score

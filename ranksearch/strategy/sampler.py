@@ -224,7 +224,7 @@ class RankSampler(BaseSampler):
 
     def _seen(self, trials: Sequence[FrozenTrial]) -> set[tuple[int, ...]]:
         """Rows that are not proposed again: plans that finished or are running, and plans that lost too many workers."""
-        # Plans over a size limit are not among them: the limits may be wider now.
+        # Plans that were over a size limit may be proposed again, since the limits may be wider now.
         known = {
             self._known.row(t)
             for t in trials
