@@ -16,33 +16,33 @@ def disparity_map(left: NDArray[np.uint8], right: NDArray[np.uint8], *, disparit
     A match outside the right image has the highest cost.
     """
     height, width = left.shape
-    ones, others = census(left), census(right)
-    best = np.full((height, width), np.iinfo(np.uint16).max, np.uint16)
-    found = np.zeros((height, width), np.uint8)
+    left_bits, right_bits = census(left), census(right)
+    lowest = np.full((height, width), np.iinfo(np.uint16).max, np.uint16)
+    chosen = np.zeros((height, width), np.uint8)
     # One disparity at a time, so that the arrays fit into a core's cache.
     cost = np.empty((height, width), np.uint8)
-    bits = (2 * RADIUS + 1) ** 2 - 1
+    max_cost = (2 * RADIUS + 1) ** 2 - 1
     for disparity in range(min(disparities, width)):
-        cost[:, :disparity] = bits
-        np.bitwise_count(ones[:, disparity:] ^ others[:, : width - disparity], out=cost[:, disparity:])
+        cost[:, :disparity] = max_cost
+        np.bitwise_count(left_bits[:, disparity:] ^ right_bits[:, : width - disparity], out=cost[:, disparity:])
         summed = _box(cost)
-        better = summed < best
-        np.copyto(best, summed, where=better)
-        found[better] = disparity
-    return found
+        better = summed < lowest
+        np.copyto(lowest, summed, where=better)
+        chosen[better] = disparity
+    return chosen
 
 
 def census(image: NDArray[np.uint8]) -> NDArray[np.uint32]:
     """For each pixel (height, width), 24 bits: which of its 5x5 neighbours are darker. Edge pixels are repeated outwards."""
     height, width = image.shape
     padded = np.pad(image, RADIUS, mode="edge")
-    found = np.zeros((height, width), np.uint32)
+    bits = np.zeros((height, width), np.uint32)
     for down in range(2 * RADIUS + 1):
         for right in range(2 * RADIUS + 1):
             if (down, right) != (RADIUS, RADIUS):
-                found <<= 1
-                found |= padded[down : down + height, right : right + width] < image
-    return found
+                bits <<= 1
+                bits |= padded[down : down + height, right : right + width] < image
+    return bits
 
 
 def _box(cost: NDArray[np.uint8]) -> NDArray[np.uint16]:

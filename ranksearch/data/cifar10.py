@@ -43,7 +43,7 @@ def cifar10(
         about = "CIFAR-10 (JPEG copy)"
         parts = [read_pictures(folder / "cifar10" / name, size=SIDE) for name in ("train", "test")]
         if parts[0].classes != parts[1].classes:
-            raise DataError(f"The folders train and test of {folder / 'cifar10'} must hold the same classes, but do not.")
+            raise DataError(f"train and test in {folder / 'cifar10'} must hold the same classes, but do not.")
         pixels, labels = (parts[0].pixels, parts[1].pixels), (parts[0].labels, parts[1].labels)
     else:
         raise DataError(
@@ -58,8 +58,8 @@ def _pickled(folder: Path, is_train: bool, download: bool) -> tuple[Tensor, Tens
     from torchvision.datasets import CIFAR10
 
     try:
-        found = CIFAR10(str(folder), train=is_train, download=download)
+        data_set = CIFAR10(str(folder), train=is_train, download=download)
     except (RuntimeError, OSError) as error:
         first = first_line(error)
-        raise DataError(f"CIFAR-10 cannot be read from {folder}: {first} Unpack {ARCHIVE} there again.") from error
-    return torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(found.targets)
+        raise DataError(f"CIFAR-10 must be readable in {folder}, but: {first} Unpack {ARCHIVE} there again.") from error
+    return torch.from_numpy(data_set.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data_set.targets)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-STEPS = 20
+AUC_STEPS = 20
 """The number of steps in which the share of kept pixels falls from 1 to 0, each by 5 %."""
 
 
@@ -38,12 +38,12 @@ def auc(confidence: Tensor, right: Tensor) -> float:
     order = confidence.sort().values
     count = len(order)
     # Not by torch.quantile, which interpolates, and raises for more than 16 million pixels.
-    least = order[[min(count - 1, math.ceil(count * step / STEPS)) for step in range(STEPS)]]
+    thresholds = order[[min(count - 1, math.ceil(count * step / AUC_STEPS)) for step in range(AUC_STEPS)]]
     # Pixels tied at a threshold are all kept, since their order in memory means nothing.
     sums = F.pad((1 - right.double())[confidence.argsort()].cumsum(0), (1, 0))
-    below = torch.searchsorted(order, least)
+    below = torch.searchsorted(order, thresholds)
     errors = (sums[-1] - sums[below]) / (count - below)
-    return float(torch.trapezoid(F.pad(errors, (0, 1)), dx=1 / STEPS))
+    return float(torch.trapezoid(F.pad(errors, (0, 1)), dx=1 / AUC_STEPS))
 
 
 def optimal_auc(error: float) -> float:

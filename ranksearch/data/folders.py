@@ -19,9 +19,9 @@ from torch import Tensor
 from ranksearch.errors import DataError
 from ranksearch.support.files import write_whole
 
-DECODER = 2
+DECODER_VERSION = 2
 """The version of the decoder. Raise it when decoding changes, so that older caches are not used."""
-MOST_NAMED = 3
+MAX_NAMED_FILES = 3
 """How many unreadable files an error message names after the first."""
 
 
@@ -50,18 +50,18 @@ def read_pictures(folder: Path, *, size: int, mode: str = "RGB") -> Pictures:
         DataError: there are no class folders, a class has no pictures, or a file cannot be read as a picture.
     """
     classes = class_names(folder)
-    found, left_out = _listed(folder, classes)
-    kept = [(path.relative_to(folder), about) for path, about in _existing(path for path, _ in found)]
-    listing = "\n".join(f"{name} {about.st_size} {about.st_mtime_ns}" for name, about in kept)
-    digest = hashlib.sha256(f"{DECODER}\n{listing}".encode()).hexdigest()
+    pictures, left_out = _listed(folder, classes)
+    files = [(path.relative_to(folder), stat) for path, stat in _existing(path for path, _ in pictures)]
+    listing = "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in files)
+    digest = hashlib.sha256(f"{DECODER_VERSION}\n{listing}".encode()).hexdigest()
     cache = folder.with_name(f"{folder.name}-{size}-{mode}.safetensors")
     pixels = _cached(cache, digest)
     if pixels is None:
-        pixels = _all_decoded([path for path, _ in found], size, mode)
+        pixels = _all_decoded([path for path, _ in pictures], size, mode)
         # If the folder is read-only, go on: the pictures are then decoded in each run.
         with suppress(OSError):
             write_whole(cache, safetensors.torch.save({"pixels": pixels}, {"files": digest}))
-    return Pictures(pixels, torch.tensor([label for _, label in found]), classes, tuple(left_out))
+    return Pictures(pixels, torch.tensor([label for _, label in pictures]), classes, tuple(left_out))
 
 
 def class_names(folder: Path) -> tuple[str, ...]:
@@ -72,10 +72,10 @@ def class_names(folder: Path) -> tuple[str, ...]:
     """
     if not folder.is_dir():
         raise DataError(f"Pictures must lie in {folder}/<class>/, but there is no folder {folder}{_beside(folder)}.")
-    found = sorted(path for path in folder.iterdir() if not _is_clutter(path.name))
-    if broken := next((path for path in found if not path.exists()), None):
-        raise DataError(f"{broken} must be a folder of pictures, but is a link to nothing; mend or delete it.")
-    names = [path.name for path in found if path.is_dir()]
+    entries = sorted(path for path in folder.iterdir() if not _is_clutter(path.name))
+    if broken := next((path for path in entries if not path.exists()), None):
+        raise DataError(f"{broken} must be a folder of pictures, but is a broken link; repair or delete it.")
+    names = [path.name for path in entries if path.is_dir()]
     if not names:
         raise DataError(f"Pictures must lie in {folder}/<class>/, but {folder} holds no folders; make one for each class.")
     return tuple(names)
@@ -101,8 +101,10 @@ def _listed(folder: Path, classes: Sequence[str]) -> tuple[list[tuple[Path, int]
     numbers = {name: number for number, name in enumerate(classes)}
     samples = make_dataset(str(folder), numbers, is_valid_file=is_picture, allow_empty=True)
     if empty := sorted(set(classes) - {classes[label] for _, label in samples}):
-        there = next((f", only files like {path}" for path in left_out if path.parts[1] == empty[0]), "")
-        raise DataError(f"Each class must hold pictures, but {folder / empty[0]} holds none{there}; add some, or delete it.")
+        other_files = next((f", only files like {path}" for path in left_out if path.parts[1] == empty[0]), "")
+        raise DataError(
+            f"Each class must hold pictures, but {folder / empty[0]} holds none{other_files}; add some, or delete the folder."
+        )
     return [(Path(name), label) for name, label in samples], left_out
 
 
@@ -124,23 +126,23 @@ def _existing(paths: Iterable[Path]) -> Iterator[tuple[Path, os.stat_result]]:
         try:
             yield path, path.stat()
         except OSError as error:
-            raise DataError(f"{path} must be a picture, but is a link to nothing ({error.strerror}); delete it.") from None
+            raise DataError(f"{path} must be a picture, but is a broken link ({error.strerror}); delete it.") from None
 
 
 def _all_decoded(paths: Sequence[Path], size: int, mode: str) -> Tensor:
     """All pictures (count, channels, size, size); one error reports all files that cannot be read."""
-    decoded, wrong = list[Tensor](), dict[Path, Exception]()
+    decoded, errors = list[Tensor](), dict[Path, Exception]()
     for path in paths:
         try:
             decoded.append(_decoded(path, size, mode))
         except Exception as error:  # Pillow raises many types of exceptions on damaged files
-            wrong[path] = error
-    if wrong:
-        first, *rest = wrong
-        more = f"; so it is with {', '.join(map(str, rest[:MOST_NAMED]))}" if rest else ""
-        more += f" and {len(rest) - MOST_NAMED:,} more" if len(rest) > MOST_NAMED else ""
-        out = "take them" if rest else "take it"
-        raise DataError(f"{first} must be a picture, but cannot be read: {wrong[first]}{more}; {out} out of the folder.")
+            errors[path] = error
+    if errors:
+        first, *rest = errors
+        more = f"; neither can {', '.join(map(str, rest[:MAX_NAMED_FILES]))}" if rest else ""
+        more += f" and {len(rest) - MAX_NAMED_FILES:,} more" if len(rest) > MAX_NAMED_FILES else ""
+        remedy = "remove them" if rest else "remove it"
+        raise DataError(f"{first} must be a picture, but cannot be read: {errors[first]}{more}; {remedy} from the folder.")
     return torch.stack(decoded)
 
 
@@ -158,7 +160,7 @@ def _in_eight_bits(picture: Image.Image) -> Image.Image:
         return picture
     values = np.array(picture)
     if picture.mode == "F" or values.min() < 0 or values.max() >= 1 << 16:
-        raise ValueError(f"its pixels, of mode {picture.mode}, are neither of 8 nor of 16 bits")
+        raise ValueError(f"its pixels, of mode {picture.mode}, have neither 8 nor 16 bits")
     return Image.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8))
 
 

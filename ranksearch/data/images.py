@@ -53,9 +53,9 @@ class Images(Batched):
         columns = torch.arange(width)
         columns = torch.where(mirrored, columns.flip(0), columns) + right
         padded = F.pad(pixels, [self.shift] * 4)
-        every = torch.arange(count)[:, None, None]
+        index = torch.arange(count)[:, None, None]
         # Index with channels last, so that they keep their place, then move them back.
-        return padded.permute(0, 2, 3, 1)[every, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def moments(pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,42 +90,42 @@ def split_images(
         DataError: a count does not fit the number of images or classes, or `shift` is larger than the images.
     """
     mean, std = normalisation or moments(pixels[0])
-    whole = Images(pixels[0], labels[0], mean, std)
+    training = Images(pixels[0], labels[0], mean, std)
     if isinstance(validation, int):
-        held, whole = _held_out(whole, validation)
+        held_out, training = _held_out(training, validation)
     else:
-        held = Images(*validation, mean, std)
+        held_out = Images(*validation, mean, std)
     if train is not None:
-        whole = _taken(whole, train)
+        training = _taken(training, train)
     if shift < 0 or shift > min(pixels[0].shape[2:]):
         raise DataError(f"shift must lie in 0..{min(pixels[0].shape[2:])}, the size of the images, but got {shift}.")
     return Splits(
-        train=replace(whole, flip=flip, shift=shift),
-        validation=held,
+        train=replace(training, flip=flip, shift=shift),
+        validation=held_out,
         test=Images(pixels[1], labels[1], mean, std),
         classes=classes,
-        about=f"{about}, {len(whole):,} / {len(held):,} / {len(labels[1]):,} images for training / validation / test",
+        about=f"{about}, {len(training):,} / {len(held_out):,} / {len(labels[1]):,} images for training / validation / test",
     )
 
 
 def _held_out(images: Images, validation: int) -> tuple[Images, Images]:
     """`validation` of the images, and the rest."""
-    count, least = len(images), len(images.labels.unique())
-    if not least <= validation <= count - least:
+    count, classes = len(images), len(images.labels.unique())
+    if not classes <= validation <= count - classes:
         raise DataError(
-            f"validation must leave and take an image of each class, so lie in {least}..{count - least} for {count:,} "
-            f"training images, but got {validation}."
+            f"validation must lie in {classes}..{count - classes} for {count:,} training images, so that both parts can hold "
+            f"an image of each class, but got {validation}."
         )
-    held, rest = _stratified("validation", images.labels, validation)
-    return images.only(held), images.only(rest)
+    held_out, rest = _stratified("validation", images.labels, validation)
+    return images.only(held_out), images.only(rest)
 
 
 def _taken(images: Images, train: int) -> Images:
-    left, least = len(images), len(images.labels.unique())
-    if not least <= train <= left - least and train != left:
+    available, classes = len(images), len(images.labels.unique())
+    if not classes <= train <= available - classes and train != available:
         raise DataError(
-            f"train must take an image of each class and leave one, so lie in {least}..{left - least:,}, or be {left:,}, all "
-            f"that are left, but got {train:,}."
+            f"train must lie in {classes}..{available - classes:,}, or be {available:,} for all images that are not held out, "
+            f"but got {train:,}."
         )
     return images.only(_stratified("train", images.labels, train)[0])
 
@@ -136,7 +136,7 @@ def _stratified(part: str, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return torch.arange(count), torch.arange(0)
     if rare := (torch.bincount(labels) == 1).nonzero().flatten().tolist():
         raise DataError(
-            f"Classes must have two images or more to be parted, but class {rare[0]} has one; add some, or drop it."
+            f"Each class must have at least two images to be split, but class {rare[0]} has one; add some, or remove the class."
         )
     # Imported here: it takes over a second, which workers of studies with other data should not spend.
     from sklearn.model_selection import train_test_split
@@ -145,7 +145,7 @@ def _stratified(part: str, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
     taken, rest = (torch.tensor(sorted(numbers)) for numbers in parts)
     if missing := set(labels.tolist()) - set(labels[taken].tolist()):
         raise DataError(
-            f"{part} must hold an image of each class, but {count:,} of {len(labels):,} hold none of class {min(missing)}; "
-            "take more."
+            f"{part} must include an image of each class, but {count:,} of {len(labels):,} include none of class "
+            f"{min(missing)}; raise {part}."
         )
     return taken, rest

@@ -13,9 +13,13 @@ from PIL import Image
 
 from ranksearch.errors import DataError
 
-KITTI = (("image_2", "image_3", "disp_noc_0"), ("image_0", "image_1", "disp_noc"), ("colored_0", "colored_1", "disp_noc"))
+KITTI_FOLDERS = (
+    ("image_2", "image_3", "disp_noc_0"),
+    ("image_0", "image_1", "disp_noc"),
+    ("colored_0", "colored_1", "disp_noc"),
+)
 """The folders of left images, right images and ground truth in KITTI 2015, KITTI 2012 in gray, and KITTI 2012 in colour."""
-PAIRS = (
+SCENE_FILES = (
     ("left.png", "right.png", "disp_gt.pfm"),
     ("left.png", "right.png", "disp_gt.png"),
     ("im0.png", "im1.png", "disp0.pfm"),
@@ -43,7 +47,7 @@ class Scene:
         """Both images in gray (height, width)."""
         left, right = (np.array(Image.open(path).convert("L")) for path in (self.left, self.right))
         if left.shape != right.shape:
-            raise DataError(f"Both images of a pair must be of one size, but those of {self.left.parent} are not.")
+            raise DataError(f"The two images of a pair must have the same size, but those in {self.left.parent} do not.")
         return left, right
 
     def disparities(self, units: float | None = None) -> NDArray[np.float32]:
@@ -60,7 +64,7 @@ class Scene:
             units = self.units or (KITTI_UNITS if sixteen else units)
         if units is None:
             raise DataError(
-                f"The unit of the true disparities must be known, but 8-bit {self.truth} does not tell it; give "
+                f"The unit of the true disparities must be known, but 8-bit {self.truth} does not state it; give "
                 "units = 1, 2 or 3 for Middlebury 2005 and 2006 in full, half or third size, 4 for 2003 in quarter size."
             )
         known = np.isfinite(raw) & (raw > 0)
@@ -74,17 +78,17 @@ def find_scenes(folder: Path) -> list[Scene]:
         DataError: there are no scenes in a known layout.
     """
     for base in (folder, folder / "training"):
-        for left, right, truth in KITTI:
+        for left, right, truth in KITTI_FOLDERS:
             if (base / left).is_dir() and (base / truth).is_dir():
                 names = sorted(path.name for path in (base / truth).glob("*_10.png"))
                 return [Scene(n.removesuffix("_10.png"), base / left / n, base / right / n, base / truth / n) for n in names]
-    known = _manifest(folder)
+    stated_units = _manifest(folder)
     scenes = []
     for inside in sorted(path for path in folder.glob("*") if path.is_dir()):
-        for pair in PAIRS:
-            left_image, right_image, true = (inside / name for name in pair)
-            if left_image.exists() and right_image.exists() and true.exists():
-                scenes.append(Scene(inside.name, left_image, right_image, true, known.get(inside.name)))
+        for pair in SCENE_FILES:
+            left_image, right_image, truth_file = (inside / name for name in pair)
+            if left_image.exists() and right_image.exists() and truth_file.exists():
+                scenes.append(Scene(inside.name, left_image, right_image, truth_file, stated_units.get(inside.name)))
                 break
     if not scenes:
         raise DataError(
@@ -107,7 +111,7 @@ def _read_pfm(path: Path) -> NDArray[np.float32]:
     """A gray portable float map (height, width); its rows are stored from the bottom up."""
     head = re.match(rb"Pf\s+(\d+)\s+(\d+)\s+(-?[\d.]+)\s", data := path.read_bytes())
     if not head:
-        raise DataError(f"{path} must be a gray portable float map, but does not begin like one; download it again.")
+        raise DataError(f"{path} must be a gray portable float map, but does not start like one; download it again.")
     width, height = int(head[1]), int(head[2])
     kind = np.dtype(np.float32).newbyteorder("<" if float(head[3]) < 0 else ">")
     return np.frombuffer(data, kind, width * height, head.end()).reshape(height, width)[::-1].astype(np.float32)

@@ -63,8 +63,8 @@ def part(split: Dataset[Any], chosen: Tensor) -> Dataset[Any]:
 
 def at_once(split: Dataset[Any], batch_size: int) -> int:
     """The size of a split's batches: `batch_size`, or less if the split limits it because its inputs are large."""
-    most = split.at_once if isinstance(split, Batched) else None
-    return min(batch_size, most or batch_size)
+    limit = split.at_once if isinstance(split, Batched) else None
+    return min(batch_size, limit or batch_size)
 
 
 def batches(
@@ -85,9 +85,9 @@ def batches(
             else:
                 yield batch_to(tuple(tensor[chosen] for tensor in split.tensors), device)
     else:
-        for found in DataLoader(split, batch_size=batch_size, shuffle=generator is not None, generator=generator):
-            if generator is None or not _lonely(len(tensors_in(found)[0]), batch_size, count):
-                yield batch_to(found, device)
+        for batch in DataLoader(split, batch_size=batch_size, shuffle=generator is not None, generator=generator):
+            if generator is None or not _lonely(len(tensors_in(batch)[0]), batch_size, count):
+                yield batch_to(batch, device)
 
 
 def _lonely(inputs: int, size: int, count: int) -> bool:
@@ -101,7 +101,7 @@ def sample_inputs(split: Dataset[Any], count: int, *, seed: int) -> Any:
         return concatenate([inputs for inputs, _ in batches(sample(split, count, seed=seed), count)])
 
 
-def check_splits(splits: Splits, *, whole: bool = True) -> None:
+def check_splits(splits: Splits, *, every_batch: bool = True) -> None:
     """Refuse data on which a study would fail later; checks all of it, or only the first batch of each split.
 
     Raises:
@@ -109,17 +109,17 @@ def check_splits(splits: Splits, *, whole: bool = True) -> None:
             are not integers below `classes`.
     """
     if splits.classes is not None and not isinstance(splits.classes, Integral):
-        raise DataError(f"Splits.classes must be None or how many there are, a whole number, but got {splits.classes!r}.")
+        raise DataError(f"Splits.classes must be the number of classes or None, but got {splits.classes!r}.")
     for name in ("train", "validation", "test"):
         split = getattr(splits, name)
         if not isinstance(split, Dataset) or isinstance(split, IterableDataset) or not hasattr(split, "__len__"):
             raise DataError(f"Each split must be a map-style Dataset, but {name!r} is a {type(split).__name__}.")
         if size(split) == 0:
             raise DataError(f"Each split must hold at least one input, but {name!r} is empty.")
-        for found in _readable(name, split) if whole else islice(_readable(name, split), 1):
-            if len(found) != 2 or not all(isinstance(part, Tensor) for part in found):
+        for batch in _readable(name, split) if every_batch else islice(_readable(name, split), 1):
+            if len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
                 raise DataError(f"A split must hold pairs (input, target) of tensors or numbers, but {name!r} does not.")
-            inputs, targets = found
+            inputs, targets = batch
             if inputs.is_floating_point() and not torch.isfinite(inputs).all():
                 raise DataError(f"Inputs must be finite, but split {name!r} holds NaN or infinity.")
             if splits.classes is not None:
@@ -131,8 +131,8 @@ def _readable(name: str, split: Dataset[Any]) -> Iterator[Any]:
     try:
         yield from batches(split, 512)
     except Exception as error:  # a user's Dataset may raise any exception, for example on a damaged picture
-        odd = any(sign in str(error) for sign in ("default_collate", "equal size"))
-        fix = "; for pictures, add Resize and ToTensor." if odd else ""
+        uncollatable = any(sign in str(error) for sign in ("default_collate", "equal size"))
+        fix = "; for pictures, add Resize and ToTensor." if uncollatable else ""
         raise DataError(
             f"A split must be readable in batches, but {name!r} raised {type(error).__name__}: {first_line(error)}{fix}"
         ) from error
@@ -141,12 +141,12 @@ def _readable(name: str, split: Dataset[Any]) -> Iterator[Any]:
 def _check_labels(name: str, targets: Tensor, classes: int) -> None:
     if targets.is_floating_point() or targets.dim() != 1:
         raise DataError(
-            f"Targets must be whole class numbers, one an input, but split {name!r} holds {targets.dtype} of shape "
+            f"Targets must be one integer class number per input, but split {name!r} holds {targets.dtype} of shape "
             f"{tuple(targets.shape)}; for other targets give classes=None and your own loss and score."
         )
     outside = targets[(targets < 0) | (targets >= classes)]
     if len(outside):
         raise DataError(
-            f"Targets must lie in 0..{classes - 1}, but split {name!r} holds {int(outside[0])}; mend the targets or the "
-            "number of classes."
+            f"Targets must lie in 0..{classes - 1}, but split {name!r} holds {int(outside[0])}; correct the targets or "
+            "the number of classes."
         )

@@ -25,8 +25,8 @@ from ranksearch.data.splits import Splits
 from ranksearch.errors import DataError
 from ranksearch.support.files import write_whole
 
-PATCH = 9
-MARGIN = PATCH // 2
+PATCH_SIZE = 9
+MARGIN = PATCH_SIZE // 2
 UNKNOWN = 255
 PIXEL_SEED = 0
 """The seed of the sample of training pixels. It is fixed, so that studies with different seeds use the same pixels."""
@@ -76,7 +76,7 @@ class Patches(Batched):
 
     def batch(self, chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         number, row, column = self.places[chosen].long().T
-        window = torch.arange(PATCH)
+        window = torch.arange(PATCH_SIZE)
         rows, columns = row[:, None, None] + window[:, None], column[:, None, None] + window
         patches = self.maps.disparities[number[:, None, None], rows, columns].to(device)[:, None]
         right = self.maps.right[number, row, column].to(device)
@@ -119,18 +119,18 @@ def stereo(
     if patches < 1:
         raise DataError(f"patches must be at least 1, but got {patches}.")
     scale = 1 / max(1, disparities - 1) if scaled else 1.0
-    asked = (("train", train, train_scenes, threshold), ("validation", train, validation_scenes, threshold),
+    requested = (("train", train, train_scenes, threshold), ("validation", train, validation_scenes, threshold),
              ("test", test, test_scenes, threshold if test_threshold is None else test_threshold))  # fmt: skip
     parts, owners = {}, dict[Path, str]()
-    for name, folder, span, most in asked:
-        scenes = _block(find_scenes(Path(root) / folder), span, f"{name}_scenes")
+    for name, folder, numbers, max_error in requested:
+        scenes = _block(find_scenes(Path(root) / folder), numbers, f"{name}_scenes")
         for scene in scenes:
             if (other := owners.setdefault(scene.truth, name)) != name:
                 raise DataError(
-                    f"No scene may be in two splits, but {scene.name} is in {other} and {name}; mend {name}_scenes."
+                    f"No scene may be in two splits, but {scene.name} is in {other} and {name}; change {name}_scenes."
                 )
         cache = Path(root) / f"census-{disparities}" / folder
-        parts[name] = _maps(scenes, cache, disparities=disparities, threshold=most, units=units, scale=scale)
+        parts[name] = _maps(scenes, cache, disparities=disparities, threshold=max_error, units=units, scale=scale)
     pixels = (parts["train"].right != UNKNOWN).nonzero().int()
     drawn = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(PIXEL_SEED))[:patches].sort().values
     held, tested = parts["validation"], parts["test"]
@@ -149,29 +149,29 @@ def _block(scenes: list[Scene], span: Sequence[int], key: str) -> list[Scene]:
 
 
 def _maps(scenes: list[Scene], cache: Path, *, disparities: int, threshold: float, units: float | None, scale: float) -> Maps:
-    found = [_cropped(scene, cache, disparities, threshold, units) for scene in scenes]
-    height, width = (max(right.shape[axis] for _, right in found) for axis in (0, 1))
+    cropped = [_cropped(scene, cache, disparities, threshold, units) for scene in scenes]
+    height, width = (max(right.shape[axis] for _, right in cropped) for axis in (0, 1))
 
     def stacked(tensors: list[Tensor], margin: int, fill: int) -> Tensor:
         room = ((0, width + margin - t.shape[1], 0, height + margin - t.shape[0]) for t in tensors)
         return torch.stack([F.pad(t, size, value=fill) for t, size in zip(tensors, room, strict=True)])
 
-    maps, rights = zip(*found, strict=True)
+    maps, rights = zip(*cropped, strict=True)
     return Maps(stacked(list(maps), 2 * MARGIN, 0), stacked(list(rights), 0, UNKNOWN), scale)
 
 
 def _cropped(scene: Scene, cache: Path, disparities: int, threshold: float, units: float | None) -> tuple[Tensor, Tensor]:
     """A scene's disparities (height + 8, width + 8) and targets (height, width), cropped to the region with known truth."""
-    found, truth = _disparities(scene, cache, disparities), scene.disparities(units)
-    if found.shape != truth.shape:
-        raise DataError(f"The truth of {scene.truth} must be of its image's size, but is {truth.shape}, not {found.shape}.")
+    disparity, truth = _disparities(scene, cache, disparities), scene.disparities(units)
+    if disparity.shape != truth.shape:
+        raise DataError(f"{scene.truth} must have the size of its image, {disparity.shape}, but has {truth.shape}.")
     known = ~np.isnan(truth)
     if not known.any():
-        raise DataError(f"Some of the truth must be known, but {scene.truth} holds none; leave the scene out.")
-    right = np.where(known, np.abs(found - truth) <= threshold, UNKNOWN).astype(np.uint8)
-    rows, columns = (slice(where.min(), where.max() + 1) for where in known.nonzero())
+        raise DataError(f"Ground truth must have known pixels, but {scene.truth} has none; leave the scene out.")
+    right = np.where(known, np.abs(disparity - truth) <= threshold, UNKNOWN).astype(np.uint8)
+    rows, columns = (slice(indices.min(), indices.max() + 1) for indices in known.nonzero())
     # Beyond the image's edge disparities count as 0, as in the published network.
-    padded = np.pad(found, MARGIN)[rows.start : rows.stop + 2 * MARGIN, columns.start : columns.stop + 2 * MARGIN]
+    padded = np.pad(disparity, MARGIN)[rows.start : rows.stop + 2 * MARGIN, columns.start : columns.stop + 2 * MARGIN]
     return torch.from_numpy(padded.copy()), torch.from_numpy(right[rows, columns].copy())
 
 
@@ -182,10 +182,10 @@ def _disparities(scene: Scene, cache: Path, disparities: int) -> NDArray[np.uint
     path = cache / f"{scene.name}-{digest}.png"
     if path.exists():
         return np.array(Image.open(path))
-    found = disparity_map(left, right, disparities=disparities)
+    disparity = disparity_map(left, right, disparities=disparities)
     content = io.BytesIO()
-    Image.fromarray(found).save(content, "png")
+    Image.fromarray(disparity).save(content, "png")
     # If the folder is read-only, go on: the maps are then made in each run.
     with suppress(OSError):
         write_whole(path, content.getvalue())
-    return found
+    return disparity

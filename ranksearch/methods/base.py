@@ -31,11 +31,11 @@ Rows: TypeAlias = Callable[[], Principal]
 Estimate: TypeAlias = Literal["in", "out", "larger"]
 """Which VBMF rank to use: of the unfolding by input channels, of that by output channels, or the larger of the two."""
 
-LEVELS = 10
+MAX_RANK_VALUES = 10
 """How many values of each rank a profile tries, evenly spaced on a log scale, for methods with one or two ranks."""
 MAX_CANDIDATES = 128
 """How many combinations of ranks a profile tries at most for one layer and method; with three ranks, five values each."""
-MAX_TERMS = 1024
+MAX_ALS_RANK = 1024
 """The largest rank that ALS fits, since it solves linear systems of this size. For VGG-16's first fully connected layer,
 4096x512x49, rank 1,024 has 1/20 of the parameters, and the ten fits of a profile up to it take two minutes on one core."""
 
@@ -124,7 +124,7 @@ class Method(abc.ABC):
         if not self.by_als:
             return self.bounds(weight)
         # With more terms than the larger number of channels ALS is overcomplete: terms cancel each other instead of fitting.
-        return tuple(min(max(weight[:2]), bound, MAX_TERMS) for bound in self.bounds(weight))
+        return tuple(min(max(weight[:2]), bound, MAX_ALS_RANK) for bound in self.bounds(weight))
 
     def from_vbmf(self, rank_in: int, rank_out: int) -> tuple[int, ...]:
         """The method's ranks from the VBMF ranks of the input and the output unfolding."""
@@ -203,8 +203,8 @@ class Method(abc.ABC):
         The more ranks a method has, the fewer values of each.
         """
         ranges = self.rank_ranges(layer, constraints)
-        levels = max(2, min(LEVELS, int(MAX_CANDIDATES ** (1 / len(ranges)))))
-        axes = [_log_spaced(ranks, levels) for ranks in ranges]
+        values = max(2, min(MAX_RANK_VALUES, int(MAX_CANDIDATES ** (1 / len(ranges)))))
+        axes = [_log_spaced(ranks, values) for ranks in ranges]
         return [ranks for ranks in itertools.product(*axes) if self.shrinks(layer, ranks, constraints)]
 
     def shrinks(self, layer: Layer, ranks: tuple[int, ...], constraints: RankConstraints = FEWER_PARAMS) -> bool:
@@ -235,8 +235,8 @@ def nearest_rank(ranks: range, wanted: float) -> int:
     return ranks[min(len(ranks), max(1, round(wanted / ranks.step))) - 1]
 
 
-def _log_spaced(ranks: range, levels: int) -> list[int]:
-    counts = [math.exp(math.log(len(ranks)) * step / (levels - 1)) for step in range(levels)] if ranks else []
+def _log_spaced(ranks: range, values: int) -> list[int]:
+    counts = [math.exp(math.log(len(ranks)) * step / (values - 1)) for step in range(values)] if ranks else []
     return sorted({nearest_rank(ranks, ranks.step * count) for count in counts})
 
 

@@ -15,7 +15,7 @@ from ranksearch.tensors.cp import cp_als, cp_path, exact_rank, reconstruct
 from ranksearch.tensors.matrix import norm_of
 
 # ALS sweeps for a rank between two prepared ones. Few, since the start is good, and since they run at the start of each trial.
-BETWEEN = 20
+UNPREPARED_RANK_SWEEPS = 20
 
 
 class CPMethod(Method):
@@ -69,13 +69,14 @@ def factors_at(tensor: Tensor, prepared: Prepared, rank: int, seed: int, sweeps:
 
     A rank that was not prepared is fitted from the largest terms of the next larger prepared rank.
     """
-    above = min(known for known in (int(name.split(".")[0]) for name in prepared) if known >= rank)
+    prepared_ranks = {int(name.split(".")[0]) for name in prepared}
+    above = min(other for other in prepared_ranks if other >= rank)
     start = tuple(prepared[f"{above}.{mode}"] for mode in range(tensor.dim()))
-    more = sweeps + (BETWEEN if above > rank else 0)
-    if not more:
+    total_sweeps = sweeps + (UNPREPARED_RANK_SWEEPS if above > rank else 0)
+    if not total_sweeps:
         return start
     # Terms are sorted by falling norm, so the first ones are the largest.
-    return _continued(tensor, tuple(factor[:, :rank] for factor in start), more, seed)
+    return _continued(tensor, tuple(factor[:, :rank] for factor in start), total_sweeps, seed)
 
 
 def _continued(tensor: Tensor, factors: Sequence[Tensor], sweeps: int, seed: int) -> tuple[Tensor, ...]:

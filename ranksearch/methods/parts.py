@@ -15,7 +15,7 @@ from ranksearch.methods.layer import CONVOLUTIONS
 
 Shape: TypeAlias = tuple[int, ...]
 
-NOWHERE = "meta"
+META_DEVICE = "meta"
 """The device to create parts on. Elsewhere torch would draw initial values, which changes its global random state."""
 
 
@@ -48,10 +48,10 @@ class Part:
         For a Linear seen as a kernel over its whole input map, the convolution has no padding and stride 1.
         """
         if len(weight) == 2:
-            return nn.Linear(self.into, self.out, bias=bias, device=NOWHERE)
+            return nn.Linear(self.into, self.out, bias=bias, device=META_DEVICE)
         kind, conv = CONVOLUTIONS[len(weight) - 3], dense if isinstance(dense, CONVOLUTIONS) else None
         if not self.axes:
-            return kind(self.into, self.out, 1, bias=bias, device=NOWHERE)
+            return kind(self.into, self.out, 1, bias=bias, device=META_DEVICE)
         ones = (1,) * (len(weight) - 2)
         padding: str | tuple[int, ...] = (0,) * len(ones)
         if conv:
@@ -66,7 +66,7 @@ class Part:
             groups=self.into if self.depthwise else 1,
             bias=bias,
             padding_mode=conv.padding_mode if conv else "zeros",
-            device=NOWHERE,
+            device=META_DEVICE,
         )
 
     def _along(self, values: Sequence[int], other: int) -> tuple[int, ...]:
@@ -89,12 +89,12 @@ def assemble(module: nn.Module, weight: Shape, parts: Sequence[Part], factors: S
     if as_kernel:
         steps["unflatten"] = nn.Unflatten(1, weight[1:])
     for part, factor in zip(parts, factors, strict=True):
-        made = part.module(module, weight, bias=bias is not None and part is parts[-1])
+        layer = part.module(module, weight, bias=bias is not None and part is parts[-1])
         # Set the final dtype before copying, or values would be rounded to the default dtype in between.
-        steps[part.name] = made.to(kernel.dtype).to_empty(device=kernel.device).requires_grad_(kernel.requires_grad)
-        assert isinstance(made.weight, Tensor)
+        steps[part.name] = layer.to(kernel.dtype).to_empty(device=kernel.device).requires_grad_(kernel.requires_grad)
+        assert isinstance(layer.weight, Tensor)
         with torch.no_grad():
-            made.weight.copy_(factor.reshape(made.weight.shape))
+            layer.weight.copy_(factor.reshape(layer.weight.shape))
     if isinstance(bias, Tensor):
         last = steps[parts[-1].name].bias
         assert isinstance(last, Tensor)
@@ -113,8 +113,8 @@ def composed(parts: Sequence[Part], factors: Sequence[Tensor], weight: Shape) ->
     for part, factor in zip(parts[1:], factors[1:], strict=True):
         if part.depthwise:
             # kernel (c, in, *axes), factor (c, *more) -> (c, in, *axes, *more)
-            spread = factor.reshape(len(factor), *(1,) * (kernel.dim() - 1), *factor.shape[1:])
-            kernel = kernel.reshape(*kernel.shape, *(1,) * len(part.axes)) * spread
+            expanded = factor.reshape(len(factor), *(1,) * (kernel.dim() - 1), *factor.shape[1:])
+            kernel = kernel.reshape(*kernel.shape, *(1,) * len(part.axes)) * expanded
         else:
             # kernel (c, in, *axes), factor (o, c, *more) -> (o, *more, in, *axes) -> (o, in, *axes, *more)
             count = len(part.axes)

@@ -46,11 +46,11 @@ class SVDMethod(Method):
     def distances(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], factors_at: FactorsAt) -> list[float]:
         # Factors at lower ranks are slices of the full ones; the second factor's columns are orthogonal even after whitening.
         first, second = factors_at(self.bounds(tuple(kernel.shape)))
-        ones, others = (torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in (first, second.T))
-        return [norm_of((ones * others)[rank:]) for (rank,) in ranks]
+        first_norms, second_norms = (torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in (first, second.T))
+        return [norm_of((first_norms * second_norms)[rank:]) for (rank,) in ranks]
 
 
 def errors_at(prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
     """The relative errors of a truncated SVD."""
-    every = SVDFactors(**prepared).errors().tolist()
-    return [every[rank - 1] for (rank,) in ranks]
+    errors = SVDFactors(**prepared).errors().tolist()
+    return [errors[rank - 1] for (rank,) in ranks]

@@ -43,8 +43,8 @@ class Tucker2Method(Method):
         return u_in.T, core.reshape(*core.shape[:2], *kernel.shape[2:]), u_out
 
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
-        every = HOSVD(**prepared).errors().tolist()
-        return [every[rank_in - 1][rank_out - 1] for rank_in, rank_out in ranks]
+        errors = HOSVD(**prepared).errors().tolist()
+        return [errors[rank_in - 1][rank_out - 1] for rank_in, rank_out in ranks]
 
     def distances(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], factors_at: FactorsAt) -> list[float]:
         # Factors at lower ranks are slices of the full ones, and the last factor is orthonormal even after whitening. So the
@@ -55,9 +55,9 @@ class Tucker2Method(Method):
         # For each group of output slices between two stops, the inner products of the input terms.
         parts = [slices.double().transpose(0, 1).flatten(1) for slices in core.flatten(2).tensor_split(stops[:-1])]
         products = dict(zip(stops, (part @ part.T * basis for part in parts), strict=True))
-        found = []
+        distances = []
         for rank_in, rank_out in ranks:
-            before = sum(products[stop][rank_in:, rank_in:].sum() for stop in stops if stop <= rank_out)
-            behind = sum(products[stop].sum() for stop in stops if stop > rank_out)
-            found.append(root(before + behind))
-        return found
+            kept_outputs = sum(products[stop][rank_in:, rank_in:].sum() for stop in stops if stop <= rank_out)
+            dropped_outputs = sum(products[stop].sum() for stop in stops if stop > rank_out)
+            distances.append(root(kept_outputs + dropped_outputs))
+        return distances

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ranksearch.compress.scratch import initialise_
 from ranksearch.errors import ModelError, nearest
 from ranksearch.methods import METHODS
-from ranksearch.methods.parts import NOWHERE
+from ranksearch.methods.parts import META_DEVICE
 from ranksearch.plan import Factorization
 
 NORMS = ("all", "inner", "none")
@@ -47,11 +47,11 @@ def td_conv(
             f"{stride} and padding {padding} around a kernel of {kernel_size}."
         )
     steps: OrderedDict[str, nn.Module] = OrderedDict()
-    dense = nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=padding, device=NOWHERE)
+    dense = nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=padding, device=META_DEVICE)
     weight, method = tuple(dense.weight.shape), METHODS.get(type(factorization))
     if method is None or not method.applies(weight, linear=False):
         size = f"{kernel_size}x{kernel_size}"
-        raise ModelError(f"A TD block must be stored by a method that suits its kernel, but got {factorization} for {size}.")
+        raise ModelError(f"A TD block needs a factorization that can store its kernel, but got {factorization} for {size}.")
     parts = method.parts(weight, factorization.ranks)
     convs = [part.module(dense, weight, bias=True).to_empty(device="cpu") for part in parts]
     initialise_(convs, last="relu" if activation is nn.ReLU else "linear")

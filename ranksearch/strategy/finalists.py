@@ -33,12 +33,12 @@ def choose_finalists(
     # Fine-tuning cannot shrink a model, so trials over a size limit are used only if there are no others.
     done = [trial for trial in done if not limits.excess(trial)] or done
     scores = [trial.score for trial in done if trial.score is not None]
-    floor, least = floor_of(dense_score, scores, limits), floor_of(dense_score, scores, UNLIMITED)
-    worth = [trial for trial in done if trial.score is not None and trial.score >= min(floor, least)]
+    floor, default_floor = floor_of(dense_score, scores, limits), floor_of(dense_score, scores, UNLIMITED)
+    candidates = [trial for trial in done if trial.score is not None and trial.score >= min(floor, default_floor)]
     # By the trial's own score: with the finalist's score, the choice would change once that is known.
-    excess = {trial.number: limits.excess(trial, trial.score) for trial in worth}
-    chosen = _fronts([trial for trial in worth if not excess[trial.number]], count, floor, objectives)
-    outside = sorted((trial for trial in worth if excess[trial.number]), key=lambda trial: excess[trial.number])
+    excess = {trial.number: limits.excess(trial, trial.score) for trial in candidates}
+    chosen = _fronts([trial for trial in candidates if not excess[trial.number]], count, floor, objectives)
+    outside = sorted((trial for trial in candidates if excess[trial.number]), key=lambda trial: excess[trial.number])
     return sorted([*chosen, *outside[: count - len(chosen)]], key=objectives.ratio)
 
 
@@ -54,15 +54,15 @@ def _fronts(pool: Sequence[TrialRecord], count: int, floor: float, objectives: O
     reference = (floor, *objectives.reference)
     ranks, chosen = pareto.ranks(points), list[int]()
     for rank in range(len(pool)):
-        layer = [i for i in range(len(pool)) if ranks[i] == rank]
-        chosen += _spread(layer, points, count - len(chosen), reference)
+        front = [i for i in range(len(pool)) if ranks[i] == rank]
+        chosen += _spread(front, points, count - len(chosen), reference)
         if len(chosen) == count:
             break
     return [pool[i] for i in chosen]
 
 
-def _spread(layer: list[int], points: Sequence[tuple[float, ...]], count: int, reference: tuple[float, ...]) -> list[int]:
-    kept, values = list(layer), np.array(points)
+def _spread(front: list[int], points: Sequence[tuple[float, ...]], count: int, reference: tuple[float, ...]) -> list[int]:
+    kept, values = list(front), np.array(points)
     while len(kept) > count:
         del kept[int(np.argmin(pareto.contributions(values[kept], reference)))]
     return kept

@@ -27,7 +27,7 @@ from ranksearch.strategy.space import Space, size_of
 
 ENQUEUED = "enqueued"
 """The origin of trials that another program queued with Optuna's `enqueue_trial`."""
-_FIXED = "fixed_params"
+_QUEUED_PARAMS = "fixed_params"
 """The key of a trial's system attributes under which Optuna keeps the parameters it was queued with."""
 
 
@@ -78,23 +78,23 @@ class Ledger:
         on_note: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.study = study
-        self._space, self._inventory, self._firsts = space, inventory, initial_plans
+        self._space, self._inventory, self._initial_plans = space, inventory, initial_plans
         self._sampler, self._seed, self._dense_score = sampler, seed, dense_score
         self._knowledge = knowledge
         self._distributions = space.distributions()
         self._records = {record.number: record for record in read_trials(study)}
         trials = study.get_trials(deepcopy=False)
-        self._waiting = sum(trial.state is TrialState.WAITING and read_asked(trial) is not None for trial in trials)
+        self._queued_count = sum(trial.state is TrialState.WAITING and read_asked(trial) is not None for trial in trials)
         """The number of queued trials that have an index."""
         places = {place for trial in trials if (place := read_asked(trial))}
-        self._next = 1 + max((index for index, _ in places), default=-1)
+        self._next_index = 1 + max((index for index, _ in places), default=-1)
         """The index that the next new trial gets."""
-        self._begun = sum(origin in {first for first, _ in initial_plans} for _, origin in places)
+        self._initial_plans_asked = sum(origin in {first for first, _ in initial_plans} for _, origin in places)
         """How many initial plans have an index already."""
         self._limits, self._since, self._objectives = limits, since, objectives
         self._on_untrained, self._on_note = on_untrained, on_note
         self._running: dict[int, _Open] = {}
-        self._twins: list[tuple[int, _Open]] = []
+        self._duplicates: list[tuple[int, _Open]] = []
         """Trials whose plan another trial is training now, each with the number of that trial; they will share its result."""
 
     def records(self) -> tuple[TrialRecord, ...]:
@@ -107,41 +107,41 @@ class Ledger:
 
     def recover(self) -> int:
         """Tell every trial that a killed run left running FAIL and queue it again; returns the number of these trials."""
-        left = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        for trial in left:
+        unfinished = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        for trial in unfinished:
             # Queue the trial before it is told FAIL: after a kill in between, the next run finds it still running.
             # A queued trial keeps the parameters not suggested yet in its system attributes. A new trial without all of its
             # parameters has no index yet; it is dropped, since asking again with that index proposes the same plan.
-            params = {**trial.system_attrs.get(_FIXED, {}), **trial.params}
+            params = {**trial.system_attrs.get(_QUEUED_PARAMS, {}), **trial.params}
             place = read_asked(trial)
             if place and set(self._distributions) <= set(params):
                 self._queue_again(*place, params)
-            elif place is None and self._fixed(trial) is not None:
+            elif place is None and self._queued_params(trial) is not None:
                 self._put_back(trial)
             self.study.tell(trial.number, state=TrialState.FAIL)
         self._running.clear()
-        self._twins.clear()
-        return len(left)
+        self._duplicates.clear()
+        return len(unfinished)
 
     def jobs(self, trials: int) -> Iterator[Job]:
         """Yield jobs until `trials` trials are trained or running, or `MAX_UNTRAINED` trials in a row needed no training."""
         while self.finished() + len(self._running) < trials and self._untrained_in_a_row() < MAX_UNTRAINED:
             opened = self._ask()
-            if not self._settled(opened):
+            if not self._settle(opened):
                 self._running[opened.trial.number] = opened
                 yield Job(opened.trial.number, opened.plan, self.seed_of(opened.index))
 
     def receive(self, job: Job, result: Result) -> TrialRecord:
-        """Tell Optuna the result of a job. If the worker was lost, queue the trial again, up to `MAX_TRIES` tries a plan."""
+        """Tell Optuna the result of a job. If the worker was lost, queue the trial again, up to `MAX_TRIES` tries per plan."""
         opened = self._running.pop(job.key)
         # Queue the trial before it is told FAIL: after a kill in between, the next run finds it still running.
         if result.outcome is Outcome.WORKER_LOST and self._losses(opened.plan) + 1 < MAX_TRIES:
             self._queue_again(opened.index, opened.origin, opened.trial.params)
         record = self._tell(opened.trial, self._record(opened, result))
-        twins = [twin for number, twin in self._twins if number == job.key]
-        self._twins = [(number, twin) for number, twin in self._twins if number != job.key]
-        for twin in twins:
-            self._tell_known(twin, record)
+        duplicates = [duplicate for number, duplicate in self._duplicates if number == job.key]
+        self._duplicates = [(number, duplicate) for number, duplicate in self._duplicates if number != job.key]
+        for duplicate in duplicates:
+            self._tell_duplicate(duplicate, record)
         return record
 
     def seed_of(self, index: int) -> int:
@@ -149,33 +149,33 @@ class Ledger:
         return (self._seed * 1_000_003 + index) % 2**31
 
     def _ask(self) -> _Open:
-        while (trial := self._drawn()) and (reason := self._unfit(trial)):
+        while (trial := self._draw()) and (reason := self._rejection(trial)):
             self.study.tell(trial, state=TrialState.FAIL)
             self._on_note(f"trial {trial.number}, which another program queued, is not evaluated: {reason}")
-        place, queued = read_asked(trial), self._fixed(trial) is not None
+        place, queued = read_asked(trial), self._queued_params(trial) is not None
         for name, kind in self._distributions.items():
             _suggest(trial, name, kind)
         if place is None:
             # The index is set last: if the run is killed before, the next run proposes this trial anew at the same index.
-            place = self._next, ENQUEUED if queued else self._sampler
-            self._next += 1
+            place = self._next_index, ENQUEUED if queued else self._sampler
+            self._next_index += 1
             for key, value in asked(*place).items():
                 trial.set_user_attr(key, value)
         if queued:
             admit(self.study, trial, self._sampler)
         return _Open(trial, *place, self._space.plan(trial.params))
 
-    def _drawn(self) -> optuna.Trial:
+    def _draw(self) -> optuna.Trial:
         """The next trial from Optuna: first trials that were queued again, then trials that another program queued, then the
         initial plans, then a new trial for the sampler."""
         while True:
-            if not self._waiting:
+            if not self._queued_count:
                 self._prepare()
             trial = self.study.ask()
             if read_asked(trial) is not None:
-                self._waiting -= 1
+                self._queued_count -= 1
                 return trial
-            if not self._waiting or self._fixed(trial) is None:
+            if not self._queued_count or self._queued_params(trial) is None:
                 return trial
             # Another program queued this trial before ours. Queue it again behind them, since samplers see trials in the order
             # of their numbers.
@@ -185,16 +185,18 @@ class Ledger:
     def _prepare(self) -> None:
         """Queue the next initial plan, or give the study a sampler for the next proposal."""
         waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        if self._begun < len(self._firsts) and not waiting:
-            origin, plan = self._firsts[self._begun]
-            self.study.enqueue_trial(self._space.params(plan), user_attrs=asked(self._next, origin))
-            self._begun, self._next, self._waiting = self._begun + 1, self._next + 1, self._waiting + 1
+        if self._initial_plans_asked < len(self._initial_plans) and not waiting:
+            origin, plan = self._initial_plans[self._initial_plans_asked]
+            self.study.enqueue_trial(self._space.params(plan), user_attrs=asked(self._next_index, origin))
+            self._initial_plans_asked += 1
+            self._next_index += 1
+            self._queued_count += 1
         else:
-            self.study.sampler = make_sampler(self._sampler, seed=self.seed_of(self._next), knowledge=self._knowledge)
+            self.study.sampler = make_sampler(self._sampler, seed=self.seed_of(self._next_index), knowledge=self._knowledge)
 
-    def _unfit(self, trial: optuna.Trial) -> str | None:
+    def _rejection(self, trial: optuna.Trial) -> str | None:
         """Why a trial that another program queued cannot be evaluated; None if it can be, and for all other trials."""
-        params = self._fixed(trial)
+        params = self._queued_params(trial)
         if params is None or read_asked(trial) is not None:
             return None
         for name, kind in self._distributions.items():
@@ -204,19 +206,19 @@ class Ledger:
                 return f"{name!r} must be {_range(kind)}, but is {params[name]!r}"
         return None
 
-    def _settled(self, opened: _Open) -> bool:
+    def _settle(self, opened: _Open) -> bool:
         """Settle a trial without a job if its plan is known, is training now, is dense or is over a size limit; returns whether
         it did."""
         plan, trial = opened.plan, opened.trial
-        known = next((r for r in self.records() if r.plan == plan and r.outcome is Outcome.DONE), None)
-        if known is None and self._losses(plan) >= MAX_TRIES:
-            known = next(r for r in self.records() if r.plan == plan and r.outcome is Outcome.WORKER_LOST)
+        earlier = next((r for r in self.records() if r.plan == plan and r.outcome is Outcome.DONE), None)
+        if earlier is None and self._losses(plan) >= MAX_TRIES:
+            earlier = next(r for r in self.records() if r.plan == plan and r.outcome is Outcome.WORKER_LOST)
         running = next((number for number, other in self._running.items() if other.plan == plan), None)
         record = self._record(opened, Result(Outcome.OVER_BUDGET))
-        if known is not None:
-            self._tell_known(opened, known)
+        if earlier is not None:
+            self._tell_duplicate(opened, earlier)
         elif running is not None:
-            self._twins.append((running, opened))
+            self._duplicates.append((running, opened))
         elif not plan.layers:
             # Every other plan is smaller than dense: the space holds only factorizations that make their layer smaller.
             self._on_untrained(self._tell(trial, replace(record, outcome=Outcome.NOT_SMALLER)))
@@ -226,11 +228,11 @@ class Ledger:
             return False
         return True
 
-    def _tell_known(self, opened: _Open, known: TrialRecord) -> None:
+    def _tell_duplicate(self, opened: _Open, earlier: TrialRecord) -> None:
         """Tell a trial the result of an earlier trial of the same plan."""
-        same_as = known.number if known.same_as is None else known.same_as
+        same_as = earlier.number if earlier.same_as is None else earlier.same_as
         record = replace(
-            known,
+            earlier,
             number=opened.trial.number,
             index=opened.index,
             origin=opened.origin,
@@ -242,7 +244,7 @@ class Ledger:
 
     def _untrained_in_a_row(self) -> int:
         return untrained_in_a_row(
-            self.records(), self._since, waiting=[twin.trial.number for _, twin in self._twins], running=self._running
+            self.records(), self._since, waiting=[twin.trial.number for _, twin in self._duplicates], running=self._running
         )
 
     def _record(self, opened: _Open, result: Result) -> TrialRecord:
@@ -286,18 +288,18 @@ class Ledger:
         waiting = [read_asked(t) for t in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))]
         if (index, origin) not in waiting:
             self.study.enqueue_trial(dict(params), user_attrs=asked(index, origin))
-            self._waiting += 1
+            self._queued_count += 1
 
-    def _fixed(self, trial: FrozenTrial | optuna.Trial) -> dict[str, Any] | None:
+    def _queued_params(self, trial: FrozenTrial | optuna.Trial) -> dict[str, Any] | None:
         """The parameters that a trial was queued with; None for a new one."""
-        return self.study.get_trials(deepcopy=False)[trial.number].system_attrs.get(_FIXED)
+        return self.study.get_trials(deepcopy=False)[trial.number].system_attrs.get(_QUEUED_PARAMS)
 
     def _put_back(self, trial: FrozenTrial | optuna.Trial) -> None:
         """Queue a trial of another program again that was taken from the queue but has no index yet."""
-        params = self._fixed(trial)
+        params = self._queued_params(trial)
         waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         # A run that was killed right after this step has queued it already.
-        if not any(read_asked(other) is None and self._fixed(other) == params for other in waiting):
+        if not any(read_asked(other) is None and self._queued_params(other) == params for other in waiting):
             self.study.enqueue_trial(params or {}, user_attrs=trial.user_attrs)
 
 

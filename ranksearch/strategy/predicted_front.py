@@ -52,8 +52,8 @@ def predicted_front(dense: Mapping[str, float], choices: Mapping[str, Sequence[C
 def edges(dense: Mapping[str, float], choices: Mapping[str, Sequence[Choice]]) -> list[Edge]:
     """The edges of all layers' hulls by rising slope; each is one step along the predicted front."""
     # Python's sort is stable and a layer's slopes never fall, so the edges of a layer keep their order.
-    found = [edge for name, cost in dense.items() for edge in _hull(name, cost, choices.get(name, ()))]
-    return sorted(found, key=lambda edge: edge.slope)
+    steps = [edge for name, cost in dense.items() for edge in _hull(name, cost, choices.get(name, ()))]
+    return sorted(steps, key=lambda edge: edge.slope)
 
 
 @dataclass(frozen=True)

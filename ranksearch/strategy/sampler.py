@@ -25,29 +25,29 @@ from ranksearch.results import pareto
 from ranksearch.results.limits import UNLIMITED, Limits
 from ranksearch.results.record import MAX_TRIES, Probe
 from ranksearch.strategy.finalists import floor_of
-from ranksearch.strategy.prior import WEAKENINGS, vbmf_plans
+from ranksearch.strategy.prior import RANK_SCALES, vbmf_plans
 from ranksearch.strategy.sensitivity import predicted_choices
 from ranksearch.strategy.space import Space
-from ranksearch.strategy.surrogate import MAX_RECORDS, PRIOR_STD, Rows, Surrogate, Table, Values
+from ranksearch.strategy.surrogate import LOG_WEIGHT_PRIOR_STD, MAX_RECORDS, Rows, Surrogate, Table, Values
 
-MIN_RECORDS = 4
+MIN_TRIALS_FOR_SURROGATE = 4
 """The number of finished trials from which the sampler "rank" fits a surrogate."""
 RANDOM_TRIALS = 8
 """The number of random trials at the start of Optuna's TPE and GP samplers."""
-ASKED_STATES = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.FAIL)
+NOT_QUEUED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.FAIL)
 """The states of all trials that are not queued."""
 SIZE_CONSTRAINT = "within the limits"
 """The name of the Optuna constraint of a trial that was over a size limit."""
 MAX_SCORE_DROP = 0.10
 """Scores this far below the dense score (or below the best score, if no trial reaches the dense score) gain nothing, unless the
 user sets `search.min_score`."""
-RESAMPLED_FRONTS = 8
+SAMPLED_FRONTS = 8
 """How many predicted fronts a proposal draws plans from, each with other weights on the layers' loss increases."""
 PLANS_PER_FRONT = 64
 """How many plans of each of these fronts are considered, evenly spaced over the front."""
-MOVES, CROSSINGS = 384, 128
+MOVED_PLANS, MIXED_PLANS = 384, 128
 """How many plans are made by changing one or two layers of a plan on the front, and how many by mixing two such plans."""
-MOVE_STD = 0.8
+MOVE_LOG_PARAMS_STD = 0.8
 """How far a move changes a layer: the standard deviation of the log of its number of parameters."""
 
 
@@ -87,7 +87,7 @@ class Knowledge:
         """From profile, probes and VBMF ranks. Without `dense_loss` the probes are ignored: no increase can be computed."""
         choices = predicted_choices(layers, probes if dense_loss is not None else (), dense_loss or 0.0)
         table = Table(inventory, {axis.layer.name: choices[axis.layer.name] for axis in space.axes}, minimize)
-        suggested = [plan for _, plan in vbmf_plans(space, layers.vbmf, WEAKENINGS)]
+        suggested = [plan for _, plan in vbmf_plans(space, layers.vbmf, RANK_SCALES)]
         return cls(space, table, dense_score, limits, suggested)
 
     def floor(self, scores: Values) -> float:
@@ -96,25 +96,25 @@ class Knowledge:
         Until a trial reaches the requested score, this is the best score so far: under a floor that no plan reaches, all plans
         would gain nothing, and the sampler could not compare them.
         """
-        asked = floor_of(self.dense_score, scores.tolist(), self.limits, below=MAX_SCORE_DROP)
-        return min(asked, max(scores.tolist(), default=asked))
+        floor = floor_of(self.dense_score, scores.tolist(), self.limits, below=MAX_SCORE_DROP)
+        return min(floor, max(scores.tolist(), default=floor))
 
     def fits(self, plans: Rows) -> NDArray[np.bool_]:
         """(plans,): which plans are within the size limits."""
         return np.array([not self.limits.excess(size) for size in self.table.sizes(plans)], dtype=bool)
 
-    def near(self, layer: int, place: int) -> Values:
+    def near(self, layer: int, choice: int) -> Values:
         """Cumulative probabilities (choices,) of the choices that a move can end at; those of similar size are more likely.
 
         Args:
             layer: index of the layer.
-            place: index of the layer's choice before the move.
+            choice: index of the layer's choice before the move.
         """
-        if (layer, place) not in self._near:
+        if (layer, choice) not in self._near:
             sizes = np.log(self.table.costs["params"][layer])
-            chances = np.cumsum(np.exp(-0.5 * ((sizes - sizes[place]) / MOVE_STD) ** 2))
-            self._near[layer, place] = chances / chances[-1]
-        return self._near[layer, place]
+            chances = np.cumsum(np.exp(-0.5 * ((sizes - sizes[choice]) / MOVE_LOG_PARAMS_STD) ** 2))
+            self._near[layer, choice] = chances / chances[-1]
+        return self._near[layer, choice]
 
     def row(self, trial: FrozenTrial) -> tuple[int, ...]:
         """A trial's plan as a row of the table."""
@@ -168,50 +168,50 @@ class RankSampler(BaseSampler):
     """
 
     def __init__(self, knowledge: Knowledge, *, seed: int) -> None:
-        self._known, self._seed = knowledge, seed
+        self._knowledge, self._seed = knowledge, seed
         self._rng = np.random.default_rng(seed)
         self._independent = RandomSampler(seed=seed)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """The whole space, which is the same for every trial."""
-        return self._known.space.distributions()
+        return self._knowledge.space.distributions()
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The parameters of the proposed plan; empty if every plan near the fronts was tried already."""
-        table = self._known.table
+        table = self._knowledge.table
         # Skips incomplete trials: the one being asked for has no parameters yet, and one of a killed run may have only some.
-        trials = [t for t in study.get_trials(deepcopy=False, states=ASKED_STATES) if t.params.keys() == search_space.keys()]
+        trials = [t for t in study.get_trials(deepcopy=False, states=NOT_QUEUED) if t.params.keys() == search_space.keys()]
         done = [t for t in trials if t.state is TrialState.COMPLETE]
         points = np.array([t.values for t in done]).reshape(-1, 1 + len(table.minimize))
-        floor = self._known.floor(points[:, 0])
+        floor = self._knowledge.floor(points[:, 0])
         tried, running = self._rows(done), self._rows([t for t in trials if t.state is TrialState.RUNNING])
         # Without a surrogate, the weights on the layers' loss increases come from their prior.
-        weights = self._rng.lognormal(0.0, PRIOR_STD, (RESAMPLED_FRONTS, len(table.layers)))
+        weights = self._rng.lognormal(0.0, LOG_WEIGHT_PRIOR_STD, (SAMPLED_FRONTS, len(table.layers)))
         surrogate = None
-        if len(done) >= MIN_RECORDS:
+        if len(done) >= MIN_TRIALS_FOR_SURROGATE:
             ranks, numbers = pareto.ranks(points), np.arange(len(points))
             # Within a rank the newest trials come first, since the next proposals will be near them.
             nearest = np.lexsort((-numbers, ranks))[:MAX_RECORDS]
             nearest = nearest[np.lexsort((nearest, ranks[nearest]))]
             surrogate = Surrogate(
-                table, tried[nearest], points[nearest, 0], dense_score=self._known.dense_score, floor=floor, seed=self._seed
+                table, tried[nearest], points[nearest, 0], dense_score=self._knowledge.dense_score, floor=floor, seed=self._seed
             )
-            weights = surrogate.weights[:RESAMPLED_FRONTS]
-        worth = points[:, 0] >= floor
-        plans = self._plans(tried[worth][pareto.front(points[worth])], weights, self._seen(trials))
+            weights = surrogate.weights[:SAMPLED_FRONTS]
+        above_floor = points[:, 0] >= floor
+        plans = self._plans(tried[above_floor][pareto.front(points[above_floor])], weights, self._seen(trials))
         if not len(plans):
             return {}
         if surrogate is None:
-            return self._known.space.params(table.plan(self._rng.choice(plans)))
+            return self._knowledge.space.params(table.plan(self._rng.choice(plans)))
         if len(running):
             # Running trials count as finished with their expected scores, so that proposals spread.
             expected = surrogate.top - np.exp(surrogate.expect(running)[0])
             points = np.concatenate([points, np.column_stack([expected, table.log_ratios(running)])])
         mean, std = surrogate.expect(plans)
         gains = expected_gains(mean, std, table.log_ratios(plans), points, top=surrogate.top, floor=floor)
-        return self._known.space.params(table.plan(plans[int(np.argmax(gains))]))
+        return self._knowledge.space.params(table.plan(plans[int(np.argmax(gains))]))
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -220,18 +220,18 @@ class RankSampler(BaseSampler):
         return self._independent.sample_independent(study, trial, param_name, param_distribution)
 
     def _rows(self, trials: Sequence[FrozenTrial]) -> Rows:
-        return np.array([self._known.row(t) for t in trials], dtype=np.intp).reshape(-1, len(self._known.table.layers))
+        return np.array([self._knowledge.row(t) for t in trials], dtype=np.intp).reshape(-1, len(self._knowledge.table.layers))
 
     def _seen(self, trials: Sequence[FrozenTrial]) -> set[tuple[int, ...]]:
         """Rows that are not proposed again: plans that finished or are running, and plans that lost too many workers."""
         # Plans that were over a size limit may be proposed again, since the limits may be wider now.
-        known = {
-            self._known.row(t)
+        evaluated = {
+            self._knowledge.row(t)
             for t in trials
             if t.state is not TrialState.FAIL and not (t.state is TrialState.PRUNED and SIZE_CONSTRAINT in t.constraints)
         }
-        lost = Counter(self._known.row(t) for t in trials if t.state is TrialState.FAIL)
-        return known | {row for row, times in lost.items() if times >= MAX_TRIES}
+        lost = Counter(self._knowledge.row(t) for t in trials if t.state is TrialState.FAIL)
+        return evaluated | {row for row, times in lost.items() if times >= MAX_TRIES}
 
     def _plans(self, parents: Rows, weights: Values, seen: set[tuple[int, ...]]) -> Rows:
         """The plans to choose from, without duplicates, plans over a size limit, plans in `seen` and the dense plan.
@@ -241,28 +241,31 @@ class RankSampler(BaseSampler):
             weights: (fronts, layers), the weights of the layers' loss increases for each predicted front.
             seen: rows that must not be proposed again.
         """
-        table = self._known.table
-        parts = [_evenly(table.predicted_front(guess, at), PLANS_PER_FRONT) for at, guess in enumerate(weights)]
-        parts.append(self._known.suggested_rows)
+        table = self._knowledge.table
+        parts = [
+            _evenly(table.predicted_front(layer_weights, number), PLANS_PER_FRONT)
+            for number, layer_weights in enumerate(weights)
+        ]
+        parts.append(self._knowledge.suggested_rows)
         if len(parents):
-            parts += [self._moved(parents), self._crossed(parents)]
+            parts += [self._moved(parents), self._mixed(parents)]
         plans = np.unique(np.concatenate(parts), axis=0)
-        fits = self._known.fits(plans)
+        fits = self._knowledge.fits(plans)
         return plans[[fits[i] and any(row) and tuple(row) not in seen for i, row in enumerate(plans.tolist())]]
 
     def _moved(self, parents: Rows) -> Rows:
         """Plans of `parents` with one or two layers changed to another method or rank of similar size."""
-        rows = self._rng.choice(parents, MOVES)
+        rows = self._rng.choice(parents, MOVED_PLANS)
         for row in rows:
             layers = self._rng.choice(len(row), size=min(len(row), int(self._rng.integers(1, 3))), replace=False)
             for layer in layers:
-                row[layer] = self._known.near(layer, row[layer]).searchsorted(self._rng.random(), side="right")
+                row[layer] = self._knowledge.near(layer, row[layer]).searchsorted(self._rng.random(), side="right")
         return rows
 
-    def _crossed(self, parents: Rows) -> Rows:
+    def _mixed(self, parents: Rows) -> Rows:
         """Mixtures of two plans of `parents`: each layer comes from one of the two at random."""
-        ones, others = self._rng.choice(parents, CROSSINGS), self._rng.choice(parents, CROSSINGS)
-        return np.where(self._rng.random(ones.shape) < 0.5, ones, others)
+        first, second = self._rng.choice(parents, MIXED_PLANS), self._rng.choice(parents, MIXED_PLANS)
+        return np.where(self._rng.random(first.shape) < 0.5, first, second)
 
 
 def expected_gains(mean: Values, std: Values, log_ratios: Values, points: Values, *, top: float, floor: float) -> Values:
@@ -287,27 +290,27 @@ def expected_gains(mean: Values, std: Values, log_ratios: Values, points: Values
     heights = np.unique([floor, *front[front[:, 0] > floor, 0]])
     heights = heights[heights < top]
     drop = np.exp(mean + 0.5 * std**2)
-    gains, reached = np.zeros(len(mean)), np.zeros(len(mean))
+    gains, reach_above = np.zeros(len(mean)), np.zeros(len(mean))
     for height in heights[::-1]:
-        chance = (np.log(top - height) - mean) / std
-        above = (top - height) * ndtr(chance) - drop * ndtr(chance - std)
-        gains += (above - reached) * _beyond(log_ratios, front[front[:, 0] > height, 1:])
-        reached = above
+        z = (np.log(top - height) - mean) / std
+        reach = (top - height) * ndtr(z) - drop * ndtr(z - std)
+        gains += (reach - reach_above) * _beyond(log_ratios, front[front[:, 0] > height, 1:])
+        reach_above = reach
     return gains
 
 
-def _beyond(sizes: Values, taken: Values) -> Values:
-    """(plans,): the volume of each box from 0 to `sizes` (plans, costs) outside of all boxes from 0 to `taken` (n, costs)."""
-    if sizes.shape[1] == 1:
-        return np.maximum(sizes[:, 0] - taken.max(initial=0.0), 0.0)
-    # Cut the last axis into slices at the ends of the boxes `taken`. Each box passes through a slice fully or not at all, so
-    # the slice's volume is its thickness times the volume over the other axes.
-    levels = [0.0, *np.unique(taken[taken[:, -1] > 0, -1]), np.inf]
-    held = np.zeros(len(sizes))
+def _beyond(boxes: Values, dominated: Values) -> Values:
+    """The volume (plans,) of each box from 0 to `boxes` (plans, costs) outside the boxes from 0 to `dominated` (n, costs)."""
+    if boxes.shape[1] == 1:
+        return np.maximum(boxes[:, 0] - dominated.max(initial=0.0), 0.0)
+    # Cut the last axis into slices at the ends of the boxes `dominated`. Each of these passes through a slice fully or not at
+    # all, so a slice's volume is its thickness times the volume over the other axes.
+    levels = [0.0, *np.unique(dominated[dominated[:, -1] > 0, -1]), np.inf]
+    volume = np.zeros(len(boxes))
     for low, high in pairwise(levels):
-        thickness = np.clip(sizes[:, -1] - low, 0.0, high - low)
-        held += thickness * _beyond(sizes[:, :-1], taken[taken[:, -1] > low, :-1])
-    return held
+        thickness = np.clip(boxes[:, -1] - low, 0.0, high - low)
+        volume += thickness * _beyond(boxes[:, :-1], dominated[dominated[:, -1] > low, :-1])
+    return volume
 
 
 def _evenly(rows: Rows, count: int) -> Rows:

@@ -64,8 +64,8 @@ def values_to_probe(layer: LayerProfile) -> list[Factorization]:
     """For each of `PROBED_ERRORS`, the candidate with the nearest error; of those about equally near, the smallest."""
     candidates = list(layer.candidates())
     chosen: dict[Factorization, None] = {}
-    for wanted in PROBED_ERRORS:
-        near = sorted(candidates, key=lambda c: (round(abs(error_of(c) - wanted), 1), c.costs["params"]))
+    for target in PROBED_ERRORS:
+        near = sorted(candidates, key=lambda c: (round(abs(error_of(c) - target), 1), c.costs["params"]))
         if near:
             chosen[near[0].value] = None
     return list(chosen)
@@ -90,12 +90,12 @@ def predict_front(profile: Profile, probes: Sequence[Probe], dense_loss: float, 
 
 def sensitivities(profile: Profile, probes: Sequence[Probe], dense_loss: float) -> Mapping[str, Sensitivity]:
     """By layer, the sensitivity fitted to its probes."""
-    found = {}
+    curves = {}
     for name, layer in profile.layers.items():
         errors = {candidate.value: error_of(candidate) for candidate in layer.candidates()}
-        mine = [probe for probe in probes if probe.layer == name and probe.value in errors]
-        found[name] = Sensitivity.of([(errors[probe.value], probe.loss - dense_loss) for probe in mine])
-    return found
+        layer_probes = [probe for probe in probes if probe.layer == name and probe.value in errors]
+        curves[name] = Sensitivity.of([(errors[probe.value], probe.loss - dense_loss) for probe in layer_probes])
+    return curves
 
 
 MAX_LOSS_INCREASE = 2.0
@@ -114,22 +114,22 @@ def rescuable(corners: Sequence[Corner]) -> list[Corner]:
     return [corner for corner in corners if corner.loss_increase < corners[1].loss_increase + MAX_LOSS_INCREASE]
 
 
-def spread(corners: Sequence[Corner], whole: float, count: int) -> list[Corner]:
+def spread(corners: Sequence[Corner], dense_cost: float, count: int) -> list[Corner]:
     """At most `count` corners of a predicted front, evenly spaced on the log of their compression ratio, the middle ones first.
 
     Corners without a predicted loss increase are left out, unless there are no others.
 
     Args:
         corners: by rising savings, the dense plan first.
-        whole: the cost of the whole dense model.
+        dense_cost: the cost of the whole dense model.
         count: how many at most.
     """
     pool = [corner for corner in corners if corner.loss_increase > 0] or list(corners[1:])
     if not pool:
         return []
-    ratios = [math.log(whole / (whole - corner.saved)) for corner in pool]
-    wanted = np.linspace(ratios[0], ratios[-1], count)
-    nearest = list(dict.fromkeys(int(np.argmin(np.abs(np.array(ratios) - at))) for at in wanted))
+    ratios = [math.log(dense_cost / (dense_cost - corner.saved)) for corner in pool]
+    targets = np.linspace(ratios[0], ratios[-1], count)
+    nearest = list(dict.fromkeys(int(np.argmin(np.abs(np.array(ratios) - at))) for at in targets))
     return [pool[nearest[place]] for place in _middle_out(len(nearest))]
 
 

@@ -38,8 +38,8 @@ def size_of(plan: Plan, inventory: Inventory) -> Size:
     costs = dict(inventory.costs)
     for name, value in plan:
         layer, method = inventory[name], METHODS[type(value)]
-        saved, left = layer.costs, method.costs(layer, value.ranks)
-        costs = {cost: whole - saved[cost] + left[cost] for cost, whole in costs.items()}
+        saved, remaining = layer.costs, method.costs(layer, value.ranks)
+        costs = {cost: total - saved[cost] + remaining[cost] for cost, total in costs.items()}
     return Size(costs, inventory.params / costs["params"])
 
 
@@ -81,7 +81,9 @@ class Axis:
         if method is None:
             return Dense()
         rank_ranges = self.rank_ranges[method.kind]
-        ranks = tuple(rank_at(params[key], kind) for key, kind in zip(self._levels(method), rank_ranges, strict=True))
+        ranks = tuple(
+            rank_at(params[key], rank_range) for key, rank_range in zip(self._levels(method), rank_ranges, strict=True)
+        )
         return method.value(self.layer, ranks) if method.shrinks(self.layer, ranks, self.constraints) else Dense()
 
     def params(self, value: Factorization) -> dict[str, Any]:
@@ -92,7 +94,7 @@ class Axis:
             return params | {f"{name}.method": DENSE_METHOD}
         method = self._method(value)
         rank_ranges = self.rank_ranges[method.kind]
-        levels = [level_of(rank, kind) for rank, kind in zip(value.ranks, rank_ranges, strict=True)]
+        levels = [level_of(rank, rank_range) for rank, rank_range in zip(value.ranks, rank_ranges, strict=True)]
         return params | {f"{name}.method": value.method} | dict(zip(self._levels(method), levels, strict=True))
 
     def check(self, value: Factorization) -> None:
@@ -103,18 +105,20 @@ class Axis:
         """
         method, layer = self._method(value), self.layer
         ranks = zip(value.rank_names(), value.ranks, self.rank_ranges[method.kind], method.bounds(layer.weight), strict=True)
-        for name, rank, rank_ranges, bound in ranks:
-            said = f"Layer {layer.name!r}: {name} of {value.title} must be"
+        for name, rank, allowed, bound in ranks:
+            prefix = f"Layer {layer.name!r}: {name} of {value.title} must be"
             if rank > bound:
-                raise PlanError(f"{said} at most {bound}, but got {rank}.")
-            if rank not in rank_ranges:
-                several = f" a multiple of {rank_ranges.step} and" if rank_ranges.step > 1 else ""
-                raise PlanError(f"{said}{several} at most {rank_ranges[-1]} in this study, but got {rank}.")
+                raise PlanError(f"{prefix} at most {bound}, but got {rank}.")
+            if rank not in allowed:
+                multiple = f" a multiple of {allowed.step} and" if allowed.step > 1 else ""
+                raise PlanError(f"{prefix}{multiple} at most {allowed[-1]} in this study, but got {rank}.")
         if not method.shrinks(layer, value.ranks, self.constraints):
             costs = " and ".join(self.constraints.smaller_in)
-            raise PlanError(f"Layer {layer.name!r} must become smaller in {costs} (space.smaller_in), but {value} is not.")
-        if value != (mine := method.value(layer, value.ranks)):
-            raise PlanError(f"Layer {layer.name!r} has kernel={mine.kernel} in this study, but the plan has {value.kernel}.")
+            raise PlanError(
+                f"Layer {layer.name!r} must become smaller in {costs} (space.smaller_in), but {value} does not shrink it."
+            )
+        if value != (expected := method.value(layer, value.ranks)):
+            raise PlanError(f"Layer {layer.name!r} must have kernel={expected.kernel} in this study, but got {value.kernel}.")
 
     def _method(self, value: Factorization) -> Method:
         method, name = method_of(value), self.layer.name
@@ -161,24 +165,24 @@ def check_plan(plan: Plan, space: Space, inventory: Inventory) -> None:
     """
     axes = {axis.layer.name: axis for axis in space.axes}
     if not plan.layers:
-        raise PlanError("A plan to try must make a layer smaller, but this one leaves all of them dense.")
+        raise PlanError("A plan must decompose at least one layer, but this one leaves all layers dense.")
     for name, value in plan:
         if name not in axes:
-            known = any(layer.name == name for layer in inventory.layers)
-            reason = "This study leaves it dense." if known else _why_skipped(name, inventory.skipped).strip()
+            decomposable = any(layer.name == name for layer in inventory.layers)
+            reason = "This study leaves it dense." if decomposable else _why_skipped(name, inventory.skipped).strip()
             hint = f" {reason}" if reason else nearest(name, axes)
-            raise PlanError(f"A plan must name layers of the space, but {name!r} is none.{hint}")
+            raise PlanError(f"A plan must name layers of the search space, but got {name!r}.{hint}")
         axes[name].check(value)
 
 
-def constraints_of(about: spec.Space) -> RankConstraints:
+def constraints_of(section: spec.Space) -> RankConstraints:
     """The constraints on ranks that a study's section `space` sets."""
-    return RankConstraints(about.rank_multiple, about.smaller_in)
+    return RankConstraints(section.rank_multiple, section.smaller_in)
 
 
-def space_of(about: spec.Space, inventory: Inventory) -> Space:
+def space_of(section: spec.Space, inventory: Inventory) -> Space:
     """The search space that a study's section `space` describes; raises as `make_space` does."""
-    return make_space(inventory, about.methods, layers=about.layers, skip=about.skip, constraints=constraints_of(about))
+    return make_space(inventory, section.methods, layers=section.layers, skip=section.skip, constraints=constraints_of(section))
 
 
 def make_space(
@@ -201,36 +205,36 @@ def make_space(
     Raises:
         SpecError: a name or pattern matches no layer that can be decomposed, or no layer is left.
     """
-    known = [layer.name for layer in inventory.layers]
-    only, never = _matching("space.layers", layers, inventory), _matching("space.skip", skip, inventory)
-    chosen = [m for kind, m in METHODS.items() if kind.method in methods]
-    left = [layer for layer in inventory.layers if (not layers or layer.name in only) and layer.name not in never]
-    if not left:
-        raise SpecError(f"The search needs a layer to decompose, but space.layers and space.skip leave none of {known}.")
+    names = [layer.name for layer in inventory.layers]
+    selected, skipped = _matching_layers("space.layers", layers, inventory), _matching_layers("space.skip", skip, inventory)
+    allowed = [m for kind, m in METHODS.items() if kind.method in methods]
+    candidates = [layer for layer in inventory.layers if (not layers or layer.name in selected) and layer.name not in skipped]
+    if not candidates:
+        raise SpecError(f"The search needs a layer to decompose, but space.layers and space.skip leave none of {names}.")
     axes = []
-    for layer in left:
-        fitting = tuple(method for method in chosen if applies(method, layer, constraints))
-        if fitting:
-            axes.append(Axis(layer, fitting, constraints))
+    for layer in candidates:
+        suitable = tuple(method for method in allowed if applies(method, layer, constraints))
+        if suitable:
+            axes.append(Axis(layer, suitable, constraints))
     if not axes:
         raise SpecError(
-            f"The search needs a layer to decompose, but {', '.join(methods)} make none of {known} "
-            f"smaller{_terms(constraints)}."
+            f"The search needs a layer to decompose, but {', '.join(methods)} make none of {names} "
+            f"smaller{_beyond_default(constraints)}."
         )
     return Space(tuple(axes))
 
 
-def _matching(key: str, patterns: Sequence[str], inventory: Inventory) -> set[str]:
+def _matching_layers(key: str, patterns: Sequence[str], inventory: Inventory) -> set[str]:
     """The names of the layers that the patterns match."""
-    known = [layer.name for layer in inventory.layers]
-    found = set[str]()
+    names = [layer.name for layer in inventory.layers]
+    matched = set[str]()
     for pattern in patterns:
-        matches = _matches(pattern, known)
+        matches = _matches(pattern, names)
         if not matches:
-            hint = _why_skipped(pattern, inventory.skipped) or nearest(pattern, known)
-            raise SpecError(f"{key} must name layers that can be decomposed, but {pattern!r} is none.{hint}")
-        found.update(matches)
-    return found
+            hint = _why_skipped(pattern, inventory.skipped) or nearest(pattern, names)
+            raise SpecError(f"{key} must name layers that can be decomposed, but {pattern!r} matches none.{hint}")
+        matched.update(matches)
+    return matched
 
 
 def _matches(pattern: str, names: Iterable[str]) -> list[str]:
@@ -256,21 +260,21 @@ def check_limits(limits: Limits, space: Space, inventory: Inventory) -> None:
     ratio = size_of(space.smallest("params"), inventory).ratio
     if limits.min_ratio and limits.min_ratio > ratio:
         # Rounded down, so that the value in the message would be accepted.
-        most = math.floor(ratio * 100) / 100
+        largest = math.floor(ratio * 100) / 100
         raise SpecError(
-            f"search.min_ratio must be at most {most:.12g}, which the smallest plan of the space reaches, but got "
+            f"search.min_ratio must be at most {largest:.12g}, the ratio of the smallest plan in the space, but got "
             f"{limits.min_ratio:g}; lower it, or widen the space."
         )
     for cost, limit in limits.most.items():
-        least = size_of(space.smallest(cost), inventory).costs[cost]
-        if limit < least:
+        smallest = size_of(space.smallest(cost), inventory).costs[cost]
+        if limit < smallest:
             raise SpecError(
-                f"search.max_{cost} must be at least {least}, which the smallest plan of the space has, but got {limit}; raise "
-                "it, or widen the space."
+                f"search.max_{cost} must be at least {smallest}, that of the smallest plan in the space, but got {limit}; "
+                "raise it, or widen the space."
             )
 
 
-def _terms(constraints: RankConstraints) -> str:
+def _beyond_default(constraints: RankConstraints) -> str:
     """The constraints beyond the default (fewer parameters), each with its key, for an error message."""
     costs = (
         f" in {' and '.join(constraints.smaller_in)} (space.smaller_in)"

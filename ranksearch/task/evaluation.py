@@ -29,7 +29,7 @@ from ranksearch.task.checkpoint import Checkpoint
 from ranksearch.task.task import Task, predict
 from ranksearch.task.training import Diverged
 
-PROBE_INPUTS = 2048
+MAX_PROBE_INPUTS = 2048
 """The largest number of validation inputs that a probe uses. Not all, since each layer has several probes."""
 
 
@@ -59,12 +59,12 @@ class Evaluator:
 
         A finalist that resumes from a checkpoint yields only the remaining points; its result has all of them.
         """
-        checkpoint, outcome, more = self._checkpoint(job), Outcome.DONE, dict[str, Any]()
+        checkpoint, outcome, fields = self._checkpoint(job), Outcome.DONE, dict[str, Any]()
         try:
             if job.stage is Stage.PROBE:
-                more = {"loss": self._loss(self.compressed(job.plan), job.seed)}
+                fields = {"loss": self._loss(self.compressed(job.plan), job.seed)}
             else:
-                more = yield from self._trained(job, checkpoint)
+                fields = yield from self._trained(job, checkpoint)
         except Diverged:
             outcome = Outcome.DIVERGED
         except RuntimeError as error:
@@ -72,7 +72,7 @@ class Evaluator:
                 raise
             outcome = Outcome.OUT_OF_MEMORY
         training.release(torch.device(self.device))
-        yield Result(outcome, tuple(checkpoint.curve_points), checkpoint.seconds(), **more)
+        yield Result(outcome, tuple(checkpoint.curve_points), checkpoint.seconds(), **fields)
 
     def _trained(self, job: Job, checkpoint: Checkpoint) -> Generator[CurvePoint, None, dict[str, Any]]:
         """Yield the remaining learning-curve points; returns a finalist's test score and weights, for its `Result`."""
@@ -108,8 +108,8 @@ class Evaluator:
             values = dict(job.plan)
             for name in reversed([name for name in self.profile.layers if name in values]):
                 # Decompose the layer's current weights, which the steps before have fine-tuned, not the dense model's.
-                known = self.profile.layers[name]
-                layers = Profile({name: known.of(kernel(model, known.layer), values[name])})
+                dense_profile = self.profile.layers[name]
+                layers = Profile({name: dense_profile.of(kernel(model, dense_profile.layer), values[name])})
                 self._factorized(model, layers, Plan.of({name: values[name]}), sweeps)
                 yield
         else:
@@ -119,14 +119,14 @@ class Evaluator:
     def _loss(self, model: nn.Module, seed: int) -> float:
         device = torch.device(self.device)
         training.recalibrate(model, self.task, seed=seed, device=device)
-        outputs, targets = predict(model, sample(self.task.data.validation, PROBE_INPUTS, seed=seed), device=device)
+        outputs, targets = predict(model, sample(self.task.data.validation, MAX_PROBE_INPUTS, seed=seed), device=device)
         return float(self.task.loss(outputs, targets))
 
     def _score(self, model: nn.Module, split: Dataset[Any]) -> float:
-        found = training.score(model, self.task, split, device=torch.device(self.device))
-        if not math.isfinite(found):
+        score = training.score(model, self.task, split, device=torch.device(self.device))
+        if not math.isfinite(score):
             raise Diverged("the score became NaN or infinite")
-        return found
+        return score
 
     def _curve_points(self, model: nn.Module, job: Job, checkpoint: Checkpoint) -> Iterator[CurvePoint]:
         """The remaining learning-curve points; `checkpoint` has the earlier ones."""
@@ -149,9 +149,9 @@ class Evaluator:
         """A finalist's checkpoint. Other jobs are too short for one and get a `Checkpoint` without a file."""
         if job.stage is not Stage.FINALIST or self.unfinished is None or not os.access(self.unfinished, os.W_OK):
             return Checkpoint()
-        how = f"{self.finalists}, scratch {self.scratch}, from {digest_of(self.task.model)}"
-        of = f"{job.plan.to_json()}, seed {job.seed}, {how}"
-        return Checkpoint(checkpoint_file(self.unfinished, job.key), of)
+        setup = f"{self.finalists}, scratch {self.scratch}, from {digest_of(self.task.model)}"
+        description = f"{job.plan.to_json()}, seed {job.seed}, {setup}"
+        return Checkpoint(checkpoint_file(self.unfinished, job.key), description)
 
 
 def checkpoint_file(unfinished: Path, key: int) -> Path:

@@ -26,9 +26,9 @@ M = TypeVar("M", bound=nn.Module)
 
 TIMING_ROUNDS, MIN_TIMING_ROUNDS, MAX_TIMING_SECONDS = 30, 3, 30.0
 """How often models are timed: `TIMING_ROUNDS`, or fewer if these would take longer than `MAX_TIMING_SECONDS`."""
-CLIP_NORM = 5.0
+MAX_GRADIENT_NORM = 5.0
 """Gradients are clipped to this norm, well above those of stable training here (below 3). One huge step can ruin a CP model."""
-WARM_UP = 0.15
+WARM_UP_SHARE = 0.15
 """The share of all steps in which the learning rate rises: decomposed weights are badly scaled for full steps at the start."""
 
 
@@ -51,36 +51,36 @@ def fit(
     steps = math.ceil(size(task.data.train) / at_once(task.data.train, recipe.batch_size)) * recipe.epochs
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    lower = recipe.precision == "bfloat16"
+    use_bfloat16 = recipe.precision == "bfloat16"
     # A loss with class weights must be on the model's device. Moved as a copy, since other code uses it on the CPU.
     loss_of = copy.deepcopy(task.loss).to(device) if isinstance(task.loss, nn.Module) else task.loss
     checkpoint = checkpoint or Checkpoint()
-    done = checkpoint.restore(order, model=model, optimizer=optimizer, schedule=schedule)
-    for epoch in range(done + 1, recipe.epochs + 1):
+    finished_epochs = checkpoint.restore(order, model=model, optimizer=optimizer, schedule=schedule)
+    for epoch in range(finished_epochs + 1, recipe.epochs + 1):
         # An epoch neither depends on the caller's random state nor changes it.
         with seeded(seed + epoch, device):
             model.train()
             for inputs, targets in batches(task.data.train, recipe.batch_size, generator=order, device=device):
-                with torch.autocast(device.type, torch.bfloat16, enabled=lower):
+                with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16):
                     outputs = run_model(model, inputs)
                 # The loss in float32: it is cheap, and a user's loss may not support bfloat16.
-                loss = loss_of(outputs.float() if lower else outputs, targets)
+                loss = loss_of(outputs.float() if use_bfloat16 else outputs, targets)
                 if not torch.isfinite(loss):
                     raise Diverged("the loss became NaN or infinite")
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+                nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
                 optimizer.step()
                 schedule.step()
         yield epoch
-        checkpoint.keep(epoch, order, model=model, optimizer=optimizer, schedule=schedule)
+        checkpoint.save(epoch, order, model=model, optimizer=optimizer, schedule=schedule)
 
 
 def _rate(step: int, steps: int) -> float:
-    warm = max(1, round(steps * WARM_UP))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    warm_up_steps = max(1, round(steps * WARM_UP_SHARE))
+    if step < warm_up_steps:
+        return (step + 1) / warm_up_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up_steps) / max(1, steps - warm_up_steps)))
 
 
 def place(model: M, device: torch.device, *, channels_last: bool = True) -> M:
@@ -95,11 +95,11 @@ def place(model: M, device: torch.device, *, channels_last: bool = True) -> M:
 def takes_channels_last(task: Task) -> bool:
     """Whether the task's model runs with channels-last kernels; `x.view(len(x), -1)` in a forward fails with them."""
     inputs, _ = next(batches(task.data.train, 2))
-    twin = place(copied(task.model), torch.device("cpu"))
+    model = place(copied(task.model), torch.device("cpu"))
     try:
         with seeded(0), torch.no_grad():
             for training in (False, True):
-                run_model(twin.train(training), inputs)
+                run_model(model.train(training), inputs)
     except RuntimeError:
         return False
     return True
@@ -146,9 +146,9 @@ def recalibrate(model: nn.Module, task: Task, *, seed: int, device: torch.device
             hooks.enter_context(norm.register_forward_pre_hook(begin))
         chosen = sample(task.data.train, inputs, seed=seed)
         # Batches of about equal size, since the average weighs all batches alike and a small last one has poor statistics.
-        most = at_once(chosen, evaluation_batch(chosen))
-        equal = math.ceil(size(chosen) / math.ceil(size(chosen) / most))
-        for batch, _ in batches(chosen, equal, generator=order, device=device):
+        max_batch = at_once(chosen, evaluation_batch(chosen))
+        batch_size = math.ceil(size(chosen) / math.ceil(size(chosen) / max_batch))
+        for batch, _ in batches(chosen, batch_size, generator=order, device=device):
             run_model(model, batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
@@ -166,14 +166,14 @@ def latencies_ms(models: list[nn.Module], example: Any, *, channels_last: bool =
     for model in models:
         run_model(place(model, device, channels_last=channels_last).eval(), example)
     _finish(device)
-    whole = time.perf_counter() - start
-    for _ in range(max(MIN_TIMING_ROUNDS, min(TIMING_ROUNDS, int(MAX_TIMING_SECONDS / whole)))):
-        for model, taken in zip(models, times, strict=True):
+    warm_up_seconds = time.perf_counter() - start
+    for _ in range(max(MIN_TIMING_ROUNDS, min(TIMING_ROUNDS, int(MAX_TIMING_SECONDS / warm_up_seconds)))):
+        for model, milliseconds in zip(models, times, strict=True):
             start = time.perf_counter()
             run_model(model, example)
             _finish(device)
-            taken.append((time.perf_counter() - start) * 1e3)
-    return [statistics.median(taken) for taken in times]
+            milliseconds.append((time.perf_counter() - start) * 1e3)
+    return [statistics.median(milliseconds) for milliseconds in times]
 
 
 def _finish(device: torch.device) -> None:
