@@ -18,7 +18,7 @@ from ranksearch.results.messages import CurvePoint, Outcome, Result
 from ranksearch.results.objectives import Objectives
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.predicted_front import Choice, predicted_front
-from ranksearch.strategy.prior import WEAKENINGS, vbmf_plans
+from ranksearch.strategy.prior import RANK_SCALES, vbmf_plans
 from ranksearch.strategy.sampler import Knowledge
 from ranksearch.strategy.sensitivity import rescuable, spread
 from ranksearch.strategy.space import size_of
@@ -58,7 +58,7 @@ class Contender:
     sampler: str | None = None
     choices: Callable[[Arena], Choices] = lambda arena: arena.choices
     suggested: Callable[[Arena], list[Plan]] = lambda arena: [
-        plan for _, plan in vbmf_plans(arena.space, arena.vbmf, WEAKENINGS)
+        plan for _, plan in vbmf_plans(arena.space, arena.vbmf, RANK_SCALES)
     ]
     probed: bool = False
     """Whether it needs the probes of single layers, whose time then counts."""

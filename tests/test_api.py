@@ -75,7 +75,7 @@ def test_python_may_give_one_name_and_numbers_of_numpy(trained, tmp_path):
         finetune=ranksearch.Recipe(1), finalists=ranksearch.Finalists(1, count=1), engine=Local(0),
     )  # fmt: skip
     assert {name for trial in record.trials for name, _ in trial.plan} == {"fc2"}
-    with pytest.raises(SpecError, match=r"space.layers must name layers that can be decomposed, but 'fc9' is none"):
+    with pytest.raises(SpecError, match=r"space.layers must name layers that can be decomposed, but 'fc9' matches none"):
         ranksearch.search(trained, out=tmp_path / "two", space=Space(layers="fc9"))
 
 

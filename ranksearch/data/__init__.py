@@ -1,4 +1,4 @@
-"""Data sets that a study can name, as `data = "ranksearch.data:digits"`."""
+"""Data sets for studies, named as `data = "ranksearch.data:digits"`."""
 
 from ranksearch.data.batched import Batched
 from ranksearch.data.cifar10 import cifar10

@@ -1,4 +1,4 @@
-"""The contract of a split that is cut into batches as a whole, on the device that wants them."""
+"""`Batched`, the base class of splits that make a whole batch at once, on the model's device."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from torch.utils.data import Dataset
 
 
 class Batched(Dataset[Any], abc.ABC):
-    """A split that knows how to make a whole batch: quicker than one input after the other, and where the model is.
+    """A split that makes a whole batch at once on a device, which is faster than input by input.
 
-    What a batch draws at random it draws from torch's default generator on the CPU, which training seeds: so the same
-    seed gives the same batches on every device, of a model that draws none itself (dropout).
+    Random augmentation must use torch's default generator on the CPU, which training seeds. Then a seed gives the same batches
+    on every device, unless the model itself draws random numbers (dropout).
     """
 
     at_once: ClassVar[int | None] = None
-    """How many inputs a batch holds at most, where they are large; None for as many as are asked for."""
+    """The largest batch size, for large inputs; None for no limit."""
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
 
     @abc.abstractmethod
     def batch(self, chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The inputs and targets with the numbers `chosen` (batch,), a tensor on the CPU; on `device`."""
+        """The inputs and targets, on `device`, with the indices `chosen` (batch,), a tensor on the CPU."""
 
     @abc.abstractmethod
     def only(self, chosen: Tensor) -> Self:
-        """The split of those inputs alone."""
+        """The part of the split with the indices `chosen` (count,)."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         inputs, targets = self.batch(torch.tensor([range(len(self))[index]]), torch.device("cpu"))

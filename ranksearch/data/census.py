@@ -1,4 +1,4 @@
-"""Disparity maps by matching the census transform (Zabih and Woodfill 1994): simple, fast, and often wrong."""
+"""Disparity maps by matching census transforms (Zabih and Woodfill 1994): simple, fast, and often wrong."""
 
 from __future__ import annotations
 
@@ -6,47 +6,47 @@ import numpy as np
 from numpy.typing import NDArray
 
 RADIUS = 2
-"""Of the census window and of the box that costs are summed over: 5x5."""
+"""The radius, in pixels, of the census window and of the box that costs are summed over; both are 5x5."""
 
 
 def disparity_map(left: NDArray[np.uint8], right: NDArray[np.uint8], *, disparities: int) -> NDArray[np.uint8]:
-    """The disparity of each pixel of the left gray image (height, width), 0 .. `disparities` - 1: the cheapest one.
+    """The disparity with the lowest cost, of 0 .. `disparities` - 1, for each pixel of the left gray image (height, width).
 
-    The cost is the Hamming distance of the 5x5 census, summed over 5x5 pixels; of equal ones the smallest disparity wins.
-    A pixel whose match would lie outside the right image has the highest cost.
+    The cost is the Hamming distance of the 5x5 census, summed over 5x5 pixels; of equal costs the smallest disparity wins.
+    A match outside the right image has the highest cost.
     """
     height, width = left.shape
-    ones, others = census(left), census(right)
-    best = np.full((height, width), np.iinfo(np.uint16).max, np.uint16)
-    found = np.zeros((height, width), np.uint8)
-    # All that depends on the disparity fits a core's cache, one disparity at a time.
+    left_bits, right_bits = census(left), census(right)
+    lowest = np.full((height, width), np.iinfo(np.uint16).max, np.uint16)
+    chosen = np.zeros((height, width), np.uint8)
+    # One disparity at a time, so that the arrays fit into a core's cache.
     cost = np.empty((height, width), np.uint8)
-    bits = (2 * RADIUS + 1) ** 2 - 1
+    max_cost = (2 * RADIUS + 1) ** 2 - 1
     for disparity in range(min(disparities, width)):
-        cost[:, :disparity] = bits
-        np.bitwise_count(ones[:, disparity:] ^ others[:, : width - disparity], out=cost[:, disparity:])
+        cost[:, :disparity] = max_cost
+        np.bitwise_count(left_bits[:, disparity:] ^ right_bits[:, : width - disparity], out=cost[:, disparity:])
         summed = _box(cost)
-        better = summed < best
-        np.copyto(best, summed, where=better)
-        found[better] = disparity
-    return found
+        better = summed < lowest
+        np.copyto(lowest, summed, where=better)
+        chosen[better] = disparity
+    return chosen
 
 
 def census(image: NDArray[np.uint8]) -> NDArray[np.uint32]:
-    """24 bits a pixel (height, width): which of its 5x5 neighbours are darker. The border is continued outwards."""
+    """For each pixel (height, width), 24 bits: which of its 5x5 neighbours are darker. Edge pixels are repeated outwards."""
     height, width = image.shape
     padded = np.pad(image, RADIUS, mode="edge")
-    found = np.zeros((height, width), np.uint32)
+    bits = np.zeros((height, width), np.uint32)
     for down in range(2 * RADIUS + 1):
         for right in range(2 * RADIUS + 1):
             if (down, right) != (RADIUS, RADIUS):
-                found <<= 1
-                found |= padded[down : down + height, right : right + width] < image
-    return found
+                bits <<= 1
+                bits |= padded[down : down + height, right : right + width] < image
+    return bits
 
 
 def _box(cost: NDArray[np.uint8]) -> NDArray[np.uint16]:
-    """Sums over 5x5 pixels, fewer at the border."""
+    """Sums over 5x5 pixels, over fewer at the border."""
     height, width = cost.shape
     padded = np.pad(cost.astype(np.uint16), RADIUS)
     rows = sum((padded[step : step + height] for step in range(1, 2 * RADIUS + 1)), padded[:height])

@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky 2009): 60,000 photographs of 32x32 pixels in ten classes, 10,000 of them for test."""
+"""CIFAR-10 (Krizhevsky 2009): 60,000 photographs of 32x32 pixels in ten classes, 10,000 of them test images."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def cifar10(
     *, root: str = "data", train: int | None = None, validation: int = 5000, flip: bool = True, shift: int = 4,
     download: bool = False,
 ) -> Splits:  # fmt: skip
-    """CIFAR-10 from `root`, normalised by channel; three channels, 32x32.
+    """CIFAR-10 from `root`: images of three channels, 32x32 pixels, normalised by channel.
 
     Args:
-        root: a folder that holds torchvision's `cifar-10-batches-py`, or pictures as `cifar10/{train,test}/<class>/*.jpg`;
-            relative to the folder the command runs in.
-        train: how many images to train on, stratified by class; all but those for validation by default.
-        validation: how many of the training images are held out.
-        flip: mirror half of the training images, anew in each batch.
-        shift: move each training image by up to so many pixels both ways; what moves in is black.
-        download: fetch the archive (163 MiB) if it is not there, and check it.
+        root: a folder with torchvision's `cifar-10-batches-py`, or with pictures as `cifar10/{train,test}/<class>/*.jpg`; a
+            relative path starts at the folder the command runs in.
+        train: how many images to train on, stratified by class; by default all that are not held out.
+        validation: how many training images to hold out for validation.
+        flip: mirror each training image with a chance of 1/2, drawn anew for each batch.
+        shift: move each training image by up to this many pixels along both axes; the exposed border is black.
+        download: fetch and verify the archive (163 MiB) if it is missing.
 
     Raises:
-        DataError: the images are not there, or too few.
+        DataError: the images are missing or damaged, or `train` or `validation` is too large or too small.
     """
     folder = Path(root)
     if download or (folder / PICKLES).is_dir():
@@ -43,7 +43,7 @@ def cifar10(
         about = "CIFAR-10 (JPEG copy)"
         parts = [read_pictures(folder / "cifar10" / name, size=SIDE) for name in ("train", "test")]
         if parts[0].classes != parts[1].classes:
-            raise DataError(f"The folders train and test of {folder / 'cifar10'} must hold the same classes, but do not.")
+            raise DataError(f"train and test in {folder / 'cifar10'} must hold the same classes, but do not.")
         pixels, labels = (parts[0].pixels, parts[1].pixels), (parts[0].labels, parts[1].labels)
     else:
         raise DataError(
@@ -54,12 +54,12 @@ def cifar10(
 
 
 def _pickled(folder: Path, is_train: bool, download: bool) -> tuple[Tensor, Tensor]:
-    # Here, since it takes seconds to import, in every worker.
+    # Imported here: it takes seconds, which workers of studies with other data should not spend.
     from torchvision.datasets import CIFAR10
 
     try:
-        found = CIFAR10(str(folder), train=is_train, download=download)
+        data_set = CIFAR10(str(folder), train=is_train, download=download)
     except (RuntimeError, OSError) as error:
         first = first_line(error)
-        raise DataError(f"CIFAR-10 cannot be read from {folder}: {first} Unpack {ARCHIVE} there again.") from error
-    return torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(found.targets)
+        raise DataError(f"CIFAR-10 must be readable in {folder}, but: {first} Unpack {ARCHIVE} there again.") from error
+    return torch.from_numpy(data_set.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data_set.targets)

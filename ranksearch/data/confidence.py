@@ -1,6 +1,6 @@
-"""How well confidences tell right disparities from wrong ones: loss, AUC and its optimum (Hu and Mordohai 2012).
+"""Loss and score for confidences of disparities: cross-entropy, AUC and the optimal AUC (Hu and Mordohai 2012).
 
-Outputs are logits, targets 1 where the disparity is right, 0 where it is wrong, and NaN where nobody knows.
+Outputs are logits. Targets are 1 for a right disparity, 0 for a wrong one, and NaN where the truth is not known.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-STEPS = 20
-"""The share of pixels that is kept falls in steps of 5 %."""
+AUC_STEPS = 20
+"""The number of steps in which the share of kept pixels falls from 1 to 0, each by 5 %."""
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross-entropy of logits of any shape, over the pixels whose target is known."""
+    """Binary cross-entropy of logits of any shape over the pixels with a known target."""
     known = ~targets.isnan()
     return F.binary_cross_entropy_with_logits(outputs[known], targets[known])
 
 
 def one_minus_auc(outputs: Tensor, targets: Tensor) -> float:
-    """1 - AUC, averaged over the maps (maps, ...) that hold a known pixel; at best 1 - `optimal_auc`, higher is better."""
+    """1 - AUC, averaged over the maps (maps, ...) with known pixels. Higher is better; the best is 1 - `optimal_auc`."""
     known = ~targets.isnan()
     pairs = zip(outputs, targets, known, strict=True)
     areas = [auc(logits[valid], right[valid]) for logits, right, valid in pairs if valid.any()]
@@ -30,22 +30,22 @@ def one_minus_auc(outputs: Tensor, targets: Tensor) -> float:
 
 
 def auc(confidence: Tensor, right: Tensor) -> float:
-    """Area under the error rate of one map's pixels (pixels,) as the least confident are left out, 5 % at a time.
+    """Area under the error rate of one map's pixels (pixels,) while the least confident are left out, 5 % at a time.
 
-    Pixels are kept whose confidence is not below its percentiles 0, 5, .. 95; with none kept the error is taken to be 0;
-    trapezoids.
+    Step by step, pixels with a confidence below its percentile 0, 5, .. 95 are left out. At the end, with no pixels, the error
+    rate counts as 0. Integrated by trapezoids.
     """
     order = confidence.sort().values
     count = len(order)
-    # Not torch.quantile, which refuses more than 16 million pixels and interpolates.
-    least = order[[min(count - 1, math.ceil(count * step / STEPS)) for step in range(STEPS)]]
-    # Ties at a threshold are kept, all of them: which comes first in memory says nothing.
+    # Not by torch.quantile, which interpolates, and raises for more than 16 million pixels.
+    thresholds = order[[min(count - 1, math.ceil(count * step / AUC_STEPS)) for step in range(AUC_STEPS)]]
+    # Pixels tied at a threshold are all kept, since their order in memory means nothing.
     sums = F.pad((1 - right.double())[confidence.argsort()].cumsum(0), (1, 0))
-    below = torch.searchsorted(order, least)
+    below = torch.searchsorted(order, thresholds)
     errors = (sums[-1] - sums[below]) / (count - below)
-    return float(torch.trapezoid(F.pad(errors, (0, 1)), dx=1 / STEPS))
+    return float(torch.trapezoid(F.pad(errors, (0, 1)), dx=1 / AUC_STEPS))
 
 
 def optimal_auc(error: float) -> float:
-    """The area of a confidence that puts every wrong pixel of a map below every right one; `error` is the share of wrong."""
+    """The AUC of a confidence that ranks all right pixels of a map above its wrong ones; `error` is the share of wrong ones."""
     return error + (1 - error) * math.log(1 - error) if error < 1 else 1.0

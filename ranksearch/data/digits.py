@@ -9,15 +9,15 @@ from torch.utils.data import TensorDataset
 from ranksearch.data.splits import Splits
 
 SPLIT_SEED = 0
-"""The split is part of the data set, not of a study's randomness: studies with other seeds compare on the same images."""
+"""The seed of the split. It is fixed, so that studies with different seeds are compared on the same images."""
 
 
 def digits(*, size: int = 32) -> Splits:
     """Digits resized to `size` x `size`, one channel, values about -1..1; 60 % train, 20 % validation, 20 % test.
 
-    Stratified by class, the same in every run.
+    The splits are stratified by class and the same in every run.
     """
-    # Here, since it takes over a second to import, in every worker, whatever data the study has.
+    # Imported here: it takes over a second, which workers of studies with other data should not spend.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

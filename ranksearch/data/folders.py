@@ -1,4 +1,4 @@
-"""Folders of pictures, one a class: decoded once, then read from one file beside them."""
+"""Pictures in one folder per class, decoded once and cached in one file next to the folder."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from torch import Tensor
 from ranksearch.errors import DataError
 from ranksearch.support.files import write_whole
 
-DECODER = 2
-"""Counts changes in how a picture is decoded, so that what was kept before is decoded again."""
-MOST_NAMED = 3
-"""Files that a message names beside the first."""
+DECODER_VERSION = 2
+"""The version of the decoder. Raise it when decoding changes, so that older caches are not used."""
+MAX_NAMED_FILES = 3
+"""How many unreadable files an error message names after the first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,57 +33,57 @@ class Pictures:
     labels: Tensor
     classes: tuple[str, ...]
     left_out: tuple[Path, ...]
-    """Files whose names do not end like a picture's."""
+    """Ignored files: their names do not have the ending of a picture."""
 
 
 def read_pictures(folder: Path, *, size: int, mode: str = "RGB") -> Pictures:
-    """The pictures under `folder/<class>/`, scaled so that the shorter side is `size` and cut to the square in the middle.
+    """Read the pictures under `folder/<class>/`, scaled so that the shorter side is `size`, and cropped to the central square.
 
-    They are kept as `<folder>-<size>-<mode>.safetensors`, which is made again when the files' names, sizes or times change.
+    They are cached in `<folder>-<size>-<mode>.safetensors`, which is written anew if the files' names, sizes or times change.
 
     Args:
-        folder: torchvision's ImageFolder layout.
-        size: pixels of a side.
-        mode: RGB, or L for gray.
+        folder: a folder in torchvision's ImageFolder layout.
+        size: side of the square in pixels.
+        mode: "RGB", or "L" for gray.
 
     Raises:
-        DataError: no folder of classes with pictures, or files that are no pictures.
+        DataError: there are no class folders, a class has no pictures, or a file cannot be read as a picture.
     """
     classes = class_names(folder)
-    found, left_out = _listed(folder, classes)
-    kept = [(path.relative_to(folder), about) for path, about in _existing(path for path, _ in found)]
-    listing = "\n".join(f"{name} {about.st_size} {about.st_mtime_ns}" for name, about in kept)
-    digest = hashlib.sha256(f"{DECODER}\n{listing}".encode()).hexdigest()
+    pictures, left_out = _listed(folder, classes)
+    files = [(path.relative_to(folder), stat) for path, stat in _existing(path for path, _ in pictures)]
+    listing = "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in files)
+    digest = hashlib.sha256(f"{DECODER_VERSION}\n{listing}".encode()).hexdigest()
     cache = folder.with_name(f"{folder.name}-{size}-{mode}.safetensors")
     pixels = _cached(cache, digest)
     if pixels is None:
-        pixels = _all_decoded([path for path, _ in found], size, mode)
-        # A folder that cannot be written to is no reason to stop: its pictures are then decoded in each run.
+        pixels = _all_decoded([path for path, _ in pictures], size, mode)
+        # If the folder is read-only, go on: the pictures are then decoded in each run.
         with suppress(OSError):
             write_whole(cache, safetensors.torch.save({"pixels": pixels}, {"files": digest}))
-    return Pictures(pixels, torch.tensor([label for _, label in found]), classes, tuple(left_out))
+    return Pictures(pixels, torch.tensor([label for _, label in pictures]), classes, tuple(left_out))
 
 
 def class_names(folder: Path) -> tuple[str, ...]:
-    """The names of the folders in a folder, sorted; without those that a system or a program left there.
+    """The sorted names of the class folders in a folder, without hidden folders and folders of operating systems.
 
     Raises:
-        DataError: there is no such folder, or none in it.
+        DataError: the folder does not exist, has no class folders, or holds a broken link.
     """
     if not folder.is_dir():
         raise DataError(f"Pictures must lie in {folder}/<class>/, but there is no folder {folder}{_beside(folder)}.")
-    found = sorted(path for path in folder.iterdir() if not _is_clutter(path.name))
-    if broken := next((path for path in found if not path.exists()), None):
-        raise DataError(f"{broken} must be a folder of pictures, but is a link to nothing; mend or delete it.")
-    names = [path.name for path in found if path.is_dir()]
+    entries = sorted(path for path in folder.iterdir() if not _is_clutter(path.name))
+    if broken := next((path for path in entries if not path.exists()), None):
+        raise DataError(f"{broken} must be a folder of pictures, but is a broken link; repair or delete it.")
+    names = [path.name for path in entries if path.is_dir()]
     if not names:
         raise DataError(f"Pictures must lie in {folder}/<class>/, but {folder} holds no folders; make one for each class.")
     return tuple(names)
 
 
 def _listed(folder: Path, classes: Sequence[str]) -> tuple[list[tuple[Path, int]], list[Path]]:
-    """The pictures of a folder with the numbers of their classes, and the files that are no pictures."""
-    # Here, since it takes seconds to import, in every worker.
+    """The pictures of a folder with their class numbers, and the files that are not pictures."""
+    # Imported here: it takes seconds, which workers of studies with other data should not spend.
     from torchvision.datasets.folder import make_dataset
 
     endings = {ending for ending, form in Image.registered_extensions().items() if form in Image.OPEN}
@@ -101,13 +101,15 @@ def _listed(folder: Path, classes: Sequence[str]) -> tuple[list[tuple[Path, int]
     numbers = {name: number for number, name in enumerate(classes)}
     samples = make_dataset(str(folder), numbers, is_valid_file=is_picture, allow_empty=True)
     if empty := sorted(set(classes) - {classes[label] for _, label in samples}):
-        there = next((f", only files like {path}" for path in left_out if path.parts[1] == empty[0]), "")
-        raise DataError(f"Each class must hold pictures, but {folder / empty[0]} holds none{there}; add some, or delete it.")
+        other_files = next((f", only files like {path}" for path in left_out if path.parts[1] == empty[0]), "")
+        raise DataError(
+            f"Each class must hold pictures, but {folder / empty[0]} holds none{other_files}; add some, or delete the folder."
+        )
     return [(Path(name), label) for name, label in samples], left_out
 
 
 def _beside(folder: Path) -> str:
-    """Which folders there are instead; of a relative path, where it was looked for."""
+    """For an error message: the folders next to a missing one, or where a relative path was looked for."""
     if not folder.parent.is_dir():
         return "" if folder.is_absolute() else f" in {Path.cwd()}"
     names = sorted(path.name for path in folder.parent.iterdir() if path.is_dir() and not _is_clutter(path.name))
@@ -115,7 +117,7 @@ def _beside(folder: Path) -> str:
 
 
 def _is_clutter(name: str) -> bool:
-    """Whether a system or a program left it: macOS, Windows, Jupyter, a Synology server."""
+    """Whether the name is of a hidden file or one that macOS, Windows, Jupyter or a Synology server leaves behind."""
     return name.startswith(".") or name in {"__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir"}
 
 
@@ -124,23 +126,23 @@ def _existing(paths: Iterable[Path]) -> Iterator[tuple[Path, os.stat_result]]:
         try:
             yield path, path.stat()
         except OSError as error:
-            raise DataError(f"{path} must be a picture, but is a link to nothing ({error.strerror}); delete it.") from None
+            raise DataError(f"{path} must be a picture, but is a broken link ({error.strerror}); delete it.") from None
 
 
 def _all_decoded(paths: Sequence[Path], size: int, mode: str) -> Tensor:
-    """All pictures (count, channels, size, size); of files that are none, all are told of at once."""
-    decoded, wrong = list[Tensor](), dict[Path, Exception]()
+    """All pictures (count, channels, size, size); one error reports all files that cannot be read."""
+    decoded, errors = list[Tensor](), dict[Path, Exception]()
     for path in paths:
         try:
             decoded.append(_decoded(path, size, mode))
-        except Exception as error:  # Pillow raises of many types on damaged files
-            wrong[path] = error
-    if wrong:
-        first, *rest = wrong
-        more = f"; so it is with {', '.join(map(str, rest[:MOST_NAMED]))}" if rest else ""
-        more += f" and {len(rest) - MOST_NAMED:,} more" if len(rest) > MOST_NAMED else ""
-        out = "take them" if rest else "take it"
-        raise DataError(f"{first} must be a picture, but cannot be read: {wrong[first]}{more}; {out} out of the folder.")
+        except Exception as error:  # Pillow raises many types of exceptions on damaged files
+            errors[path] = error
+    if errors:
+        first, *rest = errors
+        more = f"; neither can {', '.join(map(str, rest[:MAX_NAMED_FILES]))}" if rest else ""
+        more += f" and {len(rest) - MAX_NAMED_FILES:,} more" if len(rest) > MAX_NAMED_FILES else ""
+        remedy = "remove them" if rest else "remove it"
+        raise DataError(f"{first} must be a picture, but cannot be read: {errors[first]}{more}; {remedy} from the folder.")
     return torch.stack(decoded)
 
 
@@ -153,12 +155,12 @@ def _cached(path: Path, digest: str) -> Tensor | None:
 
 
 def _in_eight_bits(picture: Image.Image) -> Image.Image:
-    """Pillow itself clips what is darker or brighter than 8 bits can say."""
+    """A 16-bit picture scaled to 8 bits; Pillow's own conversion would clip its values. Other pictures are unchanged."""
     if picture.mode[0] not in "IF":
         return picture
     values = np.array(picture)
     if picture.mode == "F" or values.min() < 0 or values.max() >= 1 << 16:
-        raise ValueError(f"its pixels, of mode {picture.mode}, are neither of 8 nor of 16 bits")
+        raise ValueError(f"its pixels, of mode {picture.mode}, have neither 8 nor 16 bits")
     return Image.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8))
 
 

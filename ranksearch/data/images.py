@@ -1,4 +1,4 @@
-"""Images with class labels as one uint8 tensor in memory; augmented and normalised a batch at a time."""
+"""Labelled images as one uint8 tensor in memory, augmented and normalised one batch at a time."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ranksearch.data.splits import Splits
 from ranksearch.errors import DataError
 
 SPLIT_SEED = 0
-"""As that of the digits: which images validate is part of the data set."""
+"""The seed of splits. It is fixed, so that studies with different seeds are compared on the same images."""
 
 
 @dataclass(frozen=True, eq=False)
 class Images(Batched):
-    """Images (count, channels, height, width) as uint8 with their class numbers; a batch is float32, normalised by channel.
+    """Images (count, channels, height, width) as uint8, with class numbers; a batch is float32, normalised by channel.
 
-    With `flip` half of the images of a batch are mirrored, with `shift` each is moved by up to so many pixels both ways;
-    what moves in is black.
+    `flip` mirrors each image of a batch with a chance of 1/2. `shift` moves each by up to that many pixels along both axes; the
+    exposed border is black.
     """
 
     pixels: Tensor
@@ -46,20 +46,20 @@ class Images(Batched):
 
     def _moved(self, pixels: Tensor) -> Tensor:
         count, _, height, width = pixels.shape
-        # Drawn on the CPU, so that a seed means the same on every device.
+        # Drawn on the CPU, so that a seed gives the same batch on every device.
         down, right = torch.randint(2 * self.shift + 1, (2, count, 1))
         mirrored = torch.rand(count, 1) < 0.5 if self.flip else torch.zeros(count, 1, dtype=torch.bool)
         rows = torch.arange(height) + down
         columns = torch.arange(width)
         columns = torch.where(mirrored, columns.flip(0), columns) + right
         padded = F.pad(pixels, [self.shift] * 4)
-        every = torch.arange(count)[:, None, None]
-        # Rows and columns are picked with the channels last, and these then put back.
-        return padded.permute(0, 2, 3, 1)[every, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        index = torch.arange(count)[:, None, None]
+        # Index with channels last, so that they keep their place, then move them back.
+        return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def moments(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel over uint8 images (count, channels, height, width), in 0..1."""
+    """Mean and standard deviation of each channel of uint8 images (count, channels, height, width), scaled to 0..1."""
     values = torch.arange(256, dtype=torch.float64) / 255
     shares = torch.stack([torch.bincount(pixels[:, c].flatten(), minlength=256) for c in range(pixels.shape[1])]).double()
     shares /= shares.sum(1, keepdim=True)
@@ -71,72 +71,81 @@ def split_images(
     pixels: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor], *, classes: int, about: str, train: int | None,
     validation: int | tuple[Tensor, Tensor], flip: bool, shift: int, normalisation: tuple[Tensor, Tensor] | None = None,
 ) -> Splits:  # fmt: skip
-    """Splits of (training, test) images, and of those for validation: so many of the training images are held out, or they
-    are given as pixels and labels. `train` of the rest are used.
+    """Make splits from labelled images.
 
-    Parts are stratified by class and the same in every run. All are normalised by the mean and standard deviation given, or
-    by those of all images for training. Validation and test are never augmented.
+    Samples are stratified by class and the same in every run. Validation and test images are never augmented.
+
+    Args:
+        pixels: training and test images as uint8 (count, channels, height, width).
+        labels: class numbers of the training and test images.
+        classes: the number of classes.
+        about: one phrase that describes the data.
+        train: how many of the remaining training images to use; None for all.
+        validation: how many training images to hold out for validation, or validation images and their labels.
+        flip: as in `Images`, for training only.
+        shift: as in `Images`, for training only.
+        normalisation: mean and standard deviation of each channel; by default those of all training images, held out or not.
 
     Raises:
-        DataError: the parts do not fit into what there is.
+        DataError: a count does not fit the number of images or classes, or `shift` is larger than the images.
     """
     mean, std = normalisation or moments(pixels[0])
-    whole = Images(pixels[0], labels[0], mean, std)
+    training = Images(pixels[0], labels[0], mean, std)
     if isinstance(validation, int):
-        held, whole = _held_out(whole, validation)
+        held_out, training = _held_out(training, validation)
     else:
-        held = Images(*validation, mean, std)
+        held_out = Images(*validation, mean, std)
     if train is not None:
-        whole = _taken(whole, train)
+        training = _taken(training, train)
     if shift < 0 or shift > min(pixels[0].shape[2:]):
         raise DataError(f"shift must lie in 0..{min(pixels[0].shape[2:])}, the size of the images, but got {shift}.")
     return Splits(
-        train=replace(whole, flip=flip, shift=shift),
-        validation=held,
+        train=replace(training, flip=flip, shift=shift),
+        validation=held_out,
         test=Images(pixels[1], labels[1], mean, std),
         classes=classes,
-        about=f"{about}, {len(whole):,} / {len(held):,} / {len(labels[1]):,} images for training / validation / test",
+        about=f"{about}, {len(training):,} / {len(held_out):,} / {len(labels[1]):,} images for training / validation / test",
     )
 
 
 def _held_out(images: Images, validation: int) -> tuple[Images, Images]:
-    """So many of the images, and the rest."""
-    count, least = len(images), len(images.labels.unique())
-    if not least <= validation <= count - least:
+    """`validation` of the images, and the rest."""
+    count, classes = len(images), len(images.labels.unique())
+    if not classes <= validation <= count - classes:
         raise DataError(
-            f"validation must leave and take an image of each class, so lie in {least}..{count - least} for {count:,} "
-            f"training images, but got {validation}."
+            f"validation must lie in {classes}..{count - classes} for {count:,} training images, so that both parts can hold "
+            f"an image of each class, but got {validation}."
         )
-    held, rest = _stratified("validation", images.labels, validation)
-    return images.only(held), images.only(rest)
+    held_out, rest = _stratified("validation", images.labels, validation)
+    return images.only(held_out), images.only(rest)
 
 
 def _taken(images: Images, train: int) -> Images:
-    left, least = len(images), len(images.labels.unique())
-    if not least <= train <= left - least and train != left:
+    available, classes = len(images), len(images.labels.unique())
+    if not classes <= train <= available - classes and train != available:
         raise DataError(
-            f"train must take an image of each class and leave one, so lie in {least}..{left - least:,}, or be {left:,}, all "
-            f"that are left, but got {train:,}."
+            f"train must lie in {classes}..{available - classes:,}, or be {available:,} for all images that are not held out, "
+            f"but got {train:,}."
         )
     return images.only(_stratified("train", images.labels, train)[0])
 
 
 def _stratified(part: str, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The numbers of `count` inputs with each class's share among them, and those of the rest; each in order."""
+    """The sorted indices of `count` inputs, stratified by class, and the sorted indices of the rest."""
     if count == len(labels):
         return torch.arange(count), torch.arange(0)
     if rare := (torch.bincount(labels) == 1).nonzero().flatten().tolist():
         raise DataError(
-            f"Classes must have two images or more to be parted, but class {rare[0]} has one; add some, or drop it."
+            f"Each class must have at least two images to be split, but class {rare[0]} has one; add some, or remove the class."
         )
-    # Here, since it takes over a second to import, in every worker.
+    # Imported here: it takes over a second, which workers of studies with other data should not spend.
     from sklearn.model_selection import train_test_split
 
     parts = train_test_split(range(len(labels)), train_size=count, stratify=labels, random_state=SPLIT_SEED)
     taken, rest = (torch.tensor(sorted(numbers)) for numbers in parts)
     if missing := set(labels.tolist()) - set(labels[taken].tolist()):
         raise DataError(
-            f"{part} must hold an image of each class, but {count:,} of {len(labels):,} hold none of class {min(missing)}; "
-            "take more."
+            f"{part} must include an image of each class, but {count:,} of {len(labels):,} include none of class "
+            f"{min(missing)}; raise {part}."
         )
     return taken, rest

@@ -1,4 +1,4 @@
-"""Rectified stereo pairs with ground truth, found where KITTI, Middlebury and their copies put them."""
+"""Rectified stereo pairs with ground truth, in the folder layouts of KITTI and Middlebury."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from PIL import Image
 
 from ranksearch.errors import DataError
 
-KITTI = (("image_2", "image_3", "disp_noc_0"), ("image_0", "image_1", "disp_noc"), ("colored_0", "colored_1", "disp_noc"))
-"""Folders of left images, right images and truth: KITTI 2015, KITTI 2012 in gray and in colour."""
-PAIRS = (
+KITTI_FOLDERS = (
+    ("image_2", "image_3", "disp_noc_0"),
+    ("image_0", "image_1", "disp_noc"),
+    ("colored_0", "colored_1", "disp_noc"),
+)
+"""The folders of left images, right images and ground truth in KITTI 2015, KITTI 2012 in gray, and KITTI 2012 in colour."""
+SCENE_FILES = (
     ("left.png", "right.png", "disp_gt.pfm"),
     ("left.png", "right.png", "disp_gt.png"),
     ("im0.png", "im1.png", "disp0.pfm"),
@@ -23,14 +27,15 @@ PAIRS = (
     ("view1.png", "view5.png", "disp1.png"),
     ("im2.png", "im6.png", "disp2.png"),
 )
-"""Files of a scene that has a folder of its own: a plain copy, and Middlebury 2014, its benchmark, 2005 to 2006, 2003."""
+"""The left image, right image and ground truth in a scene's own folder: two plain layouts, then Middlebury 2014, Middlebury's
+benchmark, Middlebury 2005 and 2006, and Middlebury 2003."""
 KITTI_UNITS = 256.0
-"""16-bit truth holds disparities times this."""
+"""The value of one pixel of disparity in 16-bit ground truth."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One pair; `units` is what a pixel of disparity is in the file of the truth, None where only the user can tell."""
+    """One stereo pair; `units` is the value of one pixel of disparity in the truth's file, None if nothing states it."""
 
     name: str
     left: Path
@@ -42,14 +47,14 @@ class Scene:
         """Both images in gray (height, width)."""
         left, right = (np.array(Image.open(path).convert("L")) for path in (self.left, self.right))
         if left.shape != right.shape:
-            raise DataError(f"Both images of a pair must be of one size, but those of {self.left.parent} are not.")
+            raise DataError(f"The two images of a pair must have the same size, but those in {self.left.parent} do not.")
         return left, right
 
     def disparities(self, units: float | None = None) -> NDArray[np.float32]:
-        """The true disparity of the left image's pixels (height, width), NaN where it is not known.
+        """The true disparities of the left image's pixels (height, width), NaN where not known.
 
         Raises:
-            DataError: the file does not tell its unit and neither does the caller.
+            DataError: neither the file nor the caller states the unit.
         """
         if self.truth.suffix == ".pfm":
             raw, units = _read_pfm(self.truth), 1.0
@@ -59,7 +64,7 @@ class Scene:
             units = self.units or (KITTI_UNITS if sixteen else units)
         if units is None:
             raise DataError(
-                f"The unit of the true disparities must be known, but 8-bit {self.truth} does not tell it; give "
+                f"The unit of the true disparities must be known, but 8-bit {self.truth} does not state it; give "
                 "units = 1, 2 or 3 for Middlebury 2005 and 2006 in full, half or third size, 4 for 2003 in quarter size."
             )
         known = np.isfinite(raw) & (raw > 0)
@@ -67,23 +72,23 @@ class Scene:
 
 
 def find_scenes(folder: Path) -> list[Scene]:
-    """The scenes under `folder`, by name.
+    """The scenes under `folder`, sorted by name.
 
     Raises:
-        DataError: there are none in any of the known layouts.
+        DataError: there are no scenes in a known layout.
     """
     for base in (folder, folder / "training"):
-        for left, right, truth in KITTI:
+        for left, right, truth in KITTI_FOLDERS:
             if (base / left).is_dir() and (base / truth).is_dir():
                 names = sorted(path.name for path in (base / truth).glob("*_10.png"))
                 return [Scene(n.removesuffix("_10.png"), base / left / n, base / right / n, base / truth / n) for n in names]
-    known = _manifest(folder)
+    stated_units = _manifest(folder)
     scenes = []
     for inside in sorted(path for path in folder.glob("*") if path.is_dir()):
-        for pair in PAIRS:
-            left_image, right_image, true = (inside / name for name in pair)
-            if left_image.exists() and right_image.exists() and true.exists():
-                scenes.append(Scene(inside.name, left_image, right_image, true, known.get(inside.name)))
+        for pair in SCENE_FILES:
+            left_image, right_image, truth_file = (inside / name for name in pair)
+            if left_image.exists() and right_image.exists() and truth_file.exists():
+                scenes.append(Scene(inside.name, left_image, right_image, truth_file, stated_units.get(inside.name)))
                 break
     if not scenes:
         raise DataError(
@@ -94,7 +99,7 @@ def find_scenes(folder: Path) -> list[Scene]:
 
 
 def _manifest(folder: Path) -> dict[str, float]:
-    """By scene, the unit that a `manifest.csv` beside the folder gives it, in a column `gt_div`."""
+    """By scene, the unit from the column `gt_div` of a `manifest.csv` next to the folder; empty without such a file."""
     path = folder.parent / "manifest.csv"
     if not path.exists():
         return {}
@@ -106,7 +111,7 @@ def _read_pfm(path: Path) -> NDArray[np.float32]:
     """A gray portable float map (height, width); its rows are stored from the bottom up."""
     head = re.match(rb"Pf\s+(\d+)\s+(\d+)\s+(-?[\d.]+)\s", data := path.read_bytes())
     if not head:
-        raise DataError(f"{path} must be a gray portable float map, but does not begin like one; download it again.")
+        raise DataError(f"{path} must be a gray portable float map, but does not start like one; download it again.")
     width, height = int(head[1]), int(head[2])
     kind = np.dtype(np.float32).newbyteorder("<" if float(head[3]) < 0 else ">")
     return np.frombuffer(data, kind, width * height, head.end()).reshape(height, width)[::-1].astype(np.float32)

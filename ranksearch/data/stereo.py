@@ -1,4 +1,4 @@
-"""Which disparities of a stereo map are right: the task of CCNN (Poggi and Mattoccia 2016)."""
+"""The task of CCNN (Poggi and Mattoccia 2016): predict which disparities of a stereo map are right."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from ranksearch.data.splits import Splits
 from ranksearch.errors import DataError
 from ranksearch.support.files import write_whole
 
-PATCH = 9
-MARGIN = PATCH // 2
+PATCH_SIZE = 9
+MARGIN = PATCH_SIZE // 2
 UNKNOWN = 255
 PIXEL_SEED = 0
-"""Which pixels train is part of the data set, as the split of the digits is."""
+"""The seed of the sample of training pixels. It is fixed, so that studies with different seeds use the same pixels."""
 
 
 @dataclass(frozen=True, eq=False)
 class Maps(Batched):
-    """Whole disparity maps, each with a margin for the patches of its outermost pixels, and which pixels are right.
+    """Whole disparity maps, each with a margin of 4 pixels for the patches of its outermost pixels, and their targets.
 
     Inputs are (batch, 1, height + 8, width + 8), targets (batch, 1, height, width): 1 right, 0 wrong, NaN not known.
     """
@@ -56,7 +56,7 @@ class Maps(Batched):
         return replace(self, disparities=self.disparities[chosen], right=self.right[chosen])
 
     def optimum(self) -> float:
-        """The least AUC that any confidence can reach, averaged over the maps."""
+        """The lowest AUC that any confidence can have, averaged over the maps."""
         areas = [optimal_auc(float((known == 0).double().mean())) for right in self.right if len(known := right[right < 2])]
         return sum(areas) / len(areas)
 
@@ -65,7 +65,7 @@ class Maps(Batched):
 class Patches(Batched):
     """9x9 patches around pixels of `Maps`: inputs (batch, 1, 9, 9), targets (batch, 1, 1, 1).
 
-    `places` (patches, 3) hold the number of the map, the row and the column of each pixel.
+    `places` (patches, 3) holds the index of the map, the row and the column of each pixel.
     """
 
     maps: Maps
@@ -76,7 +76,7 @@ class Patches(Batched):
 
     def batch(self, chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         number, row, column = self.places[chosen].long().T
-        window = torch.arange(PATCH)
+        window = torch.arange(PATCH_SIZE)
         rows, columns = row[:, None, None] + window[:, None], column[:, None, None] + window
         patches = self.maps.disparities[number[:, None, None], rows, columns].to(device)[:, None]
         right = self.maps.right[number, row, column].to(device)
@@ -92,45 +92,45 @@ def stereo(
     scaled: bool = True, threshold: float = 3.0, test_threshold: float | None = None, disparities: int = 229,
     units: float | None = None,
 ) -> Splits:  # fmt: skip
-    """Disparity maps of stereo pairs, and which of their pixels are right: patches to train on, whole maps to score.
+    """Disparity maps of stereo pairs with targets (right or wrong): patches for training, whole maps for validation and test.
 
-    The maps are made by matching the census transform, and kept in `root`. A map is cropped to where truth is known.
+    The maps are made by matching census transforms, and cached in `root`. Each is cropped to the region with known truth.
 
     Args:
-        root: holds the folders of pairs; relative to the folder the command runs in.
-        train: the folder of pairs to train and to validate on, in KITTI's or Middlebury's layout.
-        test: the folder of pairs to test on.
-        train_scenes: first and last of those to train on, counted from 1 in the order of their names. Neighbours in KITTI
-            show the same street, so the splits are blocks.
-        validation_scenes: first and last of those to validate on.
-        test_scenes: first and last of those to test on.
-        patches: how many pixels to train on, drawn from all whose truth is known.
-        scaled: give the net disparities in 0..1, rather than in pixels.
-        threshold: a disparity is right that is off by at most so many pixels; 3 is usual for KITTI, 1 for Middlebury.
-        test_threshold: the same for test; as `threshold` by default.
-        disparities: how many are searched, from 0 on.
-        units: what a pixel of disparity is in 8-bit ground truth that does not say so.
+        root: the folder with the folders of pairs; a relative path starts at the folder the command runs in.
+        train: the folder with the pairs for training and validation, in KITTI's or Middlebury's layout.
+        test: the folder with the pairs for test.
+        train_scenes: the first and last scene for training, counted from 1 in the order of names. The splits are blocks, since
+            neighbouring scenes of KITTI show the same street.
+        validation_scenes: the first and last scene for validation.
+        test_scenes: the first and last scene for test.
+        patches: how many pixels to train on, a random sample of those with known truth.
+        scaled: scale disparities to 0..1 for the model; otherwise they are in pixels.
+        threshold: a disparity is right if its error is at most this many pixels; usually 3 for KITTI, 1 for Middlebury.
+        test_threshold: the threshold for test; by default `threshold`.
+        disparities: how many disparities to search, from 0 on.
+        units: the value of one pixel of disparity in 8-bit ground truth without a known unit.
 
     Raises:
-        DataError: the pairs are not there, or not as many, or do not tell their units.
+        DataError: pairs are missing or fewer than asked for, a scene is in two splits, or the unit of the truth is not known.
     """
     if not 1 <= disparities <= UNKNOWN:
         raise DataError(f"disparities must lie in 1..{UNKNOWN}, but got {disparities}.")
     if patches < 1:
         raise DataError(f"patches must be at least 1, but got {patches}.")
     scale = 1 / max(1, disparities - 1) if scaled else 1.0
-    asked = (("train", train, train_scenes, threshold), ("validation", train, validation_scenes, threshold),
+    requested = (("train", train, train_scenes, threshold), ("validation", train, validation_scenes, threshold),
              ("test", test, test_scenes, threshold if test_threshold is None else test_threshold))  # fmt: skip
     parts, owners = {}, dict[Path, str]()
-    for name, folder, span, most in asked:
-        scenes = _block(find_scenes(Path(root) / folder), span, f"{name}_scenes")
+    for name, folder, numbers, max_error in requested:
+        scenes = _block(find_scenes(Path(root) / folder), numbers, f"{name}_scenes")
         for scene in scenes:
             if (other := owners.setdefault(scene.truth, name)) != name:
                 raise DataError(
-                    f"No scene may be in two splits, but {scene.name} is in {other} and {name}; mend {name}_scenes."
+                    f"No scene may be in two splits, but {scene.name} is in {other} and {name}; change {name}_scenes."
                 )
         cache = Path(root) / f"census-{disparities}" / folder
-        parts[name] = _maps(scenes, cache, disparities=disparities, threshold=most, units=units, scale=scale)
+        parts[name] = _maps(scenes, cache, disparities=disparities, threshold=max_error, units=units, scale=scale)
     pixels = (parts["train"].right != UNKNOWN).nonzero().int()
     drawn = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(PIXEL_SEED))[:patches].sort().values
     held, tested = parts["validation"], parts["test"]
@@ -149,43 +149,43 @@ def _block(scenes: list[Scene], span: Sequence[int], key: str) -> list[Scene]:
 
 
 def _maps(scenes: list[Scene], cache: Path, *, disparities: int, threshold: float, units: float | None, scale: float) -> Maps:
-    found = [_cropped(scene, cache, disparities, threshold, units) for scene in scenes]
-    height, width = (max(right.shape[axis] for _, right in found) for axis in (0, 1))
+    cropped = [_cropped(scene, cache, disparities, threshold, units) for scene in scenes]
+    height, width = (max(right.shape[axis] for _, right in cropped) for axis in (0, 1))
 
     def stacked(tensors: list[Tensor], margin: int, fill: int) -> Tensor:
         room = ((0, width + margin - t.shape[1], 0, height + margin - t.shape[0]) for t in tensors)
         return torch.stack([F.pad(t, size, value=fill) for t, size in zip(tensors, room, strict=True)])
 
-    maps, rights = zip(*found, strict=True)
+    maps, rights = zip(*cropped, strict=True)
     return Maps(stacked(list(maps), 2 * MARGIN, 0), stacked(list(rights), 0, UNKNOWN), scale)
 
 
 def _cropped(scene: Scene, cache: Path, disparities: int, threshold: float, units: float | None) -> tuple[Tensor, Tensor]:
-    """A scene's disparities (height + 8, width + 8) and which of them are right (height, width), where truth is known."""
-    found, truth = _disparities(scene, cache, disparities), scene.disparities(units)
-    if found.shape != truth.shape:
-        raise DataError(f"The truth of {scene.truth} must be of its image's size, but is {truth.shape}, not {found.shape}.")
+    """A scene's disparities (height + 8, width + 8) and targets (height, width), cropped to the region with known truth."""
+    disparity, truth = _disparities(scene, cache, disparities), scene.disparities(units)
+    if disparity.shape != truth.shape:
+        raise DataError(f"{scene.truth} must have the size of its image, {disparity.shape}, but has {truth.shape}.")
     known = ~np.isnan(truth)
     if not known.any():
-        raise DataError(f"Some of the truth must be known, but {scene.truth} holds none; leave the scene out.")
-    right = np.where(known, np.abs(found - truth) <= threshold, UNKNOWN).astype(np.uint8)
-    rows, columns = (slice(where.min(), where.max() + 1) for where in known.nonzero())
-    # Beyond the image's edge disparities are taken to be 0, as the published network does.
-    padded = np.pad(found, MARGIN)[rows.start : rows.stop + 2 * MARGIN, columns.start : columns.stop + 2 * MARGIN]
+        raise DataError(f"Ground truth must have known pixels, but {scene.truth} has none; leave the scene out.")
+    right = np.where(known, np.abs(disparity - truth) <= threshold, UNKNOWN).astype(np.uint8)
+    rows, columns = (slice(indices.min(), indices.max() + 1) for indices in known.nonzero())
+    # Beyond the image's edge disparities count as 0, as in the published network.
+    padded = np.pad(disparity, MARGIN)[rows.start : rows.stop + 2 * MARGIN, columns.start : columns.stop + 2 * MARGIN]
     return torch.from_numpy(padded.copy()), torch.from_numpy(right[rows, columns].copy())
 
 
 def _disparities(scene: Scene, cache: Path, disparities: int) -> NDArray[np.uint8]:
-    """A scene's disparity map, computed once for the same two images."""
+    """A scene's disparity map, cached by the content of its two images."""
     left, right = scene.images()
     digest = hashlib.sha256(left.tobytes() + right.tobytes()).hexdigest()[:16]
     path = cache / f"{scene.name}-{digest}.png"
     if path.exists():
         return np.array(Image.open(path))
-    found = disparity_map(left, right, disparities=disparities)
+    disparity = disparity_map(left, right, disparities=disparities)
     content = io.BytesIO()
-    Image.fromarray(found).save(content, "png")
-    # A folder that cannot be written to is no reason to stop: its maps are then made in each run.
+    Image.fromarray(disparity).save(content, "png")
+    # If the folder is read-only, go on: the maps are then made in each run.
     with suppress(OSError):
         write_whole(path, content.getvalue())
-    return found
+    return disparity

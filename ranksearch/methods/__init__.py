@@ -1,6 +1,7 @@
-"""Decompositions of one layer, one a file. Adding one: its value in `ranksearch.plan`, its file, and its line here.
+"""The decompositions, one per file. To add one: its value in `ranksearch.plan`, its file, and its line here.
 
-Outside of the package: a subclass of `ranksearch.Factorization`, one of `Method`, and a call of `register_method`.
+To add one outside of this package: a subclass of `ranksearch.Factorization`, a subclass of `Method`, and a call of
+`register_method`.
 """
 
 from ranksearch.methods.base import FEWER_PARAMS, Method, Prepared, RankConstraints, nearest_rank

@@ -1,7 +1,7 @@
-"""The contract that every decomposition fulfils: ranks <-> cost <-> modules.
+"""`Method`, the base class of every decomposition: from ranks to costs, factors and modules.
 
-One file holds one decomposition. `parts` is the single source of its size and structure: the parameter count, the
-multiply-accumulates, the modules and the kernel that factors stand for all follow from it.
+`Method.parts` is the single source of a decomposition's size and structure: the parameters, the multiply-accumulates, the
+modules and the reconstructed kernel all follow from it.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from ranksearch.plan import Factorization
 from ranksearch.tensors.matrix import Principal, norm_of
 
 Prepared: TypeAlias = Mapping[str, Tensor]
-"""What one layer's decomposition needs so that every rank is cheap; plain tensors by name, so that it can be stored."""
+"""Results for one layer from which factors at any rank are cheap to compute; tensors by name, so that they can be stored."""
 FactorsAt: TypeAlias = Callable[[tuple[int, ...]], Sequence[Tensor]]
-"""The factors of one kernel at any ranks."""
+"""From ranks to the factors of one kernel."""
 Rows: TypeAlias = Callable[[], Principal]
-"""The principal vectors of a kernel's rows, computed when they are first asked for."""
+"""Computes the principal vectors of a kernel's rows on the first call."""
 Estimate: TypeAlias = Literal["in", "out", "larger"]
-"""The VBMF rank of the unfolding by input channels, by output channels, or the larger of the two."""
+"""Which VBMF rank to use: of the unfolding by input channels, of that by output channels, or the larger of the two."""
 
-LEVELS = 10
-"""How many values of one rank a profile looks at, evenly spaced on a log scale, for methods of one or two ranks."""
+MAX_RANK_VALUES = 10
+"""How many values of each rank a profile tries, evenly spaced on a log scale, for methods with one or two ranks."""
 MAX_CANDIDATES = 128
-"""How many combinations of ranks a profile looks at for one layer and method: of three ranks five levels each."""
-MAX_TERMS = 512
-"""The largest rank that ALS fits. Only fully connected layers behind a map reach it, such as the first of VGG-16 (4096x512x49):
+"""How many combinations of ranks a profile tries at most for one layer and method; with three ranks, five values each."""
+MAX_ALS_RANK = 512
+"""The largest rank that ALS fits, since it solves linear systems of this size. Only fully connected layers behind a map reach it, such as the first of VGG-16 (4096x512x49):
 the fits of a profile up to 1,024 terms take two minutes of a core there, up to 512 terms a third of that."""
 
 CHANNEL_BLOCK = 16
@@ -45,10 +45,11 @@ CHANNEL_BLOCK = 16
 
 @dataclass(frozen=True)
 class RankConstraints:
-    """Which candidates are offered for a layer. A layer never grows: a candidate that is not smaller than dense in every
-    cost of `smaller_in` ("params", "macs") is not.
+    """Which ranks are allowed for a layer.
 
-    Ranks are multiples of `multiple`, as some hardware wants them; a rank whose bound lies below it is held at that bound.
+    Attributes:
+        multiple: ranks must be multiples of this, as suits some hardware. A rank whose bound is smaller is fixed at its bound.
+        smaller_in: the costs ("params", "macs") in which the layer must be smaller than dense.
     """
 
     multiple: int = 1
@@ -56,94 +57,94 @@ class RankConstraints:
 
 
 FEWER_PARAMS = RankConstraints()
-"""Any rank at which the layer has fewer parameters: what is offered unless a study says otherwise."""
+"""The default: every rank at which the layer has fewer parameters than dense."""
 
 
 class Method(abc.ABC):
-    """One decomposition. Stateless; shapes are the kernel's (out, in, *kernel), factors come in the order they apply.
+    """One decomposition, without state. `weight` is always a kernel's shape (out, in, *kernel); factors are in forward order.
 
-    A subclass says what differs: these attributes and the abstract methods. The rest follows from them and is not overridden.
+    A subclass defines the attributes and the abstract methods, and may override `distances`; it overrides nothing else.
     """
 
     kind: ClassVar[type[Factorization]]
-    """The type of a plan's values for this method."""
+    """The type of the plan's values that select this method."""
     vbmf: ClassVar[tuple[Estimate, ...]]
-    """For each rank, the VBMF estimate that suggests it."""
+    """For each rank, the VBMF estimate to take it from."""
     vbmf_turn: ClassVar[int] = 100
-    """The method's turn to lead a plan at VBMF ranks, in which all layers that it suits take it: the lowest number first. A
-    method of turn 0 leads no plan if another can."""
+    """The method's turn to lead the VBMF plans, the lowest first; a leading method is used for every layer that it can store.
+    A method with turn 0 leads only if no other method can."""
     by_als: ClassVar[bool] = False
     """Whether alternating least squares fits the factors."""
 
     @abc.abstractmethod
     def applies(self, weight: Shape, *, linear: bool) -> bool:
-        """Whether this decomposition can store a kernel of this shape; `linear`: of a fully connected layer."""
+        """Whether this decomposition can store a kernel of this shape; `linear` is True for a fully connected layer."""
 
     @abc.abstractmethod
     def bounds(self, weight: Shape) -> tuple[int, ...]:
-        """The ranks at which a kernel of this shape is reproduced exactly; more would be waste."""
+        """The ranks at which every kernel of this shape is reproduced exactly, so the largest useful ones."""
 
     @abc.abstractmethod
     def parts(self, weight: Shape, ranks: tuple[int, ...]) -> tuple[Part, ...]:
-        """The convolutions in a row that store a kernel of shape `weight` at these ranks; the first is not depthwise."""
+        """The sequence of convolutions that stores a kernel of shape `weight` at these ranks; the first is not depthwise."""
 
     @abc.abstractmethod
     def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int, rows: Rows | None = None) -> Prepared:
-        """The part of the work that all ranks share, for a kernel (out, in, *kernel); `ranks` are those looked at.
+        """Do the work for one kernel (out, in, *kernel) that all `ranks` share.
 
-        `rows` gives `principal(kernel.flatten(1))`, which another method may have computed already.
+        `rows()` returns `principal(kernel.flatten(1))`, which another method may have computed already.
         """
 
     @abc.abstractmethod
     def factors(
         self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int, sweeps: int = 0
     ) -> tuple[Tensor, ...]:
-        """The factors at `ranks`, of the shapes of `factor_shapes`; a pure function of its arguments.
+        """The factors at `ranks`, with the shapes of `factor_shapes`; a pure function of its arguments.
 
-        `sweeps` more of alternating least squares lower the error of those that are not the best at their ranks.
+        Where prepared factors are not optimal at their ranks, `sweeps` further sweeps of alternating least squares refine them.
         """
 
     @abc.abstractmethod
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
-        """The relative errors (Frobenius) of the kernel at some of the prepared ranks, without rebuilding it."""
+        """The relative errors (Frobenius) of the kernel at some of the prepared ranks, without reconstructing it."""
 
     def distances(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], factors_at: FactorsAt) -> list[float]:
-        """The norms (Frobenius) of `kernel` minus what its factors at these ranks stand for.
+        """The norms (Frobenius) of `kernel` minus its reconstruction at each of `ranks`.
 
-        `factors_at` gives factors that were folded back from a whitening, so that they need not be orthogonal any more. A
-        method whose factors are nested may know them without rebuilding a kernel for each of the ranks.
+        `factors_at` returns factors after the whitening was undone, so they need not be orthogonal. A method with nested
+        factors can override this to avoid a reconstruction for each of the ranks.
         """
         return [self.distance(kernel, factors_at(each)) for each in ranks]
 
-    # --- what follows from the above; not overridden ---
+    # --- Derived from the methods above; not overridden. ---
 
     def distance(self, kernel: Tensor, factors: Sequence[Tensor]) -> float:
-        """The norm (Frobenius) of `kernel` minus what the factors stand for."""
+        """The norm (Frobenius) of `kernel` minus its reconstruction from the factors."""
         return norm_of(self.reconstruct(factors, tuple(kernel.shape)).sub_(kernel))
 
     def limits(self, weight: Shape) -> tuple[int, ...]:
-        """The largest ranks that are worth a look, whatever they cost."""
+        """The largest ranks to try, regardless of cost."""
         if not self.by_als:
             return self.bounds(weight)
-        # More terms than the largest channel mode make ALS overcomplete: they cancel rather than fit.
-        return tuple(min(max(weight[:2]), bound, MAX_TERMS) for bound in self.bounds(weight))
+        # With more terms than the larger number of channels ALS is overcomplete: terms cancel each other instead of fitting.
+        return tuple(min(max(weight[:2]), bound, MAX_ALS_RANK) for bound in self.bounds(weight))
 
     def from_vbmf(self, rank_in: int, rank_out: int) -> tuple[int, ...]:
-        """The ranks that VBMF estimates of the input and the output unfolding suggest."""
+        """The method's ranks from the VBMF ranks of the input and the output unfolding."""
         estimates = {"in": rank_in, "out": rank_out, "larger": max(rank_in, rank_out)}
         return tuple(estimates[name] for name in self.vbmf)
 
     def factor_shapes(self, weight: Shape, ranks: tuple[int, ...]) -> tuple[Shape, ...]:
-        """The shapes of the factors of a kernel of shape `weight`, in the order they apply."""
+        """The shapes of the factors of a kernel of shape `weight`, in forward order."""
         return tuple(part.shape(weight) for part in self.parts(weight, ranks))
 
     def holds(self, weight: Shape) -> tuple[tuple[int, ...], ...]:
-        """For each factor, the kernel's input modes (1: channels, 2 and up: positions) that its last axes hold, a run."""
+        """For each factor, the kernel's input modes (1: channels, 2 and up: positions) that its last axes stand for."""
         first, *others = [tuple(2 + axis for axis in part.axes) for part in self._structure(weight)]
         return (1, *first), *others
 
     def positions(self, layer: Layer) -> tuple[int, ...]:
-        """How many positions each factor is applied to in one of the layer's calls."""
+        """For each factor, the number of positions it is applied to in one call of the layer."""
         size, counts = list(layer.in_size), []
         for part in self._structure(layer.weight):
             for axis in part.axes:
@@ -152,34 +153,34 @@ class Method(abc.ABC):
         return tuple(counts)
 
     def balanced(self, factors: tuple[Tensor, ...], weight: Shape) -> tuple[Tensor, ...]:
-        """The same kernel by factors that fine-tuning starts better from, after a whitening was folded into `factors`."""
+        """Rescale `factors` after the whitening was undone, so that fine-tuning starts better; the kernel stays the same."""
         first, second, *_ = self._structure(weight)
         if first.axes or second.depthwise or not second.axes:
             return factors
-        # An orthonormal basis of the input channels again: over ten plans of the digits LeNet with Tucker-2, the cross-entropy
-        # after three epochs was lower for each of them, by 0.03 on average. For other methods scales made no difference.
+        # Make the basis of the input channels orthonormal again: this lowered the cross-entropy after three epochs for each of
+        # ten Tucker-2 plans of the digits LeNet, by 0.03 on average. For other methods scaling made no difference.
         reduce, core = factors[0].double(), factors[1].double()
         basis, scales = torch.linalg.qr(reduce.T)
         turned = torch.einsum("pq...,rq->pr...", core, scales)
         return basis.T.to(factors[0].dtype), turned.to(factors[1].dtype), *factors[2:]
 
     def reconstruct(self, factors: Sequence[Tensor], weight: Shape) -> Tensor:
-        """The kernel of shape `weight` that the factors stand for."""
+        """The kernel of shape `weight` that the factors represent."""
         return composed(self._structure(weight), factors, weight)
 
     def build(self, module: nn.Module, weight: Shape, ranks: tuple[int, ...], factors: Sequence[Tensor]) -> nn.Sequential:
-        """Plain torch modules that compute what `module` would with the reconstructed kernel."""
+        """Plain torch modules that compute the same as `module` with the reconstructed kernel."""
         return assemble(module, weight, self.parts(weight, ranks), factors)
 
     def value(self, layer: Layer, ranks: tuple[int, ...]) -> Factorization:
         """The plan's value for this layer at these ranks."""
         matrix = (layer.weight[0], math.prod(layer.weight[1:]))
-        # Factors are of the kernel in its usual order, those of a matrix too.
+        # Factors assume the usual order of the map's axes, so the value must record any other order, even for a matrix.
         as_kernel = layer.flattened and (layer.order is not None or not self.applies(matrix, linear=True))
         return self.kind(*ranks, kernel=layer.kernel if as_kernel else None, order=layer.order if as_kernel else None)
 
     def params(self, layer: Layer, ranks: tuple[int, ...]) -> int:
-        """Parameters of the factorized layer, bias included."""
+        """Parameters of the factorized layer, including the bias."""
         factors = sum(map(math.prod, self.factor_shapes(layer.weight, ranks)))
         return factors + (layer.weight[0] if layer.bias else 0)
 
@@ -189,7 +190,7 @@ class Method(abc.ABC):
         return sum(math.prod(shape) * count for shape, count in zip(shapes, positions, strict=True)) * layer.calls
 
     def costs(self, layer: Layer, ranks: tuple[int, ...]) -> dict[str, float]:
-        """Every cost of the factorized layer by its name."""
+        """All costs of the factorized layer by name."""
         timed = {"latency": layer.latency.ms(self.kind.method, self.work(layer, ranks))} if layer.latency else {}
         return {"params": self.params(layer, ranks), "macs": self.macs(layer, ranks)} | timed
 
@@ -210,18 +211,20 @@ class Method(abc.ABC):
         return 1.0, *macs, float(between), float(self.params(layer, ranks))
 
     def rank_ranges(self, layer: Layer, constraints: RankConstraints = FEWER_PARAMS) -> tuple[range, ...]:
-        """The ranks of each kind that pay while the others are at their least: a search's range, empty where none pays."""
+        """For each rank, the values at which the layer shrinks while the other ranks are at their smallest; empty if none."""
         least = tuple(min(constraints.multiple, bound) for bound in self.bounds(layer.weight))
         return tuple(
             self._rank_range(layer, constraints, least, axis, limit) for axis, limit in enumerate(self.limits(layer.weight))
         )
 
     def rank_grid(self, layer: Layer, constraints: RankConstraints = FEWER_PARAMS) -> list[tuple[int, ...]]:
-        """The ranks that a profile looks at: on a log scale from the least to the largest that pays, in all combinations that
-        pay; the more ranks a method has, the fewer levels of each."""
+        """The ranks that a profile tries: log-spaced values of `rank_ranges`, in all combinations that shrink the layer.
+
+        The more ranks a method has, the fewer values of each.
+        """
         ranges = self.rank_ranges(layer, constraints)
-        levels = max(2, min(LEVELS, int(MAX_CANDIDATES ** (1 / len(ranges)))))
-        axes = [_log_spaced(ranks, levels) for ranks in ranges]
+        values = max(2, min(MAX_RANK_VALUES, int(MAX_CANDIDATES ** (1 / len(ranges)))))
+        axes = [_log_spaced(ranks, values) for ranks in ranges]
         return [ranks for ranks in itertools.product(*axes) if self.shrinks(layer, ranks, constraints)]
 
     def shrinks(self, layer: Layer, ranks: tuple[int, ...], constraints: RankConstraints = FEWER_PARAMS) -> bool:
@@ -230,31 +233,31 @@ class Method(abc.ABC):
         return all(costs[cost] < layer.costs[cost] for cost in constraints.smaller_in)
 
     def _structure(self, weight: Shape) -> tuple[Part, ...]:
-        """The parts at the least ranks, for what does not depend on ranks."""
+        """The parts at rank 1, for everything that does not depend on the ranks."""
         return self.parts(weight, (1,) * len(self.kind.rank_names()))
 
     def _rank_range(self, layer: Layer, constraints: RankConstraints, least: tuple[int, ...], axis: int, limit: int) -> range:
         def grows(rank: int) -> bool:
             return not self.shrinks(layer, (*least[:axis], rank, *least[axis + 1 :]), constraints)
 
-        # A bound below the multiple is itself the step, and the only one that fits.
+        # If the bound is below the multiple, it is the start and the step, so the only rank.
         ranks = range(least[axis], limit + 1, least[axis])
-        # The costs rise with the rank, so the first rank that does not pay can be bisected for.
+        # Costs rise with the rank, so the first rank that does not shrink the layer is found by bisection.
         return ranks[: bisect.bisect_left(ranks, True, key=grows)]
 
 
 def root(energy: Tensor | float) -> float:
-    """The root of an energy that rounding may have made negative."""
+    """The square root of a sum of squares, which rounding may have made slightly negative."""
     return math.sqrt(max(0.0, float(energy)))
 
 
 def nearest_rank(ranks: range, wanted: float) -> int:
-    """The rank of `ranks`, one kind's from `Method.rank_ranges`, that is nearest to `wanted`."""
+    """The value of `ranks`, one of `Method.rank_ranges`, that is nearest to `wanted`."""
     return ranks[min(len(ranks), max(1, round(wanted / ranks.step))) - 1]
 
 
-def _log_spaced(ranks: range, levels: int) -> list[int]:
-    counts = [math.exp(math.log(len(ranks)) * step / (levels - 1)) for step in range(levels)] if ranks else []
+def _log_spaced(ranks: range, values: int) -> list[int]:
+    counts = [math.exp(math.log(len(ranks)) * step / (values - 1)) for step in range(values)] if ranks else []
     return sorted({nearest_rank(ranks, ranks.step * count) for count in counts})
 
 
@@ -264,7 +267,7 @@ def has_positions(weight: Shape) -> bool:
 
 
 def is_separable(weight: Shape) -> bool:
-    """Whether a kernel has a height and a width to be separated."""
+    """Whether a kernel is 2-D with a height and a width above 1, so that they can be separated."""
     return len(weight) == 4 and min(weight[2:]) > 1
 
 

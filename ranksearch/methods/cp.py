@@ -14,12 +14,12 @@ from ranksearch.methods.parts import Part, Shape
 from ranksearch.tensors.cp import cp_als, cp_path, exact_rank, reconstruct
 from ranksearch.tensors.matrix import norm_of
 
-# Sweeps for a rank between two prepared ones: the start is good, and this runs at the start of every trial.
-BETWEEN = 20
+# ALS sweeps for a rank between two prepared ones. Few, since the start is good, and since they run at the start of each trial.
+UNPREPARED_RANK_SWEEPS = 20
 
 
 class CPMethod(Method):
-    """CP of the three-way tensor (out, in, kernel positions): as many terms as `rank`, fitted by ALS."""
+    """CP of the three-way tensor (out, in, kernel positions) with `rank` terms, fitted by ALS."""
 
     kind = plan.CP
     vbmf = ("larger",)  # as the thesis does
@@ -51,12 +51,12 @@ class CPMethod(Method):
 
 
 def errors_at(prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
-    """The errors of prepared CP fits."""
+    """The relative errors of prepared CP fits."""
     return [float(prepared[f"{rank}.error"]) for (rank,) in ranks]
 
 
 def prepare_path(tensor: Tensor, ranks: Sequence[tuple[int, ...]], seed: int, rows: Rows | None = None) -> dict[str, Tensor]:
-    """CP fits at all `ranks`, warm-started downwards, as tensors `<rank>.<mode>`; with `<rank>.error`."""
+    """CP fits at all `ranks`, each started from the next larger one, as tensors `<rank>.<mode>` and `<rank>.error`."""
     fits = cp_path(tensor, sorted({rank for (rank,) in ranks}), seed=seed, rows=rows)
     factors = {f"{rank}.{mode}": factor for rank, fit in fits.items() for mode, factor in enumerate(fit.factors)}
     for rank, fit in fits.items():
@@ -65,20 +65,23 @@ def prepare_path(tensor: Tensor, ranks: Sequence[tuple[int, ...]], seed: int, ro
 
 
 def factors_at(tensor: Tensor, prepared: Prepared, rank: int, seed: int, sweeps: int) -> tuple[Tensor, ...]:
-    """The CP factors at any rank up to the largest prepared one: as prepared, or fitted from the largest terms of the
-    next larger prepared rank; and `sweeps` more."""
-    above = min(known for known in (int(name.split(".")[0]) for name in prepared) if known >= rank)
+    """The CP factors at any rank up to the largest prepared one, after `sweeps` further sweeps.
+
+    A rank that was not prepared is fitted from the largest terms of the next larger prepared rank.
+    """
+    prepared_ranks = {int(name.split(".")[0]) for name in prepared}
+    above = min(other for other in prepared_ranks if other >= rank)
     start = tuple(prepared[f"{above}.{mode}"] for mode in range(tensor.dim()))
-    more = sweeps + (BETWEEN if above > rank else 0)
-    if not more:
+    total_sweeps = sweeps + (UNPREPARED_RANK_SWEEPS if above > rank else 0)
+    if not total_sweeps:
         return start
-    # Terms are kept sorted by falling norm, so the first ones are the largest.
-    return _continued(tensor, tuple(factor[:, :rank] for factor in start), more, seed)
+    # Terms are sorted by falling norm, so the first ones are the largest.
+    return _continued(tensor, tuple(factor[:, :rank] for factor in start), total_sweeps, seed)
 
 
 def _continued(tensor: Tensor, factors: Sequence[Tensor], sweeps: int, seed: int) -> tuple[Tensor, ...]:
-    """The CP factors after as many more sweeps, or fewer where they have converged; as they are if none lowers the error."""
+    """The CP factors after at most `sweeps` further sweeps, or unchanged if these do not lower the error."""
     before = norm_of(tensor - reconstruct(factors)) / norm_of(tensor)
     fit = cp_als(tensor, factors[0].shape[1], seed=seed, init=factors, sweeps=sweeps)
-    # A fit that has converged at the bound on its degeneracy can end a little below the bound, and of the error above.
+    # A converged fit at the bound on degeneracy can end slightly below the bound, with a slightly larger error.
     return fit.factors if fit.error < before else tuple(factors)

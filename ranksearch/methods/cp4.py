@@ -14,7 +14,7 @@ from ranksearch.tensors.cp import exact_rank
 
 
 class CP4Method(Method):
-    """CP of the four-way tensor (out, in, height, width); fewer parameters at a rank than CP, and a larger error."""
+    """CP of the four-way tensor (out, in, height, width); at equal rank it is smaller than CP, with a larger error."""
 
     kind = plan.CP4
     vbmf = ("larger",)

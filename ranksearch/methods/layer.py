@@ -1,4 +1,4 @@
-"""One decomposable layer of a network, as methods need to know it: its shape and what it costs."""
+"""What methods know of a decomposable layer: its shape, its sizes and its costs."""
 
 from __future__ import annotations
 
@@ -32,12 +32,19 @@ class LayerLatency:
 class Layer:
     """One decomposable module of the dense model at the study's input size.
 
-    `weight` is the kernel's shape (out, in, *kernel); (out, in) for a fully connected layer. `in_size` and `out_size`
-    are the spatial sizes before and after, () for a fully connected layer, `calls` how often it is applied to one
-    input: to each position, or to each part of an input whose parts the model folds into the batch. A fully connected
-    layer behind a flatten has `flattened` set: its weight is seen as a kernel that covers the whole map, as the thesis
-    does, and its sizes are those of that convolution. Where the channels were not the first axis of the map, `order` is the
-    order of its axes in the flattened row, as in `Factorization.order`. `latency` is there once the layer was timed.
+    Attributes:
+        name: its name in the model.
+        kind: its class, for example "Conv2d" or "Linear".
+        weight: shape of the kernel, (out, in, *kernel), or (out, in) for a fully connected layer.
+        bias: whether it has a bias.
+        in_size: spatial size of its input, () for a fully connected layer.
+        out_size: spatial size of its output, () for a fully connected layer.
+        calls: how often it is applied to one input: more than once if a fully connected layer is applied to each position, or
+            if the model folds parts of an input into the batch.
+        flattened: whether it is a fully connected layer behind a flatten. Then `weight`, `in_size` and `out_size` are those of
+            a convolution with a kernel that covers the whole map, as in the thesis.
+        order: as `Factorization.order`: the order of the map's axes in the flattened row, if channels do not come first.
+        latency: its latency, once it was measured.
     """
 
     name: str
@@ -58,7 +65,7 @@ class Layer:
 
     @property
     def params(self) -> int:
-        """Parameters of the dense layer, weight and bias."""
+        """Parameters of the dense layer, including the bias."""
         return math.prod(self.weight) + (self.weight[0] if self.bias else 0)
 
     @property
@@ -68,6 +75,6 @@ class Layer:
 
     @property
     def costs(self) -> dict[str, float]:
-        """Every cost of the dense layer by its name."""
+        """All costs of the dense layer by name."""
         timed = {"latency": self.latency.dense} if self.latency else {}
         return {"params": self.params, "macs": self.macs} | timed

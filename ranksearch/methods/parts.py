@@ -1,4 +1,4 @@
-"""The layers in a row that a factorized layer consists of: the shapes of their weights, and the torch modules."""
+"""The sequence of layers that replaces a dense layer: the shapes of their weights, and the torch modules."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ranksearch.methods.layer import CONVOLUTIONS
 
 Shape: TypeAlias = tuple[int, ...]
 
-NOWHERE = "meta"
-"""The device parts are made on: no initial values are drawn, which would move torch's global random state."""
+META_DEVICE = "meta"
+"""The device to create parts on. Elsewhere torch would draw initial values, which changes its global random state."""
 
 
 @dataclass(frozen=True)
 class Part:
     """One convolution `into` -> `out` channels of a factorized layer; its weight is one factor of the kernel.
 
-    Along `axes` of the kernel (0 and up) it has the layer's kernel size, stride, padding and dilation; along the other axes
-    it is 1 wide. So the parts of a layer share out the axes: each axis belongs to one part.
+    Along its `axes` of the kernel (0 and up) it has the dense layer's kernel size, stride, padding and dilation; along other
+    axes its size is 1. Each axis of the kernel belongs to exactly one part.
     """
 
     name: str
@@ -33,25 +33,25 @@ class Part:
     axes: tuple[int, ...] = ()
     depthwise: bool = False
     as_matrix: bool = False
-    """Of a first part along all axes: its factor is a matrix, and a fully connected layer keeps its row of inputs."""
+    """Only for a first part with all axes: its factor is a matrix, and a fully connected layer need not unflatten its input."""
 
     def shape(self, weight: Shape) -> Shape:
-        """The factor's shape for a kernel of shape `weight`: (out, into, *sizes of `axes`); without `into` if depthwise, (out,
-        into * sizes) as a matrix."""
+        """The factor's shape for a kernel of shape `weight`: (out, into, *sizes of `axes`), or (out, *sizes) if depthwise, or
+        (out, into * sizes) if `as_matrix`."""
         channels = (self.out,) if self.depthwise else (self.out, self.into)
         shape = (*channels, *(weight[2 + axis] for axis in self.axes))
         return (self.out, math.prod(shape[1:])) if self.as_matrix else shape
 
     def module(self, dense: nn.Module, weight: Shape, *, bias: bool) -> nn.Module:
-        """The part of the layer `dense`, on the device "meta".
+        """The torch module of this part for the layer `dense`, on the device "meta".
 
-        For a Linear seen as a kernel over its whole map the convolution is valid, with stride 1.
+        For a Linear seen as a kernel over its whole input map, the convolution has no padding and stride 1.
         """
         if len(weight) == 2:
-            return nn.Linear(self.into, self.out, bias=bias, device=NOWHERE)
+            return nn.Linear(self.into, self.out, bias=bias, device=META_DEVICE)
         kind, conv = CONVOLUTIONS[len(weight) - 3], dense if isinstance(dense, CONVOLUTIONS) else None
         if not self.axes:
-            return kind(self.into, self.out, 1, bias=bias, device=NOWHERE)
+            return kind(self.into, self.out, 1, bias=bias, device=META_DEVICE)
         ones = (1,) * (len(weight) - 2)
         padding: str | tuple[int, ...] = (0,) * len(ones)
         if conv:
@@ -66,7 +66,7 @@ class Part:
             groups=self.into if self.depthwise else 1,
             bias=bias,
             padding_mode=conv.padding_mode if conv else "zeros",
-            device=NOWHERE,
+            device=META_DEVICE,
         )
 
     def _along(self, values: Sequence[int], other: int) -> tuple[int, ...]:
@@ -74,10 +74,10 @@ class Part:
 
 
 def assemble(module: nn.Module, weight: Shape, parts: Sequence[Part], factors: Sequence[Tensor]) -> nn.Sequential:
-    """The parts as one `nn.Sequential` with the factors for weights, on the device and in the dtype of `module`.
+    """The parts as one `nn.Sequential` with the factors as weights, on the device and in the dtype of `module`.
 
-    A fully connected `module` stays one from outside: the map is unflattened before the parts and flattened after them. Its
-    bias goes to the last part.
+    The last part gets the bias of `module`. If `module` is fully connected and stored as convolutions, its input is unflattened
+    to a map before the parts, and the output flattened after them.
     """
     kernel, bias = module.weight, module.bias
     assert isinstance(kernel, Tensor)
@@ -89,12 +89,12 @@ def assemble(module: nn.Module, weight: Shape, parts: Sequence[Part], factors: S
     if as_kernel:
         steps["unflatten"] = nn.Unflatten(1, weight[1:])
     for part, factor in zip(parts, factors, strict=True):
-        made = part.module(module, weight, bias=bias is not None and part is parts[-1])
-        # In the final dtype before the values come, which would otherwise be rounded to the default one.
-        steps[part.name] = made.to(kernel.dtype).to_empty(device=kernel.device).requires_grad_(kernel.requires_grad)
-        assert isinstance(made.weight, Tensor)
+        layer = part.module(module, weight, bias=bias is not None and part is parts[-1])
+        # Set the final dtype before copying, or values would be rounded to the default dtype in between.
+        steps[part.name] = layer.to(kernel.dtype).to_empty(device=kernel.device).requires_grad_(kernel.requires_grad)
+        assert isinstance(layer.weight, Tensor)
         with torch.no_grad():
-            made.weight.copy_(factor.reshape(made.weight.shape))
+            layer.weight.copy_(factor.reshape(layer.weight.shape))
     if isinstance(bias, Tensor):
         last = steps[parts[-1].name].bias
         assert isinstance(last, Tensor)
@@ -107,14 +107,14 @@ def assemble(module: nn.Module, weight: Shape, parts: Sequence[Part], factors: S
 
 
 def composed(parts: Sequence[Part], factors: Sequence[Tensor], weight: Shape) -> Tensor:
-    """The kernel of shape `weight` that the parts compute together; the first part is not depthwise."""
+    """The kernel of shape `weight` that the parts apply together; the first part is not depthwise."""
     axes = list(parts[0].axes)
     kernel = factors[0].reshape(-1, weight[1], *(weight[2 + axis] for axis in axes))
     for part, factor in zip(parts[1:], factors[1:], strict=True):
         if part.depthwise:
             # kernel (c, in, *axes), factor (c, *more) -> (c, in, *axes, *more)
-            spread = factor.reshape(len(factor), *(1,) * (kernel.dim() - 1), *factor.shape[1:])
-            kernel = kernel.reshape(*kernel.shape, *(1,) * len(part.axes)) * spread
+            expanded = factor.reshape(len(factor), *(1,) * (kernel.dim() - 1), *factor.shape[1:])
+            kernel = kernel.reshape(*kernel.shape, *(1,) * len(part.axes)) * expanded
         else:
             # kernel (c, in, *axes), factor (o, c, *more) -> (o, *more, in, *axes) -> (o, in, *axes, *more)
             count = len(part.axes)

@@ -44,9 +44,9 @@ class SpatialMethod(Method):
         return errors_at(prepared, ranks)
 
     def distances(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], factors_at: FactorsAt) -> list[float]:
-        # Lower ranks are slices of the full one; of two terms, the inner product is that of their first times that of their
-        # second vectors.
+        # Factors at lower ranks are slices of the full ones. The inner product of two rank-1 terms is the product of the inner
+        # products of their vectors.
         first, second = factors_at(self.bounds(tuple(kernel.shape)))
-        ones, others = first.flatten(1).double(), second.movedim(1, 0).flatten(1).double()
-        products = (ones @ ones.T) * (others @ others.T)
+        first_vectors, second_vectors = first.flatten(1).double(), second.movedim(1, 0).flatten(1).double()
+        products = (first_vectors @ first_vectors.T) * (second_vectors @ second_vectors.T)
         return [root(products[rank:, rank:].sum()) for (rank,) in ranks]

@@ -15,7 +15,7 @@ from ranksearch.tensors.matrix import SVDFactors, norm_of, svd
 
 
 class SVDMethod(Method):
-    """Best approximation of the weight matrix at its rank (Eckart and Young 1936)."""
+    """The best approximation of the weight matrix at a rank (Eckart and Young 1936)."""
 
     kind = plan.SVD
     vbmf = ("larger",)
@@ -28,7 +28,7 @@ class SVDMethod(Method):
         return (min(weight[0], math.prod(weight[1:])),)
 
     def parts(self, weight: Shape, ranks: tuple[int, ...]) -> tuple[Part, ...]:
-        # A stride stands in the first convolution, so both run at the output's resolution.
+        # The first convolution has the stride, so both run at the output's resolution.
         return Part("reduce", weight[1], ranks[0], every_axis(weight), as_matrix=True), Part("expand", ranks[0], weight[0])
 
     def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int, rows: Rows | None = None) -> Prepared:
@@ -44,13 +44,13 @@ class SVDMethod(Method):
         return errors_at(prepared, ranks)
 
     def distances(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], factors_at: FactorsAt) -> list[float]:
-        # Lower ranks are slices of the full one, and the columns of the second factor stay orthogonal.
+        # Factors at lower ranks are slices of the full ones; the second factor's columns are orthogonal even after whitening.
         first, second = factors_at(self.bounds(tuple(kernel.shape)))
-        ones, others = (torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in (first, second.T))
-        return [norm_of((ones * others)[rank:]) for (rank,) in ranks]
+        first_norms, second_norms = (torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in (first, second.T))
+        return [norm_of((first_norms * second_norms)[rank:]) for (rank,) in ranks]
 
 
 def errors_at(prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
-    """The errors of a truncated SVD."""
-    every = SVDFactors(**prepared).errors().tolist()
-    return [every[rank - 1] for (rank,) in ranks]
+    """The relative errors of a truncated SVD."""
+    errors = SVDFactors(**prepared).errors().tolist()
+    return [errors[rank - 1] for (rank,) in ranks]

@@ -16,9 +16,9 @@ from ranksearch.tensors.matrix import floating, principal
 class TTMethod(Method):
     """Tensor train of the kernel as (in, height, width, out), by TT-SVD (Oseledets 2011).
 
-    The three bases are those of the whole kernel's unfoldings, not each of what the bases before it leave. So the ranks are
-    nested, and one decomposition serves all of them; the bound on the error, the root of the sum of the squared errors of the
-    three unfoldings, is that of TT-SVD.
+    Unlike TT-SVD, which projects the kernel on each basis before it computes the next, all three bases come from unfoldings of
+    the whole kernel. So the ranks are nested, and one decomposition serves all of them. The bound on the error is the same: the
+    root of the sum of the three unfoldings' squared errors.
     """
 
     kind = plan.TT
@@ -48,10 +48,10 @@ class TTMethod(Method):
         into, height, width, out = tensor.shape
         high = torch.einsum("ip,ihm->phm", u_in, u_mid.reshape(into, height, -1))
         wide = (u_mid.T @ tensor.reshape(into * height, -1)).reshape(-1, width, out) @ u_out
-        found = torch.tensor(ranks, dtype=torch.int64).reshape(-1, 3)
+        rank_table = torch.tensor(ranks, dtype=torch.int64).reshape(-1, 3)
         cores = {"in": u_in, "high": high, "wide": wide, "out": u_out}
         prepared = {name: core.to(floating(kernel).dtype) for name, core in cores.items()}
-        return prepared | {"ranks": found, "errors": _errors(high, wide, found)}
+        return prepared | {"ranks": rank_table, "errors": _errors(high, wide, rank_table)}
 
     def factors(
         self, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int, sweeps: int = 0
@@ -69,25 +69,25 @@ class TTMethod(Method):
         return reduce[0].T, high.permute(2, 0, 1), wide.permute(2, 0, 1), expand[:, :, 0].T
 
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
-        known = dict(zip(map(tuple, prepared["ranks"].tolist()), prepared["errors"].tolist(), strict=True))
-        return [known[each] for each in ranks]
+        errors = dict(zip(map(tuple, prepared["ranks"].tolist()), prepared["errors"].tolist(), strict=True))
+        return [errors[each] for each in ranks]
 
 
 def _errors(high: Tensor, wide: Tensor, ranks: Tensor) -> Tensor:
-    """The relative errors at `ranks` (n, 3), in the bases of the channels, which leave the kernel's norm as it is."""
-    whole = torch.tensordot(high, wide, 1)
-    energy = whole.square().sum((1, 2))
-    found = torch.zeros(len(ranks), dtype=torch.float64)
+    """The relative errors at `ranks` (n, 3). `high` and `wide` are in orthonormal bases of the channels, which keep norms."""
+    full = torch.tensordot(high, wide, 1)
+    energy = full.square().sum((1, 2))
+    squared_errors = torch.zeros(len(ranks), dtype=torch.float64)
     for place, (rank_in, rank_mid, rank_out) in enumerate(ranks.tolist()):
-        inside = torch.tensordot(high[:rank_in, :, :rank_mid], wide[:rank_mid, :, :rank_out], 1)
-        missed = (whole[:rank_in, :, :, :rank_out] - inside).square().sum()
-        found[place] = missed + energy[rank_in:].sum() + energy[:rank_in, rank_out:].sum()
-    return (found / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)).sqrt()
+        truncated = torch.tensordot(high[:rank_in, :, :rank_mid], wide[:rank_mid, :, :rank_out], 1)
+        missed = (full[:rank_in, :, :, :rank_out] - truncated).square().sum()
+        squared_errors[place] = missed + energy[rank_in:].sum() + energy[:rank_in, rank_out:].sum()
+    return (squared_errors / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)).sqrt()
 
 
 def _refined(tensor: Tensor, cores: Sequence[Tensor], sweeps: int) -> list[Tensor]:
-    """The cores (before, size, after) after as many sweeps of alternating least squares, each core the best for the others."""
-    values, cores, kind = tensor.double(), [core.double() for core in cores], tensor.dtype
+    """The cores (before, size, after) after `sweeps` of alternating least squares; each step solves for one core."""
+    values, cores, dtype = tensor.double(), [core.double() for core in cores], tensor.dtype
     for _ in range(sweeps):
         for place, core in enumerate(cores):
             before, size, after = core.shape
@@ -95,11 +95,11 @@ def _refined(tensor: Tensor, cores: Sequence[Tensor], sweeps: int) -> list[Tenso
             right = torch.linalg.pinv(_chain(after, cores[place + 1 :]).reshape(after, -1))
             blocks = values.reshape(left.shape[1], size, right.shape[0])
             cores[place] = torch.einsum("pa,anb,bq->pnq", left, blocks, right)
-    return [core.to(kind) for core in cores]
+    return [core.to(dtype) for core in cores]
 
 
 def _chain(before: int, cores: Sequence[Tensor]) -> Tensor:
-    """The product of cores in a row, of which the first has size `before` in front; the identity where there are none."""
+    """The product of consecutive cores; `before` is the first size of the first core. Without cores, the identity."""
     product = torch.eye(before, dtype=torch.float64)
     for core in cores:
         product = torch.tensordot(product, core, 1)

@@ -14,7 +14,7 @@ from ranksearch.tensors.tucker import HOSVD, hooi, hosvd
 
 
 class Tucker2Method(Method):
-    """Truncated HOSVD over the two channel modes: nested, so one decomposition serves every pair of ranks."""
+    """Truncated HOSVD of the two channel modes. Its factors are nested, so one decomposition serves every pair of ranks."""
 
     kind = plan.Tucker2
     vbmf = ("in", "out")
@@ -43,21 +43,21 @@ class Tucker2Method(Method):
         return u_in.T, core.reshape(*core.shape[:2], *kernel.shape[2:]), u_out
 
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
-        every = HOSVD(**prepared).errors().tolist()
-        return [every[rank_in - 1][rank_out - 1] for rank_in, rank_out in ranks]
+        errors = HOSVD(**prepared).errors().tolist()
+        return [errors[rank_in - 1][rank_out - 1] for rank_in, rank_out in ranks]
 
     def distances(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], factors_at: FactorsAt) -> list[float]:
-        # Lower ranks are slices of the full ones, and the last factor stays orthonormal. So what is left out are the core's
-        # slices behind rank_out, and of those before it the input terms behind rank_in.
+        # Factors at lower ranks are slices of the full ones, and the last factor is orthonormal even after whitening. So the
+        # error has two parts: the core's output slices from rank_out on, and the input terms from rank_in on of the others.
         reduce, core, _ = factors_at(self.bounds(tuple(kernel.shape)))
         basis = reduce.double() @ reduce.double().T
         stops = sorted({rank_out for _, rank_out in ranks} | {len(core)})
-        # By slice of the core between two stops: the inner products of its input terms.
+        # For each group of output slices between two stops, the inner products of the input terms.
         parts = [slices.double().transpose(0, 1).flatten(1) for slices in core.flatten(2).tensor_split(stops[:-1])]
         products = dict(zip(stops, (part @ part.T * basis for part in parts), strict=True))
-        found = []
+        distances = []
         for rank_in, rank_out in ranks:
-            before = sum(products[stop][rank_in:, rank_in:].sum() for stop in stops if stop <= rank_out)
-            behind = sum(products[stop].sum() for stop in stops if stop > rank_out)
-            found.append(root(before + behind))
-        return found
+            kept_outputs = sum(products[stop][rank_in:, rank_in:].sum() for stop in stops if stop <= rank_out)
+            dropped_outputs = sum(products[stop].sum() for stop in stops if stop > rank_out)
+            distances.append(root(kept_outputs + dropped_outputs))
+        return distances

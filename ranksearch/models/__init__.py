@@ -1,4 +1,4 @@
-"""Models that a study can name, as `model = "ranksearch.models:lenet"`; a user's own enter by the same door."""
+"""Models for studies, named as `model = "ranksearch.models:lenet"`; a user's own models are named in the same way."""
 
 from ranksearch.models.ccnn import ccnn, td_ccnn
 from ranksearch.models.lenet import lenet, lenet3, residual_lenet, td_lenet

@@ -1,4 +1,4 @@
-"""CCNN: how far each disparity of a stereo map is to be trusted (Poggi and Mattoccia 2016), dense and from TD blocks."""
+"""CCNN, which predicts the confidence of each disparity of a stereo map (Poggi and Mattoccia 2016), dense and of TD blocks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ranksearch.plan import CP4, SVD
 
 
 def ccnn() -> nn.Sequential:
-    """CCNN for disparities (batch, 1, height, width): logits (batch, 1, height - 8, width - 8), each of 9x9 pixels.
+    """CCNN for disparities (batch, 1, height, width), with 128,125 parameters.
 
-    It has 128,125 parameters.
+    It outputs logits (batch, 1, height - 8, width - 8), each from a patch of 9x9 pixels.
     """
     steps: OrderedDict[str, nn.Module] = OrderedDict()
     for number in range(1, 5):
@@ -30,11 +30,11 @@ def ccnn() -> nn.Sequential:
 
 
 def td_ccnn(*, rank: int = 40, pointwise_rank: int = 0) -> nn.Sequential:
-    """CCNN designed from TD blocks without normalisation: 36,357 parameters, 27,277 with `pointwise_rank` 20 (the thesis).
+    """CCNN made of TD blocks without normalisation, as in the thesis: 36,357 parameters, or 27,277 with `pointwise_rank` 20.
 
     Args:
-        rank: of the four blocks of 3x3.
-        pointwise_rank: of the two 1x1 convolutions in front of the last; 0 leaves them dense.
+        rank: rank of the four 3x3 blocks.
+        pointwise_rank: rank of the first two 1x1 convolutions; 0 leaves them dense.
     """
     steps: OrderedDict[str, nn.Module] = OrderedDict()
     for number in range(1, 5):

@@ -1,4 +1,4 @@
-"""The two LeNets of the thesis, and the one it designed from TD blocks (Salman, University of Bologna, 2018)."""
+"""The LeNets of the thesis (Salman, University of Bologna, 2018): two dense ones, one made of TD blocks, and a residual one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def lenet(*, channels: int = 3, classes: int = 10, dropout: float = 0.25, batch_
     """LeNet for images (batch, channels, 32, 32): 32, 32, pool, 64, 64, pool, FC 512, FC classes; paddings 1, 0, 1, 0.
 
     With 3 channels and 10 classes it has 1,250,858 parameters (Salman, University of Bologna, 2018), and 1,408 more with
-    batch normalisation behind each layer but the last.
+    `batch_norm`, which adds batch normalisation after each layer but the last.
     """
     steps: OrderedDict[str, nn.Module] = OrderedDict()
 
@@ -38,9 +38,9 @@ def lenet(*, channels: int = 3, classes: int = 10, dropout: float = 0.25, batch_
 
 
 def lenet3(*, channels: int = 3, classes: int = 10, dropout: float = 0.25) -> nn.Sequential:
-    """The thesis's other LeNet, for images (batch, channels, 32, 32): 5x5 96, 128, 256, a pool after each, 1x1 64, FC 256.
+    """The thesis's other LeNet, for images (batch, channels, 32, 32), with 1,415,498 parameters for 3 channels and 10 classes.
 
-    With 3 channels and 10 classes it has 1,415,498 parameters.
+    Layers: 5x5 convolutions with 96, 128 and 256 channels, each with a pool behind it, 1x1 64, FC 256, FC classes.
     """
     return nn.Sequential(
         OrderedDict(
@@ -66,12 +66,11 @@ def lenet3(*, channels: int = 3, classes: int = 10, dropout: float = 0.25) -> nn
 
 
 def residual_lenet(*, channels: int = 3, classes: int = 10) -> nn.Sequential:
-    """A LeNet to be searched for nets of residual TD blocks, which the thesis names as its future work.
+    """A residual LeNet for images (batch, channels, 32, 32); searching it gives residual TD blocks, the thesis's future work.
 
-    For images (batch, channels, 32, 32): 32, pool, 64, pool, 128, each with two residual convolutions behind it (He et al.
-    2016), a mean over the map, FC classes. Batch normalisation is behind each convolution, as in a TD block; the mean stands
-    for the LeNet's first FC layer, which would take a third of 27,000 parameters. With 3 channels and 10 classes it has
-    482,730 parameters.
+    Layers: 32, pool, 64, pool, 128, each convolution followed by two residual ones (He et al. 2016), a mean over the map, FC
+    classes. Each convolution has batch normalisation, as in a TD block. The mean replaces the LeNet's first FC layer, which
+    would take a third of 27,000 parameters. With 3 channels and 10 classes it has 482,730 parameters.
     """
     steps: OrderedDict[str, nn.Module] = OrderedDict()
 
@@ -90,10 +89,10 @@ def residual_lenet(*, channels: int = 3, classes: int = 10) -> nn.Sequential:
 
 
 def td_lenet(*, channels: int = 3, classes: int = 10, dropout: float = 0.25, rank: int = 15) -> nn.Sequential:
-    """The LeNet that the thesis designed from TD blocks, for images (batch, channels, 32, 32).
+    """The thesis's LeNet made of TD blocks, for images (batch, channels, 32, 32).
 
-    With rank 15 in the first, second and fifth block, twice that in the others, it has 27,224 parameters, the thesis's
-    count. That count leaves room for no normalisation at the end of the first block.
+    With rank 15 in the first, second and fifth block and 30 in the others, it has 27,224 parameters, as in the thesis. The
+    first block has no normalisation at its end, since the thesis's count does not include one.
     """
     narrow, wide = CP4(rank), CP4(2 * rank)
     return nn.Sequential(

@@ -8,10 +8,10 @@ from torch import nn
 
 
 def nin(*, channels: int = 3, classes: int = 10, batch_norm: bool = True, dropout: float = 0.5) -> nn.Sequential:
-    """Network in Network for images (batch, channels, height, width): three convolutions, each with 1x1 ones behind it.
+    """Network in Network for images (batch, channels, height, width): three convolutions, each followed by two 1x1 ones.
 
-    With 3 channels and 10 classes it has 1,004,042 parameters, the thesis's count, and 3,200 more with batch normalisation
-    behind each convolution but the last.
+    With 3 channels and 10 classes it has 1,004,042 parameters without `batch_norm`, as in the thesis; `batch_norm` adds 3,200
+    parameters, after each convolution but the last.
     """
     steps: OrderedDict[str, nn.Module] = OrderedDict()
 

@@ -1,4 +1,4 @@
-"""The residual networks for CIFAR-10 (He et al. 2016): 6n + 2 layers, shortcuts without parameters."""
+"""The residual networks for CIFAR-10 (He et al. 2016), with 6n + 2 layers and shortcuts without parameters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions, and what came in added to them; where the map shrinks, every other pixel of it."""
+    """A residual block of two 3x3 convolutions. With stride 2, the shortcut takes every other pixel of the input."""
 
     def __init__(self, into: int, out: int, stride: int) -> None:
         super().__init__()
@@ -19,14 +19,14 @@ class Block(nn.Module):
         self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
         self.norm2 = nn.BatchNorm2d(out)
         self.relu2 = nn.ReLU()
-        self.stride, self.more = stride, out - into
+        self.stride, self.added_channels = stride, out - into
 
     def forward(self, inputs: Tensor) -> Tensor:
-        found = self.norm2(self.conv2(self.relu1(self.norm1(self.conv1(inputs)))))
-        kept = inputs[:, :, :: self.stride, :: self.stride]
-        # The added channels are zero, half of them on either side: shortcut A of the paper.
-        kept = F.pad(kept, (0, 0, 0, 0, self.more // 2, self.more // 2))
-        result: Tensor = self.relu2(found + kept)
+        residual = self.norm2(self.conv2(self.relu1(self.norm1(self.conv1(inputs)))))
+        shortcut = inputs[:, :, :: self.stride, :: self.stride]
+        # The shortcut's additional channels are zero, half of them on either side: option A of the paper.
+        shortcut = F.pad(shortcut, (0, 0, 0, 0, self.added_channels // 2, self.added_channels // 2))
+        result: Tensor = self.relu2(residual + shortcut)
         return result
 
 

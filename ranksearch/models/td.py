@@ -1,4 +1,4 @@
-"""TD blocks for design: convolutions that are factorized from the start, and trained so (Salman 2018)."""
+"""TD blocks: convolutions that are factorized by design and trained from scratch (Salman 2018)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ranksearch.compress.scratch import initialise_
 from ranksearch.errors import ModelError, nearest
 from ranksearch.methods import METHODS
-from ranksearch.methods.parts import NOWHERE
+from ranksearch.methods.parts import META_DEVICE
 from ranksearch.plan import Factorization
 
 NORMS = ("all", "inner", "none")
@@ -19,26 +19,25 @@ def td_conv(
     in_channels: int, out_channels: int, kernel_size: int, factorization: Factorization, *, stride: int = 1,
     padding: int = 0, norm: str = "all", activation: type[nn.Module] = nn.ReLU, residual: bool = False,
 ) -> nn.Module:  # fmt: skip
-    """A convolution stored as `factorization` says, with the activation at its end only.
+    """A convolution stored as the parts of `factorization`, with an activation after the last part only.
 
-    An activation between the sub-convolutions cost the thesis 5 points of accuracy, and without batch normalisation after
-    each its CP net did not train. Every sub-convolution has a bias, as the thesis counts them. Weights are drawn
-    as `initialise_` does.
+    In the thesis, activations between the parts cost 5 percentage points of accuracy, and without batch normalisation after
+    each part its CP model did not train. Each part has a bias, as in the thesis. Weights are initialised by `initialise_`.
 
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
-        kernel_size: of both sides.
-        factorization: of any method that stores such a kernel; its parts are the block's convolutions: those of CP4 1x1,
-            depthwise d x 1, depthwise 1 x d, 1x1.
-        stride: of the kernel.
-        padding: of the kernel.
-        norm: batch normalisation after "all" sub-convolutions, the "inner" ones (all but the last), or "none".
-        activation: what ends the block.
-        residual: adds the block's input before the activation (He et al. 2016); a future work of the thesis.
+        kernel_size: height and width of the kernel.
+        factorization: a factorization whose method can store such a kernel. With `CP4`, the parts are a 1x1, a depthwise
+            d x 1, a depthwise 1 x d and a 1x1 convolution.
+        stride: stride of the convolution.
+        padding: padding of the convolution.
+        norm: batch normalisation after "all" parts, after the "inner" ones (all but the last), or "none".
+        activation: class of the activation at the end.
+        residual: add the block's input before the activation (He et al. 2016); future work of the thesis.
 
     Raises:
-        ModelError: a method that stores no such kernel, an unknown `norm`, or a residual block that changes the shape.
+        ModelError: the method cannot store such a kernel, `norm` is unknown, or a residual block changes the shape.
     """
     if norm not in NORMS:
         raise ModelError(f"norm must be one of {', '.join(NORMS)}, but got {norm!r}.{nearest(norm, NORMS)}")
@@ -48,11 +47,11 @@ def td_conv(
             f"{stride} and padding {padding} around a kernel of {kernel_size}."
         )
     steps: OrderedDict[str, nn.Module] = OrderedDict()
-    dense = nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=padding, device=NOWHERE)
+    dense = nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=padding, device=META_DEVICE)
     weight, method = tuple(dense.weight.shape), METHODS.get(type(factorization))
     if method is None or not method.applies(weight, linear=False):
         size = f"{kernel_size}x{kernel_size}"
-        raise ModelError(f"A TD block must be stored by a method that suits its kernel, but got {factorization} for {size}.")
+        raise ModelError(f"A TD block needs a factorization that can store its kernel, but got {factorization} for {size}.")
     parts = method.parts(weight, factorization.ranks)
     convs = [part.module(dense, weight, bias=True).to_empty(device="cpu") for part in parts]
     initialise_(convs, last="relu" if activation is nn.ReLU else "linear")
@@ -66,7 +65,7 @@ def td_conv(
 
 
 class Residual(nn.Module):
-    """What a block makes of its input, plus the input."""
+    """The output of `block` plus its input."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""VGG-16 (Simonyan and Zisserman 2015) in the form that is usual for CIFAR-10."""
+"""VGG-16 (Simonyan and Zisserman 2015) in its usual form for CIFAR-10."""
 
 from __future__ import annotations
 

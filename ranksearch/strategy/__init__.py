@@ -1,1 +1,1 @@
-"""What is searched, from where it starts, who proposes, and how one plan is judged."""
+"""The search: its space, its initial plans, the samplers, the ledger of trials, and the choice of finalists."""

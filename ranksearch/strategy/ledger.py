@@ -1,7 +1,7 @@
-"""Between Optuna and the engine: asks for trials, tells their results, and loses none when a run is killed.
+"""The ledger asks Optuna for trials, hands them out as jobs, and tells Optuna the results. No trial is lost if a run is killed.
 
-The Optuna study is the only state. Each trial has an index, its place in the order of asking; a trial that a killed run
-left behind is told FAIL and queued again under its old index, so that what follows is what would have followed.
+The Optuna study holds all state. Each trial has an index, its place in the order of asking. A trial that a killed run left
+unfinished is told FAIL and queued again under its old index, so the study continues as if the run had not been killed.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from ranksearch.strategy.sampler import SIZE_CONSTRAINT, Knowledge, admit, make_
 from ranksearch.strategy.space import Space, size_of
 
 ENQUEUED = "enqueued"
-"""The origin of trials that another program queued, by Optuna's `enqueue_trial`."""
-_FIXED = "fixed_params"
-"""Where Optuna keeps the parameters that a trial was queued with."""
+"""The origin of trials that another program queued with Optuna's `enqueue_trial`."""
+_QUEUED_PARAMS = "fixed_params"
+"""The key of a trial's system attributes under which Optuna keeps the parameters it was queued with."""
 
 
 @dataclass(frozen=True)
 class _Open:
-    """A trial that was asked for and not told yet: its place in the study, who proposed it, and what."""
+    """A trial that was asked for but not told yet, with its index, origin and plan."""
 
     trial: optuna.Trial
     index: int
@@ -42,7 +42,23 @@ class _Open:
 
 
 class Ledger:
-    """The trials of one study: those in the storage, and those that run now."""
+    """The finished and running trials of one study.
+
+    Args:
+        study: the Optuna study that holds the trials.
+        space: the search space.
+        inventory: the model's layers.
+        initial_plans: pairs (origin, plan) to try before the sampler proposes.
+        sampler: name of the sampler.
+        seed: the study's seed.
+        dense_score: score of the dense model. Trials far below it break a constraint, so samplers avoid their region.
+        limits: limits of score and size. Plans over a size limit are not trained.
+        objectives: what Optuna is told of a trial: its score and the ratios of these costs.
+        since: number of the first trial that was proposed under these limits.
+        knowledge: what the sampler "rank" needs; None for other samplers.
+        on_untrained: called with the record of each trial that gets a result without a job.
+        on_note: called with the reason if a trial that another program queued cannot be evaluated.
+    """
 
     def __init__(
         self,
@@ -61,130 +77,126 @@ class Ledger:
         on_untrained: Callable[[TrialRecord], None] = lambda record: None,
         on_note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """Trials too far below `dense_score` are not worth taking home; samplers then look elsewhere. `knowledge` is what the
-        sampler "rank" starts from.
-
-        Plans over the `limits` in size, and plans that are known already, are answered without a job; `on_untrained` is told
-        of each. The limits hold `since` the trial of that number. Optuna is told the score and the ratios of the `objectives`.
-        `on_note` is told why a trial that another program queued cannot be evaluated.
-        """
         self.study = study
-        self._space, self._inventory, self._firsts = space, inventory, initial_plans
+        self._space, self._inventory, self._initial_plans = space, inventory, initial_plans
         self._sampler, self._seed, self._dense_score = sampler, seed, dense_score
         self._knowledge = knowledge
         self._distributions = space.distributions()
         self._records = {record.number: record for record in read_trials(study)}
         trials = study.get_trials(deepcopy=False)
-        self._waiting = sum(trial.state is TrialState.WAITING and read_asked(trial) is not None for trial in trials)
-        """How many trials with a place are queued."""
+        self._queued_count = sum(trial.state is TrialState.WAITING and read_asked(trial) is not None for trial in trials)
+        """The number of queued trials that have an index."""
         places = {place for trial in trials if (place := read_asked(trial))}
-        self._next = 1 + max((index for index, _ in places), default=-1)
-        """The index of the next trial that is not one queued again."""
-        self._begun = sum(origin in {first for first, _ in initial_plans} for _, origin in places)
-        """How many of the plans that are tried first have a place."""
+        self._next_index = 1 + max((index for index, _ in places), default=-1)
+        """The index that the next new trial gets."""
+        self._initial_plans_asked = sum(origin in {first for first, _ in initial_plans} for _, origin in places)
+        """How many initial plans have an index already."""
         self._limits, self._since, self._objectives = limits, since, objectives
         self._on_untrained, self._on_note = on_untrained, on_note
         self._running: dict[int, _Open] = {}
-        self._twins: list[tuple[int, _Open]] = []
-        """Trials of plans that are running, with the numbers of those; they will have their answers."""
+        self._duplicates: list[tuple[int, _Open]] = []
+        """Trials whose plan another trial is training now, each with the number of that trial; they will share its result."""
 
     def records(self) -> tuple[TrialRecord, ...]:
-        """Every finished trial, by number: those that were in the storage at first, and those told since, by us alone."""
+        """All finished trials by number: those in the storage at the start, and those that this ledger told."""
         return tuple(self._records[number] for number in sorted(self._records))
 
     def finished(self) -> int:
-        """How many trials were trained to an answer; those lost with their worker have none."""
+        """The number of trials that were trained; trials whose worker was lost are not counted."""
         return sum(record.trained for record in self.records())
 
     def recover(self) -> int:
-        """Tell every trial that is left running FAIL and queue its parameters again; returns how many there were."""
-        left = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        for trial in left:
-            # Queued before it is told: a kill in between leaves it to be found again, not lost.
-            # Parameters of a queued trial that were not all asked for yet stand in what it was queued with. One that was not
-            # wholly asked for has no place yet, and asking again proposes the same.
-            params = {**trial.system_attrs.get(_FIXED, {}), **trial.params}
+        """Tell every trial that a killed run left running FAIL and queue it again; returns the number of these trials."""
+        unfinished = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        for trial in unfinished:
+            # Queue the trial before it is told FAIL: after a kill in between, the next run finds it still running.
+            # A queued trial keeps the parameters not suggested yet in its system attributes. A new trial without all of its
+            # parameters has no index yet; it is dropped, since asking again with that index proposes the same plan.
+            params = {**trial.system_attrs.get(_QUEUED_PARAMS, {}), **trial.params}
             place = read_asked(trial)
             if place and set(self._distributions) <= set(params):
                 self._queue_again(*place, params)
-            elif place is None and self._fixed(trial) is not None:
+            elif place is None and self._queued_params(trial) is not None:
                 self._put_back(trial)
             self.study.tell(trial.number, state=TrialState.FAIL)
         self._running.clear()
-        self._twins.clear()
-        return len(left)
+        self._duplicates.clear()
+        return len(unfinished)
 
     def jobs(self, trials: int) -> Iterator[Job]:
-        """Jobs until `trials` trials are trained or running, or `MAX_UNTRAINED` plans in a row were answered without one."""
+        """Yield jobs until `trials` trials are trained or running, or `MAX_UNTRAINED` trials in a row needed no training."""
         while self.finished() + len(self._running) < trials and self._untrained_in_a_row() < MAX_UNTRAINED:
             opened = self._ask()
-            if not self._settled(opened):
+            if not self._settle(opened):
                 self._running[opened.trial.number] = opened
                 yield Job(opened.trial.number, opened.plan, self.seed_of(opened.index))
 
     def receive(self, job: Job, result: Result) -> TrialRecord:
-        """Tell Optuna the answer to a job, and queue it again if its worker was lost, a bounded number of times."""
+        """Tell Optuna the result of a job. If the worker was lost, queue the trial again, up to `MAX_TRIES` tries per plan."""
         opened = self._running.pop(job.key)
-        # Queued before it is told: a kill in between leaves it to be found again, not lost.
+        # Queue the trial before it is told FAIL: after a kill in between, the next run finds it still running.
         if result.outcome is Outcome.WORKER_LOST and self._losses(opened.plan) + 1 < MAX_TRIES:
             self._queue_again(opened.index, opened.origin, opened.trial.params)
         record = self._tell(opened.trial, self._record(opened, result))
-        twins = [twin for number, twin in self._twins if number == job.key]
-        self._twins = [(number, twin) for number, twin in self._twins if number != job.key]
-        for twin in twins:
-            self._tell_known(twin, record)
+        duplicates = [duplicate for number, duplicate in self._duplicates if number == job.key]
+        self._duplicates = [(number, duplicate) for number, duplicate in self._duplicates if number != job.key]
+        for duplicate in duplicates:
+            self._tell_duplicate(duplicate, record)
         return record
 
     def seed_of(self, index: int) -> int:
-        """The seed of the trial at an index: its sampler's, its shuffling's, its dropout's."""
+        """The seed of the trial at an index, for the sampler that proposes it and for its training."""
         return (self._seed * 1_000_003 + index) % 2**31
 
     def _ask(self) -> _Open:
-        while (trial := self._drawn()) and (reason := self._unfit(trial)):
+        while (trial := self._draw()) and (reason := self._rejection(trial)):
             self.study.tell(trial, state=TrialState.FAIL)
             self._on_note(f"trial {trial.number}, which another program queued, is not evaluated: {reason}")
-        place, queued = read_asked(trial), self._fixed(trial) is not None
+        place, queued = read_asked(trial), self._queued_params(trial) is not None
         for name, kind in self._distributions.items():
             _suggest(trial, name, kind)
         if place is None:
-            # Set last: a proposal without all of its parameters is made anew by the next run, at the same index.
-            place = self._next, ENQUEUED if queued else self._sampler
-            self._next += 1
+            # The index is set last: if the run is killed before, the next run proposes this trial anew at the same index.
+            place = self._next_index, ENQUEUED if queued else self._sampler
+            self._next_index += 1
             for key, value in asked(*place).items():
                 trial.set_user_attr(key, value)
         if queued:
             admit(self.study, trial, self._sampler)
         return _Open(trial, *place, self._space.plan(trial.params))
 
-    def _drawn(self) -> optuna.Trial:
-        """The next trial: of ours that were queued again, then of those that another program queued, then of the plans that
-        are tried first; or a new one, for the sampler."""
+    def _draw(self) -> optuna.Trial:
+        """The next trial from Optuna: first trials that were queued again, then trials that another program queued, then the
+        initial plans, then a new trial for the sampler."""
         while True:
-            if not self._waiting:
+            if not self._queued_count:
                 self._prepare()
             trial = self.study.ask()
             if read_asked(trial) is not None:
-                self._waiting -= 1
+                self._queued_count -= 1
                 return trial
-            if not self._waiting or self._fixed(trial) is None:
+            if not self._queued_count or self._queued_params(trial) is None:
                 return trial
-            # Samplers see trials in the order of their numbers, so it is queued behind ours.
+            # Another program queued this trial before ours. Queue it again behind them, since samplers see trials in the order
+            # of their numbers.
             self._put_back(trial)
             self.study.tell(trial, state=TrialState.FAIL)
 
     def _prepare(self) -> None:
-        """Queue the next of the plans that are tried first, or set the sampler for a proposal."""
+        """Queue the next initial plan, or give the study a sampler for the next proposal."""
         waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        if self._begun < len(self._firsts) and not waiting:
-            origin, plan = self._firsts[self._begun]
-            self.study.enqueue_trial(self._space.params(plan), user_attrs=asked(self._next, origin))
-            self._begun, self._next, self._waiting = self._begun + 1, self._next + 1, self._waiting + 1
+        if self._initial_plans_asked < len(self._initial_plans) and not waiting:
+            origin, plan = self._initial_plans[self._initial_plans_asked]
+            self.study.enqueue_trial(self._space.params(plan), user_attrs=asked(self._next_index, origin))
+            self._initial_plans_asked += 1
+            self._next_index += 1
+            self._queued_count += 1
         else:
-            self.study.sampler = make_sampler(self._sampler, seed=self.seed_of(self._next), knowledge=self._knowledge)
+            self.study.sampler = make_sampler(self._sampler, seed=self.seed_of(self._next_index), knowledge=self._knowledge)
 
-    def _unfit(self, trial: optuna.Trial) -> str | None:
-        """Why a trial that another program queued cannot be evaluated; None if it can, and for all other trials."""
-        params = self._fixed(trial)
+    def _rejection(self, trial: optuna.Trial) -> str | None:
+        """Why a trial that another program queued cannot be evaluated; None if it can be, and for all other trials."""
+        params = self._queued_params(trial)
         if params is None or read_asked(trial) is not None:
             return None
         for name, kind in self._distributions.items():
@@ -194,20 +206,21 @@ class Ledger:
                 return f"{name!r} must be {_range(kind)}, but is {params[name]!r}"
         return None
 
-    def _settled(self, opened: _Open) -> bool:
-        """Whether the plan needs no training: it is known, or runs now, or its size alone answers for it."""
+    def _settle(self, opened: _Open) -> bool:
+        """Settle a trial without a job if its plan is known, is training now, is dense or is over a size limit; returns whether
+        it did."""
         plan, trial = opened.plan, opened.trial
-        known = next((r for r in self.records() if r.plan == plan and r.outcome is Outcome.DONE), None)
-        if known is None and self._losses(plan) >= MAX_TRIES:
-            known = next(r for r in self.records() if r.plan == plan and r.outcome is Outcome.WORKER_LOST)
+        earlier = next((r for r in self.records() if r.plan == plan and r.outcome is Outcome.DONE), None)
+        if earlier is None and self._losses(plan) >= MAX_TRIES:
+            earlier = next(r for r in self.records() if r.plan == plan and r.outcome is Outcome.WORKER_LOST)
         running = next((number for number, other in self._running.items() if other.plan == plan), None)
         record = self._record(opened, Result(Outcome.OVER_BUDGET))
-        if known is not None:
-            self._tell_known(opened, known)
+        if earlier is not None:
+            self._tell_duplicate(opened, earlier)
         elif running is not None:
-            self._twins.append((running, opened))
+            self._duplicates.append((running, opened))
         elif not plan.layers:
-            # Each layer of a plan is smaller than dense in all that must shrink, so the dense plan alone is not.
+            # Every other plan is smaller than dense: the space holds only factorizations that make their layer smaller.
             self._on_untrained(self._tell(trial, replace(record, outcome=Outcome.NOT_SMALLER)))
         elif self._limits.excess(record):
             self._on_untrained(self._tell(trial, record))
@@ -215,11 +228,11 @@ class Ledger:
             return False
         return True
 
-    def _tell_known(self, opened: _Open, known: TrialRecord) -> None:
-        """Tell a trial what the first of the same plan found, whatever that was."""
-        same_as = known.number if known.same_as is None else known.same_as
+    def _tell_duplicate(self, opened: _Open, earlier: TrialRecord) -> None:
+        """Tell a trial the result of an earlier trial of the same plan."""
+        same_as = earlier.number if earlier.same_as is None else earlier.same_as
         record = replace(
-            known,
+            earlier,
             number=opened.trial.number,
             index=opened.index,
             origin=opened.origin,
@@ -231,7 +244,7 @@ class Ledger:
 
     def _untrained_in_a_row(self) -> int:
         return untrained_in_a_row(
-            self.records(), self._since, waiting=[twin.trial.number for _, twin in self._twins], running=self._running
+            self.records(), self._since, waiting=[twin.trial.number for _, twin in self._duplicates], running=self._running
         )
 
     def _record(self, opened: _Open, result: Result) -> TrialRecord:
@@ -254,8 +267,8 @@ class Ledger:
         write_trial(trial, record)
         excess = self._limits.excess(record)
         if record.score is not None:
-            # Without it a sampler spends half its trials on ever smaller models that know nothing. One constraint for every
-            # trial that has a score, since "gp" wants as many of each.
+            # Without this constraint a sampler spends half its trials on tiny models with a useless score. One constraint for
+            # score and size together, since Optuna's GP needs the same number of constraints in every trial.
             scores = [r.score for r in (*self._records.values(), record) if r.score is not None]
             lacking = floor_of(self._dense_score, scores, self._limits) - record.score
             trial.set_constraint("worth taking home", max(0.0, lacking) + excess if excess else lacking)
@@ -267,7 +280,7 @@ class Ledger:
         return record
 
     def _losses(self, plan: Plan) -> int:
-        """How many workers were lost over a plan."""
+        """How many workers were lost while they evaluated this plan."""
         lost = [r for r in self._records.values() if r.outcome is Outcome.WORKER_LOST and r.same_as is None]
         return sum(record.plan == plan for record in lost)
 
@@ -275,18 +288,18 @@ class Ledger:
         waiting = [read_asked(t) for t in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))]
         if (index, origin) not in waiting:
             self.study.enqueue_trial(dict(params), user_attrs=asked(index, origin))
-            self._waiting += 1
+            self._queued_count += 1
 
-    def _fixed(self, trial: FrozenTrial | optuna.Trial) -> dict[str, Any] | None:
+    def _queued_params(self, trial: FrozenTrial | optuna.Trial) -> dict[str, Any] | None:
         """The parameters that a trial was queued with; None for a new one."""
-        return self.study.get_trials(deepcopy=False)[trial.number].system_attrs.get(_FIXED)
+        return self.study.get_trials(deepcopy=False)[trial.number].system_attrs.get(_QUEUED_PARAMS)
 
     def _put_back(self, trial: FrozenTrial | optuna.Trial) -> None:
-        """Queue a trial of another program again that was drawn but has no place yet."""
-        params = self._fixed(trial)
+        """Queue a trial of another program again that was taken from the queue but has no index yet."""
+        params = self._queued_params(trial)
         waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        # A run that was killed in between has queued it already.
-        if not any(read_asked(other) is None and self._fixed(other) == params for other in waiting):
+        # A run that was killed right after this step has queued it already.
+        if not any(read_asked(other) is None and self._queued_params(other) == params for other in waiting):
             self.study.enqueue_trial(params or {}, user_attrs=trial.user_attrs)
 
 

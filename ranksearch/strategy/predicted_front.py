@@ -1,4 +1,4 @@
-"""The predicted front: all layers' candidates under one Lagrange multiplier, which is swept; milliseconds for any network."""
+"""The predicted front: the best plans by predicted loss increase and cost, found by sweeping one Lagrange multiplier."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ranksearch.plan import Dense, Factorization, Plan
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to store one layer: its cost, such as its parameters, and how much the loss is predicted to rise by it alone."""
+    """One way to store one layer: its cost (for example its parameters), and the loss increase predicted for it alone."""
 
     value: Factorization
     cost: float
@@ -20,7 +20,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Corner:
-    """A plan of the frontier: the cost it saves, and the predicted rise of the loss."""
+    """A plan of the predicted front: the cost that it saves, and its predicted loss increase."""
 
     plan: Plan
     saved: float
@@ -28,16 +28,16 @@ class Corner:
 
 
 def predicted_front(dense: Mapping[str, float], choices: Mapping[str, Sequence[Choice]]) -> list[Corner]:
-    """The plans that some price of the cost makes cheapest, by rising savings; the dense plan is the first.
+    """The plans that minimise loss increase + multiplier * cost for some multiplier, by rising savings, the dense plan first.
 
-    A multiplier is the price of the cost in units of the loss. At each price every layer takes its cheapest choice by
-    itself, since the rises of single layers are taken to add up (Shoham and Gersho 1988; for ranks: Kim et al. 2019,
-    "Efficient neural network compression"). As the price rises a layer walks along the lower convex hull of its choices,
-    so the frontier is the merger of all layers' hulls, edge by edge, the least rise for what is saved first.
+    The loss increases of single layers are assumed to add up. Then, for each multiplier, every layer takes its cheapest choice
+    on its own (Shoham and Gersho 1988; for ranks: Kim et al. 2019, "Efficient neural network compression"). As the multiplier
+    rises, a layer moves along the lower convex hull of its choices. So the front is found by merging the edges of all layers'
+    hulls, those with the smallest loss increase per saved cost first.
 
     Args:
-        dense: the cost of each layer as it is; storing it so is always a choice.
-        choices: by layer, the ways to store it; those that save nothing are none. A negative rise counts as none.
+        dense: the cost of each dense layer; a layer may always stay dense.
+        choices: by layer, the ways to store it. Choices that save nothing are ignored; a negative loss increase counts as 0.
     """
     layers: dict[str, Factorization] = {}
     saved, loss_increase = 0.0, 0.0
@@ -50,15 +50,15 @@ def predicted_front(dense: Mapping[str, float], choices: Mapping[str, Sequence[C
 
 
 def edges(dense: Mapping[str, float], choices: Mapping[str, Sequence[Choice]]) -> list[Edge]:
-    """The steps of the frontier from corner to corner: the edges of all layers' hulls, by rising slope."""
-    # Python's sort is stable and a layer's slopes never fall, so its edges stay in their order.
-    found = [edge for name, cost in dense.items() for edge in _hull(name, cost, choices.get(name, ()))]
-    return sorted(found, key=lambda edge: edge.slope)
+    """The edges of all layers' hulls by rising slope; each is one step along the predicted front."""
+    # Python's sort is stable and a layer's slopes never fall, so the edges of a layer keep their order.
+    steps = [edge for name, cost in dense.items() for edge in _hull(name, cost, choices.get(name, ()))]
+    return sorted(steps, key=lambda edge: edge.slope)
 
 
 @dataclass(frozen=True)
 class Edge:
-    """A step along one layer's hull: to `value`, saving so much more for so much more of the loss, `slope` for each unit."""
+    """A step along one layer's hull, to `value`: the cost it saves, its loss increase, and their ratio, `slope`."""
 
     layer: str
     value: Factorization
@@ -68,19 +68,19 @@ class Edge:
 
 
 def _hull(layer: str, dense: float, choices: Sequence[Choice]) -> Iterator[Edge]:
-    """The edges of the lower convex hull of (saved, rise), from the dense layer on."""
+    """The edges of the lower convex hull of the points (saved cost, loss increase), starting at the dense layer."""
     points: list[tuple[float, float, Factorization]] = [(0, 0.0, Dense())]
     for choice in sorted(choices, key=lambda c: (-c.cost, c.loss_increase)):
         point = (dense - choice.cost, max(0.0, choice.loss_increase), choice.value)
         if point[0] <= points[-1][0]:
-            continue  # as large as the one before, which rises less
+            continue  # it saves no more than the point before, which has a smaller loss increase
         while len(points) > 1 and _bends_up(points[-2], points[-1], point):
             points.pop()
         points.append(point)
     slope = 0.0
     for before, after in pairwise(points):
         saved, loss_increase = after[0] - before[0], after[1] - before[1]
-        # Rounding aside a hull's slopes rise anyway; where they must, its edges are walked in their order.
+        # Slopes of a hull rise; `max` keeps that so despite rounding, since `edges` relies on it.
         slope = max(slope, loss_increase / saved)
         yield Edge(layer, after[2], saved, loss_increase, slope)
 

@@ -1,4 +1,4 @@
-"""VBMF as the prior: the plans that one variational Bayes estimate per layer suggests."""
+"""Plans at the ranks that VBMF (variational Bayes matrix factorization) estimates for each layer."""
 
 from __future__ import annotations
 
@@ -11,35 +11,38 @@ from ranksearch.plan import Dense, Factorization, Plan
 from ranksearch.strategy.space import Axis, Space
 
 Estimates: TypeAlias = Mapping[str, tuple[int | None, int | None]]
-"""By layer, the VBMF ranks of its input and output unfolding; None where the estimate finds no low-rank signal."""
+"""By layer, the VBMF ranks of its input and output unfolding; None for an unfolding without a low-rank signal."""
 
-WEAKENINGS = tuple(2.0 ** (step / 4) for step in range(-16, 13))
-"""Factors on the VBMF ranks, from a sixteenth to eight times. Trained weights are no low-rank matrix plus white noise, so
-the estimate is a guess at the order of magnitude; which factor serves best is for the search to find."""
+RANK_SCALES = tuple(2.0 ** (step / 4) for step in range(-16, 13))
+"""Factors on the VBMF ranks, from 1/16 to 8. VBMF assumes a low-rank matrix plus white noise, which trained weights are not, so
+its ranks are right only in their order of magnitude; the search finds the best factor."""
 
 
-def vbmf_plans(space: Space, vbmf: Estimates, weakenings: Sequence[float] = (1.0,)) -> Iterator[tuple[str, Plan]]:
-    """Every layer at its VBMF ranks times each weakening, all by one method where it applies.
+def vbmf_plans(space: Space, vbmf: Estimates, scales: Sequence[float] = (1.0,)) -> Iterator[tuple[str, Plan]]:
+    """Yield plans with every layer at its VBMF ranks times each of `scales`, by one leading method where it applies.
 
-    Gives pairs (origin, plan), such as ("vbmf cp x0.5", plan), in the order of the weakenings; equal plans only once.
+    Yields pairs (origin, plan), such as ("vbmf cp x0.5", plan), in the order of `scales`, without duplicates.
     """
     methods = {method.kind.method: method for axis in space.axes for method in axis.methods}
-    # A decomposition that suits the most layers leads; SVD only ever serves those that the leader cannot store.
+    # Methods with turn 0 (SVD) do not lead if another method can; they store the layers that the leader cannot.
     turns = sorted(methods, key=lambda name: methods[name].vbmf_turn)
     leaders = [name for name in turns if methods[name].vbmf_turn] or turns
     seen = set()
-    for weakening in weakenings:
+    for scale in scales:
         for leader in leaders:
-            plan = Plan.of({a.layer.name: vbmf_factorization(a, vbmf[a.layer.name], leader, weakening) for a in space.axes})
+            plan = Plan.of({a.layer.name: vbmf_factorization(a, vbmf[a.layer.name], leader, scale) for a in space.axes})
             if plan not in seen and plan.layers:
                 seen.add(plan)
-                yield f"vbmf {leader} x{weakening:g}", plan
+                yield f"vbmf {leader} x{scale:g}", plan
 
 
-def vbmf_factorization(axis: Axis, estimate: tuple[int | None, int | None], leader: str, weakening: float) -> Factorization:
-    """The leading method, or else the first that applies, at the VBMF ranks times the weakening; dense if it would grow."""
+def vbmf_factorization(axis: Axis, estimate: tuple[int | None, int | None], leader: str, scale: float) -> Factorization:
+    """The layer at its VBMF ranks times `scale`, by the method `leader` or, if it does not apply, by the first that does.
+
+    `Dense()` if VBMF found no signal, or if the layer would not become smaller.
+    """
     method = next((m for m in axis.methods if m.kind.method == leader), axis.methods[0])
-    ranks = at_vbmf(method, axis.layer, estimate, weakening, constraints=axis.constraints)
+    ranks = at_vbmf(method, axis.layer, estimate, scale, constraints=axis.constraints)
     return method.value(axis.layer, ranks) if ranks and method.shrinks(axis.layer, ranks, axis.constraints) else Dense()
 
 
@@ -47,19 +50,19 @@ def at_vbmf(
     method: Method,
     layer: Layer,
     estimate: tuple[int | None, int | None],
-    weakening: float = 1.0,
+    scale: float = 1.0,
     *,
     constraints: RankConstraints = FEWER_PARAMS,
 ) -> tuple[int, ...] | None:
-    """The offered ranks nearest to the estimates of the input and output unfolding; None where neither found a signal."""
-    known = [rank for rank in estimate if rank]
-    if not known:
+    """The allowed ranks nearest to the VBMF ranks times `scale`; None if neither unfolding has a signal."""
+    estimated = [rank for rank in estimate if rank]
+    if not estimated:
         return None
-    rank_in, rank_out = (rank or max(known) for rank in estimate)
-    wanted, rank_ranges = method.from_vbmf(rank_in, rank_out), method.rank_ranges(layer, constraints)
-    return tuple(nearest_rank(ranks, rank * weakening) for rank, ranks in zip(wanted, rank_ranges, strict=True))
+    rank_in, rank_out = (rank or max(estimated) for rank in estimate)
+    targets, rank_ranges = method.from_vbmf(rank_in, rank_out), method.rank_ranges(layer, constraints)
+    return tuple(nearest_rank(ranks, rank * scale) for rank, ranks in zip(targets, rank_ranges, strict=True))
 
 
-def quarter(method: Method, layer: Layer, constraints: RankConstraints = FEWER_PARAMS) -> tuple[int, ...]:
-    """A quarter of the method's largest ranks: what to show where VBMF finds no signal."""
+def quarter_ranks(method: Method, layer: Layer, constraints: RankConstraints = FEWER_PARAMS) -> tuple[int, ...]:
+    """A quarter of the method's largest ranks, to show where VBMF finds no signal."""
     return tuple(nearest_rank(ranks, ranks[-1] // 4) for ranks in method.rank_ranges(layer, constraints))

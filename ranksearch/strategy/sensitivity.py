@@ -1,4 +1,4 @@
-"""How much the loss rises when one layer alone is decomposed: measured at a few errors, without training, and read between."""
+"""The loss increase when one layer alone is decomposed: measured at a few errors without training, interpolated between."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from ranksearch.results.record import Probe
 from ranksearch.strategy.predicted_front import Choice, Corner, predicted_front
 
 PROBED_ERRORS = (0.3, 0.55, 0.75, 0.95)
-"""Relative errors at which a layer is probed, as near as its candidates come. Below the first the loss hardly moves."""
+"""Relative errors at which a layer is probed, each by the nearest candidate. Below the first the loss hardly changes."""
 
 
 MIN_SQUARED_ERROR_GAP = 0.05
-"""Squared errors nearer than this tell no slope to go on along: the difference of their losses is mostly noise."""
+"""The smallest difference of squared errors that the slope for extrapolation is divided by: between nearer probes the
+difference of the losses is mostly noise."""
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The rise of the loss over the relative error of one layer: through the origin and the probes, never falling.
+    """One layer's loss increase as a function of its relative error: a non-decreasing curve through the origin and the probes.
 
-    Linear in the squared error between them, and along the last piece beyond them: the weights' error moves the loss in
-    second order (LeCun et al. 1990), and by the same error alike whatever the decomposition (Schuurmans et al. 2023).
+    The curve is piecewise linear in the squared error, and its last piece is extended. The reason: the weights' error changes
+    the loss in second order (LeCun et al. 1990), and equal errors change it alike for all decompositions (Schuurmans et al.
+    2023).
     """
 
     errors: tuple[float, ...]
@@ -35,13 +37,13 @@ class Sensitivity:
 
     @classmethod
     def of(cls, measured: Sequence[tuple[float, float]]) -> Sensitivity:
-        """From pairs (error, rise), in any order. Without any, the loss is taken to rise by the squared error."""
+        """From pairs (error, loss increase) in any order. Without any pair, the loss increase is taken as the squared error."""
         pairs = sorted(measured) or [(1.0, 1.0)]
         loss_increases = np.maximum.accumulate([0.0, *(loss_increase for _, loss_increase in pairs)])
         return cls((0.0, *(error for error, _ in pairs)), tuple(loss_increases.tolist()))
 
     def loss_increase(self, error: float) -> float:
-        """The predicted rise of the loss at a relative error."""
+        """The predicted loss increase at a relative error."""
         squares = np.square(self.errors)
         if error**2 <= squares[-1]:
             return float(np.interp(error**2, squares, self.loss_increases))
@@ -50,20 +52,20 @@ class Sensitivity:
 
 
 def error_of(candidate: Candidate) -> float:
-    """The error that tells most of a candidate: that in the metric of the layer's inputs, where there is one.
+    """The error that predicts a candidate's loss best: the whitened one (error of the layer's outputs), if it was measured.
 
-    It foretells the error of the outputs closely for SVD, and but for a half for Tucker-2 and CP, whose metric is a
-    Kronecker product: between methods the frontier is the rougher for it.
+    It is within 7 % of the true error of the outputs for SVD, but only within 50 % for Tucker-2 and CP, whose whitening is a
+    Kronecker product. So the predicted front is less exact between methods than within one.
     """
     return candidate.error if candidate.data_error is None else candidate.data_error
 
 
 def values_to_probe(layer: LayerProfile) -> list[Factorization]:
-    """The candidates nearest to the probed errors, the smallest of those that are about as near."""
+    """For each of `PROBED_ERRORS`, the candidate with the nearest error; of those about equally near, the smallest."""
     candidates = list(layer.candidates())
     chosen: dict[Factorization, None] = {}
-    for wanted in PROBED_ERRORS:
-        near = sorted(candidates, key=lambda c: (round(abs(error_of(c) - wanted), 1), c.costs["params"]))
+    for target in PROBED_ERRORS:
+        near = sorted(candidates, key=lambda c: (round(abs(error_of(c) - target), 1), c.costs["params"]))
         if near:
             chosen[near[0].value] = None
     return list(chosen)
@@ -72,7 +74,7 @@ def values_to_probe(layer: LayerProfile) -> list[Factorization]:
 def predicted_choices(
     profile: Profile, probes: Sequence[Probe], dense_loss: float, price: Price = PER_PARAMETER
 ) -> dict[str, list[Choice]]:
-    """Every candidate of every layer at a price, with the rise of the loss that the measured sensitivities predict."""
+    """By layer, every candidate with its cost at `price` and its predicted loss increase."""
     curves = sensitivities(profile, probes, dense_loss)
     return {
         name: [Choice(c.value, price.of(c), curves[name].loss_increase(error_of(c))) for c in layer.candidates()]
@@ -81,55 +83,58 @@ def predicted_choices(
 
 
 def predict_front(profile: Profile, probes: Sequence[Probe], dense_loss: float, price: Price = PER_PARAMETER) -> list[Corner]:
-    """The frontier under the measured sensitivities: see `ranksearch.strategy.predicted_front`."""
+    """The predicted front under the measured sensitivities; see `ranksearch.strategy.predicted_front`."""
     dense = {name: price.of(layer.layer) for name, layer in profile.layers.items()}
     return predicted_front(dense, predicted_choices(profile, probes, dense_loss, price))
 
 
 def sensitivities(profile: Profile, probes: Sequence[Probe], dense_loss: float) -> Mapping[str, Sensitivity]:
-    """The curve of each layer, from its probes."""
-    found = {}
+    """By layer, the sensitivity fitted to its probes."""
+    curves = {}
     for name, layer in profile.layers.items():
         errors = {candidate.value: error_of(candidate) for candidate in layer.candidates()}
-        mine = [probe for probe in probes if probe.layer == name and probe.value in errors]
-        found[name] = Sensitivity.of([(errors[probe.value], probe.loss - dense_loss) for probe in mine])
-    return found
+        layer_probes = [probe for probe in probes if probe.layer == name and probe.value in errors]
+        curves[name] = Sensitivity.of([(errors[probe.value], probe.loss - dense_loss) for probe in layer_probes])
+    return curves
 
 
 MAX_LOSS_INCREASE = 2.0
-"""A predicted rise of the loss, in nats, from which a net knows next to nothing: a guess at ten classes is off by 2.3."""
+"""A predicted loss increase, in nats, from which a model is useless: random guessing among ten classes has a loss of 2.3."""
 
 
 def rescuable(corners: Sequence[Corner]) -> list[Corner]:
-    """The corners that training may make good. Where there are none but the dense one, as under a hard limit, those that
-    are predicted to lose little more than the largest of the rest."""
+    """The corners whose predicted loss increase training may recover: those below `MAX_LOSS_INCREASE`.
+
+    If only the dense plan is below it, as under a tight limit, the corners less than `MAX_LOSS_INCREASE` above the largest
+    compressed one.
+    """
     kept = [corner for corner in corners if corner.loss_increase < MAX_LOSS_INCREASE]
     if len(kept) > 1 or len(corners) < 2:
         return kept
     return [corner for corner in corners if corner.loss_increase < corners[1].loss_increase + MAX_LOSS_INCREASE]
 
 
-def spread(corners: Sequence[Corner], whole: float, count: int) -> list[Corner]:
-    """`count` corners of a frontier, evenly spaced on the log of how many times they are smaller, the middle ones first.
+def spread(corners: Sequence[Corner], dense_cost: float, count: int) -> list[Corner]:
+    """At most `count` corners of a predicted front, evenly spaced on the log of their compression ratio, the middle ones first.
 
-    From the first that is predicted to lose anything to the last: what cannot be trained back is for the search to find.
+    Corners without a predicted loss increase are left out, unless there are no others.
 
     Args:
-        corners: by rising savings.
-        whole: the cost of the whole dense model.
+        corners: by rising savings, the dense plan first.
+        dense_cost: the cost of the whole dense model.
         count: how many at most.
     """
     pool = [corner for corner in corners if corner.loss_increase > 0] or list(corners[1:])
     if not pool:
         return []
-    ratios = [math.log(whole / (whole - corner.saved)) for corner in pool]
-    wanted = np.linspace(ratios[0], ratios[-1], count)
-    nearest = list(dict.fromkeys(int(np.argmin(np.abs(np.array(ratios) - at))) for at in wanted))
+    ratios = [math.log(dense_cost / (dense_cost - corner.saved)) for corner in pool]
+    targets = np.linspace(ratios[0], ratios[-1], count)
+    nearest = list(dict.fromkeys(int(np.argmin(np.abs(np.array(ratios) - at))) for at in targets))
     return [pool[nearest[place]] for place in _middle_out(len(nearest))]
 
 
 def _middle_out(count: int) -> list[int]:
-    """0..count-1 so that every beginning of it is spread over all: the middle, then the middles of the halves."""
+    """The numbers 0..count-1, ordered so that any first few are spread over the range: the middle, then the halves' middles."""
     order, spans = list[int](), [(0, count)]
     while spans:
         low, high = spans.pop(0)

@@ -1,4 +1,4 @@
-"""Axes of the search: per layer one method and static, normalised levels of rank."""
+"""The search space: for each layer, the choice of a method and a level in 0..1 for each of the method's ranks."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from ranksearch.results.limits import Limits
 
 DENSE_METHOD = Dense.method
 UNUSED_LEVEL = 0.5
-"""The level, in a queued trial, of the ranks of methods that the trial does not choose."""
+"""A queued trial needs a value for every parameter; ranks of methods that it does not choose get this level."""
 
 
 @dataclass(frozen=True)
 class Size(Counts):
-    """What a whole model costs, by the name of each cost, and its compression ratio."""
+    """The costs of a whole model by name, and its compression ratio."""
 
     costs: Mapping[str, float] = field(hash=False)
     ratio: float
 
 
 def size_of(plan: Plan, inventory: Inventory) -> Size:
-    """The size of the model that the plan makes."""
+    """The size of the whole model under a plan."""
     costs = dict(inventory.costs)
     for name, value in plan:
         layer, method = inventory[name], METHODS[type(value)]
-        saved, left = layer.costs, method.costs(layer, value.ranks)
-        costs = {cost: whole - saved[cost] + left[cost] for cost, whole in costs.items()}
+        saved, remaining = layer.costs, method.costs(layer, value.ranks)
+        costs = {cost: total - saved[cost] + remaining[cost] for cost, total in costs.items()}
     return Size(costs, inventory.params / costs["params"])
 
 
@@ -48,7 +48,7 @@ class Axis:
     """One layer and the methods that can make it smaller.
 
     The parameter `LAYER.method` chooses among them. Each rank of each method has a parameter of its own,
-    `LAYER.METHOD.RANK`: a level in 0..1, on a log scale between the least rank and the largest that pays.
+    `LAYER.METHOD.RANK`: a level in 0..1, on a log scale from the smallest rank to the largest that still shrinks the layer.
     """
 
     layer: Layer
@@ -57,31 +57,33 @@ class Axis:
 
     @functools.cached_property
     def rank_ranges(self) -> Mapping[type[Factorization], tuple[range, ...]]:
-        """The ranks that each method may take."""
+        """By type of factorization, the allowed values of each rank."""
         return {method.kind: method.rank_ranges(self.layer, self.constraints) for method in self.methods}
 
     def distributions(self) -> dict[str, BaseDistribution]:
-        """Optuna's distributions, by parameter name; the same for every trial."""
+        """Optuna's distributions by parameter name; they are the same for every trial."""
         name = self.layer.name
         names = [DENSE_METHOD, *(method.kind.method for method in self.methods)]
         levels = {key: FloatDistribution(0.0, 1.0) for method in self.methods for key in self._levels(method)}
         return {f"{name}.method": CategoricalDistribution(names), **levels}
 
     def smallest(self, cost: str) -> Factorization:
-        """The layer at its least cost. Costs rise with the ranks, so the ranks are at their least too."""
+        """The factorization of the lowest cost. Costs rise with the ranks, so only the smallest ranks are compared."""
         layer = self.layer
         least = [(method, tuple(ranks[0] for ranks in self.rank_ranges[method.kind])) for method in self.methods]
         method, ranks = min(least, key=lambda choice: choice[0].costs(layer, choice[1])[cost])
         return method.value(layer, ranks) if method.shrinks(layer, ranks, RankConstraints(smaller_in=(cost,))) else Dense()
 
     def factorization(self, params: Mapping[str, Any]) -> Factorization:
-        """What these parameters choose for the layer; dense where the ranks would not make it smaller."""
+        """The factorization that these parameters choose; `Dense()` if their ranks would not make the layer smaller."""
         name = self.layer.name
         method = next((m for m in self.methods if m.kind.method == params[f"{name}.method"]), None)
         if method is None:
             return Dense()
         rank_ranges = self.rank_ranges[method.kind]
-        ranks = tuple(rank_at(params[key], kind) for key, kind in zip(self._levels(method), rank_ranges, strict=True))
+        ranks = tuple(
+            rank_at(params[key], rank_range) for key, rank_range in zip(self._levels(method), rank_ranges, strict=True)
+        )
         return method.value(self.layer, ranks) if method.shrinks(self.layer, ranks, self.constraints) else Dense()
 
     def params(self, value: Factorization) -> dict[str, Any]:
@@ -92,29 +94,31 @@ class Axis:
             return params | {f"{name}.method": DENSE_METHOD}
         method = self._method(value)
         rank_ranges = self.rank_ranges[method.kind]
-        levels = [level_of(rank, kind) for rank, kind in zip(value.ranks, rank_ranges, strict=True)]
+        levels = [level_of(rank, rank_range) for rank, rank_range in zip(value.ranks, rank_ranges, strict=True)]
         return params | {f"{name}.method": value.method} | dict(zip(self._levels(method), levels, strict=True))
 
     def check(self, value: Factorization) -> None:
-        """Refuse what no parameters choose.
+        """Refuse a factorization that is outside the space.
 
         Raises:
-            PlanError: another method, a rank that is not offered, another kernel, or the layer would not be smaller.
+            PlanError: the method, a rank or the kernel is not in the space, or the layer would not become smaller.
         """
         method, layer = self._method(value), self.layer
         ranks = zip(value.rank_names(), value.ranks, self.rank_ranges[method.kind], method.bounds(layer.weight), strict=True)
-        for name, rank, rank_ranges, bound in ranks:
-            said = f"Layer {layer.name!r}: {name} of {value.title} must be"
+        for name, rank, allowed, bound in ranks:
+            prefix = f"Layer {layer.name!r}: {name} of {value.title} must be"
             if rank > bound:
-                raise PlanError(f"{said} at most {bound}, but got {rank}.")
-            if rank not in rank_ranges:
-                several = f" a multiple of {rank_ranges.step} and" if rank_ranges.step > 1 else ""
-                raise PlanError(f"{said}{several} at most {rank_ranges[-1]} in this study, but got {rank}.")
+                raise PlanError(f"{prefix} at most {bound}, but got {rank}.")
+            if rank not in allowed:
+                multiple = f" a multiple of {allowed.step} and" if allowed.step > 1 else ""
+                raise PlanError(f"{prefix}{multiple} at most {allowed[-1]} in this study, but got {rank}.")
         if not method.shrinks(layer, value.ranks, self.constraints):
             costs = " and ".join(self.constraints.smaller_in)
-            raise PlanError(f"Layer {layer.name!r} must become smaller in {costs} (space.smaller_in), but {value} is not.")
-        if value != (mine := method.value(layer, value.ranks)):
-            raise PlanError(f"Layer {layer.name!r} has kernel={mine.kernel} in this study, but the plan has {value.kernel}.")
+            raise PlanError(
+                f"Layer {layer.name!r} must become smaller in {costs} (space.smaller_in), but {value} does not shrink it."
+            )
+        if value != (expected := method.value(layer, value.ranks)):
+            raise PlanError(f"Layer {layer.name!r} must have kernel={expected.kernel} in this study, but got {value.kernel}.")
 
     def _method(self, value: Factorization) -> Method:
         method, name = method_of(value), self.layer.name
@@ -125,14 +129,14 @@ class Axis:
         raise PlanError(f"Layer {name!r} may not be stored as {value.title} in this study; add it to space.methods.")
 
     def _levels(self, method: Method) -> list[str]:
-        """The parameters that hold the levels of the method's ranks. No other parameter has such a name: neither the names of
-        methods nor those of ranks hold a dot, and no rank is called `method`."""
+        """The names of the parameters for the method's ranks. They are unique: names of methods and ranks hold no dot, and no
+        rank is called `method`."""
         return [f"{self.layer.name}.{method.kind.method}.{rank}" for rank in method.kind.rank_names()]
 
 
 @dataclass(frozen=True)
 class Space:
-    """All axes of a study, in call order of the layers."""
+    """All axes of a study, in the order in which the model calls the layers."""
 
     axes: tuple[Axis, ...]
 
@@ -145,40 +149,40 @@ class Space:
         return Plan.of({axis.layer.name: axis.factorization(params) for axis in self.axes})
 
     def smallest(self, cost: str) -> Plan:
-        """The plan of the least cost of that name."""
+        """The plan with the lowest value of this cost."""
         return Plan.of({axis.layer.name: axis.smallest(cost) for axis in self.axes})
 
     def params(self, plan: Plan) -> dict[str, Any]:
-        """Parameters that choose `plan`: the inverse of `plan` for plans inside the space."""
+        """The parameters that choose `plan`; the inverse of `Space.plan` for plans inside the space."""
         return {key: value for axis in self.axes for key, value in axis.params(plan[axis.layer.name]).items()}
 
 
 def check_plan(plan: Plan, space: Space, inventory: Inventory) -> None:
-    """Refuse a plan that no trial of the space can have.
+    """Refuse a plan that is outside the space.
 
     Raises:
-        PlanError: it names a layer, a method or a rank that the space does not offer, or no layer.
+        PlanError: the plan names no layer, or a layer, method or rank that is not in the space.
     """
     axes = {axis.layer.name: axis for axis in space.axes}
     if not plan.layers:
-        raise PlanError("A plan to try must make a layer smaller, but this one leaves all of them dense.")
+        raise PlanError("A plan must decompose at least one layer, but this one leaves all layers dense.")
     for name, value in plan:
         if name not in axes:
-            known = any(layer.name == name for layer in inventory.layers)
-            reason = "This study leaves it dense." if known else _why_skipped(name, inventory.skipped).strip()
+            decomposable = any(layer.name == name for layer in inventory.layers)
+            reason = "This study leaves it dense." if decomposable else _why_skipped(name, inventory.skipped).strip()
             hint = f" {reason}" if reason else nearest(name, axes)
-            raise PlanError(f"A plan must name layers of the space, but {name!r} is none.{hint}")
+            raise PlanError(f"A plan must name layers of the search space, but got {name!r}.{hint}")
         axes[name].check(value)
 
 
-def constraints_of(about: spec.Space) -> RankConstraints:
-    """The ranks that a study offers."""
-    return RankConstraints(about.rank_multiple or 1, about.smaller_in)
+def constraints_of(section: spec.Space) -> RankConstraints:
+    """The constraints on ranks that a study's section `space` sets."""
+    return RankConstraints(section.rank_multiple or 1, section.smaller_in)
 
 
-def space_of(about: spec.Space, inventory: Inventory) -> Space:
-    """The space of a study; raises as `make_space` does."""
-    return make_space(inventory, about.methods, layers=about.layers, skip=about.skip, constraints=constraints_of(about))
+def space_of(section: spec.Space, inventory: Inventory) -> Space:
+    """The search space that a study's section `space` describes; raises as `make_space` does."""
+    return make_space(inventory, section.methods, layers=section.layers, skip=section.skip, constraints=constraints_of(section))
 
 
 def make_space(
@@ -189,57 +193,57 @@ def make_space(
     skip: Sequence[str] = (),
     constraints: RankConstraints = FEWER_PARAMS,
 ) -> Space:
-    """The axes of the layers that at least one of the methods makes smaller.
+    """The search space over all layers that at least one of the methods makes smaller.
 
     Args:
         inventory: the model's layers.
         methods: names of the methods to choose from.
-        layers: names or patterns (as of `fnmatch.fnmatchcase`) of the only layers; all where it is empty.
-        skip: not these.
-        offer: what ranks must be multiples of, and which costs must shrink.
+        layers: names or patterns (`fnmatch.fnmatchcase`) of the layers to decompose; empty for all layers.
+        skip: names or patterns of layers to leave dense.
+        constraints: the number that ranks must be multiples of, and the costs in which a layer must shrink.
 
     Raises:
         SpecError: a name or pattern matches no layer that can be decomposed, or no layer is left.
     """
-    known = [layer.name for layer in inventory.layers]
-    only, never = _matching("space.layers", layers, inventory), _matching("space.skip", skip, inventory)
-    chosen = [m for kind, m in METHODS.items() if kind.method in methods]
-    left = [layer for layer in inventory.layers if (not layers or layer.name in only) and layer.name not in never]
-    if not left:
-        raise SpecError(f"The search needs a layer to decompose, but space.layers and space.skip leave none of {known}.")
+    names = [layer.name for layer in inventory.layers]
+    selected, skipped = _matching_layers("space.layers", layers, inventory), _matching_layers("space.skip", skip, inventory)
+    allowed = [m for kind, m in METHODS.items() if kind.method in methods]
+    candidates = [layer for layer in inventory.layers if (not layers or layer.name in selected) and layer.name not in skipped]
+    if not candidates:
+        raise SpecError(f"The search needs a layer to decompose, but space.layers and space.skip leave none of {names}.")
     axes = []
-    for layer in left:
-        fitting = tuple(method for method in chosen if applies(method, layer, constraints))
-        if fitting:
-            axes.append(Axis(layer, fitting, constraints))
+    for layer in candidates:
+        suitable = tuple(method for method in allowed if applies(method, layer, constraints))
+        if suitable:
+            axes.append(Axis(layer, suitable, constraints))
     if not axes:
         raise SpecError(
-            f"The search needs a layer to decompose, but {', '.join(methods)} make none of {known} "
-            f"smaller{_terms(constraints)}."
+            f"The search needs a layer to decompose, but {', '.join(methods)} make none of {names} "
+            f"smaller{_beyond_default(constraints)}."
         )
     return Space(tuple(axes))
 
 
-def _matching(key: str, patterns: Sequence[str], inventory: Inventory) -> set[str]:
+def _matching_layers(key: str, patterns: Sequence[str], inventory: Inventory) -> set[str]:
     """The names of the layers that the patterns match."""
-    known = [layer.name for layer in inventory.layers]
-    found = set[str]()
+    names = [layer.name for layer in inventory.layers]
+    matched = set[str]()
     for pattern in patterns:
-        matches = _matches(pattern, known)
+        matches = _matches(pattern, names)
         if not matches:
-            hint = _why_skipped(pattern, inventory.skipped) or nearest(pattern, known)
-            raise SpecError(f"{key} must name layers that can be decomposed, but {pattern!r} is none.{hint}")
-        found.update(matches)
-    return found
+            hint = _why_skipped(pattern, inventory.skipped) or nearest(pattern, names)
+            raise SpecError(f"{key} must name layers that can be decomposed, but {pattern!r} matches none.{hint}")
+        matched.update(matches)
+    return matched
 
 
 def _matches(pattern: str, names: Iterable[str]) -> list[str]:
-    # A name may hold a pattern's characters itself.
+    # Compared as a plain name too, since layer names may contain pattern characters such as "[".
     return [name for name in names if name == pattern or fnmatchcase(name, pattern)]
 
 
 def _why_skipped(pattern: str, skipped: Mapping[str, str]) -> str:
-    """The reasons of the skipped layers that a pattern matches, of three at most."""
+    """Why the layers that a pattern matches cannot be decomposed, for the first three of them."""
     names = _matches(pattern, skipped)
     if names == [pattern]:
         return f" Skipped: {skipped[pattern]}."
@@ -248,31 +252,31 @@ def _why_skipped(pattern: str, skipped: Mapping[str, str]) -> str:
 
 
 def check_limits(limits: Limits, space: Space, inventory: Inventory) -> None:
-    """Refuse limits that no plan of the space keeps.
+    """Refuse limits that no plan of the space can meet.
 
     Raises:
-        SpecError: the smallest plan is larger.
+        SpecError: the smallest plan is still over a limit.
     """
     ratio = size_of(space.smallest("params"), inventory).ratio
     if limits.min_ratio and limits.min_ratio > ratio:
-        # Rounded down, so that what the message names is accepted.
-        most = math.floor(ratio * 100) / 100
+        # Rounded down, so that the value in the message would be accepted.
+        largest = math.floor(ratio * 100) / 100
         raise SpecError(
-            f"search.min_ratio must be at most {most:.12g}, which the smallest plan of the space reaches, but got "
+            f"search.min_ratio must be at most {largest:.12g}, the ratio of the smallest plan in the space, but got "
             f"{limits.min_ratio:g}; lower it, or widen the space."
         )
     for cost, limit in limits.max_costs.items():
-        least = size_of(space.smallest(cost), inventory).costs[cost]
-        if limit < least:
-            shown = least if isinstance(least, int) else f"{math.ceil(least * 1000) / 1000:g}"
+        smallest = size_of(space.smallest(cost), inventory).costs[cost]
+        if limit < smallest:
+            shown = smallest if isinstance(smallest, int) else f"{math.ceil(smallest * 1000) / 1000:g}"
             raise SpecError(
-                f"search.{COSTS[cost].limit} must be at least {shown}, which the smallest plan of the space has, but got "
+                f"search.{COSTS[cost].limit} must be at least {shown}, that of the smallest plan in the space, but got "
                 f"{limit}; raise it, or widen the space."
             )
 
 
-def _terms(constraints: RankConstraints) -> str:
-    """What more than fewer parameters an offer asks for, and the key that asks it."""
+def _beyond_default(constraints: RankConstraints) -> str:
+    """The constraints beyond the default (fewer parameters), each with its key, for an error message."""
     costs = (
         f" in {' and '.join(constraints.smaller_in)} (space.smaller_in)"
         if constraints.smaller_in != FEWER_PARAMS.smaller_in
@@ -284,15 +288,15 @@ def _terms(constraints: RankConstraints) -> str:
 
 
 def applies(method: Method, layer: Layer, constraints: RankConstraints = FEWER_PARAMS) -> bool:
-    """Whether the method can store this layer and makes it smaller at some rank that is offered."""
+    """Whether the method can store this layer and makes it smaller at some allowed rank."""
     return method.applies(layer.weight, linear=layer.kind == "Linear") and all(method.rank_ranges(layer, constraints))
 
 
 def rank_at(level: float, ranks: range) -> int:
-    """The rank at a level of 0..1, on a log scale of the ranks of `Method.rank_ranges`."""
+    """The rank at a level in 0..1, on a log scale over `ranks`, one of `Method.rank_ranges`."""
     return nearest_rank(ranks, ranks.step * math.exp(level * math.log(len(ranks))))
 
 
 def level_of(rank: int, ranks: range) -> float:
-    """The level of a rank: the inverse of `rank_at`; ranks outside have the level of the nearest end."""
+    """The level of a rank, the inverse of `rank_at`; ranks outside `ranks` get the level of the nearest end."""
     return min(1.0, max(0.0, math.log(rank / ranks.step) / math.log(len(ranks)))) if len(ranks) > 1 else 0.0

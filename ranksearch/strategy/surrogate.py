@@ -1,4 +1,4 @@
-"""What a plan's score will be: learned from the trials so far, on top of what profile and probes predict."""
+"""A model of plans' scores, fitted to the finished trials, on top of the loss increases that the probes predict."""
 
 from __future__ import annotations
 
@@ -17,41 +17,42 @@ from ranksearch.strategy.predicted_front import Choice, edges
 from ranksearch.strategy.space import Size
 
 Rows: TypeAlias = NDArray[np.intp]
-"""Plans as rows (plans, layers): the place of each layer's choice in its table, 0 for dense."""
+"""Plans as an array (plans, layers): the index of each layer's choice in `Table.values`, 0 for dense."""
 Values: TypeAlias = NDArray[np.float64]
 
 TREES = 50
-"""Each is one guess at the scores: their spread is how unsure the surrogate is."""
+"""Number of trees. Each tree is one guess at the scores, and the variance over the guesses is the model's uncertainty."""
 MIN_RECORDS_PER_LEAF = 2
-"""Records in a leaf, at least: one alone is mostly the noise of its score."""
+"""The smallest number of records in a leaf of a tree. The score of a single record is mostly noise."""
 MAX_RECORDS = 256
-"""The surrogate learns from so many records at most, those nearest to the front: a guess has to be ready in 0.1 s."""
+"""The surrogate is fitted to at most this many records, those nearest to the front, so that a proposal takes 0.1 s."""
 SCORE_RESOLUTION = 0.01
-"""Drops of the score are told apart on a log scale from about here on; below it is the noise of a validation score."""
+"""Score drops are compared on a log scale from about this value on; smaller drops are noise of the validation score."""
 MAX_RELATIVE_DROP = 4
-"""Beyond so many times the drop down to the floor, all drops are alike."""
-PRIOR_STD = 0.6
-"""Standard deviation of the log of a layer's weight: training makes good what it makes good by a factor of two or so."""
+"""Drops are clipped at this many times the drop to the floor: far below it, one bad score is as bad as another."""
+LOG_WEIGHT_PRIOR_STD = 0.6
+"""Prior standard deviation of the log of a layer's weight. How much of a predicted loss increase training recovers differs
+between layers by a factor of about two."""
 MIN_SLOPE = 0.1
-"""The least slope of the log drop over the log rise that weights are fitted with."""
-PRIOR_SCORE_STD, PRIOR_RECORDS = 0.01, 8
-"""What the standard deviation of a score is taken to be for its noise alone, and how many records that assumption is worth:
-96 % on 360 images is known to a point. A handful of records that agree by chance would end the search there."""
+"""The smallest slope of log score drop over log loss increase that the fit of the layers' weights uses."""
+SCORE_NOISE_PRIOR_STD, SCORE_NOISE_PRIOR_RECORDS = 0.01, 8
+"""Prior on the noise of a score: its standard deviation (that of an accuracy of 96 % on 360 images), and the number of records
+that it counts for. Without this prior, a few records that agree by chance would end the search there."""
 NOISE_LENGTH_SCALE = 1.0
-"""The distance, in logs of layers' sizes, at which two plans' scores begin to have noise of their own."""
+"""The distance between two plans, in logs of the layers' sizes, from which the noise of their scores is independent."""
 MIN_STD = 1e-6
-"""A standard deviation is at least this: nothing is divided by 0."""
+"""Added to every standard deviation, so that none is 0."""
 MIN_LOSS_INCREASE = 0.01
-"""A predicted rise of the loss, in nats, that training makes good in any case; rises are told apart on a log scale."""
+"""Offset, in nats, of the log scale on which loss increases are compared; training recovers an increase this small anyway."""
 
 
 class Table:
-    """Every choice of every layer as arrays: its costs, and the predicted increase of the loss.
+    """Costs and predicted loss increases of every choice of every layer, as arrays.
 
     Args:
         inventory: the model's layers.
         choices: by layer, the ways to store it.
-        minimize: the costs that plans are to be small in.
+        minimize: the names of the costs to minimise.
     """
 
     def __init__(
@@ -60,21 +61,25 @@ class Table:
         self.minimize = tuple(minimize)
         self.layers, self._inventory = tuple(choices), inventory
         dense = [inventory[name] for name in self.layers]
-        self.values: list[list[Factorization]] = [[Dense(), *(choice.value for choice in choices[x.name])] for x in dense]
-        self.loss_increases = [np.array([0.0, *(max(0.0, choice.loss_increase) for choice in choices[x.name])]) for x in dense]
+        self.values: list[list[Factorization]] = [
+            [Dense(), *(choice.value for choice in choices[layer.name])] for layer in dense
+        ]
+        self.loss_increases = [
+            np.array([0.0, *(max(0.0, choice.loss_increase) for choice in choices[layer.name])]) for layer in dense
+        ]
         costs = [
-            [x.costs, *(METHODS[type(value)].costs(x, value.ranks) for value in values[1:])]
-            for x, values in zip(dense, self.values, strict=True)
+            [layer.costs, *(METHODS[type(value)].costs(layer, value.ranks) for value in values[1:])]
+            for layer, values in zip(dense, self.values, strict=True)
         ]
         self.costs = {name: [np.array([choice[name] for choice in layer]) for layer in costs] for name in inventory.costs}
-        """By the name of each cost, of each layer (choices,)."""
-        self._at = [{value: place for place, value in enumerate(values)} for values in self.values]
-        self._alike = [_by_method(values) for values in self.values]
+        """By name of the cost: for each layer an array (choices,)."""
+        self._index_of = [{value: index for index, value in enumerate(values)} for values in self.values]
+        self._ranks_by_method = [_by_method(values) for values in self.values]
         self._edges = [self._priced(price) for price in prices(self.minimize, inventory)]
 
     def row(self, plan: Plan) -> tuple[int, ...]:
-        """A plan as a row; a choice that is not in the table stands as the nearest of its method."""
-        return tuple(self._place(layer, plan[name]) for layer, name in enumerate(self.layers))
+        """A plan as a row. A factorization that is not in the table becomes the one of its method with the nearest ranks."""
+        return tuple(self._choice_index(layer, plan[name]) for layer, name in enumerate(self.layers))
 
     def plan(self, row: Sequence[int]) -> Plan:
         """The plan that a row stands for."""
@@ -82,35 +87,39 @@ class Table:
 
     def sizes(self, rows: Rows) -> list[Size]:
         """The size of the whole model under each plan."""
-        names, costs = list(self.costs), [self._whole(name, rows).tolist() for name in self.costs]
+        names, costs = list(self.costs), [self._totals(name, rows).tolist() for name in self.costs]
         return [Size(dict(zip(names, each, strict=True)), self._inventory.params / each[names.index("params")])
                 for each in zip(*costs, strict=True)]  # fmt: skip
 
-    def _whole(self, cost: str, rows: Rows) -> Values:
+    def _totals(self, cost: str, rows: Rows) -> Values:
         """(plans,): one cost of the whole model under each plan."""
         return np.asarray(self._inventory.costs[cost] - _saved(self.costs[cost], rows))
 
     def log_ratios(self, rows: Rows) -> Values:
-        """(plans, costs): log10 of how many times each plan is smaller, in each cost to be minimised."""
-        return np.stack([np.log10(self._inventory.costs[cost] / self._whole(cost, rows)) for cost in self.minimize], axis=1)
+        """(plans, costs): log10 of dense cost / plan's cost, for each cost to minimise."""
+        return np.stack([np.log10(self._inventory.costs[cost] / self._totals(cost, rows)) for cost in self.minimize], axis=1)
 
     def loss_increases_of(self, rows: Rows) -> Values:
-        """(plans, layers): the predicted rise of the loss that each layer's choice causes."""
+        """(plans, layers): the predicted loss increase of each layer's choice alone."""
         return np.stack([loss_increases[rows[:, i]] for i, loss_increases in enumerate(self.loss_increases)], axis=1)
 
-    def predicted_front(self, weights: Values, at: int = 0) -> Rows:
-        """The corners of the frontier, by falling size, with each layer's rises times its weight (layers,), under the price at
-        a place; of several costs there are several prices, which take turns."""
-        # A layer's hull stays what it is when all its rises are scaled: only the merger changes.
-        steps = sorted(self._edges[at % len(self._edges)], key=lambda edge: edge[2] * weights[edge[0]])
+    def predicted_front(self, weights: Values, price_index: int = 0) -> Rows:
+        """The plans of the predicted front, the largest first, with each layer's loss increases multiplied by its weight.
+
+        Args:
+            weights: (layers,).
+            price_index: which price to solve for, modulo their number; there are several if there are several costs.
+        """
+        # Scaling all loss increases of a layer keeps its hull, so only the order of the merged edges changes.
+        steps = sorted(self._edges[price_index % len(self._edges)], key=lambda edge: edge[2] * weights[edge[0]])
         rows = np.zeros((len(steps) + 1, len(self.layers)), dtype=np.intp)
-        for step, (layer, place, _) in enumerate(steps, start=1):
+        for step, (layer, choice, _) in enumerate(steps, start=1):
             rows[step] = rows[step - 1]
-            rows[step, layer] = place
+            rows[step, layer] = choice
         return rows
 
     def features(self, rows: Rows) -> Values:
-        """(plans, 2 layers): the log of each layer's predicted rise, and of its compression."""
+        """(plans, 2 * layers): the logs of each layer's predicted loss increase and compression ratio."""
         return np.concatenate([_log(self.loss_increases_of(rows)), self.shrunk(rows)], axis=1)
 
     def shrunk(self, rows: Rows) -> Values:
@@ -118,26 +127,28 @@ class Table:
         return np.stack([np.log(params[0] / params[rows[:, i]]) for i, params in enumerate(self.costs["params"])], axis=1)
 
     def _priced(self, price: Price) -> list[tuple[int, int, float]]:
-        """The edges of the frontier at a price: the layer, the place of its choice, the slope."""
+        """The edges of the predicted front at a price: (index of the layer, index of its choice, slope)."""
         costs = [
             np.sum([unit * self.costs[cost][layer] for cost, unit in price.units.items()], axis=0)
             for layer in range(len(self.layers))
         ]
-        whole = [
+        priced_choices = [
             list(map(Choice, *each)) for each in zip(self.values, map(list, costs), map(list, self.loss_increases), strict=True)
         ]
-        dense = {name: priced[0].cost for name, priced in zip(self.layers, whole, strict=True)}
-        places = {name: place for place, name in enumerate(self.layers)}
-        found = edges(dense, {name: priced[1:] for name, priced in zip(self.layers, whole, strict=True)})
-        return [(places[edge.layer], self._at[places[edge.layer]][edge.value], edge.slope) for edge in found]
+        dense = {name: priced[0].cost for name, priced in zip(self.layers, priced_choices, strict=True)}
+        layer_index = {name: index for index, name in enumerate(self.layers)}
+        front_edges = edges(dense, {name: priced[1:] for name, priced in zip(self.layers, priced_choices, strict=True)})
+        return [
+            (layer_index[edge.layer], self._index_of[layer_index[edge.layer]][edge.value], edge.slope) for edge in front_edges
+        ]
 
-    def _place(self, layer: int, value: Factorization) -> int:
-        found = self._at[layer].get(value)
-        if found is None:
-            places, ranks = self._alike[layer].get(type(value), ([0], np.ones((1, len(value.ranks)))))
+    def _choice_index(self, layer: int, value: Factorization) -> int:
+        index = self._index_of[layer].get(value)
+        if index is None:
+            indices, ranks = self._ranks_by_method[layer].get(type(value), ([0], np.ones((1, len(value.ranks)))))
             distances = np.abs(np.log(ranks / np.array(value.ranks, dtype=float))).sum(axis=1)
-            found = self._at[layer][value] = places[int(np.argmin(distances))]
-        return found
+            index = self._index_of[layer][value] = indices[int(np.argmin(distances))]
+        return index
 
 
 def _saved(costs: list[Values], rows: Rows) -> Values:
@@ -145,82 +156,83 @@ def _saved(costs: list[Values], rows: Rows) -> Values:
 
 
 def _by_method(values: Sequence[Factorization]) -> dict[type[Factorization], tuple[list[int], Values]]:
-    """By type of factorization, the places of a layer's choices and their ranks (choices, ranks)."""
+    """By type of factorization, the indices of a layer's choices and their ranks (choices, ranks)."""
     kinds: dict[type[Factorization], list[int]] = {}
-    for place, value in enumerate(values):
-        kinds.setdefault(type(value), []).append(place)
-    return {kind: (places, np.array([values[i].ranks for i in places], dtype=float)) for kind, places in kinds.items()}
+    for index, value in enumerate(values):
+        kinds.setdefault(type(value), []).append(index)
+    return {kind: (indices, np.array([values[i].ranks for i in indices], dtype=float)) for kind, indices in kinds.items()}
 
 
 class Surrogate:
-    """Scores of plans, from the records so far.
+    """Predicts the scores of plans from the finished trials.
 
-    The predicted rise of the loss orders plans well before anything is known of them, but says nothing of what training
-    makes good again. An isotonic fit tells the drop of the score from it, and never falls. Which layers' rises training
-    makes good better than others' is told by a weight on each, found by ridge regression around 1. What is left, their
-    interactions most of all, is learned by extremely randomised trees (Geurts et al. 2006).
+    It predicts log(`top` - score), the log of the score drop, in three steps:
+    1. A weight for each layer's predicted loss increase: training recovers the increases of some layers better than those of
+       others. Ridge regression around 1.
+    2. Isotonic regression of the log drop on the log of the weighted sum: a larger loss increase never predicts a smaller drop.
+    3. Extremely randomised trees (Geurts et al. 2006) for the residuals, above all for interactions of layers.
 
     Args:
-        table: the choices.
-        rows: the plans that were tried (plans, layers).
-        scores: theirs.
-        dense_score: of the dense model.
-        floor: scores below it are worth nothing.
-        seed: of everything random.
+        table: the choices of each layer.
+        rows: the plans of the finished trials (plans, layers).
+        scores: their scores (plans,).
+        dense_score: score of the dense model.
+        floor: scores below it do not count.
+        seed: seed of all random numbers.
     """
 
     def __init__(self, table: Table, rows: Rows, scores: Values, *, dense_score: float, floor: float, seed: int) -> None:
-        # Imported here: scikit-learn costs a second, and only the driver asks for a surrogate.
+        # Imported here: scikit-learn takes a second to import, and only the driver uses a surrogate.
         from sklearn.ensemble import ExtraTreesRegressor
         from sklearn.isotonic import IsotonicRegression
 
-        # Plans may beat the dense net, and the search may climb on: drops are from what is within reach, noise aside.
+        # Plans may score higher than the dense model, so drops are measured from the highest score within reach.
         reach = max(dense_score, floor, float(scores.max()) - SCORE_RESOLUTION / 2)
         self._table, self.top = table, reach + SCORE_RESOLUTION
-        most = MAX_RELATIVE_DROP * max(reach - min(floor, dense_score), SCORE_RESOLUTION)
-        drops = np.log(np.clip(reach - scores, 0.0, most) + SCORE_RESOLUTION)
-        loss_increases, self._sizes = table.loss_increases_of(rows), table.shrunk(rows)
-        self._theta, spread = _log_weights(loss_increases, drops)
-        draw = np.random.default_rng(seed).standard_normal((TREES, len(self._theta)))
-        self.weights = np.exp(self._theta + draw @ spread.T)
-        """(guesses, layers): what each guess takes the weight of each layer's rise to be."""
-        mean = _log(loss_increases @ np.exp(self._theta))
-        self._trend = IsotonicRegression(out_of_bounds="clip").fit(mean, drops)
+        max_drop = MAX_RELATIVE_DROP * max(reach - min(floor, dense_score), SCORE_RESOLUTION)
+        drops = np.log(np.clip(reach - scores, 0.0, max_drop) + SCORE_RESOLUTION)
+        loss_increases, self._tried_sizes = table.loss_increases_of(rows), table.shrunk(rows)
+        self._log_weights, covariance_root = _log_weights(loss_increases, drops)
+        normal = np.random.default_rng(seed).standard_normal((TREES, len(self._log_weights)))
+        self.weights = np.exp(self._log_weights + normal @ covariance_root.T)
+        """(guesses, layers): samples from the posterior of the layers' weights, one sample for each tree."""
+        log_increases = _log(loss_increases @ np.exp(self._log_weights))
+        self._trend = IsotonicRegression(out_of_bounds="clip").fit(log_increases, drops)
         self._trees = ExtraTreesRegressor(
             TREES, min_samples_leaf=MIN_RECORDS_PER_LEAF, max_features="sqrt", bootstrap=True, oob_score=True, random_state=seed
         )
-        rest = drops - self._trend.predict(mean)
-        self._trees.fit(self._features(rows), rest)
-        foretold = self._trend.predict(mean) + self._trees.oob_prediction_
-        missed = (np.exp(foretold) - np.exp(drops))[scores > floor]
-        self._noise = math.sqrt((PRIOR_SCORE_STD**2 * PRIOR_RECORDS + float(np.sum(missed**2))) / (PRIOR_RECORDS + len(missed)))
+        residuals = drops - self._trend.predict(log_increases)
+        self._trees.fit(self._features(rows), residuals)
+        predicted = self._trend.predict(log_increases) + self._trees.oob_prediction_
+        errors = (np.exp(predicted) - np.exp(drops))[scores > floor]
+        prior_sum = SCORE_NOISE_PRIOR_STD**2 * SCORE_NOISE_PRIOR_RECORDS
+        self._noise = math.sqrt((prior_sum + float(np.sum(errors**2))) / (SCORE_NOISE_PRIOR_RECORDS + len(errors)))
 
     def expect(self, rows: Rows) -> tuple[Values, Values]:
-        """Mean and standard deviation (plans,) of log(`top` - score): what is not known of it, and the noise of a score."""
-        features, loss_increases = (
-            np.ascontiguousarray(self._features(rows), dtype=np.float32),
-            self._table.loss_increases_of(rows),
-        )
-        rest = np.stack([tree.tree_.predict(features)[:, 0] for tree in self._trees.estimators_])
-        guesses = rest + self._trend.predict(_log(self.weights @ loss_increases.T).ravel()).reshape(rest.shape)
+        """Mean and standard deviation (plans,) of log(`top` - score), from the model's uncertainty and the noise of scores."""
+        loss_increases = self._table.loss_increases_of(rows)
+        features = np.ascontiguousarray(self._features(rows), dtype=np.float32)
+        residuals = np.stack([tree.tree_.predict(features)[:, 0] for tree in self._trees.estimators_])
+        guesses = residuals + self._trend.predict(_log(self.weights @ loss_increases.T).ravel()).reshape(residuals.shape)
         mean, noise = guesses.mean(0), self._noise / np.exp(guesses.mean(0))
         return mean, np.sqrt(guesses.var(0) + self._novelty(rows) * noise**2) + MIN_STD
 
     def _novelty(self, rows: Rows) -> Values:
-        """(plans,): 0 for a plan that was tried, towards 1 the farther its layers' sizes are from those of any that was.
+        """(plans,): 0 for a plan that was tried, approaching 1 as its layers' sizes differ from those of every tried plan.
 
-        Nearly the same plan has nearly the same score, its noise included: without this, the search would draw lots in one
-        place. It is the variance that a Gaussian process with one record, the nearest, would have.
+        Nearly equal plans have nearly equal scores, noise included. Without this factor the search would try one plan again
+        and again in tiny variations, until noise gives a high score. It is the variance of a Gaussian process with a single
+        record, the nearest one.
         """
-        # Imported here, as scikit-learn is.
+        # Imported here for the same reason as scikit-learn.
         from scipy.spatial.distance import cdist
 
-        nearest = cdist(self._table.shrunk(rows), self._sizes).min(axis=1)
+        nearest = cdist(self._table.shrunk(rows), self._tried_sizes).min(axis=1)
         return np.asarray(1.0 - np.exp(-((nearest / NOISE_LENGTH_SCALE) ** 2)))
 
     def _features(self, rows: Rows) -> Values:
         return np.concatenate(
-            [_log(self._table.loss_increases_of(rows) @ np.exp(self._theta))[:, None], self._table.features(rows)], axis=1
+            [_log(self._table.loss_increases_of(rows) @ np.exp(self._log_weights))[:, None], self._table.features(rows)], axis=1
         )
 
 
@@ -229,20 +241,24 @@ def _log(loss_increases: Values) -> Values:
 
 
 def _log_weights(loss_increases: Values, drops: Values) -> tuple[Values, Values]:
-    """Logs of the layers' weights (layers,), and a root of their covariance, given rises (plans, layers) and log drops.
+    """Fit the logs of the layers' weights (layers,); also returns a Cholesky factor of their covariance.
 
-    Near 1 the log of the weighted sum is linear in the log weights, by each layer's share of the sum: so this is
-    Bayesian linear regression, around 0 with a standard deviation of DOUBT.
+    For weights near 1 the log of the weighted sum is linear in the log weights, with each layer's share of the sum as slope.
+    So this is Bayesian linear regression with a prior of mean 0 and standard deviation `LOG_WEIGHT_PRIOR_STD`.
+
+    Args:
+        loss_increases: (plans, layers).
+        drops: log score drops (plans,).
     """
     from sklearn.isotonic import IsotonicRegression
 
     total = _log(loss_increases.sum(1))
-    # Clipped, since it takes the largest of nearly equal sums for one out of bounds.
-    rest = drops - IsotonicRegression(out_of_bounds="clip").fit_transform(total, drops)
+    # "clip", since with nearly equal sums scikit-learn treats the largest one as out of bounds.
+    residuals = drops - IsotonicRegression(out_of_bounds="clip").fit_transform(total, drops)
     steepness = max(MIN_SLOPE, float(np.polyfit(total, drops, 1)[0])) if np.ptp(total) > 0 else MIN_SLOPE
     shares = steepness * loss_increases / (loss_increases.sum(1, keepdims=True) + MIN_LOSS_INCREASE)
-    # A handful of records that the trend goes through have noise all the same.
-    noise = max(float(np.mean(rest**2)), (PRIOR_SCORE_STD / SCORE_RESOLUTION) ** 2 / len(rest))
-    precision = shares.T @ shares / noise + np.eye(loss_increases.shape[1]) / PRIOR_STD**2
+    # A lower bound on the noise: with few records the trend can pass through all of them.
+    noise = max(float(np.mean(residuals**2)), (SCORE_NOISE_PRIOR_STD / SCORE_RESOLUTION) ** 2 / len(residuals))
+    precision = shares.T @ shares / noise + np.eye(loss_increases.shape[1]) / LOG_WEIGHT_PRIOR_STD**2
     covariance = np.linalg.inv(precision)
-    return covariance @ shares.T @ rest / noise, np.linalg.cholesky(covariance)
+    return covariance @ shares.T @ residuals / noise, np.linalg.cholesky(covariance)

@@ -19,7 +19,7 @@ from ranksearch.data import check_splits, example
 from ranksearch.errors import ModelError
 from ranksearch.results.record import DenseFacts, LayerFacts, StudyFacts
 from ranksearch.spec import StudySpec
-from ranksearch.strategy.prior import at_vbmf, quarter
+from ranksearch.strategy.prior import at_vbmf, quarter_ranks
 from ranksearch.strategy.space import space_of
 from ranksearch.study import folder
 from ranksearch.study.dense import load_required_weights, load_weights
@@ -37,7 +37,7 @@ def look(spec: StudySpec, out: Path) -> Look:
     trained if `dense.epochs` is 0.
     """
     task = load_task(spec)
-    check_splits(task.data, whole=False)
+    check_splits(task.data, every_batch=False)
     kept = load_weights(task.model, out / folder.DENSE_FILE)
     if spec.dense.weights and not kept:
         load_required_weights(task.model, Path(spec.dense.weights))
@@ -49,7 +49,7 @@ def look(spec: StudySpec, out: Path) -> Look:
     for axis in space.axes:
         layer, estimate = axis.layer, vbmf[axis.layer.name]
         suggested = [
-            (m, at_vbmf(m, layer, estimate, constraints=axis.constraints) or quarter(m, layer, axis.constraints))
+            (m, at_vbmf(m, layer, estimate, constraints=axis.constraints) or quarter_ranks(m, layer, axis.constraints))
             for m in axis.methods
         ]
         costs[layer.name] = tuple((str(m.value(layer, ranks)), m.params(layer, ranks)) for m, ranks in suggested)

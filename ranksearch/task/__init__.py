@@ -1,1 +1,1 @@
-"""What is compressed and how it is judged: the model with its data, its training, and the evaluation of one plan."""
+"""The task of a study (model, data, loss, score), training, and the evaluation of one plan."""

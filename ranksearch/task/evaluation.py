@@ -1,4 +1,4 @@
-"""Evaluate one plan: copy the dense model, factorize it, fine-tune it, score it. Runs inside a worker."""
+"""Evaluate one plan in a worker: copy the dense model, factorize it, fine-tune it, score it."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from ranksearch.task.checkpoint import Checkpoint
 from ranksearch.task.task import Task, predict
 from ranksearch.task.training import Diverged
 
-PROBE_INPUTS = 2048
-"""Validation inputs that a probe's loss is measured on, at most: there are several probes a layer."""
+MAX_PROBE_INPUTS = 2048
+"""The largest number of validation inputs that a probe uses. Not all, since each layer has several probes."""
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """All that the trials of a study share; made once, sent once to each worker."""
+    """Evaluates jobs. It holds everything that a study's trials share; made once and sent once to each worker."""
 
     task: Task
     profile: Profile
@@ -43,28 +43,28 @@ class Evaluator:
     finalists: Finalists
     device: str
     scratch: bool = False
-    """Train trials and finalists from weights drawn anew. Probes are of decomposed weights all the same."""
+    """Train trials and finalists from random weights. Probes use decomposed weights in any case."""
     unfinished: Path | None = None
-    """The folder of the finalists' checkpoints; a worker that cannot write there, on another machine, keeps none."""
+    """The folder for finalists' checkpoints. A worker that cannot write to it, for example on another machine, keeps none."""
     methods: tuple[Method, ...] = field(default_factory=lambda: tuple(METHODS.values()))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        # A worker has the methods of this package alone, until it gets those that were registered where the study runs.
+        # A worker process knows only this package's methods; register those that were registered in the driver.
         for method in self.methods:
             register_method(method)
 
     def __call__(self, job: Job) -> Iterator[CurvePoint | Result]:
-        """Evaluate a job: a rung after each epoch (the first without training), then the answer, always last.
+        """Evaluate a job: yield a learning-curve point before training and after each epoch, and at the end the result.
 
-        Of a finalist that goes on from a checkpoint the rungs that are left; its answer has all.
+        A finalist that resumes from a checkpoint yields only the remaining points; its result has all of them.
         """
-        checkpoint, outcome, more = self._checkpoint(job), Outcome.DONE, dict[str, Any]()
+        checkpoint, outcome, fields = self._checkpoint(job), Outcome.DONE, dict[str, Any]()
         try:
             if job.stage is Stage.PROBE:
-                more = {"loss": self._loss(self.compressed(job.plan), job.seed)}
+                fields = {"loss": self._loss(self.compressed(job.plan), job.seed)}
             else:
-                more = yield from self._trained(job, checkpoint)
+                fields = yield from self._trained(job, checkpoint)
         except Diverged:
             outcome = Outcome.DIVERGED
         except RuntimeError as error:
@@ -72,10 +72,10 @@ class Evaluator:
                 raise
             outcome = Outcome.OUT_OF_MEMORY
         training.release(torch.device(self.device))
-        yield Result(outcome, tuple(checkpoint.curve_points), checkpoint.seconds(), **more)
+        yield Result(outcome, tuple(checkpoint.curve_points), checkpoint.seconds(), **fields)
 
     def _trained(self, job: Job, checkpoint: Checkpoint) -> Generator[CurvePoint, None, dict[str, Any]]:
-        """The rungs that are left; at their end, what a finalist is found to be."""
+        """Yield the remaining learning-curve points; returns a finalist's test score and weights, for its `Result`."""
         model = copy.deepcopy(self.task.model)
         for curve_point in self._curve_points(model, job, checkpoint):
             checkpoint.curve_points.append(curve_point)
@@ -85,7 +85,7 @@ class Evaluator:
         return {"score_test": self._score(model, self.task.data.test), "weights": weights_of(model)}
 
     def compressed(self, plan: Plan) -> nn.Module:
-        """The dense model with the plan applied to it, before any fine-tuning."""
+        """A copy of the dense model, factorized as `plan` says, before any fine-tuning."""
         model = copy.deepcopy(self.task.model)
         return self._factorized(model, self.profile, plan, 0)
 
@@ -98,7 +98,7 @@ class Evaluator:
         return training.place(model, torch.device(self.device), channels_last=self.task.channels_last)
 
     def _steps(self, model: nn.Module, job: Job) -> Iterator[None]:
-        """Bring `model` to the job's plan, in place: at once, or a layer at a time with a stop after each."""
+        """Factorize `model` in place as the job's plan says, all layers in one step or one layer a step; yields after each."""
         final = job.stage is Stage.FINALIST
         sweeps = self.finalists.sweeps if final else 0
         if self.scratch:
@@ -107,9 +107,9 @@ class Evaluator:
         elif final and self.finalists.schedule == "layerwise":
             values = dict(job.plan)
             for name in reversed([name for name in self.profile.layers if name in values]):
-                # Of the weights as they are by now: those of the dense net know nothing of what was trained since.
-                known = self.profile.layers[name]
-                layers = Profile({name: known.of(kernel(model, known.layer), values[name])})
+                # Decompose the layer's current weights, which the steps before have fine-tuned, not the dense model's.
+                dense_profile = self.profile.layers[name]
+                layers = Profile({name: dense_profile.of(kernel(model, dense_profile.layer), values[name])})
                 self._factorized(model, layers, Plan.of({name: values[name]}), sweeps)
                 yield
         else:
@@ -119,24 +119,24 @@ class Evaluator:
     def _loss(self, model: nn.Module, seed: int) -> float:
         device = torch.device(self.device)
         training.recalibrate(model, self.task, seed=seed, device=device)
-        outputs, targets = predict(model, sample(self.task.data.validation, PROBE_INPUTS, seed=seed), device=device)
+        outputs, targets = predict(model, sample(self.task.data.validation, MAX_PROBE_INPUTS, seed=seed), device=device)
         return float(self.task.loss(outputs, targets))
 
     def _score(self, model: nn.Module, split: Dataset[Any]) -> float:
-        found = training.score(model, self.task, split, device=torch.device(self.device))
-        if not math.isfinite(found):
+        score = training.score(model, self.task, split, device=torch.device(self.device))
+        if not math.isfinite(score):
             raise Diverged("the score became NaN or infinite")
-        return found
+        return score
 
     def _curve_points(self, model: nn.Module, job: Job, checkpoint: Checkpoint) -> Iterator[CurvePoint]:
-        """The rungs that are left; `checkpoint` has those behind it."""
+        """The remaining learning-curve points; `checkpoint` has the earlier ones."""
         device = torch.device(self.device)
         recipe = self.finalists if job.stage is Stage.FINALIST else self.finetune
         done = checkpoint.curve_points[-1].epochs if checkpoint.curve_points else -1
         for step, _ in enumerate(self._steps(model, job)):
             before = step * recipe.epochs
             if done > before + recipe.epochs:
-                continue  # Trained by an earlier run: only the structure is needed, the checkpoint has the weights.
+                continue  # An earlier run trained this step. Only the structure is needed: the checkpoint has the weights.
             if done <= before:
                 training.recalibrate(model, self.task, seed=job.seed, device=device)
             if step == 0 and done < 0:
@@ -146,20 +146,20 @@ class Evaluator:
                 yield CurvePoint(before + epoch, self._score(model, self.task.data.validation))
 
     def _checkpoint(self, job: Job) -> Checkpoint:
-        """Of a finalist; nothing else trains for long enough."""
+        """A finalist's checkpoint. Other jobs are too short for one and get a `Checkpoint` without a file."""
         if job.stage is not Stage.FINALIST or self.unfinished is None or not os.access(self.unfinished, os.W_OK):
             return Checkpoint()
-        how = f"{self.finalists}, scratch {self.scratch}, from {digest_of(self.task.model)}"
-        of = f"{job.plan.to_json()}, seed {job.seed}, {how}"
-        return Checkpoint(checkpoint_file(self.unfinished, job.key), of)
+        setup = f"{self.finalists}, scratch {self.scratch}, from {digest_of(self.task.model)}"
+        description = f"{job.plan.to_json()}, seed {job.seed}, {setup}"
+        return Checkpoint(checkpoint_file(self.unfinished, job.key), description)
 
 
 def checkpoint_file(unfinished: Path, key: int) -> Path:
-    """Where the checkpoint of the finalist of that key is."""
+    """The checkpoint file of the finalist whose job has this key."""
     return unfinished / f"{key}.pt"
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Only for its own memory on a GPU has torch an exception; cuBLAS, cuDNN, the driver and the CPU say it in words."""
+    """Whether torch ran out of memory. Only its GPU allocator has an exception type; other sources are known by their text."""
     words = "out of memory", "ALLOC_FAILED", "can't allocate memory"
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in words)

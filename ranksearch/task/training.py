@@ -1,4 +1,4 @@
-"""Fitting, scoring, and recalibrating a model on a task."""
+"""Training, scoring, recalibrating and timing models."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from ranksearch.task.task import Task, evaluation_batch, predict
 M = TypeVar("M", bound=nn.Module)
 
 TIMING_ROUNDS, MIN_TIMING_ROUNDS, MAX_TIMING_SECONDS = 30, 3, 30.0
-"""How often models are timed; less often where that would take longer than so many seconds."""
-CLIP_NORM = 5.0
-"""A gradient norm far above what healthy training shows here (below 3); it stops the one step that ruins a CP net."""
-WARM_UP = 0.15
-"""Share of the steps over which the learning rate rises; decomposed weights are badly scaled for a full first step."""
+"""How often models are timed: `TIMING_ROUNDS`, or fewer if these would take longer than `MAX_TIMING_SECONDS`."""
+MAX_GRADIENT_NORM = 5.0
+"""Gradients are clipped to this norm, well above those of stable training here (below 3). One huge step can ruin a CP model."""
+WARM_UP_SHARE = 0.15
+"""The share of all steps in which the learning rate rises: decomposed weights are badly scaled for full steps at the start."""
 
 
 class Diverged(Exception):
@@ -39,10 +39,10 @@ class Diverged(Exception):
 def fit(
     model: nn.Module, task: Task, recipe: Recipe, *, seed: int, device: torch.device, checkpoint: Checkpoint | None = None
 ) -> Iterator[int]:
-    """Train `model` in place, yielding the number of epochs done after each; the caller may score it or stop.
+    """Train `model` in place and yield the number of epochs done after each epoch; the caller may score the model, or stop.
 
-    The shuffling, and whatever the model draws (dropout), follow `seed` alone. From a checkpoint training goes on as if it had
-    never stopped; it is written once the caller has had the epoch.
+    Shuffling, augmentation and dropout depend only on `seed`. Training resumes from `checkpoint` as if it had never stopped;
+    the checkpoint is written when the caller asks for the next epoch.
 
     Raises:
         Diverged: the loss became NaN or infinite.
@@ -51,62 +51,62 @@ def fit(
     steps = math.ceil(size(task.data.train) / at_once(task.data.train, recipe.batch_size)) * recipe.epochs
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    lower = recipe.precision == "bfloat16"
-    # One with weights for its classes has to follow the model; of a copy, since others use it on the CPU.
+    use_bfloat16 = recipe.precision == "bfloat16"
+    # A loss with class weights must be on the model's device. Moved as a copy, since other code uses it on the CPU.
     loss_of = copy.deepcopy(task.loss).to(device) if isinstance(task.loss, nn.Module) else task.loss
     checkpoint = checkpoint or Checkpoint()
-    done = checkpoint.restore(order, model=model, optimizer=optimizer, schedule=schedule)
-    for epoch in range(done + 1, recipe.epochs + 1):
-        # The caller's random numbers are its own: an epoch neither follows them nor moves them on.
+    finished_epochs = checkpoint.restore(order, model=model, optimizer=optimizer, schedule=schedule)
+    for epoch in range(finished_epochs + 1, recipe.epochs + 1):
+        # An epoch neither depends on the caller's random state nor changes it.
         with seeded(seed + epoch, device):
             model.train()
             for inputs, targets in batches(task.data.train, recipe.batch_size, generator=order, device=device):
-                with torch.autocast(device.type, torch.bfloat16, enabled=lower):
+                with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16):
                     outputs = run_model(model, inputs)
-                # The loss in full: it is cheap, and may be one that knows no bfloat16.
-                loss = loss_of(outputs.float() if lower else outputs, targets)
+                # The loss in float32: it is cheap, and a user's loss may not support bfloat16.
+                loss = loss_of(outputs.float() if use_bfloat16 else outputs, targets)
                 if not torch.isfinite(loss):
                     raise Diverged("the loss became NaN or infinite")
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+                nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
                 optimizer.step()
                 schedule.step()
         yield epoch
-        checkpoint.keep(epoch, order, model=model, optimizer=optimizer, schedule=schedule)
+        checkpoint.save(epoch, order, model=model, optimizer=optimizer, schedule=schedule)
 
 
 def _rate(step: int, steps: int) -> float:
-    warm = max(1, round(steps * WARM_UP))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    warm_up_steps = max(1, round(steps * WARM_UP_SHARE))
+    if step < warm_up_steps:
+        return (step + 1) / warm_up_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up_steps) / max(1, steps - warm_up_steps)))
 
 
 def place(model: M, device: torch.device, *, channels_last: bool = True) -> M:
-    """Put a model on a device, 2-D kernels with channels last: a third faster for factorized layers on a CPU."""
+    """Move a model to a device, with 2-D kernels in channels-last format: a third faster for factorized layers on a CPU."""
     model.to(device)
     for tensor in (*model.parameters(), *model.buffers()):
-        if channels_last and tensor.dim() == 4:  # all at once is for models without any 3-D kernel
+        if channels_last and tensor.dim() == 4:  # `model.to(memory_format=...)` fails if the model has a 3-D kernel
             tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
     return model
 
 
 def takes_channels_last(task: Task) -> bool:
-    """Whether the task's model, on the CPU, runs with its kernels so laid out: `x.view(len(x), -1)` fails behind one."""
+    """Whether the task's model runs with channels-last kernels; `x.view(len(x), -1)` in a forward fails with them."""
     inputs, _ = next(batches(task.data.train, 2))
-    twin = place(copied(task.model), torch.device("cpu"))
+    model = place(copied(task.model), torch.device("cpu"))
     try:
         with seeded(0), torch.no_grad():
             for training in (False, True):
-                run_model(twin.train(training), inputs)
+                run_model(model.train(training), inputs)
     except RuntimeError:
         return False
     return True
 
 
 def release(device: torch.device) -> None:
-    """Give back the memory of a GPU that torch holds in reserve: other processes share it."""
+    """Free the GPU memory that torch caches, since other processes share the GPU."""
     if device.type != "cpu":
         torch.get_device_module(device).empty_cache()
 
@@ -120,10 +120,10 @@ def score(model: nn.Module, task: Task, split: Dataset[Any], *, device: torch.de
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, task: Task, *, seed: int, device: torch.device, inputs: int = 2048) -> None:
-    """Measure the statistics of normalisation layers again, on at most `inputs` of the training split.
+    """Measure the running statistics of batch normalisation again, on at most `inputs` random inputs of the training split.
 
-    A decomposed layer shifts what the next normalisation sees; a score without this says little (EagleEye, ECCV 2020).
-    Which inputs, and in which batches, follows `seed` alone: a folder of images is often sorted by class.
+    A decomposed layer changes the input of the next normalisation, so without this a score says little (EagleEye, ECCV 2020).
+    Inputs and batches are drawn by `seed` alone, since a folder of images is often sorted by class.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
@@ -131,7 +131,7 @@ def recalibrate(model: nn.Module, task: Task, *, seed: int, device: torch.device
     momenta, measured = [norm.momentum for norm in norms], set[nn.Module]()
 
     def begin(norm: nn.modules.batchnorm._BatchNorm, inputs: Any) -> None:
-        # When it is called, since one that is not, as of another branch, keeps what it has.
+        # Reset only when called, so that a layer that is not called, for example in an unused branch, keeps its statistics.
         if norm not in measured:
             measured.add(norm)
             norm.reset_running_stats()
@@ -140,15 +140,15 @@ def recalibrate(model: nn.Module, task: Task, *, seed: int, device: torch.device
 
     model.eval()
     order = torch.Generator().manual_seed(seed)
-    # The caller's random numbers are its own, and those of a data set that changes its inputs at random follow the seed.
+    # Augmentation follows the seed too, and the caller's random state is not changed.
     with seeded(seed, device), ExitStack() as hooks:
         for norm in norms:
             hooks.enter_context(norm.register_forward_pre_hook(begin))
         chosen = sample(task.data.train, inputs, seed=seed)
-        # Batches of one size: each counts alike in the average, and a few inputs left over have poor statistics.
-        most = at_once(chosen, evaluation_batch(chosen))
-        equal = math.ceil(size(chosen) / math.ceil(size(chosen) / most))
-        for batch, _ in batches(chosen, equal, generator=order, device=device):
+        # Batches of about equal size, since the average weighs all batches alike and a small last one has poor statistics.
+        max_batch = at_once(chosen, evaluation_batch(chosen))
+        batch_size = math.ceil(size(chosen) / math.ceil(size(chosen) / max_batch))
+        for batch, _ in batches(chosen, batch_size, generator=order, device=device):
             run_model(model, batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
@@ -156,10 +156,9 @@ def recalibrate(model: nn.Module, task: Task, *, seed: int, device: torch.device
 
 @torch.no_grad()
 def latencies_ms(models: list[nn.Module], example: Any, *, channels_last: bool = True) -> list[float]:
-    """Median milliseconds of one pass over `example`, for each model, on the example's device.
+    """For each model, the median milliseconds of one forward pass over `example`, on the example's device.
 
-    The models run in turn, round after round, so that they compare even where the machine's speed drifts; and are all laid out
-    alike, wherever they come from.
+    The models take turns, so that their times compare even if the machine's speed drifts; all get the same memory format.
     """
     times: list[list[float]] = [[] for _ in models]
     device = tensors_in(example)[0].device
@@ -167,18 +166,18 @@ def latencies_ms(models: list[nn.Module], example: Any, *, channels_last: bool =
     for model in models:
         run_model(place(model, device, channels_last=channels_last).eval(), example)
     _finish(device)
-    whole = time.perf_counter() - start
-    for _ in range(max(MIN_TIMING_ROUNDS, min(TIMING_ROUNDS, int(MAX_TIMING_SECONDS / whole)))):
-        for model, taken in zip(models, times, strict=True):
+    warm_up_seconds = time.perf_counter() - start
+    for _ in range(max(MIN_TIMING_ROUNDS, min(TIMING_ROUNDS, int(MAX_TIMING_SECONDS / warm_up_seconds)))):
+        for model, milliseconds in zip(models, times, strict=True):
             start = time.perf_counter()
             run_model(model, example)
             _finish(device)
-            taken.append((time.perf_counter() - start) * 1e3)
-    return [statistics.median(taken) for taken in times]
+            milliseconds.append((time.perf_counter() - start) * 1e3)
+    return [statistics.median(milliseconds) for milliseconds in times]
 
 
 def _finish(device: torch.device) -> None:
-    """Wait for what a GPU was given to do."""
+    """Wait until a GPU has done its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

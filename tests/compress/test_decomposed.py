@@ -87,6 +87,6 @@ def test_a_value_of_no_registered_method_is_refused():
     class Other(SVD):
         """A value that belongs to no registered method."""
 
-    message = "A plan's values must be of registered methods, but got .*; call ranksearch.register_method"
+    message = "A plan's values must have a registered method, but got .*; call ranksearch.register_method"
     with pytest.raises(PlanError, match=message):
         factorize_(alone(nn.Linear(9, 6)), {"layer": Other(2)})

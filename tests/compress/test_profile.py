@@ -17,7 +17,7 @@ from ranksearch.compress.profile import profile
 from ranksearch.compress.surgery import factorize_
 from ranksearch.errors import StudyError
 from ranksearch.methods import METHODS
-from ranksearch.methods.base import LEVELS, MAX_CANDIDATES
+from ranksearch.methods.base import MAX_CANDIDATES, MAX_RANK_VALUES
 from ranksearch.support.files import write_whole
 from ranksearch.tensors.matrix import unfold
 from ranksearch.tensors.vbmf import vbmf
@@ -182,7 +182,7 @@ def test_the_grid_pays_and_spans_the_limits():
         for method in suiting(inventory(model, EXAMPLE))[layer.name]:
             grid, limits = method.rank_grid(layer), most(method, layer)
             assert grid[0] == (1,) * len(limits)
-            assert len(set(grid)) == len(grid) <= min(LEVELS ** len(limits), MAX_CANDIDATES)
+            assert len(set(grid)) == len(grid) <= min(MAX_RANK_VALUES ** len(limits), MAX_CANDIDATES)
             assert all(method.shrinks(layer, ranks) for ranks in grid)
             assert all(rank <= limit for ranks in grid for rank, limit in zip(ranks, limits, strict=True))
             assert method.shrinks(layer, limits) == (limits in grid)

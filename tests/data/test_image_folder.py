@@ -36,7 +36,7 @@ def test_image_folder_takes_anyones_pictures(tmp_path):
         ({"mean": [0.5], "std": [1.0]}, r"mean and std must both be given, 3 numbers each, or neither, but got \[0\.5\] and \[1\.0\]"),
         ({"mean": [0.5] * 3, "std": [1.0, 0.0, 1.0]}, r"std must be above 0, but got \[1\.0, 0\.0, 1\.0\]"),
         ({"size": 0}, "size must be at least 1, but got 0"),
-        ({}, "train and test in .* must hold the same classes, but 'dog' is only in train and 'cow' is only in test; rename or delete those"),
+        ({}, "train and test in .* must hold the same classes, but 'dog' is only in train and 'cow' is only in test; rename or delete the"),
     ],
 )  # fmt: skip
 def test_image_folders_that_are_refused(tmp_path, options, message):
@@ -66,7 +66,7 @@ def test_a_folder_for_validation_validates(pets, name):
     check_splits(data)
     assert sizes(data) == (40, 10, 6)
     assert data.about == (
-        f"pictures of {pets} at 16x16, those of {name} for validation, 40 / 10 / 6 images for training / validation / test"
+        f"pictures of {pets} at 16x16, those in {name} for validation, 40 / 10 / 6 images for training / validation / test"
     )
     assert torch.equal(data.validation.pixels, read_pictures(pets / name, size=16).pixels)
     assert not data.validation.flip
@@ -74,7 +74,7 @@ def test_a_folder_for_validation_validates(pets, name):
     assert sizes(image_folder(root=str(pets), size=16, train=8, **mine)) == (8, 10, 6)
     held_out = image_folder(root=str(pets), size=16, validation=10, validation_folder="train")
     assert sizes(held_out) == (30, 10, 6)
-    assert "those of" not in held_out.about
+    assert "for validation, " not in held_out.about
 
 
 def test_folders_for_validation_that_do_not_fit(pets):
@@ -85,29 +85,31 @@ def test_folders_for_validation_that_do_not_fit(pets):
             image_folder(root=str(pets), size=16, **options)
 
     refused(
-        r"validation = 10 holds out pictures of train, but val in .* holds those for validation; leave out validation, or give "
-        r"validation_folder = 'train' too",
+        r"validation = 10 would hold out pictures of train, but .* has a validation folder, val; leave out validation, or give "
+        r"validation_folder = 'train' to ignore that folder",
         validation=10,
     )
     refused(
-        r"Pictures for test must serve nothing else, but test_folder = 'val' does", test_folder="val", validation_folder="val"
+        r"test folder must not be the training or validation folder too, but test_folder = 'val' is; name another",
+        test_folder="val",
+        validation_folder="val",
     )
-    refused(r"Pictures for test must serve nothing else, but test_folder = 'train/' does", test_folder="train/")
+    refused(r"training or validation folder too, but test_folder = 'train/' is", test_folder="train/")
     refused(
         r"Pictures must lie in .*/dev/<class>/, but there is no folder .*/dev, only test, train, val", validation_folder="dev"
     )
     (pets / "val" / "dog").rename(pets / "val" / "wolf")
     refused(r"train and val in .* must hold the same classes, but 'dog' is only in train and 'wolf' is only in val")
     (pets / "valid").mkdir()
-    refused(r"One folder in .* must hold the pictures for validation, but val and valid are there; name one of them with")
+    refused(r".* must have only one validation folder, but has val and valid; name one of them with validation_folder")
 
 
 def test_without_test_but_with_val(pets):
     (pets / "test").rename(pets / "val")
     with pytest.raises(
         DataError,
-        match=r"Pictures for test must lie in .*/test, but there is no such folder; to test on val, give test_folder = 'val', and "
-        r"pictures of train are held out for validation",
+        match=r"Test pictures must lie in .*/test, but there is no such folder; to test on val and hold out pictures of train for "
+        r"validation, give test_folder = 'val'",
     ):
         image_folder(root=str(pets), size=16)
     assert sizes(image_folder(root=str(pets), size=16, test_folder="val")) == (36, 4, 6)
@@ -124,7 +126,7 @@ def test_folders_that_are_not_there(pets, tmp_path, monkeypatch):
     for part in ("train", "test"):
         (tmp_path / "zoo" / part).mkdir(parents=True)
         (pets / part).rename(tmp_path / "zoo" / part / "animals")
-    with pytest.raises(DataError, match=r"Pictures must be of two classes or more, but zoo/train holds one folder, 'animals'"):
+    with pytest.raises(DataError, match=r"There must be two classes or more, but zoo/train holds one folder, 'animals'"):
         image_folder(root="zoo")
 
 
@@ -149,16 +151,17 @@ def test_all_that_pillow_reads_is_read_and_the_rest_is_told(pets):
     data = image_folder(root=str(pets), size=16)
     assert size(data.train) + size(data.validation) == 45
     assert data.about.startswith(
-        f"pictures of {pets} at 16x16 (left out: 1 file that is no picture, as train/dog/labels.txt), "
+        f"pictures of {pets} at 16x16 (ignored: 1 file that is not a picture, for example train/dog/labels.txt), "
     )
     (pets / "test" / "dog" / "0.heic").touch()
-    assert "(left out: 2 files that are no pictures, as train/dog/labels.txt), " in image_folder(root=str(pets), size=16).about
+    about = image_folder(root=str(pets), size=16).about
+    assert "(ignored: 2 files that are not pictures, for example train/dog/labels.txt), " in about
 
 
 def test_a_class_without_pictures(pets):
     for part in ("train", "test"):
         (pets / part / "emu").mkdir()
-    with pytest.raises(DataError, match=r"Each class must hold pictures, but .*/train/emu holds none; add some, or delete it"):
+    with pytest.raises(DataError, match=r"Each class must hold pictures, but .*/train/emu holds none; add some, or delete the"):
         image_folder(root=str(pets), size=16)
     (pets / "train" / "cat" / "notes.txt").touch()
     (pets / "train" / "emu" / "0.heic").touch()
@@ -169,12 +172,12 @@ def test_a_class_without_pictures(pets):
 def test_broken_links(pets):
     (pets / "train" / "cat" / "x.jpg").symlink_to(pets / "gone.jpg")
     with pytest.raises(
-        DataError, match=r"cat/x\.jpg must be a picture, but is a link to nothing \(No such file or directory\); delete"
+        DataError, match=r"cat/x\.jpg must be a picture, but is a broken link \(No such file or directory\); delete"
     ):
         image_folder(root=str(pets), size=16)
     (pets / "train" / "cat").rename(pets / "cat")
     (pets / "train" / "cat").symlink_to(pets / "gone")
-    with pytest.raises(DataError, match=r"train/cat must be a folder of pictures, but is a link to nothing; mend or delete it"):
+    with pytest.raises(DataError, match=r"train/cat must be a folder of pictures, but is a broken link; repair or delete it"):
         image_folder(root=str(pets), size=16)
 
 
@@ -183,7 +186,7 @@ def test_all_files_that_cannot_be_read_are_told_at_once(pets):
         (pets / "train" / "cat" / f"{number}.jpg").write_text("<!DOCTYPE html>")
     with pytest.raises(
         DataError,
-        match=r"cat/0\.jpg must be a picture, but cannot be read: .*; so it is with .*1\.jpg, .*2\.jpg, .*3\.jpg and 2 more; take "
-        r"them out of the folder",
+        match=r"cat/0\.jpg must be a picture, but cannot be read: .*; neither can .*1\.jpg, .*2\.jpg, .*3\.jpg and 2 more; remove "
+        r"them from the folder",
     ):
         image_folder(root=str(pets), size=16)

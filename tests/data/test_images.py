@@ -110,12 +110,12 @@ def test_pictures_that_cannot_be_read(tmp_path, monkeypatch):
     path.parent.mkdir(parents=True)
     Image.fromarray(np.zeros((8, 8), np.float32)).save(path)
     with pytest.raises(
-        DataError, match=r"0\.tiff must be a picture, but cannot be read: its pixels, of mode F, are neither of 8 nor"
+        DataError, match=r"0\.tiff must be a picture, but cannot be read: its pixels, of mode F, have neither 8 nor"
     ):
         read_pictures(tmp_path / "train", size=8)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(
-        DataError, match=r"0\.tiff must be a picture, but cannot be read: Image size .*; take it out of the folder"
+        DataError, match=r"0\.tiff must be a picture, but cannot be read: Image size .*; remove it from the folder"
     ):
         read_pictures(tmp_path / "train", size=8)
 
@@ -130,7 +130,9 @@ def test_cifar10_from_torchvisions_pickles(tmp_path, monkeypatch):
         batch = {"data": np.full((20, 3072), number, np.uint8), "labels": [*range(10)] * 2}
         (folder / name).write_bytes(pickle.dumps(batch))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": CLASSES}))
-    with pytest.raises(DataError, match=r"CIFAR-10 cannot be read from .*: Dataset not found or corrupted.* Unpack https://"):
+    with pytest.raises(
+        DataError, match=r"CIFAR-10 must be readable in .*, but: Dataset not found or corrupted.* Unpack https://"
+    ):
         cifar10(root=str(tmp_path))
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
@@ -143,9 +145,9 @@ def test_cifar10_from_torchvisions_pickles(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"validation": 5}, r"validation must leave and take an image of each class, so lie in 10\.\.70 for 80 training images, but got 5"),
-        ({"validation": 20, "train": 61}, r"so lie in 10\.\.50, or be 60, all that are left, but got 61"),
-        ({"validation": 20, "train": 59}, r"train must take an image of each class and leave one, so lie in 10\.\.50, or be 60, "),
+        ({"validation": 5}, r"validation must lie in 10\.\.70 for 80 training images, so that both parts can hold an image of each class, but got 5"),
+        ({"validation": 20, "train": 61}, r"train must lie in 10\.\.50, or be 60 for all images that are not held out, but got 61"),
+        ({"validation": 20, "train": 59}, r"train must lie in 10\.\.50, or be 60 for all images that are not held out, but got 59"),
         ({"validation": 20, "shift": 33}, r"shift must lie in 0\.\.32, the size of the images, but got 33"),
     ],
 )  # fmt: skip
@@ -166,7 +168,7 @@ def test_images_that_are_not_there(tmp_path):
         read_pictures(tmp_path, size=8)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "1.png").write_text("no picture")
-    with pytest.raises(DataError, match=r"1\.png must be a picture, but cannot be read: .*; take it out of the folder"):
+    with pytest.raises(DataError, match=r"1\.png must be a picture, but cannot be read: .*; remove it from the folder"):
         read_pictures(tmp_path, size=8)
 
 
@@ -244,8 +246,12 @@ def test_training_on_augmented_images_follows_its_seed_alone(root):
 @pytest.mark.parametrize(
     ("counts", "validation", "message"),
     [
-        ([20, 20, 3], 4, "validation must hold an image of each class, but 4 of 43 hold none of class 2; take more"),
-        ([20, 20, 1], 12, "Classes must have two images or more to be parted, but class 2 has one; add some, or drop it"),
+        (
+            [20, 20, 3],
+            4,
+            "validation must include an image of each class, but 4 of 43 include none of class 2; raise validation",
+        ),
+        ([20, 20, 1], 12, "Each class must have at least two images to be split, but class 2 has one; add some, or remove the"),
     ],
 )
 def test_classes_that_are_too_small_to_be_parted(counts, validation, message):

@@ -97,7 +97,7 @@ def test_splits_that_are_no_pairs():
         check_splits(Splits(three, three, three, 10, ""))
     with pytest.raises(DataError, match="Each split must be a map-style Dataset, but 'train' is a NoneType"):
         check_splits(Splits(None, three, three, 10, ""))
-    with pytest.raises(DataError, match=r"must be None or how many there are, a whole number, but got \['cat', 'dog'\]"):
+    with pytest.raises(DataError, match=r"classes must be the number of classes or None, but got \['cat', 'dog'\]"):
         check_splits(Splits(three, three, three, ["cat", "dog"], ""))
     pairs = TensorDataset(torch.zeros(2, 1), torch.zeros(2).long())
     check_splits(Splits(pairs, pairs, pairs, np.int64(10), ""))
@@ -124,9 +124,9 @@ def splits(inputs=None, targets=None, classes=10):
     [
         (splits(torch.zeros(0, 2), torch.zeros(0).long()), "Each split must hold at least one input, but 'validation' is empty"),
         (splits(torch.full((4, 2), float("nan"))), "Inputs must be finite, but split 'validation' holds NaN or infinity"),
-        (splits(targets=torch.tensor([0, 1, 2, 10])), r"Targets must lie in 0\.\.9, but split 'validation' holds 10; mend"),
-        (splits(targets=torch.tensor([0, 1, -2, 3])), r"Targets must lie in 0\.\.9, but split 'validation' holds -2; mend"),
-        (splits(targets=torch.zeros(4)), "Targets must be whole class numbers, one an input, but split 'validation' holds torch.float32"),
+        (splits(targets=torch.tensor([0, 1, 2, 10])), r"Targets must lie in 0\.\.9, but split 'validation' holds 10; correct"),
+        (splits(targets=torch.tensor([0, 1, -2, 3])), r"Targets must lie in 0\.\.9, but split 'validation' holds -2; correct"),
+        (splits(targets=torch.zeros(4)), "Targets must be one integer class number per input, but split 'validation' holds torch.float32"),
     ],
 )  # fmt: skip
 def test_data_that_is_refused(data, message):
@@ -185,5 +185,5 @@ def test_a_first_look_reads_one_batch():
             Long.read += 1
             return torch.zeros(2), 0
 
-    check_splits(Splits(Long(), Long(), Long(), None, ""), whole=False)
+    check_splits(Splits(Long(), Long(), Long(), None, ""), every_batch=False)
     assert Long.read == 3 * 512

@@ -211,7 +211,7 @@ def test_middleburys_layouts(tmp_path):
     assert (teddy.disparities(2) == 3).all(), "what a file tells is what it is"
     with pytest.raises(
         DataError,
-        match=r"The unit of the true disparities must be known, but 8-bit .*disp1\.png does not tell it; give units = 1, 2 or 3",
+        match=r"The unit of the true disparities must be known, but 8-bit .*disp1\.png does not state it; give units = 1, 2 or 3",
     ):
         art.disparities()
 
@@ -224,8 +224,8 @@ def test_middleburys_layouts(tmp_path):
         ({"train_scenes": [2]}, r"train_scenes must be the first and the last of 3 scenes, counted from 1, but got \[2\]"),
         ({"disparities": 256}, r"disparities must lie in 1\.\.255, but got 256"),
         ({"patches": 0}, "patches must be at least 1, but got 0"),
-        ({"train_scenes": [1, 2]}, "No scene may be in two splits, but 000001 is in train and validation; mend validation_scenes"),
-        ({"test_scenes": [1, 1]}, "No scene may be in two splits, but 000000 is in train and test; mend test_scenes"),
+        ({"train_scenes": [1, 2]}, "No scene may be in two splits, but 000001 is in train and validation; change validation_scenes"),
+        ({"test_scenes": [1, 1]}, "No scene may be in two splits, but 000000 is in train and test; change test_scenes"),
     ],
 )  # fmt: skip
 def test_stereo_data_that_is_refused(root, options, message):
@@ -236,14 +236,16 @@ def test_stereo_data_that_is_refused(root, options, message):
 def test_scenes_that_do_not_fit_together(root):
     scene = find_scenes(root / "kitti2015")[0]
     Image.fromarray(np.zeros((24, 40), np.uint16)).save(scene.truth)
-    with pytest.raises(DataError, match=r"Some of the truth must be known, but .*disp_gt\.png holds none; leave the scene out"):
+    with pytest.raises(
+        DataError, match=r"Ground truth must have known pixels, but .*disp_gt\.png has none; leave the scene out"
+    ):
         made(root)
     Image.fromarray(np.ones((24, 39), np.uint16)).save(scene.truth)
-    with pytest.raises(DataError, match=r"The truth of .* must be of its image's size, but is \(24, 39\), not \(24, 40\)"):
+    with pytest.raises(DataError, match=r" must have the size of its image, \(24, 40\), but has \(24, 39\)"):
         made(root)
     Image.fromarray(np.zeros((24, 30), np.uint8)).save(scene.right)
-    with pytest.raises(DataError, match=r"Both images of a pair must be of one size, but those of .* are not"):
+    with pytest.raises(DataError, match=r"The two images of a pair must have the same size, but those in .* do not"):
         made(root)
     scene.truth.with_suffix(".pfm").write_bytes(b"PF\n")
-    with pytest.raises(DataError, match=r"disp_gt\.pfm must be a gray portable float map, but does not begin like one"):
+    with pytest.raises(DataError, match=r"disp_gt\.pfm must be a gray portable float map, but does not start like one"):
         Scene("", scene.left, scene.right, scene.truth.with_suffix(".pfm")).disparities()

@@ -18,14 +18,14 @@ from ranksearch.compress.inventory import inventory
 from ranksearch.compress.profile import profile
 from ranksearch.errors import SpecError
 from ranksearch.methods import METHODS, RankConstraints
-from ranksearch.methods.base import LEVELS, MAX_CANDIDATES
+from ranksearch.methods.base import MAX_CANDIDATES, MAX_RANK_VALUES
 from ranksearch.plan import CP, CP4, SVD, Dense, Plan, Spatial, Tucker2
 from ranksearch.results.limits import UNLIMITED
 from ranksearch.results.messages import Outcome
 from ranksearch.results.objectives import Objectives
 from ranksearch.spec import COSTS, Space
 from ranksearch.strategy.ledger import Ledger
-from ranksearch.strategy.prior import at_vbmf, quarter, vbmf_plans
+from ranksearch.strategy.prior import at_vbmf, quarter_ranks, vbmf_plans
 from ranksearch.strategy.space import applies, make_space
 from ranksearch.study.facts import look
 from ranksearch.study.options import Local, Options
@@ -117,7 +117,7 @@ def test_without_constraints_the_grid_is_log_spaced_from_one_to_the_largest_that
     def fewer(ranks):
         return method.params(layer, ranks) < layer.params
 
-    axes, levels = [], {1: LEVELS, 2: LEVELS, 3: 5}[len(method.limits(layer.weight))]
+    axes, levels = [], {1: MAX_RANK_VALUES, 2: MAX_RANK_VALUES, 3: 5}[len(method.limits(layer.weight))]
     for axis, limit in enumerate(method.limits(layer.weight)):
         others = (1,) * len(method.limits(layer.weight))
         paying = [r for r in range(1, limit + 1) if fewer((*others[:axis], r, *others[axis + 1 :]))]
@@ -130,18 +130,16 @@ def test_without_constraints_the_grid_is_log_spaced_from_one_to_the_largest_that
 
 @contract
 @settings(max_examples=5, deadline=None)
-@given(
-    constraints=offers, estimate=st.tuples(st.integers(1, 40), st.integers(1, 40)), weakening=st.sampled_from([0.5, 1.0, 4.0])
-)
-def test_what_vbmf_suggests_is_the_nearest_that_is_offered(geometry, name, constraints, estimate, weakening):
+@given(constraints=offers, estimate=st.tuples(st.integers(1, 40), st.integers(1, 40)), scale=st.sampled_from([0.5, 1.0, 4.0]))
+def test_what_vbmf_suggests_is_the_nearest_that_is_offered(geometry, name, constraints, estimate, scale):
     method, layer = BY_NAME[name], layer_of(geometry)
     if applies(method, layer, constraints):
         kinds, wanted = method.rank_ranges(layer, constraints), method.from_vbmf(*estimate)
-        found = at_vbmf(method, layer, estimate, weakening, constraints=constraints)
+        found = at_vbmf(method, layer, estimate, scale, constraints=constraints)
         for rank, kind, aim in zip(found, kinds, wanted, strict=True):
             assert rank in kind
-            assert abs(rank - aim * weakening) == min(abs(other - aim * weakening) for other in kind)
-        assert all(rank in kind for rank, kind in zip(quarter(method, layer, constraints), kinds, strict=True))
+            assert abs(rank - aim * scale) == min(abs(other - aim * scale) for other in kind)
+        assert all(rank in kind for rank, kind in zip(quarter_ranks(method, layer, constraints), kinds, strict=True))
 
 
 def test_a_rank_that_cannot_reach_the_multiple_is_held_at_its_bound():

@@ -101,9 +101,9 @@ def test_a_residual_block_adds_its_input():
         ((6, 8, 3, CP(4)), {"norm": "al"}, "norm must be one of all, inner, none, but got 'al'. Did you mean 'all'?"),
         ((6, 8, 3, CP(4)), {"padding": 1, "residual": True}, "A residual block must keep the shape of its input, but got 6 -> 8 channels"),
         ((6, 6, 3, CP(4)), {"residual": True}, "stride 1 and padding 0 around a kernel of 3"),
-        ((6, 8, 1, Spatial(4)), {}, "A TD block must be stored by a method that suits its kernel, but got spatial SVD 4 for 1x1"),
-        ((6, 8, 3, SVD(4)), {}, "A TD block must be stored by a method that suits its kernel, but got SVD 4 for 3x3"),
-        ((6, 8, 3, Dense()), {}, "A TD block must be stored by a method that suits its kernel, but got dense for 3x3"),
+        ((6, 8, 1, Spatial(4)), {}, "A TD block needs a factorization that can store its kernel, but got spatial SVD 4 for 1x1"),
+        ((6, 8, 3, SVD(4)), {}, "A TD block needs a factorization that can store its kernel, but got SVD 4 for 3x3"),
+        ((6, 8, 3, Dense()), {}, "A TD block needs a factorization that can store its kernel, but got dense for 3x3"),
     ],
 )  # fmt: skip
 def test_blocks_that_are_refused(arguments, options, message):

@@ -67,17 +67,17 @@ def smallest(cost):
     [
         (
             {"min_ratio": 1000},
-            f"search.min_ratio must be at most {int(smallest('params').ratio * 100) / 100}, which the smallest plan of the space "
-            "reaches, but got 1000; lower it, or widen the space.",
+            f"search.min_ratio must be at most {int(smallest('params').ratio * 100) / 100}, the ratio of the smallest plan in the "
+            "space, but got 1000; lower it, or widen the space.",
         ),
         (
             {"max_params": 3},
-            f"search.max_params must be at least {smallest('params').params}, which the smallest plan of the space has, but "
+            f"search.max_params must be at least {smallest('params').params}, that of the smallest plan in the space, but "
             "got 3; raise it, or widen the space.",
         ),
         (
             {"max_macs": 7},
-            f"search.max_macs must be at least {smallest('macs').macs}, which the smallest plan of the space has, but got 7; "
+            f"search.max_macs must be at least {smallest('macs').macs}, that of the smallest plan in the space, but got 7; "
             "raise it, or widen the space.",
         ),
     ],

@@ -10,7 +10,7 @@ from ranksearch.data import example
 from ranksearch.errors import PlanError
 from ranksearch.methods import METHODS
 from ranksearch.plan import CP, CP4, Dense, Plan, Tucker2
-from ranksearch.strategy.prior import WEAKENINGS, at_vbmf, vbmf_plans
+from ranksearch.strategy.prior import RANK_SCALES, at_vbmf, vbmf_plans
 from ranksearch.strategy.space import make_space
 
 
@@ -24,7 +24,7 @@ def start(trained):
 
 def test_vbmf_plans_are_inside_the_space_and_differ(start):
     space, layers = start
-    plans = list(vbmf_plans(space, layers.vbmf, WEAKENINGS))
+    plans = list(vbmf_plans(space, layers.vbmf, RANK_SCALES))
     assert len({plan for _, plan in plans}) == len(plans) >= 4
     for _, plan in plans:
         assert plan.layers

@@ -15,7 +15,7 @@ from ranksearch.results.limits import Limits
 from ranksearch.results.messages import CurvePoint, Outcome, Result
 from ranksearch.spec import SAMPLERS
 from ranksearch.strategy.predicted_front import Choice, predicted_front
-from ranksearch.strategy.sampler import MAX_SCORE_DROP, MIN_RECORDS, RankSampler, expected_gains
+from ranksearch.strategy.sampler import MAX_SCORE_DROP, MIN_TRIALS_FOR_SURROGATE, RankSampler, expected_gains
 from ranksearch.strategy.space import size_of
 from ranksearch.strategy.surrogate import Surrogate, Table, _log_weights
 from tests.books import DENSE_SCORE, FOUND, SPACE, TINY, Books, knowledge, made_up_choices
@@ -236,8 +236,8 @@ def test_a_score_out_of_reach_is_climbed_to():
         loss_increases = TABLE.loss_increases_of(as_rows(TABLE.row(job.plan))).sum()
         scores.append(DENSE_SCORE - 0.1 - 0.4 * loss_increases)
         ledger.receive(job, Result(Outcome.DONE, (CurvePoint(1, scores[-1]),)))
-    assert min(scores[MIN_RECORDS:]) > np.median(scores[:MIN_RECORDS])
-    assert max(scores[MIN_RECORDS:]) > max(scores[:MIN_RECORDS])
+    assert min(scores[MIN_TRIALS_FOR_SURROGATE:]) > np.median(scores[:MIN_TRIALS_FOR_SURROGATE])
+    assert max(scores[MIN_TRIALS_FOR_SURROGATE:]) > max(scores[:MIN_TRIALS_FOR_SURROGATE])
     known = knowledge(limits=Limits(min_score=0.6))
     assert known.floor(np.array([0.3, 0.5])) == 0.5
     assert known.floor(np.array([0.3, 0.7])) == known.floor(np.array([])) == 0.6

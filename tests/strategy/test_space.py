@@ -213,7 +213,7 @@ def test_patterns_choose_the_layers_that_they_match():
     assert names(layers=["fc?", "conv1"]) == ["conv1", "fc1", "fc2"]
     assert names(skip=["conv[!1]", "fc2"]) == ["conv1", "fc1"]
     assert names(layers=["*1"], skip=["fc*"]) == ["conv1"]
-    with pytest.raises(SpecError, match="but 'CONV\\*' is none"):
+    with pytest.raises(SpecError, match="but 'CONV\\*' matches none"):
         names(layers=["CONV*"])
 
 
@@ -233,16 +233,16 @@ def grouped(count=1):
 @pytest.mark.parametrize(
     ("found", "name", "rest"),
     [
-        (INVENTORY, "conv3", "but 'conv3' is none. Did you mean 'conv2'?"),
-        (INVENTORY, "x", "but 'x' is none. Valid: conv1, conv2, fc1, fc2."),
-        (grouped(), "1", "but '1' is none. Skipped: it is depthwise."),
-        (INVENTORY, "conv[3-9]", "but 'conv[3-9]' is none. Valid: conv1, conv2, fc1, fc2."),
-        (INVENTORY, "cnov*", "but 'cnov*' is none. Did you mean 'conv2'?"),
-        (grouped(), "[1-9]", "but '[1-9]' is none. Skipped: 1 (it is depthwise)."),
+        (INVENTORY, "conv3", "but 'conv3' matches none. Did you mean 'conv2'?"),
+        (INVENTORY, "x", "but 'x' matches none. Valid: conv1, conv2, fc1, fc2."),
+        (grouped(), "1", "but '1' matches none. Skipped: it is depthwise."),
+        (INVENTORY, "conv[3-9]", "but 'conv[3-9]' matches none. Valid: conv1, conv2, fc1, fc2."),
+        (INVENTORY, "cnov*", "but 'cnov*' matches none. Did you mean 'conv2'?"),
+        (grouped(), "[1-9]", "but '[1-9]' matches none. Skipped: 1 (it is depthwise)."),
         (
             grouped(5),
             "[1-9]",
-            "but '[1-9]' is none. Skipped: 1 (it is depthwise), 2 (it is depthwise), 3 (it is depthwise), 2 more.",
+            "but '[1-9]' matches none. Skipped: 1 (it is depthwise), 2 (it is depthwise), 3 (it is depthwise), 2 more.",
         ),
     ],
 )

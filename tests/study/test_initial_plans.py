@@ -66,7 +66,9 @@ def test_from_python(trained, tmp_path):
     out = tmp_path / "mine"
     with pytest.raises(SpecError, match=r"^first must hold plans, but got 'plan.json'; make one with Plan.of or"):
         ranksearch.search(trained, out=out, first=["plan.json"], **options)
-    with pytest.raises(SpecError, match=r"^search.first, plan 2: A plan must name layers of the space, but 'fc' is none. Did"):
+    with pytest.raises(
+        SpecError, match=r"^search.first, plan 2: A plan must name layers of the search space, but got 'fc'. Did"
+    ):
         ranksearch.search(trained, out=out, first=[MINE[0], Plan.of({"fc": SVD(2)})], **options)
     assert not out.exists()
     record = ranksearch.search(trained, out=out, first=MINE[:1], engine=Local(0), **options)
@@ -87,7 +89,7 @@ def test_the_plan_of_a_finished_study_can_be_tried_first(finished, tmp_path):
         (b"\xff\xfe", "search.first must name plan files, but 'plan.json' cannot be read: it is not UTF-8 text; check the path."),
         (b"{", "search.first, plan.json: A plan must be JSON, but line 1 is not: Expecting property name enclosed in double quotes."),
         (b"[]", 'search.first, plan.json: A plan needs "format": "ranksearch-plan/1" and a "layers" object, but got \'list\'.'),
-        (Plan.of({"conv9": CP(1)}), "search.first, plan.json: A plan must name layers of the space, but 'conv9' is none. Did you mean 'conv2'?"),
+        (Plan.of({"conv9": CP(1)}), "search.first, plan.json: A plan must name layers of the search space, but got 'conv9'. Did you mean 'conv2'?"),
     ],
 )  # fmt: skip
 def test_a_bad_file_is_refused_before_anything_is_written(content, message, study_file, tmp_path, capsys):
@@ -101,16 +103,16 @@ def test_a_bad_file_is_refused_before_anything_is_written(content, message, stud
 @pytest.mark.parametrize(
     ("layers", "options", "message"),
     [
-        ({}, {}, "A plan to try must make a layer smaller, but this one leaves all of them dense."),
-        ({"fc3": SVD(2)}, {}, "A plan must name layers of the space, but 'fc3' is none. Did you mean 'fc2'?"),
-        ({"fc1": SVD(2)}, {"skip": ["fc*"]}, "A plan must name layers of the space, but 'fc1' is none. This study leaves it dense."),
+        ({}, {}, "A plan must decompose at least one layer, but this one leaves all layers dense."),
+        ({"fc3": SVD(2)}, {}, "A plan must name layers of the search space, but got 'fc3'. Did you mean 'fc2'?"),
+        ({"fc1": SVD(2)}, {"skip": ["fc*"]}, "A plan must name layers of the search space, but got 'fc1'. This study leaves it dense."),
         ({"conv2": CP4(2)}, {}, "Layer 'conv2' may not be stored as CP-4 in this study; add it to space.methods."),
         ({"conv2": SVD(2)}, {}, "Layer 'conv2' of shape (16, 8, 3, 3) cannot be stored as SVD."),
         ({"fc1": SVD(33)}, {}, "Layer 'fc1': rank of SVD must be at most 32, but got 33."),
         ({"fc1": SVD(30)}, {}, "Layer 'fc1': rank of SVD must be at most 28 in this study, but got 30."),
         ({"fc1": SVD(6)}, {"constraints": RankConstraints(4)}, "Layer 'fc1': rank of SVD must be a multiple of 4 and at most 28 in this study, but got 6."),
-        ({"conv2": Tucker2(8, 14)}, {}, "Layer 'conv2' must become smaller in params (space.smaller_in), but Tucker-2 8x14 is not."),
-        ({"fc1": Tucker2(2, 2, kernel=(2, 8))}, {}, "Layer 'fc1' has kernel=(4, 4) in this study, but the plan has (2, 8)."),
+        ({"conv2": Tucker2(8, 14)}, {}, "Layer 'conv2' must become smaller in params (space.smaller_in), but Tucker-2 8x14 does not shrink it."),
+        ({"fc1": Tucker2(2, 2, kernel=(2, 8))}, {}, "Layer 'fc1' must have kernel=(4, 4) in this study, but got (2, 8)."),
     ],
 )  # fmt: skip
 def test_a_plan_that_the_space_does_not_offer_is_refused(layers, options, message):

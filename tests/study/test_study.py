@@ -312,7 +312,7 @@ def there(monkeypatch):
 
 def test_apples_gpus_take_no_float64(there, trained, tmp_path):
     def told(what):
-        return f"On --device mps there is no float64, but {what} of float64; make it float32, or use --device cpu"
+        return f"--device mps does not support float64, but {what} float64; use float32, or --device cpu"
 
     wide = copy.deepcopy(trained.model)
     wide.norm1.running_mean = wide.norm1.running_mean.double()

@@ -93,7 +93,7 @@ def test_a_file_of_another_training_is_passed_over(always, tmp_path):
 def test_a_damaged_file_is_told(tmp_path):
     path = tmp_path / "net.pt"
     path.write_bytes(b"no checkpoint")
-    with pytest.raises(StudyError, match=r"A checkpoint must be whole, but .*net.pt cannot be read \(\w+\); delete it\."):
+    with pytest.raises(StudyError, match=r"A checkpoint must be readable, but .*net.pt is not \(\w+\); delete it\."):
         Checkpoint(path, "this")
 
 
@@ -104,7 +104,7 @@ def test_learning_curve_and_seconds_continue(always, tmp_path, monkeypatch):
     kept = Checkpoint(path, "this")
     kept.curve_points.append(CurvePoint(0, 0.25))
     now[0] = 107.0
-    kept.keep(1, torch.Generator(), model=model)
+    kept.save(1, torch.Generator(), model=model)
     now[0] = 200.0
     again = Checkpoint(path, "this")
     now[0] = 201.0

@@ -20,9 +20,9 @@ CPU = torch.device("cpu")
 
 def test_a_loss_or_score_that_gives_no_number():
     data = nets.few_digits()
-    with pytest.raises(ModelError, match=r"The loss must give one number for outputs of shape .* but raised"):
+    with pytest.raises(ModelError, match=r"The loss must return one number for outputs of shape .* but raised"):
         check_outputs(Task(nets.small(), data, loss=nn.CrossEntropyLoss))
-    with pytest.raises(ModelError, match=r"The score must give one number for outputs of shape .* but raised TypeError"):
+    with pytest.raises(ModelError, match=r"The score must return one number for outputs of shape .* but raised TypeError"):
         check_outputs(Task(nets.small(), data, score=lambda outputs, targets: None))
 
 
@@ -31,10 +31,14 @@ def test_a_model_that_gives_no_tensor():
         def forward(self, inputs):
             return inputs, inputs
 
-    with pytest.raises(ModelError, match="The model must give one tensor, in training too, but gives a tuple; wrap it"):
+    with pytest.raises(
+        ModelError, match="The model must return one tensor, in training mode too, but returns a tuple; wrap it"
+    ):
         check_outputs(Task(Pair(), nets.few_digits()))
     auxiliary = nets.Net(lambda net, x: (net.net(x), x) if net.training else net.net(x), net=nets.small())
-    with pytest.raises(ModelError, match="The model must give one tensor, in training too, but gives a tuple; wrap it"):
+    with pytest.raises(
+        ModelError, match="The model must return one tensor, in training mode too, but returns a tuple; wrap it"
+    ):
         check_outputs(Task(auxiliary, nets.few_digits()))
     torn = nets.Net(lambda net, x: net.nothing if net.training else net.net(x), net=nets.small())
     with pytest.raises(ModelError, match="The model must run in training mode, but raised AttributeError: 'Net' object has no"):
@@ -45,7 +49,7 @@ def test_a_model_that_cannot_be_trained():
     frozen, without = nets.small().requires_grad_(False), nets.Net(torch.no_grad()(lambda net, x: net.net(x)), net=nets.small())
     for model in (frozen, without):
         with pytest.raises(
-            ModelError, match=r"must be one that can be trained, but its outputs depend on no weight that is; call"
+            ModelError, match=r"The model must be trainable, but its outputs depend on no trainable weight; call"
         ):
             check_outputs(Task(model, nets.few_digits()))
         check_outputs(Task(model, nets.few_digits()), trains=False)
@@ -85,7 +89,9 @@ def test_nan_outputs_have_accuracy_nan():
 
 
 def test_a_classifier_with_too_few_outputs():
-    with pytest.raises(ModelError, match=r"The model must give 10 outputs an input, one a class, but gives shape \(4,\)"):
+    with pytest.raises(
+        ModelError, match=r"The model must return 10 outputs for each input, one per class, but returns shape \(4,\)"
+    ):
         check_outputs(Task(nets.small(classes=4), nets.few_digits()))
 
 
