@@ -432,8 +432,7 @@ def test_a_report_that_cannot_be_written_is_one_sentence(study_file, capsys):
     page.mkdir()
     for words in (command, ["report", "runs/small"]):
         assert refuse(capsys, *words) == (
-            "The report's runs/small/front.csv cannot be written: Is a directory; fix this and run `ranksearch "
-            "report` makes it from the record."
+            "The report's runs/small/front.csv cannot be written: Is a directory; fix this and run `ranksearch report`."
         )
 
 

@@ -36,8 +36,9 @@ MAX_RANK_VALUES = 10
 MAX_CANDIDATES = 128
 """How many combinations of ranks a profile tries at most for one layer and method; with three ranks, five values each."""
 MAX_ALS_RANK = 512
-"""The largest rank that ALS fits, since it solves linear systems of this size. Only fully connected layers behind a map reach it, such as the first of VGG-16 (4096x512x49):
-the fits of a profile up to 1,024 terms take two minutes of a core there, up to 512 terms a third of that."""
+"""The largest rank that ALS fits, since it solves linear systems of this size. Only fully connected layers behind a map reach
+it. For VGG-16's first one, 4096x512x49, all fits of a profile up to rank 1,024 take two minutes on one core, up to 512 a third
+of that."""
 
 CHANNEL_BLOCK = 16
 """Channels that a processor's vector instructions take at once, in float32: 8 or 16."""

@@ -303,8 +303,8 @@ def refused_by_a_node(evaluate):
 def test_a_node_that_cannot_load_the_model():
     lacks = refused_by_a_node(b"cpackage_of_the_user\nnet\n.")  # the pickle of a function, by its module and name
     assert re.match(
-        r"Every worker must be able to load model and data, but the node \S+ cannot \(ModuleNotFoundError: No module named "
-        r"'package_of_the_user'\); fix this, or install the missing package there",
+        r"Every worker must be able to load the model and the data, but the node \S+ cannot \(ModuleNotFoundError: No module "
+        r"named 'package_of_the_user'\); fix this, or install the missing package there",
         lacks,
     )
     raises = refused_by_a_node(pickle.dumps(REFUSED))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +15,7 @@ from ranksearch.results.messages import Outcome
 from tests import ROOT
 from tests.report_study import study_record
 
-FILES = {"report.html", "report.md", "front.csv", "front.json", "front.png", "trials.csv"}
+FILES = {"report.html", "report.md", "front.csv", "front.json", "front.png", "front-latency.png", "trials.csv"}
 FRONT_KEYS = {
     "trial", "score_validation", "score_test", "ratio", "params", "macs", "plan", "plan_text", "origin", "epochs",
     "latency_ms", "knee", "within_limits",
@@ -33,8 +32,8 @@ def test_json_has_the_keys_that_tools_read(report):
     assert list(content) == [
         "name", "front", "dense", "minimize", "limits", "versions", "seed", "seconds", "score_name", "machine", "command",
     ]  # fmt: skip
-    assert set(content["dense"]) == {"params", "macs", "score_validation", "score_test", "latency_ms"}
-    assert all(set(row) == FRONT_KEYS for row in content["front"])
+    assert set(content["dense"]) == {"params", "macs", "score_validation", "score_test", "latency_ms", "timings"}
+    assert all(set(row) == FRONT_KEYS | {"timings"} for row in content["front"])
     assert content["seconds"] == {**report.record.seconds, "total": sum(report.record.seconds.values())}
 
 
@@ -126,8 +125,12 @@ def test_a_study_of_failures_only_has_a_report(written):
 
 def test_an_unknown_latency_is_null(written):
     record = study_record()
-    facts = replace(record.facts, dense=replace(record.facts.dense, latency_ms=math.nan))
-    trials = tuple(replace(t, finalist=t.finalist and replace(t.finalist, latency_ms=math.nan)) for t in record.trials)
+
+    def untimed(costed):
+        return {name: value for name, value in costed.costs.items() if name != "latency"}
+
+    facts = replace(record.facts, dense=replace(record.facts.dense, costs=untimed(record.facts.dense), timings=()))
+    trials = tuple(replace(t, costs=untimed(t), finalist=t.finalist and replace(t.finalist, timings=())) for t in record.trials)
     report = written(replace(record, facts=facts, trials=trials))
     assert report.json["dense"]["latency_ms"] is None
     assert all(row["latency_ms"] is None for row in report.json["front"])
