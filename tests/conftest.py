@@ -13,6 +13,7 @@ from ranksearch.cli import main
 from ranksearch.compress.inventory import inventory
 from ranksearch.compress.profile import profile
 from ranksearch.data import example
+from ranksearch.latency import runtimes, timing
 from ranksearch.plan import CP, SVD, Plan, Tucker2
 from ranksearch.results.messages import Outcome
 from ranksearch.spec import Finalists, Recipe, parse_spec
@@ -46,6 +47,15 @@ def _seeded():
 
 PLAN = Plan.of({"conv1": CP(2), "conv2": Tucker2(4, 5), "fc1": SVD(6)})
 """A plan of the small net."""
+
+
+@pytest.fixture(autouse=True)
+def quick_timing(request, monkeypatch):
+    """Finalists are timed in one short round, where times are not what is tested."""
+    if "latency" not in request.node.path.parts:
+        monkeypatch.setattr(timing, "ROUNDS", 1)
+        monkeypatch.setattr(timing, "SERIES", 1)
+        monkeypatch.setattr(runtimes, "MIN_WINDOW_MS", 0.0)
 
 
 def small_spec(*overrides):

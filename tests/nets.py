@@ -64,6 +64,11 @@ def fails(n, x):
     raise ValueError("a broken forward\nwith details")
 
 
+def entropic():
+    """The small net with an activation that ONNX has no operator for."""
+    return nn.Sequential(small(), Net(lambda net, inputs: torch.special.entr(inputs.abs())))
+
+
 def small(classes: int = 10) -> nn.Sequential:
     """A small LeNet for digits of 8x8: two convolutions and fully connected layers behind a flatten."""
     return nn.Sequential(

@@ -96,7 +96,7 @@ def test_a_score_that_is_no_number(trained, tmp_path):
         engine=ranksearch.Local(0),
     )  # fmt: skip
     assert [trial.outcome for trial in record.trials] == [Outcome.DIVERGED, Outcome.DONE]
-    with pytest.raises(ModelError, match="The score must be a number for the dense net, but <lambda> gave nan"):
+    with pytest.raises(ModelError, match="The dense net's score must be finite, but <lambda> returned nan on validation"):
         ranksearch.search(replace(trained, score=lambda o, t: float("nan")), out=tmp_path / "two", engine=ranksearch.Local(0))
 
 

@@ -209,5 +209,7 @@ def _quiet() -> Iterator[None]:
 
 def _finish(device: torch.device) -> None:
     """Wait for what a GPU was given to do."""
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -27,7 +27,7 @@ from ranksearch.latency.runtimes import Runtime
 from ranksearch.latency.timing import in_turn
 from ranksearch.methods import FEWER_PARAMS, METHODS, Method, RankConstraints
 from ranksearch.methods.layer import Layer, LayerLatency
-from ranksearch.plan import Plan
+from ranksearch.plan import Factorization, Plan
 from ranksearch.support.batch import batch_size
 
 POINTS = 6
@@ -122,7 +122,10 @@ def _layer(
     """The layer by itself."""
     dense, inputs = model.get_submodule(layer.name), _inputs(layer, batch)
     timed = [(method, ranks) for method in methods for ranks in _ranks(method, layer, constraints)]
-    modules = [dense, *(method.build(dense, layer.weight, ranks, _factors(method, layer, ranks)) for method, ranks in timed)]
+    modules = [dense]
+    for method, ranks in timed:
+        factors = random_factors(layer, method.value(layer, ranks))
+        modules.append(method.build(dense, layer.weight, ranks, factors))
     calls = [runtime.prepare(module, inputs) for module in modules]
     whole, *times = in_turn(calls, rounds=LAYER_ROUNDS, max_seconds=MAX_LAYER_SECONDS).ms
     found = {}
@@ -199,12 +202,15 @@ def _inputs(layer: Layer, batch: int) -> Tensor:
     return torch.randn((batch * layer.calls, *shape), generator=torch.Generator().manual_seed(0))
 
 
-def _factors(method: Method, layer: Layer, ranks: tuple[int, ...]) -> tuple[Tensor, ...]:
+def random_factors(layer: Layer, value: Factorization) -> tuple[Tensor, ...]:
+    """Factors of a layer's factorization, drawn at random: times do not depend on their values."""
     draw = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(shape, generator=draw) * 0.05 for shape in method.factor_shapes(layer.weight, ranks))
+    return tuple(
+        torch.randn(shape, generator=draw) * 0.05 for shape in METHODS[type(value)].factor_shapes(layer.weight, value.ranks)
+    )
 
 
 def _random(model: nn.Module, plan: Plan, inventory: Inventory) -> nn.Module:
     """The model of that plan with random factors."""
-    factors = {name: _factors(METHODS[type(value)], inventory[name], value.ranks) for name, value in plan}
+    factors = {name: random_factors(inventory[name], value) for name, value in plan}
     return factorize_(copied(model), plan, factors=factors).eval()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ranksearch.latency.runtimes import Call
 
-ROUNDS, MIN_ROUNDS = 15, 3
+ROUNDS, MIN_ROUNDS = 10, 3
 MAX_SECONDS = 20.0
 """How long one series of rounds may take, the least number of rounds aside."""
 QUIET_SPREAD = 0.1
@@ -35,11 +35,11 @@ class Times:
         return statistics.median(self.spreads) <= QUIET_SPREAD
 
 
-def in_turn(calls: Sequence[Call], *, rounds: int = ROUNDS, max_seconds: float = MAX_SECONDS) -> Times:
+def in_turn(calls: Sequence[Call], *, rounds: int | None = None, max_seconds: float = MAX_SECONDS) -> Times:
     """Time all of them once in each round; on a busy machine again, up to `SERIES` times."""
     least = [float("inf")] * len(calls)
     for _ in range(SERIES):
-        taken = _series(calls, rounds, max_seconds)
+        taken = _series(calls, rounds or ROUNDS, max_seconds)
         least = [min(before, *each) for before, each in zip(least, taken, strict=True)]
         times = Times(tuple(least), tuple(statistics.median(each) / min(each) - 1 for each in taken))
         if times.quiet:

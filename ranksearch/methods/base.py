@@ -192,8 +192,13 @@ class Method(abc.ABC):
 
     def costs(self, layer: Layer, ranks: tuple[int, ...]) -> dict[str, float]:
         """All costs of the factorized layer by name."""
-        timed = {"latency": layer.latency.ms(self.kind.method, self.work(layer, ranks))} if layer.latency else {}
+        timed = {"latency": self.latency(layer, ranks)} if layer.latency else {}
         return {"params": self.params(layer, ranks), "macs": self.macs(layer, ranks)} | timed
+
+    def latency(self, layer: Layer, ranks: tuple[int, ...]) -> float:
+        """Predicted milliseconds of the factorized layer, which must have been timed."""
+        assert layer.latency is not None
+        return layer.latency.ms(self.kind.method, self.work(layer, ranks))
 
     def work(self, layer: Layer, ranks: tuple[int, ...]) -> tuple[float, ...]:
         """What the latency of the factorized layer depends on, for one input; none of these numbers falls as a rank rises.
@@ -230,8 +235,7 @@ class Method(abc.ABC):
 
     def shrinks(self, layer: Layer, ranks: tuple[int, ...], constraints: RankConstraints = FEWER_PARAMS) -> bool:
         """Whether the factorized layer is smaller than the dense one in every cost that the constraints name."""
-        costs = self.costs(layer, ranks)
-        return all(costs[cost] < layer.costs[cost] for cost in constraints.smaller_in)
+        return all(getattr(self, cost)(layer, ranks) < layer.costs[cost] for cost in constraints.smaller_in)
 
     def _structure(self, weight: Shape) -> tuple[Part, ...]:
         """The parts at rank 1, for everything that does not depend on the ranks."""

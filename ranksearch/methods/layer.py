@@ -24,7 +24,9 @@ class LayerLatency:
     methods: Mapping[str, tuple[float, ...]] = field(hash=False)
 
     def ms(self, method: str, work: Sequence[float]) -> float:
-        """Milliseconds of that much work by that method."""
+        """Milliseconds of that much work by that method; infinite for a method without ranks that may be chosen."""
+        if method not in self.methods:
+            return math.inf
         return sum(coefficient * amount for coefficient, amount in zip(self.methods[method], work, strict=True))
 
 

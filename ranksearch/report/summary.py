@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,7 +120,7 @@ def timing_rows(record: StudyRecord) -> list[tuple[str, list[str]]]:
     """
     dense = record.facts.dense.timings
     models = [("dense", dense)] + [(str(trial.number), trial.finalist.timings) for trial in record.shown if trial.finalist]
-    return [(name, [_timing(one, by_way) for one, by_way in zip(timings, dense, strict=True)]) for name, timings in models]
+    return [(name, [_timing(timings, way) for way in dense]) for name, timings in models]
 
 
 def timing_note(record: StudyRecord) -> str:
@@ -134,7 +134,11 @@ def timing_note(record: StudyRecord) -> str:
     )
 
 
-def _timing(timing: Timing, dense: Timing) -> str:
+def _timing(timings: Sequence[Timing], dense: Timing) -> str:
+    """The timing that was taken as the dense model's was."""
+    timing = next((timing for timing in timings if (timing.runtime, timing.batch) == (dense.runtime, dense.batch)), None)
+    if timing is None:
+        return text.NO_VALUE
     return f"{text.milliseconds(timing.ms)} ({text.ratio(dense.ms / timing.ms)}, +{timing.spread:.0%})"
 
 

@@ -36,7 +36,7 @@ STORAGE_LINE = "# storage: "
 """Start of the line in spec.toml that names the storage, if it is not the SQLite file in the folder."""
 ATTRIBUTE_PREFIX, IDENTITY = "ranksearch:", "ranksearch:study"
 """The prefix of our study attributes, and the attribute that identifies the study."""
-RECORD_FORMAT = 1
+RECORD_FORMAT = 2
 """Version of the records in a storage. Raise it with each change after which older records cannot be read or resumed."""
 WEIGHTS_KEY = "dense.weights"
 RMS_TOLERANCE = 1e-3

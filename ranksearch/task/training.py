@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, TypeVar
@@ -17,15 +15,13 @@ from torch.utils.data import Dataset
 from ranksearch.compress.surgery import copied
 from ranksearch.data import at_once, batches, sample, size
 from ranksearch.spec import Recipe
-from ranksearch.support.batch import run_model, tensors_in
+from ranksearch.support.batch import run_model
 from ranksearch.support.seeds import seeded
 from ranksearch.task.checkpoint import Checkpoint
 from ranksearch.task.task import Task, evaluation_batch, predict
 
 M = TypeVar("M", bound=nn.Module)
 
-TIMING_ROUNDS, MIN_TIMING_ROUNDS, MAX_TIMING_SECONDS = 30, 3, 30.0
-"""How often models are timed: `TIMING_ROUNDS`, or fewer if these would take longer than `MAX_TIMING_SECONDS`."""
 MAX_GRADIENT_NORM = 5.0
 """Gradients are clipped to this norm, well above those of stable training here (below 3). One huge step can ruin a CP model."""
 WARM_UP_SHARE = 0.15
@@ -152,33 +148,3 @@ def recalibrate(model: nn.Module, task: Task, *, seed: int, device: torch.device
             run_model(model, batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-
-
-@torch.no_grad()
-def latencies_ms(models: list[nn.Module], example: Any, *, channels_last: bool = True) -> list[float]:
-    """For each model, the median milliseconds of one forward pass over `example`, on the example's device.
-
-    The models take turns, so that their times compare even if the machine's speed drifts; all get the same memory format.
-    """
-    times: list[list[float]] = [[] for _ in models]
-    device = tensors_in(example)[0].device
-    start = time.perf_counter()
-    for model in models:
-        run_model(place(model, device, channels_last=channels_last).eval(), example)
-    _finish(device)
-    warm_up_seconds = time.perf_counter() - start
-    for _ in range(max(MIN_TIMING_ROUNDS, min(TIMING_ROUNDS, int(MAX_TIMING_SECONDS / warm_up_seconds)))):
-        for model, milliseconds in zip(models, times, strict=True):
-            start = time.perf_counter()
-            run_model(model, example)
-            _finish(device)
-            milliseconds.append((time.perf_counter() - start) * 1e3)
-    return [statistics.median(milliseconds) for milliseconds in times]
-
-
-def _finish(device: torch.device) -> None:
-    """Wait until a GPU has done its queued work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()

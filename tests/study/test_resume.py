@@ -218,6 +218,6 @@ def test_latencies_lost_by_a_kill_are_measured_again(unreported, tmp_path):
     record = run_study(spec, out, Options(Local(0)))
     number = next(trial.number for trial in record.trials if trial.finalist)
     finalist = next(trial.finalist for trial in record.trials if trial.finalist)
-    write_finalist(stored(out), number, replace(finalist, latency_ms=None))
+    write_finalist(stored(out), number, replace(finalist, timings=()))
     again = run_study(spec, out, Options(Local(0)))
     assert all(trial.finalist.latency_ms > 0 for trial in again.trials if trial.finalist)

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 import ranksearch
 from ranksearch.console import Silent
-from ranksearch.data import Batched, Splits, digits, example
+from ranksearch.data import Batched, Splits, digits
 from ranksearch.models import lenet
 from ranksearch.results.messages import Job, Outcome, Stage
 from ranksearch.spec import Finalists, Recipe, Search, Space
@@ -143,12 +143,6 @@ def test_divergence_is_told():
         list(training.fit(task.model, task, training.Recipe(2, learning_rate=1e30), seed=0, device=CPU))
 
 
-def test_latencies_are_measured_for_each_model(trained):
-    times = training.latencies_ms([trained.model, nn.Flatten()], example(trained.data.train))
-    assert len(times) == 2
-    assert all(time > 0 for time in times)
-
-
 def test_memory_of_a_gpu_goes_back_after_every_job(evaluator, monkeypatch):
     told = []
     monkeypatch.setattr(training, "release", lambda device: told.append(device.type))
@@ -167,15 +161,6 @@ def test_only_a_gpu_has_memory_in_reserve(monkeypatch):
     monkeypatch.setattr(torch.mps, "empty_cache", lambda: emptied.append(2))
     training.release(torch.device("mps"))
     assert emptied == [1, 2]
-
-
-def test_a_gpu_is_waited_for_whichever_it_is(monkeypatch):
-    waited = []
-    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))
-    for device in (CPU, torch.device("cuda:1"), torch.device("mps")):
-        training._finish(device)
-    assert waited == [torch.device("cuda:1"), "mps"]
 
 
 @pytest.mark.parametrize("name", ["cuda:1", "mps"])
