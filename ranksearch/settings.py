@@ -11,7 +11,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, field
 from typing import Any, TypeVar
 
@@ -113,11 +113,12 @@ def to_table(settings: Any) -> dict[str, Any]:
     return {name: _plain(value) for name, value in pairs if value is not None}
 
 
-def entries(cls: type[Any], *, prefix: str = "", omit: Collection[str] = ()) -> Iterator[tuple[str, Field[Any]]]:
-    """Every setting with its key; a section comes before its own settings."""
+def entries(cls: type[Any], *, prefix: str = "", omit: type[Any] | None = None) -> Iterator[tuple[str, Field[Any]]]:
+    """Every setting with its key, a section before its own settings; settings that a section inherits from `omit` are left out."""
     hints = typing.get_type_hints(cls)
+    inherited = fields(omit) if omit is not None and issubclass(cls, omit) else {}
     for name, entry in fields(cls).items():
-        if name not in omit:
+        if name not in inherited:
             yield f"{prefix}{name}", entry
             if dataclasses.is_dataclass(hints[name]):
                 yield from entries(typing.cast(type, hints[name]), prefix=f"{prefix}{name}.", omit=omit)

@@ -24,7 +24,6 @@ from ranksearch.settings import (
     at_least,
     documented,
     entries,
-    fields,
     from_python,
     from_table,
     matching,
@@ -262,7 +261,7 @@ class StudySpec:
 def keys_tables() -> str:
     """Markdown tables of all keys of a study file, for docs/studies.md."""
     shared = "`dense`, `finetune` and `finalists` each say how to train, with these keys:"
-    own = table_of(entries(StudySpec, omit=fields(Recipe)), head="key")
+    own = table_of(entries(StudySpec, omit=Recipe), head="key")
     return "\n\n".join([own, shared, table_of(entries(Recipe), head="key")])
 
 
