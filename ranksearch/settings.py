@@ -114,7 +114,7 @@ def to_table(settings: Any) -> dict[str, Any]:
 
 
 def entries(cls: type[Any], *, prefix: str = "", omit: type[Any] | None = None) -> Iterator[tuple[str, Field[Any]]]:
-    """Every setting with its key, a section before its own settings; settings that a section inherits from `omit` are left out."""
+    """Every setting with its key, a section before its own settings; what a section inherits from `omit` is left out."""
     hints = typing.get_type_hints(cls)
     inherited = fields(omit) if omit is not None and issubclass(cls, omit) else {}
     for name, entry in fields(cls).items():
