@@ -78,8 +78,8 @@ def merged(name: str, module: nn.Module, value: Factorization) -> nn.Module:
 
 def _other(name: str, module: nn.Module, value: Factorization) -> PlanError:
     return PlanError(
-        f"Layer {name!r} must consist of the parts of {value} to be merged, but is another {type(module).__name__}; give the plan "
-        "that the model was factorized by."
+        f"Layer {name!r} must consist of the parts of {value} to be merged, but is another {type(module).__name__}; give the "
+        "plan that the model was factorized by."
     )
 
 

@@ -45,12 +45,9 @@ class Forms:
         """What is merged and why, in one line."""
         if self.whole is None:
             return f"no layer merged: none is faster dense in {where}"
-        times = (f"{name} ({factors:.3g} -> {dense:.3g} ms)" for name, (factors, dense) in self._of_faster())
-        whole = f"the whole model {self.whole[0]:.3g} -> {self.whole[1]:.3g} ms, in {where}"
-        return f"{'merged' if self.to_merge else 'no layer merged, since it gains nothing:'} {', '.join(times)}; {whole}"
-
-    def _of_faster(self) -> list[tuple[str, tuple[float, float]]]:
-        return [(name, self.layers[name]) for name in self.faster_dense]
+        layers = ", ".join(f"{name} ({_change(self.layers[name])})" for name in self.faster_dense)
+        whole = f"the whole model {_change(self.whole)}, in {where}"
+        return f"merged {layers}; {whole}" if self.to_merge else f"no layer merged: {layers} alone, but {whole}"
 
 
 def time_forms(model: nn.Module, plan: Plan, inventory: Inventory, runtime: Runtime, example: Any) -> Forms:
@@ -75,6 +72,11 @@ def time_forms(model: nn.Module, plan: Plan, inventory: Inventory, runtime: Runt
     merge_(twin, plan, faster)
     before, after = in_turn([whole, runtime.prepare(twin, example)]).ms
     return Forms(layers, (before, after))
+
+
+def _change(times: tuple[float, float]) -> str:
+    before, after = times
+    return f"{before:.3g} -> {after:.3g} ms"
 
 
 def _both(module: nn.Module, value: Factorization, layer: Layer, runtime: Runtime, batch: int) -> tuple[float, float]:
