@@ -89,7 +89,7 @@ class Method(abc.ABC):
     def parts(self, weight: Shape, ranks: tuple[int, ...]) -> tuple[Part, ...]:
         """The convolutions in a row that store a kernel of shape `weight` at these ranks; the first is not depthwise.
 
-        Their number and `axes` do not depend on the ranks.
+        Their number and `axes` do not depend on the ranks. `parts.builders` says which of them are built.
         """
 
     @abc.abstractmethod
