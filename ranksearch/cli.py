@@ -310,10 +310,11 @@ def _export(options: argparse.Namespace, given: list[str]) -> int:
         )
     limits = record.facts.limits
     outside = f", outside the study's limits ({limits})" if limits.excess(found.size, trial.score_validation) else ""
-    sys.stdout.write(
-        f"{target}\n{found.words}trial {trial.number}, {found.size.ratio:.1f}x smaller than dense{outside}; largest difference "
-        f"of outputs on {len(inputs)} real inputs after reloading: {difference:.1e}\n"
+    words = (
+        f"trial {trial.number}, {found.size.ratio:.1f}x smaller than dense{outside}; largest difference of outputs on "
+        f"{len(inputs)} real inputs after reloading: {difference:.1e}"
     )
+    sys.stdout.write("".join(f"{line}\n" for line in (target, found.words, words) if line))
     return 0
 
 

@@ -31,7 +31,6 @@ class Merged:
     plan: Plan
     size: Sized
     words: str = ""
-    """Ends in a new line, unless it is empty."""
 
 
 def merge_faster(spec: StudySpec, task: Task, trial: TrialRecord, model: nn.Module, device: torch.device) -> Merged:
@@ -48,4 +47,4 @@ def merge_faster(spec: StudySpec, task: Task, trial: TrialRecord, model: nn.Modu
     plan = merge_(twin, trial.plan, forms.to_merge)
     size = size_of(plan, layers)
     # No slower than before, so the latency stays the trial's.
-    return Merged(twin, plan, Size({**trial.costs, **size.costs}, size.ratio), forms.words(about(runtime, batch)) + "\n")
+    return Merged(twin, plan, Size({**trial.costs, **size.costs}, size.ratio), forms.words(about(runtime, batch)))
