@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ranksearch.compress.export import load_model as load_model
     from ranksearch.compress.inventory import Inventory as Inventory
     from ranksearch.compress.inventory import inventory as inventory
+    from ranksearch.compress.merging import merge_ as merge_
     from ranksearch.compress.surgery import factorize_ as factorize_
     from ranksearch.data import Splits as Splits
     from ranksearch.errors import RankSearchError as RankSearchError
@@ -49,6 +50,7 @@ _NAMES_BY_MODULE = {
         "Inventory",
         "inventory",
     ),
+    "compress.merging": ("merge_",),
     "compress.surgery": ("factorize_",),
     "data": ("Splits",),
     "errors": ("RankSearchError",),

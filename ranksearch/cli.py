@@ -145,7 +145,13 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--min-ratio", type=float, metavar="R", help="the best finalist with at least this compression ratio")
     export.add_argument("--format", choices=("plan", "onnx", "pt2"), default="plan")
     export.add_argument("--opset", type=int, metavar="N", help="ONNX operator set, for --format onnx (the exporter's default)")
-    export.add_argument("--to", type=Path, metavar="PATH", help="where to write (DIR/export/TRIAL, with the format's ending)")
+    export.add_argument(
+        "--merge", action="store_true", help="put dense layers back where they are faster than their factors: the same outputs"
+    )
+    export.add_argument("--device", metavar="DEVICE", help="where --merge times the layers, as of `ranksearch study` (auto)")
+    export.add_argument(
+        "--to", type=Path, metavar="PATH", help="where to write (DIR/export/TRIAL or TRIAL-merged, with the format's ending)"
+    )
     export.add_argument("--storage", metavar="URL", help="Optuna storage, if the study is not stored in its folder")
     export.set_defaults(run=_export)
     return parser
@@ -277,6 +283,8 @@ def _report(options: argparse.Namespace, argv: list[str]) -> int:
 def _export(options: argparse.Namespace, argv: list[str]) -> int:
     if options.opset is not None and options.format != "onnx":
         raise StudyError(f"--opset is for --format onnx, but the format is {options.format}; leave one of them out.")
+    if options.device and not options.merge:
+        raise StudyError("--device is for --merge, which times the layers, but --merge was not given; leave --device out.")
     from ranksearch.results.attributes import read_study
     from ranksearch.results.record import choose
     from ranksearch.study import folder
@@ -290,6 +298,8 @@ def _export(options: argparse.Namespace, argv: list[str]) -> int:
 
     from ranksearch.compress.export import export_model, load_model
     from ranksearch.data import batches
+    from ranksearch.study.merging import Merged, merge_faster
+    from ranksearch.study.run import choose_device
     from ranksearch.task.task import FROM_PYTHON, load_task
 
     if spec.task.model == FROM_PYTHON:
@@ -297,16 +307,22 @@ def _export(options: argparse.Namespace, argv: list[str]) -> int:
     task = load_task(spec)
     model = load_model(task.model, options.folder / "models" / str(trial.number))
     inputs = next(batches(task.data.validation, 64))[0]
-    suffix = "" if options.format == "plan" else f".{options.format}"
+    found = Merged(model, trial.plan, trial)
+    if options.merge:
+        found = merge_faster(spec, task, trial, model, choose_device(options.device or "auto"))
+    suffix = ("-merged" if options.merge else "") + ("" if options.format == "plan" else f".{options.format}")
     target = options.to or options.folder / "export" / f"{trial.number}{suffix}"
     with writing(f"The export to {target}", "choose another --to"):
-        difference = export_model(model, task.model, trial.plan, inputs, target, form=options.format, opset=options.opset)
+        difference = export_model(
+            found.model, task.model, found.plan, inputs, target, form=options.format, opset=options.opset, original=model
+        )
     limits = record.facts.limits
-    outside = f", outside the study's limits ({limits})" if limits.excess(trial, trial.score_validation) else ""
-    sys.stdout.write(
-        f"{target}\ntrial {trial.number}, {trial.ratio:.1f}x smaller than dense{outside}; largest difference of outputs on "
-        f"{len(inputs)} real inputs after reloading: {difference:.1e}\n"
+    outside = f", outside the study's limits ({limits})" if limits.excess(found.size, trial.score_validation) else ""
+    words = (
+        f"trial {trial.number}, {found.size.ratio:.1f}x smaller than dense{outside}; largest difference of outputs on "
+        f"{len(inputs)} real inputs after reloading: {difference:.1e}"
     )
+    sys.stdout.write("".join(f"{line}\n" for line in (target, found.words, words) if line))
     return 0
 
 

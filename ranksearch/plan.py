@@ -94,7 +94,11 @@ class Spatial(Factorization):
 
 @dataclass(frozen=True)
 class Tucker2(Factorization):
-    """1x1 in -> rank_in, kernel rank_in -> rank_out, 1x1 rank_out -> out (Kim et al. 2016)."""
+    """1x1 in -> rank_in, kernel rank_in -> rank_out, 1x1 rank_out -> out (Kim et al. 2016).
+
+    A 1x1 convolution that would keep the number of channels is not built; its factor is multiplied into the kernel. With all
+    input channels for `rank_in` this is Tucker-1.
+    """
 
     method = "tucker2"
     title = "Tucker-2"

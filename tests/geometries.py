@@ -47,6 +47,8 @@ GEOMETRIES = {
     "conv2d": (alone(nn.Conv2d(4, 6, 3, padding=1)), CONV2D, KERNEL_2D),
     "conv2d no bias": (alone(nn.Conv2d(4, 6, 3, bias=False)), CONV2D, KERNEL_2D),
     "conv2d one input": (alone(nn.Conv2d(1, 6, 3)), (1, 9, 8), KERNEL_2D),
+    "conv2d three inputs": (alone(nn.Conv2d(3, 8, 3, stride=2, padding=1)), (3, 9, 8), KERNEL_2D),
+    "conv2d patches": (alone(nn.Conv2d(3, 6, 4, stride=4)), (3, 8, 12), KERNEL_2D),
     "conv2d one output": (alone(nn.Conv2d(4, 1, 3)), CONV2D, KERNEL_2D),
     "conv2d asymmetric stride": (alone(nn.Conv2d(4, 6, 3, stride=(2, 1), padding=(0, 2))), CONV2D, KERNEL_2D),
     "conv2d asymmetric dilation": (alone(nn.Conv2d(4, 6, 3, dilation=(1, 3), padding=(1, 3))), CONV2D, KERNEL_2D),

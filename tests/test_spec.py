@@ -88,7 +88,10 @@ def test_limits_say_what_is_looked_for_and_make_no_other_study():
         ("search.max_macs=1e6", "study.toml: search.max_macs must be a whole number, but got 1000000.0."),
         ("space.methods=['tucker']", "space.methods must name known methods, but got 'tucker'. Did you mean 'tucker2'?"),
         ("space.methods=[]", "study.toml: space.methods must be at least one method, but got []."),
-        ("latency.runtime='tensorrt'", "study.toml: latency.runtime must be auto, onnxruntime, torch, or 'package.module:name', but got 'tensorrt'."),
+        (
+            "latency.runtime='tensorrt'",
+            "study.toml: latency.runtime must be auto, onnxruntime, torch, or 'package.module:name', but got 'tensorrt'.",
+        ),
         ("latency.threads=0", "study.toml: latency.threads must be at least 1, but got 0."),
         ("search.max_latency_ms=0", "study.toml: search.max_latency_ms must be a finite number above 0, but got 0."),
         ("space.rank_multiple=0", "study.toml: space.rank_multiple must be at least 1, but got 0."),

@@ -145,6 +145,7 @@ def export_model(
     *,
     form: str = "plan",
     opset: int | None = None,
+    original: nn.Module | None = None,
 ) -> float:
     """Write a compressed model, reload it, and compare the two on real inputs.
 
@@ -156,6 +157,7 @@ def export_model(
         target: the file to write, or the folder for the form `plan`.
         form: `plan` (plan.json and weights.safetensors), `onnx`, or `pt2` (torch.export).
         opset: for the form `onnx`, the ONNX opset version; None for torch's default.
+        original: the model before `merge_`, whose outputs the reloaded model must give, too; None if nothing was merged.
 
     Returns:
         The largest absolute difference of the outputs.
@@ -165,24 +167,28 @@ def export_model(
     """
     match form:
         case "plan":
-            return export_plan(model, dense, plan, inputs, target)
+            return export_plan(model, dense, plan, inputs, target, original=original)
         case "onnx":
-            return export_onnx(model, inputs, target, opset)
+            return export_onnx(model, inputs, target, opset, original=original)
         case _:
-            return export_pt2(model, inputs, target)
+            return export_pt2(model, inputs, target, original=original)
 
 
-def export_plan(model: nn.Module, dense: nn.Module, plan: Plan, inputs: Tensor, target: Path) -> float:
+def export_plan(
+    model: nn.Module, dense: nn.Module, plan: Plan, inputs: Tensor, target: Path, *, original: nn.Module | None = None
+) -> float:
     """Write plan and weights into the folder `target`; returns the largest output difference after reloading."""
     weights = weights_of(model)
     with tempfile.TemporaryDirectory() as scratch_folder:
         save_model(Path(scratch_folder), plan, weights)
-        difference = _compare(model, load_model(dense, scratch_folder), inputs)
+        difference = _compare(model if original is None else original, load_model(dense, scratch_folder), inputs)
     save_model(target, plan, weights)
     return difference
 
 
-def export_onnx(model: nn.Module, inputs: Tensor, target: Path, opset: int | None = None) -> float:
+def export_onnx(
+    model: nn.Module, inputs: Tensor, target: Path, opset: int | None = None, *, original: nn.Module | None = None
+) -> float:
     """Write an ONNX file with a free batch size; returns the largest output difference in onnxruntime."""
     import onnxruntime  # imported here, since workers never need it
 
@@ -193,7 +199,7 @@ def export_onnx(model: nn.Module, inputs: Tensor, target: Path, opset: int | Non
             session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
             return torch.from_numpy(session.run(None, {"input": batch.numpy()})[0])
 
-    difference = _compare(model, run, inputs)
+    difference = _compare(model if original is None else original, run, inputs)
     write_whole(target, data)
     return difference
 
@@ -246,7 +252,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def export_pt2(model: nn.Module, inputs: Tensor, target: Path) -> float:
+def export_pt2(model: nn.Module, inputs: Tensor, target: Path, *, original: nn.Module | None = None) -> float:
     """Write a torch.export archive with a free batch size; returns the largest output difference after reloading."""
     # Zeros, since the archive contains the example inputs, which are private. Two, since a batch size of one would become a
     # constant.
@@ -260,7 +266,7 @@ def export_pt2(model: nn.Module, inputs: Tensor, target: Path) -> float:
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     buffer.seek(0)
-    difference = _compare(model, torch.export.load(buffer).module(), inputs)
+    difference = _compare(model if original is None else original, torch.export.load(buffer).module(), inputs)
     write_whole(target, buffer.getvalue())
     return difference
 

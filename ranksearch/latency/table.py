@@ -120,7 +120,7 @@ def _layer(
     model: nn.Module, layer: Layer, methods: Sequence[Method], runtime: Runtime, constraints: RankConstraints, batch: int
 ) -> LayerLatency:
     """The layer by itself."""
-    dense, inputs = model.get_submodule(layer.name), _inputs(layer, batch)
+    dense, inputs = model.get_submodule(layer.name), layer_inputs(layer, batch)
     timed = [(method, ranks) for method in methods for ranks in _ranks(method, layer, constraints)]
     modules = [dense]
     for method, ranks in timed:
@@ -197,7 +197,8 @@ def _ranks(method: Method, layer: Layer, constraints: RankConstraints) -> list[t
     return sorted(ends | set(random.Random(0).sample(grid, max(0, count - len(ends)))))
 
 
-def _inputs(layer: Layer, batch: int) -> Tensor:
+def layer_inputs(layer: Layer, batch: int) -> Tensor:
+    """Random inputs of the shape that the layer has for a batch of the model's inputs."""
     shape = (math.prod(layer.weight[1:]),) if layer.flattened or len(layer.weight) == 2 else (layer.weight[1], *layer.in_size)
     return torch.randn((batch * layer.calls, *shape), generator=torch.Generator().manual_seed(0))
 

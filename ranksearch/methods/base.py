@@ -1,7 +1,8 @@
 """`Method`, the base class of every decomposition: from ranks to costs, factors and modules.
 
 `Method.parts` is the single source of a decomposition's size and structure: the parameters, the multiply-accumulates, the
-modules and the reconstructed kernel all follow from it.
+modules and the reconstructed kernel all follow from it. Not every part is built: a 1x1 part with as many outputs as inputs,
+such as the first of Tucker-2 if its rank is the number of input channels, is multiplied into its neighbour, and costs nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.methods.layer import Layer
-from ranksearch.methods.parts import Part, Shape, assemble, composed
+from ranksearch.methods.parts import Part, Shape, assemble, builders, built, built_factors, composed
 from ranksearch.plan import Factorization
 from ranksearch.tensors.matrix import Principal, norm_of
 
@@ -87,7 +88,10 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def parts(self, weight: Shape, ranks: tuple[int, ...]) -> tuple[Part, ...]:
-        """The sequence of convolutions that stores a kernel of shape `weight` at these ranks; the first is not depthwise."""
+        """The sequence of convolutions that stores a kernel of shape `weight` at these ranks; the first is not depthwise.
+
+        Their number and `axes` do not depend on the ranks. `parts.builders` says which of them are built.
+        """
 
     @abc.abstractmethod
     def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int, rows: Rows | None = None) -> Prepared:
@@ -171,7 +175,8 @@ class Method(abc.ABC):
 
     def build(self, module: nn.Module, weight: Shape, ranks: tuple[int, ...], factors: Sequence[Tensor]) -> nn.Sequential:
         """Plain torch modules that compute the same as `module` with the reconstructed kernel."""
-        return assemble(module, weight, self.parts(weight, ranks), factors)
+        parts = self.parts(weight, ranks)
+        return assemble(module, weight, built(parts), built_factors(parts, factors))
 
     def value(self, layer: Layer, ranks: tuple[int, ...]) -> Factorization:
         """The plan's value for this layer at these ranks."""
@@ -182,13 +187,12 @@ class Method(abc.ABC):
 
     def params(self, layer: Layer, ranks: tuple[int, ...]) -> int:
         """Parameters of the factorized layer, including the bias."""
-        factors = sum(map(math.prod, self.factor_shapes(layer.weight, ranks)))
+        factors = sum(math.prod(part.shape(layer.weight)) for part in built(self.parts(layer.weight, ranks)))
         return factors + (layer.weight[0] if layer.bias else 0)
 
     def macs(self, layer: Layer, ranks: tuple[int, ...]) -> int:
         """Multiply-accumulates of the factorized layer for one input."""
-        shapes, positions = self.factor_shapes(layer.weight, ranks), self.positions(layer)
-        return sum(math.prod(shape) * count for shape, count in zip(shapes, positions, strict=True)) * layer.calls
+        return sum(self._part_macs(layer, ranks, ranks))
 
     def costs(self, layer: Layer, ranks: tuple[int, ...]) -> dict[str, float]:
         """All costs of the factorized layer by name."""
@@ -201,27 +205,24 @@ class Method(abc.ABC):
         return layer.latency.ms(self.kind.method, self.work(layer, ranks))
 
     def work(self, layer: Layer, ranks: tuple[int, ...]) -> tuple[float, ...]:
-        """What the latency of the factorized layer depends on, for one input; none of these numbers falls as a rank rises.
+        """What the latency of the factorized layer depends on, for one input; none of these numbers falls as a rank rises,
+        except where a part is no longer built.
 
-        They are 1, the multiply-accumulates of each part, the same with ranks rounded up to `CHANNEL_BLOCK`, the values passed
-        between parts, and the parameters.
+        They are 1, the multiply-accumulates of each part (0 if it is not built), the same with ranks rounded up to
+        `CHANNEL_BLOCK`, the values passed between parts, and the parameters.
         """
         blocks = tuple(-(-rank // CHANNEL_BLOCK) * CHANNEL_BLOCK for rank in ranks)
-        positions = [count * layer.calls for count in self.positions(layer)]
-        macs = [
-            float(math.prod(shape) * count)
-            for counted in (ranks, blocks)
-            for shape, count in zip(self.factor_shapes(layer.weight, counted), positions, strict=True)
-        ]
-        between = sum(part.out * count for part, count in zip(self.parts(layer.weight, ranks)[:-1], positions, strict=False))
-        return 1.0, *macs, float(between), float(self.params(layer, ranks))
+        macs = [float(count) for counted in (ranks, blocks) for count in self._part_macs(layer, ranks, counted)]
+        parts, positions = self.parts(layer.weight, ranks), self.positions(layer)
+        outputs = [parts[index].out * positions[index] for index in sorted(set(builders(parts)))]
+        return 1.0, *macs, float(sum(outputs[:-1]) * layer.calls), float(self.params(layer, ranks))
 
     def rank_ranges(self, layer: Layer, constraints: RankConstraints = FEWER_PARAMS) -> tuple[range, ...]:
-        """For each rank, the values at which the layer shrinks while the other ranks are at their smallest; empty if none."""
-        least = tuple(min(constraints.multiple, bound) for bound in self.bounds(layer.weight))
-        return tuple(
-            self._rank_range(layer, constraints, least, axis, limit) for axis, limit in enumerate(self.limits(layer.weight))
-        )
+        """For each rank, the values at which the layer shrinks with some values of the others; empty if none."""
+        steps = (min(constraints.multiple, bound) for bound in self.bounds(layer.weight))
+        # If the bound is below the multiple, it is the start and the step, so the only rank.
+        ranges = [range(step, limit + 1, step) for step, limit in zip(steps, self.limits(layer.weight), strict=True)]
+        return tuple(self._rank_range(layer, constraints, ranges, axis) for axis in range(len(ranges)))
 
     def rank_grid(self, layer: Layer, constraints: RankConstraints = FEWER_PARAMS) -> list[tuple[int, ...]]:
         """The ranks that a profile tries: log-spaced values of `rank_ranges`, in all combinations that shrink the layer.
@@ -241,14 +242,26 @@ class Method(abc.ABC):
         """The parts at rank 1, for everything that does not depend on the ranks."""
         return self.parts(weight, (1,) * len(self.kind.rank_names()))
 
-    def _rank_range(self, layer: Layer, constraints: RankConstraints, least: tuple[int, ...], axis: int, limit: int) -> range:
-        def grows(rank: int) -> bool:
-            return not self.shrinks(layer, (*least[:axis], rank, *least[axis + 1 :]), constraints)
+    def _part_macs(self, layer: Layer, ranks: tuple[int, ...], counted: tuple[int, ...]) -> list[int]:
+        """Multiply-accumulates of each part for one input with the ranks `counted`; 0 if it is not built at `ranks`."""
+        indices = builders(self.parts(layer.weight, ranks))
+        shapes, positions = self.factor_shapes(layer.weight, counted), self.positions(layer)
+        return [
+            math.prod(shape) * count * layer.calls if builder == index else 0
+            for index, (builder, shape, count) in enumerate(zip(indices, shapes, positions, strict=True))
+        ]
 
-        # If the bound is below the multiple, it is the start and the step, so the only rank.
-        ranks = range(least[axis], limit + 1, least[axis])
-        # Costs rise with the rank, so the first rank that does not shrink the layer is found by bisection.
-        return ranks[: bisect.bisect_left(ranks, True, key=grows)]
+    def _rank_range(self, layer: Layer, constraints: RankConstraints, ranges: Sequence[range], axis: int) -> range:
+        def grows(rank: int) -> bool:
+            # Costs rise with a rank, but may fall at the last one, where a part is not built.
+            ends = [{rank} if other == axis else {*ranks[:1], *ranks[-1:]} for other, ranks in enumerate(ranges)]
+            return not any(self.shrinks(layer, each, constraints) for each in itertools.product(*ends))
+
+        ranks = ranges[axis]
+        shrinking = ranks[: bisect.bisect_left(ranks[:-1], True, key=grows)]
+        if not ranks or grows(ranks[-1]):
+            return shrinking
+        return ranks if shrinking else ranks[-1:]
 
 
 def root(energy: Tensor | float) -> float:

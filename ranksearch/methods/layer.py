@@ -17,7 +17,7 @@ class LayerLatency:
     """How long a layer takes where it will run, in milliseconds: dense, and as a model of its work for each method.
 
     `methods` holds, by the name of a method, a coefficient for each number of `Method.work`; none is negative, so the time
-    never falls as a rank rises.
+    never falls as a rank rises, except where a part is no longer built.
     """
 
     dense: float

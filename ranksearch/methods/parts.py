@@ -73,6 +73,42 @@ class Part:
         return tuple(value if axis in self.axes else other for axis, value in enumerate(values))
 
 
+def builders(parts: Sequence[Part]) -> list[int]:
+    """For each part, the index of the part that is built with its factor: its own, or that of a neighbour.
+
+    A 1x1 part with as many outputs as inputs is not built: multiplied by its factor, the neighbour's factor keeps its shape. A
+    depthwise neighbour takes only a factor of one channel.
+    """
+    indices: list[int] = []
+    for index, part in enumerate(parts):
+        neighbour = indices[-1] if indices else 1
+        square = part.into == part.out and not part.axes and not part.depthwise
+        there = neighbour < len(parts) and neighbour != index
+        taken = square and there and (part.into == 1 or not parts[neighbour].depthwise)
+        indices.append(neighbour if taken else index)
+    return indices
+
+
+def built(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """The parts that are built."""
+    indices = builders(parts)
+    return tuple(part for index, part in enumerate(parts) if indices[index] == index)
+
+
+def built_factors(parts: Sequence[Part], factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The factors of the parts that are built, from those of all parts, multiplied in float64."""
+    indices, made = builders(parts), list(factors)
+    for index, builder in enumerate(indices):
+        if builder != index:
+            factor, other = factors[index].double(), made[builder].double()
+            if index > builder or parts[builder].depthwise:
+                product = torch.tensordot(factor, other, 1)
+            else:
+                product = torch.tensordot(other, factor, ([1], [0])).movedim(-1, 1)
+            made[builder] = product.to(factors[index].dtype)
+    return tuple(factor for index, factor in enumerate(made) if indices[index] == index)
+
+
 def assemble(module: nn.Module, weight: Shape, parts: Sequence[Part], factors: Sequence[Tensor]) -> nn.Sequential:
     """The parts as one `nn.Sequential` with the factors as weights, on the device and in the dtype of `module`.
 

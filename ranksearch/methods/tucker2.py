@@ -14,7 +14,11 @@ from ranksearch.tensors.tucker import HOSVD, hooi, hosvd
 
 
 class Tucker2Method(Method):
-    """Truncated HOSVD of the two channel modes. Its factors are nested, so one decomposition serves every pair of ranks."""
+    """Truncated HOSVD of the two channel modes. Its factors are nested, so one decomposition serves every pair of ranks.
+
+    If `rank_in` is the number of input channels, only core and expand are built (Tucker-1); if `rank_out` is that of output
+    channels, only reduce and core.
+    """
 
     kind = plan.Tucker2
     vbmf = ("in", "out")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ranksearch.compress.scratch import initialise_
 from ranksearch.errors import ModelError, nearest
 from ranksearch.methods import METHODS
-from ranksearch.methods.parts import META_DEVICE
+from ranksearch.methods.parts import META_DEVICE, built
 from ranksearch.plan import Factorization
 
 NORMS = ("all", "inner", "none")
@@ -52,7 +52,7 @@ def td_conv(
     if method is None or not method.applies(weight, linear=False):
         size = f"{kernel_size}x{kernel_size}"
         raise ModelError(f"A TD block needs a factorization that can store its kernel, but got {factorization} for {size}.")
-    parts = method.parts(weight, factorization.ranks)
+    parts = built(method.parts(weight, factorization.ranks))
     convs = [part.module(dense, weight, bias=True).to_empty(device="cpu") for part in parts]
     initialise_(convs, last="relu" if activation is nn.ReLU else "linear")
     for part, conv in zip(parts, convs, strict=True):

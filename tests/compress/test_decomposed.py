@@ -61,6 +61,18 @@ def test_the_layer_computes_what_was_decomposed(backend, model, size, shape, dec
     assert tensorly.get_backend() == "numpy"
 
 
+def test_a_factor_of_all_channels_is_multiplied_into_the_core():
+    model, kernel, inputs = alone(CONV).double(), normal(6, 4, 3, 2, seed=1), normal(2, 4, 9, 8, seed=2)
+    dense = copy.deepcopy(model)
+    with tensorly.backend_context("pytorch"):
+        given = partial_tucker(kernel, [3, 4], modes=[0, 1])[0]
+        with torch.no_grad():
+            dense.layer.weight.copy_(rebuilt(given))
+    built = factorize_(copy.deepcopy(model), {"layer": given})
+    torch.testing.assert_close(built(inputs), dense(inputs))
+    assert [name for name, _ in built.layer.named_children()] == ["core", "expand"]
+
+
 def ones(*shape, rank=2):
     return CPTensor((None, [torch.ones(size, rank).numpy() for size in shape]))
 

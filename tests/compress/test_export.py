@@ -50,6 +50,17 @@ def test_plan_and_weights_rebuild_on_the_plain_dense_class(compressed, inputs, t
     assert torch.equal(model(inputs), compressed(inputs))
 
 
+def test_an_older_plan_of_all_input_channels_is_loaded(trained, inputs, tmp_path):
+    text = '{"format": "ranksearch-plan/1", "layers": {"conv1": {"method": "tucker2", "rank_in": 1, "rank_out": 5}}}'
+    plan = Plan.from_json(text)
+    compressed = factorize_(copy.deepcopy(trained.model), plan).eval()
+    assert [name for name, _ in compressed.conv1.named_children()] == ["core", "expand"]
+    save_model(tmp_path, plan, weights_of(compressed))
+    model = load_model(nets.small(), tmp_path)
+    assert torch.equal(model(inputs), compressed(inputs))
+    assert Plan.from_json((tmp_path / "plan.json").read_text()) == plan
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["onnx", "pt2"])
 def test_a_model_that_cannot_be_traced(form, inputs, tmp_path):

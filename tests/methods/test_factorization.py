@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -94,6 +95,56 @@ def test_costs_are_the_counted_ones(geometry, name):
 @contract
 def test_modules_compute_the_reconstructed_kernel(geometry, name):
     check_reconstruction(*given_geometry(geometry), BY_NAME[name])
+
+
+def is_needless(part, other):
+    """Whether the weight of `part` can be multiplied into that of `other`, its neighbour, without making that larger."""
+    as_matrix = math.prod(part.weight.shape[2:]) == 1 and getattr(part, "groups", 1) == 1
+    square = as_matrix and part.weight.shape[0] == part.weight.shape[1]
+    return square and max(getattr(part, "stride", (1,))) == 1 and getattr(other, "groups", 1) == 1
+
+
+@contract
+def test_no_part_is_built_whose_work_a_neighbour_can_do(geometry, name):
+    model, _, layer = given_geometry(geometry)
+    offered = [ranks for ranks in some_ranks(BY_NAME[name], layer) if BY_NAME[name].shrinks(layer, ranks)]
+    for ranks in offered:
+        module = factorized(model, layer, BY_NAME[name], ranks).layer
+        parts = [part for part in module if hasattr(part, "weight")]
+        for one, other in itertools.pairwise(parts):
+            assert not is_needless(one, other)
+            assert not is_needless(other, one)
+
+
+@contract
+def test_work_is_of_the_parts_that_are_built(geometry, name):
+    *_, layer = given_geometry(geometry)
+    method = BY_NAME[name]
+    count = len(method.parts(layer.weight, method.bounds(layer.weight)))
+    for ranks in some_ranks(method, layer):
+        one, *macs, passed, params = method.work(layer, ranks)
+        assert (one, sum(macs[:count]), params) == (1, method.macs(layer, ranks), method.params(layer, ranks))
+        assert len(macs) == 2 * count
+        assert all(exact <= in_blocks for exact, in_blocks in zip(macs[:count], macs[count:], strict=True))
+        assert (passed == 0) == (sum(amount > 0 for amount in macs[:count]) == 1)
+
+
+def test_at_the_number_of_input_channels_tucker_2_is_tucker_1():
+    model, _, layer = given_geometry("conv2d three inputs")
+    method = BY_NAME["tucker2"]
+    names = {ranks: [name for name, _ in factorized(model, layer, method, ranks).layer.named_children()] for ranks in RANKS}
+    assert names == RANKS
+    assert method.params(layer, (3, 4)) == 3 * 4 * 9 + 4 * 8 + 8
+    assert method.params(layer, (2, 8)) == 3 * 2 + 2 * 8 * 9 + 8
+    assert method.params(layer, (3, 8)) == layer.params
+
+
+RANKS = {
+    (2, 4): ["reduce", "core", "expand"],
+    (3, 4): ["core", "expand"],
+    (2, 8): ["reduce", "core"],
+    (3, 8): ["core"],
+}  # fmt: skip
 
 
 @st.composite

@@ -68,6 +68,12 @@ def test_a_td_block_stands_for_its_convolution(value, stride, padding):
     assert [p.numel() for p in weights] == [torch.Size(shape).numel() for shape in shapes]
 
 
+def test_a_td_block_begins_with_no_convolution_that_a_neighbour_can_do():
+    block = td_conv(1, 8, 3, Tucker2(1, 4))
+    assert [name for name, _ in block.named_children()] == ["core", "core_norm", "expand", "expand_norm", "activation"]
+    assert block(torch.rand(2, 1, 5, 5)).shape == (2, 8, 3, 3)
+
+
 @pytest.mark.parametrize("value", [CP(16), CP4(16), Tucker2(16, 16)])
 @pytest.mark.parametrize("norm", ["all", "inner", "none"])
 def test_td_blocks_keep_the_scale_of_their_input(value, norm):

@@ -1,0 +1,98 @@
+"""`merge_(model, plan, names)` multiplies the factors of layers back into one dense layer each, in place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ranksearch.compress.stand_ins import attributes_of, replace_
+from ranksearch.compress.surgery import kernel_of
+from ranksearch.errors import PlanError, nearest
+from ranksearch.methods import Part, Shape, method_of
+from ranksearch.methods.layer import CONVOLUTIONS, Conv
+from ranksearch.methods.parts import META_DEVICE, built, composed
+from ranksearch.plan import Factorization, Plan
+
+SETTINGS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode")
+"""The settings of a convolution. A factorized layer has them as attributes, as it has `in_features` and `out_features`."""
+
+
+def merge_(model: nn.Module, plan: Plan, names: Collection[str]) -> Plan:
+    """Replace, in place, these factorized layers by dense layers with the kernels that their factors stand for.
+
+    All or nothing, as `factorize_`. The model's outputs stay the same up to rounding. A merged layer has as many parameters as
+    that of the dense model.
+
+    Args:
+        model: a model that was factorized by `plan`, and may have been trained since.
+        plan: the plan of `model`.
+        names: the layers to merge.
+
+    Returns:
+        The plan of the layers that are still factorized, with which `load_model` loads the model again.
+
+    Raises:
+        PlanError: the plan does not name a layer, or a layer is not factorized as the plan says. The model is then unchanged.
+    """
+    values, modules = dict(plan), dict(model.named_modules())
+    for name in names:
+        if name not in values:
+            raise PlanError(f"Only layers that the plan factorizes can be merged, but {name!r} is none.{nearest(name, values)}")
+        if name not in modules:
+            raise PlanError(f"A plan must name layers of the model, but {name!r} is none.{nearest(name, modules)}")
+    dense = {name: merged(name, modules[name], values[name]) for name in names}
+    for name, module in dense.items():
+        replace_(model, name, module)
+    return Plan.of({name: value for name, value in plan if name not in dense})
+
+
+def merged(name: str, module: nn.Module, value: Factorization) -> nn.Module:
+    """The dense layer that computes the same as `module`, the layer `name` factorized by `value`.
+
+    Raises:
+        PlanError: `module` is not factorized by `value`.
+    """
+    layers = [child for child in module.children() if isinstance(child, (*CONVOLUTIONS, nn.Linear))]
+    about = attributes_of(module)
+    if not layers or not ({"kernel_size", "in_features"} & set(about)):
+        raise _other(name, module, value)
+    weights, bias = [layer.weight for layer in layers], layers[-1].bias
+    dense = _empty(about, bias=bias is not None)
+    shape = tuple(kernel_of(name, dense, value).shape)
+    parts = built(method_of(value).parts(shape, value.ranks))
+    if [weight.numel() for weight in weights] != [math.prod(part.shape(shape)) for part in parts]:
+        raise _other(name, module, value)
+    dense = dense.to(weights[0].dtype).to_empty(device=weights[0].device).train(module.training)
+    with torch.no_grad():
+        dense.weight.copy_(_kernel(parts, weights, shape, value).reshape(dense.weight.shape))
+        if bias is not None and dense.bias is not None:
+            dense.bias.copy_(bias)
+            dense.bias.requires_grad_(bias.requires_grad)
+    dense.weight.requires_grad_(weights[0].requires_grad)
+    vars(dense).update(about)
+    return dense
+
+
+def _other(name: str, module: nn.Module, value: Factorization) -> PlanError:
+    return PlanError(
+        f"Layer {name!r} must consist of the parts of {value} to be merged, but is another {type(module).__name__}; give the "
+        "plan that the model was factorized by."
+    )
+
+
+def _empty(about: dict[str, object], *, bias: bool) -> nn.Linear | Conv:
+    """The dense layer on the device "meta"."""
+    if "in_features" in about:
+        return nn.Linear(about["in_features"], about["out_features"], bias=bias, device=META_DEVICE)  # type: ignore[arg-type]
+    kind = CONVOLUTIONS[len(about["kernel_size"]) - 1]  # type: ignore[arg-type]
+    return kind(**{name: about[name] for name in SETTINGS}, bias=bias, device=META_DEVICE)  # type: ignore[arg-type]
+
+
+def _kernel(parts: Sequence[Part], weights: Sequence[Tensor], shape: Shape, value: Factorization) -> Tensor:
+    """The kernel of that shape that the weights stand for, in float64; its axes are in the order of the layer's inputs."""
+    factors = [weight.detach().double().reshape(part.shape(shape)) for part, weight in zip(parts, weights, strict=True)]
+    kernel = composed(parts, factors, shape)
+    return kernel if value.order is None else kernel.permute(0, *(1 + axis for axis in value.order))
