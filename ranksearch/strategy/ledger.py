@@ -23,7 +23,7 @@ from ranksearch.results.objectives import Objectives
 from ranksearch.results.record import MAX_TRIES, MAX_UNTRAINED, TrialRecord, untrained_in_a_row
 from ranksearch.strategy.finalists import floor_of
 from ranksearch.strategy.sampler import SIZE_CONSTRAINT, Knowledge, admit, make_sampler
-from ranksearch.strategy.space import Space, size_of
+from ranksearch.strategy.space import SearchSpace, size_of
 
 ENQUEUED = "enqueued"
 """The origin of trials that another program queued with Optuna's `enqueue_trial`."""
@@ -63,7 +63,7 @@ class Ledger:
     def __init__(
         self,
         study: optuna.Study,
-        space: Space,
+        space: SearchSpace,
         inventory: Inventory,
         initial_plans: Sequence[tuple[str, Plan]],
         *,

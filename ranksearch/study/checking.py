@@ -21,7 +21,7 @@ from ranksearch.errors import SpecError, StudyError
 from ranksearch.latency.table import Table
 from ranksearch.plan import Plan
 from ranksearch.spec import StudySpec
-from ranksearch.strategy.space import Space, check_limits, space_of
+from ranksearch.strategy.space import SearchSpace, check_limits, space_of
 from ranksearch.study import folder
 from ranksearch.study.dense import load_required_weights
 from ranksearch.study.inputs import inputs_of
@@ -41,7 +41,7 @@ class Checked:
     inventory: Inventory
     table: Table | None
     """The latencies of the layers, if latency is a cost of the study."""
-    space: Space
+    space: SearchSpace
     user_plans: Sequence[Plan]
     """The user's plans to try first."""
     inputs: Mapping[str, Any]
@@ -108,7 +108,7 @@ def _load_initial_weights(spec: StudySpec, task: Task, view: View, *, dense_save
     return digest_of(task.model) if spec.dense.weights or not spec.dense.epochs else None
 
 
-def _smallest_layer(space: Space) -> Plan:
+def _smallest_layer(space: SearchSpace) -> Plan:
     """The plan that factorizes only the smallest layer, at its smallest ranks: it is the quickest plan to build."""
     axis = min(space.axes, key=lambda axis: axis.layer.params)
     return Plan.of({axis.layer.name: axis.smallest(axis.constraints.smaller_in[0])})

@@ -19,7 +19,7 @@ from ranksearch.results.record import Probe
 from ranksearch.spec import StudySpec
 from ranksearch.strategy.prior import vbmf_plans
 from ranksearch.strategy.sensitivity import predict_front, rescuable, spread, values_to_probe
-from ranksearch.strategy.space import Space, check_plan, size_of
+from ranksearch.strategy.space import SearchSpace, check_plan, size_of
 from ranksearch.study.session import Session
 from ranksearch.task.evaluation import Evaluator
 
@@ -33,7 +33,7 @@ USER = "user"
 """The origin of the user's initial plans."""
 
 
-def read_user_plans(paths: Sequence[str], from_python: Sequence[Plan], space: Space, inventory: Inventory) -> list[Plan]:
+def read_user_plans(paths: Sequence[str], from_python: Sequence[Plan], space: SearchSpace, inventory: Inventory) -> list[Plan]:
     """The user's plans to try first: those in the files that `search.first` names, then those given from Python.
 
     Raises:
@@ -113,8 +113,8 @@ def probe_layers(session: Session, profile: Profile, evaluate: Evaluator, *, see
 
 
 def choose_initial_plans(
-    study: optuna.Study, spec: StudySpec, space: Space, inventory: Inventory, profile: Profile, user_plans: Sequence[Plan],
-    *, dense_loss: float | None, probes: Sequence[Probe],
+    study: optuna.Study, spec: StudySpec, space: SearchSpace, inventory: Inventory, profile: Profile,
+    user_plans: Sequence[Plan], *, dense_loss: float | None, probes: Sequence[Probe],
 ) -> list[tuple[str, Plan]]:  # fmt: skip
     """The initial plans with their origins: the user's, then those of the predicted front and of VBMF within the limits.
 

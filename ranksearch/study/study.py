@@ -27,7 +27,7 @@ from ranksearch.results.record import StudyFacts, StudyRecord, TrialRecord
 from ranksearch.spec import StudySpec
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.sampler import Knowledge
-from ranksearch.strategy.space import Space, constraints_of
+from ranksearch.strategy.space import SearchSpace, constraints_of
 from ranksearch.study import folder
 from ranksearch.study.checking import Checked, check_inputs
 from ranksearch.study.dense import make_dense
@@ -132,7 +132,9 @@ def _run_steps(session: Session, spec: StudySpec, out: Path, options: Options, c
     return _report(session.study, out)
 
 
-def _make_profile(session: Session, spec: StudySpec, task: Task, inventory: Inventory, space: Space, *, cache: Path) -> Profile:
+def _make_profile(
+    session: Session, spec: StudySpec, task: Task, inventory: Inventory, space: SearchSpace, *, cache: Path
+) -> Profile:
     """Decompose each layer by each of its methods and estimate its VBMF ranks."""
     methods = {axis.layer.name: axis.methods for axis in space.axes}
     session.view.stage("profiling layers", len(inventory.layers))
@@ -159,7 +161,7 @@ def _evaluator(
 
 
 def _search(
-    session: Session, spec: StudySpec, space: Space, inventory: Inventory, initial_plans: Sequence[tuple[str, Plan]],
+    session: Session, spec: StudySpec, space: SearchSpace, inventory: Inventory, initial_plans: Sequence[tuple[str, Plan]],
     knowledge: Knowledge, facts: StudyFacts, evaluate: Evaluator,
 ) -> tuple[TrialRecord, ...]:  # fmt: skip
     """Ask for plans, evaluate them and tell their results, until the budget is spent. Returns all trials."""
