@@ -31,7 +31,7 @@ from ranksearch.results.record import Probe
 from ranksearch.spec import StudySpec, load_spec
 from ranksearch.strategy.predicted_front import Choice
 from ranksearch.strategy.sensitivity import predicted_choices, values_to_probe
-from ranksearch.strategy.space import Space, make_space
+from ranksearch.strategy.space import SearchSpace, make_space
 from ranksearch.study.dense import load_weights, train_dense
 from ranksearch.support.files import write_whole
 from ranksearch.task import training
@@ -67,7 +67,7 @@ class Trained:
             unfinished.unlink(missing_ok=True)
         training.place(task.model, CPU).eval()
         self.inventory: Inventory = inventory(task.model, example(task.data.train))
-        self.space: Space = make_space(self.inventory, spec.space.methods)
+        self.space: SearchSpace = make_space(self.inventory, spec.space.methods)
         self.profile: Profile = profile(
             task.model, self.inventory, {axis.layer.name: axis.methods for axis in self.space.axes},
             inputs=sample_inputs(task.data.train, inputs_wanted(self.inventory.macs), seed=spec.seed),

@@ -100,6 +100,6 @@ def test_ctrl_c_before_the_old_study_is_gone_keeps_fresh(study_file, capsys, mon
     def impatient(spec):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ranksearch.study.study.load_task", impatient)
+    monkeypatch.setattr("ranksearch.study.checking.load_task", impatient)
     assert main(["study", "small.toml", "--fresh"]) == 130
     assert capsys.readouterr().out.endswith("Stopped. Resume with:  ranksearch study small.toml --fresh\n")

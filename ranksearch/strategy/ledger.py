@@ -23,11 +23,11 @@ from ranksearch.results.objectives import Objectives
 from ranksearch.results.record import MAX_TRIES, MAX_UNTRAINED, TrialRecord, untrained_in_a_row
 from ranksearch.strategy.finalists import floor_of
 from ranksearch.strategy.sampler import SIZE_CONSTRAINT, Knowledge, admit, make_sampler
-from ranksearch.strategy.space import Space, size_of
+from ranksearch.strategy.space import SearchSpace, size_of
 
 ENQUEUED = "enqueued"
 """The origin of trials that another program queued with Optuna's `enqueue_trial`."""
-_QUEUED_PARAMS = "fixed_params"
+QUEUED_PARAMS = "fixed_params"
 """The key of a trial's system attributes under which Optuna keeps the parameters it was queued with."""
 
 
@@ -63,7 +63,7 @@ class Ledger:
     def __init__(
         self,
         study: optuna.Study,
-        space: Space,
+        space: SearchSpace,
         inventory: Inventory,
         initial_plans: Sequence[tuple[str, Plan]],
         *,
@@ -112,7 +112,7 @@ class Ledger:
             # Queue the trial before it is told FAIL: after a kill in between, the next run finds it still running.
             # A queued trial keeps the parameters not suggested yet in its system attributes. A new trial without all of its
             # parameters has no index yet; it is dropped, since asking again with that index proposes the same plan.
-            params = {**trial.system_attrs.get(_QUEUED_PARAMS, {}), **trial.params}
+            params = {**trial.system_attrs.get(QUEUED_PARAMS, {}), **trial.params}
             place = read_asked(trial)
             if place and set(self._distributions) <= set(params):
                 self._queue_again(*place, params)
@@ -292,7 +292,7 @@ class Ledger:
 
     def _queued_params(self, trial: FrozenTrial | optuna.Trial) -> dict[str, Any] | None:
         """The parameters that a trial was queued with; None for a new one."""
-        return self.study.get_trials(deepcopy=False)[trial.number].system_attrs.get(_QUEUED_PARAMS)
+        return self.study.get_trials(deepcopy=False)[trial.number].system_attrs.get(QUEUED_PARAMS)
 
     def _put_back(self, trial: FrozenTrial | optuna.Trial) -> None:
         """Queue a trial of another program again that was taken from the queue but has no index yet."""

@@ -8,7 +8,7 @@ from typing import TypeAlias
 from ranksearch.methods import FEWER_PARAMS, Method, RankConstraints, nearest_rank
 from ranksearch.methods.layer import Layer
 from ranksearch.plan import Dense, Factorization, Plan
-from ranksearch.strategy.space import Axis, Space
+from ranksearch.strategy.space import Axis, SearchSpace
 
 Estimates: TypeAlias = Mapping[str, tuple[int | None, int | None]]
 """By layer, the VBMF ranks of its input and output unfolding; None for an unfolding without a low-rank signal."""
@@ -18,7 +18,7 @@ RANK_SCALES = tuple(2.0 ** (step / 4) for step in range(-16, 13))
 its ranks are right only in their order of magnitude; the search finds the best factor."""
 
 
-def vbmf_plans(space: Space, vbmf: Estimates, scales: Sequence[float] = (1.0,)) -> Iterator[tuple[str, Plan]]:
+def vbmf_plans(space: SearchSpace, vbmf: Estimates, scales: Sequence[float] = (1.0,)) -> Iterator[tuple[str, Plan]]:
     """Yield plans with every layer at its VBMF ranks times each of `scales`, by one leading method where it applies.
 
     Yields pairs (origin, plan), such as ("vbmf cp x0.5", plan), in the order of `scales`, without duplicates.

@@ -27,7 +27,7 @@ from ranksearch.results.record import MAX_TRIES, Probe
 from ranksearch.strategy.finalists import floor_of
 from ranksearch.strategy.prior import RANK_SCALES, vbmf_plans
 from ranksearch.strategy.sensitivity import predicted_choices
-from ranksearch.strategy.space import Space
+from ranksearch.strategy.space import SearchSpace
 from ranksearch.strategy.surrogate import LOG_WEIGHT_PRIOR_STD, MAX_RECORDS, Rows, Surrogate, Table, Values
 
 MIN_TRIALS_FOR_SURROGATE = 4
@@ -56,7 +56,7 @@ class Knowledge:
     """What the sampler "rank" knows before the first trial. Made once in a study; also caches rows of trials and chances of
     moves."""
 
-    space: Space
+    space: SearchSpace
     table: Table
     dense_score: float
     limits: Limits = UNLIMITED
@@ -74,7 +74,7 @@ class Knowledge:
     @classmethod
     def of(
         cls,
-        space: Space,
+        space: SearchSpace,
         inventory: Inventory,
         layers: Profile,
         probes: Sequence[Probe],

@@ -135,7 +135,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Space:
+class SearchSpace:
     """All axes of a study, in the order in which the model calls the layers."""
 
     axes: tuple[Axis, ...]
@@ -153,11 +153,11 @@ class Space:
         return Plan.of({axis.layer.name: axis.smallest(cost) for axis in self.axes})
 
     def params(self, plan: Plan) -> dict[str, Any]:
-        """The parameters that choose `plan`; the inverse of `Space.plan` for plans inside the space."""
+        """The parameters that choose `plan`; the inverse of `SearchSpace.plan` for plans inside the space."""
         return {key: value for axis in self.axes for key, value in axis.params(plan[axis.layer.name]).items()}
 
 
-def check_plan(plan: Plan, space: Space, inventory: Inventory) -> None:
+def check_plan(plan: Plan, space: SearchSpace, inventory: Inventory) -> None:
     """Refuse a plan that is outside the space.
 
     Raises:
@@ -180,7 +180,7 @@ def constraints_of(section: spec.Space) -> RankConstraints:
     return RankConstraints(section.rank_multiple or 1, section.smaller_in)
 
 
-def space_of(section: spec.Space, inventory: Inventory) -> Space:
+def space_of(section: spec.Space, inventory: Inventory) -> SearchSpace:
     """The search space that a study's section `space` describes; raises as `make_space` does."""
     return make_space(inventory, section.methods, layers=section.layers, skip=section.skip, constraints=constraints_of(section))
 
@@ -192,7 +192,7 @@ def make_space(
     layers: Sequence[str] = (),
     skip: Sequence[str] = (),
     constraints: RankConstraints = FEWER_PARAMS,
-) -> Space:
+) -> SearchSpace:
     """The search space over all layers that at least one of the methods makes smaller.
 
     Args:
@@ -221,7 +221,7 @@ def make_space(
             f"The search needs a layer to decompose, but {', '.join(methods)} make none of {names} "
             f"smaller{_beyond_default(constraints)}."
         )
-    return Space(tuple(axes))
+    return SearchSpace(tuple(axes))
 
 
 def _matching_layers(key: str, patterns: Sequence[str], inventory: Inventory) -> set[str]:
@@ -251,7 +251,7 @@ def _why_skipped(pattern: str, skipped: Mapping[str, str]) -> str:
     return f" Skipped: {', '.join(reasons)}." if names else ""
 
 
-def check_limits(limits: Limits, space: Space, inventory: Inventory) -> None:
+def check_limits(limits: Limits, space: SearchSpace, inventory: Inventory) -> None:
     """Refuse limits that no plan of the space can meet.
 
     Raises:

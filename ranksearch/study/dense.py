@@ -8,20 +8,65 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import torch
 from torch import Tensor, nn
 
+from ranksearch.compress.inventory import check_weights
 from ranksearch.compress.surgery import copied
-from ranksearch.compress.weights import digest_of, load_, state_of
+from ranksearch.compress.weights import digest_of, load_, state_of, weights_of
 from ranksearch.console import View
-from ranksearch.errors import ModelError
+from ranksearch.errors import ModelError, StudyError
 from ranksearch.spec import StudySpec
+from ranksearch.study import folder
+from ranksearch.study.session import Session
+from ranksearch.support.files import write_whole, writing
 from ranksearch.task import training
 from ranksearch.task.checkpoint import Checkpoint
 from ranksearch.task.task import Task
+
+DENSE_DIGEST = "ranksearch:dense"
+"""Name of the study attribute that holds the SHA-256 of the dense model's trained weights."""
+
+
+def make_dense(session: Session, spec: StudySpec, task: Task, device: torch.device, out: Path, *, model_given: bool) -> Task:
+    """Load the dense model's weights from an earlier run, or else train the model as the spec says.
+
+    Returns:
+        The task, with the trained model on the device.
+    """
+    path, unfinished = out / folder.DENSE_FILE, out / folder.UNFINISHED / "dense.pt"
+    with session.stage("dense"):
+        # A model passed from Python keeps its own weights: the folder may hold those of another model.
+        if model_given or not load_weights(task.model, path):
+            train_dense(task, spec, device, session.view, unfinished=unfinished)
+        digest = digest_of(task.model)
+        _check_digest(session.study, digest)
+        # Weights first: a digest without them could not be resumed from, since retraining seldom gives the same bits.
+        if not path.exists():
+            with writing(f"The dense net's {path}"):
+                write_whole(path, weights_of(task.model))
+        unfinished.unlink(missing_ok=True)
+        if DENSE_DIGEST not in session.study.user_attrs:
+            session.study.set_user_attr(DENSE_DIGEST, digest)
+    # Use the memory layout of training: otherwise the factors of a resumed run would differ in their last bits.
+    model = training.place(task.model, device, channels_last=task.channels_last).eval()
+    # Training may have made weights NaN or infinite.
+    check_weights(model)
+    return replace(task, model=model)
+
+
+def _check_digest(study: optuna.Study, digest: str) -> None:
+    """Raise `StudyError` unless the study was started with this dense model."""
+    if study.user_attrs.get(DENSE_DIGEST, digest) != digest:
+        raise StudyError(
+            f"The study {study.study_name!r} in this storage was started from another dense model; choose another name or "
+            "--storage, or --fresh to start over."
+        )
 
 
 def train_dense(task: Task, spec: StudySpec, device: torch.device, view: View, *, unfinished: Path) -> None:

@@ -7,9 +7,10 @@ import math
 import os
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
+import torch
 
 from ranksearch.compress.inventory import Inventory, inventory
 from ranksearch.compress.preparing import kernel, vbmf_ranks
@@ -17,13 +18,14 @@ from ranksearch.compress.profile import Profile
 from ranksearch.console import Look
 from ranksearch.data import check_splits, example
 from ranksearch.errors import ModelError
+from ranksearch.results import attributes
 from ranksearch.results.record import DenseFacts, LayerFacts, StudyFacts
 from ranksearch.spec import StudySpec
 from ranksearch.strategy.prior import at_vbmf, quarter_ranks
 from ranksearch.strategy.space import space_of
 from ranksearch.study import folder
 from ranksearch.study.dense import load_required_weights, load_weights
-from ranksearch.support.batch import tensors_in
+from ranksearch.study.session import Session
 from ranksearch.task import training
 from ranksearch.task.task import Task, load_task
 
@@ -59,15 +61,30 @@ def look(spec: StudySpec, out: Path) -> Look:
     )  # fmt: skip
 
 
-def study_facts(
-    spec: StudySpec, task: Task, layers: Inventory, profile: Profile, inputs: Tensor, *, engine: str, command: str
+def make_facts(
+    session: Session, spec: StudySpec, task: Task, inventory: Inventory, profile: Profile, device: torch.device, *, command: str
 ) -> StudyFacts:
-    """Measure the facts of a study. The dense model is trained and is on the device of `inputs`, a batch of one input.
+    """Store the study's facts and return them. The dense model is measured only in the study's first run."""
+    study = session.study
+    if attributes.has_facts(study):
+        saved = attributes.read_facts(study)
+    else:
+        saved = study_facts(spec, task, inventory, profile, device, engine=session.engine.description, command=command)
+    since = saved.since if saved.limits == spec.search.limits else len(study.get_trials(deepcopy=False))
+    facts = replace(saved, spec=spec.to_dict(), command=command, since=since)
+    attributes.write_facts(study, facts)
+    session.view.facts(facts)
+    return facts
+
+
+def study_facts(
+    spec: StudySpec, task: Task, layers: Inventory, profile: Profile, device: torch.device, *, engine: str, command: str
+) -> StudyFacts:
+    """Measure the facts of a study. The dense model is trained and is on the device.
 
     Raises:
         ModelError: the dense model's score is NaN or infinite, or its validation score is outside [-1, 1].
     """
-    device = tensors_in(inputs)[0].device
     splits = {"validation": task.data.validation, "test": task.data.test}
     scores = {name: training.score(task.model, task, split, device=device) for name, split in splits.items()}
     for name, score in scores.items():

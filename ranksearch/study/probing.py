@@ -16,10 +16,11 @@ from ranksearch.results import attributes
 from ranksearch.results.messages import Job, Outcome, Result, Stage
 from ranksearch.results.objectives import prices
 from ranksearch.results.record import Probe
+from ranksearch.spec import StudySpec
 from ranksearch.strategy.prior import vbmf_plans
 from ranksearch.strategy.sensitivity import predict_front, rescuable, spread, values_to_probe
-from ranksearch.strategy.space import Space, check_plan, size_of
-from ranksearch.study.run import Run
+from ranksearch.strategy.space import SearchSpace, check_plan, size_of
+from ranksearch.study.session import Session
 from ranksearch.task.evaluation import Evaluator
 
 MAX_PREDICTED_PLANS = 4
@@ -32,7 +33,7 @@ USER = "user"
 """The origin of the user's initial plans."""
 
 
-def read_user_plans(paths: Sequence[str], from_python: Sequence[Plan], space: Space, inventory: Inventory) -> list[Plan]:
+def read_user_plans(paths: Sequence[str], from_python: Sequence[Plan], space: SearchSpace, inventory: Inventory) -> list[Plan]:
     """The user's plans to try first: those in the files that `search.first` names, then those given from Python.
 
     Raises:
@@ -73,23 +74,27 @@ def check_user_plans(study: optuna.Study, plans: Sequence[Plan]) -> None:
         )
 
 
-def probe_layers(run: Run, layers: Profile, evaluate: Evaluator) -> None:
-    """Measure the loss with one layer at a time decomposed, and store each result at once. The front is predicted from them."""
+def probe_layers(session: Session, profile: Profile, evaluate: Evaluator, *, seed: int) -> tuple[float | None, list[Probe]]:
+    """Measure the loss with one layer at a time decomposed, and store each result at once.
+
+    Returns:
+        The dense model's loss, or None if the worker that measured it was lost, and the probes.
+    """
     plans = [Plan()]
-    for name, layer in layers.layers.items():
+    for name, layer in profile.layers.items():
         plans += [Plan.of({name: value}) for value in values_to_probe(layer)]
-    dense_loss, probes = attributes.read_probes(run.study)
+    dense_loss, probes = attributes.read_probes(session.study)
     done = {Plan.of({probe.layer: probe.value}) for probe in probes} | ({Plan()} if dense_loss is not None else set())
-    run.view.stage("probing layers", len(plans), len(done))
+    session.view.stage("probing layers", len(plans), len(done))
 
     def on_result(job: Job, result: Result) -> None:
         nonlocal dense_loss
         if result.outcome is Outcome.WORKER_LOST:
-            run.view.note(f"probe of {job.plan}: {result.outcome.value}")
+            session.view.note(f"probe of {job.plan}: {result.outcome.value}")
             return
         if result.loss is None:
             done.add(job.plan)  # skipped in this run only: the next run may have more memory
-            run.view.step(f"{job.plan}: {result.outcome.value}")
+            session.view.step(f"{job.plan}: {result.outcome.value}")
             return
         loss = result.loss if math.isfinite(result.loss) else WORST_LOSS
         if job.plan.layers:
@@ -97,34 +102,37 @@ def probe_layers(run: Run, layers: Profile, evaluate: Evaluator) -> None:
         else:
             dense_loss = loss
         done.add(job.plan)
-        attributes.write_probes(run.study, dense_loss, probes)
-        run.view.step(str(job.plan))
+        attributes.write_probes(session.study, dense_loss, probes)
+        session.view.step(str(job.plan))
 
     def jobs() -> Iterator[Job]:
-        return (Job(key, plan, run.spec.seed, Stage.PROBE) for key, plan in enumerate(plans) if plan not in done)
+        return (Job(key, plan, seed, Stage.PROBE) for key, plan in enumerate(plans) if plan not in done)
 
-    run.run_jobs("probes", jobs, evaluate, on_result)
+    session.run_jobs("probes", jobs, evaluate, on_result)
+    return dense_loss, probes
 
 
-def choose_initial_plans(run: Run, layers: Profile) -> list[tuple[str, Plan]]:
+def choose_initial_plans(
+    study: optuna.Study, spec: StudySpec, space: SearchSpace, inventory: Inventory, profile: Profile,
+    user_plans: Sequence[Plan], *, dense_loss: float | None, probes: Sequence[Probe],
+) -> list[tuple[str, Plan]]:  # fmt: skip
     """The initial plans with their origins: the user's, then those of the predicted front and of VBMF within the limits.
 
     They are chosen once and kept in the storage.
     """
-    if (saved := attributes.read_initial_plans(run.study)) is not None:
+    if (saved := attributes.read_initial_plans(study)) is not None:
         return saved
-    dense_loss, probes = attributes.read_probes(run.study)
-    price = prices(run.spec.search.minimize, run.inventory)[0]
+
+    def within_limits(plan: Plan) -> bool:
+        return not spec.search.limits.excess(size_of(plan, inventory))
+
+    price = prices(spec.search.minimize, inventory)[0]
     # If the worker of the dense probe was lost, there is no loss to compare the others with.
-    corners = predict_front(layers, probes, dense_loss, price) if dense_loss is not None else []
+    corners = predict_front(profile, probes, dense_loss, price) if dense_loss is not None else []
     # Keep the dense corner although it is never chosen: `spread` takes the first corner for the dense one.
-    within = [*corners[:1], *(corner for corner in corners[1:] if _within_limits(run, corner.plan))]
-    chosen = spread(rescuable(within), price.of(run.inventory), MAX_PREDICTED_PLANS)
-    vbmf = [(origin, plan) for origin, plan in vbmf_plans(run.space, layers.vbmf) if _within_limits(run, plan)]
-    initial_plans = [*((USER, plan) for plan in run.user_plans), *(("frontier", corner.plan) for corner in chosen), *vbmf]
-    attributes.write_initial_plans(run.study, initial_plans)
+    within = [*corners[:1], *(corner for corner in corners[1:] if within_limits(corner.plan))]
+    chosen = spread(rescuable(within), price.of(inventory), MAX_PREDICTED_PLANS)
+    vbmf = [(origin, plan) for origin, plan in vbmf_plans(space, profile.vbmf) if within_limits(plan)]
+    initial_plans = [*((USER, plan) for plan in user_plans), *(("frontier", corner.plan) for corner in chosen), *vbmf]
+    attributes.write_initial_plans(study, initial_plans)
     return initial_plans
-
-
-def _within_limits(run: Run, plan: Plan) -> bool:
-    return not run.spec.search.limits.excess(size_of(plan, run.inventory))

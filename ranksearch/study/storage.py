@@ -1,27 +1,24 @@
-"""The Optuna storage of a study: reads long records quickly, and waits while its database is temporarily unusable."""
+"""The Optuna storage of a study: it waits while its database is temporarily unusable."""
 
 from __future__ import annotations
 
+import copy
 import functools
-import json
+import itertools
 import sqlite3
 import time
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Container, Sequence
 from typing import Any, TypeVar, cast
 
-from optuna.distributions import json_to_distribution
-from optuna.storages import RDBStorage
-from optuna.storages._rdb import models
-from optuna.storages._rdb.storage import _create_scoped_session
+from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Select, event
+from sqlalchemy import event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.orm import Session
 
 from ranksearch.errors import StudyError
+from ranksearch.study.rows import read_trials
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Callable[..., Any])
@@ -47,55 +44,6 @@ DISK_FULL = "53100"
 """PostgreSQL's error code for a full disk."""
 POSTGRES_OPTIONS = {"connect_timeout": 10, "keepalives_idle": 20, "keepalives_interval": 5, "keepalives_count": 3}
 """PostgreSQL connection options, in seconds (but for the count). They detect a server that vanished without closing."""
-UNFINISHED_STATES = (TrialState.RUNNING, TrialState.WAITING)
-
-
-class QuickStorage(RDBStorage):
-    """Reads all trials of a study, as each run does once, in a quarter of Optuna's time: as rows, not an object per value."""
-
-    def _get_trials(
-        self, study_id: int, states: Container[TrialState] | None, included_trial_ids: set[int], trial_id_greater_than: int
-    ) -> list[FrozenTrial]:
-        if trial_id_greater_than >= 0:
-            return super()._get_trials(study_id, states, included_trial_ids, trial_id_greater_than)
-        with _create_scoped_session(self.scoped_session) as session:
-            models.StudyModel.find_or_raise_by_id(study_id, session)
-            trials = _all_trials(session, study_id)
-        return [trial for trial in trials if states is None or trial.state in states]
-
-
-def _all_trials(session: Session, study_id: int) -> list[FrozenTrial]:
-    """All trials of a study in order of creation. Intermediate values are left out: ranksearch never writes any."""
-    trial, param, value = models.TrialModel, models.TrialParamModel, models.TrialValueModel
-    user, system = models.TrialUserAttributeModel, models.TrialSystemAttributeModel
-
-    def rows(order: Any, *columns: Any) -> dict[int, list[Any]]:
-        """By trial id, the values of these columns in the trial's rows."""
-        rows_of = defaultdict(list)
-        wanted: Any = Select(trial.trial_id, *columns).join(trial).where(trial.study_id == study_id).order_by(order)
-        for trial_id, *row in session.execute(wanted):
-            rows_of[trial_id].append(row)
-        return rows_of
-
-    params = rows(param.param_id, param.param_name, param.param_value, param.distribution_json)
-    values = rows(value.objective, value.value, value.value_type)
-    users, systems = rows(user.key, user.key, user.value_json), rows(system.key, system.key, system.value_json)
-    kind = functools.cache(json_to_distribution)
-
-    def read(trial_row: Any) -> FrozenTrial:
-        i = trial_row.trial_id
-        return FrozenTrial(
-            trial_id=i, number=trial_row.number, state=trial_row.state, value=None,
-            datetime_start=trial_row.datetime_start, datetime_complete=trial_row.datetime_complete,
-            values=[value.stored_repr_to_value(*row) for row in values[i]] or None,
-            params={name: kind(text).to_external_repr(inner) for name, inner, text in params[i]},
-            distributions={name: kind(text) for name, _, text in params[i]},
-            user_attrs={key: json.loads(text) for key, text in users[i]},
-            system_attrs={key: json.loads(text) for key, text in systems[i]},
-            intermediate_values={},
-        )  # fmt: skip
-
-    return [read(trial_row) for trial_row in session.query(trial).filter(trial.study_id == study_id).order_by(trial.trial_id)]
 
 
 class Unusable(Exception):
@@ -185,12 +133,12 @@ def _retried(method: M) -> M:
 
     @functools.wraps(method)
     def call(self: PatientStorage, *args: Any, **kwargs: Any) -> Any:
-        return self._patience(lambda again: method(self, *args, **kwargs))
+        return self._patience(lambda again: method(self._optuna, *args, **kwargs))
 
     return cast("M", call)
 
 
-class PatientStorage(QuickStorage):
+class PatientStorage(BaseStorage):
     """Waits while the database is temporarily unusable: locked by another program, on a full disk, or on an unreachable server.
 
     If the connection is lost during a commit, the commit may have succeeded or not. Setting an attribute or a parameter twice
@@ -198,14 +146,17 @@ class PatientStorage(QuickStorage):
     only one driver writes to a study.
     """
 
+    # Not a subclass of `RDBStorage`: Optuna would put its own cache in front, which calls private methods.
     def __init__(self, url: str, patience: Patience, **kwargs: Any) -> None:
         self._patience = patience
-        super().__init__(url, **kwargs)
+        self._optuna = RDBStorage(url, **kwargs)
+        self.engine = self._optuna.engine
+        self._finished: dict[int, dict[int, FrozenTrial]] = {}
+        """By study id and trial id, the trials before the first unfinished one. They do not change any more."""
         event.listen(self.engine, "handle_error", _as_unusable)
         weakref.finalize(self, self.engine.dispose)  # nothing else closes the connections
 
     create_new_study = _retried(RDBStorage.create_new_study)
-    delete_study = _retried(RDBStorage.delete_study)
     set_study_user_attr = _retried(RDBStorage.set_study_user_attr)
     set_study_system_attr = _retried(RDBStorage.set_study_system_attr)
     get_study_id_from_name = _retried(RDBStorage.get_study_id_from_name)
@@ -213,29 +164,46 @@ class PatientStorage(QuickStorage):
     get_study_directions = _retried(RDBStorage.get_study_directions)
     get_study_user_attrs = _retried(RDBStorage.get_study_user_attrs)
     get_study_system_attrs = _retried(RDBStorage.get_study_system_attrs)
-    get_trial = _retried(RDBStorage.get_trial)
-    get_all_trials = _retried(RDBStorage.get_all_trials)
+    get_all_studies = _retried(RDBStorage.get_all_studies)
+    set_trial_param = _retried(RDBStorage.set_trial_param)
+    set_trial_intermediate_value = _retried(RDBStorage.set_trial_intermediate_value)
     set_trial_user_attr = _retried(RDBStorage.set_trial_user_attr)
     set_trial_system_attr = _retried(RDBStorage.set_trial_system_attr)
-    # Called by Optuna's cache in front of the storage.
-    _get_trials = _retried(QuickStorage._get_trials)
-    _set_trial_param = _retried(RDBStorage._set_trial_param)
+    get_trial = _retried(RDBStorage.get_trial)
 
-    def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
-        before = {trial._trial_id for trial in self.get_all_trials(study_id, deepcopy=False, states=UNFINISHED_STATES)}
+    def delete_study(self, study_id: int) -> None:
+        self._finished.pop(study_id, None)
+        self._patience(lambda again: self._optuna.delete_study(study_id))
 
-        def create(again: bool) -> FrozenTrial:
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        trials = self._patience(lambda again: self._trials(study_id)).values()
+        wanted = [trial for trial in trials if states is None or trial.state in states]
+        return copy.deepcopy(wanted) if deepcopy else wanted
+
+    def _trials(self, study_id: int) -> dict[int, FrozenTrial]:
+        """All trials of a study by id, in order of creation."""
+        finished = self._finished.setdefault(study_id, {})
+        with self.engine.connect() as connection:
+            others = read_trials(connection, study_id, after=max(finished, default=-1))
+        finished |= itertools.takewhile(lambda entry: entry[1].state.is_finished(), others.items())
+        return finished | others
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        before = self.get_n_trials(study_id)
+
+        def create(again: bool) -> int:
             # Bypasses `_patience`: a locked SQLite file can still be read, which would look like the end of the wait.
-            created = QuickStorage._get_trials(self, study_id, UNFINISHED_STATES, set(), -1) if again else []
-            created = [trial for trial in created if trial._trial_id not in before]
-            return created[0] if created else RDBStorage._create_new_trial(self, study_id, template_trial)
+            created = list(self._trials(study_id))[before:] if again else []
+            return created[0] if created else self._optuna.create_new_trial(study_id, template_trial)
 
         return self._patience(create)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         def tell(again: bool) -> bool:
-            if again and RDBStorage.get_trial(self, trial_id).state is state:
+            if again and self._optuna.get_trial(trial_id).state is state:
                 return True
-            return RDBStorage.set_trial_state_values(self, trial_id, state, values)
+            return self._optuna.set_trial_state_values(trial_id, state, values)
 
         return self._patience(tell)

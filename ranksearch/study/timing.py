@@ -22,11 +22,11 @@ from ranksearch.latency.timing import in_turn
 from ranksearch.methods import METHODS
 from ranksearch.plan import Plan
 from ranksearch.results import attributes
-from ranksearch.results.record import Timing, TrialRecord
-from ranksearch.spec import StudySpec
+from ranksearch.results.record import StudyFacts, Timing, TrialRecord
+from ranksearch.spec import Latency, StudySpec
 from ranksearch.strategy.space import constraints_of, make_space
-from ranksearch.study.run import Run
-from ranksearch.support.batch import batch_to, repeat_batch
+from ranksearch.study.session import Session
+from ranksearch.support.batch import repeat_batch
 from ranksearch.support.files import write_whole, writing
 from ranksearch.task.task import Task
 
@@ -85,48 +85,56 @@ def about(runtime: Runtime, batch: int) -> str:
     return f"{names.get(runtime.name, runtime.name)} on {threads}, batch {batch}"
 
 
-def time_finalists(run: Run, trials: Sequence[tuple[TrialRecord, Path]]) -> None:
+def time_finalists(
+    session: Session, spec: StudySpec, task: Task, inventory: Inventory, facts: StudyFacts,
+    trials: Sequence[tuple[TrialRecord, Path]], device: torch.device,
+) -> None:  # fmt: skip
     """Time the dense model and all finalists in turn, in the study's runtime and in the other one, at several sizes of batch.
 
     Args:
-        run: the study's run.
+        session: the study's run.
+        spec: the study.
+        task: the dense model and its data.
+        inventory: the model's layers.
+        facts: the study's facts, stored again with the dense model's timings.
         trials: the finalists and the folders of their models.
+        device: where torch runs the models.
     """
     if all(trial.finalist and trial.finalist.timings for trial, _ in trials):
         return
-    dense = run.task.model.cpu()
+    dense = task.model.cpu()
     models = [dense, *(load_model(dense, folder) for _, folder in trials)]
     found: list[list[Timing]] = [[] for _ in models]
-    for runtime in _runtimes(run):
+    for runtime in _runtimes(spec.latency, device, channels_last=task.channels_last):
         try:
-            _time_in(runtime, run, models, found)
+            _time_in(runtime, models, example(task.data.validation), spec.latency.batch_size, found)
         except RankSearchError as error:
-            run.view.note(f"not timed in {runtime.name}: {error}")
+            session.view.note(f"not timed in {runtime.name}: {error}")
     for (trial, _), timings in zip(trials, found[1:], strict=True):
         assert trial.finalist is not None
         finalist = replace(
             trial.finalist,
             timings=tuple(timings),
             predicted_ms=trial.costs.get("latency"),
-            layers_ms=_layers_ms(run, trial.plan),
+            layers_ms=_layers_ms(inventory, trial.plan),
         )
-        attributes.write_finalist(run.study, trial.number, finalist)
-    facts = attributes.read_facts(run.study)
-    attributes.write_facts(run.study, replace(facts, dense=replace(facts.dense, timings=tuple(found[0]))))
+        attributes.write_finalist(session.study, trial.number, finalist)
+    attributes.write_facts(session.study, replace(facts, dense=replace(facts.dense, timings=tuple(found[0]))))
 
 
-def _runtimes(run: Run) -> list[Runtime]:
+def _runtimes(latency: Latency, device: torch.device, *, channels_last: bool) -> list[Runtime]:
     """The study's own runtime first, and the other one of torch and ONNX Runtime, or both of a function of the user's."""
-    latency, last = run.spec.latency, run.task.channels_last
-    own = runtime_of(latency, run.device, channels_last=last)
-    both = [OnnxRuntime(latency.threads), Torch(run.device, latency.threads, last)]
+    own = runtime_of(latency, device, channels_last=channels_last)
+    both = [OnnxRuntime(latency.threads), Torch(device, latency.threads, channels_last)]
     return [own, *(runtime for runtime in both if runtime.name != own.name)]
 
 
-def _time_in(runtime: Runtime, run: Run, models: Sequence[nn.Module], found: list[list[Timing]]) -> None:
-    """Add the timings of all models in one runtime, at the study's size of batch, at 1 and at a large one."""
-    one = batch_to(run.example, torch.device("cpu"))
-    sizes = [run.spec.latency.batch_size, 1]
+def _time_in(runtime: Runtime, models: Sequence[nn.Module], one: Any, batch_size: int, found: list[list[Timing]]) -> None:
+    """Add the timings of all models in one runtime, at the study's size of batch, at 1 and at a large one.
+
+    `one` is a batch of one input.
+    """
+    sizes = [batch_size, 1]
     if runtime.name in (ORT, TORCH):
         calls = [runtime.prepare(models[0], one)]
         sizes.append(_large_batch(in_turn(calls, rounds=1).ms[0]))
@@ -145,7 +153,7 @@ def _large_batch(ms: float) -> int:
     return size
 
 
-def _layers_ms(run: Run, plan: Plan) -> Mapping[str, float]:
+def _layers_ms(inventory: Inventory, plan: Plan) -> Mapping[str, float]:
     """By layer that the plan names, its predicted milliseconds; empty where layers were not timed."""
-    costs: dict[str, Any] = {name: METHODS[type(value)].costs(run.inventory[name], value.ranks) for name, value in plan}
+    costs: dict[str, Any] = {name: METHODS[type(value)].costs(inventory[name], value.ranks) for name, value in plan}
     return {name: cost["latency"] for name, cost in costs.items() if "latency" in cost}

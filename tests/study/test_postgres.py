@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import optuna
 import pytest
 
 from ranksearch.console import Silent
@@ -125,10 +126,11 @@ def test_a_commit_without_an_answer_is_made_once(server, loses, monkeypatch):
     monkeypatch.setattr(storage, "RETRY_SECONDS", 0.0)
     monkeypatch.setattr("random.random", lambda: 0.0)  # no sleep between Optuna's own attempts
     quiet, torn = Books(), Books()
-    torn.study = folder.create_study(f"torn {loses}", server.url, Objectives())
+    store = database.check_storage(server.url)
+    torn.study = optuna.create_study(study_name=f"torn {loses}", storage=store, directions=Objectives().directions)
     quiet.run(8)
     commits = 0
-    engine = torn.study._storage._backend.engine
+    engine = store.engine
     whole = engine.dialect.do_commit
 
     def lose(connection):

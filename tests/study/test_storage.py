@@ -2,7 +2,9 @@
 
 import math
 import sqlite3
+import time
 from contextlib import closing
+from datetime import UTC, datetime, timedelta
 
 import optuna
 import pytest
@@ -10,13 +12,14 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
-from sqlalchemy import event
+from sqlalchemy import event, inspect, text
 from sqlalchemy.exc import OperationalError
 
 from ranksearch.console import Silent
 from ranksearch.errors import StudyError
 from ranksearch.results.objectives import Objectives
-from ranksearch.study import database, folder, storage
+from ranksearch.strategy import ledger
+from ranksearch.study import database, folder, rows, storage
 from ranksearch.study.options import Local, Options
 from ranksearch.study.study import Stopped, run_study
 from tests.books import Books
@@ -41,6 +44,77 @@ def test_all_trials_are_those_that_optuna_reads(tmp_path):
         assert [trial.number for trial in theirs] == list(range(6))
     waiting = folder.open_study("one", url).get_trials(states=(TrialState.WAITING,))
     assert [trial.number for trial in waiting] == [5]
+
+
+def test_trials_that_finish_later_and_other_programs_trials_are_seen(tmp_path):
+    url = folder.storage_url(tmp_path, None)
+    ours = folder.create_study("shared", url, Objectives())
+    fill(ours)
+    theirs = optuna.load_study(study_name="shared", storage=RDBStorage(url))
+    assert ours.trials == theirs.trials
+    theirs.tell(4, (0.25, 2.0))
+    theirs.enqueue_trial({"rank": 2})
+    assert ours.trials == theirs.trials
+    assert [trial.state.name for trial in ours.trials[4:]] == ["COMPLETE", "WAITING", "WAITING"]
+
+
+def test_a_new_study_does_not_have_the_trials_of_a_deleted_one(tmp_path):
+    """SQLite gives the id of a deleted study to the next one."""
+    store = database.check_storage(folder.storage_url(tmp_path, None))
+    fill(optuna.create_study(study_name="one", storage=store, directions=Objectives().directions))
+    optuna.delete_study(study_name="one", storage=store)
+    assert optuna.create_study(study_name="two", storage=store, directions=Objectives().directions).trials == []
+
+
+@pytest.mark.parametrize("name", rows.TABLES)
+def test_optuna_has_the_table(name, tmp_path):
+    """`read_trials` reads these tables and columns, which Optuna does not document."""
+    engine = RDBStorage(folder.storage_url(tmp_path, None)).engine
+    there = {column["name"] for column in inspect(engine).get_columns(name)} if inspect(engine).has_table(name) else set()
+    engine.dispose()
+    lacking = set(rows.TABLES[name]) - there
+    assert not lacking, f"Optuna's table {name} lacks the columns {sorted(lacking)} that ranksearch/study/rows.py reads"
+
+
+@pytest.mark.parametrize("stored", ["FINITE", *rows.INFINITE])
+def test_optuna_writes_the_value_type(stored, tmp_path):
+    """`read_trials` reads `trial_values.value_type`, which Optuna does not document."""
+    study = optuna.create_study(storage=(theirs := RDBStorage(folder.storage_url(tmp_path, None))))
+    study.add_trial(optuna.trial.create_trial(value=rows.INFINITE.get(stored, 0.5)))
+    with theirs.engine.connect() as connection:
+        written = connection.scalar(text("SELECT value_type FROM trial_values"))
+    theirs.engine.dispose()
+    assert written == stored, "Optuna writes another trial_values.value_type than ranksearch/study/rows.py reads"
+
+
+def test_optuna_writes_times_in_utc(tmp_path, monkeypatch):
+    """`read_trials` converts `trials.datetime_start` to local time as Optuna does, which it does not document."""
+    monkeypatch.setenv("TZ", "XYZ-5")
+    time.tzset()
+    theirs = RDBStorage(folder.storage_url(tmp_path, None))
+    optuna.create_study(storage=theirs).ask()
+    with theirs.engine.connect() as connection:
+        written = datetime.fromisoformat(connection.scalar(text("SELECT datetime_start FROM trials")))
+    theirs.engine.dispose()
+    monkeypatch.undo()
+    time.tzset()
+    assert abs(datetime.now(UTC).replace(tzinfo=None) - written) < timedelta(minutes=10), (
+        "Optuna writes trials.datetime_start in another time than UTC, which ranksearch/study/rows.py expects"
+    )
+
+
+def test_optuna_calls_no_private_method_of_the_storage():
+    """Optuna puts its cache, which calls private methods, only in front of an `RDBStorage`."""
+    assert not issubclass(storage.PatientStorage, RDBStorage)
+
+
+def test_optuna_keeps_queued_parameters_as_fixed_params():
+    """The ledger queues interrupted trials again from this attribute, which Optuna does not document."""
+    study = optuna.create_study()
+    study.enqueue_trial({"rank": 3})
+    assert study.trials[0].system_attrs.get(ledger.QUEUED_PARAMS) == {"rank": 3}, (
+        "Optuna keeps the parameters of a queued trial elsewhere than ranksearch/strategy/ledger.py reads them"
+    )
 
 
 def fill(study):
@@ -95,10 +169,11 @@ def test_the_record_is_the_same_whenever_another_program_locks_the_database(tmp_
         if "locked" in text:
             lock.__exit__()
 
-    locked.study = folder.create_study("locked", url, Objectives(), announce=announce)
+    store = database.check_storage(url, announce)
+    locked.study = optuna.create_study(study_name="locked", storage=store, directions=Objectives().directions)
     commits = 0
 
-    @event.listens_for(locked.study._storage._backend.engine, "before_cursor_execute")
+    @event.listens_for(store.engine, "before_cursor_execute")
     def every_third(connection, cursor, statement, *more):
         nonlocal commits
         if statement.startswith(("INSERT", "UPDATE")):
@@ -148,11 +223,11 @@ def test_a_full_disk_is_waited_for(tmp_path, hurried):
         notes.append(text)
         room(1 << 30)
 
-    study = folder.create_study("full", url, Objectives(), announce=announce)
-    engine = study._storage._backend.engine
+    store = database.check_storage(url, announce)
+    study = optuna.create_study(study_name="full", storage=store, directions=Objectives().directions)
 
     def room(pages):
-        with engine.connect() as connection:
+        with store.engine.connect() as connection:
             connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
 
     room(1)

@@ -7,7 +7,6 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -24,10 +23,10 @@ from ranksearch.results.record import choose
 from ranksearch.settings import fields
 from ranksearch.strategy.finalists import MAX_FINALIST_SCORE_DROP
 from ranksearch.study import study
+from ranksearch.study.checking import choose_device
 from ranksearch.study.dense import train_dense
 from ranksearch.study.options import Local, Options, Ray, check_engine, option_of
 from ranksearch.study.probing import MAX_PREDICTED_PLANS
-from ranksearch.study.run import choose_device
 from ranksearch.study.study import Stopped, run_study
 from ranksearch.task.task import Task, check_float32, predict
 from tests import nets
@@ -215,7 +214,7 @@ def test_a_kill_before_the_dense_weights_are_kept_costs_only_their_training(unre
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("ranksearch.study.study.write_whole", killed)
+        patch.setattr("ranksearch.study.dense.write_whole", killed)
         with pytest.raises(Stopped) as stopped:
             run_study(spec, out, Options(Local(0)))
         assert stopped.value.record is None, "nothing is known of the dense net yet"
@@ -225,12 +224,12 @@ def test_a_kill_before_the_dense_weights_are_kept_costs_only_their_training(unre
         with torch.no_grad():
             next(task.model.parameters()).mul_(1.001)
 
-    monkeypatch.setattr("ranksearch.study.study.train_dense", trained_elsewhere)
+    monkeypatch.setattr("ranksearch.study.dense.train_dense", trained_elsewhere)
     assert run_study(spec, out, Options(Local(0))).trials
 
 
 def test_a_second_ctrl_c_ends_the_last_report_too(tmp_path, monkeypatch):
-    def killed(run):
+    def killed(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(study, "_report", killed)
@@ -390,7 +389,5 @@ def test_workers_share_the_cores_but_not_a_gpu_unless_asked(monkeypatch):
 )
 def test_workers_train_where_the_driver_does_and_on_ray_where_the_cluster_says(trained, monkeypatch, device, options, expected):
     monkeypatch.setattr(study.training, "release", lambda device: None)
-    run = SimpleNamespace(
-        task=trained, device=torch.device(device), options=options, spec=small_spec(), unfinished=Path("unfinished")
-    )
-    assert study._evaluator(run, None).device == expected
+    made = study._evaluator(small_spec(), trained, None, torch.device(device), options.engine, unfinished=Path("unfinished"))
+    assert made.device == expected

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from ranksearch.plan import Plan
 from ranksearch.results.messages import Job, Outcome, Result
 from ranksearch.results.record import MAX_TRIES
-from ranksearch.study.run import Run
+from ranksearch.study.session import Session
 
 
 def test_a_job_that_keeps_losing_its_worker_is_given_up():
@@ -29,6 +29,6 @@ def test_a_job_that_keeps_losing_its_worker_is_given_up():
         if result.outcome is not Outcome.WORKER_LOST and tries[0] > 1:
             done.add(job.key)
 
-    run = SimpleNamespace(engine=Losing(), stage=lambda name: nullcontext(lambda: None))
-    Run.run_jobs(run, "finalists", jobs, None, on_result)
+    session = SimpleNamespace(engine=Losing(), stage=lambda name: nullcontext(lambda: None))
+    Session.run_jobs(session, "finalists", jobs, None, on_result)
     assert tries[0] == MAX_TRIES

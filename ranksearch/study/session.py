@@ -1,60 +1,32 @@
-"""One run of a study: the state that its steps share, the time they take, and how they run jobs on the engine."""
+"""One run of a study: what its steps share, the time they take, and how they run jobs on the engine."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import optuna
-import torch
 
-from ranksearch.compress.inventory import Inventory
 from ranksearch.console import View
 from ranksearch.engines.base import Engine
-from ranksearch.errors import StudyError
-from ranksearch.plan import Plan
 from ranksearch.results import attributes
 from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
 from ranksearch.results.record import MAX_TRIES
-from ranksearch.spec import StudySpec
-from ranksearch.strategy.space import Space
-from ranksearch.study import folder
-from ranksearch.study.options import Options
 from ranksearch.task.evaluation import Evaluator
-from ranksearch.task.task import Task
 
 
-@dataclass
-class Run:
-    """One run of one study. `example` is a batch of one input on `device`; `user_plans` holds the user's plans to try first."""
+@dataclass(frozen=True)
+class Session:
+    """One run of one study: its record, the engine that evaluates jobs, and the view. All steps share it."""
 
-    spec: StudySpec
-    out: Path
-    options: Options
-    device: torch.device
-    task: Task
-    example: Any
-    inventory: Inventory
-    space: Space
-    user_plans: Sequence[Plan]
     study: optuna.Study
     engine: Engine
     view: View
-    seconds: dict[str, float] = field(init=False)
+    seconds: dict[str, float]
     """The wall time of each stage, in seconds, over all runs."""
-
-    def __post_init__(self) -> None:
-        self.seconds = attributes.read_seconds(self.study)
-
-    @property
-    def unfinished(self) -> Path:
-        """The folder of checkpoints."""
-        return self.out / folder.UNFINISHED
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[], None]]:
@@ -101,18 +73,3 @@ class Run:
                 again = False
                 left = (job for job in jobs() if losses[job.key] < MAX_TRIES)
                 self.engine.run(left, evaluate, on_message=on_message, should_stop=should_stop)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name; `auto` means CUDA if there is a GPU, otherwise the CPU.
-
-    Raises:
-        StudyError: torch finds no such device.
-    """
-    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        return torch.device("cuda" if cuda else "cpu")
-    there = ["cpu", *(f"cuda:{index}" for index in range(cuda)), *(["mps"] if torch.backends.mps.is_available() else [])]
-    if name not in there and not (name == "cuda" and cuda):
-        raise StudyError(f"--device must be one that torch finds on this machine ({', '.join(there)}), but got {name}.")
-    return torch.device(name)
