@@ -298,8 +298,8 @@ def _export(options: argparse.Namespace, argv: list[str]) -> int:
 
     from ranksearch.compress.export import export_model, load_model
     from ranksearch.data import batches
+    from ranksearch.study.checking import choose_device
     from ranksearch.study.merging import Merged, merge_faster
-    from ranksearch.study.run import choose_device
     from ranksearch.task.task import FROM_PYTHON, load_task
 
     if spec.task.model == FROM_PYTHON:
