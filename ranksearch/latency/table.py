@@ -31,7 +31,7 @@ from ranksearch.plan import Factorization, Plan
 from ranksearch.support.batch import batch_size
 
 POINTS = 6
-"""Ranks at which a layer is timed for a method of one rank; of more ranks, half as many again for each further one."""
+"""Ranks at which a layer is timed for a method, times the number of the method's ranks."""
 PLANS = 8
 """Whole plans that are timed."""
 DENSE_SHARE, JITTER = 0.15, 0.25
@@ -190,7 +190,7 @@ def _plans(layers: Sequence[Layer], methods: Mapping[str, Sequence[Method]], con
 def _ranks(method: Method, layer: Layer, constraints: RankConstraints) -> list[tuple[int, ...]]:
     """Ranks to time: all over the grid, and not along a line of it."""
     grid = method.rank_grid(layer, constraints)
-    count = min(len(grid), POINTS + (len(grid[0]) - 1) * POINTS // 2)
+    count = min(len(grid), POINTS * len(grid[0]))
     if len(grid[0]) == 1:
         return [grid[round(step * (len(grid) - 1) / max(1, count - 1))] for step in range(count)]
     ends = {grid[0], grid[-1]}

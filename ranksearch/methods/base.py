@@ -208,14 +208,14 @@ class Method(abc.ABC):
         """What the latency of the factorized layer depends on, for one input; none of these numbers falls as a rank rises,
         except where a part is no longer built.
 
-        They are 1, the multiply-accumulates of each part (0 if it is not built), the same with ranks rounded up to
-        `CHANNEL_BLOCK`, the values passed between parts, and the parameters.
+        They are the number of parts that are built, the multiply-accumulates of each part (0 if it is not built), the same with
+        ranks rounded up to `CHANNEL_BLOCK`, the values passed between parts, and the parameters.
         """
         blocks = tuple(-(-rank // CHANNEL_BLOCK) * CHANNEL_BLOCK for rank in ranks)
         macs = [float(count) for counted in (ranks, blocks) for count in self._part_macs(layer, ranks, counted)]
         parts, positions = self.parts(layer.weight, ranks), self.positions(layer)
         outputs = [parts[index].out * positions[index] for index in sorted(set(builders(parts)))]
-        return 1.0, *macs, float(sum(outputs[:-1]) * layer.calls), float(self.params(layer, ranks))
+        return float(len(outputs)), *macs, float(sum(outputs[:-1]) * layer.calls), float(self.params(layer, ranks))
 
     def rank_ranges(self, layer: Layer, constraints: RankConstraints = FEWER_PARAMS) -> tuple[range, ...]:
         """For each rank, the values at which the layer shrinks with some values of the others; empty if none."""
