@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import register_random
+from xdist.scheduler import LoadFileScheduling
 
 from ranksearch.cli import main
 from ranksearch.compress.inventory import inventory
@@ -24,6 +25,26 @@ from ranksearch.task import training
 from ranksearch.task.evaluation import Evaluator
 from ranksearch.task.task import Task
 from tests import nets
+
+RAY_FILES = ("tests/engines/test_cluster.py", "tests/engines/test_engines.py")
+"""The files that start Ray. They must not run at once, since `--address auto` finds any Ray on this machine."""
+
+
+class RayInOneProcess(LoadFileScheduling):
+    """A process of pytest-xdist runs a file at a time; one of them runs all files that start Ray."""
+
+    def _split_scope(self, nodeid):
+        file = super()._split_scope(nodeid)
+        return RAY_FILES[0] if file in RAY_FILES else file
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return RayInOneProcess(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(items):
+    """The files that start Ray come first, since they take longest."""
+    items.sort(key=lambda item: not item.nodeid.startswith(RAY_FILES))
 
 
 class TorchRandom:
@@ -58,6 +79,11 @@ def tiny_spec(*overrides):
     return small_spec("dense.epochs=1", "search.trials=1", "finalists.count=1", *overrides)
 
 
+def least_spec(*overrides):
+    """The tiny study of one layer, for tests of what becomes of its files."""
+    return tiny_spec("space.layers=['fc2']", *overrides)
+
+
 def essence(trials):
     """The parts of trials that an interruption must not change: all but seconds, latency and Optuna's numbers."""
     return [
@@ -78,6 +104,17 @@ def stored(out):
 def unreported(monkeypatch):
     """Studies write no report, which would take as long as half a dozen trials; for tests that read only the record."""
     monkeypatch.setattr("ranksearch.study.study.write_report", lambda record, folder: folder / "report.html")
+
+
+def make_bare(patch):
+    """Let studies write no report and time no finalists, which takes as long as a report."""
+    patch.setattr("ranksearch.study.study.write_report", lambda record, folder: folder / "report.html")
+    patch.setattr("ranksearch.study.finishing.time_finalists", lambda run, trials: None)
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    make_bare(monkeypatch)
 
 
 @pytest.fixture(scope="session")

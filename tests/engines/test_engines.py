@@ -138,8 +138,9 @@ def always():
 
 
 @pytest.mark.slow
-def test_workers_that_keep_dying_end_the_run():
-    words = r"Workers must survive their trials, but 5 in a row died .*last exit code -9.*--workers 0"
+def test_workers_that_keep_dying_end_the_run(monkeypatch):
+    monkeypatch.setattr("ranksearch.engines.base.MAX_LOST", 2)
+    words = r"Workers must survive their trials, but 2 in a row died .*last exit code -9.*--workers 0"
     with local.engine(1) as engine, pytest.raises(StudyError, match=words):
         engine.run(always(), Work(dies_at=7, always=True), on_message=lambda job, m: None, should_stop=lambda: False)
 
@@ -234,10 +235,9 @@ def test_a_bug_in_the_driver_ends_its_workers(no_child_more):
         engine.run(jobs(2), WORK, on_message=on_message, should_stop=lambda: False)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("make", [lambda: local.engine(1), lambda: ray.engine(ray.Cluster(workers=1))], ids=["local", "ray"])
-def test_a_bug_in_a_worker_carries_its_traceback(make):
-    with make() as engine, pytest.raises(PlanError, match="no such layer") as caught:
+@engines(1, "ray", fast=())
+def test_a_bug_in_a_worker_carries_its_traceback(engine):
+    with pytest.raises(PlanError, match="no such layer") as caught:
         collect(Work(raises_at=0), 1, engine)
     assert "in a worker" in str(caught.value.__cause__)
     assert "__call__" in str(caught.value.__cause__)
@@ -316,7 +316,7 @@ def evaluate(job):
     yield Result(Outcome.DONE, (CurvePoint(0, offset + job.seed),))
 
 offset = 3.0
-with local.engine(2) as engine:
+with local.engine(1) as engine:
     print(answers(collect(evaluate, 2, engine)))
 """
 
