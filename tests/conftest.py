@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from ranksearch.cli import main
 from ranksearch.compress.inventory import inventory
 from ranksearch.compress.profile import profile
 from ranksearch.data import example
+from ranksearch.latency.timing import in_turn
 from ranksearch.plan import CP, SVD, Plan, Tucker2
 from ranksearch.results.messages import Outcome
 from ranksearch.spec import Finalists, Recipe, parse_spec
@@ -112,6 +114,11 @@ def make_bare(patch):
     patch.setattr("ranksearch.study.finishing.time_finalists", lambda run, trials: None)
 
 
+def time_once(patch):
+    """Let studies time their finalists in one round instead of up to 45."""
+    patch.setattr("ranksearch.study.timing.in_turn", partial(in_turn, rounds=1))
+
+
 @pytest.fixture
 def bare(monkeypatch):
     make_bare(monkeypatch)
@@ -134,7 +141,9 @@ def trained() -> Task:
 def finished(tmp_path_factory) -> tuple[Path, object]:
     """The folder and the record of one finished small study. Tests must not change them."""
     folder = tmp_path_factory.mktemp("finished") / "small"
-    return folder, run_study(small_spec(), folder, Options(Local(0)))
+    with pytest.MonkeyPatch.context() as patch:
+        time_once(patch)
+        return folder, run_study(small_spec(), folder, Options(Local(0)))
 
 
 @pytest.fixture(scope="session")

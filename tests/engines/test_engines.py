@@ -235,9 +235,10 @@ def test_a_bug_in_the_driver_ends_its_workers(no_child_more):
         engine.run(jobs(2), WORK, on_message=on_message, should_stop=lambda: False)
 
 
-@engines(1, "ray", fast=())
-def test_a_bug_in_a_worker_carries_its_traceback(engine):
-    with pytest.raises(PlanError, match="no such layer") as caught:
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [lambda: local.engine(1), lambda: ray.engine(ray.Cluster(workers=1))], ids=["local", "ray"])
+def test_a_bug_in_a_worker_carries_its_traceback(make):
+    with make() as engine, pytest.raises(PlanError, match="no such layer") as caught:
         collect(Work(raises_at=0), 1, engine)
     assert "in a worker" in str(caught.value.__cause__)
     assert "__call__" in str(caught.value.__cause__)
