@@ -238,7 +238,7 @@ def test_a_node_that_joins_is_used():
             if isinstance(message, Result) and job.key == 0:
                 cluster.tell("add 2")
 
-        jobs = (Job(key, Plan(), seed=key) for key in itertools.takewhile(lambda key: max(most, default=0) < 3, range(90)))
+        jobs = (Job(key, Plan(), seed=key) for key in itertools.takewhile(lambda key: max(most, default=0) < 3, range(300)))
         engine.run(jobs, slow, on_message=on_message, should_stop=lambda: False)
     assert most[0] == 1
     assert max(most) == 3
