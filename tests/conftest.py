@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import register_random
+from xdist.scheduler import LoadFileScheduling
 
 from ranksearch.cli import main
 from ranksearch.compress.inventory import inventory
 from ranksearch.compress.profile import profile
 from ranksearch.data import example
 from ranksearch.latency import runtimes, timing
+from ranksearch.latency.timing import in_turn
 from ranksearch.plan import CP, SVD, Plan, Tucker2
 from ranksearch.results.messages import Outcome
 from ranksearch.spec import Finalists, Recipe, parse_spec
@@ -25,6 +28,26 @@ from ranksearch.task import training
 from ranksearch.task.evaluation import Evaluator
 from ranksearch.task.task import Task
 from tests import nets
+
+RAY_FILES = ("tests/engines/test_cluster.py", "tests/engines/test_engines.py")
+"""The files that start Ray. They must not run at once, since `--address auto` finds any Ray on this machine."""
+
+
+class RayInOneProcess(LoadFileScheduling):
+    """A process of pytest-xdist runs a file at a time; one of them runs all files that start Ray."""
+
+    def _split_scope(self, nodeid):
+        file = super()._split_scope(nodeid)
+        return RAY_FILES[0] if file in RAY_FILES else file
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return RayInOneProcess(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(items):
+    """The files that start Ray come first, since they take longest."""
+    items.sort(key=lambda item: not item.nodeid.startswith(RAY_FILES))
 
 
 class TorchRandom:
@@ -68,6 +91,11 @@ def tiny_spec(*overrides):
     return small_spec("dense.epochs=1", "search.trials=1", "finalists.count=1", *overrides)
 
 
+def least_spec(*overrides):
+    """The tiny study of one layer, for tests of what becomes of its files."""
+    return tiny_spec("space.layers=['fc2']", *overrides)
+
+
 def essence(trials):
     """The parts of trials that an interruption must not change: all but seconds, latency and Optuna's numbers."""
     return [
@@ -90,6 +118,22 @@ def unreported(monkeypatch):
     monkeypatch.setattr("ranksearch.study.study.write_report", lambda record, folder: folder / "report.html")
 
 
+def make_bare(patch):
+    """Let studies write no report and time no finalists, which takes as long as a report."""
+    patch.setattr("ranksearch.study.study.write_report", lambda record, folder: folder / "report.html")
+    patch.setattr("ranksearch.study.study.time_finalists", lambda *args: None)
+
+
+def time_once(patch):
+    """Let studies time their finalists in one round instead of up to 45."""
+    patch.setattr("ranksearch.study.timing.in_turn", partial(in_turn, rounds=1))
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    make_bare(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def trained() -> Task:
     """The small net, trained for a few epochs; tests copy its model before they change it."""
@@ -107,7 +151,9 @@ def trained() -> Task:
 def finished(tmp_path_factory) -> tuple[Path, object]:
     """The folder and the record of one finished small study. Tests must not change them."""
     folder = tmp_path_factory.mktemp("finished") / "small"
-    return folder, run_study(small_spec(), folder, Options(Local(0)))
+    with pytest.MonkeyPatch.context() as patch:
+        time_once(patch)
+        return folder, run_study(small_spec(), folder, Options(Local(0)))
 
 
 @pytest.fixture(scope="session")

@@ -79,11 +79,15 @@ GEOMETRIES = {
     "linear behind a point": (*behind_flatten(4, 1, 1), {"svd"}),
 }
 BY_NAME = {kind.method: method for kind, method in METHODS.items()}
-PAIRS = [(geometry, name) for geometry, (*_, names) in GEOMETRIES.items() for name in sorted(names)]
 # Every geometry with one method, the methods in turn, plus every method with the plain geometries.
 PLAIN_GEOMETRIES = {"conv1d", "conv2d", "conv3d", "linear", "linear behind a map"}
 IN_TURN = {(geometry, sorted(names)[at % len(names)]) for at, (geometry, (*_, names)) in enumerate(GEOMETRIES.items())}
-FEWER_PAIRS = [pair for pair in PAIRS if pair in IN_TURN or pair[0] in PLAIN_GEOMETRIES]
+PAIRS = [
+    (geometry, name)
+    for geometry, (*_, names) in GEOMETRIES.items()
+    for name in sorted(names)
+    if geometry in PLAIN_GEOMETRIES or (geometry, name) in IN_TURN
+]
 
 
 def fitting(layer):

@@ -17,7 +17,7 @@ from ranksearch.task.task import Task
 from tests import nets
 from tests.conftest import essence
 
-pytestmark = pytest.mark.usefixtures("unreported")
+pytestmark = pytest.mark.usefixtures("bare")
 
 
 @pytest.mark.slow

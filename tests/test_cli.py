@@ -72,7 +72,7 @@ def test_studies_names_the_built_in_ones(capsys):
 
 
 @pytest.mark.slow
-def test_ctrl_c_prints_the_front_so_far_and_how_to_go_on(study_file, capsys, monkeypatch):
+def test_ctrl_c_prints_the_front_so_far_and_how_to_go_on(bare, study_file, capsys, monkeypatch):
     before = Plain.trial
 
     def impatient(self, record, trials):
@@ -348,7 +348,7 @@ def test_a_command_is_shown_as_a_shell_reads_it(word, shown):
 
 
 @pytest.mark.slow
-def test_a_study_made_from_python_is_not_exported_by_the_command_line(trained, tmp_path, capsys):
+def test_a_study_made_from_python_is_not_exported_by_the_command_line(bare, trained, tmp_path, capsys):
     out = tmp_path / "mine"
     ranksearch.search(
         trained, out=out, search=ranksearch.Search(trials=1), finetune=ranksearch.Recipe(1), finalists=ranksearch.Finalists(1),

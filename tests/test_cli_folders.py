@@ -41,17 +41,17 @@ def test_a_users_own_project_is_never_emptied(study_file, tmp_path, capsys):
 def test_fresh_deletes_only_what_a_study_wrote(copied, study_file):
     (copied / "notes.txt").write_text("mine")
     (copied / "linked").symlink_to(copied.parent)
-    assert main(["study", "small.toml", "--fresh", "--trials", "1", "--workers", "0"]) == 0
+    assert main(["study", "small.toml", "--fresh", "--trials", "1", "--workers", "0", "--set", "dense.epochs=1"]) == 0
     assert (copied / "notes.txt").read_text() == "mine"
     assert (copied / "linked").is_symlink()
     assert len((copied / "trials.csv").read_text().splitlines()) == 2
 
 
 @pytest.mark.slow
-def test_an_export_of_a_deleted_study_goes_with_it(copied, study_file):
+def test_an_export_of_a_deleted_study_goes_with_it(bare, copied, study_file):
     assert main(["export", str(copied), "--knee"]) == 0
     assert list((copied / "export").iterdir())
-    assert main(["study", "small.toml", "--fresh", "--trials", "1", "--workers", "0"]) == 0
+    assert main(["study", "small.toml", "--fresh", "--trials", "1", "--workers", "0", "--set", "dense.epochs=1"]) == 0
     assert not (copied / "export").exists()
 
 
@@ -90,8 +90,26 @@ def test_fresh_does_not_empty_the_folder_when_the_storage_is_out_of_reach(copied
     assert snapshot(copied) == before
 
 
+@pytest.mark.slow
 def test_fresh_starts_over(copied, study_file, capsys):
-    assert main(["study", "small.toml", "--fresh", "--trials", "2", "--workers", "0", "--set", "finetune.epochs=2"]) == 0
+    assert (
+        main(
+            [
+                "study",
+                "small.toml",
+                "--fresh",
+                "--trials",
+                "2",
+                "--workers",
+                "0",
+                "--set",
+                "finetune.epochs=2",
+                "--set",
+                "dense.epochs=1",
+            ]
+        )
+        == 0
+    )
     rows = (copied / "trials.csv").read_text().splitlines()
     assert len(rows) == 3
 

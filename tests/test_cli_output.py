@@ -29,7 +29,7 @@ def latin(monkeypatch):
 @pytest.mark.slow
 def test_a_study_whose_folder_the_output_cannot_name_ends_well(study_file, monkeypatch):
     told = latin(monkeypatch)
-    words = ["--workers", "0", "--trials", "1", "--set", "finalists.count=1"]
+    words = ["--workers", "0", "--trials", "1", "--set", "finalists.count=1", "--set", "dense.epochs=1"]
     assert main(["study", "small.toml", "--out", "łódź", *words]) == 0
     assert Path("łódź/report.html").exists()
     assert told("stdout").rstrip().endswith("ranksearch export '\\u0142ód\\u017a' --knee --format onnx")

@@ -23,7 +23,7 @@ from ranksearch.task.task import Task
 from tests import nets
 from tests.conftest import small_spec
 
-pytestmark = pytest.mark.usefixtures("unreported")
+pytestmark = pytest.mark.usefixtures("bare")
 
 PLAN = Plan.of({"net.fc1": SVD(2)})
 

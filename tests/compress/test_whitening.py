@@ -18,11 +18,11 @@ from ranksearch.compress.whitening import Whitening, whitenings
 from ranksearch.errors import ModelError
 from ranksearch.methods import METHODS
 from tests import nets
-from tests.geometries import BY_NAME, FEWER_PAIRS, PAIRS, assert_close, given_geometry, some_ranks
+from tests.geometries import BY_NAME, GEOMETRIES, PAIRS, assert_close, given_geometry, some_ranks
 from tests.nets import Net, normal
 
-contract = pytest.mark.parametrize(("geometry", "name"), FEWER_PAIRS)
-SVDS = [geometry for geometry, name in PAIRS if name == "svd"]
+contract = pytest.mark.parametrize(("geometry", "name"), PAIRS)
+SVDS = [geometry for geometry, (*_, names) in GEOMETRIES.items() if "svd" in names]
 laws = settings(max_examples=25, deadline=None)
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 

@@ -67,6 +67,7 @@ def files(cache):
     return sorted(cache.iterdir())
 
 
+@pytest.mark.slow
 def test_from_the_cache_as_made_anew(tmp_path, measurements):
     first = small_profile(cache=tmp_path)
     written = {path: path.read_bytes() for path in files(tmp_path)}
@@ -184,11 +185,12 @@ def test_inputs_are_drawn_by_a_seed():
 
 
 @pytest.mark.slow
-def test_a_data_aware_study_resumes_as_if_uninterrupted(tmp_path):
+def test_a_data_aware_study_resumes_as_if_uninterrupted(tmp_path, request):
     whole = run_study(
         small_spec("space.data_aware=true", "search.trials=5", "finalists.count=1"), tmp_path / "whole", Options(Local(0))
     )
     assert small_spec() == small_spec("space.data_aware=true")
+    request.getfixturevalue("bare")
     for trials in (2, 5):
         spec = small_spec("space.data_aware=true", f"search.trials={trials}", "finalists.count=1")
         parts = run_study(spec, tmp_path / "parts", Options(Local(0)))

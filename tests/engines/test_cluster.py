@@ -33,7 +33,7 @@ from tests.books import Books
 from tests.conftest import essence, refuse, small_spec, snapshot, stored
 from tests.engines.test_engines import REFUSED
 
-KILLS = 2
+KILLS = 1
 """How often the driver is killed. Ten kills passed too, in two minutes."""
 SOON = 30
 """Seconds within which bad input must be refused."""
@@ -41,6 +41,8 @@ SOON = 30
 CLUSTER = """
 import os, sys
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# A lost node is known after one second instead of ten or more.
+os.environ |= {f"RAY_health_check_{name}": value for name, value in [("period_ms", "250"), ("failure_threshold", "4")]}
 import ray
 import psutil  # which Ray brings
 from ray.cluster_utils import Cluster
@@ -149,11 +151,11 @@ def test_no_ray_on_this_machine(study_file, capsys, monkeypatch):
 @pytest.mark.slow
 def test_something_else_listens(study_file, capsys, monkeypatch):
     """Ray itself would wait for an answer without a bound."""
-    monkeypatch.setattr(ray, "CONNECT_SECONDS", 5)
+    monkeypatch.setattr(ray, "CONNECT_SECONDS", 1)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         told = refused(capsys, "--address", address)
-    assert told.startswith(f"The Ray cluster at {address} must answer within 5 s, but does not; `ray status`")
+    assert told.startswith(f"The Ray cluster at {address} must answer within 1 s, but does not; `ray status`")
 
 
 @pytest.mark.slow
@@ -183,10 +185,10 @@ def test_a_model_that_cannot_be_pickled(study_file, capsys, engine):
 
 
 def slow(job):
-    """A learning curve of three points, a second in all. The first score is the worker's process id."""
+    """A learning curve of three points, half a second in all. The first score is the worker's process id."""
     yield CurvePoint(0, float(os.getpid()))
     for epoch in (1, 2):
-        time.sleep(0.5)
+        time.sleep(0.25)
         yield CurvePoint(epoch, job.seed / 100)
     yield Result(Outcome.DONE, (CurvePoint(2, job.seed / 100),))
 
@@ -236,14 +238,14 @@ def test_a_node_that_joins_is_used():
             if isinstance(message, Result) and job.key == 0:
                 cluster.tell("add 2")
 
-        jobs = (Job(key, Plan(), seed=key) for key in itertools.takewhile(lambda key: max(most, default=0) < 3, range(90)))
+        jobs = (Job(key, Plan(), seed=key) for key in itertools.takewhile(lambda key: max(most, default=0) < 3, range(300)))
         engine.run(jobs, slow, on_message=on_message, should_stop=lambda: False)
     assert most[0] == 1
     assert max(most) == 3
 
 
 @pytest.mark.slow
-def test_a_head_that_is_gone_ends_the_study_in_one_sentence(study_file, capsys, monkeypatch):
+def test_a_head_that_is_gone_ends_the_study_in_one_sentence(bare, study_file, capsys, monkeypatch):
     """Finished trials are in the record, and the same command resumes."""
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "2")
     before, killed = Plain.trial, []
@@ -288,7 +290,7 @@ def test_a_driver_that_is_killed_goes_on_by_the_same_command(study_file, tmp_pat
 
 
 @pytest.mark.slow
-def test_both_engines_give_the_same_records(finished, tmp_path):
+def test_both_engines_give_the_same_records(bare, finished, tmp_path):
     """Probes, trials and finalists of a whole study have equal scores."""
     record = run_study(small_spec(), tmp_path / "small", Options(Ray(workers=1)))
     assert essence(record.trials) == essence(finished[1].trials)

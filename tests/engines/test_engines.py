@@ -138,8 +138,9 @@ def always():
 
 
 @pytest.mark.slow
-def test_workers_that_keep_dying_end_the_run():
-    words = r"Workers must survive their trials, but 5 in a row died .*last exit code -9.*--workers 0"
+def test_workers_that_keep_dying_end_the_run(monkeypatch):
+    monkeypatch.setattr("ranksearch.engines.base.MAX_LOST", 2)
+    words = r"Workers must survive their trials, but 2 in a row died .*last exit code -9.*--workers 0"
     with local.engine(1) as engine, pytest.raises(StudyError, match=words):
         engine.run(always(), Work(dies_at=7, always=True), on_message=lambda job, m: None, should_stop=lambda: False)
 
@@ -316,7 +317,7 @@ def evaluate(job):
     yield Result(Outcome.DONE, (CurvePoint(0, offset + job.seed),))
 
 offset = 3.0
-with local.engine(2) as engine:
+with local.engine(1) as engine:
     print(answers(collect(evaluate, 2, engine)))
 """
 

@@ -13,7 +13,6 @@ from torch import nn
 from ranksearch.compress.surgery import factorize_, kernel_of
 from tests.geometries import (
     BY_NAME,
-    FEWER_PAIRS,
     GEOMETRIES,
     PAIRS,
     alone,
@@ -27,14 +26,12 @@ from tests.geometries import (
 from tests.nets import normal
 
 PLAIN = {nn.Sequential, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Unflatten, nn.Flatten}
-laws = settings(max_examples=25, deadline=None)
+laws = settings(max_examples=40, deadline=None)
 # torch warns that an even kernel with padding 'same' pads one side more, as intended.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 
 
-contract = pytest.mark.parametrize(
-    ("geometry", "name"), [pytest.param(*pair, marks=() if pair in FEWER_PAIRS else pytest.mark.slow) for pair in PAIRS]
-)
+contract = pytest.mark.parametrize(("geometry", "name"), PAIRS)
 
 
 def factorized(model, layer, method, ranks, seed=0):

@@ -102,7 +102,7 @@ def test_an_accuracy_above_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_trials_of_a_study_count_since_its_limits_changed(unreported, tmp_path):
+def test_the_trials_of_a_study_count_since_its_limits_changed(bare, tmp_path):
     """First limits that almost no plan keeps; then wider ones that still exclude all plans refused before."""
     smallest = size_of(SPACE.smallest("params"), FOUND).params
     out, spec = tmp_path / "small", ["dense.epochs=1", "search.sampler=random", "finalists.count=1", "search.trials=20"]
@@ -161,7 +161,7 @@ def test_a_study_without_limits_has_one_front():
     assert study_record().front == study_record().unconstrained_front
 
 
-def test_limits_from_python(unreported, trained, tmp_path):
+def test_limits_from_python(bare, trained, tmp_path):
     record = ranksearch.search(
         trained, out=tmp_path / "mine", finetune=ranksearch.Recipe(1), finalists=ranksearch.Finalists(1, count=1),
         search=ranksearch.Search(trials=1, min_score=0.01, min_ratio=2, max_params=4000, max_macs=60_000), engine=ranksearch.Local(0),

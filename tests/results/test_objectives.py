@@ -171,7 +171,7 @@ def test_predicted_fronts_of_two_costs_differ():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("costs", [("macs",), ("params", "macs")], ids="+".join)
-def test_a_study(costs, tmp_path, unreported):
+def test_a_study(costs, tmp_path, bare):
     spec = searching(*costs)
     found = run_study(spec, tmp_path, Options(Local(0)))
     study = stored(tmp_path)

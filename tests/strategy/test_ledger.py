@@ -21,7 +21,8 @@ from ranksearch.strategy.space import size_of
 from tests.books import FOUND, SPACE, TINY, Books, knowledge, result
 from tests.conftest import essence
 
-ends_soon = patch("ranksearch.strategy.ledger.MAX_UNTRAINED", 15)
+MANY = 30
+ends_soon, ends_later = (patch("ranksearch.strategy.ledger.MAX_UNTRAINED", many) for many in (15, MANY))
 """End a search after 15 untrained proposals in a row instead of 100, to save time."""
 
 
@@ -92,17 +93,21 @@ def test_a_search_that_finds_nothing_new_ends():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sampler", "seed"), [("random", 0), ("tpe", 8), ("nsga2", 0), ("rank", 0)])
-def test_a_search_that_found_nothing_within_its_limits_goes_on_within_wider_ones(sampler, seed):
+@pytest.mark.parametrize(
+    ("sampler", "seed", "many"),
+    [("random", 0, MAX_UNTRAINED), ("tpe", 8, MAX_UNTRAINED), ("nsga2", 0, MAX_UNTRAINED), ("rank", 0, MANY)],
+)
+def test_a_search_that_found_nothing_within_its_limits_goes_on_within_wider_ones(monkeypatch, sampler, seed, many):
+    monkeypatch.setattr("ranksearch.strategy.ledger.MAX_UNTRAINED", many)
     smallest = size_of(SPACE.smallest("params"), FOUND)
     books = Books(sampler=sampler, seed=seed, limits=Limits(max_costs={"params": smallest.params}))
-    assert books.run(20)._untrained_in_a_row() == MAX_UNTRAINED
+    assert books.run(20)._untrained_in_a_row() == many
     asked, trained = len(books.study.trials), len(books.trained)
     books.arguments |= {"limits": Limits(max_costs={"params": 3 * smallest.params}), "since": asked}
     books.run(trained + 8)
     assert len(books.trained) == trained + 8
     assert not any(books.arguments["limits"].excess(trial) for trial in books.trained)
-    assert len(books.study.trials) < asked + MAX_UNTRAINED
+    assert len(books.study.trials) < asked + many
 
 
 def test_plans_over_the_limits_may_be_proposed_again_but_not_those_that_lost_too_many_workers():
@@ -122,6 +127,7 @@ def test_plans_over_the_limits_may_be_proposed_again_but_not_those_that_lost_too
 
 
 @pytest.mark.slow
+@ends_later
 @pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2", "rank"])
 def test_a_plan_that_lost_too_many_workers_is_not_tried_under_another_index(sampler):
     books = Books(TINY, sampler=sampler)
@@ -134,7 +140,7 @@ def test_a_plan_that_lost_too_many_workers_is_not_tried_under_another_index(samp
     twins = [trial for trial in ledger.records() if trial.plan == killer and trial.same_as is not None]
     assert all(trial.outcome is Outcome.WORKER_LOST and not trial.trained for trial in twins)
     if sampler == "rank":
-        assert len(twins) <= MAX_UNTRAINED // 2, "it knows what was lost, and proposes it by chance alone"
+        assert len(twins) <= MANY // 2, "it knows what was lost, and proposes it by chance alone"
 
 
 def test_a_trial_that_lost_its_worker_is_queued_before_it_is_told(monkeypatch):
@@ -156,7 +162,9 @@ def test_a_trial_that_lost_its_worker_is_queued_before_it_is_told(monkeypatch):
 
 
 @pytest.mark.parametrize("tiny", [True, False])
-@pytest.mark.parametrize("sampler", ["random", pytest.param("tpe", marks=pytest.mark.slow), "rank"])
+@pytest.mark.parametrize(
+    "sampler", ["random", pytest.param("tpe", marks=pytest.mark.slow), pytest.param("rank", marks=pytest.mark.slow)]
+)
 @ends_soon
 @settings(deadline=None, max_examples=2)
 @given(kills=st.lists(st.integers(0, 4), max_size=4), seed=st.integers(0, 9))

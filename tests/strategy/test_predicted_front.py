@@ -42,7 +42,7 @@ from ranksearch.task.task import Task
 from tests import nets
 from tests.conftest import essence, small_spec, stored, tiny_spec
 
-pytestmark = pytest.mark.usefixtures("unreported")
+pytestmark = pytest.mark.usefixtures("bare")
 
 DENSE = {"a": 100, "b": 60, "c": 9}
 prices = [10.0 ** (exponent / 4) for exponent in range(-24, 9)]

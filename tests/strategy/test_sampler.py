@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from statistics import NormalDist
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -178,13 +179,16 @@ def test_no_plan_is_proposed_twice_nor_the_dense_one():
 
 
 @pytest.mark.slow
+@patch("ranksearch.strategy.ledger.MAX_UNTRAINED", 15)
 def test_a_space_of_a_handful_is_exhausted_and_the_search_ends():
     books = Books(TINY, sampler="rank")
     books.run(50)
     assert 0 < len({trial.plan for trial in books.trained}) < 50
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    "sampler", [pytest.param(each, marks=pytest.mark.slow if each in ("gp", "rank") else ()) for each in SAMPLERS]
+)
 def test_a_proposal_follows_from_the_record_and_the_seed(sampler):
     def proposals(seed, *, rebuilt):
         books = Books(sampler=sampler, seed=seed)
@@ -205,6 +209,7 @@ def test_running_trials_spread_the_proposals():
     assert len(set(running)) == 4
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=3)
 @given(st.floats(2, 12), st.integers(0, 9))
 def test_proposals_keep_to_the_limits(min_ratio, seed):

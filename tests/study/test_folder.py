@@ -15,18 +15,18 @@ from ranksearch.study import database, folder
 from ranksearch.study.database import check_storage, study_lock
 from ranksearch.study.options import Local, Options
 from ranksearch.study.study import run_study
-from tests.conftest import essence, refuse, small_spec, tiny_spec
+from tests.conftest import essence, least_spec, refuse
 
-pytestmark = pytest.mark.usefixtures("unreported")
+pytestmark = pytest.mark.usefixtures("bare")
 
 
 def test_folders_may_share_a_storage_but_not_a_study(tmp_path):
     options = Options(Local(0), storage=f"sqlite:///{tmp_path / 'shared.db'}")
-    run_study(tiny_spec(), tmp_path / "a", options)
+    run_study(least_spec(), tmp_path / "a", options)
     with pytest.raises(
         StudyError, match=r"The storage's study 'small' is another study \(finetune.epochs is 1 there and 2 here\)"
     ):
-        run_study(tiny_spec("finetune.epochs=2"), tmp_path / "b", options)
+        run_study(least_spec("finetune.epochs=2"), tmp_path / "b", options)
     assert not (tmp_path / "b").exists()
 
 
@@ -46,7 +46,7 @@ def test_a_study_of_another_program_is_left_alone(tmp_path, directions, fresh):
         StudyError,
         match="The storage's study 'small' must belong to ranksearch, but belongs to another program; choose another name",
     ):
-        run_study(tiny_spec(), out, Options(Local(0), storage=url, fresh=fresh))
+        run_study(least_spec(), out, Options(Local(0), storage=url, fresh=fresh))
     theirs = optuna.load_study(study_name="small", storage=url)
     assert len(theirs.trials) == 2 * ("maximize" in directions)
     assert theirs.user_attrs == {}
@@ -57,13 +57,13 @@ def test_a_refused_run_leaves_nothing_in_its_storage(tmp_path):
     options = Options(Local(0), storage=f"sqlite:///{tmp_path / 'shared.db'}")
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(StudyError, match="The output must be a folder"):
-        run_study(tiny_spec(), tmp_path / "file", options)
-    run_study(tiny_spec("finetune.epochs=2"), tmp_path / "small", options)
+        run_study(least_spec(), tmp_path / "file", options)
+    run_study(least_spec("finetune.epochs=2"), tmp_path / "small", options)
 
 
 @pytest.mark.slow
 def test_a_study_goes_on_where_its_record_is(tmp_path):
-    out, spec = tmp_path / "small", tiny_spec()
+    out, spec = tmp_path / "small", least_spec()
     elsewhere, other = (Options(Local(0), storage=f"sqlite:///{tmp_path / name}.db") for name in ("one", "other"))
     before = run_study(spec, out, elsewhere)
     fix = rf"must continue in its storage, sqlite:///{tmp_path}/one.db, but {{}} does not hold it; give --storage "
@@ -84,7 +84,7 @@ def test_a_study_goes_on_where_its_record_is(tmp_path):
 
 @pytest.mark.slow
 def test_a_storage_is_the_same_only_from_the_same_folder(tmp_path, monkeypatch):
-    spec, options = tiny_spec(), Options(Local(0), storage="sqlite:///mine.db")
+    spec, options = least_spec(), Options(Local(0), storage="sqlite:///mine.db")
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "one")
@@ -97,7 +97,7 @@ def test_a_storage_is_the_same_only_from_the_same_folder(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_fresh_starts_over_whatever_the_folder_says(tmp_path):
-    out, spec = tmp_path / "small", tiny_spec()
+    out, spec = tmp_path / "small", least_spec()
     run_study(spec, out, Options(Local(0)))
     older = (out / "spec.toml").read_text().replace("[search]", "[search]\nhalving = true")
     (out / "spec.toml").write_text(older)
@@ -115,7 +115,7 @@ def test_fresh_starts_over_whatever_the_folder_says(tmp_path):
     [{"ranksearch:identity": {}}, {folder.IDENTITY: {"format": folder.RECORD_FORMAT + 1}}, {folder.IDENTITY: {"identity": {}}}],
 )
 def test_a_record_of_another_release_is_refused_until_it_is_started_over(tmp_path, capsys, attributes, elsewhere):
-    out, spec = tmp_path / "small", small_spec("search.trials=1", "finalists.count=1")
+    out, spec = tmp_path / "small", least_spec()
     options = Options(Local(0), storage=f"sqlite:///{tmp_path / 'shared.db'}" if elsewhere else None)
     url = folder.storage_url(out, options.storage)
     out.mkdir()
@@ -150,7 +150,7 @@ def test_a_spec_of_another_release_is_refused_by_every_command(copied, capsys):
 def test_one_run_at_a_time_holds_a_study_of_a_shared_storage(tmp_path):
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     words = rf"Only one run at a time may use a study, but 'small' in {url} is in use; wait for that run, give it more --workers, or"
-    out, spec = tmp_path / "small", tiny_spec()
+    out, spec = tmp_path / "small", least_spec()
     run_study(spec, out, Options(Local(0), storage=url))
     kept = sorted(out.iterdir())
     for fresh in (False, True):
@@ -161,7 +161,7 @@ def test_one_run_at_a_time_holds_a_study_of_a_shared_storage(tmp_path):
 
 
 def test_the_folders_own_study_is_held_by_whatever_name_it_goes(tmp_path):
-    out, spec = tmp_path / "small", tiny_spec()
+    out, spec = tmp_path / "small", least_spec()
     run_study(spec, out, Options(Local(0)))
     (tmp_path / "link.db").symlink_to(out / "study.db")
     for path in (out / "study.db", tmp_path / "link.db"):

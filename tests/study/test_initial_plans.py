@@ -18,7 +18,7 @@ from ranksearch.study.study import run_study
 from tests import nets
 from tests.conftest import essence, refuse, small_spec, snapshot
 
-pytestmark = pytest.mark.usefixtures("unreported")
+pytestmark = pytest.mark.usefixtures("bare")
 
 FOUND = inventory(nets.small(), example(nets.few_digits().train))
 MINE = [Plan.of({"conv2": Tucker2(4, 5), "fc1": SVD(6)}), Plan.of({"conv1": CP(2)})]
@@ -38,6 +38,7 @@ def run(first, out, *, trials=3, given=()):
     return run_study(spec, out, Options(Local(0)), first=given)
 
 
+@pytest.mark.slow
 def test_the_users_plans_are_the_first_trials_however_they_are_given(files, tmp_path):
     found = run(files, tmp_path / "small")
     assert [(trial.origin, trial.plan) for trial in found.trials[:2]] == [("user", plan) for plan in MINE]

@@ -20,9 +20,9 @@ from ranksearch.study.inputs import inputs_of
 from ranksearch.study.options import Local, Options
 from ranksearch.study.study import run_study
 from tests import nets
-from tests.conftest import essence, small_spec, snapshot, stored, tiny_spec
+from tests.conftest import essence, least_spec, snapshot, stored
 
-pytestmark = pytest.mark.usefixtures("unreported")
+pytestmark = pytest.mark.usefixtures("bare")
 
 FIX = "; choose another --out or name, or --fresh to start over."
 
@@ -93,16 +93,16 @@ def test_a_study_does_not_go_on_with_other_data(tmp_path, monkeypatch, elsewhere
     out, options = tmp_path / "small", Options(Local(0))
     if elsewhere:
         options = replace(options, storage=f"sqlite:///{tmp_path / 'shared.db'}")
-    run_study(tiny_spec(), out, options)
+    run_study(least_spec(), out, options)
     before, few = snapshot(out), nets.few_digits
     monkeypatch.setattr(nets, "few_digits", lambda: few(210))
     words = r"The storage's study 'small' was started from other data \(the number of inputs in split 'train' is 200 there and 210 here\)"
     with pytest.raises(StudyError, match=words + FIX):
-        run_study(tiny_spec("search.trials=2"), out, options)
+        run_study(least_spec("search.trials=2"), out, options)
     assert {path: held for path, held in snapshot(out).items() if "study.db" not in path.name} == {
         path: held for path, held in before.items() if "study.db" not in path.name
     }
-    assert run_study(tiny_spec("search.trials=2"), out, replace(options, fresh=True)).trials
+    assert run_study(least_spec("search.trials=2"), out, replace(options, fresh=True)).trials
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def weights(finished, tmp_path):
     path.write_bytes((finished[0] / "dense.safetensors").read_bytes())
 
     def spec(*changes, path=path):
-        return small_spec("dense.epochs=0", f"dense.weights='{path}'", "finalists.count=1", *changes)
+        return least_spec("dense.epochs=0", f"dense.weights='{path}'", *changes)
 
     return spec, path
 
@@ -147,13 +147,13 @@ def test_weights_may_move_and_change_their_format_and_go_once_the_folder_has_the
     with pytest.raises(StudyError, match=r"is another study \(dense.weights is '.*moved.pt' there and 'nowhere.pt' here\)"):
         run_study(spec("search.trials=1", path="nowhere.pt"), out, Options(Local(0)))
     with pytest.raises(StudyError, match=r"is another study \(dense.weights is '.*moved.pt' there and '' here\)"):
-        run_study(small_spec("dense.epochs=0", "finalists.count=1"), out, Options(Local(0)))
+        run_study(least_spec("dense.epochs=0"), out, Options(Local(0)))
     with pytest.raises(ModelError, match=r"dense.weights must be a state dict of the model, but .* does not exist"):
         run_study(spec("search.trials=1"), out, Options(Local(0), fresh=True))
 
 
 def test_a_dense_net_that_was_put_into_the_folder_is_not_the_studys(finished, tmp_path):
-    out, spec = tmp_path / "small", tiny_spec()
+    out, spec = tmp_path / "small", least_spec()
     run_study(spec, out, Options(Local(0)))
     safetensors.torch.save_file(nets.small().state_dict(), out / folder.DENSE_FILE)
     with pytest.raises(

@@ -27,13 +27,13 @@ from tests.conftest import refuse, small_spec
 BINARIES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None)
 INITDB = shutil.which("initdb") or (BINARIES and str(BINARIES / "initdb"))
 
-AWAY = 3
+AWAY = 1
 """Seconds without the server. 20 passed too."""
 
 pytestmark = [
     pytest.mark.skipif(not INITDB, reason="there is no initdb, of PostgreSQL's server"),
     pytest.mark.slow,
-    pytest.mark.usefixtures("unreported"),
+    pytest.mark.usefixtures("bare"),
 ]
 
 

@@ -43,7 +43,7 @@ from tests.conftest import essence, small_spec, stored, tiny_spec
 
 
 @pytest.mark.slow
-def test_resumed_equals_uninterrupted(unreported, finished, tmp_path):
+def test_resumed_equals_uninterrupted(bare, finished, tmp_path):
     """Stop after each trial, then resume by the same command."""
     _, whole = finished
     out = tmp_path / "small"
@@ -54,12 +54,13 @@ def test_resumed_equals_uninterrupted(unreported, finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_orphan_is_queued_again_in_its_place(unreported, finished, tmp_path):
+def test_an_orphan_is_queued_again_in_its_place(bare, finished, tmp_path):
     """SIGKILL leaves a trial that is running in the storage only, with all of its parameters or some."""
     _, whole = finished
+    stopped = tmp_path / "small"
     for stop_at in (2, 6):
-        out = tmp_path / str(stop_at) / "small"
-        run_study(small_spec(f"search.trials={stop_at}", "finalists.count=1"), out, Options(Local(0)))
+        run_study(small_spec(f"search.trials={stop_at}", "finalists.count=1"), stopped, Options(Local(0)))
+        out = shutil.copytree(stopped, tmp_path / str(stop_at) / "small")
         orphan(out, stop_at)
         record = run_study(small_spec("finalists.count=1"), out, Options(Local(0)))
         assert essence(replace(t, finalist=None) for t in record.trials) == essence(
@@ -112,30 +113,30 @@ from pathlib import Path
 from ranksearch.study.options import Local, Options
 from ranksearch.study.study import Stopped, run_study
 from tests.conftest import small_spec
-run_study(small_spec("search.trials=14"), Path(sys.argv[1]), Options(Local(2)))
+run_study(small_spec("search.trials=9"), Path(sys.argv[1]), Options(Local(int(sys.argv[2]))))
 """
 
 
 @pytest.mark.slow
-def test_sigkill_loses_no_completed_trial(tmp_path):
+def test_sigkill_loses_no_completed_trial(bare, tmp_path):
+    """Killed with two trials running, then with one."""
     out = tmp_path / "small"
-    command = [sys.executable, "-c", SCRIPT, str(out)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     seen = []
-    for kill_after in (2, 7):
+    for kill_after, workers in ((2, 2), (5, 0)):
+        command = [sys.executable, "-c", SCRIPT, str(out), str(workers)]
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         wait_for(lambda many=kill_after: finished_trials(out) >= many, process)
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stderr.close()
         seen.append(essence(read_trials(stored(out))))
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    record = read_trials(stored(out))
+    record = run_study(small_spec("search.trials=9", "finalists.count=1"), out, Options(Local(0))).trials
     for before in seen:
         now = {trial[0]: trial[:9] for trial in essence(record)}
         assert all(now[trial[0]] == trial[:9] for trial in before)
     indices = [trial.index for trial in record if trial.outcome is not Outcome.WORKER_LOST]
-    assert sorted(indices) == list(range(14))
+    assert sorted(indices) == list(range(9))
 
 
 def finished_trials(out):
@@ -157,12 +158,12 @@ def wait_for(condition, process, seconds=120):
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_loses_its_trial_and_not_the_study(unreported, tmp_path, monkeypatch):
+def test_a_worker_that_dies_loses_its_trial_and_not_the_study(bare, tmp_path, monkeypatch):
     mark = tmp_path / "deadly"
     monkeypatch.setenv("DEADLY", str(mark))
     spec = tiny_spec("task.model=tests.nets:deadly", "search.trials=4")
     out = tmp_path / "small"
-    run_study(replace(spec, search=replace(spec.search, trials=1)), out, Options(Local(1)))
+    run_study(replace(spec, search=replace(spec.search, trials=1)), out, Options(Local(0)))
     mark.touch()
     record = run_study(spec, out, Options(Local(1)))
     outcomes = [trial.outcome for trial in record.trials]
@@ -172,7 +173,7 @@ def test_a_worker_that_dies_loses_its_trial_and_not_the_study(unreported, tmp_pa
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_nothing_running(tmp_path, monkeypatch):
+def test_ctrl_c_leaves_nothing_running(tmp_path, request):
     class Impatient(Silent):
         def trial(self, record, trials):
             if len(trials) == 3:
@@ -185,12 +186,13 @@ def test_ctrl_c_leaves_nothing_running(tmp_path, monkeypatch):
     states = [trial.state.name for trial in stored(out).trials]
     assert "RUNNING" not in states
     assert (out / "report.html").exists()
-    record = run_study(small_spec(), out, Options(Local(2)))
+    request.getfixturevalue("bare")
+    record = run_study(small_spec(), out, Options(Local(0)))
     assert sorted(t.index for t in record.trials if t.outcome is Outcome.DONE) == list(range(8))
 
 
 @pytest.mark.slow
-def test_seconds_are_kept_after_each_trial(unreported, tmp_path):
+def test_seconds_are_kept_after_each_trial(bare, tmp_path):
     """So a kill does not reset `search.minutes`."""
     out, seen = tmp_path / "small", []
 
@@ -204,7 +206,7 @@ def test_seconds_are_kept_after_each_trial(unreported, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_trial_that_is_no_longer_a_finalist_needs_no_weights(unreported, tmp_path):
+def test_a_trial_that_is_no_longer_a_finalist_needs_no_weights(bare, tmp_path):
     out = tmp_path / "small"
     before = run_study(tiny_spec("search.trials=3", "finalists.count=3"), out, Options(Local(0)))
     shutil.rmtree(out / "models")
@@ -213,6 +215,7 @@ def test_a_trial_that_is_no_longer_a_finalist_needs_no_weights(unreported, tmp_p
     assert len(list((out / "models").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_latencies_lost_by_a_kill_are_measured_again(unreported, tmp_path):
     out, spec = tmp_path / "small", tiny_spec("search.trials=2")
     record = run_study(spec, out, Options(Local(0)))

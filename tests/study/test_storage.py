@@ -25,7 +25,7 @@ from ranksearch.study.study import Stopped, run_study
 from tests.books import Books
 from tests.conftest import tiny_spec
 
-pytestmark = pytest.mark.usefixtures("unreported")
+pytestmark = pytest.mark.usefixtures("bare")
 
 SPACE = {
     "method": CategoricalDistribution(["dense", "cp"]),

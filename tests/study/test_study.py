@@ -90,13 +90,13 @@ def test_a_finalists_files_give_its_outputs_and_its_scores(finished):
 
 
 @pytest.mark.slow
-def test_minutes_end_the_search(unreported, tmp_path):
-    record = run_study(small_spec("search.trials=1000", "search.minutes=0.02"), tmp_path / "small", Options(Local(0)))
+def test_minutes_end_the_search(bare, tmp_path):
+    record = run_study(small_spec("search.trials=1000", "search.minutes=0.01"), tmp_path / "small", Options(Local(0)))
     assert 1 <= len(record.trials) < 200
 
 
 @pytest.mark.slow
-def test_another_seed_gives_other_plans(unreported, finished, tmp_path):
+def test_another_seed_gives_other_plans(bare, finished, tmp_path):
     _, record = finished
     other = run_study(small_spec("seed=1", "finalists.count=1"), tmp_path / "small", Options(Local(0)))
     assert [t.plan for t in other.trials] != [t.plan for t in record.trials]
@@ -104,15 +104,15 @@ def test_another_seed_gives_other_plans(unreported, finished, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["nsga2", "random"])
-def test_every_sampler_serves(unreported, sampler, tmp_path):
-    spec = tiny_spec(f"search.sampler={sampler}", "search.trials=16")
+def test_every_sampler_serves(bare, sampler, tmp_path):
+    spec = tiny_spec(f"search.sampler={sampler}", "search.trials=12")
     record = run_study(spec, tmp_path / "small", Options(Local(0)))
     assert [trial.origin for trial in record.trials][-1] == sampler
 
 
 @pytest.mark.slow
 def test_a_diverged_trial_is_a_record(tmp_path):
-    spec = small_spec("finetune.learning_rate=1e30", "search.trials=3", "finalists.learning_rate=1e30")
+    spec = tiny_spec("finetune.learning_rate=1e30", "search.trials=3", "finalists.learning_rate=1e30")
     record = run_study(spec, tmp_path / "small", Options(Local(0)))
     assert {trial.outcome for trial in record.trials} == {Outcome.DIVERGED}
     assert record.front == []
@@ -139,7 +139,7 @@ class Counted(Silent):
 
 
 @pytest.mark.slow
-def test_a_finalist_that_diverges_is_known_and_not_tried_again(tmp_path):
+def test_a_finalist_that_diverges_is_known_and_not_tried_again(bare, tmp_path):
     out, spec = tmp_path / "small", tiny_spec("search.trials=2", "finalists.learning_rate=1e30")
     first, again = Counted(), Counted()
     record = run_study(spec, out, Options(Local(0)), view=first)
@@ -159,7 +159,7 @@ def test_a_finalist_that_diverges_is_known_and_not_tried_again(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_finalist_that_runs_out_of_memory_on_the_test_split_is_tried_again(unreported, tmp_path, trained):
+def test_a_finalist_that_runs_out_of_memory_on_the_test_split_is_tried_again(bare, tmp_path, trained):
     def search(score):
         return ranksearch.search(
             replace(trained, score=score), out=tmp_path / "mine", search=ranksearch.Search(trials=1), finetune=ranksearch.Recipe(1),
@@ -181,7 +181,7 @@ def test_a_finalist_that_runs_out_of_memory_on_the_test_split_is_tried_again(unr
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_a_damaged_finalist_is_made_again(unreported, finished, tmp_path, damage):
+def test_a_damaged_finalist_is_made_again(bare, finished, tmp_path, damage):
     out = shutil.copytree(finished[0], tmp_path / "small")
     number = finished[1].front[0].number
     weights = out / "models" / str(number) / "weights.safetensors"
@@ -191,7 +191,8 @@ def test_a_damaged_finalist_is_made_again(unreported, finished, tmp_path, damage
     assert weights.read_bytes() == before
 
 
-def test_a_study_of_volumes(unreported, tmp_path):
+@pytest.mark.slow
+def test_a_study_of_volumes(bare, tmp_path):
     torch.manual_seed(0)
     net = torch.nn.Sequential(
         torch.nn.Conv3d(1, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv3d(8, 8, 3), torch.nn.ReLU(),
@@ -206,7 +207,7 @@ def test_a_study_of_volumes(unreported, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_kill_before_the_dense_weights_are_kept_costs_only_their_training(unreported, tmp_path, monkeypatch):
+def test_a_kill_before_the_dense_weights_are_kept_costs_only_their_training(bare, tmp_path, monkeypatch):
     """The weights are trained again, perhaps to other last bits, and become the study's."""
     out, spec = tmp_path / "small", tiny_spec()
 
@@ -228,7 +229,8 @@ def test_a_kill_before_the_dense_weights_are_kept_costs_only_their_training(unre
     assert run_study(spec, out, Options(Local(0))).trials
 
 
-def test_a_second_ctrl_c_ends_the_last_report_too(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_the_last_report_too(tmp_path, bare, monkeypatch):
     def killed(*args):
         raise KeyboardInterrupt
 
@@ -347,7 +349,7 @@ def test_a_dense_net_that_diverges(tmp_path):
 
 
 @pytest.mark.slow
-def test_given_dense_weights_are_used(unreported, finished, tmp_path):
+def test_given_dense_weights_are_used(bare, finished, tmp_path):
     out, record = finished
     spec = small_spec("dense.epochs=0", f"dense.weights='{out / 'dense.safetensors'}'", "search.trials=1", "finalists.count=1")
     again = run_study(spec, tmp_path / "small", Options(Local(0)))

@@ -21,7 +21,7 @@ from ranksearch.task.training import Recipe
 from tests import nets
 from tests.conftest import PLAN, essence, small_spec, tiny_spec
 
-pytestmark = pytest.mark.usefixtures("unreported")
+pytestmark = pytest.mark.usefixtures("bare")
 
 CPU = torch.device("cpu")
 

@@ -204,11 +204,11 @@ class Viewing(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["decomposed", "scratch"])
-def test_a_net_that_views_rows_as_they_lie_is_searched(tmp_path, start):
+def test_a_net_that_views_rows_as_they_lie_is_searched(unreported, tmp_path, start):
     task = Task(Viewing(), nets.few_digits())
     assert not training.takes_channels_last(task)
     record = ranksearch.search(
-        task, out=tmp_path / "mine", search=Search(trials=4, sampler="random"),
+        task, out=tmp_path / "mine", search=Search(trials=3, sampler="random"),
         space=Space(methods=["tucker2", "cp", "svd", "spatial"], start=start), finetune=Recipe(1), finalists=Finalists(1, count=2),
         engine=Local(0),
     )  # fmt: skip
