@@ -23,7 +23,7 @@ import torch
 from pages import machine, row, table, write_section
 
 from ranksearch.compress.inventory import inventory
-from ranksearch.engines import local, ray
+from ranksearch.engines import processes, ray
 from ranksearch.engines.base import Engine
 from ranksearch.models import lenet
 from ranksearch.results.limits import UNLIMITED
@@ -136,7 +136,7 @@ def with_optuna_search() -> Clock:
 
 
 CONTENDERS = {
-    "local engine": lambda: with_engine(lambda: local.engine(WORKERS)),
+    "local engine": lambda: with_engine(lambda: processes.engine(WORKERS)),
     "Ray engine": lambda: with_engine(lambda: ray.engine(ray.Cluster(workers=WORKERS))),
     "`OptunaSearch`, function trainable": with_optuna_search,
 }

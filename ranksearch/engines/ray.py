@@ -1,8 +1,8 @@
 """The driver's side of the Ray workers: a separate process runs Ray and talks to the driver through a pipe.
 
 Ray ends its own process when it loses the head node, waits forever for resources that the cluster does not have, and writes
-to the screen. So it runs in a process of its own (`tune.py`), and the driver sees only messages, errors, or a closed pipe. No
-module but `tune.py` imports Ray.
+to the screen. So it runs in a process of its own (`ray_process.py`), and the driver sees only messages, errors, or a closed pipe. No
+module but `ray_process.py` imports Ray.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ def _start(cluster: Cluster, scratch: str) -> tuple[Connection, subprocess.Popen
     environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
     environment.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(HEAD_SECONDS))
     process = subprocess.Popen(
-        [sys.executable, "-c", "from ranksearch.engines.tune import main; main()", str(there.fileno()), scratch],
+        [sys.executable, "-c", "from ranksearch.engines.ray_process import main; main()", str(there.fileno()), scratch],
         env=environment,
         pass_fds=[there.fileno()],
         stdin=subprocess.PIPE,

@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from ranksearch.engines.base import Crash, Evaluate, Messages
-from ranksearch.engines.shared import unpack
+from ranksearch.engines.shared_memory import unpack
 from ranksearch.errors import described, unloadable
 
 

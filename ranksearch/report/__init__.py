@@ -21,13 +21,13 @@ def write_report(record: StudyRecord, folder: Path) -> Path:
         StudyError: a file cannot be written.
     """
     # Imported here: the drawing libraries take a quarter of a second, which would delay the start of a study.
-    from ranksearch.report import charts, markdown, page, summary, tables
+    from ranksearch.report import charts, json_and_csv, markdown, page, summary
 
     # The page comes last, so that every file it links to exists before it.
     contents: dict[str, str | bytes] = {
-        "front.json": tables.front_json(record),
-        "front.csv": tables.front_csv(record),
-        "trials.csv": tables.trials_csv(record),
+        "front.json": json_and_csv.front_json(record),
+        "front.csv": json_and_csv.front_csv(record),
+        "trials.csv": json_and_csv.trials_csv(record),
         **{name: charts.picture(record, cost) for name, cost in summary.pictures(record).items()},
         "report.md": markdown.markdown(record),
         "report.html": page.html(record),

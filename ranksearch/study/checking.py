@@ -16,7 +16,7 @@ from ranksearch.compress.surgery import copied
 from ranksearch.compress.weights import check_state, digest_of
 from ranksearch.console import View
 from ranksearch.data import batches, check_splits, example
-from ranksearch.engines.shared import check_portable
+from ranksearch.engines.shared_memory import check_portable
 from ranksearch.errors import SpecError, StudyError
 from ranksearch.latency.table import Table
 from ranksearch.plan import Plan

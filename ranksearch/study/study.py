@@ -16,7 +16,7 @@ from ranksearch.compress.profile import Profile, profile
 from ranksearch.compress.whitening import inputs_wanted
 from ranksearch.console import Silent, View
 from ranksearch.data import sample_inputs
-from ranksearch.engines import local, ray
+from ranksearch.engines import processes, ray
 from ranksearch.engines.base import Engine
 from ranksearch.plan import Plan
 from ranksearch.report import write_report
@@ -215,4 +215,4 @@ def _engine(options: Options, device: torch.device) -> Engine:
         return ray.engine(ray.Cluster(chosen.address, chosen.workers, chosen.cpus_per_trial, chosen.gpus_per_trial))
     # One worker by default on a GPU, since all workers would share its memory.
     default_workers = 1 if device.type != "cpu" else os.cpu_count() or 1
-    return local.engine(default_workers if chosen.workers is None else chosen.workers)
+    return processes.engine(default_workers if chosen.workers is None else chosen.workers)

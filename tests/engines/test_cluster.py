@@ -21,7 +21,7 @@ from ray.exceptions import RayActorError
 
 from ranksearch.cli import main
 from ranksearch.console import Plain
-from ranksearch.engines import ray, tune
+from ranksearch.engines import ray, ray_process
 from ranksearch.errors import ModelError, StudyError
 from ranksearch.plan import Plan
 from ranksearch.results.attributes import read_trials
@@ -298,7 +298,7 @@ def test_both_engines_give_the_same_records(bare, finished, tmp_path):
 
 def refused_by_a_node(evaluate):
     with pytest.raises(ModelError) as caught:
-        next(tune._unpacked(evaluate)(Job(0, Plan(), seed=0)))
+        next(ray_process._unpacked(evaluate)(Job(0, Plan(), seed=0)))
     return str(caught.value)
 
 
@@ -335,8 +335,8 @@ ModuleNotFoundError: No module named 'ranksearch'
 def test_a_node_that_lacks_this_package_is_refused_and_a_killed_worker_is_lost(tmp_path):
     """With the error text of Ray 2.60 on a node whose workers cannot import ranksearch."""
     here, there = Pipe()
-    board = tune._RunningJobs(there)
-    scheduler = tune._Scheduler(board)
+    board = ray_process._RunningJobs(there)
+    scheduler = ray_process._Scheduler(board)
     for error in (RayActorError(error_msg=PAGE, actor_init_failed=True), RayActorError(error_msg="killed"), None):
         here.send(ray.SealedJob(5, b""))
         board.draw("1")
@@ -358,15 +358,15 @@ def test_a_node_that_lacks_this_package_is_refused_and_a_killed_worker_is_lost(t
 )
 def test_a_trial_lies_on_one_gpu_or_on_whole_ones(monkeypatch, gpus, each, trials):
     node = {"Alive": True, "Resources": {"CPU": 64, "GPU": gpus}}
-    monkeypatch.setattr(tune.ray, "nodes", lambda: [node])
-    assert tune._slots(ray.Cluster("head:6379", cpus=2, gpus=each)) == trials
+    monkeypatch.setattr(ray_process.ray, "nodes", lambda: [node])
+    assert ray_process._slots(ray.Cluster("head:6379", cpus=2, gpus=each)) == trials
 
 
 def test_a_cluster_without_nodes_is_waited_for_and_given_up(monkeypatch):
     clock, nodes = iter(range(0, 1000, 50)), iter([1, 0, 0, 2, 0, 0, 0])
-    monkeypatch.setattr(tune, "_slots", lambda cluster: next(nodes))
-    monkeypatch.setattr(tune.time, "monotonic", lambda: float(next(clock)))
-    searcher = tune._Searcher(tune._RunningJobs(None), ray.Cluster("head:6379"))
+    monkeypatch.setattr(ray_process, "_slots", lambda cluster: next(nodes))
+    monkeypatch.setattr(ray_process.time, "monotonic", lambda: float(next(clock)))
+    searcher = ray_process._Searcher(ray_process._RunningJobs(None), ray.Cluster("head:6379"))
     assert [searcher._places() for _ in range(6)] == [1, 0, 0, 2, 0, 0]
     words = r"The Ray cluster at head:6379 must have a node that can run a trial, but has had none for 120 s; run the same"
     with pytest.raises(StudyError, match=words):

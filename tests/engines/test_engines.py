@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from ranksearch.engines import local, ray
+from ranksearch.engines import processes, ray
 from ranksearch.errors import ModelError, PlanError, StudyError
 from ranksearch.plan import Plan
 from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
@@ -60,7 +60,7 @@ def kept():
 
         def get(which):
             if which not in made:
-                fresh = ray.engine(ray.Cluster(workers=2)) if which == "ray" else local.engine(which)
+                fresh = ray.engine(ray.Cluster(workers=2)) if which == "ray" else processes.engine(which)
                 made[which] = stack.enter_context(fresh)
             return made[which]
 
@@ -141,7 +141,7 @@ def always():
 def test_workers_that_keep_dying_end_the_run(monkeypatch):
     monkeypatch.setattr("ranksearch.engines.base.MAX_LOST", 2)
     words = r"Workers must survive their trials, but 2 in a row died .*last exit code -9.*--workers 0"
-    with local.engine(1) as engine, pytest.raises(StudyError, match=words):
+    with processes.engine(1) as engine, pytest.raises(StudyError, match=words):
         engine.run(always(), Work(dies_at=7, always=True), on_message=lambda job, m: None, should_stop=lambda: False)
 
 
@@ -186,7 +186,7 @@ def test_a_worker_that_dies_after_a_curve_point_loses_its_job_alone(engine):
 
 DRIVER = """
 import os, signal, sys
-from ranksearch.engines import local, ray
+from ranksearch.engines import processes, ray
 from tests.engines.test_engines import jobs, long_second
 
 def on_message(job, message):
@@ -194,7 +194,7 @@ def on_message(job, message):
         os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
-    with local.engine(1) as engine:
+    with processes.engine(1) as engine:
         engine.run(jobs(2), long_second, on_message=on_message, should_stop=lambda: False)
 """
 
@@ -231,12 +231,14 @@ def test_a_bug_in_the_driver_ends_its_workers(no_child_more):
     def on_message(job, message):
         raise PlanError("in the driver")
 
-    with local.engine(2) as engine, pytest.raises(PlanError, match="in the driver"):
+    with processes.engine(2) as engine, pytest.raises(PlanError, match="in the driver"):
         engine.run(jobs(2), WORK, on_message=on_message, should_stop=lambda: False)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [lambda: local.engine(1), lambda: ray.engine(ray.Cluster(workers=1))], ids=["local", "ray"])
+@pytest.mark.parametrize(
+    "make", [lambda: processes.engine(1), lambda: ray.engine(ray.Cluster(workers=1))], ids=["local", "ray"]
+)
 def test_a_bug_in_a_worker_carries_its_traceback(make):
     with make() as engine, pytest.raises(PlanError, match="no such layer") as caught:
         collect(Work(raises_at=0), 1, engine)
@@ -262,7 +264,7 @@ REFUSED = Loads(refuse_to_load)
 
 
 def refused_by_a_worker(work, capfd):
-    with local.engine(2) as engine, pytest.raises(ModelError) as caught:
+    with processes.engine(2) as engine, pytest.raises(ModelError) as caught:
         collect(work, 3, engine)
     assert capfd.readouterr() == ("", "")
     return str(caught.value)
@@ -297,7 +299,7 @@ def test_torch_that_a_worker_cannot_import(capfd, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_while_it_loads_is_lost(capfd):
-    with local.engine(1) as engine:
+    with processes.engine(1) as engine:
         found = collect(Loads(kill_me), 1, engine)
     assert answers(found) == [(0, "WORKER_LOST", ())]
     assert capfd.readouterr() == ("", "")
@@ -308,7 +310,7 @@ def kill_me():
 
 
 SCRIPT = """
-from ranksearch.engines import local
+from ranksearch.engines import processes
 from ranksearch.results.messages import CurvePoint, Outcome, Result
 from tests.engines.test_engines import answers, collect
 
@@ -317,7 +319,7 @@ def evaluate(job):
     yield Result(Outcome.DONE, (CurvePoint(0, offset + job.seed),))
 
 offset = 3.0
-with local.engine(1) as engine:
+with processes.engine(1) as engine:
     print(answers(collect(evaluate, 2, engine)))
 """
 
@@ -359,10 +361,10 @@ def test_workers_stay_warm_from_run_to_run(engine):
 
 @pytest.mark.slow
 def test_no_worker_outlives_the_engine(no_child_more):
-    with local.engine(2) as engine:
+    with processes.engine(2) as engine:
         collect(WORK, 3, engine)
 
 
 def test_workers_fill_the_cores_with_one_thread_each(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    assert [local.threads_for(workers) for workers in (1, 2, 3, 8, 20)] == [8, 4, 2, 1, 1]
+    assert [processes.threads_for(workers) for workers in (1, 2, 3, 8, 20)] == [8, 4, 2, 1, 1]

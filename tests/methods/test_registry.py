@@ -14,7 +14,7 @@ import torch
 import ranksearch
 from ranksearch.compress.inventory import inventory
 from ranksearch.compress.surgery import factorize_
-from ranksearch.engines import local
+from ranksearch.engines import processes
 from ranksearch.errors import PlanError, SpecError
 from ranksearch.methods import METHODS, Method, Part, register_method
 from ranksearch.plan import KINDS, SVD, TT, Factorization, Plan
@@ -138,7 +138,7 @@ class Named:
 @pytest.mark.slow
 def test_a_plan_reaches_a_worker_with_a_class_that_cannot_be_imported(forgotten):
     jobs = iter([Job(0, Plan.of({"conv": odd().kind(1)}), 0)])
-    with local.engine(1) as engine, pytest.raises(PlanError, match="Odd"):
+    with processes.engine(1) as engine, pytest.raises(PlanError, match="Odd"):
         engine.run(jobs, Named(), on_message=lambda job, message: None, should_stop=lambda: False)
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from ranksearch.engines import local, shared
-from ranksearch.engines.shared import check_portable, pack, unpack
+from ranksearch.engines import processes, shared_memory
+from ranksearch.engines.shared_memory import check_portable, pack, unpack
 from ranksearch.errors import DataError, ModelError, StudyError
 from ranksearch.plan import Plan
 from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
@@ -91,7 +91,7 @@ def test_a_worker_gets_what_was_sent(without, monkeypatch):
     """Tensors and arrays of every kind in a user's data set, with and without the features of Linux."""
     if without:
         monkeypatch.delattr(os, without)
-        monkeypatch.setattr(shared, "_mappings", list)
+        monkeypatch.setattr(shared_memory, "_mappings", list)
     given = [*tensors(), *arrays()]
     for one, other in zip(given, sent(Mine(given=given)).parts[0]["given"], strict=True):
         if getattr(one, "is_sparse", False):
@@ -207,7 +207,7 @@ def test_no_room_for_the_copy(monkeypatch):
         def write(self, data):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shared, "_anonymous_file", Full)
+    monkeypatch.setattr(shared_memory, "_anonymous_file", Full)
     words = (
         r"A second copy of data, model and factors \(8 MB\) must fit into memory for the workers, but does not \(\[Errno 28\] No space left "
         r"on device\); free some, or run the trials in this process with --workers 0"
@@ -258,7 +258,7 @@ def test_two_workers_share_one_copy_and_no_writes(tmp_path):
         folder = tmp_path / str(count)
         folder.mkdir()
         told = {}
-        with local.engine(2) as engine:
+        with processes.engine(2) as engine:
             engine.run(
                 (Job(key, Plan(), seed=key) for key in range(2)), Writes(data, folder),
                 on_message=lambda job, m, told=told: told.setdefault(job.key, []).append(m), should_stop=lambda: False,

@@ -1,6 +1,6 @@
 """The local workers: processes on this machine that live from the first job to the last, or this process itself.
 
-A worker maps data, dense model and prepared factors into its memory (`shared.py`) and then receives one job at a time
+A worker maps data, dense model and prepared factors into its memory (`shared_memory.py`) and then receives one job at a time
 (`worker.py`). Each has its own pipe for learning-curve points and results, so a worker that dies loses only its job. A worker
 ends when its driver ends for whatever reason, even in the middle of a job.
 
@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection, wait
 import cloudpickle
 
 from ranksearch.engines.base import Crash, Engine, Evaluate, Messages, Workers
-from ranksearch.engines.shared import Packed, pack
+from ranksearch.engines.shared_memory import Packed, pack
 from ranksearch.errors import ModelError
 from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
 
