@@ -1,8 +1,8 @@
 """The driver's side of the Ray workers: a separate process runs Ray and talks to the driver through a pipe.
 
 Ray ends its own process when it loses the head node, waits forever for resources that the cluster does not have, and writes
-to the screen. So it runs in a process of its own (`ray_process.py`), and the driver sees only messages, errors, or a closed pipe. No
-module but `ray_process.py` imports Ray.
+to the screen. So it runs in a process of its own (`ray_process.py`, which alone
+imports Ray), and the driver sees only messages, errors, or a closed pipe.
 """
 
 from __future__ import annotations
