@@ -47,28 +47,38 @@ def why_not_replaced(model: nn.Module, names: Sequence[str], reference: Pass) ->
     """
     if not names:
         return {}
-    failed = ""
-    with _standing_in(model, names) as stand_ins:
-        try:
-            outputs = tensors_of(reference.run())
-        except Exception as error:
-            failed = f"the forward fails when it is replaced ({type(error).__name__}: {first_line(error)})"
-    reasons = {}
-    for name, stand_in in stand_ins.items():
-        if stand_in.attributes_read:
-            reasons[name] = f"its {stand_in.attributes_read[0]} is also used outside the layer"
-        elif not failed and not stand_in.called:
-            reasons[name] = UNCALLED
-    if not failed and not reasons and not reference.matches(outputs):
-        # For example, because the forward checks a layer's type.
-        failed = "the forward gives another result when it is replaced"
-    if failed and len(names) == 1:
-        return {names[0]: failed}
-    if failed:
+    reasons, failure = _run_with_stand_ins(model, names, reference)
+    if failure and len(names) == 1:
+        return {names[0]: failure}
+    if failure:
         half = len(names) // 2
         return why_not_replaced(model, names[:half], reference) | why_not_replaced(model, names[half:], reference)
     rest = [name for name in names if name not in reasons]
     return reasons | (why_not_replaced(model, rest, reference) if reasons else {})
+
+
+def _run_with_stand_ins(model: nn.Module, names: Sequence[str], reference: Pass) -> tuple[dict[str, str], str]:
+    """Run the model with stand-ins for these layers.
+
+    Returns:
+        By layer, the reason why it cannot be replaced; and why not all of them can be, or "".
+    """
+    with _standing_in(model, names) as stand_ins:
+        try:
+            outputs = tensors_of(reference.run())
+        except Exception as error:
+            return {}, f"the forward fails when it is replaced ({type(error).__name__}: {first_line(error)})"
+    reasons = {name: reason for name, stand_in in stand_ins.items() if (reason := _why_not_replaced(stand_in))}
+    # Outputs may differ because the forward checks a layer's type, for example.
+    differs = not reasons and not reference.matches(outputs)
+    return reasons, "the forward gives another result when it is replaced" if differs else ""
+
+
+def _why_not_replaced(stand_in: _StandIn) -> str:
+    """Why a layer cannot be replaced, after a run of the model with its stand-in; empty if it can be."""
+    if stand_in.attributes_read:
+        return f"its {stand_in.attributes_read[0]} is also used outside the layer"
+    return "" if stand_in.called else UNCALLED
 
 
 def tensors_of(outputs: Any) -> list[Tensor]:

@@ -127,7 +127,13 @@ class Ledger:
         """Yield jobs until `trials` trials are trained or running, or `MAX_UNTRAINED` trials in a row needed no training."""
         while self.finished() + len(self._running) < trials and self._untrained_in_a_row() < MAX_UNTRAINED:
             opened = self._ask()
-            if not self._settle(opened):
+            if (earlier := self._earlier(opened.plan)) is not None:
+                self._tell_duplicate(opened, earlier)
+            elif (number := self._running_number(opened.plan)) is not None:
+                self._duplicates.append((number, opened))
+            elif (outcome := self._refusal(opened.plan)) is not None:
+                self._on_untrained(self._tell(opened.trial, self._record(opened, Result(outcome))))
+            else:
                 self._running[opened.trial.number] = opened
                 yield Job(opened.trial.number, opened.plan, self.seed_of(opened.index))
 
@@ -206,27 +212,22 @@ class Ledger:
                 return f"{name!r} must be {_range(kind)}, but is {params[name]!r}"
         return None
 
-    def _settle(self, opened: _Open) -> bool:
-        """Settle a trial without a job if its plan is known, is training now, is dense or is over a size limit; returns whether
-        it did."""
-        plan, trial = opened.plan, opened.trial
-        earlier = next((r for r in self.records() if r.plan == plan and r.outcome is Outcome.DONE), None)
-        if earlier is None and self._losses(plan) >= MAX_TRIES:
-            earlier = next(r for r in self.records() if r.plan == plan and r.outcome is Outcome.WORKER_LOST)
-        running = next((number for number, other in self._running.items() if other.plan == plan), None)
-        record = self._record(opened, Result(Outcome.OVER_BUDGET))
-        if earlier is not None:
-            self._tell_duplicate(opened, earlier)
-        elif running is not None:
-            self._duplicates.append((running, opened))
-        elif not plan.layers:
+    def _earlier(self, plan: Plan) -> TrialRecord | None:
+        """The trial whose result a new trial of the same plan gets: a finished one, or one that lost too many workers."""
+        final = [Outcome.DONE, Outcome.WORKER_LOST] if self._losses(plan) >= MAX_TRIES else [Outcome.DONE]
+        earlier = [record for record in self.records() if record.plan == plan and record.outcome in final]
+        return min(earlier, key=lambda record: final.index(record.outcome), default=None)
+
+    def _running_number(self, plan: Plan) -> int | None:
+        """The number of the running trial of this plan."""
+        return next((number for number, other in self._running.items() if other.plan == plan), None)
+
+    def _refusal(self, plan: Plan) -> Outcome | None:
+        """The outcome of a plan that is not trained: the dense plan, and plans over a size limit."""
+        if not plan.layers:
             # Every other plan is smaller than dense: the space holds only factorizations that make their layer smaller.
-            self._on_untrained(self._tell(trial, replace(record, outcome=Outcome.NOT_SMALLER)))
-        elif self._limits.excess(record):
-            self._on_untrained(self._tell(trial, record))
-        else:
-            return False
-        return True
+            return Outcome.NOT_SMALLER
+        return Outcome.OVER_BUDGET if self._limits.excess(size_of(plan, self._inventory)) else None
 
     def _tell_duplicate(self, opened: _Open, earlier: TrialRecord) -> None:
         """Tell a trial the result of an earlier trial of the same plan."""

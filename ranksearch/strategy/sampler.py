@@ -28,7 +28,7 @@ from ranksearch.strategy.finalists import floor_of
 from ranksearch.strategy.prior import RANK_SCALES, vbmf_plans
 from ranksearch.strategy.sensitivity import predicted_choices
 from ranksearch.strategy.space import SearchSpace
-from ranksearch.strategy.surrogate import LOG_WEIGHT_PRIOR_STD, MAX_RECORDS, Rows, Surrogate, Table, Values
+from ranksearch.strategy.surrogate import LOG_WEIGHT_PRIOR_STD, MAX_RECORDS, Rows, Surrogate, Table, Values, fit
 
 MIN_TRIALS_FOR_SURROGATE = 4
 """The number of finished trials from which the sampler "rank" fits a surrogate."""
@@ -183,35 +183,38 @@ class RankSampler(BaseSampler):
         table = self._knowledge.table
         # Skips incomplete trials: the one being asked for has no parameters yet, and one of a killed run may have only some.
         trials = [t for t in study.get_trials(deepcopy=False, states=NOT_QUEUED) if t.params.keys() == search_space.keys()]
-        done = [t for t in trials if t.state is TrialState.COMPLETE]
+        done, running = ([t for t in trials if t.state is state] for state in (TrialState.COMPLETE, TrialState.RUNNING))
         points = np.array([t.values for t in done]).reshape(-1, 1 + len(table.minimize))
         floor = self._knowledge.floor(points[:, 0])
-        tried, running = self._rows(done), self._rows([t for t in trials if t.state is TrialState.RUNNING])
-        # Without a surrogate, the weights on the layers' loss increases come from their prior.
-        weights = self._rng.lognormal(0.0, LOG_WEIGHT_PRIOR_STD, (SAMPLED_FRONTS, len(table.layers)))
-        surrogate = None
-        if len(done) >= MIN_TRIALS_FOR_SURROGATE:
-            ranks, numbers = pareto.ranks(points), np.arange(len(points))
-            # Within a rank the newest trials come first, since the next proposals will be near them.
-            nearest = np.lexsort((-numbers, ranks))[:MAX_RECORDS]
-            nearest = nearest[np.lexsort((nearest, ranks[nearest]))]
-            surrogate = Surrogate(
-                table, tried[nearest], points[nearest, 0], dense_score=self._knowledge.dense_score, floor=floor, seed=self._seed
-            )
-            weights = surrogate.weights[:SAMPLED_FRONTS]
-        above_floor = points[:, 0] >= floor
-        plans = self._plans(tried[above_floor][pareto.front(points[above_floor])], weights, self._seen(trials))
+        surrogate = self._surrogate(self._rows(done), points, floor)
+        parents = _front_above(floor, self._rows(done), points)
+        plans = self._plans(parents, self._weights(surrogate), self._seen(trials))
         if not len(plans):
             return {}
         if surrogate is None:
             return self._knowledge.space.params(table.plan(self._rng.choice(plans)))
-        if len(running):
-            # Running trials count as finished with their expected scores, so that proposals spread.
-            expected = surrogate.top - np.exp(surrogate.expect(running)[0])
-            points = np.concatenate([points, np.column_stack([expected, table.log_ratios(running)])])
+        points = np.concatenate([points, _expected_points(surrogate, self._rows(running))])
         mean, std = surrogate.expect(plans)
         gains = expected_gains(mean, std, table.log_ratios(plans), points, top=surrogate.top, floor=floor)
         return self._knowledge.space.params(table.plan(plans[int(np.argmax(gains))]))
+
+    def _surrogate(self, tried: Rows, points: Values, floor: float) -> Surrogate | None:
+        """A surrogate fitted to the finished trials nearest to the front; None if there are too few trials."""
+        if len(tried) < MIN_TRIALS_FOR_SURROGATE:
+            return None
+        ranks, numbers = pareto.ranks(points), np.arange(len(points))
+        # Within a rank the newest trials come first, since the next proposals will be near them.
+        nearest = np.lexsort((-numbers, ranks))[:MAX_RECORDS]
+        nearest = nearest[np.lexsort((nearest, ranks[nearest]))]
+        known, dense_score = self._knowledge, self._knowledge.dense_score
+        return fit(known.table, tried[nearest], points[nearest, 0], dense_score=dense_score, floor=floor, seed=self._seed)
+
+    def _weights(self, surrogate: Surrogate | None) -> Values:
+        """(fronts, layers): weights on the layers' loss increases, from their posterior, or from their prior without a
+        surrogate."""
+        # Drawn in any case, so that the random numbers that follow are the same ones.
+        prior = self._rng.lognormal(0.0, LOG_WEIGHT_PRIOR_STD, (SAMPLED_FRONTS, len(self._knowledge.table.layers)))
+        return prior if surrogate is None else surrogate.weights[:SAMPLED_FRONTS]
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -266,6 +269,20 @@ class RankSampler(BaseSampler):
         """Mixtures of two plans of `parents`: each layer comes from one of the two at random."""
         first, second = self._rng.choice(parents, MIXED_PLANS), self._rng.choice(parents, MIXED_PLANS)
         return np.where(self._rng.random(first.shape) < 0.5, first, second)
+
+
+def _front_above(floor: float, tried: Rows, points: Values) -> Rows:
+    """The plans of the measured front, of those with scores from the floor on."""
+    above = points[:, 0] >= floor
+    return tried[above][pareto.front(points[above])]
+
+
+def _expected_points(surrogate: Surrogate, running: Rows) -> Values:
+    """The expected scores and the log ratios of running trials, which count as finished so that proposals spread."""
+    log_ratios = surrogate.table.log_ratios(running)
+    if not len(running):
+        return np.empty((0, 1 + log_ratios.shape[1]))
+    return np.column_stack([surrogate.top - np.exp(surrogate.expect(running)[0]), log_ratios])
 
 
 def expected_gains(mean: Values, std: Values, log_ratios: Values, points: Values, *, top: float, floor: float) -> Values:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,10 @@ from ranksearch.plan import Dense, Factorization, Plan
 from ranksearch.results.objectives import Price, prices
 from ranksearch.strategy.predicted_front import Choice, edges
 from ranksearch.strategy.space import Size
+
+if TYPE_CHECKING:
+    from sklearn.ensemble import ExtraTreesRegressor
+    from sklearn.isotonic import IsotonicRegression
 
 Rows: TypeAlias = NDArray[np.intp]
 """Plans as an array (plans, layers): the index of each layer's choice in `Table.values`, 0 for dense."""
@@ -163,58 +168,38 @@ def _by_method(values: Sequence[Factorization]) -> dict[type[Factorization], tup
     return {kind: (indices, np.array([values[i].ranks for i in indices], dtype=float)) for kind, indices in kinds.items()}
 
 
+@dataclass(frozen=True)
 class Surrogate:
-    """Predicts the scores of plans from the finished trials.
+    """Predicts the scores of plans from the finished trials. Made by `fit`.
 
     It predicts log(`top` - score), the log of the score drop, in three steps:
     1. A weight for each layer's predicted loss increase: training recovers the increases of some layers better than those of
        others. Ridge regression around 1.
     2. Isotonic regression of the log drop on the log of the weighted sum: a larger loss increase never predicts a smaller drop.
     3. Extremely randomised trees (Geurts et al. 2006) for the residuals, above all for interactions of layers.
-
-    Args:
-        table: the choices of each layer.
-        rows: the plans of the finished trials (plans, layers).
-        scores: their scores (plans,).
-        dense_score: score of the dense model.
-        floor: scores below it do not count.
-        seed: seed of all random numbers.
     """
 
-    def __init__(self, table: Table, rows: Rows, scores: Values, *, dense_score: float, floor: float, seed: int) -> None:
-        # Imported here: scikit-learn takes a second to import, and only the driver uses a surrogate.
-        from sklearn.ensemble import ExtraTreesRegressor
-        from sklearn.isotonic import IsotonicRegression
-
-        # Plans may score higher than the dense model, so drops are measured from the highest score within reach.
-        reach = max(dense_score, floor, float(scores.max()) - SCORE_RESOLUTION / 2)
-        self._table, self.top = table, reach + SCORE_RESOLUTION
-        max_drop = MAX_RELATIVE_DROP * max(reach - min(floor, dense_score), SCORE_RESOLUTION)
-        drops = np.log(np.clip(reach - scores, 0.0, max_drop) + SCORE_RESOLUTION)
-        loss_increases, self._tried_sizes = table.loss_increases_of(rows), table.shrunk(rows)
-        self._log_weights, covariance_root = _log_weights(loss_increases, drops)
-        normal = np.random.default_rng(seed).standard_normal((TREES, len(self._log_weights)))
-        self.weights = np.exp(self._log_weights + normal @ covariance_root.T)
-        """(guesses, layers): samples from the posterior of the layers' weights, one sample for each tree."""
-        log_increases = _log(loss_increases @ np.exp(self._log_weights))
-        self._trend = IsotonicRegression(out_of_bounds="clip").fit(log_increases, drops)
-        self._trees = ExtraTreesRegressor(
-            TREES, min_samples_leaf=MIN_RECORDS_PER_LEAF, max_features="sqrt", bootstrap=True, oob_score=True, random_state=seed
-        )
-        residuals = drops - self._trend.predict(log_increases)
-        self._trees.fit(self._features(rows), residuals)
-        predicted = self._trend.predict(log_increases) + self._trees.oob_prediction_
-        errors = (np.exp(predicted) - np.exp(drops))[scores > floor]
-        prior_sum = SCORE_NOISE_PRIOR_STD**2 * SCORE_NOISE_PRIOR_RECORDS
-        self._noise = math.sqrt((prior_sum + float(np.sum(errors**2))) / (SCORE_NOISE_PRIOR_RECORDS + len(errors)))
+    table: Table
+    tried: Rows
+    """The plans it was fitted to (plans, layers)."""
+    top: float
+    """A value above every score, from which drops are measured."""
+    log_weights: Values
+    """(layers,): the logs of the layers' most likely weights."""
+    weights: Values
+    """(guesses, layers): samples from the posterior of the layers' weights, one sample for each tree."""
+    trend: IsotonicRegression
+    trees: ExtraTreesRegressor
+    noise: float
+    """The standard deviation of the noise of a score."""
 
     def expect(self, rows: Rows) -> tuple[Values, Values]:
         """Mean and standard deviation (plans,) of log(`top` - score), from the model's uncertainty and the noise of scores."""
-        loss_increases = self._table.loss_increases_of(rows)
-        features = np.ascontiguousarray(self._features(rows), dtype=np.float32)
-        residuals = np.stack([tree.tree_.predict(features)[:, 0] for tree in self._trees.estimators_])
-        guesses = residuals + self._trend.predict(_log(self.weights @ loss_increases.T).ravel()).reshape(residuals.shape)
-        mean, noise = guesses.mean(0), self._noise / np.exp(guesses.mean(0))
+        loss_increases = self.table.loss_increases_of(rows)
+        features = np.ascontiguousarray(_features(self.table, rows, self.log_weights), dtype=np.float32)
+        residuals = np.stack([tree.tree_.predict(features)[:, 0] for tree in self.trees.estimators_])
+        guesses = residuals + self.trend.predict(_log(self.weights @ loss_increases.T).ravel()).reshape(residuals.shape)
+        mean, noise = guesses.mean(0), self.noise / np.exp(guesses.mean(0))
         return mean, np.sqrt(guesses.var(0) + self._novelty(rows) * noise**2) + MIN_STD
 
     def _novelty(self, rows: Rows) -> Values:
@@ -227,13 +212,59 @@ class Surrogate:
         # Imported here for the same reason as scikit-learn.
         from scipy.spatial.distance import cdist
 
-        nearest = cdist(self._table.shrunk(rows), self._tried_sizes).min(axis=1)
+        nearest = cdist(self.table.shrunk(rows), self.table.shrunk(self.tried)).min(axis=1)
         return np.asarray(1.0 - np.exp(-((nearest / NOISE_LENGTH_SCALE) ** 2)))
 
-    def _features(self, rows: Rows) -> Values:
-        return np.concatenate(
-            [_log(self._table.loss_increases_of(rows) @ np.exp(self._log_weights))[:, None], self._table.features(rows)], axis=1
-        )
+
+def fit(table: Table, rows: Rows, scores: Values, *, dense_score: float, floor: float, seed: int) -> Surrogate:
+    """Fit a surrogate to finished trials.
+
+    Args:
+        table: the choices of each layer.
+        rows: the plans of the finished trials (plans, layers).
+        scores: their scores (plans,).
+        dense_score: score of the dense model.
+        floor: scores below it do not count.
+        seed: seed of all random numbers.
+    """
+    # Imported here: scikit-learn takes a second to import, and only the driver uses a surrogate.
+    from sklearn.isotonic import IsotonicRegression
+
+    # Plans may score higher than the dense model, so drops are measured from the highest score within reach.
+    reach = max(dense_score, floor, float(scores.max()) - SCORE_RESOLUTION / 2)
+    max_drop = MAX_RELATIVE_DROP * max(reach - min(floor, dense_score), SCORE_RESOLUTION)
+    drops = np.log(np.clip(reach - scores, 0.0, max_drop) + SCORE_RESOLUTION)
+    loss_increases = table.loss_increases_of(rows)
+    log_weights, covariance_root = _log_weights(loss_increases, drops)
+    normal = np.random.default_rng(seed).standard_normal((TREES, len(log_weights)))
+    log_increases = _log(loss_increases @ np.exp(log_weights))
+    trend = IsotonicRegression(out_of_bounds="clip").fit(log_increases, drops)
+    trees = _fit_trees(_features(table, rows, log_weights), drops - trend.predict(log_increases), seed)
+    predicted = trend.predict(log_increases) + trees.oob_prediction_
+    noise = _noise((np.exp(predicted) - np.exp(drops))[scores > floor])
+    weights = np.exp(log_weights + normal @ covariance_root.T)
+    return Surrogate(table, rows, reach + SCORE_RESOLUTION, log_weights, weights, trend, trees, noise)
+
+
+def _fit_trees(features: Values, residuals: Values, seed: int) -> ExtraTreesRegressor:
+    from sklearn.ensemble import ExtraTreesRegressor
+
+    trees = ExtraTreesRegressor(
+        TREES, min_samples_leaf=MIN_RECORDS_PER_LEAF, max_features="sqrt", bootstrap=True, oob_score=True, random_state=seed
+    )
+    return trees.fit(features, residuals)
+
+
+def _noise(errors: Values) -> float:
+    """The standard deviation of the noise of a score, from the errors of predicted scores and a prior."""
+    prior_sum = SCORE_NOISE_PRIOR_STD**2 * SCORE_NOISE_PRIOR_RECORDS
+    return math.sqrt((prior_sum + float(np.sum(errors**2))) / (SCORE_NOISE_PRIOR_RECORDS + len(errors)))
+
+
+def _features(table: Table, rows: Rows, log_weights: Values) -> Values:
+    """(plans, 1 + 2 * layers): the log of the weighted sum of loss increases, and the table's features."""
+    total = _log(table.loss_increases_of(rows) @ np.exp(log_weights))
+    return np.concatenate([total[:, None], table.features(rows)], axis=1)
 
 
 def _log(loss_increases: Values) -> Values:

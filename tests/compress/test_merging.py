@@ -20,14 +20,12 @@ from ranksearch.errors import PlanError
 from ranksearch.plan import CP, CP4, SVD, TT, Plan, Spatial, Tucker2
 from tests import nets
 from tests.compress.test_surgery import INPUTS, PLAN, assert_same_state, net
-from tests.geometries import BY_NAME, FEWER_PAIRS, PAIRS, assert_close, given_geometry, some_ranks
+from tests.geometries import BY_NAME, PAIRS, assert_close, given_geometry, some_ranks
 from tests.nets import normal
 
 # torch warns that an even kernel with padding 'same' pads one side more, as intended.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
-contract = pytest.mark.parametrize(
-    ("geometry", "name"), [pytest.param(*pair, marks=() if pair in FEWER_PAIRS else pytest.mark.slow) for pair in PAIRS]
-)
+contract = pytest.mark.parametrize(("geometry", "name"), PAIRS)
 
 
 @contract

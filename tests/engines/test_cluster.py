@@ -155,7 +155,7 @@ def test_something_else_listens(study_file, capsys, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         told = refused(capsys, "--address", address)
-    assert told.startswith(f"The Ray cluster at {address} must answer within 1 s, but does not; `ray status`")
+    assert told.startswith(f"The Ray cluster at {address} must answer within 1 s, but does not; check with `ray status`")
 
 
 @pytest.mark.slow

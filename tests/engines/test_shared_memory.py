@@ -210,7 +210,7 @@ def test_no_room_for_the_copy(monkeypatch):
     monkeypatch.setattr(shared_memory, "_anonymous_file", Full)
     words = (
         r"A second copy of data, model and factors \(8 MB\) must fit into memory for the workers, but does not \(\[Errno 28\] No space left "
-        r"on device\); free some, or run the trials in this process with --workers 0"
+        r"on device\); free some memory, or run the trials in this process with --workers 0"
     )
     with pytest.raises(StudyError, match=words):
         pack(torch.zeros(2_000_000))

@@ -152,7 +152,7 @@ def test_a_study_with_limits(tmp_path):
     assert max(t.score for t in high.trials if t.finalist) == best
     rows = json.loads((out / "front.json").read_text())
     assert [row["within_limits"] for row in rows["front"]] == [False] * len(high.shown)
-    assert rows["limits"] == {"min_score": 1.0, "min_ratio": 4.0, "max_params": None, "max_macs": None}
+    assert rows["limits"] == {"min_score": 1.0, "min_ratio": 4.0, "max_params": None, "max_macs": None, "max_latency_ms": None}
     assert high.notes[0] in (out / "report.html").read_text()
 
 

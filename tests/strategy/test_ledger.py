@@ -103,7 +103,7 @@ def test_a_search_that_found_nothing_within_its_limits_goes_on_within_wider_ones
     books = Books(sampler=sampler, seed=seed, limits=Limits(max_costs={"params": smallest.params}))
     assert books.run(20)._untrained_in_a_row() == many
     asked, trained = len(books.study.trials), len(books.trained)
-    books.arguments |= {"limits": Limits(max_costs={"params": 3 * smallest.params}), "since": asked}
+    books.arguments |= {"limits": Limits(max_costs={"params": 5 * smallest.params}), "since": asked}
     books.run(trained + 8)
     assert len(books.trained) == trained + 8
     assert not any(books.arguments["limits"].excess(trial) for trial in books.trained)
