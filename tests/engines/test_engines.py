@@ -286,7 +286,7 @@ def test_a_module_that_only_the_driver_has(capfd, monkeypatch):
     exec("def evaluate(job): yield", vars(module))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     told = refused_by_a_worker(module.evaluate, capfd)
-    assert "a worker process cannot (ModuleNotFoundError: No module named 'package_of_the_user'); mend" in told
+    assert "a worker process cannot (ModuleNotFoundError: No module named 'package_of_the_user'); fix this" in told
 
 
 @pytest.mark.slow
@@ -294,7 +294,7 @@ def test_torch_that_a_worker_cannot_import(capfd, monkeypatch, tmp_path):
     (tmp_path / "torch.py").write_text("raise OSError('libtorch.so: cannot open shared object file')")
     monkeypatch.syspath_prepend(tmp_path)
     told = refused_by_a_worker(WORK, capfd)
-    assert f"cannot (OSError: libtorch.so: cannot open shared object file, in {tmp_path}/torch.py line 1); mend" in told
+    assert f"cannot (OSError: libtorch.so: cannot open shared object file, in {tmp_path}/torch.py line 1); fix this" in told
 
 
 @pytest.mark.slow
