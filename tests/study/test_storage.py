@@ -1,6 +1,7 @@
 """The storage reads the same record as Optuna's, faster, and waits for a database that cannot be used for now."""
 
 import math
+import re
 import sqlite3
 import time
 from contextlib import closing
