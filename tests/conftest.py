@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from ranksearch.compress.inventory import inventory
 from ranksearch.compress.profile import profile
 from ranksearch.data import example
 from ranksearch.latency import runtimes, timing
-from ranksearch.latency.timing import in_turn
 from ranksearch.plan import CP, SVD, Plan, Tucker2
 from ranksearch.results.messages import Outcome
 from ranksearch.spec import Finalists, Recipe, parse_spec
@@ -76,9 +74,7 @@ PLAN = Plan.of({"conv1": CP(2), "conv2": Tucker2(4, 5), "fc1": SVD(6)})
 def quick_timing(request, monkeypatch):
     """Finalists are timed in one short round, where times are not what is tested."""
     if "latency" not in request.node.path.parts:
-        monkeypatch.setattr(timing, "ROUNDS", 1)
-        monkeypatch.setattr(timing, "SERIES", 1)
-        monkeypatch.setattr(runtimes, "MIN_WINDOW_MS", 0.0)
+        time_once(monkeypatch)
 
 
 def small_spec(*overrides):
@@ -125,8 +121,10 @@ def make_bare(patch):
 
 
 def time_once(patch):
-    """Let studies time their finalists in one round instead of up to 45."""
-    patch.setattr("ranksearch.study.timing.in_turn", partial(in_turn, rounds=1))
+    """Let studies time their finalists in one short round instead of up to 30 longer ones."""
+    patch.setattr(timing, "ROUNDS", 1)
+    patch.setattr(timing, "SERIES", 1)
+    patch.setattr(runtimes, "MIN_WINDOW_MS", 0.0)
 
 
 @pytest.fixture

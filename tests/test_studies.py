@@ -9,7 +9,7 @@ import pytest
 from ranksearch.spec import builtin_studies, load_spec
 from ranksearch.study.options import Local, Options
 from ranksearch.study.study import run_study
-from tests.conftest import make_bare, time_once
+from tests.conftest import make_bare
 from tests.pictures import write_pictures, write_scenes
 
 LAYERS = {"vgg16": "conv1_2", "resnet20": "stage1_1.conv1", "nin": "conv4"}
@@ -46,12 +46,11 @@ def reduced(name, root, trials):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in builtin_studies() if name != "lenet"])
-def test_a_study_starts_resumes_and_reports(name, root, tmp_path, monkeypatch):
+def test_a_study_starts_resumes_and_reports(name, root, tmp_path):
     """`lenet` is left out: it runs as a whole, in the first command of the README."""
     with pytest.MonkeyPatch.context() as patch:
         make_bare(patch)
         first = run_study(reduced(name, root, 1), tmp_path / name, Options(Local(0)))
-    time_once(monkeypatch)
     again = run_study(reduced(name, root, 2), tmp_path / name, Options(Local(0)))
     assert len(again.trials) == 2
     assert again.trials[0].plan == first.trials[0].plan

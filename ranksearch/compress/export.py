@@ -211,7 +211,7 @@ def _onnx(model: nn.Module, inputs: Tensor, opset: int | None) -> ModelProto:
     newest = onnx.defs.onnx_opset_version()
     if opset is not None and not 1 <= opset <= newest:
         raise StudyError(f"--opset must be between 1 and {newest}, the newest that the installed onnx knows, but got {opset}.")
-    with _exporting("onnx"), _quiet():
+    with _exporting("onnx"), quiet_exporter():
         program = torch.onnx.export(
             model, (inputs[:2],), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
             input_names=["input"], output_names=["output"], opset_version=opset,
@@ -240,7 +240,7 @@ def _strip(message: Any) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Silence the exporter, which warns of its own internals and logs tracebacks of attempts that it then replaces."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)

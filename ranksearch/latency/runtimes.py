@@ -5,10 +5,8 @@ from __future__ import annotations
 import abc
 import copy
 import io
-import logging
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from ranksearch.compress.export import quiet_exporter
 from ranksearch.errors import ModelError, SpecError, StudyError, first_line
 from ranksearch.spec import Latency, resolve
 from ranksearch.support.batch import run_model, tensors_in
@@ -179,7 +178,7 @@ def _as_onnx(model: nn.Module, inputs: Any) -> bytes:
     twin = copy.deepcopy(model).cpu().eval()
     buffer = io.BytesIO()
     try:
-        with _quiet(), torch.no_grad():
+        with quiet_exporter(), torch.no_grad():
             batch = tree_map_only(torch.Tensor, torch.Tensor.cpu, inputs)
             torch.onnx.export(twin, (batch,), buffer, dynamo=False)  # type: ignore[arg-type]
     except Exception as error:  # what tracing makes of a user's forward is not foreseen
@@ -192,19 +191,6 @@ def _refused(name: str, error: Exception) -> ModelError:
         f"latency.runtime {name} must take the model, but {type(error).__name__}: {first_line(error)}; choose another "
         "latency.runtime, such as 'torch'."
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter warns of its age, and logs."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _finish(device: torch.device) -> None:

@@ -1,8 +1,8 @@
 """The time of any plan, predicted from a few measurements of each layer.
 
 Each layer is timed by itself, dense and at some ranks of each method. Between those ranks its time is read from a model that is
-linear in its work: multiply-accumulates, values passed between its parts, and a constant for each method, with coefficients
-that are not negative (Idelbayev and Carreira-Perpinan 2021, "Beyond FLOPs in low-rank compression of neural networks"). Then a
+linear in its work: the parts that are built, multiply-accumulates, values passed between parts, with coefficients that are not
+negative (Idelbayev and Carreira-Perpinan 2021, "Beyond FLOPs in low-rank compression of neural networks"). Then a
 few whole plans are timed: they tell what the times of layers add up to. What lies between the layers adds a constant, and
 weights are read from memory, since those of all layers together do not stay in the cache as those of one do.
 """

@@ -135,7 +135,7 @@ class LayerFacts(Counts):
 
 @dataclass(frozen=True, kw_only=True)
 class DenseFacts(Counts):
-    """The dense model: costs by name, scores, and latency for one input."""
+    """The dense model: costs by name, scores, and latencies."""
 
     costs: Mapping[str, float] = field(hash=False)
     score_validation: float

@@ -242,7 +242,7 @@ def test_an_error_that_will_not_pass_is_not_waited_for(tmp_path):
     study = folder.create_study("torn", url, Objectives(), announce=pytest.fail)
     with closing(sqlite3.connect(tmp_path / "study.db")) as connection:
         connection.execute("DROP TABLE study_user_attributes")
-    with pytest.raises(StorageInternalError):
+    with pytest.raises(StorageInternalError, match="An exception is raised during the commit"):
         study.set_user_attr("key", 1)
 
 

@@ -75,6 +75,22 @@ class TestStudy:
 
 
 @pytest.mark.slow
+def test_a_front_of_latencies_is_not_of_another_runtimes(tmp_path, monkeypatch):
+    spec = tiny_spec(*TIMED, "dense.epochs=1", "search.trials=2")
+
+    def fails(*args):
+        raise StudyError("the phone is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(timing, "_time_in", fails)
+        with pytest.raises(StudyError, match="the phone is gone"):
+            run_study(spec, tmp_path, HERE)
+    record = run_study(spec, tmp_path, HERE)
+    assert record.front
+    assert record.facts.dense.timings[0].runtime == "tests.latency.clocks:counting"
+
+
+@pytest.mark.slow
 def test_no_way_to_store_a_layer_is_slower_than_dense(tmp_path):
     spec = tiny_spec(CLOCK, "space.smaller_in=['latency']", "space.rank_multiple=1", "search.trials=3")
     record = run_study(spec, tmp_path, HERE)
