@@ -13,9 +13,9 @@ ROUNDS, MIN_ROUNDS = 10, 3
 MAX_SECONDS = 20.0
 """How long one series of rounds may take, the least number of rounds aside."""
 QUIET_SPREAD = 0.1
-"""The largest median spread of a series that another one is not taken for."""
+"""A series with a median spread above this is taken again."""
 SERIES = 3
-"""How often a series is taken again on a busy machine."""
+"""How many series are taken at most, on a busy machine."""
 
 
 @dataclass(frozen=True)
