@@ -142,14 +142,19 @@ KINDS: dict[str, type[Factorization]] = {kind.method: kind for kind in (Dense, S
 
 @dataclass(frozen=True)
 class Plan:
-    """Map from layer name to factorization; layers that it does not name stay dense. Compares and hashes by content."""
+    """Map from layer name to factorization; layers that it does not name stay dense. Compares and hashes by content.
+
+    `width` names the net that is factorized: 1.0 for the given dense net, otherwise a narrower one made of it by pruning
+    channels, with about this share of its multiply-accumulates.
+    """
 
     layers: tuple[tuple[str, Factorization], ...] = ()
+    width: float = 1.0
 
     @classmethod
-    def of(cls, layers: Mapping[str, Factorization]) -> Plan:
+    def of(cls, layers: Mapping[str, Factorization], width: float = 1.0) -> Plan:
         """The plan for these layers; drops dense layers and sorts by name, so that equal plans compare equal."""
-        return cls(tuple(sorted((name, value) for name, value in layers.items() if not isinstance(value, Dense))))
+        return cls(tuple(sorted((name, value) for name, value in layers.items() if not isinstance(value, Dense))), width)
 
     def __iter__(self) -> Iterator[tuple[str, Factorization]]:
         return iter(self.layers)
@@ -158,10 +163,14 @@ class Plan:
         return dict(self.layers).get(layer, Dense())
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {value}" for name, value in self) or "dense"
+        layers = ", ".join(f"{name} {value}" for name, value in self) or "dense"
+        return layers if self.width == 1 else f"width {self.width:g}: {layers}"
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"format": ..., "layers": {name: {"method": ..., <rank>: ...}}}`, as in `plan.json`."""
+        """`{"format": ..., "width": ..., "layers": {name: {"method": ..., <rank>: ...}}}`, as in `plan.json`.
+
+        The width is left out if it is 1.
+        """
         layers = {
             name: {"method": value.method}
             | dict(zip(value.rank_names(), value.ranks, strict=True))
@@ -169,7 +178,7 @@ class Plan:
             | ({"order": list(value.order)} if value.order else {})
             for name, value in self
         }
-        return {"format": FORMAT, "layers": layers}
+        return {"format": FORMAT} | ({} if self.width == 1 else {"width": self.width}) | {"layers": layers}
 
     def to_json(self) -> str:
         """The plan as indented JSON."""
@@ -180,12 +189,16 @@ class Plan:
         """The plan from the output of `to_dict`.
 
         Raises:
-            PlanError: the format is not `FORMAT`, a method or rank is unknown, or a rank is missing or not positive.
+            PlanError: the format is not `FORMAT`, a method or rank is unknown, a rank is missing or not positive, or the width
+                is not a share.
         """
         if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("layers"), dict):
             got = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise PlanError(f'A plan needs "format": "{FORMAT}" and a "layers" object, but got {got!r}.')
-        return cls.of({name: _factorization(name, entry) for name, entry in data["layers"].items()})
+        width = data.get("width", 1.0)
+        if isinstance(width, bool) or not isinstance(width, int | float) or not 0 < width <= 1:
+            raise PlanError(f"A plan's width must be above 0 and at most 1, but got {width!r}.")
+        return cls.of({name: _factorization(name, entry) for name, entry in data["layers"].items()}, float(width))
 
     @classmethod
     def from_json(cls, text: str) -> Plan:

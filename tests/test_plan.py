@@ -20,7 +20,8 @@ values = st.one_of(
     st.builds(CP4, rank),
     st.just(Dense()),
 )
-plans = st.dictionaries(st.text(min_size=1, max_size=8), values, max_size=6).map(Plan.of)
+widths = st.sampled_from([1.0, 0.7, 0.35])
+plans = st.builds(Plan.of, st.dictionaries(st.text(min_size=1, max_size=8), values, max_size=6), widths)
 
 
 @given(plans)
@@ -39,6 +40,7 @@ def test_order_and_dense_layers_make_no_difference(layers):
 def test_a_plan_reads_as_text():
     assert str(Plan.of({"fc": CP(16, kernel=(6, 6)), "conv": Tucker2(4, 8)})) == "conv Tucker-2 4x8, fc CP 16"
     assert str(Plan()) == "dense"
+    assert str(Plan.of({"fc": SVD(4)}, width=0.5)) == "width 0.5: fc SVD 4"
 
 
 @pytest.mark.parametrize("bad", [0, -1, 1.5, True, "8"])
@@ -79,6 +81,10 @@ def entry(**layer):
         (
             entry(method="tuker2", rank_in=1, rank_out=1),
             "Layer 'conv' must name a known method, but got 'tuker2'. Did you mean 'tucker2'",
+        ),
+        (
+            '{"format": "ranksearch-plan/1", "width": 1.5, "layers": {}}',
+            "A plan's width must be above 0 and at most 1, but got 1.5",
         ),
         (entry(method="cp"), "Layer 'conv': method 'cp' takes rank, but got none"),
         (entry(method="cp", rank=3, extra=1), "Layer 'conv': method 'cp' takes rank, but got extra, rank"),
