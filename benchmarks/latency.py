@@ -33,7 +33,7 @@ from ranksearch.compress.surgery import copied, factorize_
 from ranksearch.latency.runtimes import OnnxRuntime, Runtime, Torch
 from ranksearch.latency.table import latency_table, random_factors
 from ranksearch.latency.timing import in_turn
-from ranksearch.methods import Method, RankConstraints
+from ranksearch.methods import FEWER_PARAMS, Method, RankConstraints
 from ranksearch.models import lenet, nin, vgg16
 from ranksearch.plan import Plan
 from ranksearch.spec import TIMED_RANK_MULTIPLE, Space
@@ -142,35 +142,42 @@ def choice_table(nets: Sequence[Net]) -> list[str]:
     """Plans of equal predicted loss, chosen for the latency, the multiply-accumulates or the parameters."""
     said(
         f"\nPlans of one sum of squared relative errors, that of the plan predicted {SPEED_UP:g} times faster than dense; "
-        "chosen for each cost:\n"
+        "chosen for each cost. Studies that minimise multiply-accumulates or parameters have ranks of any size; the last two "
+        "columns compare with plans of the ranks that the latency study has:\n"
     )
-    costs = "latency", "macs", "params"
-    lines = table(["net", "runtime", "batch", "dense", *(f"chosen for {cost}" for cost in costs), "against macs", "params"])
+    others = "macs", "params"
+    lines = table([
+        "net", "runtime", "batch", "dense", "chosen for latency", *(f"chosen for {cost}" for cost in others),
+        *(f"gain over {cost}" for cost in others), *(f"{cost}, same ranks" for cost in others),
+    ])  # fmt: skip
     gains = []
     for net in nets:
-        layers = profile(net.model, net.layers, net.methods, constraints=CONSTRAINTS).layers
+        same = profile(net.model, net.layers, net.methods, constraints=CONSTRAINTS).layers
+        free = profile(net.model, net.layers, net.methods, constraints=FEWER_PARAMS).layers
         for runtime in runtimes():
             for batch in BATCHES:
                 inputs = repeat_batch(net.example, batch)
                 timed = latency_table(net.model, net.layers, net.methods, runtime, inputs, constraints=CONSTRAINTS)
-                plans = equal_plans(timed.applied(net.layers), layers, costs)
-                calls = [runtime.prepare(net.random(plan), inputs) for plan in (Plan(), *plans)]
+                fastest, *plans = equal_plans(timed.applied(net.layers), same, free, others)
+                calls = [runtime.prepare(net.random(plan), inputs) for plan in (Plan(), fastest, *plans)]
                 dense, *ms = in_turn(calls).ms
                 gain = [each / ms[0] for each in ms[1:]]
                 gains.append(gain)
-                cells = [f"{each:.3g} ms ({dense / each:.1f}x)" for each in ms]
+                cells = [f"{each:.3g} ms ({dense / each:.1f}x)" for each in ms[:3]]
                 lines.append(row(net.name, runtime.name, batch, f"{dense:.3g} ms", *cells, *(f"{each:.2f}x" for each in gain)))
     medians = [f"{statistics.median(gain):.2f}x" for gain in zip(*gains, strict=True)]
     lines.append(row("median", *[""] * 6, *medians))
     return lines
 
 
-def equal_plans(timed: Inventory, layers: Mapping[str, Any], costs: Sequence[str]) -> list[Plan]:
-    """For each cost, the cheapest plan of the predicted front whose error is at most that of the first cost's plan."""
-    fronts = {cost: front(timed, layers, cost) for cost in costs}
+def equal_plans(timed: Inventory, same: Mapping[str, Any], free: Mapping[str, Any], others: Sequence[str]) -> list[Plan]:
+    """The plan that is chosen for the latency, and for each other cost the cheapest plans of no larger error: of ranks of any
+    size, then of the same ranks as the first."""
+    fastest = front(timed, same, "latency")
     dense = timed.costs["latency"]
-    first = next((c for c in fronts[costs[0]] if dense / (dense - c.saved) >= SPEED_UP), fronts[costs[0]][-1])
-    return [[corner for corner in fronts[cost] if corner.loss_increase <= first.loss_increase][-1].plan for cost in costs]
+    first = next((c for c in fastest if dense / (dense - c.saved) >= SPEED_UP), fastest[-1])
+    fronts = [front(timed, layers, cost) for layers in (free, same) for cost in others]
+    return [first.plan, *([c for c in corners if c.loss_increase <= first.loss_increase][-1].plan for corners in fronts)]
 
 
 def front(timed: Inventory, layers: Mapping[str, Any], cost: str) -> list[Any]:
