@@ -141,20 +141,84 @@ KINDS: dict[str, type[Factorization]] = {kind.method: kind for kind in (Dense, S
 
 
 @dataclass(frozen=True)
+class Narrowing:
+    """Which channels of a model are kept. Each distinct set of kept indices is stored once.
+
+    Args:
+        kept: the sets of kept indices, each in ascending order.
+        tensors: by name of a parameter or buffer, its pruned dimensions, each with the position of its set in `kept`.
+        attributes: by name of a module, the new values of its attributes, such as `out_channels`.
+    """
+
+    kept: tuple[tuple[int, ...], ...] = ()
+    tensors: Mapping[str, Mapping[int, int]] = field(default_factory=dict, hash=False)
+    attributes: Mapping[str, Mapping[str, int]] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        for indices in self.kept:
+            if not indices or not all(map(_is_index, indices)) or list(indices) != sorted(set(indices)):
+                raise PlanError(f"Kept channels must be different indices in ascending order, but got {indices!r}.")
+        for name, dims in self.tensors.items():
+            for dim, position in dims.items():
+                if not (_is_index(dim) and _is_index(position) and position < len(self.kept)):
+                    raise PlanError(
+                        f"A narrowing of {name!r} must name a dimension and one of {len(self.kept)} kept sets, but got "
+                        f"{dim!r}: {position!r}."
+                    )
+        for name, values in self.attributes.items():
+            for attribute, value in values.items():
+                if not _is_positive(value):
+                    raise PlanError(
+                        f"Attribute {attribute!r} of {name!r} must be a whole number of at least 1, but is {value!r}."
+                    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"kept": [[...]], "tensors": {name: {dim: position}}, "attributes": {module: {attribute: value}}}`."""
+        return {
+            "kept": [list(indices) for indices in self.kept],
+            "tensors": {name: {str(dim): position for dim, position in dims.items()} for name, dims in self.tensors.items()},
+            "attributes": {name: dict(values) for name, values in self.attributes.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Narrowing:
+        """The narrowing from the output of `to_dict`; raises `PlanError` if it is anything else."""
+        names = {entry.name for entry in fields(cls)}
+        if not isinstance(data, dict) or set(data) != names:
+            raise PlanError(f"A narrowing must be an object of {', '.join(sorted(names))}, but got {data!r:.80}.")
+        kept, tensors, attributes = data["kept"], data["tensors"], data["attributes"]
+        if not isinstance(kept, list) or not all(isinstance(indices, list) for indices in kept):
+            raise PlanError(f"A narrowing's 'kept' must be a list of lists, but got {kept!r:.80}.")
+        for name, entries in (("tensors", tensors), ("attributes", attributes)):
+            if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+                raise PlanError(f"A narrowing's {name!r} must be an object of objects, but got {entries!r:.80}.")
+        return cls(
+            tuple(map(tuple, kept)),
+            {
+                name: {int(dim) if dim.isdecimal() else dim: position for dim, position in dims.items()}
+                for name, dims in tensors.items()
+            },
+            attributes,
+        )
+
+
+@dataclass(frozen=True)
 class Plan:
     """Map from layer name to factorization; layers that it does not name stay dense. Compares and hashes by content.
 
     `width` names the net that is factorized: 1.0 for the given dense net, otherwise a narrower one made of it by pruning
-    channels, with about this share of its multiply-accumulates.
+    channels, with about this share of its multiply-accumulates. `narrowing` says which channels that net keeps.
     """
 
     layers: tuple[tuple[str, Factorization], ...] = ()
     width: float = 1.0
+    narrowing: Narrowing | None = field(default=None, compare=False, hash=False)
 
     @classmethod
-    def of(cls, layers: Mapping[str, Factorization], width: float = 1.0) -> Plan:
+    def of(cls, layers: Mapping[str, Factorization], width: float = 1.0, narrowing: Narrowing | None = None) -> Plan:
         """The plan for these layers; drops dense layers and sorts by name, so that equal plans compare equal."""
-        return cls(tuple(sorted((name, value) for name, value in layers.items() if not isinstance(value, Dense))), width)
+        kept = sorted((name, value) for name, value in layers.items() if not isinstance(value, Dense))
+        return cls(tuple(kept), width, narrowing)
 
     def __iter__(self) -> Iterator[tuple[str, Factorization]]:
         return iter(self.layers)
@@ -167,9 +231,10 @@ class Plan:
         return layers if self.width == 1 else f"width {self.width:g}: {layers}"
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"format": ..., "width": ..., "layers": {name: {"method": ..., <rank>: ...}}}`, as in `plan.json`.
+        """`{"format": ..., "width": ..., "narrowing": ..., "layers": {name: {"method": ..., <rank>: ...}}}`, as in
+        `plan.json`.
 
-        The width is left out if it is 1.
+        The width is left out if it is 1, and the narrowing if there is none.
         """
         layers = {
             name: {"method": value.method}
@@ -178,7 +243,9 @@ class Plan:
             | ({"order": list(value.order)} if value.order else {})
             for name, value in self
         }
-        return {"format": FORMAT} | ({} if self.width == 1 else {"width": self.width}) | {"layers": layers}
+        width = {} if self.width == 1 else {"width": self.width}
+        narrowing = {} if self.narrowing is None else {"narrowing": self.narrowing.to_dict()}
+        return {"format": FORMAT} | width | narrowing | {"layers": layers}
 
     def to_json(self) -> str:
         """The plan as indented JSON."""
@@ -189,8 +256,8 @@ class Plan:
         """The plan from the output of `to_dict`.
 
         Raises:
-            PlanError: the format is not `FORMAT`, a method or rank is unknown, a rank is missing or not positive, or the width
-                is not a share.
+            PlanError: the format is not `FORMAT`, a method or rank is unknown, a rank is missing or not positive, the width is
+                not a share, or the narrowing is none.
         """
         if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("layers"), dict):
             got = data.get("format") if isinstance(data, dict) else type(data).__name__
@@ -198,7 +265,8 @@ class Plan:
         width = data.get("width", 1.0)
         if isinstance(width, bool) or not isinstance(width, int | float) or not 0 < width <= 1:
             raise PlanError(f"A plan's width must be above 0 and at most 1, but got {width!r}.")
-        return cls.of({name: _factorization(name, entry) for name, entry in data["layers"].items()}, float(width))
+        narrowing = Narrowing.from_dict(data["narrowing"]) if "narrowing" in data else None
+        return cls.of({name: _factorization(name, entry) for name, entry in data["layers"].items()}, float(width), narrowing)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -212,6 +280,10 @@ class Plan:
 
 def _is_positive(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _factorization(layer: str, entry: Any) -> Factorization:

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ranksearch.compress.narrowing import narrow_
 from ranksearch.compress.surgery import copied, factorize_, skeleton_
 from ranksearch.compress.weights import load_, state_of, weights_of
 from ranksearch.errors import ModelError, PlanError, StudyError, first_line, last_line
@@ -68,7 +69,10 @@ def load_model(dense: M, folder: str | Path) -> M:
         raise StudyError(f"A model's folder must hold {PLAN} and {WEIGHTS}, but {folder} does not.") from None
     except SafetensorError as error:
         raise StudyError(f"The weights in {folder} are damaged ({error}); run the study again.") from None
-    model = skeleton_(copy.deepcopy(dense), plan)
+    model = copy.deepcopy(dense)
+    if plan.narrowing is not None:
+        narrow_(model, plan.narrowing)
+    skeleton_(model, plan)
     try:
         load_(model, state)
     except Exception as error:  # a module's own loading code may raise anything
