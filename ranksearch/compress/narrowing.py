@@ -59,7 +59,8 @@ def narrow_(model: M, narrowing: Narrowing) -> M:
             tensor.data = tensor.data.index_select(dim, torch.tensor(narrowing.kept[position], device=tensor.device))
         tensor.grad = None
     for name, values in narrowing.attributes.items():
-        vars(modules[name]).update(values)
+        for attribute, value in values.items():
+            setattr(modules[name], attribute, value)
     return model
 
 

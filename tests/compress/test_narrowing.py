@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 import torchvision
 from torch import nn
 
-from ranksearch.compress.export import load_model, save_model
+from ranksearch.compress.export import check_reloading, load_model, save_model
 from ranksearch.compress.inventory import count_macs
-from ranksearch.compress.narrowing import narrow_, narrowing_of, why_not_narrowed
+from ranksearch.compress.merging import merge_
+from ranksearch.compress.narrowing import _copy, _prune, _read, narrow_, narrowing_of, why_not_narrowed
 from ranksearch.compress.surgery import factorize_
 from ranksearch.compress.weights import weights_of
 from ranksearch.errors import ModelError, PlanError
@@ -84,6 +86,21 @@ def test_pruned_channels_of_zeros_change_nothing(net):
     assert torch.allclose(narrow_(copy.deepcopy(model), narrowing)(inputs), model(inputs))
 
 
+@pytest.mark.parametrize("net", [nets.small, residual, concatenating, depthwise])
+def test_a_narrowed_net_is_the_net_that_torch_pruning_made(net):
+    model = net().eval()
+    pruned = _copy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        narrowing = _read(model, pruned, IMAGE, _prune(pruned, IMAGE, 0.5, loss))
+    narrowed, inputs = narrow_(copy.deepcopy(model), narrowing), nets.normal(4, 1, 8, 8, dtype=torch.float32)
+    assert {name: tuple(value.shape) for name, value in narrowed.state_dict().items()} == {
+        name: tuple(value.shape) for name, value in pruned.state_dict().items()
+    }
+    assert all(torch.equal(value, pruned.state_dict()[name]) for name, value in narrowed.state_dict().items())
+    assert torch.equal(narrowed(inputs), pruned(inputs))
+
+
 def test_all_multiply_accumulates_keep_all_channels():
     assert narrowing_of(nets.small(), IMAGE, 1.0, importance="uniform") == Narrowing()
 
@@ -96,6 +113,9 @@ def test_a_narrow_model_is_saved_and_loaded(tmp_path):
     inputs = nets.normal(4, 1, 8, 8, dtype=torch.float32)
     assert torch.equal(load_model(nets.small(), tmp_path)(inputs), model(inputs))
     assert Plan.from_json(plan.to_json()).narrowing == narrowing
+    check_reloading(nets.small(), nets.small(), plan, inputs)
+    assert merge_(model, plan, ["fc1"]) == Plan(width=0.5)
+    assert merge_(model, Plan(narrowing=narrowing), []).narrowing == narrowing
 
 
 def test_a_full_rank_of_a_narrow_net_changes_nothing():
