@@ -28,6 +28,7 @@ def search(
     *,
     space: Space = Space(),
     search: Search = Search(),
+    narrow: Recipe = Recipe(epochs=10),
     finetune: Recipe = Recipe(epochs=3),
     finalists: Finalists = Finalists(epochs=12),
     seed: int = 0,
@@ -44,6 +45,7 @@ def search(
         task: the trained model, its data, its loss and score.
         space: {space}.
         search: {search}.
+        narrow: {narrow}.
         finetune: {finetune}.
         finalists: {finalists}.
         seed: {seed}.
@@ -69,6 +71,7 @@ def search(
             dense=DenseSpec(epochs=0),
             space=space,
             search=search,
+            narrow=narrow,
             finetune=finetune,
             finalists=finalists,
         )

@@ -189,7 +189,8 @@ def _converted(kind: Any, raw: Any) -> Any:
     """`raw` converted to the type `kind`; None if its type is wrong."""
     origin = typing.get_origin(kind)
     if origin is tuple:
-        return tuple(raw) if isinstance(raw, list | tuple) and all(isinstance(item, str) for item in raw) else None
+        items = [_converted(typing.get_args(kind)[0], item) for item in raw] if isinstance(raw, list | tuple) else [None]
+        return None if None in items else tuple(items)
     if kind is float and type(raw) is int:
         return float(raw)
     return raw if type(raw) is (dict if origin else kind) else None
@@ -197,7 +198,8 @@ def _converted(kind: Any, raw: Any) -> Any:
 
 def _type_name(kind: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
-    return names.get(kind) or ("a list of strings" if typing.get_origin(kind) is tuple else "a table")
+    lists = {tuple[str, ...]: "a list of strings", tuple[float, ...]: "a list of numbers"}
+    return names.get(kind) or lists.get(kind, "a table")
 
 
 def _table_of(cls: type[Any], settings: Any, named: Named) -> dict[str, Any]:

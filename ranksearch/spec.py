@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,10 @@ def _reference(help: str, **kwargs: Any) -> Any:
 
 def _costs(help: str) -> Any:
     return setting(help, f"at least one of {', '.join(COSTS)}", bool, default=("params",))
+
+
+def _fall_from_one(widths: Sequence[float]) -> bool:
+    return bool(widths) and widths[0] == 1 and widths[-1] > 0 and all(a > b for a, b in pairwise(widths))
 
 
 def _are_modules(names: Iterable[str]) -> bool:
@@ -152,6 +157,13 @@ class Space:
     smaller_in: tuple[str, ...] = _costs(
         "use only factorizations that are smaller than the dense layer in each of these costs: `params`, `macs`, `latency`"
     )
+    widths: tuple[float, ...] = setting(
+        "also search from narrower nets, made of the dense one by pruning channels: the share of the multiply-accumulates that "
+        "each net keeps, 1 for the dense net itself",
+        "shares that begin with 1 and fall, each above 0",
+        _fall_from_one,
+        default=(1.0,),
+    )
     data_aware: bool = setting(
         "minimise the error of each layer's outputs on training inputs, not the error of its weights", default=True
     )
@@ -225,6 +237,7 @@ class StudySpec:
     )
     search: Search = setting("the sampler, the length of the search, its costs and its limits", default_factory=Search)
     latency: Latency = setting("where and how models are timed", default_factory=Latency)
+    narrow: Recipe = setting("how the narrower nets of `space.widths` are trained", default_factory=lambda: Recipe(epochs=10))
     finetune: Recipe = setting("how each trial is fine-tuned")
     finalists: Finalists = setting(
         "which trials of the front become finalists, and how these are fine-tuned again, for longer, and tested"
@@ -255,12 +268,13 @@ class StudySpec:
         may_change = {"about", "space.plugins", "search.trials", "search.minutes", "search.first", "finalists.count"}
         may_change |= {f"search.{key}" for key in Limits.names()}
         may_change |= set() if self.timed else {key for key in flat if key.startswith("latency.")}
+        may_change |= set() if len(self.space.widths) > 1 else {key for key in flat if key.startswith("narrow.")}
         return {key: value for key, value in flat.items() if key not in may_change}
 
 
 def keys_tables() -> str:
     """Markdown tables of all keys of a study file, for docs/studies.md."""
-    shared = "`dense`, `finetune` and `finalists` each say how to train, with these keys:"
+    shared = "`dense`, `narrow`, `finetune` and `finalists` each say how to train, with these keys:"
     own = table_of(entries(StudySpec, omit=Recipe), head="key")
     return "\n\n".join([own, shared, table_of(entries(Recipe), head="key")])
 
@@ -297,6 +311,11 @@ def _consistent(spec: StudySpec) -> StudySpec:
         raise SpecError(
             "finalists.schedule must be one-shot and finalists.sweeps 0 where space.start is scratch, which decomposes no "
             f"weights, but got {spec.finalists.schedule} and {spec.finalists.sweeps}."
+        )
+    if spec.space.start == "scratch" and len(spec.space.widths) > 1:
+        raise SpecError(
+            "space.widths must be [1.0] where space.start is scratch, which keeps no weights to prune, but got "
+            f"{list(spec.space.widths)}."
         )
     if spec.finalists.schedule == "layerwise" and not spec.finalists.epochs:
         raise SpecError("finalists.epochs must be at least 1 where finalists.schedule is layerwise, but got 0.")

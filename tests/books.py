@@ -11,6 +11,7 @@ from ranksearch.results.limits import UNLIMITED
 from ranksearch.results.messages import CurvePoint, Outcome, Result
 from ranksearch.results.objectives import Objectives
 from ranksearch.results.record import Finalist, TrialRecord
+from ranksearch.strategy.bases import Bases
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.predicted_front import Choice
 from ranksearch.strategy.sampler import Knowledge
@@ -44,7 +45,8 @@ def made_up_choices(space=SPACE):
 
 def knowledge(space=SPACE, *, limits=UNLIMITED, suggested=(), minimize=("params",)):
     """The knowledge that the sampler "rank" starts from, made up without any training."""
-    return Knowledge(space, Table(FOUND, made_up_choices(space), minimize), DENSE_SCORE, limits, suggested)
+    bases = Bases.of(space, FOUND)
+    return Knowledge(bases, Table(bases, [made_up_choices(space)], minimize), DENSE_SCORE, limits, suggested)
 
 
 class Books:
@@ -76,7 +78,12 @@ class Books:
             minimize=self.arguments["objectives"].minimize,
         )
         return Ledger(
-            self.study, self.space, FOUND, self.initial_plans, dense_score=DENSE_SCORE, knowledge=known, **self.arguments
+            self.study,
+            Bases.of(self.space, FOUND),
+            self.initial_plans,
+            dense_score=DENSE_SCORE,
+            knowledge=known,
+            **self.arguments,
         )
 
     def run(self, trials, *, kill_after=None):

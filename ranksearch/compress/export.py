@@ -41,10 +41,15 @@ def save_model(folder: Path, plan: Plan, weights: bytes) -> None:
     write_whole(folder / PLAN, plan.to_json())
 
 
+def read_plan(folder: Path) -> Plan:
+    """The plan of the model in a folder."""
+    return Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
+
+
 def holds_model(folder: Path) -> bool:
     """Whether a folder holds a model with undamaged files."""
     try:
-        Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
+        read_plan(folder)
         with safe_open(folder / WEIGHTS, "pt") as weights:
             weights.keys()
     except (OSError, UnicodeDecodeError, PlanError, SafetensorError):
@@ -63,7 +68,7 @@ def load_model(dense: M, folder: str | Path) -> M:
     if any(parameter.is_meta for parameter in dense.parameters()):
         raise StudyError("The dense model must not be on the device meta, but is; build it on the CPU.")
     try:
-        plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
+        plan = read_plan(folder)
         state = state_of((folder / WEIGHTS).read_bytes())
     except OSError:
         raise StudyError(f"A model's folder must hold {PLAN} and {WEIGHTS}, but {folder} does not.") from None

@@ -18,12 +18,12 @@ COST_COLUMNS = "costs"
 
 _TRIAL_COLUMNS = (
     "trial", "index", "origin", "outcome", "score", "ratio", COST_COLUMNS, "seconds", "seed", "epochs", "curve",
-    "plan_text", "finalist_score_validation", "finalist_score_test", "finalist_epochs", "finalist_latency_ms",
+    "width", "plan_text", "finalist_score_validation", "finalist_score_test", "finalist_epochs", "finalist_latency_ms",
     "same_as",
 )  # fmt: skip
 
 _FRONT_COLUMNS = (
-    "trial", "score_validation", "score_test", "ratio", COST_COLUMNS, "plan", "plan_text", "origin", "epochs",
+    "trial", "score_validation", "score_test", "ratio", COST_COLUMNS, "width", "plan", "plan_text", "origin", "epochs",
     "latency_ms", "knee", "within_limits",
 )  # fmt: skip
 
@@ -105,6 +105,7 @@ def trial_row(trial: TrialRecord) -> dict[str, Any]:
         "seed": trial.seed,
         "epochs": max((curve_point.epochs for curve_point in trial.curve), default=0),
         "curve": json.dumps([[curve_point.epochs, figures.finite_or_none(curve_point.score)] for curve_point in trial.curve]),
+        "width": trial.plan.width,
         "plan_text": str(trial.plan),
         "finalist_score_validation": final and final.score_validation,
         "finalist_score_test": final and final.score_test,
@@ -122,6 +123,7 @@ def _front_row(trial: TrialRecord) -> dict[str, Any]:
         "score_test": final and figures.finite_or_none(final.score_test),
         "ratio": trial.ratio,
         **_costs(trial),
+        "width": trial.plan.width,
         "plan": trial.plan.to_dict()["layers"],
         "plan_text": str(trial.plan),
         "origin": trial.origin,

@@ -69,6 +69,7 @@ def _context(record: StudyRecord) -> dict[str, Any]:
         "correlations": _correlations(record),
         "unfinished": summary.unfinished(record),
         "layers": [_layer(layer, facts.dense.params) for layer in facts.layers],
+        "narrow": summary.narrow_lines(record),
         "settings": summary.settings(facts.spec),
         "stages": [(stage, text.duration(seconds)) for stage, seconds in record.seconds.items()],
         "total": text.duration(sum(record.seconds.values())),
@@ -130,8 +131,11 @@ def _glue_percent_signs(words: str) -> str:
 
 
 def _rank_rows(record: StudyRecord) -> list[dict[str, Any]]:
-    """One row per layer: its VBMF ranks, and its factorization in each trial of the front."""
+    """One row per layer: its VBMF ranks, and its factorization in each trial of the front. Above them the nets' widths."""
     rows = []
+    if record.facts.narrow:
+        widths = [{"title": "width", "ranks": f"{trial.plan.width:g}", "method": "width"} for trial in record.shown]
+        rows.append({"name": "net", "vbmf": "", "cells": [{**cell, "depth": "0"} for cell in widths]})
     for layer in record.facts.layers:
         chosen = [trial.plan[layer.name] for trial in record.shown]
         largest = max((_mean_rank(value) for value in chosen), default=0)

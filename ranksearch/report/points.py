@@ -165,8 +165,9 @@ def curve_domain(record: StudyRecord) -> tuple[float, float]:
 
 
 def plan_lines(plan: Plan) -> str:
-    """The plan, one layer per line."""
-    return "\n".join(f"{name}: {value}" for name, value in plan) or "dense"
+    """The plan, one layer per line, below the width of the net if that is not the dense one."""
+    width = [] if plan.width == 1 else [f"width: {plan.width:g}"]
+    return "\n".join([*width, *(f"{name}: {value}" for name, value in plan)]) or "dense"
 
 
 def _searched(record: StudyRecord, trials: Sequence[TrialRecord], cost: str) -> list[dict[str, Any]]:

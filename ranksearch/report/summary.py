@@ -108,6 +108,23 @@ def dense_line(record: StudyRecord) -> FrontLine:
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class NarrowLine:
+    """A narrower net as text."""
+
+    width: str
+    sizes: list[tuple[str, str]]
+    score: str
+
+
+def narrow_lines(record: StudyRecord) -> list[NarrowLine]:
+    """The narrower nets that plans start from."""
+    name = record.facts.score_name
+    return [
+        NarrowLine(f"{net.width:g}", _costs(record, net), text.score(net.score_validation, name)) for net in record.facts.narrow
+    ]
+
+
 def timing_head(record: StudyRecord) -> list[str]:
     """One heading for each way in which the models were timed: `ONNX Runtime, batch 1`."""
     return [f"{text.runtime(timing.runtime)}, batch {timing.batch}" for timing in record.facts.dense.timings]

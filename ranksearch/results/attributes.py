@@ -16,6 +16,7 @@ from ranksearch.results.record import (
     DenseFacts,
     Finalist,
     LayerFacts,
+    NarrowFacts,
     Probe,
     StudyFacts,
     StudyRecord,
@@ -61,17 +62,19 @@ def read_seconds(study: optuna.Study) -> dict[str, float]:
     return dict(study.user_attrs.get(_SECONDS, {}))
 
 
-def write_probes(study: optuna.Study, dense_loss: float | None, probes: Sequence[Probe]) -> None:
-    """Store the probes so far, and the dense model's loss that they are compared with."""
-    plans = [{"plan": Plan.of({probe.layer: probe.value}).to_dict(), "loss": probe.loss} for probe in probes]
-    study.set_user_attr(_PROBES, {"dense": dense_loss, "probes": plans})
+def write_probes(study: optuna.Study, dense_losses: Mapping[float, float], probes: Sequence[Probe]) -> None:
+    """Store the probes so far, and by width the loss of each net without decompositions, which they are compared with."""
+    dense = [{"width": width, "loss": loss} for width, loss in dense_losses.items()]
+    plans = [{"plan": Plan.of({probe.layer: probe.value}, probe.width).to_dict(), "loss": probe.loss} for probe in probes]
+    study.set_user_attr(_PROBES, {"dense": dense, "probes": plans})
 
 
-def read_probes(study: optuna.Study) -> tuple[float | None, list[Probe]]:
-    """The dense loss (None until it is known) and the probes that `write_probes` stored."""
-    stored = study.user_attrs.get(_PROBES, {"dense": None, "probes": []})
+def read_probes(study: optuna.Study) -> tuple[dict[float, float], list[Probe]]:
+    """The losses of the nets (those that are known) and the probes that `write_probes` stored."""
+    stored = study.user_attrs.get(_PROBES, {"dense": [], "probes": []})
     plans = [(Plan.from_dict(entry["plan"]), entry["loss"]) for entry in stored["probes"]]
-    return stored["dense"], [Probe(*plan.layers[0], loss) for plan, loss in plans]
+    dense_losses = {entry["width"]: entry["loss"] for entry in stored["dense"]}
+    return dense_losses, [Probe(*plan.layers[0], loss, plan.width) for plan, loss in plans]
 
 
 def write_initial_plans(study: optuna.Study, initial_plans: Sequence[tuple[str, Plan]]) -> None:
@@ -116,7 +119,8 @@ def read_facts(study: optuna.Study) -> StudyFacts:
         LayerFacts(**entry | {"weight": tuple(entry["weight"]), "vbmf": tuple(entry["vbmf"])}) for entry in data.pop("layers")
     )
     dense = {**data["dense"], "timings": _timings(data["dense"]["timings"])}
-    return StudyFacts(**data | {"layers": layers, "dense": DenseFacts(**dense)})
+    narrow = tuple(NarrowFacts(**entry) for entry in data["narrow"])
+    return StudyFacts(**data | {"layers": layers, "dense": DenseFacts(**dense), "narrow": narrow})
 
 
 def asked(index: int, origin: str) -> dict[str, Any]:

@@ -50,6 +50,8 @@ class Stage(enum.Enum):
 
     PROBE = "probe"
     """Measure the loss, on a sample of the validation split, without fine-tuning."""
+    NARROW = "narrow"
+    """Train a narrower net that plans start from, and keep its weights."""
     TRIAL = "trial"
     FINALIST = "finalist"
     """Fine-tune for longer, score on the test split too, and keep the weights."""

@@ -119,6 +119,8 @@ class Probe:
     layer: str
     value: Factorization
     loss: float
+    width: float = 1.0
+    """The net whose layer it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +152,15 @@ class DenseFacts(Counts):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NarrowFacts(Counts):
+    """A narrower net that plans start from: its share of the given net's multiply-accumulates, costs by name, and score."""
+
+    width: float
+    costs: Mapping[str, float] = field(hash=False)
+    score_validation: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class StudyFacts:
     """Facts about the whole study, stored as an attribute of the Optuna study."""
 
@@ -165,6 +176,8 @@ class StudyFacts:
     command: str
     data: str
     """One sentence: the kind of data, and the size of each split."""
+    narrow: tuple[NarrowFacts, ...] = ()
+    """The narrower nets that plans start from, the widest first."""
     since: int = 0
     """Number of the first trial that was proposed under the current limits; earlier runs may have had other limits."""
 

@@ -14,16 +14,15 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from ranksearch.compress.inventory import Inventory
 from ranksearch.plan import Plan
 from ranksearch.results.attributes import asked, read_asked, read_trials, write_trial
 from ranksearch.results.limits import Limits
 from ranksearch.results.messages import Job, Outcome, Result
 from ranksearch.results.objectives import Objectives
 from ranksearch.results.record import MAX_TRIES, MAX_UNTRAINED, TrialRecord, untrained_in_a_row
+from ranksearch.strategy.bases import Bases
 from ranksearch.strategy.finalists import floor_of
 from ranksearch.strategy.sampler import SIZE_CONSTRAINT, Knowledge, admit, make_sampler
-from ranksearch.strategy.space import SearchSpace, size_of
 
 ENQUEUED = "enqueued"
 """The origin of trials that another program queued with Optuna's `enqueue_trial`."""
@@ -46,8 +45,7 @@ class Ledger:
 
     Args:
         study: the Optuna study that holds the trials.
-        space: the search space.
-        inventory: the model's layers.
+        bases: the nets to search from, and the space of the plans.
         initial_plans: pairs (origin, plan) to try before the sampler proposes.
         sampler: name of the sampler.
         seed: the study's seed.
@@ -63,8 +61,7 @@ class Ledger:
     def __init__(
         self,
         study: optuna.Study,
-        space: SearchSpace,
-        inventory: Inventory,
+        bases: Bases,
         initial_plans: Sequence[tuple[str, Plan]],
         *,
         sampler: str,
@@ -78,10 +75,10 @@ class Ledger:
         on_note: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.study = study
-        self._space, self._inventory, self._initial_plans = space, inventory, initial_plans
+        self._bases, self._initial_plans = bases, initial_plans
         self._sampler, self._seed, self._dense_score = sampler, seed, dense_score
         self._knowledge = knowledge
-        self._distributions = space.distributions()
+        self._distributions = bases.distributions()
         self._records = {record.number: record for record in read_trials(study)}
         trials = study.get_trials(deepcopy=False)
         self._queued_count = sum(trial.state is TrialState.WAITING and read_asked(trial) is not None for trial in trials)
@@ -169,7 +166,7 @@ class Ledger:
                 trial.set_user_attr(key, value)
         if queued:
             admit(self.study, trial, self._sampler)
-        return _Open(trial, *place, self._space.plan(trial.params))
+        return _Open(trial, *place, self._bases.plan(trial.params))
 
     def _draw(self) -> optuna.Trial:
         """The next trial from Optuna: first trials that were queued again, then trials that another program queued, then the
@@ -193,7 +190,7 @@ class Ledger:
         waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         if self._initial_plans_asked < len(self._initial_plans) and not waiting:
             origin, plan = self._initial_plans[self._initial_plans_asked]
-            self.study.enqueue_trial(self._space.params(plan), user_attrs=asked(self._next_index, origin))
+            self.study.enqueue_trial(self._bases.params(plan), user_attrs=asked(self._next_index, origin))
             self._initial_plans_asked += 1
             self._next_index += 1
             self._queued_count += 1
@@ -224,10 +221,10 @@ class Ledger:
 
     def _refusal(self, plan: Plan) -> Outcome | None:
         """The outcome of a plan that is not trained: the dense plan, and plans over a size limit."""
-        if not plan.layers:
+        if plan == Plan():
             # Every other plan is smaller than dense: the space holds only factorizations that make their layer smaller.
             return Outcome.NOT_SMALLER
-        return Outcome.OVER_BUDGET if self._limits.excess(size_of(plan, self._inventory)) else None
+        return Outcome.OVER_BUDGET if self._limits.excess(self._bases.size_of(plan)) else None
 
     def _tell_duplicate(self, opened: _Open, earlier: TrialRecord) -> None:
         """Tell a trial the result of an earlier trial of the same plan."""
@@ -249,7 +246,7 @@ class Ledger:
         )
 
     def _record(self, opened: _Open, result: Result) -> TrialRecord:
-        size = size_of(opened.plan, self._inventory)
+        size = self._bases.size_of(opened.plan)
         return TrialRecord(
             number=opened.trial.number,
             index=opened.index,

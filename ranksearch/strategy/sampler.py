@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import warnings
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,16 +18,15 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from ranksearch.compress.inventory import Inventory
 from ranksearch.compress.profile import Profile
 from ranksearch.plan import Plan
 from ranksearch.results import pareto
 from ranksearch.results.limits import UNLIMITED, Limits
 from ranksearch.results.record import MAX_TRIES, Probe
+from ranksearch.strategy.bases import Bases
 from ranksearch.strategy.finalists import floor_of
 from ranksearch.strategy.prior import RANK_SCALES, vbmf_plans
-from ranksearch.strategy.sensitivity import predicted_choices
-from ranksearch.strategy.space import SearchSpace
+from ranksearch.strategy.sensitivity import base_loss_increases, choices_of
 from ranksearch.strategy.surrogate import LOG_WEIGHT_PRIOR_STD, MAX_RECORDS, Rows, Surrogate, Table, Values, fit
 
 MIN_TRIALS_FOR_SURROGATE = 4
@@ -56,7 +55,7 @@ class Knowledge:
     """What the sampler "rank" knows before the first trial. Made once in a study; also caches rows of trials and chances of
     moves."""
 
-    space: SearchSpace
+    bases: Bases
     table: Table
     dense_score: float
     limits: Limits = UNLIMITED
@@ -74,21 +73,37 @@ class Knowledge:
     @classmethod
     def of(
         cls,
-        space: SearchSpace,
-        inventory: Inventory,
-        layers: Profile,
+        bases: Bases,
+        profiles: Sequence[Profile],
         probes: Sequence[Probe],
         *,
-        dense_loss: float | None,
+        dense_losses: Mapping[float, float],
         dense_score: float,
         limits: Limits,
         minimize: Sequence[str],
     ) -> Knowledge:
-        """From profile, probes and VBMF ranks. Without `dense_loss` the probes are ignored: no increase can be computed."""
-        choices = predicted_choices(layers, probes if dense_loss is not None else (), dense_loss or 0.0)
-        table = Table(inventory, {axis.layer.name: choices[axis.layer.name] for axis in space.axes}, minimize)
-        suggested = [plan for _, plan in vbmf_plans(space, layers.vbmf, RANK_SCALES)]
-        return cls(space, table, dense_score, limits, suggested)
+        """From profiles, probes and VBMF ranks.
+
+        Args:
+            bases: the nets to search from.
+            profiles: of each of them.
+            probes: losses of single layers.
+            dense_losses: by width, the loss of each net without any decomposition.
+            dense_score: score of the given net.
+            limits: the user's.
+            minimize: the names of the costs to minimise.
+        """
+        choices = [
+            {axis.layer.name: found[axis.layer.name] for axis in base.space.axes}
+            for base, found in zip(bases, choices_of(bases, profiles, probes, dense_losses), strict=True)
+        ]
+        table = Table(bases, choices, minimize, base_loss_increases(bases, dense_losses))
+        suggested = [
+            replace(plan, width=base.width)
+            for base, profile in zip(bases, profiles, strict=True)
+            for _, plan in vbmf_plans(base.space, profile.vbmf, RANK_SCALES)
+        ]
+        return cls(bases, table, dense_score, limits, suggested)
 
     def floor(self, scores: Values) -> float:
         """The score above which a plan gains hypervolume, given the scores of the trials so far.
@@ -104,22 +119,24 @@ class Knowledge:
         return np.array([not self.limits.excess(size) for size in self.table.sizes(plans)], dtype=bool)
 
     def near(self, layer: int, choice: int) -> Values:
-        """Cumulative probabilities (choices,) of the choices that a move can end at; those of similar size are more likely.
+        """Cumulative probabilities (choices,) of the choices that a move can end at: those of the same net, of which those of
+        similar size are more likely.
 
         Args:
             layer: index of the layer.
             choice: index of the layer's choice before the move.
         """
         if (layer, choice) not in self._near:
-            sizes = np.log(self.table.costs["params"][layer])
-            chances = np.cumsum(np.exp(-0.5 * ((sizes - sizes[choice]) / MOVE_LOG_PARAMS_STD) ** 2))
+            sizes, nets = self.table.log_params[layer], self.table.nets[layer]
+            likely = np.exp(-0.5 * ((sizes - sizes[choice]) / MOVE_LOG_PARAMS_STD) ** 2)
+            chances = np.cumsum(np.where(nets == nets[choice], likely, 0.0))
             self._near[layer, choice] = chances / chances[-1]
         return self._near[layer, choice]
 
     def row(self, trial: FrozenTrial) -> tuple[int, ...]:
         """A trial's plan as a row of the table."""
         if trial.number not in self.rows:
-            self.rows[trial.number] = self.table.row(self.space.plan(trial.params))
+            self.rows[trial.number] = self.table.row(self.bases.plan(trial.params))
         return self.rows[trial.number]
 
 
@@ -174,7 +191,7 @@ class RankSampler(BaseSampler):
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """The whole space, which is the same for every trial."""
-        return self._knowledge.space.distributions()
+        return self._knowledge.bases.distributions()
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -192,11 +209,11 @@ class RankSampler(BaseSampler):
         if not len(plans):
             return {}
         if surrogate is None:
-            return self._knowledge.space.params(table.plan(self._rng.choice(plans)))
+            return self._knowledge.bases.params(table.plan(self._rng.choice(plans)))
         points = np.concatenate([points, _expected_points(surrogate, self._rows(running))])
         mean, std = surrogate.expect(plans)
         gains = expected_gains(mean, std, table.log_ratios(plans), points, top=surrogate.top, floor=floor)
-        return self._knowledge.space.params(table.plan(plans[int(np.argmax(gains))]))
+        return self._knowledge.bases.params(table.plan(plans[int(np.argmax(gains))]))
 
     def _surrogate(self, tried: Rows, points: Values, floor: float) -> Surrogate | None:
         """A surrogate fitted to the finished trials nearest to the front; None if there are too few trials."""
@@ -210,10 +227,10 @@ class RankSampler(BaseSampler):
         return fit(known.table, tried[nearest], points[nearest, 0], dense_score=dense_score, floor=floor, seed=self._seed)
 
     def _weights(self, surrogate: Surrogate | None) -> Values:
-        """(fronts, layers): weights on the layers' loss increases, from their posterior, or from their prior without a
+        """(fronts, weights): weights on the layers' loss increases, from their posterior, or from their prior without a
         surrogate."""
         # Drawn in any case, so that the random numbers that follow are the same ones.
-        prior = self._rng.lognormal(0.0, LOG_WEIGHT_PRIOR_STD, (SAMPLED_FRONTS, len(self._knowledge.table.layers)))
+        prior = self._rng.lognormal(0.0, LOG_WEIGHT_PRIOR_STD, (SAMPLED_FRONTS, self._knowledge.table.weights))
         return prior if surrogate is None else surrogate.weights[:SAMPLED_FRONTS]
 
     def sample_independent(
@@ -241,7 +258,7 @@ class RankSampler(BaseSampler):
 
         Args:
             parents: plans on the measured front (plans, layers).
-            weights: (fronts, layers), the weights of the layers' loss increases for each predicted front.
+            weights: (fronts, weights), the weights of the loss increases for each predicted front.
             seen: rows that must not be proposed again.
         """
         table = self._knowledge.table
@@ -266,8 +283,10 @@ class RankSampler(BaseSampler):
         return rows
 
     def _mixed(self, parents: Rows) -> Rows:
-        """Mixtures of two plans of `parents`: each layer comes from one of the two at random."""
+        """Mixtures of two plans of `parents` from the same net: each layer comes from one of the two at random."""
         first, second = self._rng.choice(parents, MIXED_PLANS), self._rng.choice(parents, MIXED_PLANS)
+        nets = self._knowledge.table.nets[0]
+        second = np.where((nets[first[:, 0]] == nets[second[:, 0]])[:, None], second, first)
         return np.where(self._rng.random(first.shape) < 0.5, first, second)
 
 

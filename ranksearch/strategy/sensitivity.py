@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ranksearch.compress.profile import Candidate, LayerProfile, Profile
 from ranksearch.plan import Factorization
+from ranksearch.results import pareto
 from ranksearch.results.objectives import PER_PARAMETER, Price
 from ranksearch.results.record import Probe
+from ranksearch.strategy.bases import Bases
 from ranksearch.strategy.predicted_front import Choice, Corner, predicted_front
 
 PROBED_ERRORS = (0.3, 0.55, 0.75, 0.95)
 """Relative errors at which a layer is probed, each by the nearest candidate. Below the first the loss hardly changes."""
 
 
+TRAINED_LOSS_FACTOR = 5.0
+"""How much more a loss increase counts that remains after training."""
 MIN_SQUARED_ERROR_GAP = 0.05
 """The smallest difference of squared errors that the slope for extrapolation is divided by: between nearer probes the
 difference of the losses is mostly noise."""
@@ -82,10 +86,47 @@ def predicted_choices(
     }
 
 
-def predict_front(profile: Profile, probes: Sequence[Probe], dense_loss: float, price: Price = PER_PARAMETER) -> list[Corner]:
-    """The predicted front under the measured sensitivities; see `ranksearch.strategy.predicted_front`."""
-    dense = {name: price.of(layer.layer) for name, layer in profile.layers.items()}
-    return predicted_front(dense, predicted_choices(profile, probes, dense_loss, price))
+def choices_of(
+    bases: Bases, profiles: Sequence[Profile], probes: Sequence[Probe], dense_losses: Mapping[float, float],
+    price: Price = PER_PARAMETER,
+) -> list[dict[str, list[Choice]]]:  # fmt: skip
+    """For each net, its `predicted_choices`. Probes of a net whose own loss is unknown are ignored: no increase is known."""
+    return [
+        predicted_choices(
+            profile,
+            [probe for probe in probes if probe.width == base.width and base.width in dense_losses],
+            dense_losses.get(base.width, 0.0),
+            price,
+        )
+        for base, profile in zip(bases, profiles, strict=True)
+    ]
+
+
+def base_loss_increases(bases: Bases, dense_losses: Mapping[float, float]) -> list[float]:
+    """For each net, how much larger its loss counts than that of the given net, on the scale of decompositions.
+
+    Fine-tuning recovers most of the loss increase of a decomposition, but little of that of a narrower net, which was trained
+    already. So the latter counts `TRAINED_LOSS_FACTOR` times.
+    """
+    dense = dense_losses.get(1.0, 0.0)
+    return [TRAINED_LOSS_FACTOR * max(0.0, dense_losses.get(base.width, dense) - dense) for base in bases]
+
+
+def predict_front(
+    bases: Bases, profiles: Sequence[Profile], probes: Sequence[Probe], dense_losses: Mapping[float, float],
+    price: Price = PER_PARAMETER,
+) -> list[Corner]:  # fmt: skip
+    """The predicted front of all nets under the measured sensitivities; see `ranksearch.strategy.predicted_front`."""
+    found = choices_of(bases, profiles, probes, dense_losses, price)
+    corners = []
+    for base, choices, loss in zip(bases, found, base_loss_increases(bases, dense_losses), strict=True):
+        saved = price.of(bases.dense) - price.of(base.inventory)
+        own = predicted_front({layer.name: price.of(layer) for layer in base.inventory.layers}, choices)
+        corners += [Corner(replace(c.plan, width=base.width), saved + c.saved, loss + c.loss_increase) for c in own]
+    if len(bases) == 1:
+        return corners
+    best = pareto.front([(corner.saved, -corner.loss_increase) for corner in corners])
+    return sorted((corners[index] for index in best), key=lambda corner: corner.saved)
 
 
 def sensitivities(profile: Profile, probes: Sequence[Probe], dense_loss: float) -> Mapping[str, Sensitivity]:

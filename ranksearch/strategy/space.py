@@ -17,8 +17,7 @@ from ranksearch.errors import PlanError, SpecError, nearest
 from ranksearch.methods import FEWER_PARAMS, METHODS, Method, RankConstraints, method_of, nearest_rank
 from ranksearch.methods.layer import Layer
 from ranksearch.plan import Dense, Factorization, Plan
-from ranksearch.results.costs import COSTS, Counts
-from ranksearch.results.limits import Limits
+from ranksearch.results.costs import Counts
 
 DENSE_METHOD = Dense.method
 UNUSED_LEVEL = 0.5
@@ -249,30 +248,6 @@ def _why_skipped(pattern: str, skipped: Mapping[str, str]) -> str:
         return f" Skipped: {skipped[pattern]}."
     reasons = [f"{name} ({skipped[name]})" for name in names[:3]] + [f"{len(names) - 3} more"] * (len(names) > 3)
     return f" Skipped: {', '.join(reasons)}." if names else ""
-
-
-def check_limits(limits: Limits, space: SearchSpace, inventory: Inventory) -> None:
-    """Refuse limits that no plan of the space can meet.
-
-    Raises:
-        SpecError: the smallest plan is still over a limit.
-    """
-    ratio = size_of(space.smallest("params"), inventory).ratio
-    if limits.min_ratio and limits.min_ratio > ratio:
-        # Rounded down, so that the value in the message would be accepted.
-        largest = math.floor(ratio * 100) / 100
-        raise SpecError(
-            f"search.min_ratio must be at most {largest:.12g}, the ratio of the smallest plan in the space, but got "
-            f"{limits.min_ratio:g}; lower it, or widen the space."
-        )
-    for cost, limit in limits.max_costs.items():
-        smallest = size_of(space.smallest(cost), inventory).costs[cost]
-        if limit < smallest:
-            shown = smallest if isinstance(smallest, int) else f"{math.ceil(smallest * 1000) / 1000:g}"
-            raise SpecError(
-                f"search.{COSTS[cost].limit} must be at least {shown}, that of the smallest plan in the space, but got "
-                f"{limit}; raise it, or widen the space."
-            )
 
 
 def _beyond_default(constraints: RankConstraints) -> str:

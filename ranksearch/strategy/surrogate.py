@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ranksearch.compress.inventory import Inventory
 from ranksearch.methods import METHODS
 from ranksearch.plan import Dense, Factorization, Plan
+from ranksearch.results import pareto
 from ranksearch.results.objectives import Price, prices
+from ranksearch.strategy.bases import Base, Bases
 from ranksearch.strategy.predicted_front import Choice, edges
 from ranksearch.strategy.space import Size
 
@@ -54,117 +55,175 @@ MIN_LOSS_INCREASE = 0.01
 class Table:
     """Costs and predicted loss increases of every choice of every layer, as arrays.
 
+    A layer's choices are those in the first net (dense first, so that its index is 0), then those in the second, and so on; all
+    choices of a row belong to one net.
+
     Args:
-        inventory: the model's layers.
-        choices: by layer, the ways to store it.
+        bases: the nets to search from.
+        choices: for each net, by layer, the ways to store it.
         minimize: the names of the costs to minimise.
+        base_losses: for each net, how much larger its loss is than that of the first.
     """
 
     def __init__(
-        self, inventory: Inventory, choices: Mapping[str, Sequence[Choice]], minimize: Sequence[str] = ("params",)
+        self,
+        bases: Bases,
+        choices: Sequence[Mapping[str, Sequence[Choice]]],
+        minimize: Sequence[str] = ("params",),
+        base_losses: Sequence[float] = (0.0,),
     ) -> None:
-        self.minimize = tuple(minimize)
-        self.layers, self._inventory = tuple(choices), inventory
-        dense = [inventory[name] for name in self.layers]
-        self.values: list[list[Factorization]] = [
-            [Dense(), *(choice.value for choice in choices[layer.name])] for layer in dense
-        ]
-        self.loss_increases = [
-            np.array([0.0, *(max(0.0, choice.loss_increase) for choice in choices[layer.name])]) for layer in dense
-        ]
-        costs = [
-            [layer.costs, *(METHODS[type(value)].costs(layer, value.ranks) for value in values[1:])]
-            for layer, values in zip(dense, self.values, strict=True)
-        ]
-        self.costs = {name: [np.array([choice[name] for choice in layer]) for layer in costs] for name in inventory.costs}
+        self.minimize, self._bases = tuple(minimize), bases
+        self.layers = tuple(dict.fromkeys(name for found in choices for name in found))
+        self.values: list[list[Factorization]] = [[] for _ in self.layers]
+        self.nets: list[NDArray[np.intp]] = []
+        """For each layer an array (choices,): the index of the net that each choice belongs to."""
+        self.loss_increases: list[Values] = []
+        """For each layer an array (choices,)."""
+        self.costs: dict[str, list[Values]] = {name: [] for name in bases.dense.costs}
         """By name of the cost: for each layer an array (choices,)."""
-        self._index_of = [{value: index for index, value in enumerate(values)} for values in self.values]
-        self._ranks_by_method = [_by_method(values) for values in self.values]
-        self._edges = [self._priced(price) for price in prices(self.minimize, inventory)]
+        self.base_losses = np.maximum(np.array(base_losses, dtype=float), 0.0)
+        """(nets,)"""
+        self._index_of: list[dict[tuple[int, Factorization], int]] = []
+        for layer, name in enumerate(self.layers):
+            self._add_layer(layer, name, choices)
+        self._rest = {
+            cost: np.array([
+                base.inventory.costs[cost] - sum(_layer_costs(base, name)[cost] for name in self.layers) for base in bases
+            ])
+            for cost in self.costs
+        }  # fmt: skip
+        self.log_params = [np.log(np.maximum(params, 1.0)) for params in self.costs["params"]]
+        """For each layer an array (choices,): the log of its number of parameters."""
+        self._ranks_by_method = [_by_method(*each) for each in zip(self.values, self.nets, strict=True)]
+        self._prices = prices(self.minimize, bases.dense)
+        self._edges = [[self._priced(price, net) for net in range(len(bases))] for price in self._prices]
+
+    def _add_layer(self, layer: int, name: str, choices: Sequence[Mapping[str, Sequence[Choice]]]) -> None:
+        nets, increases, costs = list[int](), list[float](), list[Mapping[str, float]]()
+        for net, (base, found) in enumerate(zip(self._bases, choices, strict=True)):
+            values = [choice.value for choice in found.get(name, ())]
+            self.values[layer] += [Dense(), *values]
+            nets += [net] * (1 + len(values))
+            increases += [0.0, *(max(0.0, choice.loss_increase) for choice in found.get(name, ()))]
+            costs.append(_layer_costs(base, name))
+            costs += [METHODS[type(value)].costs(base.inventory[name], value.ranks) for value in values]
+        self.nets.append(np.array(nets, dtype=np.intp))
+        self.loss_increases.append(np.array(increases))
+        for cost, arrays in self.costs.items():
+            arrays.append(np.array([each[cost] for each in costs]))
+        self._index_of.append({(net, value): i for i, (net, value) in enumerate(zip(nets, self.values[layer], strict=True))})
+
+    @property
+    def weights(self) -> int:
+        """How many weights the surrogate has for loss increases: one for each layer, and one for those of narrower nets."""
+        return len(self.layers) + (len(self._bases) > 1)
 
     def row(self, plan: Plan) -> tuple[int, ...]:
         """A plan as a row. A factorization that is not in the table becomes the one of its method with the nearest ranks."""
-        return tuple(self._choice_index(layer, plan[name]) for layer, name in enumerate(self.layers))
+        net = [base.width for base in self._bases].index(plan.width)
+        return tuple(self._choice_index(layer, net, plan[name]) for layer, name in enumerate(self.layers))
 
     def plan(self, row: Sequence[int]) -> Plan:
         """The plan that a row stands for."""
-        return Plan.of({name: self.values[i][row[i]] for i, name in enumerate(self.layers)})
+        width = self._bases.nets[self.nets[0][row[0]]].width
+        return Plan.of({name: self.values[i][row[i]] for i, name in enumerate(self.layers)}, width)
 
     def sizes(self, rows: Rows) -> list[Size]:
         """The size of the whole model under each plan."""
         names, costs = list(self.costs), [self._totals(name, rows).tolist() for name in self.costs]
-        return [Size(dict(zip(names, each, strict=True)), self._inventory.params / each[names.index("params")])
+        return [Size(dict(zip(names, each, strict=True)), self._bases.dense.params / each[names.index("params")])
                 for each in zip(*costs, strict=True)]  # fmt: skip
 
     def _totals(self, cost: str, rows: Rows) -> Values:
         """(plans,): one cost of the whole model under each plan."""
-        return np.asarray(self._inventory.costs[cost] - _saved(self.costs[cost], rows))
+        layers = sum(costs[rows[:, layer]] for layer, costs in enumerate(self.costs[cost]))
+        return np.asarray(layers + self._rest[cost][self.nets[0][rows[:, 0]]])
 
     def log_ratios(self, rows: Rows) -> Values:
         """(plans, costs): log10 of dense cost / plan's cost, for each cost to minimise."""
-        return np.stack([np.log10(self._inventory.costs[cost] / self._totals(cost, rows)) for cost in self.minimize], axis=1)
+        dense = self._bases.dense.costs
+        return np.stack([np.log10(dense[cost] / self._totals(cost, rows)) for cost in self.minimize], axis=1)
 
     def loss_increases_of(self, rows: Rows) -> Values:
-        """(plans, layers): the predicted loss increase of each layer's choice alone."""
-        return np.stack([loss_increases[rows[:, i]] for i, loss_increases in enumerate(self.loss_increases)], axis=1)
+        """(plans, weights): the predicted loss increase of each layer's choice alone, and last that of the narrower net."""
+        found = [loss_increases[rows[:, i]] for i, loss_increases in enumerate(self.loss_increases)]
+        if len(self._bases) > 1:
+            found.append(self.base_losses[self.nets[0][rows[:, 0]]])
+        return np.stack(found, axis=1)
 
     def predicted_front(self, weights: Values, price_index: int = 0) -> Rows:
-        """The plans of the predicted front, the largest first, with each layer's loss increases multiplied by its weight.
+        """The plans of the predicted front, the largest first, with each loss increase multiplied by its weight.
 
         Args:
-            weights: (layers,).
+            weights: (weights,), as in `loss_increases_of`.
             price_index: which price to solve for, modulo their number; there are several if there are several costs.
         """
+        place = price_index % len(self._prices)
+        rows = np.concatenate([self._front_of(net, edges, weights) for net, edges in enumerate(self._edges[place])])
+        if len(self._bases) == 1:
+            return rows
+        cost = np.sum([unit * self._totals(name, rows) for name, unit in self._prices[place].units.items()], axis=0)
+        best = pareto.front(np.column_stack([-cost, -(self.loss_increases_of(rows) @ weights)]))
+        return rows[sorted(best, key=lambda index: -cost[index])]
+
+    def _front_of(self, net: int, edges: Sequence[tuple[int, int, float]], weights: Values) -> Rows:
+        """The predicted front of one net."""
         # Scaling all loss increases of a layer keeps its hull, so only the order of the merged edges changes.
-        steps = sorted(self._edges[price_index % len(self._edges)], key=lambda edge: edge[2] * weights[edge[0]])
+        steps = sorted(edges, key=lambda edge: edge[2] * weights[edge[0]])
         rows = np.zeros((len(steps) + 1, len(self.layers)), dtype=np.intp)
+        rows[0] = [index[net, Dense()] for index in self._index_of]
         for step, (layer, choice, _) in enumerate(steps, start=1):
             rows[step] = rows[step - 1]
             rows[step, layer] = choice
         return rows
 
     def features(self, rows: Rows) -> Values:
-        """(plans, 2 * layers): the logs of each layer's predicted loss increase and compression ratio."""
+        """(plans, weights + layers): the logs of the predicted loss increases and of each layer's compression ratio."""
         return np.concatenate([_log(self.loss_increases_of(rows)), self.shrunk(rows)], axis=1)
 
     def shrunk(self, rows: Rows) -> Values:
-        """(plans, layers): the log of each layer's own compression ratio."""
-        return np.stack([np.log(params[0] / params[rows[:, i]]) for i, params in enumerate(self.costs["params"])], axis=1)
+        """(plans, layers): the log of each layer's own compression ratio, to the layer of the first net."""
+        sizes = self.log_params
+        return np.stack([sizes[i][0] - sizes[i][rows[:, i]] for i in range(len(self.layers))], axis=1)
 
-    def _priced(self, price: Price) -> list[tuple[int, int, float]]:
-        """The edges of the predicted front at a price: (index of the layer, index of its choice, slope)."""
-        costs = [
-            np.sum([unit * self.costs[cost][layer] for cost, unit in price.units.items()], axis=0)
-            for layer in range(len(self.layers))
-        ]
-        priced_choices = [
-            list(map(Choice, *each)) for each in zip(self.values, map(list, costs), map(list, self.loss_increases), strict=True)
-        ]
-        dense = {name: priced[0].cost for name, priced in zip(self.layers, priced_choices, strict=True)}
-        layer_index = {name: index for index, name in enumerate(self.layers)}
-        front_edges = edges(dense, {name: priced[1:] for name, priced in zip(self.layers, priced_choices, strict=True)})
+    def _priced(self, price: Price, net: int) -> list[tuple[int, int, float]]:
+        """The edges of one net's predicted front at a price: (index of the layer, index of its choice, slope)."""
+        dense, choices = {}, {}
+        for layer, name in enumerate(self.layers):
+            own = np.flatnonzero(self.nets[layer] == net)
+            costs = np.sum([unit * self.costs[cost][layer][own] for cost, unit in price.units.items()], axis=0)
+            values = [self.values[layer][index] for index in own]
+            priced = list(map(Choice, values, costs.tolist(), self.loss_increases[layer][own].tolist()))
+            dense[name], choices[name] = priced[0].cost, priced[1:]
+        index = {name: layer for layer, name in enumerate(self.layers)}
         return [
-            (layer_index[edge.layer], self._index_of[layer_index[edge.layer]][edge.value], edge.slope) for edge in front_edges
+            (index[edge.layer], self._index_of[index[edge.layer]][net, edge.value], edge.slope)
+            for edge in edges(dense, choices)
         ]
 
-    def _choice_index(self, layer: int, value: Factorization) -> int:
-        index = self._index_of[layer].get(value)
+    def _choice_index(self, layer: int, net: int, value: Factorization) -> int:
+        index = self._index_of[layer].get((net, value))
         if index is None:
-            indices, ranks = self._ranks_by_method[layer].get(type(value), ([0], np.ones((1, len(value.ranks)))))
+            dense = [self._index_of[layer][net, Dense()]], np.ones((1, len(value.ranks)))
+            indices, ranks = self._ranks_by_method[layer].get((net, type(value)), dense)
             distances = np.abs(np.log(ranks / np.array(value.ranks, dtype=float))).sum(axis=1)
-            index = self._index_of[layer][value] = indices[int(np.argmin(distances))]
+            index = self._index_of[layer][net, value] = indices[int(np.argmin(distances))]
         return index
 
 
-def _saved(costs: list[Values], rows: Rows) -> Values:
-    return np.asarray(sum(cost[0] - cost[rows[:, layer]] for layer, cost in enumerate(costs)))
+def _layer_costs(base: Base, name: str) -> Mapping[str, float]:
+    """The costs of a layer without decomposition; all 0 if the net has no such layer to decompose."""
+    costs = next((layer.costs for layer in base.inventory.layers if layer.name == name), None)
+    return costs if costs is not None else dict.fromkeys(base.inventory.costs, 0)
 
 
-def _by_method(values: Sequence[Factorization]) -> dict[type[Factorization], tuple[list[int], Values]]:
-    """By type of factorization, the indices of a layer's choices and their ranks (choices, ranks)."""
-    kinds: dict[type[Factorization], list[int]] = {}
-    for index, value in enumerate(values):
-        kinds.setdefault(type(value), []).append(index)
+def _by_method(
+    values: Sequence[Factorization], nets: NDArray[np.intp]
+) -> dict[tuple[int, type[Factorization]], tuple[list[int], Values]]:
+    """By net and type of factorization, the indices of a layer's choices and their ranks (choices, ranks)."""
+    kinds: dict[tuple[int, type[Factorization]], list[int]] = {}
+    for index, (net, value) in enumerate(zip(nets.tolist(), values, strict=True)):
+        kinds.setdefault((net, type(value)), []).append(index)
     return {kind: (indices, np.array([values[i].ranks for i in indices], dtype=float)) for kind, indices in kinds.items()}
 
 
@@ -185,9 +244,9 @@ class Surrogate:
     top: float
     """A value above every score, from which drops are measured."""
     log_weights: Values
-    """(layers,): the logs of the layers' most likely weights."""
+    """(weights,): the logs of the most likely weights of the loss increases."""
     weights: Values
-    """(guesses, layers): samples from the posterior of the layers' weights, one sample for each tree."""
+    """(guesses, weights): samples from the posterior of the weights, one sample for each tree."""
     trend: IsotonicRegression
     trees: ExtraTreesRegressor
     noise: float
@@ -262,7 +321,7 @@ def _noise(errors: Values) -> float:
 
 
 def _features(table: Table, rows: Rows, log_weights: Values) -> Values:
-    """(plans, 1 + 2 * layers): the log of the weighted sum of loss increases, and the table's features."""
+    """(plans, 1 + weights + layers): the log of the weighted sum of loss increases, and the table's features."""
     total = _log(table.loss_increases_of(rows) @ np.exp(log_weights))
     return np.concatenate([total[:, None], table.features(rows)], axis=1)
 

@@ -21,7 +21,8 @@ from ranksearch.errors import SpecError, StudyError
 from ranksearch.latency.table import Table
 from ranksearch.plan import Plan
 from ranksearch.spec import StudySpec
-from ranksearch.strategy.space import SearchSpace, check_limits, space_of
+from ranksearch.strategy.bases import Bases, check_limits
+from ranksearch.strategy.space import SearchSpace, space_of
 from ranksearch.study import folder
 from ranksearch.study.dense import load_required_weights
 from ranksearch.study.inputs import inputs_of
@@ -64,7 +65,8 @@ def check_inputs(spec: StudySpec, out: Path, options: Options, task: Task | None
     task = replace(task, channels_last=training.takes_channels_last(task))
     layers, table = time_layers(spec, task, layers, device, out, view, fresh=options.fresh)
     space = space_of(spec.space, layers)
-    check_limits(spec.search.limits, space, layers)
+    if spec.space.widths == (1.0,):
+        check_limits(spec.search.limits, Bases.of(space, layers))
     check_reloading(task.model, fresh, _smallest_layer(space), next(batches(task.data.train, 2))[0])
     user_plans = read_user_plans(spec.search.first, first, space, layers)
     if spec.space.start == "scratch":

@@ -6,7 +6,7 @@ import importlib.metadata
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,12 +19,13 @@ from ranksearch.console import Look
 from ranksearch.data import check_splits, example
 from ranksearch.errors import ModelError
 from ranksearch.results import attributes
-from ranksearch.results.record import DenseFacts, LayerFacts, StudyFacts
+from ranksearch.results.record import DenseFacts, LayerFacts, NarrowFacts, StudyFacts
 from ranksearch.spec import StudySpec
 from ranksearch.strategy.prior import at_vbmf, quarter_ranks
 from ranksearch.strategy.space import space_of
 from ranksearch.study import folder
 from ranksearch.study.dense import load_required_weights, load_weights
+from ranksearch.study.narrowing import Net
 from ranksearch.study.session import Session
 from ranksearch.task import training
 from ranksearch.task.task import Task, load_task
@@ -62,14 +63,14 @@ def look(spec: StudySpec, out: Path) -> Look:
 
 
 def make_facts(
-    session: Session, spec: StudySpec, task: Task, inventory: Inventory, profile: Profile, device: torch.device, *, command: str
+    session: Session, spec: StudySpec, task: Task, nets: Sequence[Net], profile: Profile, device: torch.device, *, command: str
 ) -> StudyFacts:
     """Store the study's facts and return them. The dense model is measured only in the study's first run."""
     study = session.study
     if attributes.has_facts(study):
         saved = attributes.read_facts(study)
     else:
-        saved = study_facts(spec, task, inventory, profile, device, engine=session.engine.description, command=command)
+        saved = study_facts(spec, task, nets, profile, device, engine=session.engine.description, command=command)
     since = saved.since if saved.limits == spec.search.limits else len(study.get_trials(deepcopy=False))
     facts = replace(saved, spec=spec.to_dict(), command=command, since=since)
     attributes.write_facts(study, facts)
@@ -78,13 +79,14 @@ def make_facts(
 
 
 def study_facts(
-    spec: StudySpec, task: Task, layers: Inventory, profile: Profile, device: torch.device, *, engine: str, command: str
+    spec: StudySpec, task: Task, nets: Sequence[Net], profile: Profile, device: torch.device, *, engine: str, command: str
 ) -> StudyFacts:
-    """Measure the facts of a study. The dense model is trained and is on the device.
+    """Measure the facts of a study. The dense model is trained and is on the device; it is the first of `nets`.
 
     Raises:
         ModelError: the dense model's score is NaN or infinite, or its validation score is outside [-1, 1].
     """
+    layers = nets[0].base.inventory
     splits = {"validation": task.data.validation, "test": task.data.test}
     scores = {name: training.score(task.model, task, split, device=device) for name, split in splits.items()}
     for name, score in scores.items():
@@ -116,7 +118,16 @@ def study_facts(
         machine=f"{platform.machine()}, {os.cpu_count()} cores, device {device.type}, {engine}",
         command=command,
         data=task.data.about,
+        narrow=tuple(_narrow_facts(net, task, device) for net in nets[1:]),
     )
+
+
+def _narrow_facts(net: Net, task: Task, device: torch.device) -> NarrowFacts:
+    """Measure a narrower net, on the device and then back on the CPU."""
+    model = training.place(net.model, device, channels_last=task.channels_last)
+    score = training.score(model, task, task.data.validation, device=device)
+    model.cpu()
+    return NarrowFacts(width=net.base.width, costs=net.base.inventory.costs, score_validation=score)
 
 
 def layer_facts(layers: Inventory, vbmf: Mapping[str, tuple[int | None, int | None]]) -> tuple[LayerFacts, ...]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import optuna
 
 from ranksearch.compress.export import holds_model, save_model
+from ranksearch.plan import Narrowing
 from ranksearch.results import attributes
 from ranksearch.results.messages import Job, Outcome, Result, Stage
 from ranksearch.results.record import Finalist, StudyFacts, TrialRecord
@@ -25,9 +26,12 @@ RESUMABLE = {Outcome.WORKER_LOST, Outcome.OUT_OF_MEMORY}
 
 
 def train_finalists(
-    session: Session, spec: StudySpec, trials: Sequence[TrialRecord], facts: StudyFacts, evaluate: Evaluator, out: Path
-) -> list[tuple[TrialRecord, Path]]:
+    session: Session, spec: StudySpec, trials: Sequence[TrialRecord], facts: StudyFacts, evaluate: Evaluator,
+    narrowings: Mapping[float, Narrowing], out: Path,
+) -> list[tuple[TrialRecord, Path]]:  # fmt: skip
     """Fine-tune the best trials for longer, score them on the test split and save their weights.
+
+    `narrowings` say by width which channels the narrower nets keep; the plan of a saved model says it too.
 
     Returns:
         All finalists that have a model, also those of earlier runs, and the folders of their models.
@@ -43,12 +47,12 @@ def train_finalists(
     def on_result(job: Job, result: Result) -> None:
         outcomes[job.key] = result.outcome
         if result.outcome is Outcome.DONE:
-            trial = records[job.key] = _finish(session.study, records[job.key], result, out)
+            trial = records[job.key] = _finish(session.study, records[job.key], result, narrowings, out)
             session.view.trial(trial, tuple(records.values()))
         else:
             _tell_failed(session, job.key, result.outcome)
         if result.outcome not in RESUMABLE:
-            checkpoint_file(unfinished, job.key).unlink(missing_ok=True)
+            checkpoint_file(unfinished, job).unlink(missing_ok=True)
 
     def jobs() -> Iterator[Job]:
         left = (trial for trial in waiting if outcomes[trial.number] is Outcome.WORKER_LOST)
@@ -63,12 +67,15 @@ def train_finalists(
     return [(trial, _model_folder(trial, out)) for trial in records.values() if _has_model(trial, out)]
 
 
-def _finish(study: optuna.Study, trial: TrialRecord, result: Result, out: Path) -> TrialRecord:
+def _finish(
+    study: optuna.Study, trial: TrialRecord, result: Result, narrowings: Mapping[float, Narrowing], out: Path
+) -> TrialRecord:
     """Save a finalist's model and result, and return its record."""
     assert result.score_test is not None
     assert result.weights is not None
     with writing(f"The model {_model_folder(trial, out)}"):
-        save_model(_model_folder(trial, out), trial.plan, result.weights)
+        plan = replace(trial.plan, narrowing=narrowings.get(trial.plan.width))
+        save_model(_model_folder(trial, out), plan, result.weights)
     finalist = Finalist(
         score_validation=result.curve[-1].score, score_test=result.score_test, curve=result.curve,
         seconds=result.seconds,

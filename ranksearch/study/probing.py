@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import optuna
@@ -17,9 +17,10 @@ from ranksearch.results.messages import Job, Outcome, Result, Stage
 from ranksearch.results.objectives import prices
 from ranksearch.results.record import Probe
 from ranksearch.spec import StudySpec
+from ranksearch.strategy.bases import Bases
 from ranksearch.strategy.prior import vbmf_plans
 from ranksearch.strategy.sensitivity import predict_front, rescuable, spread, values_to_probe
-from ranksearch.strategy.space import SearchSpace, check_plan, size_of
+from ranksearch.strategy.space import SearchSpace, check_plan
 from ranksearch.study.session import Session
 from ranksearch.task.evaluation import Evaluator
 
@@ -74,21 +75,25 @@ def check_user_plans(study: optuna.Study, plans: Sequence[Plan]) -> None:
         )
 
 
-def probe_layers(session: Session, profile: Profile, evaluate: Evaluator, *, seed: int) -> tuple[float | None, list[Probe]]:
-    """Measure the loss with one layer at a time decomposed, and store each result at once.
+def probe_layers(
+    session: Session, bases: Bases, profiles: Sequence[Profile], evaluate: Evaluator, *, seed: int
+) -> tuple[dict[float, float], list[Probe]]:
+    """Measure the loss of each net, and its loss with one layer at a time decomposed, and store each result at once.
 
     Returns:
-        The dense model's loss, or None if the worker that measured it was lost, and the probes.
+        By width the loss of each net, unless the worker that measured it was lost, and the probes.
     """
-    plans = [Plan()]
-    for name, layer in profile.layers.items():
-        plans += [Plan.of({name: value}) for value in values_to_probe(layer)]
-    dense_loss, probes = attributes.read_probes(session.study)
-    done = {Plan.of({probe.layer: probe.value}) for probe in probes} | ({Plan()} if dense_loss is not None else set())
+    plans = []
+    for base, profile in zip(bases, profiles, strict=True):
+        plans.append(Plan(width=base.width))
+        for name, layer in profile.layers.items():
+            plans += [Plan.of({name: value}, base.width) for value in values_to_probe(layer)]
+    dense_losses, probes = attributes.read_probes(session.study)
+    done = {Plan.of({probe.layer: probe.value}, probe.width) for probe in probes}
+    done |= {Plan(width=width) for width in dense_losses}
     session.view.stage("probing layers", len(plans), len(done))
 
     def on_result(job: Job, result: Result) -> None:
-        nonlocal dense_loss
         if result.outcome is Outcome.WORKER_LOST:
             session.view.note(f"probe of {job.plan}: {result.outcome.value}")
             return
@@ -98,25 +103,26 @@ def probe_layers(session: Session, profile: Profile, evaluate: Evaluator, *, see
             return
         loss = result.loss if math.isfinite(result.loss) else WORST_LOSS
         if job.plan.layers:
-            probes.append(Probe(*job.plan.layers[0], loss))
+            probes.append(Probe(*job.plan.layers[0], loss, job.plan.width))
         else:
-            dense_loss = loss
+            dense_losses[job.plan.width] = loss
         done.add(job.plan)
-        attributes.write_probes(session.study, dense_loss, probes)
+        attributes.write_probes(session.study, dense_losses, probes)
         session.view.step(str(job.plan))
 
     def jobs() -> Iterator[Job]:
         return (Job(key, plan, seed, Stage.PROBE) for key, plan in enumerate(plans) if plan not in done)
 
     session.run_jobs("probes", jobs, evaluate, on_result)
-    return dense_loss, probes
+    return dense_losses, probes
 
 
 def choose_initial_plans(
-    study: optuna.Study, spec: StudySpec, space: SearchSpace, inventory: Inventory, profile: Profile,
-    user_plans: Sequence[Plan], *, dense_loss: float | None, probes: Sequence[Probe],
+    study: optuna.Study, spec: StudySpec, bases: Bases, profiles: Sequence[Profile], user_plans: Sequence[Plan], *,
+    dense_losses: Mapping[float, float], probes: Sequence[Probe],
 ) -> list[tuple[str, Plan]]:  # fmt: skip
-    """The initial plans with their origins: the user's, then those of the predicted front and of VBMF within the limits.
+    """The initial plans with their origins: the user's, then, within the limits, those of the predicted front, the narrower
+    nets without decompositions, and those of VBMF for the given net.
 
     They are chosen once and kept in the storage.
     """
@@ -124,15 +130,20 @@ def choose_initial_plans(
         return saved
 
     def within_limits(plan: Plan) -> bool:
-        return not spec.search.limits.excess(size_of(plan, inventory))
+        return not spec.search.limits.excess(bases.size_of(plan))
 
-    price = prices(spec.search.minimize, inventory)[0]
+    price = prices(spec.search.minimize, bases.dense)[0]
     # If the worker of the dense probe was lost, there is no loss to compare the others with.
-    corners = predict_front(profile, probes, dense_loss, price) if dense_loss is not None else []
+    corners = predict_front(bases, profiles, probes, dense_losses, price) if 1.0 in dense_losses else []
     # Keep the dense corner although it is never chosen: `spread` takes the first corner for the dense one.
     within = [*corners[:1], *(corner for corner in corners[1:] if within_limits(corner.plan))]
-    chosen = spread(rescuable(within), price.of(inventory), MAX_PREDICTED_PLANS)
-    vbmf = [(origin, plan) for origin, plan in vbmf_plans(space, profile.vbmf) if within_limits(plan)]
-    initial_plans = [*((USER, plan) for plan in user_plans), *(("frontier", corner.plan) for corner in chosen), *vbmf]
+    chosen = spread(rescuable(within), price.of(bases.dense), MAX_PREDICTED_PLANS)
+    predicted = [("frontier", corner.plan) for corner in chosen]
+    given = bases.nets[0]
+    others = [("width", Plan(width=base.width)) for base in bases if base is not given]
+    others += vbmf_plans(given.space, profiles[0].vbmf)
+    seen = {plan for _, plan in predicted}
+    others = [(origin, plan) for origin, plan in others if plan not in seen and within_limits(plan)]
+    initial_plans = [*((USER, plan) for plan in user_plans), *predicted, *others]
     attributes.write_initial_plans(study, initial_plans)
     return initial_plans

@@ -11,11 +11,8 @@ from pathlib import Path
 import optuna
 import torch
 
-from ranksearch.compress.inventory import Inventory
-from ranksearch.compress.profile import Profile, profile
-from ranksearch.compress.whitening import inputs_wanted
+from ranksearch.compress.profile import Profile
 from ranksearch.console import Silent, View
-from ranksearch.data import sample_inputs
 from ranksearch.engines import processes, ray
 from ranksearch.engines.base import Engine
 from ranksearch.plan import Plan
@@ -25,14 +22,15 @@ from ranksearch.results.messages import Job, Result
 from ranksearch.results.objectives import Objectives
 from ranksearch.results.record import StudyFacts, StudyRecord, TrialRecord
 from ranksearch.spec import StudySpec
+from ranksearch.strategy.bases import Base, Bases, check_limits
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.sampler import Knowledge
-from ranksearch.strategy.space import SearchSpace, constraints_of
 from ranksearch.study import folder
 from ranksearch.study.checking import Checked, check_inputs
 from ranksearch.study.dense import make_dense
 from ranksearch.study.facts import make_facts
 from ranksearch.study.finishing import train_finalists
+from ranksearch.study.narrowing import Net, make_nets, make_profile
 from ranksearch.study.options import Local, Options, Ray
 from ranksearch.study.probing import check_user_plans, choose_initial_plans, probe_layers
 from ranksearch.study.session import Session
@@ -112,62 +110,53 @@ def _open_study(spec: StudySpec, out: Path, options: Options, checked: Checked, 
 
 def _run_steps(session: Session, spec: StudySpec, out: Path, options: Options, checked: Checked) -> StudyRecord:
     """All steps of a study. Each one reads from the storage and the folder what an earlier run made."""
-    device, inventory, space, search = checked.device, checked.inventory, checked.space, spec.search
+    device, search = checked.device, spec.search
     task = make_dense(session, spec, checked.task, device, out, model_given=checked.model_given)
-    profile = _make_profile(session, spec, task, inventory, space, cache=out / "profile")
-    facts = make_facts(session, spec, task, inventory, profile, device, command=options.command)
-    evaluate = _evaluator(spec, task, profile, device, options.engine, unfinished=out / folder.UNFINISHED)
-    dense_loss, probes = probe_layers(session, profile, evaluate, seed=spec.seed)
+    nets = make_nets(session, spec, task, Base(checked.inventory, checked.space), device, out)
+    bases = Bases(tuple(net.base for net in nets))
+    check_limits(search.limits, bases)
+    profiles = [make_profile(session, spec, task, net, cache=out / "profile") for net in nets]
+    facts = make_facts(session, spec, task, nets, profiles[0], device, command=options.command)
+    evaluate = _evaluator(spec, task, nets, profiles, device, options.engine, unfinished=out / folder.UNFINISHED)
+    dense_losses, probes = probe_layers(session, bases, profiles, evaluate, seed=spec.seed)
     initial_plans = choose_initial_plans(
-        session.study, spec, space, inventory, profile, checked.user_plans, dense_loss=dense_loss, probes=probes
+        session.study, spec, bases, profiles, checked.user_plans, dense_losses=dense_losses, probes=probes
     )
     knowledge = Knowledge.of(
-        space, inventory, profile, probes, dense_loss=dense_loss, dense_score=facts.dense.score_validation,
+        bases, profiles, probes, dense_losses=dense_losses, dense_score=facts.dense.score_validation,
         limits=search.limits, minimize=search.minimize,
     )  # fmt: skip
-    trials = _search(session, spec, space, inventory, initial_plans, knowledge, facts, evaluate)
-    finalists = train_finalists(session, spec, trials, facts, evaluate, out)
+    trials = _search(session, spec, bases, initial_plans, knowledge, facts, evaluate)
+    narrowings = {net.base.width: net.narrowing for net in nets if net.narrowing is not None}
+    finalists = train_finalists(session, spec, trials, facts, evaluate, narrowings, out)
     with session.stage("finalists"):
-        time_finalists(session, spec, task, inventory, facts, finalists, device)
+        time_finalists(session, spec, task, bases, facts, finalists, device)
     return _report(session.study, out)
 
 
-def _make_profile(
-    session: Session, spec: StudySpec, task: Task, inventory: Inventory, space: SearchSpace, *, cache: Path
-) -> Profile:
-    """Decompose each layer by each of its methods and estimate its VBMF ranks."""
-    methods = {axis.layer.name: axis.methods for axis in space.axes}
-    session.view.stage("profiling layers", len(inventory.layers))
-    with session.stage("profile"):
-        aware = spec.space.data_aware
-        return profile(
-            task.model, inventory, methods, constraints=constraints_of(spec.space),
-            inputs=sample_inputs(task.data.train, inputs_wanted(inventory.macs), seed=spec.seed) if aware else None,
-            cache=cache, seed=spec.seed, on_layer=session.view.step,
-        )  # fmt: skip
-
-
 def _evaluator(
-    spec: StudySpec, task: Task, profile: Profile, device: torch.device, engine: Local | Ray, *, unfinished: Path
-) -> Evaluator:
+    spec: StudySpec, task: Task, nets: Sequence[Net], profiles: Sequence[Profile], device: torch.device, engine: Local | Ray, *,
+    unfinished: Path,
+) -> Evaluator:  # fmt: skip
     """What evaluates the jobs, in a worker. Moves the dense model to the CPU."""
     task = replace(task, model=task.model.cpu())
     training.release(device)
     where = ("cuda" if engine.gpus_per_trial else "cpu") if isinstance(engine, Ray) else str(device)
+    narrow = {net.base.width: (net.model, profile) for net, profile in zip(nets[1:], profiles[1:], strict=True)}
     return Evaluator(
-        task, profile, spec.finetune, spec.finalists, where, scratch=spec.space.start == "scratch",
+        task, profiles[0], spec.finetune, spec.finalists, where, scratch=spec.space.start == "scratch", narrow=narrow,
         unfinished=unfinished.resolve(),
     )  # fmt: skip
 
 
 def _search(
-    session: Session, spec: StudySpec, space: SearchSpace, inventory: Inventory, initial_plans: Sequence[tuple[str, Plan]],
-    knowledge: Knowledge, facts: StudyFacts, evaluate: Evaluator,
+    session: Session, spec: StudySpec, bases: Bases, initial_plans: Sequence[tuple[str, Plan]], knowledge: Knowledge,
+    facts: StudyFacts, evaluate: Evaluator,
 ) -> tuple[TrialRecord, ...]:  # fmt: skip
     """Ask for plans, evaluate them and tell their results, until the budget is spent. Returns all trials."""
     view, search = session.view, spec.search
     ledger = Ledger(
-        session.study, space, inventory, initial_plans, sampler=search.sampler, seed=spec.seed,
+        session.study, bases, initial_plans, sampler=search.sampler, seed=spec.seed,
         dense_score=facts.dense.score_validation, limits=search.limits, since=facts.since, objectives=facts.objectives,
         knowledge=knowledge, on_untrained=lambda record: view.trial(record, ledger.records()),
         on_note=view.note,

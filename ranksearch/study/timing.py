@@ -24,6 +24,7 @@ from ranksearch.plan import Plan
 from ranksearch.results import attributes
 from ranksearch.results.record import StudyFacts, Timing, TrialRecord
 from ranksearch.spec import Latency, StudySpec
+from ranksearch.strategy.bases import Bases
 from ranksearch.strategy.space import constraints_of, make_space
 from ranksearch.study.session import Session
 from ranksearch.support.batch import repeat_batch
@@ -86,7 +87,7 @@ def about(runtime: Runtime, batch: int) -> str:
 
 
 def time_finalists(
-    session: Session, spec: StudySpec, task: Task, inventory: Inventory, facts: StudyFacts,
+    session: Session, spec: StudySpec, task: Task, bases: Bases, facts: StudyFacts,
     trials: Sequence[tuple[TrialRecord, Path]], device: torch.device,
 ) -> None:  # fmt: skip
     """Time the dense model and all finalists in turn, in the study's runtime and in the other one, at several sizes of batch.
@@ -95,7 +96,7 @@ def time_finalists(
         session: the study's run.
         spec: the study.
         task: the dense model and its data.
-        inventory: the model's layers.
+        bases: the nets that the finalists were made from.
         facts: the study's facts, stored again with the dense model's timings.
         trials: the finalists and the folders of their models.
         device: where torch runs the models.
@@ -119,7 +120,7 @@ def time_finalists(
             trial.finalist,
             timings=tuple(timings),
             predicted_ms=trial.costs.get("latency"),
-            layers_ms=_layers_ms(inventory, trial.plan),
+            layers_ms=_layers_ms(bases[trial.plan.width].inventory, trial.plan),
         )
         attributes.write_finalist(session.study, trial.number, finalist)
     attributes.write_facts(session.study, replace(facts, dense=replace(facts.dense, timings=tuple(found[0]))))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,10 @@ class Evaluator:
     device: str
     scratch: bool = False
     """Train trials and finalists from random weights. Probes use decomposed weights in any case."""
+    narrow: Mapping[float, tuple[nn.Module, Profile]] = field(default_factory=dict)
+    """By width, the narrower nets that plans may start from, each with the factors of its layers."""
+    narrow_recipe: Recipe = Recipe(0)
+    """How narrower nets are trained."""
     unfinished: Path | None = None
     """The folder for finalists' checkpoints. A worker that cannot write to it, for example on another machine, keeps none."""
     methods: tuple[Method, ...] = field(default_factory=lambda: tuple(METHODS.values()))
@@ -76,18 +80,28 @@ class Evaluator:
 
     def _trained(self, job: Job, checkpoint: Checkpoint) -> Generator[CurvePoint, None, dict[str, Any]]:
         """Yield the remaining learning-curve points; returns a finalist's test score and weights, for its `Result`."""
-        model = copy.deepcopy(self.task.model)
+        model = copy.deepcopy(self._start(job.plan)[0])
         for curve_point in self._curve_points(model, job, checkpoint):
             checkpoint.curve_points.append(curve_point)
             yield curve_point
+        if job.stage is Stage.NARROW:
+            return {"weights": weights_of(model)}
         if job.stage is not Stage.FINALIST:
             return {}
         return {"score_test": self._score(model, self.task.data.test), "weights": weights_of(model)}
 
+    def _start(self, plan: Plan) -> tuple[nn.Module, Profile]:
+        """The net that a plan factorizes, and the factors of its layers."""
+        return self.narrow.get(plan.width, (self.task.model, self.profile))
+
+    def _recipe(self, job: Job) -> Recipe:
+        """How the job's model is trained."""
+        return {Stage.FINALIST: self.finalists, Stage.NARROW: self.narrow_recipe}.get(job.stage, self.finetune)
+
     def compressed(self, plan: Plan) -> nn.Module:
         """A copy of the dense model, factorized as `plan` says, before any fine-tuning."""
-        model = copy.deepcopy(self.task.model)
-        return self._factorized(model, self.profile, plan, 0)
+        model, profile = self._start(plan)
+        return self._factorized(copy.deepcopy(model), profile, plan, 0)
 
     def _factorized(self, model: nn.Module, layers: Profile, plan: Plan, sweeps: int) -> nn.Module:
         factors = layers.factors(plan, sweeps=sweeps)
@@ -100,20 +114,20 @@ class Evaluator:
     def _steps(self, model: nn.Module, job: Job) -> Iterator[None]:
         """Factorize `model` in place as the job's plan says, all layers in one step or one layer a step; yields after each."""
         final = job.stage is Stage.FINALIST
-        sweeps = self.finalists.sweeps if final else 0
+        sweeps, profile = self.finalists.sweeps if final else 0, self._start(job.plan)[1]
         if self.scratch:
             self._placed(scratch_(model, job.plan, seed=job.seed))
             yield
         elif final and self.finalists.schedule == "layerwise":
             values = dict(job.plan)
-            for name in reversed([name for name in self.profile.layers if name in values]):
+            for name in reversed([name for name in profile.layers if name in values]):
                 # Decompose the layer's current weights, which the steps before have fine-tuned, not the dense model's.
-                dense_profile = self.profile.layers[name]
+                dense_profile = profile.layers[name]
                 layers = Profile({name: dense_profile.of(kernel(model, dense_profile.layer), values[name])})
                 self._factorized(model, layers, Plan.of({name: values[name]}), sweeps)
                 yield
         else:
-            self._factorized(model, self.profile, job.plan, sweeps)
+            self._factorized(model, profile, job.plan, sweeps)
             yield
 
     def _loss(self, model: nn.Module, seed: int) -> float:
@@ -131,7 +145,7 @@ class Evaluator:
     def _curve_points(self, model: nn.Module, job: Job, checkpoint: Checkpoint) -> Iterator[CurvePoint]:
         """The remaining learning-curve points; `checkpoint` has the earlier ones."""
         device = torch.device(self.device)
-        recipe = self.finalists if job.stage is Stage.FINALIST else self.finetune
+        recipe = self._recipe(job)
         done = checkpoint.curve_points[-1].epochs if checkpoint.curve_points else -1
         for step, _ in enumerate(self._steps(model, job)):
             before = step * recipe.epochs
@@ -146,17 +160,18 @@ class Evaluator:
                 yield CurvePoint(before + epoch, self._score(model, self.task.data.validation))
 
     def _checkpoint(self, job: Job) -> Checkpoint:
-        """A finalist's checkpoint. Other jobs are too short for one and get a `Checkpoint` without a file."""
-        if job.stage is not Stage.FINALIST or self.unfinished is None or not os.access(self.unfinished, os.W_OK):
+        """The checkpoint of a finalist or a narrower net. Other jobs are too short for one; theirs has no file."""
+        long = job.stage in (Stage.FINALIST, Stage.NARROW)
+        if not long or self.unfinished is None or not os.access(self.unfinished, os.W_OK):
             return Checkpoint()
-        setup = f"{self.finalists}, scratch {self.scratch}, from {digest_of(self.task.model)}"
+        setup = f"{self._recipe(job)}, scratch {self.scratch}, from {digest_of(self._start(job.plan)[0])}"
         description = f"{job.plan.to_json()}, seed {job.seed}, {setup}"
-        return Checkpoint(checkpoint_file(self.unfinished, job.key), description)
+        return Checkpoint(checkpoint_file(self.unfinished, job), description)
 
 
-def checkpoint_file(unfinished: Path, key: int) -> Path:
-    """The checkpoint file of the finalist whose job has this key."""
-    return unfinished / f"{key}.pt"
+def checkpoint_file(unfinished: Path, job: Job) -> Path:
+    """The checkpoint file of a job that trains a finalist or a narrower net."""
+    return unfinished / f"{job.stage.value}-{job.key}.pt"
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

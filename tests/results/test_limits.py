@@ -17,7 +17,8 @@ from ranksearch.results.limits import UNLIMITED, Limits
 from ranksearch.results.messages import Outcome
 from ranksearch.results.objectives import Objectives
 from ranksearch.results.record import MAX_UNTRAINED, StudyRecord, front_of
-from ranksearch.strategy.space import Size, check_limits, size_of
+from ranksearch.strategy.bases import Bases, check_limits
+from ranksearch.strategy.space import Size, size_of
 from ranksearch.study.options import Local, Options
 from ranksearch.study.study import run_study
 from tests.books import FOUND, SPACE, finalist, trial
@@ -84,15 +85,15 @@ def smallest(cost):
 )
 def test_limits_that_no_plan_keeps(limits, message):
     with pytest.raises(SpecError, match=f"^{re.escape(message)}$"):
-        check_limits(Limits.of(limits), SPACE, FOUND)
+        check_limits(Limits.of(limits), Bases.of(SPACE, FOUND))
 
 
 def test_what_the_messages_name_is_accepted():
     most = int(smallest("params").ratio * 100) / 100
     least = Limits(min_ratio=most, max_costs={"params": smallest("params").params})
-    check_limits(least, SPACE, FOUND)
-    check_limits(Limits(max_costs={"macs": smallest("macs").macs}), SPACE, FOUND)
-    check_limits(UNLIMITED, SPACE, FOUND)
+    check_limits(least, Bases.of(SPACE, FOUND))
+    check_limits(Limits(max_costs={"macs": smallest("macs").macs}), Bases.of(SPACE, FOUND))
+    check_limits(UNLIMITED, Bases.of(SPACE, FOUND))
 
 
 def test_an_accuracy_above_one(tmp_path):

@@ -21,6 +21,7 @@ from ranksearch.plan import CP, SVD, Dense, Plan
 from ranksearch.results import attributes
 from ranksearch.results.record import Probe
 from ranksearch.spec import Finalists, Search
+from ranksearch.strategy.bases import Bases
 from ranksearch.strategy.predicted_front import Choice, Corner, predicted_front
 from ranksearch.strategy.sensitivity import (
     MAX_LOSS_INCREASE,
@@ -197,7 +198,7 @@ def test_a_sensitive_layer_is_spared(layered):
         for value in values_to_probe(layer)
     ]
     assert sensitivities(layers, probes, 1.0)["conv2"].loss_increase(0.5) > 1
-    corners = predict_front(layers, probes, 1.0)
+    corners = predict_front(Bases.of(space, found), [layers], probes, {1.0: 1.0})
     half = next(corner for corner in corners if corner.saved > found.params / 2)
     assert half.plan["conv2"] == Dense()
     assert all(space.plan(space.params(corner.plan)) == corner.plan for corner in corners)
@@ -212,14 +213,14 @@ def test_a_study_tries_the_predicted_front_before_vbmf_and_probes_once(tmp_path)
     assert origins[:many] == ["frontier"] * many
     assert origins[many : many + 2] == ["vbmf tucker2 x1", "vbmf cp x1"]
     assert set(origins[many + 3 :]) == {"rank"}
-    dense, probes = attributes.read_probes(stored(tmp_path / "one"))
-    assert dense == pytest.approx(min([dense, *(probe.loss for probe in probes)]), abs=0.2)
+    losses, probes = attributes.read_probes(stored(tmp_path / "one"))
+    assert losses == {1.0: pytest.approx(min([losses[1.0], *(probe.loss for probe in probes)]), abs=0.2)}
     assert {probe.layer for probe in probes} == {"conv1", "conv2", "fc1", "fc2"}
     assert "probes" in whole.seconds
     # A run with more trials repeats no probe and keeps the same initial plans.
     more = run_study(small_spec("search.trials=11", "finalists.count=1"), tmp_path / "one", Options(Local(0)))
     assert [trial.plan for trial in more.trials][:10] == [trial.plan for trial in whole.trials]
-    assert attributes.read_probes(stored(tmp_path / "one")) == (dense, probes)
+    assert attributes.read_probes(stored(tmp_path / "one")) == (losses, probes)
 
 
 @pytest.mark.slow
@@ -247,7 +248,7 @@ def test_a_lost_probe_is_told_and_looked_for_again(tmp_path, monkeypatch):
     monkeypatch.setattr(Evaluator, "_loss", failing)
     run_study(tiny_spec("search.trials=2"), tmp_path / "small", Options(Local(0)), view=View())
     assert sum("out of memory" in what for what in told) > 4
-    assert attributes.read_probes(stored(tmp_path / "small")) == (None, [])
+    assert attributes.read_probes(stored(tmp_path / "small")) == ({}, [])
     assert all(origin.startswith("vbmf") for origin, _ in attributes.read_initial_plans(stored(tmp_path / "small")))
     monkeypatch.setattr(Evaluator, "_loss", loss)
     run_study(tiny_spec("search.trials=2"), tmp_path / "small", Options(Local(0)))
@@ -284,6 +285,6 @@ def test_a_loss_that_is_no_number_counts_as_the_worst(tmp_path):
     splits = nets.few_digits()
     task = Task(nets.small(), splits, loss=loss)
     search(task, out=tmp_path / "small", search=Search(trials=2), finalists=Finalists(12, count=1), engine=Local(0))
-    dense, probes = attributes.read_probes(stored(tmp_path / "small"))
-    assert dense == WORST_LOSS
+    losses, probes = attributes.read_probes(stored(tmp_path / "small"))
+    assert losses == {1.0: WORST_LOSS}
     assert {probe.loss for probe in probes} == {WORST_LOSS}

@@ -15,6 +15,7 @@ from ranksearch.results import pareto
 from ranksearch.results.limits import Limits
 from ranksearch.results.messages import CurvePoint, Outcome, Result
 from ranksearch.spec import SAMPLERS
+from ranksearch.strategy.bases import Bases
 from ranksearch.strategy.predicted_front import Choice, predicted_front
 from ranksearch.strategy.sampler import MAX_SCORE_DROP, MIN_TRIALS_FOR_SURROGATE, RankSampler, expected_gains
 from ranksearch.strategy.space import size_of
@@ -22,7 +23,7 @@ from ranksearch.strategy.surrogate import Table, _log_weights, fit
 from tests.books import DENSE_SCORE, FOUND, SPACE, TINY, Books, knowledge, made_up_choices
 
 CHOICES = made_up_choices()
-TABLE = Table(FOUND, CHOICES)
+TABLE = Table(Bases.of(SPACE, FOUND), [CHOICES])
 TOP, FLOOR = 0.91, 0.5
 
 rows = st.tuples(*(st.integers(0, len(values) - 1) for values in TABLE.values))

@@ -32,6 +32,7 @@ from ranksearch.results.attributes import (
 from ranksearch.results.limits import UNLIMITED
 from ranksearch.results.messages import CurvePoint, Outcome, Result
 from ranksearch.results.objectives import Objectives
+from ranksearch.strategy.bases import Bases
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import vbmf_plans
 from ranksearch.strategy.sampler import Knowledge
@@ -84,12 +85,13 @@ def ledger_of(study, dense=None, cache=None, *, initial_plans=None):
     layers = profile(model, found, {a.layer.name: a.methods for a in space.axes}, inputs=inputs, cache=cache)
     if initial_plans is None:
         initial_plans = read_initial_plans(study) or list(vbmf_plans(space, layers.vbmf))
-    dense_loss, probes = read_probes(study)
+    dense_losses, probes = read_probes(study)
+    bases = Bases.of(space, found)
     score = read_facts(study).dense.score_validation if has_facts(study) else 0.65
     return Ledger(
-        study, space, found, initial_plans, sampler="rank", seed=0, dense_score=score,
+        study, bases, initial_plans, sampler="rank", seed=0, dense_score=score,
         limits=UNLIMITED, objectives=Objectives(dense=found.costs),
-        knowledge=Knowledge.of(space, found, layers, probes, dense_loss=dense_loss, dense_score=score, limits=UNLIMITED, minimize=("params",)),
+        knowledge=Knowledge.of(bases, [layers], probes, dense_losses=dense_losses, dense_score=score, limits=UNLIMITED, minimize=("params",)),
     )  # fmt: skip
 
 

@@ -1,0 +1,156 @@
+"""The nets that a study searches from: the given one, and narrower ones that are pruned, trained and kept in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ranksearch.compress.export import holds_model, load_model, read_plan, save_model
+from ranksearch.compress.inventory import inventory
+from ranksearch.compress.narrowing import narrow_, narrowing_of
+from ranksearch.compress.profile import Profile, profile
+from ranksearch.compress.surgery import copied
+from ranksearch.compress.whitening import inputs_wanted
+from ranksearch.data import batches, example, sample_inputs
+from ranksearch.errors import ModelError, StudyError
+from ranksearch.plan import Narrowing, Plan
+from ranksearch.results.messages import Job, Outcome, Result, Stage
+from ranksearch.spec import StudySpec
+from ranksearch.strategy.bases import Base
+from ranksearch.strategy.space import constraints_of, space_of
+from ranksearch.study import folder
+from ranksearch.study.session import Session
+from ranksearch.study.timing import keep_table, time_layers
+from ranksearch.support.batch import run_model
+from ranksearch.support.files import writing
+from ranksearch.support.seeds import seeded
+from ranksearch.task.evaluation import Evaluator, checkpoint_file
+from ranksearch.task.task import Task, evaluation_batch
+
+MAX_INPUTS = 256
+"""The largest number of training inputs by which channels are chosen."""
+
+
+@dataclass(frozen=True)
+class Net:
+    """A net to search from, and which channels of the given net it keeps (None: all)."""
+
+    base: Base
+    model: nn.Module
+    narrowing: Narrowing | None = None
+
+
+def make_nets(session: Session, spec: StudySpec, task: Task, given: Base, device: torch.device, out: Path) -> list[Net]:
+    """The nets of `space.widths`. The given one comes first; `task` has it, trained.
+
+    If pruning cannot follow the model, the given net is the only one, and the view is told why.
+
+    Raises:
+        ModelError: the loss of a narrower net became NaN or infinite.
+        StudyError: a worker was lost, or ran out of memory.
+    """
+    nets = [Net(given, task.model)]
+    if spec.space.widths == (1.0,):
+        return nets
+    with session.stage("narrow nets"):
+        for width in _train(session, spec, task, out):
+            kept = _folder(out, width)
+            model = load_model(task.model, kept)
+            layers = inventory(model, example(task.data.train))
+            layers, table = time_layers(spec, replace(task, model=model), layers, device, out, session.view, fresh=False)
+            keep_table(spec, table, layers, device, out)
+            nets.append(Net(Base(layers, space_of(spec.space, layers), width), model, read_plan(kept).narrowing))
+    return nets
+
+
+def make_profile(session: Session, spec: StudySpec, task: Task, net: Net, *, cache: Path) -> Profile:
+    """Decompose each layer of a net by each of its methods and estimate its VBMF ranks."""
+    methods = {axis.layer.name: axis.methods for axis in net.base.space.axes}
+    layers = net.base.inventory
+    name = "" if net.base.width == 1 else f", width {net.base.width:g}"
+    session.view.stage(f"profiling layers{name}", len(layers.layers))
+    with session.stage("profile"):
+        aware = spec.space.data_aware
+        return profile(
+            net.model, layers, methods, constraints=constraints_of(spec.space),
+            inputs=sample_inputs(task.data.train, inputs_wanted(layers.macs), seed=spec.seed) if aware else None,
+            cache=cache, seed=spec.seed, on_layer=session.view.step,
+        )  # fmt: skip
+
+
+def _train(session: Session, spec: StudySpec, task: Task, out: Path) -> list[float]:
+    """Train the narrower nets that the folder does not hold yet, and return the widths of all."""
+    widths = [width for width in spec.space.widths if width < 1]
+    missing = [width for width in widths if not holds_model(_folder(out, width))]
+    if not missing:
+        return widths
+    try:
+        loss = _loss(task, spec.seed)
+        narrowings = {width: narrowing_of(task.model, example(task.data.train), width, importance=loss) for width in missing}
+    except ModelError as error:
+        session.view.note(f"searching at full width only: {error}")
+        return []
+    nets = {width: narrow_(copied(task.model).cpu(), kept) for width, kept in narrowings.items()}
+    _run(session, spec, task, nets, narrowings, out)
+    return widths
+
+
+def _loss(task: Task, seed: int) -> Callable[[nn.Module], Tensor]:
+    """The loss of a model on some of the training inputs, by which channels are chosen."""
+    with seeded(seed):
+        inputs, targets = next(batches(task.data.train, min(MAX_INPUTS, evaluation_batch(task.data.train))))
+    return lambda model: task.loss(run_model(model, inputs), targets)
+
+
+def _run(
+    session: Session,
+    spec: StudySpec,
+    task: Task,
+    nets: Mapping[float, nn.Module],
+    narrowings: Mapping[float, Narrowing],
+    out: Path,
+) -> None:
+    unfinished = out / folder.UNFINISHED
+    empty = Profile({})
+    evaluate = Evaluator(
+        replace(task, model=task.model.cpu()), empty, spec.finetune, spec.finalists, "cpu",
+        narrow={width: (net, empty) for width, net in nets.items()}, narrow_recipe=spec.narrow, unfinished=unfinished.resolve(),
+    )  # fmt: skip
+    done = set[float]()
+    session.view.stage("training narrower nets", len(nets))
+
+    def on_result(job: Job, result: Result) -> None:
+        width = job.plan.width
+        if result.outcome is Outcome.DIVERGED:
+            raise ModelError(
+                f"The narrower net of width {width:g} must train, but its loss became NaN or infinite at learning rate "
+                f"{spec.narrow.learning_rate}; lower narrow.learning_rate."
+            )
+        if result.outcome is Outcome.DONE:
+            assert result.weights is not None
+            with writing(f"The net {_folder(out, width)}"):
+                save_model(_folder(out, width), replace(job.plan, narrowing=narrowings[width]), result.weights)
+            done.add(width)
+            checkpoint_file(unfinished, job).unlink(missing_ok=True)
+            session.view.step(f"width {width:g}: {result.curve[-1].score:.1%}")
+
+    def jobs() -> Iterator[Job]:
+        left = (width for width in nets if width not in done)
+        return (Job(key, Plan(width=width), spec.seed, Stage.NARROW) for key, width in enumerate(left))
+
+    with writing(f"The folder {unfinished}"):
+        unfinished.mkdir(exist_ok=True)
+    session.run_jobs("narrow nets", jobs, evaluate, on_result)
+    if lost := [f"{width:g}" for width in nets if width not in done]:
+        raise StudyError(
+            f"Every narrower net must be trained before the search, but those of width {', '.join(lost)} were not: a worker "
+            "was lost or out of memory; run the same command again, with fewer --workers."
+        )
+
+
+def _folder(out: Path, width: float) -> Path:
+    return out / "narrow" / f"{width:g}"
