@@ -191,6 +191,7 @@ def _study(options: argparse.Namespace, argv: list[str]) -> int:
     import optuna
 
     from ranksearch import console as views
+    from ranksearch.report import summary
     from ranksearch.study.study import Stopped, run_study
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -211,7 +212,7 @@ def _study(options: argparse.Namespace, argv: list[str]) -> int:
         screen.out(f"\nStopped. Resume with:  {_command_text(argv, options.storage)}", highlight=False)
         return INTERRUPTED
     screen.print(views.front_table(record.shown, record.facts, title="the front"))
-    for note in record.notes:
+    for note in filter(None, [summary.against_controls(record), *record.notes]):
         screen.out(note, highlight=False)
     screen.out(views.next_steps(out, record, _storage_option(options.storage)), highlight=False)
     return 0

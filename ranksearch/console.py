@@ -19,7 +19,7 @@ from rich.text import Text
 
 from ranksearch.results.costs import COSTS, Cost, Costed, costs_of
 from ranksearch.results.messages import CurvePoint, Outcome
-from ranksearch.results.record import DenseFacts, LayerFacts, StudyFacts, StudyRecord, TrialRecord
+from ranksearch.results.record import Control, DenseFacts, LayerFacts, StudyFacts, StudyRecord, TrialRecord
 
 QUIET_SECONDS = 60.0
 """After this many seconds without output a log gets a line about the progress of the stage."""
@@ -51,8 +51,8 @@ class View(abc.ABC):
         """The dense model and its layers have been measured."""
 
     @abc.abstractmethod
-    def curve_point(self, number: int, curve_point: CurvePoint) -> None:
-        """A trial or a finalist in training reached a point of its learning curve."""
+    def curve_point(self, name: str, curve_point: CurvePoint) -> None:
+        """A job in training, such as `trial 5` or `control 2`, reached a point of its learning curve."""
 
     @abc.abstractmethod
     def trial(self, record: TrialRecord, trials: Sequence[TrialRecord]) -> None:
@@ -70,7 +70,7 @@ class Silent(View):
 
     def facts(self, facts: StudyFacts) -> None: ...
 
-    def curve_point(self, number: int, curve_point: CurvePoint) -> None: ...
+    def curve_point(self, name: str, curve_point: CurvePoint) -> None: ...
 
     def trial(self, record: TrialRecord, trials: Sequence[TrialRecord]) -> None: ...
 
@@ -99,8 +99,8 @@ class Plain(View):
         self._facts = facts
         self._print(dense_line(facts.dense, facts.score_name))
 
-    def curve_point(self, number: int, curve_point: CurvePoint) -> None:
-        self._print_seldom(curve_point_line(number, curve_point, self._facts))
+    def curve_point(self, name: str, curve_point: CurvePoint) -> None:
+        self._print_seldom(curve_point_line(name, curve_point, self._facts))
 
     def trial(self, record: TrialRecord, trials: Sequence[TrialRecord]) -> None:
         # Under tight limits most proposals are over budget; the notes at the end give their number.
@@ -155,8 +155,8 @@ class Terminal(View):
     def facts(self, facts: StudyFacts) -> None:
         self._facts = facts
 
-    def curve_point(self, number: int, curve_point: CurvePoint) -> None:
-        self._note(curve_point_line(number, curve_point, self._facts), advance=0)
+    def curve_point(self, name: str, curve_point: CurvePoint) -> None:
+        self._note(curve_point_line(name, curve_point, self._facts), advance=0)
 
     def trial(self, record: TrialRecord, trials: Sequence[TrialRecord]) -> None:
         assert self._facts is not None, "trials come after the facts"
@@ -218,10 +218,17 @@ def trial_line(record: TrialRecord, facts: StudyFacts) -> str:
     return f"{kind} {record.number} [{record.origin}] {outcome}{test}, {seconds:.1f} s: {record.plan}"
 
 
-def curve_point_line(number: int, curve_point: CurvePoint, facts: StudyFacts | None) -> str:
-    """One line about a trial or finalist in training."""
+def control_line(control: Control, facts: StudyFacts) -> str:
+    """One line about one finished control."""
+    ratios = (f"{facts.objectives.only(cost).ratio(control):.1f}x{COSTS[cost].suffix}" for cost in ("params", "macs"))
+    validation, test = (score_text(score, facts.score_name) for score in (control.score_validation, control.score_test))
+    return f"control {control.number}: {', '.join(ratios)}, {validation} (test {test}), {control.seconds:.1f} s"
+
+
+def curve_point_line(name: str, curve_point: CurvePoint, facts: StudyFacts | None) -> str:
+    """One line about a trial, finalist or control in training."""
     assert facts is not None, "trials come after the facts"
-    return f"trial {number}: epoch {curve_point.epochs:g}, {score_text(curve_point.score, facts.score_name)}"
+    return f"{name}: epoch {curve_point.epochs:g}, {score_text(curve_point.score, facts.score_name)}"
 
 
 def dense_line(dense: DenseFacts, score_name: str) -> str:

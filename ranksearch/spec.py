@@ -230,6 +230,12 @@ class StudySpec:
     )
     about: str = setting("a line for `ranksearch studies` and the report", default="")
     seed: int = setting("the seed of everything random", "between 0 and 2147483647", lambda seed: 0 <= seed < 2**31, default=0)
+    controls: int = at_least(
+        0,
+        "how many narrower copies of the net to train from random weights, for the epochs of `dense` and `finalists` together; "
+        "the report compares the front with them",
+        default=0,
+    )
     task: TaskSpec = setting("the model, its data, its loss and its score; functions are named as `package.module:name`")
     dense: DenseSpec = setting("where the dense net's weights come from: a file, training, or both")
     space: Space = setting(
@@ -265,8 +271,8 @@ class StudySpec:
         flat: dict[str, Any] = {}
         for key, value in self.to_dict().items():
             flat |= {f"{key}.{inner}": entry for inner, entry in value.items()} if isinstance(value, dict) else {key: value}
-        may_change = {"about", "space.plugins", "search.trials", "search.minutes", "search.first", "finalists.count"}
-        may_change |= {f"search.{key}" for key in Limits.names()}
+        may_change = {"about", "controls", "space.plugins", "search.trials", "search.minutes", "search.first"}
+        may_change |= {"finalists.count", *(f"search.{key}" for key in Limits.names())}
         may_change |= set() if self.timed else {key for key in flat if key.startswith("latency.")}
         may_change |= set() if len(self.space.widths) > 1 else {key for key in flat if key.startswith("narrow.")}
         return {key: value for key, value in flat.items() if key not in may_change}
@@ -316,6 +322,10 @@ def _consistent(spec: StudySpec) -> StudySpec:
         raise SpecError(
             "space.widths must be [1.0] where space.start is scratch, which keeps no weights to prune, but got "
             f"{list(spec.space.widths)}."
+        )
+    if spec.controls and not spec.dense.epochs + spec.finalists.epochs:
+        raise SpecError(
+            f"controls must be 0 where dense.epochs and finalists.epochs are 0, which train nothing, but got {spec.controls}."
         )
     if spec.finalists.schedule == "layerwise" and not spec.finalists.epochs:
         raise SpecError("finalists.epochs must be at least 1 where finalists.schedule is layerwise, but got 0.")

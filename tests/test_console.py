@@ -70,7 +70,7 @@ def test_a_live_view_draws_progress_and_front(finished):
         view.step()
         view.facts(record.facts)
         view.stage("trials", 8, 2)
-        view.curve_point(7, CurvePoint(2, 0.931))
+        view.curve_point("trial 7", CurvePoint(2, 0.931))
         view._live.refresh()
         view.trial(record.trials[0], record.trials[:1])
         view.trial(trial(9, None, 1.0, Outcome.OVER_BUDGET), record.trials[:1])
@@ -91,7 +91,7 @@ def test_plain_lines_for_every_kind_of_trial(finished):
     done = next(t for t in record.trials if t.finalist)
     view.trial(done, record.trials)
     view.trial(lost, record.trials)
-    view.curve_point(10, CurvePoint(1, 0.4))
+    view.curve_point("trial 10", CurvePoint(1, 0.4))
     view.trial(trial(11, None, 1.0, Outcome.OVER_BUDGET), record.trials)
     view.trial(again, record.trials)
     lines = out.getvalue().splitlines()
@@ -115,7 +115,7 @@ def test_a_log_is_told_once_a_minute_how_far_a_long_stage_is(finished, monkeypat
     view.facts(finished[1].facts)
     for epoch in range(4):
         now += 31
-        view.curve_point(3, CurvePoint(epoch, 0.5))
+        view.curve_point("trial 3", CurvePoint(epoch, 0.5))
     assert out.getvalue().splitlines()[1:3] == ["training the dense net: 12 of 50", "training the dense net: 14 of 50"]
     assert out.getvalue().splitlines()[4:] == ["trial 3: epoch 1, 50.0 %", "trial 3: epoch 3, 50.0 %"]
 

@@ -54,6 +54,7 @@ def test_overrides_take_toml_values_and_bare_words():
 
 def test_the_budget_is_not_part_of_a_studys_identity():
     assert parse(SMALL, "search.trials=99", "search.minutes=1").identity() == parse().identity()
+    assert parse(SMALL, "controls=4").identity() == parse().identity()
     assert parse(SMALL, "finetune.epochs=9").identity() != parse().identity()
     assert parse(SMALL, "search.minimize=['macs']").identity() != parse().identity()
 
@@ -126,6 +127,9 @@ def test_limits_say_what_is_looked_for_and_make_no_other_study():
         ("task.model=lenet", "study.toml: task.model must be 'package.module:name', but got 'lenet'."),
         ("task.model_args=3", "study.toml: task.model_args must be a table, but got 3."),
         ("dense=3", "study.toml: dense must be a section, but got 3."),
+        ("controls=-1", "study.toml: controls must be at least 0, but got -1."),
+        ("controls=1.5", "study.toml: controls must be a whole number, but got 1.5."),
+        ("controls=true", "study.toml: controls must be a whole number, but got True."),
         ("name='a/b'", "study.toml: name must be letters, digits, '.', '_' or '-', but got 'a/b'."),
         ("seed", "An override must read section.key=value, but got 'seed'."),
         ("name.x=3", "An override must read section.key=value, but 'name' in 'name.x=3' is not a section."),
@@ -134,6 +138,16 @@ def test_limits_say_what_is_looked_for_and_make_no_other_study():
 def test_bad_values(override, message):
     with pytest.raises(SpecError, match=f"^{re.escape(message)}$"):
         parse(SMALL, override)
+
+
+def test_controls_must_be_trained():
+    untrained = ("dense.epochs=0", "finalists.epochs=0")
+    assert parse(SMALL, *untrained).controls == 0
+    with pytest.raises(
+        SpecError,
+        match=r"^controls must be 0 where dense.epochs and finalists.epochs are 0, which train nothing, but got 4\.$",
+    ):
+        parse(SMALL, *untrained, "controls=4")
 
 
 def test_a_missing_key():

@@ -55,25 +55,24 @@ def initialise_(parts: Sequence[nn.Module], *, last: str = "relu") -> None:
             nn.init.zeros_(part.bias)
 
 
-def check_scratch(model: nn.Module) -> None:
-    """Raise `ModelError`, as `scratch_` does, for a model whose weights cannot be drawn anew."""
+def check_scratch(model: nn.Module, *, otherwise: str = "use space.start = 'decomposed'") -> None:
+    """Raise `ModelError`, as `scratch_` does, for a model whose weights cannot be drawn anew. `otherwise` is a remedy."""
     frozen = next((name for name, parameter in model.named_parameters() if not parameter.requires_grad), None)
     if frozen:
         raise ModelError(
             f"A net can only start from scratch if all its weights are trainable, but {frozen!r} is frozen; call "
-            "requires_grad_(), or use space.start = 'decomposed'."
+            f"requires_grad_(), or {otherwise}."
         )
     for name, module in model.named_modules():
         if isinstance(module, (*CONVOLUTIONS, nn.Linear)) and is_parametrised(module):
             raise ModelError(
                 f"A net can only start from scratch if its layers store their weights directly, but {name!r} computes its "
-                "weight from other tensors; remove its normalisation or pruning, or use space.start = 'decomposed'."
+                f"weight from other tensors; remove its normalisation or pruning, or {otherwise}."
             )
         if _holds_parameters(module) and not callable(getattr(module, "reset_parameters", None)):
             raise ModelError(
                 f"A net can only start from scratch if each module that holds parameters has reset_parameters(), but "
-                f"{name or 'the model'!r}, a {type(module).__name__}, does not; add that method, or use space.start = "
-                "'decomposed'."
+                f"{name or 'the model'!r}, a {type(module).__name__}, does not; add that method, or {otherwise}."
             )
 
 

@@ -19,13 +19,14 @@ class Block(nn.Module):
         self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
         self.norm2 = nn.BatchNorm2d(out)
         self.relu2 = nn.ReLU()
-        self.stride, self.added_channels = stride, out - into
+        self.stride = stride
 
     def forward(self, inputs: Tensor) -> Tensor:
         residual = self.norm2(self.conv2(self.relu1(self.norm1(self.conv1(inputs)))))
         shortcut = inputs[:, :, :: self.stride, :: self.stride]
         # The shortcut's additional channels are zero, half of them on either side: option A of the paper.
-        shortcut = F.pad(shortcut, (0, 0, 0, 0, self.added_channels // 2, self.added_channels // 2))
+        added = residual.shape[1] - shortcut.shape[1]
+        shortcut = F.pad(shortcut, (0, 0, 0, 0, added // 2, added - added // 2))
         result: Tensor = self.relu2(residual + shortcut)
         return result
 

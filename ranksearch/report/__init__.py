@@ -13,7 +13,8 @@ __all__ = ["write_report"]
 def write_report(record: StudyRecord, folder: Path) -> Path:
     """Write the study's report into `folder` and return the path of its page, `report.html`.
 
-    Also writes `report.md`, `front.csv`, `front.json`, `trials.csv`, `front.png`, and `front-COST.png` for each further cost.
+    Also writes `report.md`, `front.csv`, `front.json`, `trials.csv`, `front.png`, `front-COST.png` for each further cost, and
+    `controls.csv` if there are controls.
     Each file is replaced in one step. The study may be at any stage, even before its first trial. Equal records give equal
     bytes.
 
@@ -28,6 +29,7 @@ def write_report(record: StudyRecord, folder: Path) -> Path:
         "front.json": json_and_csv.front_json(record),
         "front.csv": json_and_csv.front_csv(record),
         "trials.csv": json_and_csv.trials_csv(record),
+        **({"controls.csv": json_and_csv.controls_csv(record)} if record.controls else {}),
         **{name: charts.picture(record, cost) for name, cost in summary.pictures(record).items()},
         "report.md": markdown.markdown(record),
         "report.html": page.html(record),

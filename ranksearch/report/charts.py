@@ -19,7 +19,7 @@ from ranksearch.results.costs import COSTS, costs_of
 from ranksearch.results.record import StudyRecord
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-BLUE, ORANGE, GREEN, RED, GREY, INK = "#2563eb", "#d97706", "#059669", "#dc2626", "#94a3b8", "#1f2937"
+BLUE, ORANGE, GREEN, RED, PURPLE, GREY, INK = "#2563eb", "#d97706", "#059669", "#dc2626", "#9333ea", "#94a3b8", "#1f2937"
 
 MAX_EPOCH_TICKS = 30
 """Maximum number of ticks on the axis of epochs; a finalist may have hundreds of epochs."""
@@ -35,6 +35,7 @@ _MARK_STYLES = {
     points.FINALIST: ("#93b4f5", BLUE, "circle", 70, 0.9),
     points.FRONT: (BLUE, BLUE, "circle", 90, 1.0),
     points.TEST: (_TRANSPARENT, BLUE, "circle", 70, 1.0),
+    points.CONTROL: (PURPLE, PURPLE, "square", 80, 0.95),
     points.DENSE: (INK, INK, "diamond", 130, 1.0),
 }
 
@@ -48,7 +49,7 @@ class Drawing:
 
 
 def front_chart(record: StudyRecord, cost: str) -> Drawing:
-    """Validation score against the ratio in one cost (log axis): trials, front, test scores, dense model."""
+    """Validation score against the ratio in one cost (log axis): trials, front, test scores, controls, dense model."""
     window = points.window(record, cost)
     dense = record.facts.dense.score_validation
     min_score, min_ratio = points.limit_lines(record, cost)

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from ranksearch.results import pareto
 from ranksearch.results.messages import CurvePoint
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import DenseFacts, StudyRecord, TrialRecord, yardstick
+from ranksearch.results.record import Control, DenseFacts, StudyRecord, TrialRecord, yardstick
 
 NEAR_DENSE = 0.01
 """A model counts as good as the dense one down to this much below its validation score: one percentage point of accuracy."""
@@ -78,6 +78,31 @@ def knee(front: Sequence[TrialRecord], objectives: Objectives) -> TrialRecord | 
     if not front:
         return None
     return front[pareto.knee([_point(trial.score_validation, trial, objectives) for trial in front])]
+
+
+def compared_controls(record: StudyRecord) -> list[Control]:
+    """The controls that the front is compared with: those within the limits of size, once their costs are measured."""
+    limits, measured = record.facts.limits, record.facts.objectives.measured
+    return [control for control in record.controls if measured(control) and not limits.excess(control)]
+
+
+def controls_ahead(record: StudyRecord) -> list[Control]:
+    """The controls within all limits that no model of the front beats."""
+    limits = record.facts.limits
+    within = [control for control in compared_controls(record) if not limits.excess(control, control.score_validation)]
+    return [control for control in within if beaten_by(record, control) is None]
+
+
+def beaten_by(record: StudyRecord, control: Control) -> TrialRecord | None:
+    """The best model of the front with at least the control's validation score at no more of each minimised cost, or None."""
+    objectives = record.facts.objectives
+    theirs = objectives.point(control.score_validation, control)
+    better = [
+        trial
+        for trial in record.shown
+        if all(mine >= its for mine, its in zip(_point(trial.score_validation, trial, objectives), theirs, strict=True))
+    ]
+    return max(better, key=lambda trial: _point(trial.score_validation, trial, objectives), default=None)
 
 
 def reaches_dense(record: StudyRecord) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ranksearch.report import figures
 from ranksearch.results.costs import COSTS, Costed, costs_of
-from ranksearch.results.record import StudyRecord, Timing, TrialRecord
+from ranksearch.results.record import Control, StudyRecord, Timing, TrialRecord
 
 COST_COLUMNS = "costs"
 """Placeholder in the lists of columns; replaced by one column per cost."""
@@ -28,6 +28,12 @@ _FRONT_COLUMNS = (
 )  # fmt: skip
 
 
+_CONTROL_COLUMNS = (
+    "control", "score_validation", "score_test", "ratio", COST_COLUMNS, "share", "epochs", "seconds", "latency_ms", "beaten_by",
+    "within_limits",
+)  # fmt: skip
+
+
 def front_json(record: StudyRecord) -> str:
     """The front, the dense model, and the circumstances of the study, as indented JSON."""
     facts = record.facts
@@ -35,6 +41,7 @@ def front_json(record: StudyRecord) -> str:
         "name": facts.name,
         "front": _timed_front_rows(record),
         "dense": dense_row(record),
+        "controls": _timed_control_rows(record),
         "minimize": list(facts.objectives.minimize),
         "limits": facts.limits.to_dict(),
         "versions": dict(facts.versions),
@@ -51,6 +58,11 @@ def front_csv(record: StudyRecord) -> str:
     """The front as CSV; each plan is one cell of JSON."""
     rows = [row | {"plan": json.dumps(row["plan"])} for row in front_rows(record)]
     return _csv(_columns(record, _FRONT_COLUMNS), rows)
+
+
+def controls_csv(record: StudyRecord) -> str:
+    """The controls as CSV."""
+    return _csv(_columns(record, _CONTROL_COLUMNS), control_rows(record))
 
 
 def trials_csv(record: StudyRecord) -> str:
@@ -82,6 +94,33 @@ def dense_row(record: StudyRecord) -> dict[str, Any]:
         "score_test": figures.finite_or_none(dense.score_test),
         "latency_ms": figures.finite_or_none(dense.costs.get("latency")),
         "timings": _timings(dense.timings),
+    }
+
+
+def control_rows(record: StudyRecord) -> list[dict[str, Any]]:
+    """One row per control; `beaten_by` is the trial of the front that beats it, or None."""
+    return [_control_row(record, control) for control in record.controls]
+
+
+def _timed_control_rows(record: StudyRecord) -> list[dict[str, Any]]:
+    rows = zip(control_rows(record), record.controls, strict=True)
+    return [row | {"timings": _timings(control.timings)} for row, control in rows]
+
+
+def _control_row(record: StudyRecord, control: Control) -> dict[str, Any]:
+    winner = figures.beaten_by(record, control)
+    return {
+        "control": control.number,
+        "score_validation": control.score_validation,
+        "score_test": control.score_test,
+        "ratio": control.ratio,
+        **_costs(control),
+        "share": control.share,
+        "epochs": control.curve[-1].epochs,
+        "seconds": control.seconds,
+        "latency_ms": figures.finite_or_none(control.costs.get("latency")),
+        "beaten_by": winner and winner.number,
+        "within_limits": not record.facts.limits.excess(control, control.score_validation),
     }
 
 

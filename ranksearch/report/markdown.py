@@ -16,11 +16,13 @@ def markdown(record: StudyRecord) -> str:
     parts = [
         f"# {_escape(facts.name)}: {_escape(facts.score_name)} against {summary.ratio_names(record)}",
         _escape(summary.headline(record)),
+        *map(_escape, filter(None, [summary.against_controls(record)])),
         *map(_escape, record.notes),
         _escape(f"{facts.data} {summary.effort(record)}; seed {facts.seed}."),
         "## Front",
         _table(_front_head(record), map(_front_cells, [summary.dense_line(record), *summary.front_lines(record)])),
         _front_note(record),
+        *_controls(record),
         *_latency(record),
         "## Settings",
         _table(("setting", "value"), summary.settings(facts.spec)),
@@ -34,20 +36,29 @@ def markdown(record: StudyRecord) -> str:
 
 
 def _front_head(record: StudyRecord) -> list[str]:
+    return ["trial", *_figures_head(record), "epochs", "plan"]
+
+
+def _figures_head(record: StudyRecord) -> list[str]:
     costs = [
         word for cost in summary.shown_costs(record) for word in (cost.title, "" if cost is PARAMS else cost.ratio) if word
     ]
-    return ["trial", PARAMS.ratio, *costs, "validation", "test", "epochs", "plan"]
+    return [PARAMS.ratio, *costs, "validation", "test"]
 
 
 def _front_cells(line: summary.FrontLine) -> list[str]:
     mark = " (knee)" if line.knee else ""
+    return [f"{line.trial}{mark}", *_figures(line), line.epochs, str(line.plan)]
+
+
+def _figures(line: summary.FrontLine | summary.ControlLine) -> list[str]:
+    """Ratio, costs and scores."""
     validation, test = (
         f"{score} ({difference})" if difference else score
         for score, difference in ((line.validation, line.validation_difference), (line.test, line.test_difference))
     )
     costs = [word for number, ratio in line.costs for word in (number, ratio) if word]
-    return [f"{line.trial}{mark}", line.ratio, *costs, validation, test, line.epochs, str(line.plan)]
+    return [line.ratio, *costs, validation, test]
 
 
 def _front_note(record: StudyRecord) -> str:
@@ -57,6 +68,14 @@ def _front_note(record: StudyRecord) -> str:
     if gain:
         note += f" Hypervolume of the predicted front's trials alone: {gain[0]:.4f}; of all trials: {gain[1]:.4f}."
     return note
+
+
+def _controls(record: StudyRecord) -> list[str]:
+    if not record.controls:
+        return []
+    rows = ([str(line.number), *_figures(line), line.beaten_by] for line in summary.control_lines(record))
+    head = ["control", *_figures_head(record), "beaten by"]
+    return ["## Controls", _escape(summary.controls_note(record)), _table(head, rows)]
 
 
 def _latency(record: StudyRecord) -> list[str]:

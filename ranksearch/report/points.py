@@ -10,12 +10,13 @@ from ranksearch.plan import Plan
 from ranksearch.report import figures, text
 from ranksearch.results.costs import PARAMS, Costed, costs_of
 from ranksearch.results.messages import Outcome
-from ranksearch.results.record import StudyRecord, TrialRecord, front_of, yardstick
+from ranksearch.results.record import Control, StudyRecord, TrialRecord, front_of, yardstick
 
 TRIAL, VBMF, DENSE = "trial", "VBMF one-shot", "dense model"
 PREDICTED = "predicted front"
 FINALIST, FRONT, TEST, SEARCH = "finalist", "front", "test score of finalist", "finished trial"
 UNFINISHED = "unfinished trial"
+CONTROL = "control from scratch"
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def front_points(record: StudyRecord, cost: str) -> list[dict[str, Any]]:
         kind = FRONT if trial.number in front else FINALIST
         rows.append(_point(record, trial, trial.score_validation, cost, kind=kind))
     rows += [_point(record, t, t.finalist.score_test, cost, kind=TEST) for t in finalists if t.finalist]
+    rows += [_control_point(record, control, cost) for control in record.controls if measured(control)]
     return [row for row in rows if row["score"] is not None] + [_dense_point(record)]
 
 
@@ -120,9 +122,9 @@ def baseline_line(record: StudyRecord, cost: str) -> list[dict[str, Any]]:
     return _searched(record, figures.baseline(record), cost)
 
 
-def ratio(record: StudyRecord, trial: TrialRecord, cost: str) -> float:
-    """The ratio dense / compressed of a trial in one cost."""
-    return record.facts.objectives.only(cost).ratio(trial)
+def ratio(record: StudyRecord, costed: Costed, cost: str) -> float:
+    """The ratio dense / compressed of a model in one cost."""
+    return record.facts.objectives.only(cost).ratio(costed)
 
 
 def hypervolume_points(record: StudyRecord) -> list[dict[str, Any]]:
@@ -215,6 +217,23 @@ def _dense_point(record: StudyRecord) -> dict[str, Any]:
         "validation": text.score(dense.score_validation, name),
         "test": text.score(dense.score_test, name),
         "plan": "dense",
+    }
+
+
+def _control_point(record: StudyRecord, control: Control, cost: str) -> dict[str, Any]:
+    name = record.facts.score_name
+    return {
+        "kind": CONTROL,
+        "ratio": ratio(record, control, cost),
+        "score": control.score_validation,
+        "trial": text.NO_VALUE,
+        "origin": f"control {control.number}",
+        "outcome": text.NO_VALUE,
+        "ratio_text": text.ratio(ratio(record, control, cost)),
+        **_sizes(record, control),
+        "validation": text.score(control.score_validation, name),
+        "test": text.score(control.score_test, name),
+        "plan": "fewer channels in each layer",
     }
 
 

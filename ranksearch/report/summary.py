@@ -11,7 +11,7 @@ from ranksearch.plan import Plan
 from ranksearch.report import figures, text
 from ranksearch.results.costs import COSTS, LATENCY, PARAMS, Cost, Costed, costs_of
 from ranksearch.results.messages import Outcome
-from ranksearch.results.record import StudyRecord, Timing, TrialRecord
+from ranksearch.results.record import Control, StudyRecord, Timing, TrialRecord
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,21 @@ class FrontLine:
     near: bool
 
 
+@dataclass(frozen=True)
+class ControlLine:
+    """One control as text, with costs as in a `FrontLine`."""
+
+    number: int
+    ratio: str
+    costs: list[tuple[str, str]]
+    validation: str
+    validation_difference: str
+    test: str
+    test_difference: str
+    beaten_by: str
+    """The model of the front that beats it: `trial 12`, `no model`; or `outside the limits`; a dash before it is timed."""
+
+
 def headline(record: StudyRecord) -> str:
     """One sentence: the smallest model near the dense one, or why there is none yet."""
     facts, name = record.facts, record.facts.score_name
@@ -50,6 +65,40 @@ def headline(record: StudyRecord) -> str:
     ratios = zip(ratio_words(record, best), facts.objectives.minimize, strict=True)
     size = " and ".join(f"{figure} {words} {_instead_of(record, best, COSTS[cost])}" for (figure, words), cost in ratios)
     return f"The smallest model within {near} of the dense net is trial {best.number}: {size}, {_scores(record, best)}."
+
+
+def against_controls(record: StudyRecord) -> str:
+    """One sentence: whether the front beats the controls. Empty if there is nothing to compare."""
+    controls = figures.compared_controls(record)
+    if not controls or not record.shown:
+        return ""
+    ahead = figures.controls_ahead(record)
+    one, many = "the control, a narrower net trained from scratch", "controls, narrower nets trained from scratch"
+    each = "" if len(controls) == 1 else "for each, "
+    costs = " and ".join(COSTS[cost].title for cost in record.facts.objectives.minimize)
+    if not ahead:
+        beaten = one if len(controls) == 1 else f"all {len(controls)} {many}"
+        better = f"a model of the front with at most its {costs} scores at least as well on validation"
+        return f"The front beats {beaten}: {each}{better}."
+    part = "any" if len(ahead) == len(controls) else len(ahead)
+    some = one if len(controls) == 1 else f"{part} of {len(controls)} {many}"
+    name = record.facts.score_name
+    points = "; ".join(f"{', '.join(_sizes(record, net))} at {text.score(net.score_validation, name)}" for net in ahead)
+    worse = f"no model of the front with at most its {costs} scores as well on validation"
+    return f"The front does not beat {some} ({points}): {'' if len(ahead) == 1 else each}{worse}."
+
+
+def controls_note(record: StudyRecord) -> str:
+    """How the controls were made, and what "beaten" means."""
+    dense = record.facts.spec.get("dense", {})
+    epochs = max((control.curve[-1].epochs for control in record.controls), default=0)
+    unknown = " The dense net began with given weights; their training is not counted."
+    return (
+        "A control has the layers of the dense net with fewer channels. It was trained from random weights for "
+        f"{epochs:g} epochs, as many as the dense net and a finalist together, by the recipe of the dense net."
+        f"{unknown if dense.get('weights') or not dense.get('epochs') else ''} "
+        "A model of the front beats it with at least its validation score at no more of each cost that the study minimises."
+    )
 
 
 def no_scores(record: StudyRecord) -> str:
@@ -125,18 +174,24 @@ def narrow_lines(record: StudyRecord) -> list[NarrowLine]:
     ]
 
 
+def control_lines(record: StudyRecord) -> list[ControlLine]:
+    """The controls as text, the largest first."""
+    return [_control_line(record, control) for control in sorted(record.controls, key=record.facts.objectives.ratio)]
+
+
 def timing_head(record: StudyRecord) -> list[str]:
     """One heading for each way in which the models were timed: `ONNX Runtime, batch 1`."""
     return [f"{text.runtime(timing.runtime)}, batch {timing.batch}" for timing in record.facts.dense.timings]
 
 
 def timing_rows(record: StudyRecord) -> list[tuple[str, list[str]]]:
-    """The dense model and the models of the front, each with its latencies: `0.034 ms (6.1x, +2 %)`.
+    """The dense model, the models of the front and the controls, each with its latencies: `0.034 ms (6.1x, +2 %)`.
 
     In brackets the speed-up, and how far the median of the rounds lay above the least.
     """
     dense = record.facts.dense.timings
     models = [("dense", dense)] + [(str(trial.number), trial.finalist.timings) for trial in record.shown if trial.finalist]
+    models += [(f"control {control.number}", control.timings) for control in record.controls]
     return [(name, [_timing(timings, way) for way in dense]) for name, timings in models]
 
 
@@ -216,9 +271,32 @@ def _line(record: StudyRecord, trial: TrialRecord, *, knee: bool, near: bool) ->
     )
 
 
-def _sizes(record: StudyRecord, trial: TrialRecord) -> list[str]:
+def _control_line(record: StudyRecord, control: Control) -> ControlLine:
+    dense, name = record.facts.dense, record.facts.score_name
+    return ControlLine(
+        number=control.number,
+        ratio=text.ratio(control.ratio),
+        costs=_costs(record, control),
+        validation=text.score(control.score_validation, name),
+        validation_difference=_difference(control.score_validation, dense.score_validation, name),
+        test=text.score(control.score_test, name),
+        test_difference=_difference(control.score_test, dense.score_test, name),
+        beaten_by=_winner(record, control),
+    )
+
+
+def _winner(record: StudyRecord, control: Control) -> str:
+    if not record.facts.objectives.measured(control):
+        return text.NO_VALUE
+    if control not in figures.compared_controls(record):
+        return "outside the limits"
+    winner = figures.beaten_by(record, control)
+    return "no model" if winner is None else f"trial {winner.number}"
+
+
+def _sizes(record: StudyRecord, costed: Costed) -> list[str]:
     objectives = record.facts.objectives
-    ratios = zip(objectives.minimize, objectives.ratios(trial), strict=True)
+    ratios = zip(objectives.minimize, objectives.ratios(costed), strict=True)
     return [text.ratio(ratio) + COSTS[cost].suffix for cost, ratio in ratios]
 
 

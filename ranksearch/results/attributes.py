@@ -13,6 +13,7 @@ from ranksearch.errors import StudyError
 from ranksearch.plan import Plan
 from ranksearch.results.messages import CurvePoint, Outcome
 from ranksearch.results.record import (
+    Control,
     DenseFacts,
     Finalist,
     LayerFacts,
@@ -22,11 +23,13 @@ from ranksearch.results.record import (
     StudyRecord,
     Timing,
     TrialRecord,
+    control_with_measured,
     with_measured,
 )
 
 _FACTS, _SECONDS = "ranksearch:facts", "ranksearch:seconds"
 _FINALIST, _FAILED = "ranksearch:finalist:", "ranksearch:failed:"
+_CONTROLS, _CONTROL = "ranksearch:controls", "ranksearch:control:"
 _TRIAL, _ASKED, _PROBES, _INITIAL_PLANS = "ranksearch:trial", "ranksearch:asked", "ranksearch:probes", "ranksearch:firsts"
 
 
@@ -96,6 +99,41 @@ def write_finalist(study: optuna.Study, number: int, finalist: Finalist) -> None
 def write_failed(study: optuna.Study, number: int, outcome: Outcome) -> None:
     """Store the outcome of a finalist whose longer fine-tuning failed."""
     study.set_user_attr(f"{_FAILED}{number}", outcome.name)
+
+
+def write_shares(study: optuna.Study, shares: Sequence[float], reason: str = "") -> None:
+    """Store the shares of the controls, so that a resumed study trains the same; or the reason why there are none."""
+    study.set_user_attr(_CONTROLS, {"shares": list(shares), "reason": reason})
+
+
+def read_shares(study: optuna.Study) -> tuple[list[float], str]:
+    """The shares and the reason that `write_shares` stored; empty before it ran."""
+    stored = study.user_attrs.get(_CONTROLS, {"shares": [], "reason": ""})
+    return stored["shares"], stored["reason"]
+
+
+def write_control(study: optuna.Study, control: Control) -> None:
+    """Store a control's result."""
+    content = dataclasses.asdict(control) | {"curve": _points(control.curve)}
+    study.set_user_attr(f"{_CONTROL}{control.number}", content)
+
+
+def write_failed_control(study: optuna.Study, number: int, outcome: Outcome) -> None:
+    """Store the outcome of a control whose training failed."""
+    study.set_user_attr(f"{_CONTROL}{number}", {"failed": outcome.name})
+
+
+def read_controls(study: optuna.Study) -> tuple[dict[int, Control], dict[int, Outcome]]:
+    """The controls by number, and the outcomes of those that failed."""
+    entries = {name.removeprefix(_CONTROL): entry for name, entry in study.user_attrs.items() if name.startswith(_CONTROL)}
+    stored = {int(number): entry for number, entry in sorted(entries.items(), key=lambda item: int(item[0]))}
+    failed = {number: Outcome[entry["failed"]] for number, entry in stored.items() if "failed" in entry}
+    return {number: _control(entry) for number, entry in stored.items() if number not in failed}, failed
+
+
+def _control(data: Mapping[str, Any]) -> Control:
+    curve = tuple(CurvePoint(*point) for point in data["curve"])
+    return Control(**{**data, "curve": curve, "timings": _timings(data["timings"])})
 
 
 def has_facts(study: optuna.Study) -> bool:
@@ -173,7 +211,18 @@ def read_trials(study: optuna.Study) -> tuple[TrialRecord, ...]:
 def read_study(study: optuna.Study) -> StudyRecord:
     """The whole record of a study; raises `StudyError` as `read_facts` does."""
     facts, trials = with_measured(read_facts(study), read_trials(study))
-    return StudyRecord(facts=facts, trials=trials, seconds=read_seconds(study))
+    controls, failed = read_controls(study)
+    _, reason = read_shares(study)
+    return StudyRecord(
+        facts=facts,
+        trials=trials,
+        seconds=read_seconds(study),
+        controls=tuple(map(control_with_measured, controls.values())),
+        missing_controls=(
+            *([f"There are no controls: {reason}"] if reason else []),
+            *(f"Control {number} failed, {outcome.of_control}." for number, outcome in failed.items()),
+        ),
+    )
 
 
 def _points(curve: Sequence[CurvePoint]) -> list[tuple[float, float]]:

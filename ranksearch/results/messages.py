@@ -33,6 +33,11 @@ class Outcome(enum.Enum):
         """The sentence for a finalist with this outcome: it names the settings of `finalists`."""
         return self.value.replace("finetune.", "finalists.")
 
+    @property
+    def of_control(self) -> str:
+        """The sentence for a control with this outcome: it names the settings of `dense`, whose recipe trains controls."""
+        return self.value.replace("finetune.", "dense.")
+
 
 _STATES = {Outcome.DONE: TrialState.COMPLETE, Outcome.WORKER_LOST: TrialState.FAIL}
 
@@ -55,16 +60,25 @@ class Stage(enum.Enum):
     TRIAL = "trial"
     FINALIST = "finalist"
     """Fine-tune for longer, score on the test split too, and keep the weights."""
+    CONTROL = "control"
+    """Train a narrower net from random weights, and score it on the test split too."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One plan to evaluate. `key` identifies the job."""
+    """One plan to evaluate, or one control. `key` identifies the job."""
 
     key: int
     plan: Plan
     seed: int
     stage: Stage = Stage.TRIAL
+    share: float = 1.0
+    """The share of the channels that each layer of a control keeps."""
+
+    @property
+    def name(self) -> str:
+        """The job as people read it: `trial 5`, `control 2`."""
+        return f"{self.stage.value} {self.key}"
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,19 @@ class Timing:
     """Whether the machine was quiet enough for the order of models timed together to be trusted."""
 
 
+class Timed:
+    """A property for records with latencies."""
+
+    timings: tuple[Timing, ...]
+
+    @property
+    def latency_ms(self) -> float | None:
+        """Milliseconds of one pass, as the study measures them."""
+        return self.timings[0].ms if self.timings else None
+
+
 @dataclass(frozen=True, kw_only=True)
-class Finalist:
+class Finalist(Timed):
     """Result of fine-tuning a trial again, from its start and for longer; scored once on the test split."""
 
     score_validation: float
@@ -54,11 +65,6 @@ class Finalist:
     """What the first was predicted to be, in a study that minimises or limits the latency."""
     layers_ms: Mapping[str, float] = field(default_factory=dict, hash=False)
     """The predicted latency of each decomposed layer, in such a study."""
-
-    @property
-    def latency_ms(self) -> float | None:
-        """Milliseconds of one pass, as the study measures them."""
-        return self.timings[0].ms if self.timings else None
 
     @property
     def mispredicted(self) -> bool:
@@ -136,7 +142,7 @@ class LayerFacts(Counts):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseFacts(Counts):
+class DenseFacts(Counts, Timed):
     """The dense model: costs by name, scores, and latencies."""
 
     costs: Mapping[str, float] = field(hash=False)
@@ -145,10 +151,23 @@ class DenseFacts(Counts):
     timings: tuple[Timing, ...] = ()
     """As those of a finalist, taken in turn with them."""
 
-    @property
-    def latency_ms(self) -> float | None:
-        """Milliseconds of one pass, as the study measures them."""
-        return self.timings[0].ms if self.timings else None
+
+@dataclass(frozen=True, kw_only=True)
+class Control(Counts, Timed):
+    """A narrower copy of the dense net, trained from random weights; scored once on the test split."""
+
+    number: int
+    share: float
+    """The share of the channels that each layer keeps."""
+    costs: Mapping[str, float] = field(hash=False)
+    ratio: float
+    """Compression ratio, as of a trial."""
+    score_validation: float
+    score_test: float
+    curve: tuple[CurvePoint, ...]
+    seconds: float
+    timings: tuple[Timing, ...] = ()
+    """As those of a finalist, taken in turn with them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,11 +213,14 @@ class StudyFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyRecord:
-    """A whole study: its facts, its trials by number, and the seconds each stage has taken so far."""
+    """A whole study: its facts, its trials by number, the seconds each stage has taken so far, and its controls."""
 
     facts: StudyFacts
     trials: tuple[TrialRecord, ...]
     seconds: Mapping[str, float] = field(default_factory=dict)
+    controls: tuple[Control, ...] = ()
+    missing_controls: tuple[str, ...] = ()
+    """A sentence about each control that failed, or about the reason why there are none."""
 
     @cached_property
     def front(self) -> list[TrialRecord]:
@@ -240,6 +262,7 @@ class StudyRecord:
         for trial in trials:
             if trial.failed:
                 notes.append(f"Trial {trial.number} failed as a finalist, {trial.failed.of_finalist}.")
+        notes += self.missing_controls
         notes += self._latency_notes()
         if over:
             notes.append(f"Proposals over the limits, not trained: {over:,}.")
@@ -292,6 +315,13 @@ def with_measured(facts: StudyFacts, trials: Sequence[TrialRecord]) -> tuple[Stu
         return facts, tuple(trials)
     facts = replace(facts, dense=replace(dense, costs={**dense.costs, "latency": dense.latency_ms}))
     return facts, tuple(_with_measured(trial) for trial in trials)
+
+
+def control_with_measured(control: Control) -> Control:
+    """A control with its measured latency among its costs, if it was timed."""
+    if control.latency_ms is None:
+        return control
+    return replace(control, costs={**control.costs, "latency": control.latency_ms})
 
 
 def _with_measured(trial: TrialRecord) -> TrialRecord:

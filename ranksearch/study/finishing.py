@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from ranksearch.strategy.finalists import choose_finalists
 from ranksearch.study import folder
 from ranksearch.study.session import Session
 from ranksearch.support.files import writing
-from ranksearch.task.evaluation import Evaluator, checkpoint_file
+from ranksearch.task.evaluation import Evaluator, checkpoint_file, remove_checkpoints
 
 RESUMABLE = {Outcome.WORKER_LOST, Outcome.OUT_OF_MEMORY}
 """Outcomes after which the next run resumes the finalist from its checkpoint."""
@@ -62,7 +61,7 @@ def train_finalists(
         unfinished.mkdir(exist_ok=True)
     session.run_jobs("finalists", jobs, evaluate, on_result)
     if not RESUMABLE & set(outcomes.values()):
-        shutil.rmtree(unfinished, ignore_errors=True)
+        remove_checkpoints(unfinished)
     # The weights of a former finalist may be missing; it is not trained again.
     return [(trial, _model_folder(trial, out)) for trial in records.values() if _has_model(trial, out)]
 

@@ -60,7 +60,7 @@ class Session:
         def on_message(job: Job, message: CurvePoint | Result) -> None:
             nonlocal again
             if isinstance(message, CurvePoint):
-                self.view.curve_point(job.key, message)
+                self.view.curve_point(job.name, message)
                 return
             if message.outcome is Outcome.WORKER_LOST:
                 losses[job.key] += 1

@@ -27,6 +27,7 @@ from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.sampler import Knowledge
 from ranksearch.study import folder
 from ranksearch.study.checking import Checked, check_inputs
+from ranksearch.study.controls import control_recipe, train_controls
 from ranksearch.study.dense import make_dense
 from ranksearch.study.facts import make_facts
 from ranksearch.study.finishing import train_finalists
@@ -129,8 +130,9 @@ def _run_steps(session: Session, spec: StudySpec, out: Path, options: Options, c
     trials = _search(session, spec, bases, initial_plans, knowledge, facts, evaluate)
     narrowings = {net.base.width: net.narrowing for net in nets if net.narrowing is not None}
     finalists = train_finalists(session, spec, trials, facts, evaluate, narrowings, out)
+    controls = train_controls(session, spec, task, evaluate, out)
     with session.stage("finalists"):
-        time_finalists(session, spec, task, bases, facts, finalists, device)
+        time_finalists(session, spec, task, bases, facts, finalists, controls, device)
     return _report(session.study, out)
 
 
@@ -145,7 +147,7 @@ def _evaluator(
     narrow = {net.base.width: (net.model, profile) for net, profile in zip(nets[1:], profiles[1:], strict=True)}
     return Evaluator(
         task, profiles[0], spec.finetune, spec.finalists, where, scratch=spec.space.start == "scratch", narrow=narrow,
-        unfinished=unfinished.resolve(),
+        controls=control_recipe(spec, len(profiles[0].layers)), unfinished=unfinished.resolve(),
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from ranksearch.latency.timing import in_turn
 from ranksearch.methods import METHODS
 from ranksearch.plan import Plan
 from ranksearch.results import attributes
-from ranksearch.results.record import StudyFacts, Timing, TrialRecord
+from ranksearch.results.record import Control, StudyFacts, Timing, TrialRecord
 from ranksearch.spec import Latency, StudySpec
 from ranksearch.strategy.bases import Bases
 from ranksearch.strategy.space import constraints_of, make_space
@@ -88,9 +88,10 @@ def about(runtime: Runtime, batch: int) -> str:
 
 def time_finalists(
     session: Session, spec: StudySpec, task: Task, bases: Bases, facts: StudyFacts,
-    trials: Sequence[tuple[TrialRecord, Path]], device: torch.device,
+    trials: Sequence[tuple[TrialRecord, Path]], controls: Sequence[tuple[Control, nn.Module]], device: torch.device,
 ) -> None:  # fmt: skip
-    """Time the dense model and all finalists in turn, in the study's runtime and in the other one, at several sizes of batch.
+    """Time the dense model, the finalists and the controls in turn, in the study's runtime and in the other one, at several
+    sizes of batch.
 
     Args:
         session: the study's run.
@@ -99,12 +100,14 @@ def time_finalists(
         bases: the nets that the finalists were made from.
         facts: the study's facts, stored again with the dense model's timings.
         trials: the finalists and the folders of their models.
+        controls: the controls and nets of their structure.
         device: where torch runs the models.
     """
-    if all(trial.finalist and trial.finalist.timings for trial, _ in trials):
+    records = [*(trial.finalist for trial, _ in trials), *(control for control, _ in controls)]
+    if all(each and each.timings for each in records):
         return
     dense = task.model.cpu()
-    models = [dense, *(load_model(dense, folder) for _, folder in trials)]
+    models = [dense, *(load_model(dense, folder) for _, folder in trials), *(net.eval() for _, net in controls)]
     found: list[list[Timing]] = [[] for _ in models]
     for runtime in _runtimes(spec.latency, device, channels_last=task.channels_last):
         try:
@@ -114,7 +117,12 @@ def time_finalists(
             if spec.timed and not found[0]:
                 raise
             session.view.note(f"not timed in {runtime.name}: {error}")
-    for (trial, _), timings in zip(trials, found[1:], strict=True):
+    # First, since a later run times all models again unless all finalists and controls have their timings.
+    attributes.write_facts(session.study, replace(facts, dense=replace(facts.dense, timings=tuple(found[0]))))
+    of_finalists, of_controls = found[1 : 1 + len(trials)], found[1 + len(trials) :]
+    for (control, _), timings in zip(controls, of_controls, strict=True):
+        attributes.write_control(session.study, replace(control, timings=tuple(timings)))
+    for (trial, _), timings in zip(trials, of_finalists, strict=True):
         assert trial.finalist is not None
         finalist = replace(
             trial.finalist,
@@ -123,7 +131,6 @@ def time_finalists(
             layers_ms=_layers_ms(bases[trial.plan.width].inventory, trial.plan),
         )
         attributes.write_finalist(session.study, trial.number, finalist)
-    attributes.write_facts(session.study, replace(facts, dense=replace(facts.dense, timings=tuple(found[0]))))
 
 
 def _runtimes(latency: Latency, device: torch.device, *, channels_last: bool) -> list[Runtime]:

@@ -6,6 +6,7 @@ import copy
 import math
 import os
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from ranksearch.compress.profile import Profile
 from ranksearch.compress.scratch import scratch_
 from ranksearch.compress.surgery import factorize_
 from ranksearch.compress.weights import digest_of, weights_of
-from ranksearch.data import sample
+from ranksearch.compress.widths import redraw_, scale_width_
+from ranksearch.data import example, sample
 from ranksearch.methods import METHODS, Method, register_method
 from ranksearch.plan import Plan
 from ranksearch.results.messages import CurvePoint, Job, Outcome, Result, Stage
@@ -29,6 +31,8 @@ from ranksearch.task.checkpoint import Checkpoint
 from ranksearch.task.task import Task, predict
 from ranksearch.task.training import Diverged
 
+CONTROLS = "controls"
+"""The folder of the checkpoints of controls, in that of all checkpoints."""
 MAX_PROBE_INPUTS = 2048
 """The largest number of validation inputs that a probe uses. Not all, since each layer has several probes."""
 
@@ -48,8 +52,11 @@ class Evaluator:
     """By width, the narrower nets that plans may start from, each with the factors of its layers."""
     narrow_recipe: Recipe = Recipe(0)
     """How narrower nets are trained."""
+    controls: Recipe | None = None
+    """How controls are trained, if there are any."""
     unfinished: Path | None = None
-    """The folder for finalists' checkpoints. A worker that cannot write to it, for example on another machine, keeps none."""
+    """The folder for checkpoints of finalists and controls. A worker that cannot write to it, such as one on another machine,
+    keeps none."""
     methods: tuple[Method, ...] = field(default_factory=lambda: tuple(METHODS.values()))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -79,24 +86,21 @@ class Evaluator:
         yield Result(outcome, tuple(checkpoint.curve_points), checkpoint.seconds(), **fields)
 
     def _trained(self, job: Job, checkpoint: Checkpoint) -> Generator[CurvePoint, None, dict[str, Any]]:
-        """Yield the remaining learning-curve points; returns a finalist's test score and weights, for its `Result`."""
+        """Yield the remaining learning-curve points; returns the test score and the weights of a long job."""
         model = copy.deepcopy(self._start(job.plan)[0])
         for curve_point in self._curve_points(model, job, checkpoint):
             checkpoint.curve_points.append(curve_point)
             yield curve_point
         if job.stage is Stage.NARROW:
             return {"weights": weights_of(model)}
-        if job.stage is not Stage.FINALIST:
+        if job.stage is Stage.TRIAL:
             return {}
-        return {"score_test": self._score(model, self.task.data.test), "weights": weights_of(model)}
+        score_test = self._score(model, self.task.data.test)
+        return {"score_test": score_test, "weights": weights_of(model) if job.stage is Stage.FINALIST else None}
 
     def _start(self, plan: Plan) -> tuple[nn.Module, Profile]:
         """The net that a plan factorizes, and the factors of its layers."""
         return self.narrow.get(plan.width, (self.task.model, self.profile))
-
-    def _recipe(self, job: Job) -> Recipe:
-        """How the job's model is trained."""
-        return {Stage.FINALIST: self.finalists, Stage.NARROW: self.narrow_recipe}.get(job.stage, self.finetune)
 
     def compressed(self, plan: Plan) -> nn.Module:
         """A copy of the dense model, factorized as `plan` says, before any fine-tuning."""
@@ -115,7 +119,10 @@ class Evaluator:
         """Factorize `model` in place as the job's plan says, all layers in one step or one layer a step; yields after each."""
         final = job.stage is Stage.FINALIST
         sweeps, profile = self.finalists.sweeps if final else 0, self._start(job.plan)[1]
-        if self.scratch:
+        if job.stage is Stage.CONTROL:
+            self._placed(redraw_(scale_width_(model, example(self.task.data.train), job.share), seed=job.seed))
+            yield
+        elif self.scratch:
             self._placed(scratch_(model, job.plan, seed=job.seed))
             yield
         elif final and self.finalists.schedule == "layerwise":
@@ -145,7 +152,7 @@ class Evaluator:
     def _curve_points(self, model: nn.Module, job: Job, checkpoint: Checkpoint) -> Iterator[CurvePoint]:
         """The remaining learning-curve points; `checkpoint` has the earlier ones."""
         device = torch.device(self.device)
-        recipe = self._recipe(job)
+        recipe = self._recipe(job.stage)
         done = checkpoint.curve_points[-1].epochs if checkpoint.curve_points else -1
         for step, _ in enumerate(self._steps(model, job)):
             before = step * recipe.epochs
@@ -159,19 +166,35 @@ class Evaluator:
             for epoch in training.fit(model, self.task, recipe, seed=seed, device=device, checkpoint=checkpoint):
                 yield CurvePoint(before + epoch, self._score(model, self.task.data.validation))
 
+    def _recipe(self, stage: Stage) -> Recipe:
+        if stage is Stage.CONTROL:
+            assert self.controls is not None
+            return self.controls
+        return {Stage.FINALIST: self.finalists, Stage.NARROW: self.narrow_recipe}.get(stage, self.finetune)
+
     def _checkpoint(self, job: Job) -> Checkpoint:
-        """The checkpoint of a finalist or a narrower net. Other jobs are too short for one; theirs has no file."""
-        long = job.stage in (Stage.FINALIST, Stage.NARROW)
+        """The checkpoint of a finalist, a control or a narrower net. Other jobs are too short for one; theirs has no file."""
+        long = job.stage in (Stage.FINALIST, Stage.CONTROL, Stage.NARROW)
         if not long or self.unfinished is None or not os.access(self.unfinished, os.W_OK):
             return Checkpoint()
-        setup = f"{self._recipe(job)}, scratch {self.scratch}, from {digest_of(self._start(job.plan)[0])}"
-        description = f"{job.plan.to_json()}, seed {job.seed}, {setup}"
-        return Checkpoint(checkpoint_file(self.unfinished, job), description)
+        setup = f"{self._recipe(job.stage)}, scratch {self.scratch}, from {digest_of(self._start(job.plan)[0])}"
+        structure = f"share {job.share}" if job.stage is Stage.CONTROL else job.plan.to_json()
+        return Checkpoint(checkpoint_file(self.unfinished, job), f"{structure}, seed {job.seed}, {setup}")
 
 
 def checkpoint_file(unfinished: Path, job: Job) -> Path:
-    """The checkpoint file of a job that trains a finalist or a narrower net."""
-    return unfinished / f"{job.stage.value}-{job.key}.pt"
+    """The checkpoint file of a job."""
+    folder = unfinished / CONTROLS if job.stage is Stage.CONTROL else unfinished
+    return folder / (f"width-{job.plan.width:g}.pt" if job.stage is Stage.NARROW else f"{job.key}.pt")
+
+
+def remove_checkpoints(unfinished: Path) -> None:
+    """Delete the checkpoints in a folder, and the folder unless it holds checkpoints of another stage."""
+    for path in unfinished.iterdir():
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+    with suppress(OSError):
+        unfinished.rmdir()
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 from ranksearch.engines import processes, ray
 from ranksearch.errors import ModelError, PlanError, StudyError
 from ranksearch.plan import Plan
-from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
+from ranksearch.results.messages import CurvePoint, Job, Outcome, Result, Stage
 from tests import ROOT
 
 
@@ -102,6 +103,18 @@ def test_every_job_has_one_result_after_its_learning_curve(engine):
     assert answers(found) == [(key, "DONE", (CurvePoint(0, key), CurvePoint(1, 2.0 * key))) for key in range(5)]
     for key in range(5):
         assert [type(message) for k, message in found if k == key] == [CurvePoint, Result]
+
+
+def echo(job):
+    yield Result(Outcome.DONE, weights=pickle.dumps(job))
+
+
+@ALL
+def test_a_job_arrives_whole(engine):
+    sent = Job(3, Plan(), seed=7, stage=Stage.CONTROL, share=0.25)
+    arrived = []
+    engine.run(iter([sent]), echo, on_message=lambda job, message: arrived.append(message), should_stop=lambda: False)
+    assert [pickle.loads(message.weights) for message in arrived] == [sent]
 
 
 @engines(2, "ray")
