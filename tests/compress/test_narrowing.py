@@ -127,7 +127,7 @@ def test_a_full_rank_of_a_narrow_net_changes_nothing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "densenet121"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
 def test_nets_of_torchvision(name):
     model = torchvision.models.get_model(name)
     assert why_not_narrowed(model, torch.ones(1, 3, 64, 64)) is None
