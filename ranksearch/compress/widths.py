@@ -28,7 +28,7 @@ REMEDY = "set controls = 0"
 ADAPTED = (*LAYERS, _NormBase, nn.GroupNorm, nn.LayerNorm, nn.PReLU)
 
 
-def narrow_(model: M, example: Any, share: float) -> M:
+def scale_width_(model: M, example: Any, share: float) -> M:
     """Give every layer of `model`, in place, this share of its channels. The last layers keep their outputs.
 
     The model runs in eval and in training mode, and each module adapts to the channels of its first input. So layers that had
