@@ -297,7 +297,7 @@ def _export(options: argparse.Namespace, argv: list[str]) -> int:
     )  # fmt: skip
     spec = folder.read_spec(options.folder)
 
-    from ranksearch.compress.export import export_model, load_model
+    from ranksearch.compress.export import export_model, load_model, read_plan
     from ranksearch.data import batches
     from ranksearch.study.checking import choose_device
     from ranksearch.study.merging import Merged, merge_faster
@@ -306,11 +306,12 @@ def _export(options: argparse.Namespace, argv: list[str]) -> int:
     if spec.task.model == FROM_PYTHON:
         raise StudyError("This study was run from Python, so only Python has its dense model; use ranksearch.load_model there.")
     task = load_task(spec)
-    model = load_model(task.model, options.folder / "models" / str(trial.number))
+    kept = options.folder / "models" / str(trial.number)
+    model = load_model(task.model, kept)
     inputs = next(batches(task.data.validation, 64))[0]
-    found = Merged(model, trial.plan, trial)
+    found = Merged(model, read_plan(kept), trial)
     if options.merge:
-        found = merge_faster(spec, task, trial, model, choose_device(options.device or "auto"))
+        found = merge_faster(spec, task, trial, found, choose_device(options.device or "auto"))
     suffix = ("-merged" if options.merge else "") + ("" if options.format == "plan" else f".{options.format}")
     target = options.to or options.folder / "export" / f"{trial.number}{suffix}"
     with writing(f"The export to {target}", "choose another --to"):

@@ -141,64 +141,58 @@ KINDS: dict[str, type[Factorization]] = {kind.method: kind for kind in (Dense, S
 
 
 @dataclass(frozen=True)
-class Narrowing:
-    """Which channels of a model are kept. Each distinct set of kept indices is stored once.
+class Kept:
+    """The channels that a narrower net keeps along one dimension of a tensor: `indices` out of `size`, ascending."""
 
-    Args:
-        kept: the sets of kept indices, each in ascending order.
-        tensors: by name of a parameter or buffer, its pruned dimensions, each with the position of its set in `kept`.
-        attributes: by name of a module, the new values of its attributes, such as `out_channels`.
-    """
-
-    kept: tuple[tuple[int, ...], ...] = ()
-    tensors: Mapping[str, Mapping[int, int]] = field(default_factory=dict, hash=False)
-    attributes: Mapping[str, Mapping[str, int]] = field(default_factory=dict, hash=False)
+    size: int
+    indices: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        for indices in self.kept:
-            if not indices or not all(map(_is_index, indices)) or list(indices) != sorted(set(indices)):
-                raise PlanError(f"Kept channels must be different indices in ascending order, but got {indices!r}.")
-        for name, dims in self.tensors.items():
-            for dim, position in dims.items():
-                if not (_is_index(dim) and _is_index(position) and position < len(self.kept)):
-                    raise PlanError(
-                        f"A narrowing of {name!r} must name a dimension and one of {len(self.kept)} kept sets, but got "
-                        f"{dim!r}: {position!r}."
-                    )
-        for name, values in self.attributes.items():
-            for attribute, value in values.items():
-                if not _is_positive(value):
-                    raise PlanError(
-                        f"Attribute {attribute!r} of {name!r} must be a whole number of at least 1, but is {value!r}."
-                    )
+        ascending = all(map(_is_natural, self.indices)) and list(self.indices) == sorted(set(self.indices))
+        if not (_is_positive(self.size) and self.indices and ascending and self.indices[-1] < self.size):
+            raise PlanError(f"Kept channels must be ascending numbers from 0 to below their size, but got {self}.")
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """The channels that a narrower net keeps of a model, as `ranksearch.compress.narrowing.narrow_` applies it.
+
+    Attributes:
+        kept: the distinct sets of kept channels.
+        tensors: by name of a parameter or buffer and by dimension, the position in `kept` of the channels that it keeps.
+            Dimensions that are not named keep all.
+        attributes: by name of a module, its attributes that change with its tensors, such as `in_channels`, and their values.
+    """
+
+    kept: tuple[Kept, ...] = ()
+    tensors: Mapping[str, Mapping[int, int]] = field(default_factory=dict, hash=False)
+    attributes: Mapping[str, Mapping[str, int | tuple[int, ...]]] = field(default_factory=dict, hash=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"kept": [[...]], "tensors": {name: {dim: position}}, "attributes": {module: {attribute: value}}}`."""
+        """The narrowing as in `plan.json`."""
         return {
-            "kept": [list(indices) for indices in self.kept],
-            "tensors": {name: {str(dim): position for dim, position in dims.items()} for name, dims in self.tensors.items()},
+            "kept": [{"size": kept.size, "indices": list(kept.indices)} for kept in self.kept],
+            "tensors": {name: {str(dim): at for dim, at in dims.items()} for name, dims in self.tensors.items()},
             "attributes": {name: dict(values) for name, values in self.attributes.items()},
         }
 
     @classmethod
     def from_dict(cls, data: Any) -> Narrowing:
-        """The narrowing from the output of `to_dict`; raises `PlanError` if it is anything else."""
-        names = {entry.name for entry in fields(cls)}
-        if not isinstance(data, dict) or set(data) != names:
-            raise PlanError(f"A narrowing must be an object of {', '.join(sorted(names))}, but got {data!r:.80}.")
-        kept, tensors, attributes = data["kept"], data["tensors"], data["attributes"]
-        if not isinstance(kept, list) or not all(isinstance(indices, list) for indices in kept):
-            raise PlanError(f"A narrowing's 'kept' must be a list of lists, but got {kept!r:.80}.")
-        for name, entries in (("tensors", tensors), ("attributes", attributes)):
-            if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-                raise PlanError(f"A narrowing's {name!r} must be an object of objects, but got {entries!r:.80}.")
+        """The narrowing from the output of `to_dict`.
+
+        Raises:
+            PlanError: something is missing, unknown or of another type.
+        """
+        if not isinstance(data, dict) or set(data) != {"kept", "tensors", "attributes"}:
+            got = ", ".join(map(str, data)) if isinstance(data, dict) else type(data).__name__
+            raise PlanError(f'A narrowing needs "kept", "tensors" and "attributes", but got {got or "nothing"}.')
+        if not isinstance(data["kept"], list):
+            raise PlanError(f"A narrowing's kept channels must be a list, but are {data['kept']!r}.")
+        kept = tuple(map(_kept, data["kept"]))
         return cls(
-            tuple(map(tuple, kept)),
-            {
-                name: {int(dim) if dim.isdecimal() else dim: position for dim, position in dims.items()}
-                for name, dims in tensors.items()
-            },
-            attributes,
+            kept,
+            {name: _dims(name, dims, len(kept)) for name, dims in _objects(data, "tensors").items()},
+            {name: _values(name, values) for name, values in _objects(data, "attributes").items()},
         )
 
 
@@ -207,12 +201,13 @@ class Plan:
     """Map from layer name to factorization; layers that it does not name stay dense. Compares and hashes by content.
 
     `width` names the net that is factorized: 1.0 for the given dense net, otherwise a narrower one made of it by pruning
-    channels, with about this share of its multiply-accumulates. `narrowing` says which channels that net keeps.
+    channels, with about this share of its multiply-accumulates. `narrowing` says which channels that net keeps. A study has one
+    for each width, so plans compare by their widths. A plan that is saved beside weights must hold it.
     """
 
     layers: tuple[tuple[str, Factorization], ...] = ()
     width: float = 1.0
-    narrowing: Narrowing | None = field(default=None, compare=False, hash=False)
+    narrowing: Narrowing | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, layers: Mapping[str, Factorization], width: float = 1.0, narrowing: Narrowing | None = None) -> Plan:
@@ -231,10 +226,9 @@ class Plan:
         return layers if self.width == 1 else f"width {self.width:g}: {layers}"
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"format": ..., "width": ..., "narrowing": ..., "layers": {name: {"method": ..., <rank>: ...}}}`, as in
-        `plan.json`.
+        """`{"format": ..., "width": ..., "layers": {name: {"method": ..., <rank>: ...}}, "narrowing": ...}`, as in `plan.json`.
 
-        The width is left out if it is 1, and the narrowing if there is none.
+        The width is left out if it is 1, the narrowing if there is none.
         """
         layers = {
             name: {"method": value.method}
@@ -245,7 +239,7 @@ class Plan:
         }
         width = {} if self.width == 1 else {"width": self.width}
         narrowing = {} if self.narrowing is None else {"narrowing": self.narrowing.to_dict()}
-        return {"format": FORMAT} | width | narrowing | {"layers": layers}
+        return {"format": FORMAT} | width | {"layers": layers} | narrowing
 
     def to_json(self) -> str:
         """The plan as indented JSON."""
@@ -265,8 +259,9 @@ class Plan:
         width = data.get("width", 1.0)
         if isinstance(width, bool) or not isinstance(width, int | float) or not 0 < width <= 1:
             raise PlanError(f"A plan's width must be above 0 and at most 1, but got {width!r}.")
-        narrowing = Narrowing.from_dict(data["narrowing"]) if "narrowing" in data else None
-        return cls.of({name: _factorization(name, entry) for name, entry in data["layers"].items()}, float(width), narrowing)
+        layers = {name: _factorization(name, entry) for name, entry in data["layers"].items()}
+        narrowing = None if data.get("narrowing") is None else Narrowing.from_dict(data["narrowing"])
+        return cls.of(layers, float(width), narrowing)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -282,8 +277,39 @@ def _is_positive(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
-def _is_index(value: object) -> bool:
+def _is_natural(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _objects(data: Any, key: str) -> dict[str, dict[str, Any]]:
+    """The object under a key of a narrowing, whose values are objects, too."""
+    found = data[key]
+    if not isinstance(found, dict) or not all(isinstance(value, dict) for value in found.values()):
+        raise PlanError(f"A narrowing's {key} must be an object of objects, but are {found!r}.")
+    return found
+
+
+def _kept(entry: Any) -> Kept:
+    if not isinstance(entry, dict) or set(entry) != {"size", "indices"} or not isinstance(entry["indices"], list):
+        raise PlanError(f'Kept channels must be an object of "size" and "indices", but got {entry!r}.')
+    return Kept(entry["size"], tuple(entry["indices"]))
+
+
+def _dims(name: str, dims: Mapping[str, Any], count: int) -> dict[int, int]:
+    for dim, at in dims.items():
+        if not (dim.isdecimal() and _is_natural(at) and at < count):
+            raise PlanError(
+                f"A narrowing must give each dimension of tensor {name!r} one of its {count} sets of kept channels, but gives "
+                f"dimension {dim} {at!r}."
+            )
+    return {int(dim): at for dim, at in dims.items()}
+
+
+def _values(name: str, values: Mapping[str, Any]) -> dict[str, int | tuple[int, ...]]:
+    for attribute, value in values.items():
+        if not (_is_natural(value) or (isinstance(value, list) and all(map(_is_natural, value)))):
+            raise PlanError(f"A narrowing's attributes must be whole numbers, but {name}.{attribute} is {value!r}.")
+    return {attribute: tuple(value) if isinstance(value, list) else value for attribute, value in values.items()}
 
 
 def _factorization(layer: str, entry: Any) -> Factorization:

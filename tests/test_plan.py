@@ -72,6 +72,11 @@ def entry(**layer):
     return json.dumps({"format": "ranksearch-plan/1", "layers": {"conv": layer}})
 
 
+def narrowed(indices, **parts):
+    narrowing = {"kept": [{"size": 4, "indices": indices}], "tensors": {}, "attributes": {}} | parts
+    return json.dumps({"format": "ranksearch-plan/1", "layers": {}, "narrowing": narrowing})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -85,6 +90,30 @@ def entry(**layer):
         (
             '{"format": "ranksearch-plan/1", "width": 1.5, "layers": {}}',
             "A plan's width must be above 0 and at most 1, but got 1.5",
+        ),
+        (narrowed(None, kept=3), "A narrowing's kept channels must be a list, but are 3"),
+        (narrowed(None, kept=[3]), 'Kept channels must be an object of "size" and "indices", but got 3'),
+        (
+            narrowed([1, 0]),
+            "Kept channels must be ascending numbers from 0 to below their size, but got Kept(size=4, indices=(1, 0))",
+        ),
+        (narrowed([4]), "Kept channels must be ascending numbers from 0 to below their size, but got"),
+        (narrowed([]), "Kept channels must be ascending numbers from 0 to below their size, but got"),
+        (narrowed(["a"]), "Kept channels must be ascending numbers from 0 to below their size, but got"),
+        (narrowed([0], tensors=[]), "A narrowing's tensors must be an object of objects, but are []"),
+        (narrowed([0], attributes={"conv": 3}), "A narrowing's attributes must be an object of objects, but are {'conv': 3}"),
+        (
+            narrowed([0], tensors={"conv.weight": {"0": 1}}),
+            "A narrowing must give each dimension of tensor 'conv.weight' one of its 1 sets of kept channels, but gives dimension 0 1",
+        ),
+        (narrowed([0], tensors={"w": {"x": 0}}), "but gives dimension x 0"),
+        (
+            narrowed([0], attributes={"conv": {"groups": 1.5}}),
+            "A narrowing's attributes must be whole numbers, but conv.groups is 1.5",
+        ),
+        (
+            '{"format": "ranksearch-plan/1", "layers": {}, "narrowing": {"kept": []}}',
+            'A narrowing needs "kept", "tensors" and "attributes", but got kept',
         ),
         (entry(method="cp"), "Layer 'conv': method 'cp' takes rank, but got none"),
         (entry(method="cp", rank=3, extra=1), "Layer 'conv': method 'cp' takes rank, but got extra, rank"),

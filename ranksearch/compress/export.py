@@ -74,16 +74,15 @@ def load_model(dense: M, folder: str | Path) -> M:
         raise StudyError(f"A model's folder must hold {PLAN} and {WEIGHTS}, but {folder} does not.") from None
     except SafetensorError as error:
         raise StudyError(f"The weights in {folder} are damaged ({error}); run the study again.") from None
-    model = skeleton_(_narrowed_(copy.deepcopy(dense), plan), plan)
+    if plan.width != 1 and plan.narrowing is None:
+        raise PlanError(f"A plan of width {plan.width:g} must hold its narrowing, but that in {folder} does not; save both.")
+    model = copy.deepcopy(dense)
+    model = skeleton_(model if plan.narrowing is None else narrow_(model, plan.narrowing), plan)
     try:
         load_(model, state)
     except Exception as error:  # a module's own loading code may raise anything
         raise StudyError(f"The weights in {folder} must fit the given dense model, but do not: {last_line(error)}") from None
     return model.eval()
-
-
-def _narrowed_(model: M, plan: Plan) -> M:
-    return model if plan.narrowing is None else narrow_(model, plan.narrowing)
 
 
 def check_reloading(model: nn.Module, fresh: nn.Module, plan: Plan, inputs: Tensor) -> None:
@@ -99,11 +98,11 @@ def check_reloading(model: nn.Module, fresh: nn.Module, plan: Plan, inputs: Tens
         ModelError: the copy cannot be saved or loaded, or its outputs change.
     """
     with seeded(0), torch.no_grad():
-        twin = _as_if_trained(factorize_(_narrowed_(copied(model), plan), plan), inputs)
+        twin = _as_if_trained(factorize_(copied(model), plan), inputs)
         with _reload_step("saved"):
             weights = weights_of(twin)
         with _reload_step("loaded"):
-            back = load_(skeleton_(_narrowed_(fresh, plan), plan), state_of(weights))
+            back = load_(skeleton_(fresh, plan), state_of(weights))
         with _reload_step("run after loading"):
             first, again, loaded = (_outputs(net, inputs) for net in (twin, twin, back))
     # Outputs that differ in every pass cannot be compared.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +46,7 @@ def merge_(model: nn.Module, plan: Plan, names: Collection[str]) -> Plan:
     dense = {name: merged(name, modules[name], values[name]) for name in names}
     for name, module in dense.items():
         replace_(model, name, module)
-    return replace(plan, layers=tuple((name, value) for name, value in plan if name not in dense))
+    return Plan.of({name: value for name, value in plan if name not in dense}, plan.width, plan.narrowing)
 
 
 def merged(name: str, module: nn.Module, value: Factorization) -> nn.Module:

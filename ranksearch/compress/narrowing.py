@@ -1,236 +1,216 @@
-"""Prunes channels of a model: `narrowing_of` chooses the kept channels, `narrow_(model, narrowing)` keeps only them."""
+"""Narrower nets: `narrowing_of` chooses the channels to keep, `narrow_` removes the others from a model, in place."""
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias, TypeVar
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ranksearch.compress.inventory import count_macs
+from ranksearch.compress.channels import ChannelGroup, Losses, Unit, channel_groups, not_narrowed, without
+from ranksearch.compress.macs import OperationCounter
+from ranksearch.compress.stand_ins import evaluating
+from ranksearch.compress.surgery import copied
 from ranksearch.errors import ModelError, PlanError, first_line, nearest
-from ranksearch.plan import Narrowing
-from ranksearch.support.batch import batch_size, repeat_batch, run_model, tensors_in
+from ranksearch.plan import Kept, Narrowing
+from ranksearch.support.batch import batch_shapes, repeat_batch, run_model
 from ranksearch.support.seeds import seeded
 
 M = TypeVar("M", bound=nn.Module)
 
-Importance: TypeAlias = Callable[[nn.Module], Tensor] | Literal["uniform"]
-"""The loss of a model on some training data, or "uniform"; see `narrowing_of`."""
-History: TypeAlias = list[Any]
-"""The pruned groups of channels, as torch-pruning records them."""
 
-STEPS = 100
-"""Pruning steps from all channels to none: each removes one channel in a hundred."""
-GRADIENT_STEPS = 10
-"""The loss is differentiated again after so many steps, since the importance of a channel depends on the channels left."""
+def narrowing_of(model: nn.Module, example: Any, share: float, *, losses: Losses | None = None) -> Narrowing:
+    """Choose the channels that a narrower net keeps, so that it has at most `share` of the model's multiply-accumulates.
+
+    The share is as near as whole channels allow. The model's outputs keep their shape, and no layer loses all of its channels.
+
+    Args:
+        model: the dense model, which is not changed.
+        example: a batch of one input.
+        share: above 0 and at most 1.
+        losses: functions that run a model on one batch each and give the loss; the channels that change it most are kept. None
+            keeps those with the largest weights. An empty sequence keeps the first channels of each layer, for a net whose
+            weights are drawn anew.
+
+    Raises:
+        ModelError: Torch-Pruning cannot follow the model, no channel can be removed, or not enough of them.
+        PlanError: `share` is not a share.
+    """
+    if not 0 < share <= 1:
+        raise PlanError(f"The share of a narrower net must be above 0 and at most 1, but is {share!r}.")
+    if share == 1:
+        return Narrowing()
+    groups = channel_groups(model, example, losses)
+    units = _in_order(_removable(model, example, groups))
+    most = share * _macs(model, example)
+
+    def fits(count: int) -> bool:
+        return _macs(without(model, units[:count]), example) <= most
+
+    if not fits(len(units)):
+        raise ModelError(not_narrowed(f"all that can be removed leave more than {share:g} of the multiply-accumulates"))
+    too_few, enough = 0, len(units)
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        too_few, enough = (too_few, middle) if fits(middle) else (middle, enough)
+    narrowing = _without(model, units[:enough])
+    _check_running(model, narrowing, example)
+    return narrowing
 
 
 def narrow_(model: M, narrowing: Narrowing) -> M:
-    """Keep, in place, only the channels that a narrowing names. All or nothing.
+    """Remove, in place, all channels but those that `narrowing` keeps. All or nothing.
 
     Raises:
-        PlanError: the narrowing does not fit the model, which is then unchanged.
+        PlanError: the narrowing was made for another model. The model is then unchanged.
     """
-    tensors, modules = _tensors(model), dict(model.named_modules())
+    tensors, modules = dict(_tensors(model)), dict(model.named_modules(remove_duplicate=False))
     for name, dims in narrowing.tensors.items():
-        if name not in tensors:
-            raise PlanError(
-                f"A narrowing must fit the model, but {name!r} is no parameter or buffer of it.{nearest(name, tensors)}"
-            )
-        shape = tensors[name].shape
-        for dim, position in dims.items():
-            if dim >= len(shape) or narrowing.kept[position][-1] >= shape[dim]:
-                raise PlanError(
-                    f"A narrowing must fit the model, but keeps index {narrowing.kept[position][-1]} in dimension {dim} of "
-                    f"{name!r}, whose shape is {tuple(shape)}."
-                )
+        _check_tensor(name, tensors.get(name), {dim: narrowing.kept[at] for dim, at in dims.items()}, tensors)
     for name, values in narrowing.attributes.items():
         for attribute in values:
             if name not in modules or attribute not in vars(modules[name]):
-                raise PlanError(f"A narrowing must fit the model, but sets {attribute!r} of {name!r}, which has none.")
-    # By identity, since a shared tensor has several names.
-    for tensor, dims in {id(tensors[name]): (tensors[name], dims) for name, dims in narrowing.tensors.items()}.values():
-        for dim, position in dims.items():
-            tensor.data = tensor.data.index_select(dim, torch.tensor(narrowing.kept[position], device=tensor.device))
-        tensor.grad = None
+                raise PlanError(f"A narrowing must be made for the model, but the model has no {name}.{attribute}.")
+    narrowed: dict[int, Tensor] = {}  # a parameter may have several names
+    for name, dims in narrowing.tensors.items():
+        tensor = tensors[name]
+        if id(tensor) not in narrowed:
+            narrowed[id(tensor)] = _selected(tensor, {dim: narrowing.kept[at] for dim, at in dims.items()})
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, narrowed[id(tensor)])
     for name, values in narrowing.attributes.items():
         for attribute, value in values.items():
             setattr(modules[name], attribute, value)
     return model
 
 
-def narrowing_of(model: nn.Module, example: Any, share: float, *, importance: Importance) -> Narrowing:
-    """Choose the channels to keep so that a model has at most `share` of its multiply-accumulates.
+def _check_tensor(name: str, tensor: Tensor | None, dims: Mapping[int, Kept], tensors: Mapping[str, Tensor]) -> None:
+    if tensor is None:
+        raise PlanError(f"A narrowing must be made for the model, but the model has no {name!r}.{nearest(name, tensors)}")
+    for dim, kept in dims.items():
+        if dim >= tensor.dim() or tensor.shape[dim] != kept.size:
+            raise PlanError(
+                f"A narrowing must be made for the model, but it keeps {len(kept.indices)} of {kept.size} channels along "
+                f"dimension {dim} of {name!r}, which has the shape {tuple(tensor.shape)}."
+            )
 
-    Channels that depend on each other, through additions, concatenations or groups, are pruned together (Fang et al. 2023).
 
-    Args:
-        model: the dense model; not changed.
-        example: a batch of one input.
-        share: of the multiply-accumulates to keep, above 0 and at most 1.
-        importance: the loss of a model on some training data, from whose gradients the importance of a channel is estimated
-            to first order (Molchanov et al. 2019). "uniform" keeps the same share of the channels in every layer, those of
-            large weights, for a net that is trained from scratch.
+def _selected(tensor: Tensor, dims: Mapping[int, Kept]) -> Tensor:
+    kept = tensor.detach()
+    for dim, channels in dims.items():
+        kept = kept.index_select(dim, torch.tensor(channels.indices, device=kept.device))
+    return nn.Parameter(kept, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept
+
+
+def _removable(model: nn.Module, example: Any, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+    """The groups without which the model still runs and gives outputs of the same shape, tried by removing one unit each.
 
     Raises:
-        ModelError: the model cannot be narrowed, or not that far.
+        ModelError: there are none.
     """
-    if not 0 < share <= 1:
-        raise PlanError(f"A width must be above 0 and at most 1, but got {share!r}.")
-    if share == 1:
-        return Narrowing()
-    with _following():
-        pruned = _copy(model)
-        history = _prune(pruned, example, share, importance)
-        narrowing = _read(model, pruned, example, history)
-        _check(narrow_(copy.deepcopy(model), narrowing), model, example)
-    return narrowing
+    shapes, reason = _output_shapes(model, example), "no layer has channels that other layers read"
+    found = []
+    for group in groups:
+        if len(group.units) < 2:
+            continue
+        try:
+            fits = _output_shapes(without(model, group.units[:1]), example) == shapes
+        except Exception as error:  # a forward may raise anything
+            reason = f"without one of them it fails ({type(error).__name__}: {first_line(error)})"
+        else:
+            found += [group] if fits else []
+    if not found:
+        raise ModelError(not_narrowed(reason))
+    return found
 
 
-def why_not_narrowed(model: nn.Module, example: Any) -> str | None:
-    """Why channels of a model cannot be pruned, in one sentence; None if they can be."""
-    try:
-        narrowing_of(model, example, 0.5, importance="uniform")
-    except ModelError as error:
-        return str(error)
-    return None
+def _in_order(groups: Sequence[ChannelGroup]) -> list[Unit]:
+    """The units in the order of their removal: the least important first, and the same share of each group.
+
+    The most important unit of each group is left out, since it is never removed.
+    """
+    shares = []
+    for number, group in enumerate(groups):
+        order = group.importance.argsort(stable=True).tolist()
+        shares += [((place + 1) / len(order), number, unit) for place, unit in enumerate(order[:-1])]
+    return [groups[number].units[unit] for _, number, unit in sorted(shares)]
 
 
-@contextmanager
-def _following() -> Iterator[None]:
-    """Raise a `ModelError` for whatever torch-pruning or the narrowed model raises; silence torch-pruning's warnings."""
-    try:
-        with warnings.catch_warnings(), seeded(0), torch.enable_grad():
-            warnings.simplefilter("ignore")
-            yield
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(_not_narrowed(f"pruning its channels raised {type(error).__name__}: {first_line(error)}")) from error
+def _without(model: nn.Module, units: Sequence[Unit]) -> Narrowing:
+    """The narrowing that keeps all but these units.
+
+    It is read from narrowed copies whose tensors hold their own coordinates along one dimension.
+    """
+    tensors: dict[str, dict[int, Kept]] = defaultdict(dict)
+    for dim in range(max(tensor.dim() for _, tensor in _tensors(model))):
+        narrowed = dict(_tensors(without(_coordinates(model, dim), units)))
+        for name, tensor in _tensors(model):
+            if tensor.dim() > dim and len(line := _first_line(narrowed[name], dim)) < tensor.shape[dim]:
+                tensors[name][dim] = Kept(tensor.shape[dim], tuple(map(int, line.tolist())))
+    kept = list(dict.fromkeys(kept for dims in tensors.values() for kept in dims.values()))
+    places = {channels: place for place, channels in enumerate(kept)}
+    named = {name: {dim: places[channels] for dim, channels in dims.items()} for name, dims in tensors.items()}
+    return Narrowing(tuple(kept), named, _changed_attributes(model, without(model, units)))
 
 
-def _not_narrowed(reason: str) -> str:
-    return f"The model's channels must be prunable for space.widths below 1, but {reason}; use space.widths = [1.0]."
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    # torch-pruning follows gradients from the outputs back to the weights.
-    return copy.deepcopy(model).requires_grad_().eval()
-
-
-def _prune(model: nn.Module, example: Any, share: float, importance: Importance) -> History:
-    """Prune `model` in place, step by step, until it has at most `share` of its multiply-accumulates."""
-    import torch_pruning  # imported here, since it takes a second
-
-    budget = share * count_macs(model, example)
-    uniform = importance == "uniform"
-    pruner = torch_pruning.pruner.BasePruner(
-        model, example,
-        importance=torch_pruning.importance.GroupMagnitudeImportance()
-        if uniform else torch_pruning.importance.GroupTaylorImportance(),
-        pruning_ratio=1.0, iterative_steps=STEPS, global_pruning=not uniform,
-        ignored_layers=_last_layers(model, example), forward_fn=run_model, output_transform=_total,
-    )  # fmt: skip
-    before = macs = count_macs(model, example)
-    for step in range(STEPS - 1):
-        if callable(importance) and step % GRADIENT_STEPS == 0:
-            model.zero_grad()
-            importance(model).backward()
-        near = macs - 2 * (before - macs) <= budget
-        before = macs
-        for group in pruner.step(interactive=True):
-            group.prune()
-            if near and (macs := count_macs(model, example)) <= budget:
-                return pruner.pruning_history()
-        if (macs := count_macs(model, example)) <= budget:
-            return pruner.pruning_history()
-    raise ModelError(_not_narrowed(f"only {1 - macs * share / budget:.0%} of its multiply-accumulates can be removed"))
-
-
-def _last_layers(model: nn.Module, example: Any) -> list[nn.Module]:
-    """The layers whose output channels are the model's outputs."""
-    graph = _graph(model, example)
-    last: dict[nn.Module, None] = {}
-    for group in graph.get_all_groups():
-        outs = [dep.target for dep, _ in group if graph.is_out_channel_pruning_fn(dep.handler)]
-        if any(not node.outputs for node in outs):
-            last.update((node.module, None) for node in outs)
-    return list(last)
-
-
-def _graph(model: nn.Module, example: Any) -> Any:
-    import torch_pruning
-
-    return torch_pruning.DependencyGraph().build_dependency(
-        model, example_inputs=example, forward_fn=run_model, output_transform=_total
-    )
-
-
-def _total(outputs: Any) -> Sequence[Tensor]:
-    return tensors_in(outputs)
-
-
-def _read(model: nn.Module, pruned: nn.Module, example: Any, history: History) -> Narrowing:
-    """What pruning changed. The kept indices are read from copies that hold their own coordinates and are pruned alike."""
-    after = _tensors(pruned)
-    changed = {
-        name: [dim for dim in range(tensor.dim()) if tensor.shape[dim] != after[name].shape[dim]]
-        for name, tensor in _tensors(model).items()
-    }
-    positions: dict[tuple[int, ...], int] = {}
-    tensors: dict[str, dict[int, int]] = {}
-    for dim in sorted({dim for dims in changed.values() for dim in dims}):
-        coordinates = _tensors(_pruned_coordinates(model, example, history, dim))
-        for name, dims in changed.items():
-            if dim in dims:
-                row = coordinates[name].movedim(dim, 0).flatten(1)[:, 0] if len(after[name].shape) > 1 else coordinates[name]
-                indices = tuple(int(index) for index in row.tolist())
-                tensors.setdefault(name, {})[dim] = positions.setdefault(indices, len(positions))
-    return Narrowing(tuple(positions), tensors, _attributes(model, pruned))
-
-
-def _pruned_coordinates(model: nn.Module, example: Any, history: History, dim: int) -> nn.Module:
-    """A copy whose tensors hold their own coordinates along one dimension, pruned by a history."""
-    twin = _copy(model)
-    graph = _graph(twin, example)
-    for tensor in _tensors(twin).values():
-        if tensor.dim() > dim and tensor.is_floating_point():
-            shape = [-1 if axis == dim else 1 for axis in range(tensor.dim())]
-            tensor.data = torch.arange(tensor.shape[dim], dtype=tensor.dtype).view(shape).expand(tensor.shape).clone()
-    graph.load_pruning_history(history)
+def _coordinates(model: nn.Module, dim: int) -> nn.Module:
+    """A copy of a model in which every element of a tensor is its index along `dim`."""
+    twin = copied(model)
+    for name, tensor in _tensors(model):
+        if tensor.dim() > dim:
+            shape = [-1 if other == dim else 1 for other in range(tensor.dim())]
+            values = torch.arange(tensor.shape[dim], dtype=torch.float32).view(shape).expand(tensor.shape)
+            owner, _, last = name.rpartition(".")
+            setattr(twin.get_submodule(owner), last, nn.Parameter(values) if isinstance(tensor, nn.Parameter) else values)
     return twin
 
 
-def _attributes(model: nn.Module, pruned: nn.Module) -> dict[str, dict[str, int]]:
-    """By module, the whole numbers among its attributes that pruning changed."""
-    after = dict(pruned.named_modules())
-    changed = {
-        name: {
-            key: vars(after[name])[key]
-            for key, value in vars(module).items()
-            if isinstance(value, int) and not isinstance(value, bool) and vars(after[name])[key] != value
-        }
-        for name, module in model.named_modules()
-    }
-    return {name: values for name, values in changed.items() if values}
+def _first_line(tensor: Tensor, dim: int) -> Tensor:
+    """The first of the lines of a tensor along a dimension."""
+    return tensor.detach().movedim(dim, 0).flatten(1)[:, 0] if tensor.dim() > 1 else tensor.detach()
 
 
-def _check(narrowed: nn.Module, model: nn.Module, example: Any) -> None:
-    """Run the narrowed model in both modes and compare the shapes of its outputs with those of the dense model."""
-    two = repeat_batch(example, 2) if batch_size(example) == 1 else example
-    dense = copy.deepcopy(model)
-    with torch.no_grad():
-        for training in (False, True):
-            shapes = [[tuple(t.shape) for t in tensors_in(run_model(net.train(training), two))] for net in (dense, narrowed)]
-            if shapes[0] != shapes[1]:
-                raise ModelError(_not_narrowed(f"a narrowed copy gave outputs of shape {shapes[1]} instead of {shapes[0]}"))
+def _changed_attributes(model: nn.Module, narrowed: nn.Module) -> dict[str, dict[str, int | tuple[int, ...]]]:
+    found: dict[str, dict[str, int | tuple[int, ...]]] = defaultdict(dict)
+    for (name, module), after in zip(model.named_modules(), narrowed.modules(), strict=True):
+        for attribute, value in vars(module).items():
+            if isinstance(value, int | tuple) and attribute != "training" and vars(after)[attribute] != value:
+                found[name][attribute] = vars(after)[attribute]
+    return dict(found)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by name; a shared one under each of its names."""
-    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All parameters and buffers of a model; those with several names under each of them."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _macs(model: nn.Module, example: Any) -> int:
+    counter = OperationCounter()
+    with evaluating(model), torch.no_grad(), counter:
+        run_model(model, example)
+    return counter.flops // 2
+
+
+def _output_shapes(model: nn.Module, example: Any) -> Any:
+    with evaluating(model), torch.no_grad():
+        return batch_shapes(run_model(model, example))
+
+
+def _check_running(model: nn.Module, narrowing: Narrowing, example: Any) -> None:
+    """Run a narrowed copy in both modes.
+
+    Raises:
+        ModelError: it fails, or its outputs have other shapes.
+    """
+    twin, two = narrow_(copied(model), narrowing), repeat_batch(example, 2)
+    try:
+        shapes = _output_shapes(twin, example)
+        with seeded(0), torch.no_grad():
+            run_model(twin.train(), two)
+    except Exception as error:  # a forward may raise anything
+        raise ModelError(not_narrowed(f"a narrowed copy fails ({type(error).__name__}: {first_line(error)})")) from error
+    if shapes != _output_shapes(model, example):
+        raise ModelError(not_narrowed(f"a narrowed copy gives outputs of other shapes ({shapes})"))

@@ -160,8 +160,13 @@ def check_plan(plan: Plan, space: SearchSpace, inventory: Inventory) -> None:
     """Refuse a plan that is outside the space.
 
     Raises:
-        PlanError: the plan names no layer, or a layer, method or rank that is not in the space.
+        PlanError: the plan is of a narrower net, or names no layer, or a layer, method or rank that is not in the space.
     """
+    if plan.width != 1:
+        raise PlanError(
+            f"A plan to try first must be one of the dense net, but this one has width {plan.width:g}; narrower nets are made "
+            "after the plans are checked."
+        )
     axes = {axis.layer.name: axis for axis in space.axes}
     if not plan.layers:
         raise PlanError("A plan must decompose at least one layer, but this one leaves all layers dense.")

@@ -26,7 +26,8 @@ SPEC, DATABASE, DENSE_FILE = "spec.toml", "study.db", "dense.safetensors"
 UNFINISHED = "unfinished"
 """The folder of the checkpoints of unfinished trainings."""
 REPORT = ("report.html", "report.md", "front.*", "front-*.png", "trials.csv", "controls.csv")
-STUDY_FILES = ("study.db*", DENSE_FILE, UNFINISHED, "profile", "models", "export", *REPORT, SPEC)
+NARROW = "narrow"
+STUDY_FILES = ("study.db*", DENSE_FILE, UNFINISHED, NARROW, "profile", "models", "export", *REPORT, SPEC)
 """Everything that a study writes into its folder and `--fresh` deletes. The spec is deleted last, since it marks the folder."""
 SPEC_HEADER = "# Written by ranksearch: the study of this folder, as resolved."
 START_OVER = "choose another --out or name, or --fresh to start over"

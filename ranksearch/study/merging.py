@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ranksearch.compress.inventory import inventory
+from ranksearch.compress.inventory import count_params, inventory
 from ranksearch.compress.merging import merge_
+from ranksearch.compress.narrowing import narrow_
 from ranksearch.compress.surgery import copied
 from ranksearch.data import example
 from ranksearch.latency.forms import time_forms
@@ -33,18 +34,21 @@ class Merged:
     words: str = ""
 
 
-def merge_faster(spec: StudySpec, task: Task, trial: TrialRecord, model: nn.Module, device: torch.device) -> Merged:
-    """Merge the layers of a copy of `model`, the finalist `trial`, that are faster dense.
+def merge_faster(spec: StudySpec, task: Task, trial: TrialRecord, loaded: Merged, device: torch.device) -> Merged:
+    """Merge the layers of a copy of a finalist's model, as `loaded`, that are faster dense.
 
     Raises:
         ModelError, StudyError, SpecError: the runtime that the study names does not take the model, or gives no time.
     """
     runtime = runtime_of(spec.latency, device, channels_last=task.channels_last)
     one, batch = example(task.data.validation), spec.latency.batch_size
-    layers = inventory(task.model, one)
-    forms = time_forms(model, trial.plan, layers, runtime, repeat_batch(one, batch))
-    twin = copied(model)
-    plan = merge_(twin, trial.plan, forms.to_merge)
-    size = size_of(plan, layers)
+    given, start = count_params(task.model), copied(task.model)
+    if loaded.plan.narrowing is not None:
+        narrow_(start, loaded.plan.narrowing)
+    layers = inventory(start, one)
+    forms = time_forms(loaded.model, loaded.plan, layers, runtime, repeat_batch(one, batch))
+    twin = copied(loaded.model)
+    plan = merge_(twin, loaded.plan, forms.to_merge)
+    costs = size_of(plan, layers).costs
     # No slower than before, so the latency stays the trial's.
-    return Merged(twin, plan, Size({**trial.costs, **size.costs}, size.ratio), forms.words(about(runtime, batch)))
+    return Merged(twin, plan, Size({**trial.costs, **costs}, given / costs["params"]), forms.words(about(runtime, batch)))

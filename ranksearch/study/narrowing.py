@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from ranksearch.compress.narrowing import narrow_, narrowing_of
 from ranksearch.compress.profile import Profile, profile
 from ranksearch.compress.surgery import copied
 from ranksearch.compress.whitening import inputs_wanted
-from ranksearch.data import batches, example, sample_inputs
+from ranksearch.data import batches, example, sample, sample_inputs
 from ranksearch.errors import ModelError, StudyError
 from ranksearch.plan import Narrowing, Plan
 from ranksearch.results.messages import Job, Outcome, Result, Stage
@@ -31,8 +32,8 @@ from ranksearch.support.seeds import seeded
 from ranksearch.task.evaluation import Evaluator, checkpoint_file
 from ranksearch.task.task import Task, evaluation_batch
 
-MAX_INPUTS = 256
-"""The largest number of training inputs by which channels are chosen."""
+MAX_INPUTS, BATCH_SIZE = 512, 64
+"""How many training inputs choose the channels at most, and in batches of how many."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ def _train(session: Session, spec: StudySpec, task: Task, out: Path) -> list[flo
     if not missing:
         return widths
     try:
-        loss = _loss(task, spec.seed)
-        narrowings = {width: narrowing_of(task.model, example(task.data.train), width, importance=loss) for width in missing}
+        losses = _losses(task, spec.seed)
+        narrowings = {width: narrowing_of(task.model, example(task.data.train), width, losses=losses) for width in missing}
     except ModelError as error:
         session.view.note(f"searching at full width only: {error}")
         return []
@@ -99,11 +100,16 @@ def _train(session: Session, spec: StudySpec, task: Task, out: Path) -> list[flo
     return widths
 
 
-def _loss(task: Task, seed: int) -> Callable[[nn.Module], Tensor]:
-    """The loss of a model on some of the training inputs, by which channels are chosen."""
+def _losses(task: Task, seed: int) -> list[Callable[[nn.Module], Tensor]]:
+    """The losses of a model on some batches of training inputs, by which channels are chosen."""
+
+    def loss(batch: Any) -> Callable[[nn.Module], Tensor]:
+        inputs, targets = batch
+        return lambda model: task.loss(run_model(model, inputs), targets)
+
+    inputs = sample(task.data.train, MAX_INPUTS, seed=seed)
     with seeded(seed):
-        inputs, targets = next(batches(task.data.train, min(MAX_INPUTS, evaluation_batch(task.data.train))))
-    return lambda model: task.loss(run_model(model, inputs), targets)
+        return [loss(batch) for batch in batches(inputs, min(BATCH_SIZE, evaluation_batch(inputs)))]
 
 
 def _run(
@@ -153,4 +159,4 @@ def _run(
 
 
 def _folder(out: Path, width: float) -> Path:
-    return out / "narrow" / f"{width:g}"
+    return out / folder.NARROW / f"{width:g}"
