@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.compress.export import holds_model, load_model, read_plan, save_model
-from ranksearch.compress.inventory import inventory
+from ranksearch.compress.inventory import Inventory, inventory
 from ranksearch.compress.narrowing import narrow_, narrowing_of
 from ranksearch.compress.profile import Profile, profile
 from ranksearch.compress.surgery import copied
 from ranksearch.compress.whitening import inputs_wanted
 from ranksearch.data import batches, example, sample, sample_inputs
-from ranksearch.errors import ModelError, StudyError
+from ranksearch.errors import ModelError, SpecError, StudyError
 from ranksearch.plan import Narrowing, Plan
 from ranksearch.results.messages import Job, Outcome, Result, Stage
 from ranksearch.spec import StudySpec
 from ranksearch.strategy.bases import Base
-from ranksearch.strategy.space import constraints_of, space_of
+from ranksearch.strategy.space import SearchSpace, constraints_of, space_of
 from ranksearch.study import folder
 from ranksearch.study.session import Session
 from ranksearch.study.timing import keep_table, time_layers
@@ -45,10 +45,13 @@ class Net:
     narrowing: Narrowing | None = None
 
 
-def make_nets(session: Session, spec: StudySpec, task: Task, given: Base, device: torch.device, out: Path) -> list[Net]:
-    """The nets of `space.widths`. The given one comes first; `task` has it, trained.
+def make_nets(
+    session: Session, spec: StudySpec, task: Task, given: Base, device: torch.device, out: Path, *, where: str
+) -> list[Net]:
+    """The nets of `space.widths`. The given one comes first; `task` has it, trained, on `device`. The others are on the CPU.
 
-    If pruning cannot follow the model, the given net is the only one, and the view is told why.
+    If pruning cannot follow the model, the given net is the only one, and the view is told why. `where` is the device on which
+    workers train.
 
     Raises:
         ModelError: the loss of a narrower net became NaN or infinite.
@@ -57,19 +60,30 @@ def make_nets(session: Session, spec: StudySpec, task: Task, given: Base, device
     nets = [Net(given, task.model)]
     if spec.space.widths == (1.0,):
         return nets
+    task = replace(task, model=copied(task.model).cpu())
     with session.stage("narrow nets"):
-        for width in _train(session, spec, task, out):
+        for width in _train(session, spec, task, out, where=where):
             kept = _folder(out, width)
             model = load_model(task.model, kept)
             layers = inventory(model, example(task.data.train))
             layers, table = time_layers(spec, replace(task, model=model), layers, device, out, session.view, fresh=False)
             keep_table(spec, table, layers, device, out)
-            nets.append(Net(Base(layers, space_of(spec.space, layers), width), model, read_plan(kept).narrowing))
+            nets.append(Net(Base(layers, _space(spec, layers), width), model, read_plan(kept).narrowing))
     return nets
+
+
+def _space(spec: StudySpec, layers: Inventory) -> SearchSpace:
+    """The search space of a narrower net; empty if none of its layers can be made smaller."""
+    try:
+        return space_of(spec.space, layers)
+    except SpecError:
+        return SearchSpace(())
 
 
 def make_profile(session: Session, spec: StudySpec, task: Task, net: Net, *, cache: Path) -> Profile:
     """Decompose each layer of a net by each of its methods and estimate its VBMF ranks."""
+    if not net.base.space.axes:
+        return Profile({})
     methods = {axis.layer.name: axis.methods for axis in net.base.space.axes}
     layers = net.base.inventory
     name = "" if net.base.width == 1 else f", width {net.base.width:g}"
@@ -83,7 +97,7 @@ def make_profile(session: Session, spec: StudySpec, task: Task, net: Net, *, cac
         )  # fmt: skip
 
 
-def _train(session: Session, spec: StudySpec, task: Task, out: Path) -> list[float]:
+def _train(session: Session, spec: StudySpec, task: Task, out: Path, *, where: str) -> list[float]:
     """Train the narrower nets that the folder does not hold yet, and return the widths of all."""
     widths = [width for width in spec.space.widths if width < 1]
     missing = [width for width in widths if not holds_model(_folder(out, width))]
@@ -95,8 +109,8 @@ def _train(session: Session, spec: StudySpec, task: Task, out: Path) -> list[flo
     except ModelError as error:
         session.view.note(f"searching at full width only: {error}")
         return []
-    nets = {width: narrow_(copied(task.model).cpu(), kept) for width, kept in narrowings.items()}
-    _run(session, spec, task, nets, narrowings, out)
+    nets = {width: narrow_(copied(task.model), kept) for width, kept in narrowings.items()}
+    _run(session, spec, task, nets, narrowings, out, where=where)
     return widths
 
 
@@ -119,11 +133,13 @@ def _run(
     nets: Mapping[float, nn.Module],
     narrowings: Mapping[float, Narrowing],
     out: Path,
+    *,
+    where: str,
 ) -> None:
     unfinished = out / folder.UNFINISHED
     empty = Profile({})
     evaluate = Evaluator(
-        replace(task, model=task.model.cpu()), empty, spec.finetune, spec.finalists, "cpu",
+        task, empty, spec.finetune, spec.finalists, where,
         narrow={width: (net, empty) for width, net in nets.items()}, narrow_recipe=spec.narrow, unfinished=unfinished.resolve(),
     )  # fmt: skip
     done = set[float]()

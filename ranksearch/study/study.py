@@ -113,12 +113,13 @@ def _run_steps(session: Session, spec: StudySpec, out: Path, options: Options, c
     """All steps of a study. Each one reads from the storage and the folder what an earlier run made."""
     device, search = checked.device, spec.search
     task = make_dense(session, spec, checked.task, device, out, model_given=checked.model_given)
-    nets = make_nets(session, spec, task, Base(checked.inventory, checked.space), device, out)
+    where = _worker_device(device, options.engine)
+    nets = make_nets(session, spec, task, Base(checked.inventory, checked.space), device, out, where=where)
     bases = Bases(tuple(net.base for net in nets))
     check_limits(search.limits, bases)
     profiles = [make_profile(session, spec, task, net, cache=out / "profile") for net in nets]
     facts = make_facts(session, spec, task, nets, profiles[0], device, command=options.command)
-    evaluate = _evaluator(spec, task, nets, profiles, device, options.engine, unfinished=out / folder.UNFINISHED)
+    evaluate = _evaluator(spec, task, nets, profiles, device, where=where, unfinished=out / folder.UNFINISHED)
     dense_losses, probes = probe_layers(session, bases, profiles, evaluate, seed=spec.seed)
     initial_plans = choose_initial_plans(
         session.study, spec, bases, profiles, checked.user_plans, dense_losses=dense_losses, probes=probes
@@ -137,18 +138,22 @@ def _run_steps(session: Session, spec: StudySpec, out: Path, options: Options, c
 
 
 def _evaluator(
-    spec: StudySpec, task: Task, nets: Sequence[Net], profiles: Sequence[Profile], device: torch.device, engine: Local | Ray, *,
+    spec: StudySpec, task: Task, nets: Sequence[Net], profiles: Sequence[Profile], device: torch.device, *, where: str,
     unfinished: Path,
 ) -> Evaluator:  # fmt: skip
     """What evaluates the jobs, in a worker. Moves the dense model to the CPU."""
     task = replace(task, model=task.model.cpu())
     training.release(device)
-    where = ("cuda" if engine.gpus_per_trial else "cpu") if isinstance(engine, Ray) else str(device)
     narrow = {net.base.width: (net.model, profile) for net, profile in zip(nets[1:], profiles[1:], strict=True)}
     return Evaluator(
         task, profiles[0], spec.finetune, spec.finalists, where, scratch=spec.space.start == "scratch", narrow=narrow,
         controls=control_recipe(spec, len(profiles[0].layers)), unfinished=unfinished.resolve(),
     )  # fmt: skip
+
+
+def _worker_device(device: torch.device, engine: Local | Ray) -> str:
+    """The device on which workers train."""
+    return ("cuda" if engine.gpus_per_trial else "cpu") if isinstance(engine, Ray) else str(device)
 
 
 def _search(

@@ -25,6 +25,7 @@ from ranksearch.results.limits import UNLIMITED
 from ranksearch.results.messages import Outcome
 from ranksearch.results.objectives import Objectives
 from ranksearch.spec import COSTS, Space
+from ranksearch.strategy.bases import Bases
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import at_vbmf, quarter_ranks, vbmf_plans
 from ranksearch.strategy.space import applies, make_space
@@ -267,7 +268,7 @@ def test_a_plan_is_not_smaller_only_where_nothing_that_must_shrink_does(plan, ru
     assert space.plan(space.params(plan)) == plan
     study = optuna.create_study(directions=["maximize", "maximize"])
     ledger = Ledger(
-        study, space, found, [("given", plan), ("given", Plan.of({"0": Spatial(2)}))], sampler="tpe", seed=0, dense_score=0,
+        study, Bases.of(space, found), [("given", plan), ("given", Plan.of({"0": Spatial(2)}))], sampler="tpe", seed=0, dense_score=0,
         limits=UNLIMITED, objectives=Objectives(dense=found.costs),
     )  # fmt: skip
     job = next(ledger.jobs(2))

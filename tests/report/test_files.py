@@ -17,7 +17,7 @@ from tests.report_study import study_record
 
 FILES = {"report.html", "report.md", "front.csv", "front.json", "front.png", "front-latency.png", "trials.csv"}
 FRONT_KEYS = {
-    "trial", "score_validation", "score_test", "ratio", "params", "macs", "plan", "plan_text", "origin", "epochs",
+    "trial", "score_validation", "score_test", "ratio", "params", "macs", "width", "plan", "plan_text", "origin", "epochs",
     "latency_ms", "knee", "within_limits",
 }  # fmt: skip
 

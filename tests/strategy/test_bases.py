@@ -21,7 +21,7 @@ from ranksearch.results.objectives import Objectives
 from ranksearch.strategy.bases import WIDTH, Base, Bases
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.sampler import Knowledge
-from ranksearch.strategy.space import make_space, size_of
+from ranksearch.strategy.space import SearchSpace, make_space, size_of
 from ranksearch.strategy.surrogate import Table
 from tests import nets
 from tests.books import DENSE_SCORE, FOUND, SPACE, made_up_choices, result
@@ -142,3 +142,13 @@ def test_optunas_samplers_choose_the_net_too(sampler):
     for job in ledger.jobs(12):
         ledger.receive(job, result(Plan()))
     assert {record.plan.width for record in ledger.records()} == {1.0, 0.5}
+
+
+def test_a_net_without_layers_to_decompose_has_one_plan():
+    bases = Bases((Base(FOUND, SPACE), Base(NARROW, SearchSpace(()), 0.5)))
+    table = Table(bases, [CHOICES[0], {}], base_losses=(0.0, 0.1))
+    row = table.row(Plan(width=0.5))
+    assert table.plan(row) == Plan(width=0.5)
+    assert table.sizes(np.array([row]))[0].costs == NARROW.costs
+    assert bases.plan(bases.params(Plan(width=0.5))) == Plan(width=0.5)
+    assert bases.smallest("params").params == min(size_of(SPACE.smallest("params"), FOUND).params, NARROW.params)

@@ -6,7 +6,6 @@ import copy
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import optuna
 import pytest
@@ -389,7 +388,5 @@ def test_workers_share_the_cores_but_not_a_gpu_unless_asked(monkeypatch):
         ("cpu", Options(Ray()), "cpu"),
     ],
 )
-def test_workers_train_where_the_driver_does_and_on_ray_where_the_cluster_says(trained, monkeypatch, device, options, expected):
-    monkeypatch.setattr(study.training, "release", lambda device: None)
-    made = study._evaluator(small_spec(), trained, None, torch.device(device), options.engine, unfinished=Path("unfinished"))
-    assert made.device == expected
+def test_workers_train_where_the_driver_does_and_on_ray_where_the_cluster_says(device, options, expected):
+    assert study._worker_device(torch.device(device), options.engine) == expected

@@ -124,11 +124,11 @@ def test_bad_input_is_refused_before_training(override, error, words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_ranks_are_multiples_of_eight_where_the_latency_counts():
+def test_ranks_are_multiples_of_four_where_the_latency_counts():
     assert small_spec().space.rank_multiple == 1
-    assert small_spec("search.minimize=['latency']").space.rank_multiple == 8
-    assert small_spec("search.max_latency_ms=3").space.rank_multiple == 8
-    assert small_spec("search.max_latency_ms=3", "space.rank_multiple=4").space.rank_multiple == 4
+    assert small_spec("search.minimize=['latency']").space.rank_multiple == 4
+    assert small_spec("search.max_latency_ms=3").space.rank_multiple == 4
+    assert small_spec("search.max_latency_ms=3", "space.rank_multiple=8").space.rank_multiple == 8
 
 
 def test_where_a_study_is_timed_makes_another_study_only_if_the_search_needs_it():
