@@ -16,6 +16,7 @@ from ranksearch.plan import Dense, Plan
 from ranksearch.results.limits import UNLIMITED
 from ranksearch.results.messages import CurvePoint, Outcome, Result
 from ranksearch.results.objectives import Objectives
+from ranksearch.strategy.bases import Bases
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.predicted_front import Choice, predicted_front
 from ranksearch.strategy.prior import RANK_SCALES, vbmf_plans
@@ -78,11 +79,12 @@ class Contender:
     def _sampled(self, arena: Arena, seed: int, trials: int, plans: list[tuple[str, Plan]]) -> Searched:
         assert self.sampler is not None
         study = optuna.create_study(directions=["maximize", "maximize"])
-        table = Table(arena.inventory, self.choices(arena))
+        bases = Bases.of(arena.space, arena.inventory)
+        table = Table(bases, [self.choices(arena)])
         ledger = Ledger(
-            study, arena.space, arena.inventory, plans, sampler=self.sampler, seed=seed, dense_score=arena.dense_score,
+            study, bases, plans, sampler=self.sampler, seed=seed, dense_score=arena.dense_score,
             limits=UNLIMITED, objectives=Objectives(dense=arena.inventory.costs),
-            knowledge=Knowledge(arena.space, table, arena.dense_score, suggested=self.suggested(arena)),
+            knowledge=Knowledge(bases, table, arena.dense_score, suggested=self.suggested(arena)),
         )  # fmt: skip
         found, start = Searched(), time.process_time()
         for job in ledger.jobs(trials):

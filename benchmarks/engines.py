@@ -29,6 +29,7 @@ from ranksearch.models import lenet
 from ranksearch.results.limits import UNLIMITED
 from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
 from ranksearch.results.objectives import Objectives
+from ranksearch.strategy.bases import Bases
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.space import make_space
 from ranksearch.study import folder
@@ -77,8 +78,7 @@ def with_engine(make: Callable[[], Engine]) -> Clock:
         space = make_space(found, ("tucker2", "cp", "svd"))
         ledger = Ledger(
             study,
-            space,
-            found,
+            Bases.of(space, found),
             [],
             sampler="random",
             seed=0,

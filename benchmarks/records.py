@@ -32,6 +32,7 @@ from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
 from ranksearch.results.objectives import Objectives
 from ranksearch.results.record import TrialRecord
 from ranksearch.spec import load_spec
+from ranksearch.strategy.bases import Bases
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.space import make_space
 from ranksearch.study import folder, study
@@ -69,7 +70,7 @@ def build(out: Path, costs: str) -> None:
     space = make_space(found, spec.space.methods)
     dense = read_facts(record).dense.score_validation
     ledger = Ledger(
-        record, space, found, read_initial_plans(record) or [], sampler="random", seed=spec.seed, dense_score=dense,
+        record, Bases.of(space, found), read_initial_plans(record) or [], sampler="random", seed=spec.seed, dense_score=dense,
         limits=spec.search.limits, objectives=Objectives(spec.search.minimize, found.costs),
     )  # fmt: skip
     for job in ledger.jobs(TRIALS):

@@ -13,7 +13,7 @@ import optuna
 from ranksearch.console import View
 from ranksearch.engines.base import Engine
 from ranksearch.results import attributes
-from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
+from ranksearch.results.messages import CurvePoint, Job, Outcome, Result, Stage
 from ranksearch.results.record import MAX_TRIES
 from ranksearch.task.evaluation import Evaluator
 
@@ -60,7 +60,9 @@ class Session:
         def on_message(job: Job, message: CurvePoint | Result) -> None:
             nonlocal again
             if isinstance(message, CurvePoint):
-                self.view.curve_point(job.name, message)
+                # Narrower nets are trained before the view has the facts, with the name of the score.
+                if job.stage is not Stage.NARROW:
+                    self.view.curve_point(job.name, message)
                 return
             if message.outcome is Outcome.WORKER_LOST:
                 losses[job.key] += 1

@@ -157,3 +157,12 @@ def test_recipes_of_narrower_nets_count_only_where_there_are_any():
     assert small_spec("narrow.epochs=3").identity() == small_spec().identity()
     assert small_spec(*WIDTHS, "narrow.epochs=3").identity() != small_spec(*WIDTHS).identity()
     assert torch.tensor(small_spec(*WIDTHS).space.widths).tolist() == [1.0, 0.5]
+
+
+@pytest.mark.slow
+def test_the_command_trains_narrower_nets_before_it_knows_the_scores_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.toml").write_text(nets.SMALL)
+    settings = [part for setting in (*WIDTHS, "search.trials=1") for part in ("--set", setting)]
+    assert main(["study", "small.toml", "--workers", "0", *settings]) == 0
+    assert "training narrower nets: 1 step" in capsys.readouterr().out
