@@ -53,12 +53,11 @@ Losses: TypeAlias = Sequence[Callable[[nn.Module], Tensor]]
 """Functions that run a model on one batch each and give the loss."""
 
 
-def channel_groups(model: nn.Module, example: Any, losses: Losses | None) -> list[ChannelGroup]:
+def channel_groups(model: nn.Module, example: Any, losses: Losses) -> list[ChannelGroup]:
     """The groups of channels of a model, in the order of their first layers.
 
     The importance of a channel is the mean over its weights, summed over the losses, of |weight x gradient|, the first-order
-    change of the loss without it (Molchanov et al. 2019). An empty `losses` makes earlier channels more important than later
-    ones. None takes the mean square of the weights.
+    change of the loss without it (Molchanov et al. 2019).
 
     Raises:
         ModelError: Torch-Pruning cannot follow the model.
@@ -82,15 +81,10 @@ def channel_groups(model: nn.Module, example: Any, losses: Losses | None) -> lis
         ]
 
 
-def _importances(model: nn.Module, groups: Sequence[Any], losses: Losses | None) -> list[Tensor]:
+def _importances(model: nn.Module, groups: Sequence[Any], losses: Losses) -> list[Tensor]:
     """By group, the importance of each of its channels (channels,)."""
     from torch_pruning import importance
 
-    if losses is None:
-        magnitude = importance.GroupMagnitudeImportance(normalizer=None)
-        return [magnitude(group) for group in groups]
-    if not losses:
-        return [-torch.arange(len(group[0].idxs)) for group in groups]
     values = [torch.zeros(len(group[0].idxs)) for group in groups]
     taylor = importance.GroupTaylorImportance(normalizer=None)
     for loss in losses:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.compress.channels import ChannelGroup, Losses, Unit, channel_groups, not_narrowed, without
-from ranksearch.compress.macs import OperationCounter
+from ranksearch.compress.inventory import count_macs
 from ranksearch.compress.stand_ins import evaluating
 from ranksearch.compress.surgery import copied
-from ranksearch.errors import ModelError, PlanError, first_line, nearest
+from ranksearch.errors import ModelError, PlanError, SpecError, first_line, nearest
 from ranksearch.plan import Kept, Narrowing
 from ranksearch.support.batch import batch_shapes, repeat_batch, run_model
 from ranksearch.support.seeds import seeded
@@ -21,7 +21,7 @@ from ranksearch.support.seeds import seeded
 M = TypeVar("M", bound=nn.Module)
 
 
-def narrowing_of(model: nn.Module, example: Any, share: float, *, losses: Losses | None = None) -> Narrowing:
+def narrowing_of(model: nn.Module, example: Any, share: float, losses: Losses) -> Narrowing:
     """Choose the channels that a narrower net keeps, so that it has at most `share` of the model's multiply-accumulates.
 
     The share is as near as whole channels allow. The model's outputs keep their shape, and no layer loses all of its channels.
@@ -30,12 +30,11 @@ def narrowing_of(model: nn.Module, example: Any, share: float, *, losses: Losses
         model: the dense model, which is not changed.
         example: a batch of one input.
         share: above 0 and at most 1.
-        losses: functions that run a model on one batch each and give the loss; the channels that change it most are kept. None
-            keeps those with the largest weights. An empty sequence keeps the first channels of each layer, for a net whose
-            weights are drawn anew.
+        losses: functions that run a model on one batch each and give the loss; the channels that change it most are kept.
 
     Raises:
-        ModelError: Torch-Pruning cannot follow the model, no channel can be removed, or not enough of them.
+        ModelError: Torch-Pruning cannot follow the model, or no channel can be removed.
+        SpecError: `share` is so small that a layer would lose all of its channels.
         PlanError: `share` is not a share.
     """
     if not 0 < share <= 1:
@@ -44,13 +43,17 @@ def narrowing_of(model: nn.Module, example: Any, share: float, *, losses: Losses
         return Narrowing()
     groups = channel_groups(model, example, losses)
     units = _in_order(_removable(model, example, groups))
-    most = share * _macs(model, example)
+    most = share * count_macs(model, example)
 
     def fits(count: int) -> bool:
-        return _macs(without(model, units[:count]), example) <= most
+        return count_macs(without(model, units[:count]), example) <= most
 
     if not fits(len(units)):
-        raise ModelError(not_narrowed(f"all that can be removed leave more than {share:g} of the multiply-accumulates"))
+        least = count_macs(without(model, units), example) / count_macs(model, example)
+        raise SpecError(
+            f"A width in space.widths must leave each layer a channel, which takes {least:.2g} of this model's "
+            f"multiply-accumulates, but got {share:g}; raise it."
+        )
     too_few, enough = 0, len(units)
     while enough - too_few > 1:
         middle = (too_few + enough) // 2
@@ -185,13 +188,6 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """All parameters and buffers of a model; those with several names under each of them."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
-
-
-def _macs(model: nn.Module, example: Any) -> int:
-    counter = OperationCounter()
-    with evaluating(model), torch.no_grad(), counter:
-        run_model(model, example)
-    return counter.flops // 2
 
 
 def _output_shapes(model: nn.Module, example: Any) -> Any:

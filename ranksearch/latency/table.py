@@ -33,7 +33,7 @@ from ranksearch.support.batch import batch_size
 POINTS = 6
 """Ranks at which a layer is timed for a method, times the number of the method's ranks."""
 PLANS = 16
-"""Whole plans that are timed. With 8 the small LeNet's predictions were wrong by 8 % in the median, with 16 by 4 %."""
+"""Whole plans that are timed."""
 DENSE_SHARE, JITTER = 0.15, 0.25
 """The share of their layers that stay dense, and how far the others lie from the size of the plan, as a share of the grid."""
 LAYER_ROUNDS, MAX_LAYER_SECONDS = 8, 10.0

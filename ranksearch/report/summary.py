@@ -14,13 +14,10 @@ from ranksearch.results.messages import Outcome
 from ranksearch.results.record import Control, StudyRecord, Timing, TrialRecord
 
 
-@dataclass(frozen=True)
-class FrontLine:
-    """The dense model or one trial of the front as text; `near` marks the smallest model near the dense one."""
+@dataclass(frozen=True, kw_only=True)
+class ModelLine:
+    """The figures of one model as text."""
 
-    trial: int | str
-    sizes: list[str]
-    """The ratio in each cost that the study minimises: `36.4x`, `3.67x MACs`."""
     ratio: str
     costs: list[tuple[str, str]]
     """Each cost with its ratio; parameters have an empty ratio here, as `ratio` holds it."""
@@ -28,23 +25,26 @@ class FrontLine:
     validation_difference: str
     test: str
     test_difference: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontLine(ModelLine):
+    """The dense model or one trial of the front as text; `near` marks the smallest model near the dense one."""
+
+    trial: int | str
+    sizes: list[str]
+    """The ratio in each cost that the study minimises: `36.4x`, `3.67x MACs`."""
     epochs: str
     plan: Plan
     knee: bool
     near: bool
 
 
-@dataclass(frozen=True)
-class ControlLine:
-    """One control as text, with costs as in a `FrontLine`."""
+@dataclass(frozen=True, kw_only=True)
+class ControlLine(ModelLine):
+    """One control as text."""
 
     number: int
-    ratio: str
-    costs: list[tuple[str, str]]
-    validation: str
-    validation_difference: str
-    test: str
-    test_difference: str
     beaten_by: str
     """The model of the front that beats it: `trial 12`, `no model`; or `outside the limits`; a dash before it is timed."""
 

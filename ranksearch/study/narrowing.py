@@ -55,6 +55,7 @@ def make_nets(
 
     Raises:
         ModelError: the loss of a narrower net became NaN or infinite.
+        SpecError: a width would leave a layer without channels.
         StudyError: a worker was lost, or ran out of memory.
     """
     nets = [Net(given, task.model)]
@@ -105,7 +106,7 @@ def _train(session: Session, spec: StudySpec, task: Task, out: Path, *, where: s
         return widths
     try:
         losses = _losses(task, spec.seed)
-        narrowings = {width: narrowing_of(task.model, example(task.data.train), width, losses=losses) for width in missing}
+        narrowings = {width: narrowing_of(task.model, example(task.data.train), width, losses) for width in missing}
     except ModelError as error:
         session.view.note(f"searching at full width only: {error}")
         return []
@@ -158,11 +159,10 @@ def _run(
                 save_model(_folder(out, width), replace(job.plan, narrowing=narrowings[width]), result.weights)
             done.add(width)
             checkpoint_file(unfinished, job).unlink(missing_ok=True)
-            session.view.step(f"width {width:g}: {result.curve[-1].score:.1%}")
+            session.view.step(f"width {width:g}")
 
     def jobs() -> Iterator[Job]:
-        left = (width for width in nets if width not in done)
-        return (Job(key, Plan(width=width), spec.seed, Stage.NARROW) for key, width in enumerate(left))
+        return (Job(key, Plan(width=width), spec.seed, Stage.NARROW) for key, width in enumerate(nets) if width not in done)
 
     with writing(f"The folder {unfinished}"):
         unfinished.mkdir(exist_ok=True)

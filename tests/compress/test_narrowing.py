@@ -17,7 +17,7 @@ from ranksearch.compress.narrowing import narrow_, narrowing_of
 from ranksearch.compress.surgery import factorize_
 from ranksearch.compress.watch import Watch
 from ranksearch.compress.weights import weights_of
-from ranksearch.errors import ModelError, PlanError
+from ranksearch.errors import ModelError, PlanError, SpecError
 from ranksearch.plan import CP, SVD, Narrowing, Plan
 from tests import nets
 
@@ -54,6 +54,7 @@ def flattened():
     return nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 4 * 3, 20), nn.ReLU(), nn.Linear(20, 5))
 
 
+LOSSES = [lambda model: model(torch.cat([nets.IMAGE] * 2)).square().mean()]
 MODELS = [residual, concatenated, depthwise, flattened]
 
 
@@ -71,14 +72,13 @@ def share(request):
     return request.param
 
 
-@pytest.mark.parametrize("losses", [None, (), [lambda model: model(torch.cat([nets.IMAGE] * 2)).square().mean()]])
 @pytest.mark.parametrize("make", MODELS)
-def test_a_narrower_net_has_at_most_the_share_and_the_same_outputs_as_torch_pruning_gives(make, losses, share, monkeypatch):
+def test_a_narrower_net_has_at_most_the_share_and_the_same_outputs_as_torch_pruning_gives(make, share, monkeypatch):
     removed = []
     monkeypatch.setattr(narrowing_module, "without", lambda model, units: removed.append(list(units)) or without(model, units))
     model = seeded(make)
     before = copy.deepcopy(model.state_dict())
-    narrowing = narrowing_of(model, nets.IMAGE, share, losses=losses)
+    narrowing = narrowing_of(model, nets.IMAGE, share, LOSSES)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     narrow = narrow_(copy.deepcopy(model), narrowing)
     assert 0.6 * share < macs(narrow) / macs(model) <= share
@@ -91,13 +91,13 @@ def test_a_narrower_net_has_at_most_the_share_and_the_same_outputs_as_torch_prun
 @pytest.mark.parametrize("make", MODELS)
 def test_the_whole_share_keeps_everything(make):
     model = seeded(make)
-    assert narrowing_of(model, nets.IMAGE, 1.0) == Narrowing()
+    assert narrowing_of(model, nets.IMAGE, 1.0, LOSSES) == Narrowing()
     assert torch.equal(narrow_(copy.deepcopy(model), Narrowing())(nets.IMAGE), model(nets.IMAGE))
 
 
 @pytest.mark.parametrize("make", MODELS)
 def test_json_gives_the_narrowing_back(make):
-    plan = Plan.of({}, 0.5, narrowing_of(seeded(make), nets.IMAGE, 0.5))
+    plan = Plan.of({}, 0.5, narrowing_of(seeded(make), nets.IMAGE, 0.5, LOSSES))
     back = Plan.from_json(plan.to_json())
     assert back.narrowing == plan.narrowing
     assert back == plan == replace(plan, narrowing=None)
@@ -105,7 +105,7 @@ def test_json_gives_the_narrowing_back(make):
 
 
 def test_a_narrower_factorized_net_is_saved_and_loaded(tmp_path):
-    narrowing = narrowing_of(seeded(flattened), nets.IMAGE, 0.5)
+    narrowing = narrowing_of(seeded(flattened), nets.IMAGE, 0.5, LOSSES)
     plan = Plan.of({"3": CP(3, kernel=(4, 3)), "5": SVD(2)}, 0.5, narrowing)
     model = factorize_(narrow_(seeded(flattened), narrowing), plan)
     save_model(tmp_path, plan, weights_of(model))
@@ -118,7 +118,7 @@ def test_a_narrower_factorized_net_is_saved_and_loaded(tmp_path):
 
 
 def test_at_full_rank_a_factorized_narrower_net_equals_the_narrower_net():
-    narrowing = narrowing_of(seeded(flattened), nets.IMAGE, 0.5)
+    narrowing = narrowing_of(seeded(flattened), nets.IMAGE, 0.5, LOSSES)
     narrow = narrow_(seeded(flattened), narrowing)
     factorized = factorize_(copy.deepcopy(narrow), Plan.of({"5": SVD(min(narrow[5].weight.shape))}))
     torch.testing.assert_close(factorized(nets.IMAGE), narrow(nets.IMAGE), rtol=1e-4, atol=1e-5)
@@ -141,7 +141,7 @@ def test_a_width_without_a_narrowing_cannot_be_loaded(tmp_path):
     ],
 )
 def test_a_narrowing_of_another_model(model, message):
-    narrowing = narrowing_of(seeded(flattened), nets.IMAGE, 0.5)
+    narrowing = narrowing_of(seeded(flattened), nets.IMAGE, 0.5, LOSSES)
     with pytest.raises(PlanError, match=message):
         narrow_(model(), narrowing)
 
@@ -154,7 +154,7 @@ def test_a_narrowing_names_attributes_of_the_model():
 @pytest.mark.parametrize("share", [0, -1, 1.5])
 def test_shares_are_shares(share):
     with pytest.raises(PlanError, match=f"The share of a narrower net must be above 0 and at most 1, but is {share}"):
-        narrowing_of(flattened(), nets.IMAGE, share)
+        narrowing_of(flattened(), nets.IMAGE, share, LOSSES)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,6 @@ def test_shares_are_shares(share):
             lambda: nets.Net(lambda n, x: n.fc(n.conv(x).view(-1, 96)), conv=nn.Conv2d(4, 8, 3), fc=nn.Linear(96, 4)),
             "without one of them it fails .RuntimeError: .*",
         ),
-        (flattened, "all that can be removed leave more than 0.001 of the multiply-accumulates"),
         (
             lambda: nets.Net(lambda n, x: torch.from_numpy(n.conv(x).numpy()).mean((2, 3)), conv=nn.Conv2d(4, 8, 3)),
             "Torch-Pruning cannot follow it .RuntimeError: Can't call numpy.*",
@@ -177,4 +176,13 @@ def test_models_that_cannot_be_narrowed(model, reason):
         ModelError,
         match=rf"Channels of the model must be removable to make a narrower net, but {reason}; use space.widths = \[1.0\]",
     ):
-        narrowing_of(model(), nets.IMAGE, 0.001)
+        narrowing_of(model(), nets.IMAGE, 0.001, LOSSES)
+
+
+def test_a_width_must_leave_each_layer_a_channel():
+    message = (
+        r"A width in space.widths must leave each layer a channel, which takes 0\.\d+ of this model's multiply-accumulates, "
+        r"but got 0.001; raise it\."
+    )
+    with pytest.raises(SpecError, match=f"^{message}$"):
+        narrowing_of(seeded(flattened), nets.IMAGE, 0.001, LOSSES)
