@@ -232,8 +232,8 @@ class StudySpec:
     seed: int = setting("the seed of everything random", "between 0 and 2147483647", lambda seed: 0 <= seed < 2**31, default=0)
     controls: int = at_least(
         0,
-        "how many narrower copies of the net to train from random weights, for the epochs of `dense` and `finalists` together; "
-        "the report compares the front with them",
+        "how many narrower copies of the net to train from random weights, for the epochs of `dense`, `narrow` (where "
+        "`space.widths` asks for narrower nets) and `finalists` together; the report compares the front with them",
         default=0,
     )
     task: TaskSpec = setting("the model, its data, its loss and its score; functions are named as `package.module:name`")

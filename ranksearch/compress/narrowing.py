@@ -21,7 +21,11 @@ from ranksearch.support.seeds import seeded
 M = TypeVar("M", bound=nn.Module)
 
 
-def narrowing_of(model: nn.Module, example: Any, share: float, losses: Losses) -> Narrowing:
+BLOCKS = (16, 8, 4)
+"""Runtimes compute channels in blocks of these sizes. A LeNet of 8 and 16 channels is 1.5 times as fast as one of 8 and 20."""
+
+
+def narrowing_of(model: nn.Module, example: Any, share: float, losses: Losses, *, in_blocks: bool = False) -> Narrowing:
     """Choose the channels that a narrower net keeps, so that it has at most `share` of the model's multiply-accumulates.
 
     The share is as near as whole channels allow. The model's outputs keep their shape, and no layer loses all of its channels.
@@ -31,6 +35,7 @@ def narrowing_of(model: nn.Module, example: Any, share: float, losses: Losses) -
         example: a batch of one input.
         share: above 0 and at most 1.
         losses: functions that run a model on one batch each and give the loss; the channels that change it most are kept.
+        in_blocks: keep whole blocks of channels: a multiple of 16, or below 16 one of 8, below 8 one of 4.
 
     Raises:
         ModelError: Torch-Pruning cannot follow the model, or no channel can be removed.
@@ -42,23 +47,26 @@ def narrowing_of(model: nn.Module, example: Any, share: float, losses: Losses) -
     if share == 1:
         return Narrowing()
     groups = channel_groups(model, example, losses)
-    units = _in_order(_removable(model, example, groups))
+    steps = _in_order(_removable(model, example, groups), in_blocks=in_blocks)
     most = share * count_macs(model, example)
 
-    def fits(count: int) -> bool:
-        return count_macs(without(model, units[:count]), example) <= most
+    def removed(count: int) -> list[Unit]:
+        return [unit for step in steps[:count] for unit in step]
 
-    if not fits(len(units)):
-        least = count_macs(without(model, units), example) / count_macs(model, example)
+    def fits(count: int) -> bool:
+        return count_macs(without(model, removed(count)), example) <= most
+
+    if not fits(len(steps)):
+        least = count_macs(without(model, removed(len(steps))), example) / count_macs(model, example)
         raise SpecError(
             f"A width in space.widths must leave each layer a channel, which takes {least:.2g} of this model's "
             f"multiply-accumulates, but got {share:g}; raise it."
         )
-    too_few, enough = 0, len(units)
+    too_few, enough = 0, len(steps)
     while enough - too_few > 1:
         middle = (too_few + enough) // 2
         too_few, enough = (too_few, middle) if fits(middle) else (middle, enough)
-    narrowing = _without(model, units[:enough])
+    narrowing = _without(model, removed(enough))
     _check_running(model, narrowing, example)
     return narrowing
 
@@ -129,16 +137,24 @@ def _removable(model: nn.Module, example: Any, groups: Sequence[ChannelGroup]) -
     return found
 
 
-def _in_order(groups: Sequence[ChannelGroup]) -> list[Unit]:
+def _in_order(groups: Sequence[ChannelGroup], *, in_blocks: bool) -> list[list[Unit]]:
     """The units in the order of their removal: the least important first, and the same share of each group.
 
-    The most important unit of each group is left out, since it is never removed.
+    Those of one step are removed together. The most important unit of each group is left out, since it is never removed.
     """
-    shares = []
+    steps = []
     for number, group in enumerate(groups):
-        order = group.importance.argsort(stable=True).tolist()
-        shares += [((place + 1) / len(order), number, unit) for place, unit in enumerate(order[:-1])]
-    return [groups[number].units[unit] for _, number, unit in sorted(shares)]
+        order, first = group.importance.argsort(stable=True).tolist(), 0
+        for end in range(1, len(order)):
+            if not in_blocks or _in_whole_blocks(len(order) - end):
+                steps.append((end / len(order), number, order[first:end]))
+                first = end
+    return [[groups[number].units[unit] for unit in units] for _, number, units in sorted(steps)]
+
+
+def _in_whole_blocks(channels: int) -> bool:
+    size = next((block for block in BLOCKS if block <= channels), 1)
+    return channels % size == 0
 
 
 def _without(model: nn.Module, units: Sequence[Unit]) -> Narrowing:

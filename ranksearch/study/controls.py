@@ -36,9 +36,11 @@ SHARES = [1.03**-step for step in range(120, 0, -1)]
 
 
 def control_recipe(spec: StudySpec, layers: int) -> Recipe:
-    """The recipe of the dense net, for the epochs that the dense net and a finalist of so many layers have together."""
+    """The recipe of the dense net, for as many epochs as the dense net, a narrower one of it if the study makes any, and a
+    finalist of so many layers have together."""
     dense, steps = spec.dense, layers if spec.finalists.schedule == "layerwise" else 1
-    epochs = dense.epochs + steps * spec.finalists.epochs
+    narrow = spec.narrow.epochs if len(spec.space.widths) > 1 else 0
+    epochs = dense.epochs + narrow + steps * spec.finalists.epochs
     return Recipe(epochs, dense.batch_size, dense.learning_rate, dense.weight_decay, dense.precision)
 
 

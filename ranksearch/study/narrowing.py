@@ -106,7 +106,8 @@ def _train(session: Session, spec: StudySpec, task: Task, out: Path, *, where: s
         return widths
     try:
         losses = _losses(task, spec.seed)
-        narrowings = {width: narrowing_of(task.model, example(task.data.train), width, losses) for width in missing}
+        inputs = example(task.data.train)
+        narrowings = {width: narrowing_of(task.model, inputs, width, losses, in_blocks=spec.timed) for width in missing}
     except ModelError as error:
         session.view.note(f"searching at full width only: {error}")
         return []

@@ -88,6 +88,20 @@ def test_a_narrower_net_has_at_most_the_share_and_the_same_outputs_as_torch_prun
     assert str(narrow) == str(pruned)
 
 
+@pytest.mark.parametrize("share", [0.5, 0.2, 0.08, 0.02])
+def test_whole_blocks_of_channels_are_kept(share):
+    model = nn.Sequential(
+        nn.Conv2d(4, 48, 3), nn.ReLU(), nn.Conv2d(48, 20, 3), nn.ReLU(), nn.Flatten(), nn.Linear(40, 12), nn.Linear(12, 7)
+    )  # fmt: skip
+    narrowing = narrowing_of(model, nets.IMAGE, share, LOSSES, in_blocks=True)
+    narrow = narrow_(copy.deepcopy(model), narrowing)
+    assert macs(narrow) <= share * macs(model)
+    for layer, channels in ((narrow[0], 48), (narrow[2], 20), (narrow[5], 12)):
+        kept = layer.weight.shape[0]
+        assert kept in {1, 2, 3, 4, 8, 16, 32, channels}
+    assert narrow(nets.IMAGE).shape == (1, 7)
+
+
 @pytest.mark.parametrize("make", MODELS)
 def test_the_whole_share_keeps_everything(make):
     model = seeded(make)
