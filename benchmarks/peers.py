@@ -162,7 +162,7 @@ def _about(arena: str, seeds: Sequence[Sequence[Row]]) -> list[str]:
     dense = [rows[0] for rows in seeds]
     scores = " / ".join(f"{100 * statistics.mean(entry[split] for entry in dense):.1f}" for split in ("validation", "test"))
     set_to = f" with {', '.join(f'`{setting}`' for setting in settings)}" if settings else ""
-    return [said(f"Study `{study}`{set_to}; {len(seeds)} seed{'s' * (len(seeds) > 1)}; dense nets {scores} % on validation / test; one thread.\n")]
+    return [said(f"Study `{study}`{set_to}; seeds: {len(seeds)}; dense nets {scores} % on validation / test; one thread.\n")]
 
 
 def _hypervolumes(seeds: Sequence[Sequence[Row]]) -> list[str]:
