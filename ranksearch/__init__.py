@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ranksearch.results.costs import Cost as Cost
     from ranksearch.results.costs import register_cost as register_cost
     from ranksearch.results.record import StudyRecord as StudyRecord
-    from ranksearch.results.record import TrialRecord as TrialRecord
+    from ranksearch.results.trials import TrialRecord as TrialRecord
     from ranksearch.spec import Finalists as Finalists
     from ranksearch.spec import Recipe as Recipe
     from ranksearch.spec import Search as Search
@@ -68,10 +68,8 @@ _NAMES_BY_MODULE = {
         "Tucker2",
     ),
     "results.costs": ("Cost", "register_cost"),
-    "results.record": (
-        "StudyRecord",
-        "TrialRecord",
-    ),
+    "results.record": ("StudyRecord",),
+    "results.trials": ("TrialRecord",),
     "spec": (
         "Finalists",
         "Recipe",

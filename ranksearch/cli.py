@@ -287,7 +287,7 @@ def _export(options: argparse.Namespace, argv: list[str]) -> int:
     if options.device and not options.merge:
         raise StudyError("--device is for --merge, which times the layers, but --merge was not given; leave --device out.")
     from ranksearch.results.attributes import read_study
-    from ranksearch.results.record import choose
+    from ranksearch.results.choosing import choose
     from ranksearch.study import folder
 
     record = read_study(_open_study(options))

@@ -19,7 +19,8 @@ from rich.text import Text
 
 from ranksearch.results.costs import COSTS, Cost, Costed, costs_of
 from ranksearch.results.messages import CurvePoint, Outcome
-from ranksearch.results.record import Control, DenseFacts, LayerFacts, StudyFacts, StudyRecord, TrialRecord
+from ranksearch.results.record import Control, DenseFacts, LayerFacts, StudyFacts, StudyRecord
+from ranksearch.results.trials import TrialRecord
 
 QUIET_SECONDS = 60.0
 """After this many seconds without output a log gets a line about the progress of the stage."""

@@ -10,7 +10,7 @@ from ranksearch.plan import CP, Dense, Plan
 from ranksearch.results.limits import UNLIMITED
 from ranksearch.results.messages import CurvePoint, Outcome, Result
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import Finalist, TrialRecord
+from ranksearch.results.trials import Finalist, TrialRecord
 from ranksearch.strategy.bases import Bases
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.predicted_front import Choice

@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ranksearch.results import pareto
+from ranksearch.results.choosing import yardstick
 from ranksearch.results.messages import CurvePoint
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import Control, DenseFacts, StudyRecord, TrialRecord, yardstick
+from ranksearch.results.record import Control, DenseFacts, StudyRecord
+from ranksearch.results.trials import TrialRecord
 
 NEAR_DENSE = 0.01
 """A model counts as good as the dense one down to this much below its validation score: one percentage point of accuracy."""

@@ -11,7 +11,8 @@ from typing import Any
 
 from ranksearch.report import figures
 from ranksearch.results.costs import COSTS, Costed, costs_of
-from ranksearch.results.record import Control, StudyRecord, Timing, TrialRecord
+from ranksearch.results.record import Control, StudyRecord
+from ranksearch.results.trials import Timing, TrialRecord
 
 COST_COLUMNS = "costs"
 """Placeholder in the lists of columns; replaced by one column per cost."""

@@ -14,7 +14,8 @@ import vl_convert
 from ranksearch.plan import Dense, Factorization
 from ranksearch.report import charts, figures, points, summary, text
 from ranksearch.results.costs import COSTS
-from ranksearch.results.record import LayerFacts, StudyRecord, TrialRecord
+from ranksearch.results.record import LayerFacts, StudyRecord
+from ranksearch.results.trials import TrialRecord
 
 
 def html(record: StudyRecord) -> str:

@@ -8,9 +8,11 @@ from typing import Any
 
 from ranksearch.plan import Plan
 from ranksearch.report import figures, text
+from ranksearch.results.choosing import front_of, yardstick
 from ranksearch.results.costs import PARAMS, Costed, costs_of
 from ranksearch.results.messages import Outcome
-from ranksearch.results.record import Control, StudyRecord, TrialRecord, front_of, yardstick
+from ranksearch.results.record import Control, StudyRecord
+from ranksearch.results.trials import TrialRecord
 
 TRIAL, VBMF, DENSE = "trial", "VBMF one-shot", "dense model"
 PREDICTED = "predicted front"

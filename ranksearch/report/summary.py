@@ -11,7 +11,8 @@ from ranksearch.plan import Plan
 from ranksearch.report import figures, text
 from ranksearch.results.costs import COSTS, LATENCY, PARAMS, Cost, Costed, costs_of
 from ranksearch.results.messages import Outcome
-from ranksearch.results.record import Control, StudyRecord, Timing, TrialRecord
+from ranksearch.results.record import Control, StudyRecord
+from ranksearch.results.trials import Timing, TrialRecord
 
 
 @dataclass(frozen=True, kw_only=True)

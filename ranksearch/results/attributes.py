@@ -15,17 +15,15 @@ from ranksearch.results.messages import CurvePoint, Outcome
 from ranksearch.results.record import (
     Control,
     DenseFacts,
-    Finalist,
     LayerFacts,
     NarrowFacts,
     Probe,
     StudyFacts,
     StudyRecord,
-    Timing,
-    TrialRecord,
     control_with_measured,
     with_measured,
 )
+from ranksearch.results.trials import Finalist, Timing, TrialRecord
 
 _FACTS, _SECONDS = "ranksearch:facts", "ranksearch:seconds"
 _FINALIST, _FAILED = "ranksearch:finalist:", "ranksearch:failed:"

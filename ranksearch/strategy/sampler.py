@@ -22,7 +22,8 @@ from ranksearch.compress.profile import Profile
 from ranksearch.plan import Plan
 from ranksearch.results import pareto
 from ranksearch.results.limits import UNLIMITED, Limits
-from ranksearch.results.record import MAX_TRIES, Probe
+from ranksearch.results.record import Probe
+from ranksearch.results.trials import MAX_TRIES
 from ranksearch.strategy.bases import Bases
 from ranksearch.strategy.finalists import floor_of
 from ranksearch.strategy.prior import RANK_SCALES, vbmf_plans

@@ -12,7 +12,8 @@ from ranksearch.compress.export import holds_model, save_model
 from ranksearch.plan import Narrowing
 from ranksearch.results import attributes
 from ranksearch.results.messages import Job, Outcome, Result, Stage
-from ranksearch.results.record import Finalist, StudyFacts, TrialRecord
+from ranksearch.results.record import StudyFacts
+from ranksearch.results.trials import Finalist, TrialRecord
 from ranksearch.spec import StudySpec
 from ranksearch.strategy.finalists import choose_finalists
 from ranksearch.study import folder

@@ -20,7 +20,8 @@ from ranksearch.report import write_report
 from ranksearch.results import attributes
 from ranksearch.results.messages import Job, Result
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import StudyFacts, StudyRecord, TrialRecord
+from ranksearch.results.record import StudyFacts, StudyRecord
+from ranksearch.results.trials import TrialRecord
 from ranksearch.spec import StudySpec
 from ranksearch.strategy.bases import Base, Bases, check_limits
 from ranksearch.strategy.ledger import Ledger

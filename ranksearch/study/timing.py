@@ -22,7 +22,8 @@ from ranksearch.latency.timing import in_turn
 from ranksearch.methods import METHODS
 from ranksearch.plan import Plan
 from ranksearch.results import attributes
-from ranksearch.results.record import Control, StudyFacts, Timing, TrialRecord
+from ranksearch.results.record import Control, StudyFacts
+from ranksearch.results.trials import Timing, TrialRecord
 from ranksearch.spec import Latency, StudySpec
 from ranksearch.strategy.bases import Bases
 from ranksearch.strategy.space import constraints_of, make_space

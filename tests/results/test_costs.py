@@ -11,9 +11,9 @@ from rich.console import Console
 from ranksearch import console
 from ranksearch.errors import StudyError
 from ranksearch.report import write_report
+from ranksearch.results.choosing import choose
 from ranksearch.results.costs import COSTS, PARAMS, Cost, costs_of, register_cost
 from ranksearch.results.limits import Limits
-from ranksearch.results.record import choose
 from tests.report_study import study_record
 
 RECORD = study_record()

@@ -18,10 +18,10 @@ from ranksearch.plan import Plan
 from ranksearch.report import figures, points, summary, write_report
 from ranksearch.results import pareto
 from ranksearch.results.attributes import read_study
+from ranksearch.results.choosing import choose, front_of
 from ranksearch.results.limits import UNLIMITED
 from ranksearch.results.messages import CurvePoint, Outcome, Result
 from ranksearch.results.objectives import Objectives, prices
-from ranksearch.results.record import choose, front_of
 from ranksearch.strategy.finalists import choose_finalists
 from ranksearch.strategy.space import size_of
 from ranksearch.study.options import Local, Options

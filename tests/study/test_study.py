@@ -17,8 +17,8 @@ from ranksearch.compress.export import load_model
 from ranksearch.console import Silent, next_steps
 from ranksearch.errors import ModelError, SpecError, StudyError
 from ranksearch.report import write_report
+from ranksearch.results.choosing import choose
 from ranksearch.results.messages import Outcome
-from ranksearch.results.record import choose
 from ranksearch.settings import fields
 from ranksearch.strategy.finalists import MAX_FINALIST_SCORE_DROP
 from ranksearch.study import study

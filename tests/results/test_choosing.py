@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ranksearch.errors import StudyError
+from ranksearch.results.choosing import choose, front_of
 from ranksearch.results.limits import Limits
-from ranksearch.results.record import choose, front_of
 from tests.books import OBJECTIVES, finalist, trial
 
 clouds = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20)), min_size=1, max_size=25)
