@@ -65,15 +65,15 @@ class Made:
 Contender = Callable[[Arena], Iterator[Made]]
 
 
-def ours(cost: str, *, widths: bool = True) -> Contender:
-    """A study of ours that minimises one cost, from the dense net alone or from narrower nets too."""
+def ours(*costs: str, widths: bool = True) -> Contender:
+    """A study of ours that minimises these costs, from the dense net alone or from narrower nets too."""
 
     def run(arena: Arena) -> Iterator[Made]:
         dense = replace(arena.spec.dense, weights=str(arena.weights), epochs=0)
-        spec = replace(arena.spec, controls=0, dense=dense, search=replace(arena.spec.search, minimize=(cost,)))
+        spec = replace(arena.spec, controls=0, dense=dense, search=replace(arena.spec.search, minimize=costs))
         if not widths:
             spec = replace(spec, space=replace(spec.space, widths=(1.0,)))
-        out = arena.folder / f"study-{cost}{'' if widths else '-full-width'}"
+        out = arena.folder / f"study-{'-'.join(costs)}{'' if widths else '-full-width'}"
         record = run_study(spec, out, Options(Local(workers=arena.workers)))
         for trial in record.trials:
             if trial.finalist is not None:
@@ -147,11 +147,9 @@ def _trained(arena: Arena, model: nn.Module, recipe: Recipe, label: str) -> Made
 
 
 CONTENDERS: dict[str, tuple[str, Contender]] = {
-    "ours-params": ("**ours**, for parameters", ours("params")),
-    "ours-macs": ("**ours**, for MACs", ours("macs")),
+    "ours-size": ("**ours**, for parameters and MACs", ours("params", "macs")),
     "ours-latency": ("**ours**, for latency", ours("latency")),
-    "full-params": ("ours, for parameters, without widths", ours("params", widths=False)),
-    "full-macs": ("ours, for MACs, without widths", ours("macs", widths=False)),
+    "full-size": ("ours, for parameters and MACs, without widths", ours("params", "macs", widths=False)),
     "full-latency": ("ours, for latency, without widths", ours("latency", widths=False)),
     "pruning": ("Torch-Pruning", pruned()),
     "pruning-8": ("Torch-Pruning, multiples of 8", pruned(round_to=8)),

@@ -11,6 +11,7 @@ from typing import Any
 
 from ranksearch.report import figures
 from ranksearch.results.costs import COSTS, Costed, costs_of
+from ranksearch.results.messages import Difference
 from ranksearch.results.record import Control, StudyRecord
 from ranksearch.results.trials import Timing, TrialRecord
 
@@ -24,7 +25,8 @@ _TRIAL_COLUMNS = (
 )  # fmt: skip
 
 _FRONT_COLUMNS = (
-    "trial", "score_validation", "score_test", "ratio", COST_COLUMNS, "width", "plan", "plan_text", "origin", "epochs",
+    "trial", "score_validation", "score_validation_interval", "score_test", "score_test_interval", "ratio", COST_COLUMNS,
+    "width", "plan", "plan_text", "origin", "epochs",
     "latency_ms", "knee", "within_limits",
 )  # fmt: skip
 
@@ -160,7 +162,9 @@ def _front_row(trial: TrialRecord) -> dict[str, Any]:
     return {
         "trial": trial.number,
         "score_validation": trial.score_validation,
+        "score_validation_interval": _interval(final.difference_validation if final else None),
         "score_test": final and figures.finite_or_none(final.score_test),
+        "score_test_interval": _interval(final.difference_test if final else None),
         "ratio": trial.ratio,
         **_costs(trial),
         "width": trial.plan.width,
@@ -170,6 +174,11 @@ def _front_row(trial: TrialRecord) -> dict[str, Any]:
         "epochs": figures.epochs_of(trial),
         "latency_ms": figures.finite_or_none(trial.costs.get("latency")),
     }
+
+
+def _interval(difference: Difference | None) -> list[float] | None:
+    """The 95 % interval of the score's difference from the dense model's."""
+    return None if difference is None else [difference.low, difference.high]
 
 
 def _costs(costed: Costed) -> dict[str, float | None]:

@@ -63,7 +63,7 @@ def _figures(line: summary.FrontLine | summary.ControlLine) -> list[str]:
 
 def _front_note(record: StudyRecord) -> str:
     unit = "points" if text.is_percent(record.facts.score_name) else "the score"
-    note = f"In brackets: difference from the dense net in {unit}."
+    note = f"In brackets: difference from the dense net in {unit}, with its 95 % interval (paired bootstrap over the inputs)."
     gain = figures.hypervolume_gain(record)
     if gain:
         note += f" Hypervolume of the predicted front's trials alone: {gain[0]:.4f}; of all trials: {gain[1]:.4f}."

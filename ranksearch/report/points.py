@@ -10,7 +10,7 @@ from ranksearch.plan import Plan
 from ranksearch.report import figures, text
 from ranksearch.results.choosing import front_of, yardstick
 from ranksearch.results.costs import PARAMS, Costed, costs_of
-from ranksearch.results.messages import Outcome
+from ranksearch.results.messages import Difference, Outcome
 from ranksearch.results.record import Control, StudyRecord
 from ranksearch.results.trials import TrialRecord
 
@@ -190,6 +190,8 @@ def _kind(trial: TrialRecord) -> str:
 
 def _point(record: StudyRecord, trial: TrialRecord, score: float | None, cost: str, *, kind: str) -> dict[str, Any]:
     name = record.facts.score_name
+    searched = kind in (TRIAL, VBMF, PREDICTED)
+    final, score_shown = trial.finalist, trial.score if searched else trial.score_validation
     return {
         "kind": kind,
         "ratio": ratio(record, trial, cost),
@@ -199,10 +201,16 @@ def _point(record: StudyRecord, trial: TrialRecord, score: float | None, cost: s
         "outcome": trial.ending,
         "ratio_text": text.ratio(ratio(record, trial, cost)),
         **_sizes(record, trial),
-        "validation": text.score(trial.score if kind in (TRIAL, VBMF, PREDICTED) else trial.score_validation, name),
-        "test": text.score(trial.finalist.score_test if trial.finalist else None, name),
+        "validation": _with_interval(score_shown, final.difference_validation if final and not searched else None, name),
+        "test": _with_interval(final.score_test if final else None, final.difference_test if final else None, name),
         "plan": plan_lines(trial.plan),
     }
+
+
+def _with_interval(value: float | None, difference: Difference | None, name: str) -> str:
+    """A score, and the interval of its difference from the dense model's."""
+    words = text.score(value, name)
+    return words if difference is None else f"{words}, from dense {text.interval(difference.low, difference.high, name)}"
 
 
 def _dense_point(record: StudyRecord) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from ranksearch.plan import Plan
 from ranksearch.report import figures, text
 from ranksearch.results.costs import COSTS, LATENCY, PARAMS, Cost, Costed, costs_of
-from ranksearch.results.messages import Outcome
+from ranksearch.results.messages import Difference, Outcome
 from ranksearch.results.record import Control, StudyRecord
 from ranksearch.results.trials import Timing, TrialRecord
 
@@ -256,15 +256,16 @@ def _scores(record: StudyRecord, trial: TrialRecord) -> str:
 
 def _line(record: StudyRecord, trial: TrialRecord, *, knee: bool, near: bool) -> FrontLine:
     dense, name, final = record.facts.dense, record.facts.score_name, trial.finalist
+    on_validation, on_test = (final.difference_validation, final.difference_test) if final else (None, None)
     return FrontLine(
         trial=trial.number,
         sizes=_sizes(record, trial),
         ratio=text.ratio(trial.ratio),
         costs=_costs(record, trial),
         validation=text.score(trial.score_validation, name),
-        validation_difference=_difference(trial.score_validation, dense.score_validation, name),
+        validation_difference=_difference(trial.score_validation, dense.score_validation, name, on_validation),
         test=text.score(final.score_test if final else None, name),
-        test_difference=_difference(final.score_test if final else None, dense.score_test, name),
+        test_difference=_difference(final.score_test if final else None, dense.score_test, name, on_test),
         epochs=f"{figures.epochs_of(trial):g}",
         plan=trial.plan,
         knee=knee,
@@ -316,5 +317,9 @@ def _instead_of(record: StudyRecord, trial: TrialRecord, cost: Cost) -> str:
     return f"({cost.text(trial.costs[cost.name])}{noun} instead of {cost.text(record.facts.dense.costs[cost.name])})"
 
 
-def _difference(score: float | None, dense: float, name: str) -> str:
-    return "" if score is None else text.difference(score - dense, name)
+def _difference(score: float | None, dense: float, name: str, measured: Difference | None = None) -> str:
+    """The difference from the dense model's score, and its interval if that was measured: `-0.8 [-1.9, +0.3]`."""
+    if score is None:
+        return ""
+    interval = f" {text.interval(measured.low, measured.high, name)}" if measured else ""
+    return text.difference(score - dense, name) + interval

@@ -45,6 +45,11 @@ def difference(value: float, score_name: str) -> str:
     return _signed(f"{100 * value:+.1f}" if is_percent(score_name) else f"{value:+.4f}")
 
 
+def interval(low: float, high: float, score_name: str) -> str:
+    """An interval of a difference of scores: `[-1.9, +0.3]`."""
+    return f"[{difference(low, score_name)}, {difference(high, score_name)}]"
+
+
 def margin(width: float, score_name: str) -> str:
     """A distance between scores: `one point` or `10 points` for accuracy, a plain number for other scores."""
     if not is_percent(score_name):

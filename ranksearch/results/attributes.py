@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial
 
 from ranksearch.errors import StudyError
 from ranksearch.plan import Plan
-from ranksearch.results.messages import CurvePoint, Outcome
+from ranksearch.results.messages import CurvePoint, Difference, Outcome
 from ranksearch.results.record import (
     Control,
     DenseFacts,
@@ -192,7 +192,8 @@ def read_trial(trial: FrozenTrial, study: Mapping[str, Any] | None = None) -> Tr
 
 def _finalist(data: Mapping[str, Any]) -> Finalist:
     curve = tuple(CurvePoint(*point) for point in data["curve"])
-    return Finalist(**{**data, "curve": curve, "timings": _timings(data["timings"])})
+    differences = {key: Difference(**data[key]) for key in ("difference_validation", "difference_test") if data.get(key)}
+    return Finalist(**{**data, **differences, "curve": curve, "timings": _timings(data["timings"])})
 
 
 def _timings(entries: Sequence[Mapping[str, Any]]) -> tuple[Timing, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from ranksearch.plan import Plan
 from ranksearch.results.costs import Counts
-from ranksearch.results.messages import CurvePoint, Outcome
+from ranksearch.results.messages import CurvePoint, Difference, Outcome
 
 _UNTRAINED = (Outcome.NOT_SMALLER, Outcome.OVER_BUDGET, Outcome.WORKER_LOST)
 
@@ -51,6 +51,9 @@ class Finalist(Timed):
     score_test: float
     curve: tuple[CurvePoint, ...]
     seconds: float
+    difference_validation: Difference | None = None
+    """None if the score gave no number for most resampled inputs, and in records of earlier versions."""
+    difference_test: Difference | None = None
     timings: tuple[Timing, ...] = ()
     """Its latencies; the first is in the runtime and at the size of batch that the study names."""
     predicted_ms: float | None = None

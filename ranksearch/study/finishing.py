@@ -78,7 +78,7 @@ def _finish(
         save_model(_model_folder(trial, out), plan, result.weights)
     finalist = Finalist(
         score_validation=result.curve[-1].score, score_test=result.score_test, curve=result.curve,
-        seconds=result.seconds,
+        seconds=result.seconds, difference_validation=result.difference_validation, difference_test=result.difference_test,
     )  # fmt: skip
     attributes.write_finalist(study, trial.number, finalist)
     return replace(trial, finalist=finalist, failed=None)

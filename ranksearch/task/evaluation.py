@@ -8,6 +8,7 @@ import os
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from ranksearch.compress.widths import redraw_, scale_width_
 from ranksearch.data import example, sample
 from ranksearch.methods import METHODS, Method, register_method
 from ranksearch.plan import Plan
-from ranksearch.results.messages import CurvePoint, Job, Outcome, Result, Stage
+from ranksearch.results.messages import CurvePoint, Difference, Job, Outcome, Result, Stage
 from ranksearch.spec import Finalists, Recipe
 from ranksearch.task import training
+from ranksearch.task.bootstrap import difference
 from ranksearch.task.checkpoint import Checkpoint
 from ranksearch.task.task import Task, predict
 from ranksearch.task.training import Diverged
@@ -96,7 +98,27 @@ class Evaluator:
         if job.stage is Stage.TRIAL:
             return {}
         score_test = self._score(model, self.task.data.test)
-        return {"score_test": score_test, "weights": weights_of(model) if job.stage is Stage.FINALIST else None}
+        if job.stage is Stage.CONTROL:
+            return {"score_test": score_test}
+        return {"score_test": score_test, "weights": weights_of(model), **self._differences(model, job.seed)}
+
+    def _differences(self, model: nn.Module, seed: int) -> dict[str, Difference | None]:
+        """How the model's scores differ from those of the dense model, by the field of the result."""
+        differences = {}
+        for name, (dense_outputs, targets) in self._dense_predictions.items():
+            outputs, _ = predict(model, self._splits[name], device=torch.device(self.device))
+            differences[f"difference_{name}"] = difference(self.task.score, outputs, dense_outputs, targets, seed=seed)
+        return differences
+
+    @property
+    def _splits(self) -> dict[str, Dataset[Any]]:
+        return {"validation": self.task.data.validation, "test": self.task.data.test}
+
+    @cached_property
+    def _dense_predictions(self) -> dict[str, tuple[Any, Any]]:
+        """Outputs of the dense model and targets, by split; computed once in each worker that trains a finalist."""
+        dense = self._placed(copy.deepcopy(self.task.model))
+        return {name: predict(dense, split, device=torch.device(self.device)) for name, split in self._splits.items()}
 
     def _start(self, plan: Plan) -> tuple[nn.Module, Profile]:
         """The net that a plan factorizes, and the factors of its layers."""
