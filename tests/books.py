@@ -46,7 +46,7 @@ def made_up_choices(space=SPACE):
 def knowledge(space=SPACE, *, limits=UNLIMITED, suggested=(), minimize=("params",)):
     """The knowledge that the sampler "rank" starts from, made up without any training."""
     bases = Bases.of(space, FOUND)
-    return Knowledge(bases, Table(bases, [made_up_choices(space)], minimize), DENSE_SCORE, limits, suggested)
+    return Knowledge(bases, Table(bases, [made_up_choices(space)], minimize), DENSE_SCORE, 0.01, limits, suggested)
 
 
 class Books:

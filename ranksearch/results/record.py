@@ -24,6 +24,9 @@ from ranksearch.results.trials import (
     untrained_in_a_row,
 )
 
+DEFAULT_STANDARD_ERROR = 0.01
+"""The standard error of a score, where a bootstrap could not measure it: that of an accuracy of 96 % on 360 images."""
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -55,6 +58,8 @@ class DenseFacts(Counts, Timed):
     costs: Mapping[str, float] = field(hash=False)
     score_validation: float
     score_test: float
+    standard_error: float = DEFAULT_STANDARD_ERROR
+    """Of `score_validation`, by a bootstrap over the inputs."""
     timings: tuple[Timing, ...] = ()
     """As those of a finalist, taken in turn with them."""
 

@@ -19,7 +19,7 @@ from ranksearch.console import Look
 from ranksearch.data import check_splits, example
 from ranksearch.errors import ModelError
 from ranksearch.results import attributes
-from ranksearch.results.record import DenseFacts, LayerFacts, NarrowFacts, StudyFacts
+from ranksearch.results.record import DEFAULT_STANDARD_ERROR, DenseFacts, LayerFacts, NarrowFacts, StudyFacts
 from ranksearch.spec import StudySpec
 from ranksearch.strategy.prior import at_vbmf, quarter_ranks
 from ranksearch.strategy.space import space_of
@@ -28,7 +28,8 @@ from ranksearch.study.dense import load_required_weights, load_weights
 from ranksearch.study.narrowing import Net
 from ranksearch.study.session import Session
 from ranksearch.task import training
-from ranksearch.task.task import Task, load_task
+from ranksearch.task.bootstrap import standard_error
+from ranksearch.task.task import Task, load_task, predict
 
 PACKAGES = ("ranksearch", "torch", "torchvision", "optuna", "tensorly", "scikit-learn", "numpy")
 
@@ -88,7 +89,8 @@ def study_facts(
     """
     layers = nets[0].base.inventory
     splits = {"validation": task.data.validation, "test": task.data.test}
-    scores = {name: training.score(task.model, task, split, device=device) for name, split in splits.items()}
+    predicted = {name: predict(task.model, split, device=device) for name, split in splits.items()}
+    scores = {name: float(task.score(*pair)) for name, pair in predicted.items()}
     for name, score in scores.items():
         if not math.isfinite(score):
             raise ModelError(
@@ -101,10 +103,12 @@ def study_facts(
             f"Scores should lie in [0, 1], where 0.01 is one percentage point, but {task.score_name} returned {score:g} for "
             "the dense net; divide it (a percentage by 100)."
         )
+    noise = standard_error(task.score, *predicted["validation"], seed=spec.seed)
     dense = DenseFacts(
         costs=layers.costs,
         score_validation=score,
         score_test=scores["test"],
+        standard_error=DEFAULT_STANDARD_ERROR if noise is None else noise,
     )
     return StudyFacts(
         name=spec.name,

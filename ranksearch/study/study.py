@@ -127,7 +127,7 @@ def _run_steps(session: Session, spec: StudySpec, out: Path, options: Options, c
     )
     knowledge = Knowledge.of(
         bases, profiles, probes, dense_losses=dense_losses, dense_score=facts.dense.score_validation,
-        limits=search.limits, minimize=search.minimize,
+        noise=facts.dense.standard_error, limits=search.limits, minimize=search.minimize,
     )  # fmt: skip
     trials = _search(session, spec, bases, initial_plans, knowledge, facts, evaluate)
     narrowings = {net.base.width: net.narrowing for net in nets if net.narrowing is not None}
