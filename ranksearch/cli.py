@@ -141,6 +141,12 @@ def _parser() -> argparse.ArgumentParser:
     which = export.add_mutually_exclusive_group(required=True)
     which.add_argument("--trial", type=int, metavar="N", help="the finalist with this trial number")
     which.add_argument("--knee", action="store_true", help="the knee of the front")
+    which.add_argument(
+        "--within",
+        type=float,
+        metavar="X",
+        help="the smallest finalist at most X below the dense net, judged with its interval",
+    )
     which.add_argument("--min-score", type=float, metavar="S", help="the smallest finalist with at least this validation score")
     which.add_argument("--min-ratio", type=float, metavar="R", help="the best finalist with at least this compression ratio")
     export.add_argument("--format", choices=("plan", "onnx", "pt2"), default="plan")
@@ -292,8 +298,8 @@ def _export(options: argparse.Namespace, argv: list[str]) -> int:
 
     record = read_study(_open_study(options))
     trial = choose(
-        record.trials, record.facts.objectives, number=options.trial, min_score=options.min_score, min_ratio=options.min_ratio,
-        limits=record.facts.limits,
+        record.trials, record.facts.objectives, dense_score=record.facts.dense.score_validation, number=options.trial,
+        within=options.within, min_score=options.min_score, min_ratio=options.min_ratio, limits=record.facts.limits,
     )  # fmt: skip
     spec = folder.read_spec(options.folder)
 

@@ -10,23 +10,20 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ranksearch.results import pareto
-from ranksearch.results.choosing import yardstick
+from ranksearch.results.choosing import chance_within, smallest_within, yardstick
 from ranksearch.results.messages import CurvePoint
 from ranksearch.results.objectives import Objectives
 from ranksearch.results.record import Control, DenseFacts, StudyRecord
 from ranksearch.results.trials import TrialRecord
 
 NEAR_DENSE = 0.01
-"""A model counts as good as the dense one down to this much below its validation score: one percentage point of accuracy."""
+"""A model counts as good as the dense one down to this much below its score: one percentage point of accuracy."""
 
 MAX_SHOWN_SCORE_DROP = 0.10
 """Scores more than this below the yardstick are left out of the charts and the hypervolume."""
 
 PREDICTED_ORIGIN = "frontier"
 """Origin of the trials of the predicted front, which profile and probes predict before any sampler."""
-
-# In floating point 0.98 - 0.97 > 0.01, although the scores differ by exactly one percentage point.
-_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -69,10 +66,15 @@ def epochs_of(trial: TrialRecord) -> float:
 
 
 def near_dense(front: Sequence[TrialRecord], dense: DenseFacts, objectives: Objectives) -> TrialRecord | None:
-    """The smallest model of the front with a validation score at most `NEAR_DENSE` below the dense model's, or None."""
-    lowest = dense.score_validation - NEAR_DENSE - _ROUNDING
-    close = [trial for trial in front if trial.score_validation is not None and trial.score_validation >= lowest]
-    return max(close, key=objectives.ratio, default=None)
+    """The smallest model of the front that is within `NEAR_DENSE` of the dense model, or None."""
+    return smallest_within(front, NEAR_DENSE, dense.score_validation, objectives)
+
+
+def chance_near_dense(trial: TrialRecord, dense: DenseFacts) -> float | None:
+    """The chance that a model is within `NEAR_DENSE` of the dense model on new inputs; None before it was a finalist."""
+    if trial.finalist is None or trial.finalist.difference_validation is None:
+        return None
+    return chance_within(trial, NEAR_DENSE, dense.score_validation)
 
 
 def knee(front: Sequence[TrialRecord], objectives: Objectives) -> TrialRecord | None:

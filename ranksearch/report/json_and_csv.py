@@ -43,6 +43,7 @@ def front_json(record: StudyRecord) -> str:
     content = {
         "name": facts.name,
         "front": _timed_front_rows(record),
+        "within_one_point": _within_one_point(record),
         "dense": dense_row(record),
         "controls": _timed_control_rows(record),
         "minimize": list(facts.objectives.minimize),
@@ -86,6 +87,13 @@ def _timed_front_rows(record: StudyRecord) -> list[dict[str, Any]]:
     finalists = [trial.finalist for trial in record.shown]
     rows = zip(front_rows(record), finalists, strict=True)
     return [row | {"timings": _timings(final.timings) if final else []} for row, final in rows]
+
+
+def _within_one_point(record: StudyRecord) -> dict[str, Any] | None:
+    """The model that the report names as within `NEAR_DENSE` of the dense one, and the chance that it is on new data."""
+    dense = record.facts.dense
+    best = figures.near_dense(record.shown, dense, record.facts.objectives)
+    return None if best is None else {"trial": best.number, "chance": figures.chance_near_dense(best, dense)}
 
 
 def dense_row(record: StudyRecord) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def test_the_report_is_these_files(report):
 def test_json_has_the_keys_that_tools_read(report):
     content = report.json
     assert list(content) == [
-        "name", "front", "dense", "controls", "minimize", "limits", "versions", "seed", "seconds", "score_name", "machine", "command",
+        "name", "front", "within_one_point", "dense", "controls", "minimize", "limits", "versions", "seed", "seconds", "score_name", "machine", "command",
     ]  # fmt: skip
     assert set(content["dense"]) == {"params", "macs", "score_validation", "score_test", "latency_ms", "timings"}
     assert all(set(row) == FRONT_KEYS | {"timings"} for row in content["front"])

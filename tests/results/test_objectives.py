@@ -112,8 +112,12 @@ def test_finalists_are_of_the_front_and_one_is_chosen(minimize):
     assert {t.number for t in chosen} <= {t.number for t in front_of(trials, objectives)}
     assert chosen == sorted(chosen, key=objectives.ratio)
     least = min(t.finalist.score_validation for t in record.front)
-    assert choose(record.trials, objectives, min_score=least) == max(record.front, key=objectives.ratio)
-    assert choose(record.trials, objectives) == figures.knee(record.front, objectives)
+    assert choose(record.trials, objectives, dense_score=record.facts.dense.score_validation, min_score=least) == max(
+        record.front, key=objectives.ratio
+    )
+    assert choose(record.trials, objectives, dense_score=record.facts.dense.score_validation) == figures.knee(
+        record.front, objectives
+    )
 
 
 # --- the search ---

@@ -121,7 +121,7 @@ def test_a_diverged_trial_is_a_record(tmp_path):
     assert "a lower finetune.learning_rate helps" in told
     assert "ranksearch export" not in next_steps(tmp_path, record, "")
     with pytest.raises(StudyError, match="Only finalists can be exported, but no trial has a score; the report says why"):
-        choose(record.trials, record.facts.objectives)
+        choose(record.trials, record.facts.objectives, dense_score=record.facts.dense.score_validation)
 
 
 class Counted(Silent):
@@ -154,7 +154,7 @@ def test_a_finalist_that_diverges_is_known_and_not_tried_again(bare, tmp_path):
     with pytest.raises(
         StudyError, match=r"Only finalists can be exported, but there are none yet \(1 failed, see the report\); finish the"
     ):
-        choose(record.trials, record.facts.objectives)
+        choose(record.trials, record.facts.objectives, dense_score=record.facts.dense.score_validation)
 
 
 @pytest.mark.slow
