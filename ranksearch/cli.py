@@ -141,12 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     which = export.add_mutually_exclusive_group(required=True)
     which.add_argument("--trial", type=int, metavar="N", help="the finalist with this trial number")
     which.add_argument("--knee", action="store_true", help="the knee of the front")
-    which.add_argument(
-        "--within",
-        type=float,
-        metavar="X",
-        help="the smallest finalist at most X below the dense net, judged with its interval",
-    )
+    which.add_argument("--within", type=float, metavar="X", help="the smallest finalist at most X below dense, by its interval")
     which.add_argument("--min-score", type=float, metavar="S", help="the smallest finalist with at least this validation score")
     which.add_argument("--min-ratio", type=float, metavar="R", help="the best finalist with at least this compression ratio")
     export.add_argument("--format", choices=("plan", "onnx", "pt2"), default="plan")
