@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.errors import PlanError
+from ranksearch.methods.layer import groups_of
 from ranksearch.plan import CP, CP4, Factorization, Tucker2
 
 if TYPE_CHECKING:
@@ -25,12 +26,17 @@ def from_tensorly(name: str, layer: nn.Module, decomposition: Any) -> tuple[Fact
     further modes multiplied into the core. The kernel of a fully connected layer is its weight as (out, channels, *map).
 
     Raises:
-        PlanError: `decomposition` has another type, or another shape than the layer's kernel.
+        PlanError: `decomposition` has another type, or another shape than the layer's kernel, or the layer has groups.
     """
     # Imported here, since it takes half a second.
     from tensorly.cp_tensor import CPTensor
     from tensorly.tucker_tensor import TuckerTensor
 
+    if (groups := groups_of(layer)) > 1:
+        raise PlanError(
+            f"Layer {name!r}: TensorLy's decomposition must be of a layer without groups, but this one has {groups}; give a "
+            "factorization such as CP(8)."
+        )
     if isinstance(decomposition, CPTensor):
         return _cp(name, layer, decomposition)
     if isinstance(decomposition, TuckerTensor) or _is_partial(decomposition):

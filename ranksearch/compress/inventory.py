@@ -16,12 +16,15 @@ from torch.nn.utils import parametrize
 from ranksearch.compress.stand_ins import UNCALLED, Pass, evaluating, tensors_of, why_not_replaced
 from ranksearch.compress.watch import Watch
 from ranksearch.errors import ModelError, first_line
-from ranksearch.methods.layer import CONVOLUTIONS, Layer
+from ranksearch.methods.groups import shape_of_group
+from ranksearch.methods.layer import CONVOLUTIONS, Layer, groups_of
 from ranksearch.support.batch import batch_shapes, batch_size, concatenate, run_model, tensors_in
 from ranksearch.support.seeds import seeded
 
 FORWARDS = ("forward", "_conv_forward")
 """The methods that compute a Conv or Linear layer."""
+MIN_DEPTHWISE_KERNEL = 5
+"""The smallest side of a depthwise convolution's kernel that is decomposed: 3 x 3 could only become 3 x 1 and 1 x 3."""
 
 
 @dataclass(frozen=True)
@@ -254,9 +257,16 @@ def why_not_factorized(module: nn.Module) -> str | None:
         return "it has forward hooks, which its replacement would not have; remove them first"
     if not module.weight.is_floating_point():
         return f"its weight is {_name(module.weight.dtype)}, which is not real"
-    if isinstance(module, CONVOLUTIONS) and module.groups > 1:
-        return "it is depthwise" if module.groups == module.in_channels else f"it has {module.groups} groups"
+    if _is_small_depthwise(module):
+        size = MIN_DEPTHWISE_KERNEL
+        return f"it is depthwise; of such layers, only those with a 2-D kernel of at least {size} x {size} can be decomposed"
     return None
+
+
+def _is_small_depthwise(module: nn.Module) -> bool:
+    if not isinstance(module, CONVOLUTIONS) or not module.groups == module.in_channels == module.out_channels > 1:
+        return False
+    return len(module.kernel_size) != 2 or min(module.kernel_size) < MIN_DEPTHWISE_KERNEL
 
 
 def _describe(name: str, watch: Watch, batch: int) -> Layer:
@@ -264,7 +274,10 @@ def _describe(name: str, watch: Watch, batch: int) -> Layer:
     assert isinstance(module, (*CONVOLUTIONS, nn.Linear))
     kind, bias, weight = type(module).__name__, module.bias is not None, tuple(module.weight.shape)
     if isinstance(module, CONVOLUTIONS):
-        return Layer(name, kind, weight, bias, inputs[2:], outputs[2:], calls=outputs[0] // batch)
+        groups, calls = groups_of(module), outputs[0] // batch
+        return Layer(
+            name, kind, shape_of_group(weight, groups), bias, inputs[2:], outputs[2:], calls=calls, groups=groups
+        )  # fmt: skip
     # torch has no convolution over more than three dimensions, so a map of more dimensions stays a row of features.
     if flat and math.prod(flat.size[1:]) > 1 and len(flat.size) - 1 <= len(CONVOLUTIONS):
         size = flat.size[1:]

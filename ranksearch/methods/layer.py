@@ -12,6 +12,11 @@ Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+def groups_of(module: nn.Module) -> int:
+    """The number of groups of a layer's channels; 1 for a fully connected layer."""
+    return module.groups if isinstance(module, CONVOLUTIONS) else 1
+
+
 @dataclass(frozen=True)
 class LayerLatency:
     """How long a layer takes where it will run, in milliseconds: dense, and as a model of its work for each method.
@@ -37,7 +42,8 @@ class Layer:
     Attributes:
         name: its name in the model.
         kind: its class, for example "Conv2d" or "Linear".
-        weight: shape of the kernel, (out, in, *kernel), or (out, in) for a fully connected layer.
+        weight: shape of the kernel, (out, in, *kernel), or (out, in) for a fully connected layer. If the layer has groups, each
+            has a kernel of this shape.
         bias: whether it has a bias.
         in_size: spatial size of its input, () for a fully connected layer.
         out_size: spatial size of its output, () for a fully connected layer.
@@ -47,6 +53,7 @@ class Layer:
             a convolution with a kernel that covers the whole map, as in the thesis.
         order: as `Factorization.order`: the order of the map's axes in the flattened row, if channels do not come first.
         latency: its latency, once it was measured.
+        groups: the number of groups of its channels.
     """
 
     name: str
@@ -59,6 +66,7 @@ class Layer:
     flattened: bool = False
     order: tuple[int, ...] | None = None
     latency: LayerLatency | None = None
+    groups: int = 1
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -68,12 +76,12 @@ class Layer:
     @property
     def params(self) -> int:
         """Parameters of the dense layer, including the bias."""
-        return math.prod(self.weight) + (self.weight[0] if self.bias else 0)
+        return self.groups * (math.prod(self.weight) + (self.weight[0] if self.bias else 0))
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates of the dense layer for one input."""
-        return math.prod(self.weight) * math.prod(self.out_size) * self.calls
+        return self.groups * math.prod(self.weight) * math.prod(self.out_size) * self.calls
 
     @property
     def costs(self) -> dict[str, float]:
