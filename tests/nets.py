@@ -87,6 +87,28 @@ def small(classes: int = 10) -> nn.Sequential:
     )
 
 
+def grouped(classes: int = 10) -> nn.Sequential:
+    """A small net of grouped and depthwise convolutions for digits of 8x8."""
+    return nn.Sequential(
+        OrderedDict(
+            stem=nn.Conv2d(1, 16, 3, padding=1),
+            relu1=nn.ReLU(),
+            point=nn.Conv2d(16, 24, 1, groups=2, bias=False),
+            norm=nn.BatchNorm2d(24),
+            relu2=nn.ReLU(),
+            block=nn.Conv2d(24, 32, 3, stride=2, padding=1, groups=4),
+            relu3=nn.ReLU(),
+            shuffle=nn.ChannelShuffle(4),
+            wide=nn.Conv2d(32, 32, 5, padding=2, groups=32),
+            small=nn.Conv2d(32, 32, 3, padding=1, groups=32),
+            relu4=nn.ReLU(),
+            pool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+            fc=nn.Linear(32, classes),
+        )
+    )
+
+
 def few_digits(count: int = 200) -> Splits:
     """Digits of 8x8: `count` for training, 100 each for validation and test."""
     whole = digits(size=8)

@@ -258,8 +258,7 @@ def why_not_factorized(module: nn.Module) -> str | None:
     if not module.weight.is_floating_point():
         return f"its weight is {_name(module.weight.dtype)}, which is not real"
     if _is_small_depthwise(module):
-        size = MIN_DEPTHWISE_KERNEL
-        return f"it is depthwise; of such layers, only those with a 2-D kernel of at least {size} x {size} can be decomposed"
+        return f"it is depthwise, without a 2-D kernel of at least {MIN_DEPTHWISE_KERNEL} x {MIN_DEPTHWISE_KERNEL}"
     return None
 
 

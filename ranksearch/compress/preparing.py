@@ -150,8 +150,10 @@ class Work:
 
     def begin(self, measured: Sequence[Whitening]) -> None:
         """Set the whitening of each group: those in the cache, otherwise `measured`."""
-        dtype = self.kernels[0].dtype
-        self.whitenings = tuple(each.to(dtype) for each in measured) if self.known is None else _whitenings(self.known)
+        if self.known is None:
+            self._made |= _stacked([each.to(self.kernels[0].dtype) for each in measured])
+        # Unstacked in both cases, since the last bits of a product depend on where in memory a tensor begins.
+        self.whitenings = _unstacked(self.known or self._made)
         shared: dict[tuple[Modes, ...], tuple[list[Callable[[], Tensor]], list[Callable[[], Principal]]]] = {}
         for name, method in self.methods.items():
             holds = method.holds(self.layer.weight)
@@ -173,11 +175,9 @@ class Work:
     def finish(self) -> Mapping[str, Tensor]:
         """Return all tensors and write them to the cache. Only call this once all parts are done."""
         self._rows.clear()
-        if self.known is None:
-            self._made |= _stacked_whitenings(self.whitenings)
-            if self.path:
-                with writing(f"The layer's factors {self.path}"):
-                    write_whole(self.path, safetensors.torch.save(self._made, {DIGEST: self.digest}))
+        if self.known is None and self.path:
+            with writing(f"The layer's factors {self.path}"):
+                write_whole(self.path, safetensors.torch.save(self._made, {DIGEST: self.digest}))
         return self.known or self._made
 
     def _vbmf(self) -> dict[str, Tensor]:
@@ -257,7 +257,7 @@ def _once(compute: Callable[[], T]) -> Callable[[], T]:
     return call
 
 
-def _stacked_whitenings(whitenings: Sequence[Whitening]) -> dict[str, Tensor]:
+def _stacked(whitenings: Sequence[Whitening]) -> dict[str, Tensor]:
     """The whitenings of a layer's groups as tensors to store."""
     tensors = {VARIANCE: torch.tensor([each.variance for each in whitenings], dtype=torch.float64)}
     for modes in whitenings[0].roots:
@@ -266,8 +266,8 @@ def _stacked_whitenings(whitenings: Sequence[Whitening]) -> dict[str, Tensor]:
     return tensors | ({MEAN: torch.stack(means)} if means else {})
 
 
-def _whitenings(tensors: Mapping[str, Tensor]) -> tuple[Whitening, ...]:
-    """The inverse of `_stacked_whitenings`."""
+def _unstacked(tensors: Mapping[str, Tensor]) -> tuple[Whitening, ...]:
+    """The inverse of `_stacked`."""
     roots = {tuple(map(int, modes.split(","))): stack for modes, stack in under(tensors, ROOT).items()}
     means, variances = tensors.get(MEAN), tensors[VARIANCE].tolist()
     return tuple(

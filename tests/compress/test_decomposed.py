@@ -84,6 +84,7 @@ def ones(*shape, rank=2):
         (alone(CONV), ones(4, 6, 3, 2), "Layer 'layer': the decomposed kernel must have the shape (6, 4, 3, 2) or (6, 4, 6), but has (4, 6, 3, 2)."),
         (alone(CONV3D), ones(4, 3, 2, 2, 2), "Layer 'layer': the decomposed kernel must have the shape (4, 3, 8), but has (4, 3, 2, 2, 2)."),
         (FLAT, ones(6, 24), "Layer 'layer': the decomposed kernel must have the shape (6, channels, *map) of 24 inputs, but has (6, 24)."),
+        (alone(nn.Conv2d(4, 6, 3, groups=2)), ones(3, 2, 3, 3), "Layer 'layer': TensorLy's decomposition must be of a layer without groups, but this one has 2; give a factorization such as CP(8)."),
         (alone(CONV), (1, 2), "Layer 'layer': a plan must hold factorizations such as CP(8), or TensorLy's CPTensor or TuckerTensor, but got a tuple."),
         (alone(CONV), ones(6, 4, 6, rank=99), "Layer 'layer': rank of CP must be at most 24, but got 99."),
     ],

@@ -116,10 +116,19 @@ def run_second(n, x):
 USED = "the forward uses its weight without calling it, as torch.nn.functional.linear and attention do"
 OUTSIDE = "its weight is also used outside the layer"
 PARAMETRISED = "its weight is parametrised or pruned; make that permanent first, by remove_parametrizations or prune.remove"
+SMALL_DEPTHWISE = "it is depthwise, without a 2-D kernel of at least 5 x 5"
 SKIPPED = {
-    "depthwise": (before(nn.Conv2d(4, 4, 3, groups=4)), "it is depthwise"),
-    "depthwise, several out": (before(nn.Conv2d(4, 8, 3, groups=4), 8), "it is depthwise"),
-    "grouped": (before(nn.Conv2d(4, 6, 3, groups=2), 6), "it has 2 groups"),
+    "depthwise": (before(nn.Conv2d(4, 4, 3, groups=4)), SMALL_DEPTHWISE),
+    "depthwise, long": (before(nn.Conv2d(4, 4, (5, 3), groups=4)), SMALL_DEPTHWISE),
+    "depthwise, a point": (before(nn.Conv2d(4, 4, 1, groups=4)), SMALL_DEPTHWISE),
+    "depthwise sequence": (
+        Net(
+            lambda n, x: n.last(n.one(x.flatten(2)).unflatten(2, (2, 12))),
+            one=nn.Conv1d(4, 4, 7, groups=4),
+            last=nn.Conv2d(4, 2, 1),
+        ),
+        SMALL_DEPTHWISE,
+    ),
     "shared weight": (with_shared_weight(), "its weight is shared by 0.weight, 1.weight"),
     "two names": (with_two_names(), "its weight is shared by one.weight, two.weight"),
     "called twice": (
@@ -242,6 +251,9 @@ CONVOLUTIONS = {
 }
 ORDINARY = CONVOLUTIONS | {
     "linear": (nn.Sequential(nn.Flatten(), nn.Linear(120, 3)), IMAGE),
+    "groups": (nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)), IMAGE),
+    "one channel in each group": (nn.Sequential(nn.Conv2d(4, 8, 3, groups=4)), IMAGE),
+    "depthwise": (nn.Sequential(nn.Conv2d(4, 4, (5, 5), groups=4)), IMAGE),
     "hooks": (watched(), IMAGE),
     "autocast": (under_autocast(), IMAGE),
 }
