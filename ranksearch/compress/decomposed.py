@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.errors import PlanError
-from ranksearch.methods.layer import groups_of
+from ranksearch.methods.layer import groups_of, kernel_shape
 from ranksearch.plan import CP, CP4, Factorization, Tucker2
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ def from_tensorly(name: str, layer: nn.Module, decomposition: Any) -> tuple[Fact
 
     A `CPTensor` of the kernel with merged positions, (out, in, positions), becomes CP; one of four modes becomes CP-4. A
     `TuckerTensor`, or the pair (core, factors) from `partial_tucker` on modes 0 and 1, becomes Tucker-2, with the factors of
-    further modes multiplied into the core. The kernel of a fully connected layer is its weight as (out, channels, *map).
+    further modes multiplied into the core. The kernel of a fully connected layer is its weight as (out, channels, *map),
+    that of a transposed convolution its weight with the first two axes swapped.
 
     Raises:
         PlanError: `decomposition` has another type, or another shape than the layer's kernel, or the layer has groups.
@@ -83,8 +84,7 @@ def _kernel(name: str, layer: nn.Module, shape: tuple[int, ...], *, longest: int
     Raises:
         PlanError: `shape` is not that of the layer's kernel.
     """
-    assert isinstance(layer.weight, Tensor)
-    weight = tuple(layer.weight.shape)
+    weight = kernel_shape(layer)
     if isinstance(layer, nn.Linear):
         wanted, fits = f"({weight[0]}, channels, *map) of {weight[1]} inputs", (shape[0], math.prod(shape[1:])) == weight
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 import statistics
 import threading
@@ -22,8 +21,8 @@ from torch import Tensor, nn
 from ranksearch.compress.axes import as_maps
 from ranksearch.compress.whitening import Modes, Whitening
 from ranksearch.methods import Method, Prepared, RankConstraints
-from ranksearch.methods.groups import split
-from ranksearch.methods.layer import Layer
+from ranksearch.methods.groups import joint_errors, split
+from ranksearch.methods.layer import Layer, as_kernel
 from ranksearch.support.files import write_whole, writing
 from ranksearch.tensors.matrix import Principal, norm_of, principal, unfold
 from ranksearch.tensors.vbmf import vbmf
@@ -45,7 +44,9 @@ tensors are stored under the names of methods, which contain no spaces. Tensors 
 
 def kernel(model: nn.Module, layer: Layer) -> Tensor:
     """The kernel (out, in, *kernel) of a layer to decompose, stacked over its groups, on the CPU, in float32 or float64."""
-    weight = model.get_parameter(f"{layer.name}.weight").detach().cpu()
+    module = model.get_submodule(layer.name)
+    assert isinstance(module.weight, Tensor)
+    weight = as_kernel(module, module.weight.detach().cpu())
     weight = weight if weight.dtype == torch.float64 else weight.float()
     return as_maps(weight, layer.weight[1:], layer.order).contiguous()
 
@@ -73,15 +74,6 @@ def joint_vbmf_ranks(kernels: Sequence[Tensor]) -> tuple[int | None, int | None]
     estimates = zip(*map(vbmf_ranks, kernels), strict=True)
     into, out = ([rank for rank in ranks if rank] for ranks in estimates)
     return statistics.median_high(into) if into else None, statistics.median_high(out) if out else None
-
-
-def joint_errors(errors: Sequence[Sequence[float]], norms: Sequence[float]) -> list[float]:
-    """The relative errors of several kernels together, from those of each and the kernels' norms."""
-    if len(norms) == 1:
-        return list(errors[0])
-    whole = math.hypot(*norms) or 1.0  # every rank represents a kernel of zeros exactly
-    lost = [[error * norm for error, norm in zip(each, norms, strict=True)] for each in zip(*errors, strict=True)]
-    return [math.hypot(*each) / whole for each in lost]
 
 
 @dataclass

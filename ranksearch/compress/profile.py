@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.compress.inventory import Inventory
-from ranksearch.compress.preparing import ERRORS, Work, done_at_once, joint_errors, under
+from ranksearch.compress.preparing import ERRORS, Work, done_at_once, under
 from ranksearch.compress.whitening import Whitening, source, whitenings
 from ranksearch.methods import FEWER_PARAMS, METHODS, Method, Prepared, RankConstraints
-from ranksearch.methods.groups import split, stack
+from ranksearch.methods.groups import joint_errors, split, stack
 from ranksearch.methods.layer import Layer
 from ranksearch.plan import KINDS, Factorization, Plan
 from ranksearch.results.costs import Counts

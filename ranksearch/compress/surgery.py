@@ -19,7 +19,7 @@ from ranksearch.compress.watch import names_of_parameters
 from ranksearch.errors import ModelError, PlanError, first_line, nearest
 from ranksearch.methods import Method, Shape, method_of
 from ranksearch.methods.groups import shape_of_group, split, stack
-from ranksearch.methods.layer import CONVOLUTIONS, groups_of
+from ranksearch.methods.layer import CONVOLUTIONS, MAX_DIMS, as_kernel, groups_of
 from ranksearch.plan import Factorization, Plan
 
 if TYPE_CHECKING:
@@ -147,10 +147,10 @@ def kernel_of(name: str, module: nn.Module, value: Factorization) -> Tensor:
     if reason := why_not_factorized(module):
         raise PlanError(f"A plan may only name layers that can be factorized, but names {name!r}: {reason}.")
     assert isinstance(module, (*CONVOLUTIONS, nn.Linear))
-    weight = module.weight.detach()
+    weight = as_kernel(module, module.weight.detach())
     weight = weight if weight.dtype == torch.float64 else weight.float()
     if value.kernel is not None:
-        fits = len(value.kernel) <= len(CONVOLUTIONS) and weight[0].numel() % math.prod(value.kernel) == 0
+        fits = len(value.kernel) <= MAX_DIMS and weight[0].numel() % math.prod(value.kernel) == 0
         if not isinstance(module, nn.Linear) or not fits:
             raise PlanError(
                 f"Layer {name!r} of shape {tuple(weight.shape)} is not a fully connected layer after a map of size "

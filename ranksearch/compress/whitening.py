@@ -12,16 +12,16 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ranksearch.compress.axes import as_maps
+from ranksearch.compress.patches import patches
 from ranksearch.compress.stand_ins import evaluating
 from ranksearch.compress.watch import subject
 from ranksearch.errors import ModelError
-from ranksearch.methods.layer import CONVOLUTIONS, Conv, Layer
+from ranksearch.methods.layer import CONVOLUTIONS, Layer
 
 Modes: TypeAlias = tuple[int, ...]
 """A run of modes of a kernel (out, in, *kernel): (1,) its input channels, (2, 3) the positions of a 2-D kernel."""
@@ -257,30 +257,12 @@ class _Moments:
             rows = inputs.reshape(len(inputs), -1, math.prod(self.layer.weight[1:]))
             rows = rows[:, self._drawn(rows.shape[1])].flatten(0, 1)
             return as_maps(rows, self.layer.weight[1:], self.layer.order)
-        views = _padded(module, inputs)
-        for axis, (size, step, apart) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
-            views = views.unfold(2 + axis, apart * (size - 1) + 1, step)[..., ::apart]
-        dims = len(module.kernel_size)
-        sizes = views.shape[2 : 2 + dims]
-        places: list[Any] = list(torch.unravel_index(self._drawn(math.prod(sizes)), sizes))
-        return views[:, :, *places].transpose(1, 2).flatten(0, 1)
+        return patches(module, inputs, self._drawn)
 
     def _drawn(self, positions: int) -> Tensor:
         values = BATCH * self.layer.groups * math.prod(self.layer.weight[1:])
         most = max(1, min(POSITIONS_PER_INPUT, MAX_PATCH_VALUES // values))
         return torch.randperm(positions, generator=self._generator)[:most]
-
-
-def _padded(module: Conv, inputs: Tensor) -> Tensor:
-    """The inputs with the convolution's padding."""
-    amounts: list[int] = []
-    for axis in reversed(range(len(module.kernel_size))):
-        around = module.dilation[axis] * (module.kernel_size[axis] - 1)
-        if isinstance(module.padding, str):
-            amounts += [around // 2, around - around // 2] if module.padding == "same" else [0, 0]
-        else:
-            amounts += [module.padding[axis]] * 2
-    return F.pad(inputs, amounts, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
 
 
 def _root(around: Tensor, *, energy: float) -> Tensor:

@@ -152,13 +152,12 @@ class Method(abc.ABC):
         return (1, *first), *others
 
     def positions(self, layer: Layer) -> tuple[int, ...]:
-        """For each factor, the number of positions it is applied to in one call of the layer."""
-        size, counts = list(layer.in_size), []
-        for part in self._structure(layer.weight):
-            for axis in part.axes:
-                size[axis] = layer.out_size[axis]
-            counts.append(math.prod(size))
-        return tuple(counts)
+        """For each factor, the number of positions it is applied to in one call of the layer.
+
+        They are the positions of the part's output, or, if the layer is a transposed convolution, of the part's input.
+        """
+        sizes = self._sizes(layer)
+        return tuple(math.prod(size) for size in (sizes[:-1] if layer.transposed else sizes[1:]))
 
     def balanced(self, factors: tuple[Tensor, ...], weight: Shape) -> tuple[Tensor, ...]:
         """Rescale `factors` after the whitening was undone, so that fine-tuning starts better; the kernel stays the same."""
@@ -218,8 +217,8 @@ class Method(abc.ABC):
         """
         blocks = tuple(-(-rank // CHANNEL_BLOCK) * CHANNEL_BLOCK for rank in ranks)
         macs = [float(count) for counted in (ranks, blocks) for count in self._part_macs(layer, ranks, counted)]
-        parts, positions = self.parts(layer.weight, ranks), self.positions(layer)
-        outputs = [layer.groups * parts[index].out * positions[index] for index in sorted(set(builders(parts)))]
+        parts, sizes = self.parts(layer.weight, ranks), self._sizes(layer)[1:]
+        outputs = [layer.groups * parts[index].out * math.prod(sizes[index]) for index in sorted(set(builders(parts)))]
         return float(len(outputs)), *macs, float(sum(outputs[:-1]) * layer.calls), float(self.params(layer, ranks))
 
     def rank_ranges(self, layer: Layer, constraints: RankConstraints = FEWER_PARAMS) -> tuple[range, ...]:
@@ -246,6 +245,14 @@ class Method(abc.ABC):
     def _structure(self, weight: Shape) -> tuple[Part, ...]:
         """The parts at rank 1, for everything that does not depend on the ranks."""
         return self.parts(weight, (1,) * len(self.kind.rank_names()))
+
+    def _sizes(self, layer: Layer) -> list[tuple[int, ...]]:
+        """The sizes of the map before the first part and after each part."""
+        sizes = [layer.in_size]
+        for part in self._structure(layer.weight):
+            after = enumerate(zip(sizes[-1], layer.out_size, strict=True))
+            sizes.append(tuple(out if axis in part.axes else size for axis, (size, out) in after))
+        return sizes
 
     def _part_macs(self, layer: Layer, ranks: tuple[int, ...], counted: tuple[int, ...]) -> list[int]:
         """Multiply-accumulates of each part for one input with the ranks `counted`; 0 if it is not built at `ranks`."""

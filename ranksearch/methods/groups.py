@@ -5,6 +5,7 @@ The kernels of all groups are stacked along their first axis, and so are the fac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -31,3 +32,12 @@ def split(factors: Sequence[Tensor], groups: int) -> list[tuple[Tensor, ...]]:
 def stack(groups: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
     """The inverse of `split`."""
     return tuple(groups[0]) if len(groups) == 1 else tuple(torch.cat(factors) for factors in zip(*groups, strict=True))
+
+
+def joint_errors(errors: Sequence[Sequence[float]], norms: Sequence[float]) -> list[float]:
+    """The relative errors of several kernels together, from those of each and the kernels' norms."""
+    if len(norms) == 1:
+        return list(errors[0])
+    whole = math.hypot(*norms) or 1.0  # every rank represents a kernel of zeros exactly
+    lost = [[error * norm for error, norm in zip(each, norms, strict=True)] for each in zip(*errors, strict=True)]
+    return [math.hypot(*each) / whole for each in lost]

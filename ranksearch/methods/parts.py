@@ -6,12 +6,12 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from ranksearch.methods.layer import CONVOLUTIONS, groups_of
+from ranksearch.methods.layer import CONVOLUTIONS, PLAIN, TRANSPOSED, as_weight, groups_of
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -26,7 +26,8 @@ class Part:
     If the layer has groups, the part has the same number of groups, and `into` and `out` are the channels of one of them.
 
     Along its `axes` of the kernel (0 and up) it has the dense layer's kernel size, stride, padding and dilation; along other
-    axes its size is 1. Each axis of the kernel belongs to exactly one part.
+    axes its size is 1. Each axis of the kernel belongs to exactly one part. If the layer is a transposed convolution, so are
+    the parts that have axes.
     """
 
     name: str
@@ -51,27 +52,23 @@ class Part:
         """
         if len(weight) == 2:
             return nn.Linear(self.into, self.out, bias=bias, device=META_DEVICE)
-        kind, conv = CONVOLUTIONS[len(weight) - 3], dense if isinstance(dense, CONVOLUTIONS) else None
-        groups = groups_of(dense)
+        dims, groups = len(weight) - 2, groups_of(dense)
         into, out = groups * self.into, groups * self.out
         if not self.axes:
-            return kind(into, out, 1, groups=groups, bias=bias, device=META_DEVICE)
-        ones = (1,) * (len(weight) - 2)
-        padding: str | tuple[int, ...] = (0,) * len(ones)
-        if conv:
-            padding = conv.padding if isinstance(conv.padding, str) else self._along(conv.padding, 0)
-        return kind(
-            into,
-            out,
-            self._along(weight[2:], 1),  # type: ignore[arg-type]
-            stride=self._along(conv.stride if conv else ones, 1),  # type: ignore[arg-type]
-            padding=padding,  # type: ignore[arg-type]
-            dilation=self._along(conv.dilation if conv else ones, 1),  # type: ignore[arg-type]
-            groups=into if self.depthwise else groups,
-            bias=bias,
-            padding_mode=conv.padding_mode if conv else "zeros",
-            device=META_DEVICE,
-        )
+            return PLAIN[dims - 1](into, out, 1, groups=groups, bias=bias, device=META_DEVICE)
+        kind = TRANSPOSED if isinstance(dense, TRANSPOSED) else PLAIN
+        size, groups = self._along(weight[2:], 1), into if self.depthwise else groups
+        return kind[dims - 1](into, out, size, groups=groups, bias=bias, device=META_DEVICE, **self._settings(dense))  # type: ignore[arg-type]
+
+    def _settings(self, dense: nn.Module) -> dict[str, Any]:
+        """The settings of the dense layer along the axes of this part."""
+        if not isinstance(dense, CONVOLUTIONS):
+            return {}
+        padding = dense.padding if isinstance(dense.padding, str) else self._along(dense.padding, 0)
+        settings = {"stride": self._along(dense.stride, 1), "padding": padding, "dilation": self._along(dense.dilation, 1)}
+        if isinstance(dense, TRANSPOSED):
+            return settings | {"output_padding": self._along(dense.output_padding, 0)}
+        return settings | {"padding_mode": dense.padding_mode}
 
     def _along(self, values: Sequence[int], other: int) -> tuple[int, ...]:
         return tuple(value if axis in self.axes else other for axis, value in enumerate(values))
@@ -136,7 +133,7 @@ def assemble(module: nn.Module, weight: Shape, parts: Sequence[Part], factors: S
         steps[part.name] = layer.to(kernel.dtype).to_empty(device=kernel.device).requires_grad_(kernel.requires_grad)
         assert isinstance(layer.weight, Tensor)
         with torch.no_grad():
-            layer.weight.copy_(factor.reshape(layer.weight.shape))
+            layer.weight.copy_(as_weight(layer, factor))
     if isinstance(bias, Tensor):
         last = steps[parts[-1].name].bias
         assert isinstance(last, Tensor)

@@ -37,8 +37,13 @@ def plans_of(layers, methods, count=20):
         yield Plan.of(values)
 
 
-@pytest.mark.parametrize("make", [nets.small, nets.grouped])
-@pytest.mark.parametrize("clock", [clocks.counting, clocks.streaming])
+@pytest.mark.parametrize(
+    ("clock", "make"),
+    [
+        (clocks.counting, nets.small), (clocks.streaming, nets.small), (clocks.counting, nets.grouped),
+        (clocks.counting, nets.unet),
+    ],
+)  # fmt: skip
 def test_times_that_follow_from_the_work_are_predicted_exactly(clock, make):
     model, layers, methods, found = table_of(clock, make=make)
     timed = found.applied(layers)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ranksearch.compress.surgery import factorize_, kernel_of
 from ranksearch.methods.groups import stack
+from ranksearch.methods.layer import CONVOLUTIONS, TRANSPOSED, as_kernel, as_weight
 from tests.geometries import (
     BY_NAME,
     GEOMETRIES,
@@ -26,7 +27,7 @@ from tests.geometries import (
 )
 from tests.nets import normal
 
-PLAIN = {nn.Sequential, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Unflatten, nn.Flatten}
+PLAIN = {nn.Sequential, *CONVOLUTIONS, nn.Linear, nn.Unflatten, nn.Flatten}
 laws = settings(max_examples=40, deadline=None)
 # torch warns that an even kernel with padding 'same' pads one side more, as intended.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
@@ -71,7 +72,7 @@ def check_reconstruction(model, inputs, layer, method):
         assert rebuilt.numel() == kernel.numel()
         dense = copy.deepcopy(model)
         with torch.no_grad():
-            dense.layer.weight.copy_(rebuilt.reshape(dense.layer.weight.shape))
+            dense.layer.weight.copy_(as_weight(dense.layer, rebuilt))
         assert_close(factorized(model, layer, method, ranks)(inputs), dense(inputs))
 
 
@@ -98,8 +99,8 @@ def test_modules_compute_the_reconstructed_kernel(geometry, name):
 
 def is_needless(part, other):
     """Whether the weight of `part` can be multiplied into that of `other`, its neighbour, without making that larger."""
-    groups = getattr(part, "groups", 1)
-    square = math.prod(part.weight.shape[2:]) == 1 and part.weight.shape[0] == groups * part.weight.shape[1]
+    groups, (out, into, *positions) = getattr(part, "groups", 1), as_kernel(part, part.weight).shape
+    square = math.prod(positions) == 1 and out == groups * into
     return square and max(getattr(part, "stride", (1,))) == 1 and getattr(other, "groups", 1) == groups
 
 
@@ -168,8 +169,27 @@ def convolutions(draw):
     return alone(layer), (groups * channels, *size)
 
 
+@st.composite
+def transposed_convolutions(draw):
+    """A transposed convolution of 1 to 3 dimensions with any settings that torch accepts, and a fitting size of an input."""
+    dims = draw(st.integers(1, 3))
+
+    def each(low, *high):
+        return tuple(draw(st.integers(low, most)) for most in (high if len(high) == dims else high * dims))
+
+    kernel, dilation, stride = each(1, 4), each(1, 2), each(1, 3)
+    output_padding = each(0, *(max(pair) - 1 for pair in zip(stride, dilation, strict=True)))
+    padding = each(0, *(apart * (k - 1) for apart, k in zip(dilation, kernel, strict=True)))
+    channels, out, groups = (draw(st.integers(1, 4)) for _ in range(3))
+    groups = groups if channels * out > 1 else 1
+    layer = TRANSPOSED[dims - 1](
+        groups * channels, groups * out, kernel, stride, padding, output_padding, groups, draw(st.booleans()), dilation
+    )
+    return alone(layer), (groups * channels, *each(2, 3))
+
+
 @laws
-@given(convolutions(), st.integers(0, 1000))
+@given(convolutions() | transposed_convolutions(), st.integers(0, 1000))
 def test_the_contract_holds_for_any_convolution(geometry, seed):
     model, inputs, layer = prepared(*geometry, seed=seed)
     methods = fitting(layer)
