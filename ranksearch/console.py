@@ -306,7 +306,7 @@ def layers_table(look: Look) -> Table:
         costs = [f"{text}: {params:,} ({layer.params / params:.1f}x)" for text, params in look.costs.get(layer.name, ())]
         table.add_row(
             Text(layer.name),
-            "x".join(map(str, layer.weight)) + (", flattened" if layer.kind == "Linear" and len(layer.weight) > 2 else ""),
+            layer.shape.replace(" x ", "x") + (", flattened" if layer.kind == "Linear" and len(layer.weight) > 2 else ""),
             f"{layer.params:,}",
             f"{layer.params / look.params:.1%}",
             f"{layer.macs:,}",

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from ranksearch.compress.stand_ins import UNCALLED, Pass, evaluating, tensors_of, why_not_replaced
 from ranksearch.compress.watch import Watch
 from ranksearch.errors import ModelError, first_line
-from ranksearch.methods.layer import CONVOLUTIONS, Layer
+from ranksearch.methods.layer import CONVOLUTIONS, MAX_DIMS, MIN_DEPTHWISE, Layer, groups_of, is_small_depthwise, kernel_shape
 from ranksearch.support.batch import batch_shapes, batch_size, concatenate, run_model, tensors_in
 from ranksearch.support.seeds import seeded
 
@@ -231,6 +231,8 @@ def _why_skipped(name: str, module: nn.Module, watch: Watch) -> str | None:
         return "the forward uses its weight without calling it, as torch.nn.functional.linear and attention do"
     if calls != 1:
         return "it is never called by the forward pass" if calls == 0 else f"it is called {calls} times in one pass"
+    if name in watch.sized:
+        return "the forward passes it an output_size, which its replacement does not take"
     dims = len(watch.shapes[name][0])
     if dims != module.weight.dim() if isinstance(module, CONVOLUTIONS) else dims < 2:
         return "it is called without a batch dimension"
@@ -254,8 +256,8 @@ def why_not_factorized(module: nn.Module) -> str | None:
         return "it has forward hooks, which its replacement would not have; remove them first"
     if not module.weight.is_floating_point():
         return f"its weight is {_name(module.weight.dtype)}, which is not real"
-    if isinstance(module, CONVOLUTIONS) and module.groups > 1:
-        return "it is depthwise" if module.groups == module.in_channels else f"it has {module.groups} groups"
+    if is_small_depthwise(module):
+        return f"it is depthwise, without a 2-D kernel of at least {MIN_DEPTHWISE} x {MIN_DEPTHWISE}"
     return None
 
 
@@ -264,9 +266,12 @@ def _describe(name: str, watch: Watch, batch: int) -> Layer:
     assert isinstance(module, (*CONVOLUTIONS, nn.Linear))
     kind, bias, weight = type(module).__name__, module.bias is not None, tuple(module.weight.shape)
     if isinstance(module, CONVOLUTIONS):
-        return Layer(name, kind, weight, bias, inputs[2:], outputs[2:], calls=outputs[0] // batch)
+        return Layer(
+            name, kind, kernel_shape(module), bias, inputs[2:], outputs[2:], calls=outputs[0] // batch,
+            groups=groups_of(module), transposed=module.transposed,
+        )  # fmt: skip
     # torch has no convolution over more than three dimensions, so a map of more dimensions stays a row of features.
-    if flat and math.prod(flat.size[1:]) > 1 and len(flat.size) - 1 <= len(CONVOLUTIONS):
+    if flat and math.prod(flat.size[1:]) > 1 and len(flat.size) - 1 <= MAX_DIMS:
         size = flat.size[1:]
         order = None if flat.order == tuple(range(len(flat.size))) else flat.order
         return Layer(

@@ -17,8 +17,9 @@ from ranksearch.compress.inventory import why_not_factorized
 from ranksearch.compress.stand_ins import attributes_of, replace_
 from ranksearch.compress.watch import names_of_parameters
 from ranksearch.errors import ModelError, PlanError, first_line, nearest
-from ranksearch.methods import Shape, method_of
-from ranksearch.methods.layer import CONVOLUTIONS
+from ranksearch.methods import Method, Shape, method_of
+from ranksearch.methods.groups import shape_of_group, split, stack
+from ranksearch.methods.layer import CONVOLUTIONS, MAX_DIMS, as_kernel, groups_of
 from ranksearch.plan import Factorization, Plan
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ def factorize_(
         owners = [other for other, owned in model.named_modules(remove_duplicate=False) if owned is module]
         if len(owners) > 1:
             raise PlanError(f"A layer must have one name, but {name!r} is also {', '.join(o for o in owners if o != name)}.")
-        kernel = kernel_of(name, module, value)
+        kernel, groups = kernel_of(name, module, value), groups_of(module)
+        shape = shape_of_group(tuple(kernel.shape), groups)
         tied = [other for other in names[id(module.weight)] if other != f"{name}.weight"]
         if tied:
             raise PlanError(f"A layer must not share its weight, but that of {name!r} is also {', '.join(tied)}; leave it out.")
@@ -80,17 +82,23 @@ def factorize_(
         if layer_factors is None and not torch.isfinite(kernel).all():
             raise PlanError(f"Weights must be finite, but layer {name!r} holds NaN or infinity; load or train it again.")
         if layer_factors is None:
-            layer_factors = method.factors(kernel, method.prepare(kernel, [value.ranks], seed), value.ranks, seed)
-        _check_shapes(name, value, tuple(kernel.shape), layer_factors)
-        replacement = method.build(module, tuple(kernel.shape), value.ranks, layer_factors)
+            layer_factors = _decomposed(kernel, groups, method, value.ranks, seed)
+        _check_shapes(name, value, shape, groups, layer_factors)
+        replacement = method.build(module, shape, value.ranks, layer_factors)
         if bias_corrections and name in bias_corrections:
             _correct_bias(name, module, replacement, bias_corrections[name])
-        replacement = replacement if value.order is None else _reordered(replacement, tuple(kernel.shape[1:]), value.order)
+        replacement = replacement if value.order is None else _reordered(replacement, shape[1:], value.order)
         vars(replacement).update(attributes_of(module))
         replacements[name] = replacement
     for name, module in replacements.items():
         replace_(model, name, module)
     return model
+
+
+def _decomposed(kernel: Tensor, groups: int, method: Method, ranks: tuple[int, ...], seed: int) -> tuple[Tensor, ...]:
+    """The factors of a kernel, stacked over the groups."""
+    kernels = [one for (one,) in split([kernel], groups)]
+    return stack([method.factors(one, method.prepare(one, [ranks], seed), ranks, seed) for one in kernels])
 
 
 def _reordered(replacement: nn.Sequential, size: Shape, order: Sequence[int]) -> nn.Sequential:
@@ -124,13 +132,14 @@ def skeleton_(model: M, plan: Plan) -> M:
     factors = {}
     for name, value in plan:
         if name in modules:
-            shape = tuple(kernel_of(name, modules[name], value).shape)
-            factors[name] = [torch.zeros(s) for s in method_of(value).factor_shapes(shape, value.ranks)]
+            groups = groups_of(modules[name])
+            shape = shape_of_group(tuple(kernel_of(name, modules[name], value).shape), groups)
+            factors[name] = [torch.zeros(s) for s in method_of(value).factor_shapes(shape, value.ranks, groups)]
     return factorize_(model, plan, factors=factors)
 
 
 def kernel_of(name: str, module: nn.Module, value: Factorization) -> Tensor:
-    """The kernel (out, in, *kernel) of a layer that `value` decomposes, in float32 or float64.
+    """The kernel (out, in, *kernel) of a layer that `value` decomposes, in float32 or float64, stacked over the groups.
 
     Raises:
         PlanError: the layer cannot be factorized, or not by `value`.
@@ -138,10 +147,10 @@ def kernel_of(name: str, module: nn.Module, value: Factorization) -> Tensor:
     if reason := why_not_factorized(module):
         raise PlanError(f"A plan may only name layers that can be factorized, but names {name!r}: {reason}.")
     assert isinstance(module, (*CONVOLUTIONS, nn.Linear))
-    weight = module.weight.detach()
+    weight = as_kernel(module, module.weight.detach())
     weight = weight if weight.dtype == torch.float64 else weight.float()
     if value.kernel is not None:
-        fits = len(value.kernel) <= len(CONVOLUTIONS) and weight[0].numel() % math.prod(value.kernel) == 0
+        fits = len(value.kernel) <= MAX_DIMS and weight[0].numel() % math.prod(value.kernel) == 0
         if not isinstance(module, nn.Linear) or not fits:
             raise PlanError(
                 f"Layer {name!r} of shape {tuple(weight.shape)} is not a fully connected layer after a map of size "
@@ -149,18 +158,20 @@ def kernel_of(name: str, module: nn.Module, value: Factorization) -> Tensor:
             )
         channels = weight[0].numel() // math.prod(value.kernel)
         weight = as_maps(weight, (channels, *value.kernel), value.order)
-    method, shape = method_of(value), tuple(weight.shape)
+    groups = groups_of(module)
+    method, shape = method_of(value), shape_of_group(tuple(weight.shape), groups)
     if not method.applies(shape, linear=isinstance(module, nn.Linear)):
         hint = "; name the map its input is flattened from, as in CP(16, kernel=(6, 6))" if len(shape) == 2 else ""
-        raise PlanError(f"Layer {name!r} of shape {shape} cannot be stored as {value.title}{hint}.")
+        where = f" in each of {groups} groups" if groups > 1 else ""
+        raise PlanError(f"Layer {name!r} of shape {shape}{where} cannot be stored as {value.title}{hint}.")
     for field, rank, bound in zip(value.rank_names(), value.ranks, method.bounds(shape), strict=True):
         if rank > bound:
             raise PlanError(f"Layer {name!r}: {field} of {value.title} must be at most {bound}, but got {rank}.")
     return weight
 
 
-def _check_shapes(name: str, value: Factorization, shape: Shape, factors: Sequence[Tensor]) -> None:
-    wanted = method_of(value).factor_shapes(shape, value.ranks)
+def _check_shapes(name: str, value: Factorization, shape: Shape, groups: int, factors: Sequence[Tensor]) -> None:
+    wanted = method_of(value).factor_shapes(shape, value.ranks, groups)
     got = tuple(tuple(factor.shape) for factor in factors)
     if got != wanted:
         raise PlanError(f"Layer {name!r}: the factors of {value} must have shapes {wanted}, but have {got}.")

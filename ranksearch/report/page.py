@@ -169,7 +169,7 @@ def _layer(layer: LayerFacts, dense_params: int) -> dict[str, str]:
     return {
         "name": layer.name,
         "kind": layer.kind,
-        "shape": " x ".join(map(str, layer.weight)),
+        "shape": layer.shape,
         "params": text.count(layer.params),
         "share": text.share(layer.params / dense_params),
         "macs": text.count(layer.macs),

@@ -41,14 +41,21 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerFacts(Counts):
-    """A layer that can be decomposed. `weight` is the shape of its kernel, (out, in, *size)."""
+    """A layer that can be decomposed. `weight` is the shape of the kernel, (out, in, *size), of each of its groups."""
 
     name: str
     kind: str
     weight: tuple[int, ...]
+    groups: int = 1
     costs: Mapping[str, float] = field(hash=False)
     vbmf: tuple[int | None, int | None]
     """VBMF ranks of the input and the output unfolding; None if VBMF finds no low-rank signal."""
+
+    @property
+    def shape(self) -> str:
+        """The shape of its kernel as text: `6 x 4 x 3 x 3`, `2 of 3 x 2 x 3 x 3` if it has two groups."""
+        kernel = " x ".join(map(str, self.weight))
+        return f"{self.groups} of {kernel}" if self.groups > 1 else kernel
 
 
 @dataclass(frozen=True, kw_only=True)

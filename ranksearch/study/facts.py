@@ -138,7 +138,7 @@ def layer_facts(layers: Inventory, vbmf: Mapping[str, tuple[int | None, int | No
     """The layers, with their VBMF ranks, in the form that the record stores."""
     return tuple(
         LayerFacts(
-            name=layer.name, kind=layer.kind, weight=layer.weight, costs=layer.costs,
+            name=layer.name, kind=layer.kind, weight=layer.weight, groups=layer.groups, costs=layer.costs,
             vbmf=vbmf[layer.name],
         )
         for layer in layers.layers
