@@ -30,7 +30,8 @@ from ranksearch.study.options import Options
 from ranksearch.study.probing import read_user_plans
 from ranksearch.study.timing import time_layers
 from ranksearch.task import training
-from ranksearch.task.task import Task, accuracy, check_float32, check_outputs, load_task
+from ranksearch.task.checks import check_arguments, check_float32, check_outputs
+from ranksearch.task.task import Task, accuracy, load_task
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,9 @@ def check_inputs(spec: StudySpec, out: Path, options: Options, task: Task | None
     model_given, task = task is not None, task or load_task(spec)
     check_splits(task.data)
     fresh = copied(task.model)
+    check_arguments(task)
     layers = inventory(task.model, example(task.data.train))
-    check_outputs(task, trains=any(part.epochs for part in (spec.dense, spec.finetune, spec.finalists)))
+    task = check_outputs(task, trains=any(part.epochs for part in (spec.dense, spec.finetune, spec.finalists)))
     if device.type == "mps":
         check_float32(task)
     check_state(task.model)

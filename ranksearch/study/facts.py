@@ -28,6 +28,7 @@ from ranksearch.study.dense import load_required_weights, load_weights
 from ranksearch.study.narrowing import Net
 from ranksearch.study.session import Session
 from ranksearch.task import training
+from ranksearch.task.checks import check_arguments
 from ranksearch.task.task import Task, load_task
 
 PACKAGES = ("ranksearch", "torch", "torchvision", "optuna", "tensorly", "scikit-learn", "numpy")
@@ -45,6 +46,7 @@ def look(spec: StudySpec, out: Path) -> Look:
     if spec.dense.weights and not kept:
         load_required_weights(task.model, Path(spec.dense.weights))
     trained = kept or bool(spec.dense.weights) or not spec.dense.epochs
+    check_arguments(task)
     layers = inventory(task.model, example(task.data.train))
     space = space_of(spec.space, layers)
     vbmf = {layer.name: vbmf_ranks(kernel(task.model, layer)) for layer in layers.layers}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ranksearch.study.timing import keep_table, time_layers
 from ranksearch.support.batch import run_model
 from ranksearch.support.files import writing
 from ranksearch.support.seeds import seeded
+from ranksearch.task import training
 from ranksearch.task.evaluation import Evaluator, checkpoint_file
 from ranksearch.task.task import Task, evaluation_batch
 
@@ -121,7 +123,12 @@ def _losses(task: Task, seed: int) -> list[Callable[[nn.Module], Tensor]]:
 
     def loss(batch: Any) -> Callable[[nn.Module], Tensor]:
         inputs, targets = batch
-        return lambda model: task.loss(run_model(model, inputs), targets)
+
+        def of(model: nn.Module) -> Tensor:
+            with training.losing(model) if task.loss_in_training else nullcontext():
+                return task.loss(run_model(model, inputs), targets)
+
+        return of
 
     inputs = sample(task.data.train, MAX_INPUTS, seed=seed)
     with seeded(seed):

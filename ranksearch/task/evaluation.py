@@ -28,7 +28,7 @@ from ranksearch.results.messages import CurvePoint, Job, Outcome, Result, Stage
 from ranksearch.spec import Finalists, Recipe
 from ranksearch.task import training
 from ranksearch.task.checkpoint import Checkpoint
-from ranksearch.task.task import Task, predict
+from ranksearch.task.task import Task
 from ranksearch.task.training import Diverged
 
 CONTROLS = "controls"
@@ -140,8 +140,8 @@ class Evaluator:
     def _loss(self, model: nn.Module, seed: int) -> float:
         device = torch.device(self.device)
         training.recalibrate(model, self.task, seed=seed, device=device)
-        outputs, targets = predict(model, sample(self.task.data.validation, MAX_PROBE_INPUTS, seed=seed), device=device)
-        return float(self.task.loss(outputs, targets))
+        inputs = sample(self.task.data.validation, MAX_PROBE_INPUTS, seed=seed)
+        return training.loss_on(model, self.task, inputs, seed=seed, device=device)
 
     def _score(self, model: nn.Module, split: Dataset[Any]) -> float:
         score = training.score(model, self.task, split, device=torch.device(self.device))

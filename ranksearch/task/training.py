@@ -5,20 +5,21 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ranksearch.compress.surgery import copied
 from ranksearch.data import at_once, batches, sample, size
 from ranksearch.spec import Recipe
-from ranksearch.support.batch import run_model
+from ranksearch.support.batch import batch_size, run_model
+from ranksearch.support.nesting import map_tensors
 from ranksearch.support.seeds import seeded
 from ranksearch.task.checkpoint import Checkpoint
-from ranksearch.task.task import Task, evaluation_batch, predict
+from ranksearch.task.task import Loss, Task, evaluation_batch, predict
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -48,8 +49,7 @@ def fit(
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     use_bfloat16 = recipe.precision == "bfloat16"
-    # A loss with class weights must be on the model's device. Moved as a copy, since other code uses it on the CPU.
-    loss_of = copy.deepcopy(task.loss).to(device) if isinstance(task.loss, nn.Module) else task.loss
+    loss_of = _loss_on(task, device)
     checkpoint = checkpoint or Checkpoint()
     finished_epochs = checkpoint.restore(order, model=model, optimizer=optimizer, schedule=schedule)
     for epoch in range(finished_epochs + 1, recipe.epochs + 1):
@@ -60,7 +60,7 @@ def fit(
                 with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16):
                     outputs = run_model(model, inputs)
                 # The loss in float32: it is cheap, and a user's loss may not support bfloat16.
-                loss = loss_of(outputs.float() if use_bfloat16 else outputs, targets)
+                loss = loss_of(map_tensors(_as_float32, outputs) if use_bfloat16 else outputs, targets)
                 if not torch.isfinite(loss):
                     raise Diverged("the loss became NaN or infinite")
                 optimizer.zero_grad(set_to_none=True)
@@ -70,6 +70,15 @@ def fit(
                 schedule.step()
         yield epoch
         checkpoint.save(epoch, order, model=model, optimizer=optimizer, schedule=schedule)
+
+
+def _loss_on(task: Task, device: torch.device) -> Loss:
+    """The loss, on the model's device if it has class weights. Moved as a copy, since other code uses it on the CPU."""
+    return copy.deepcopy(task.loss).to(device) if isinstance(task.loss, nn.Module) else task.loss
+
+
+def _as_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _rate(step: int, steps: int) -> float:
@@ -112,6 +121,38 @@ def score(model: nn.Module, task: Task, split: Dataset[Any], *, device: torch.de
     """The task's score of `model` on a whole split."""
     outputs, targets = predict(model, split, device=device)
     return float(task.score(outputs, targets))
+
+
+@torch.no_grad()
+def loss_on(model: nn.Module, task: Task, split: Dataset[Any], *, seed: int, device: torch.device) -> float:
+    """The task's loss of `model` on a whole split: of the outputs of eval mode, where the loss takes them.
+
+    Else the mean over its batches of the loss in training mode, with normalisation and dropout as in eval mode. What else is
+    random there follows the seed.
+    """
+    if not task.loss_in_training:
+        return float(task.loss(*predict(model, split, device=device)))
+    total, function = 0.0, _loss_on(task, device)
+    with seeded(seed, device), losing(model):
+        for inputs, targets in batches(split, evaluation_batch(split), device=device):
+            total += batch_size(inputs) * float(function(run_model(model, inputs), targets))
+    return total / size(split)
+
+
+@contextmanager
+def losing(model: nn.Module) -> Iterator[None]:
+    """Put a model into training mode, in which some models compute their losses, with normalisation and dropout in eval mode.
+
+    On exit the model is in eval mode.
+    """
+    model.train()
+    for module in model.modules():
+        if isinstance(module, (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)):
+            module.eval()
+    try:
+        yield
+    finally:
+        model.eval()
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import math
 from torch import nn
 
 from ranksearch.compress.inventory import count_macs, count_params
-from ranksearch.support.batch import tensors_in
+from ranksearch.support.nesting import tensors_in
 
 
 def counting(module: nn.Module, inputs: object) -> float:
