@@ -26,7 +26,7 @@ from ranksearch.errors import ModelError, PlanError, StudyError, first_line, las
 from ranksearch.plan import Plan
 from ranksearch.support.batch import arguments_of, concatenate, first_inputs, named_arguments, run_model
 from ranksearch.support.files import write_whole
-from ranksearch.support.nesting import PerInput, is_plain, map_tensors, named_tensors, parts_of, tensors_in
+from ranksearch.support.nesting import has_lists_per_input, is_plain, map_tensors, named_tensors, tensors_in
 from ranksearch.support.seeds import seeded
 
 if TYPE_CHECKING:
@@ -333,17 +333,11 @@ def _exporting(form: str) -> Iterator[None]:
 
 
 def _check_batched(inputs: Any, form: str) -> None:
-    if any(isinstance(part, PerInput) for part in _lists_in(inputs)):
+    if has_lists_per_input(inputs):
         raise StudyError(
             f"A model must take tensors with a batch dimension to be written as {form}, but takes lists with an entry for each "
             "input; export it by --format plan."
         )
-
-
-def _lists_in(inputs: Any) -> Iterator[Any]:
-    yield inputs
-    for part in (parts_of(inputs) or {}).values():
-        yield from _lists_in(part)
 
 
 def _free_batch(tensor: Tensor) -> dict[int, Any] | None:

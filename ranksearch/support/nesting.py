@@ -30,6 +30,11 @@ def parts_of(value: Any) -> dict[Any, Any] | None:
     return None
 
 
+def has_lists_per_input(value: Any) -> bool:
+    """Whether a `PerInput` list is inside."""
+    return isinstance(value, PerInput) or any(map(has_lists_per_input, (parts_of(value) or {}).values()))
+
+
 def rebuilt(value: Any, parts: Mapping[Any, Any]) -> Any:
     """A tuple, list, dict or dataclass of the same type as `value` that holds `parts`."""
     if isinstance(value, (tuple, list)):

@@ -93,8 +93,9 @@ def _in_training(task: Task, inputs: Any) -> Any:
         with seeded(0), torch.enable_grad():
             return run_model(copy, inputs)
     except Exception as error:
+        fix = "; give it the targets among its inputs, if it computes its losses itself" if "target" in str(error) else ""
         raise ModelError(
-            f"The model must run in training mode, but raised {type(error).__name__}: {first_line(error)}"
+            f"The model must run in training mode, but raised {type(error).__name__}: {first_line(error)}{fix}"
         ) from error
 
 

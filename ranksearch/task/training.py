@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -125,15 +125,12 @@ def score(model: nn.Module, task: Task, split: Dataset[Any], *, device: torch.de
 
 @torch.no_grad()
 def loss_on(model: nn.Module, task: Task, split: Dataset[Any], *, seed: int, device: torch.device) -> float:
-    """The task's loss of `model` on a whole split: of the outputs of eval mode, where the loss takes them.
+    """The task's loss of `model` on a whole split, the mean over its batches, in eval mode where the loss takes its outputs.
 
-    Else the mean over its batches of the loss in training mode, with normalisation and dropout as in eval mode. What else is
-    random there follows the seed.
+    Else in training mode, with normalisation and dropout as in eval mode. What else is random there follows the seed.
     """
-    if not task.loss_in_training:
-        return float(task.loss(*predict(model, split, device=device)))
     total, function = 0.0, _loss_on(task, device)
-    with seeded(seed, device), losing(model):
+    with seeded(seed, device), losing(model) if task.loss_in_training else nullcontext(model.eval()):
         for inputs, targets in batches(split, evaluation_batch(split), device=device):
             total += batch_size(inputs) * float(function(run_model(model, inputs), targets))
     return total / size(split)
