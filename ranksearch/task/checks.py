@@ -16,7 +16,8 @@ from ranksearch.errors import ModelError, first_line
 from ranksearch.support.batch import arguments_of, batch_shapes, input_shapes, run_model
 from ranksearch.support.nesting import as_plain, map_tensors, named_tensors, nesting, tensors_in
 from ranksearch.support.seeds import seeded
-from ranksearch.task.task import Task, accuracy, predict
+from ranksearch.task.distillation import is_against_dense
+from ranksearch.task.task import Task, accuracy, predict, wanted
 
 
 def check_arguments(task: Task) -> None:
@@ -63,10 +64,13 @@ def check_outputs(task: Task, *, trains: bool = True) -> Task:
             f"{tuple(outputs.shape[1:])}; check its arguments against the data."
         )
     loss_in_training = nesting(training_outputs) != nesting(outputs)
-    _check_number("loss", task.loss, map_tensors(Tensor.detach, training_outputs if loss_in_training else outputs), targets)
+    for_loss, for_score = (wanted(each, task.model, inputs, targets) for each in (task.loss, task.score))
+    _check_number("loss", task.loss, map_tensors(Tensor.detach, training_outputs if loss_in_training else outputs), for_loss)
     try:
-        _check_number("score", task.score, outputs, targets)
+        _check_number("score", task.score, outputs, for_score)
     except ModelError:
+        if is_against_dense(task.score):
+            raise
         # A score may need more than two inputs, for example some of each class.
         _check_number("score", task.score, *predict(task.model, task.data.validation))
     return replace(task, loss_in_training=loss_in_training)

@@ -20,6 +20,7 @@ from ranksearch.spec import StudySpec, resolve
 from ranksearch.support.batch import batch_size, batch_to, concatenate, join_outputs, run_model
 from ranksearch.support.nesting import tensors_in
 from ranksearch.support.seeds import CPU, seeded
+from ranksearch.task.distillation import TITLES, is_against_dense
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 """(outputs, targets) of a batch, nested as model and data give them -> a scalar to minimise."""
@@ -64,7 +65,7 @@ class Task:
     @property
     def score_name(self) -> str:
         """The name of the score in reports."""
-        return getattr(self.score, "__name__", "score")
+        return TITLES[self.score] if is_against_dense(self.score) else getattr(self.score, "__name__", "score")
 
 
 def evaluation_batch(split: Dataset[Any]) -> int:
@@ -75,21 +76,37 @@ def evaluation_batch(split: Dataset[Any]) -> int:
     return max(1, min(MAX_EVALUATION_INPUTS, MAX_EVALUATION_VALUES // values))
 
 
+def wanted(function: Loss | Score, dense: nn.Module, inputs: Any, targets: Any) -> Any:
+    """What a loss or a score compares outputs with: the targets, or the outputs of the dense net if it is made for those."""
+    if not is_against_dense(function):
+        return targets
+    with torch.no_grad():
+        return run_model(dense, inputs)
+
+
 @torch.no_grad()
-def predict(model: nn.Module, split: Dataset[Any], *, device: torch.device = CPU) -> tuple[Any, Any]:
+def predict(
+    model: nn.Module, split: Dataset[Any], *, device: torch.device = CPU, dense: nn.Module | None = None
+) -> tuple[Any, Any]:
     """Outputs in eval mode and targets of a whole split, in order, on the CPU.
+
+    Args:
+        model: the model, on the device.
+        split: its inputs and targets.
+        device: where to run the model.
+        dense: a net whose outputs, in eval mode, take the place of the targets; on the device.
 
     Raises:
         DataError: those of two batches do not fit together.
     """
     model.eval()
     outputs, targets, sizes = [], [], []
-    for inputs, wanted in batches(split, evaluation_batch(split), device=device):
+    for inputs, given in batches(split, evaluation_batch(split), device=device):
         outputs.append(batch_to(run_model(model, inputs), CPU))
-        targets.append(batch_to(wanted, CPU))
+        targets.append(batch_to(given if dense is None else run_model(dense, inputs), CPU))
         sizes.append(batch_size(inputs))
     try:
-        return join_outputs(outputs, sizes), concatenate(targets)
+        return join_outputs(outputs, sizes), concatenate(targets) if dense is None else join_outputs(targets, sizes)
     except (ValueError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "must match" not in str(error):
             raise
