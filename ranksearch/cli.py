@@ -302,6 +302,7 @@ def _export(options: argparse.Namespace, argv: list[str]) -> int:
     from ranksearch.data import batches
     from ranksearch.study.checking import choose_device
     from ranksearch.study.merging import Merged, merge_faster
+    from ranksearch.support.batch import batch_size
     from ranksearch.task.task import FROM_PYTHON, load_task
 
     if spec.task.model == FROM_PYTHON:
@@ -323,7 +324,7 @@ def _export(options: argparse.Namespace, argv: list[str]) -> int:
     outside = f", outside the study's limits ({limits})" if limits.excess(found.size, trial.score_validation) else ""
     words = (
         f"trial {trial.number}, {found.size.ratio:.1f}x smaller than dense{outside}; largest difference of outputs on "
-        f"{len(inputs)} real inputs after reloading: {difference:.1e}"
+        f"{batch_size(inputs)} real inputs after reloading: {difference:.1e}"
     )
     sys.stdout.write("".join(f"{line}\n" for line in (target, found.words, words) if line))
     return 0

@@ -20,6 +20,7 @@ from rich.text import Text
 from ranksearch.results.costs import COSTS, Cost, Costed, costs_of
 from ranksearch.results.messages import CurvePoint, Outcome
 from ranksearch.results.record import Control, DenseFacts, LayerFacts, StudyFacts, StudyRecord
+from ranksearch.results.scores import is_percent
 from ranksearch.results.trials import TrialRecord
 
 QUIET_SECONDS = 60.0
@@ -194,10 +195,10 @@ def clock(seconds: float) -> str:
 
 
 def score_text(score: float | None, score_name: str) -> str:
-    """A score as people read it: accuracy as per cent, any other with four decimals."""
+    """A score as people read it: accuracy and agreement as per cent, any other with four decimals."""
     if score is None:
         return "-"
-    return f"{score * 100:.1f} %" if score_name == "accuracy" else f"{score:.4f}"
+    return f"{score * 100:.1f} %" if is_percent(score_name) else f"{score:.4f}"
 
 
 def short_outcome(record: TrialRecord, facts: StudyFacts) -> str:

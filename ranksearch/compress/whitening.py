@@ -22,6 +22,8 @@ from ranksearch.compress.stand_ins import evaluating
 from ranksearch.compress.watch import subject
 from ranksearch.errors import ModelError
 from ranksearch.methods.layer import CONVOLUTIONS, Layer
+from ranksearch.support.batch import batch_to, run_model, split_batch
+from ranksearch.support.nesting import named_tensors
 
 Modes: TypeAlias = tuple[int, ...]
 """A run of modes of a kernel (out, in, *kernel): (1,) its input channels, (2, 3) the positions of a 2-D kernel."""
@@ -111,20 +113,20 @@ def inputs_wanted(macs: int) -> int:
     return max(MIN_INPUTS, min(MAX_INPUTS, MAX_MACS // max(1, macs)))
 
 
-def source(model: nn.Module, inputs: Tensor) -> str:
+def source(model: nn.Module, inputs: Any) -> str:
     """The digest of everything that a whitening depends on: all weights and buffers of the model, and the inputs."""
     digest = hashlib.sha256(f"4|{SHRINKAGE}|{MAX_MOMENT_ROWS}|{POSITIONS_PER_INPUT}|{BATCH}|{MAX_PATCH_VALUES}".encode())
     kept = model.state_dict()
     # Non-persistent buffers, such as the mean of the inputs, are not in the state dict but change the result, too.
     others = [(name, value) for name, value in model.named_buffers() if name not in kept]
-    for name, value in [*kept.items(), *others, ("", inputs)]:
+    for name, value in [*kept.items(), *others, *named_tensors(inputs).items()]:
         if isinstance(value, Tensor):
             digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def whitenings(model: nn.Module, holds: Mapping[Layer, Iterable[Modes]], inputs: Tensor) -> dict[str, tuple[Whitening, ...]]:
+def whitenings(model: nn.Module, holds: Mapping[Layer, Iterable[Modes]], inputs: Any) -> dict[str, tuple[Whitening, ...]]:
     """Measure the whitening of each group of each of these layers, by the layer's name.
 
     It is a pure function of the model and the inputs.
@@ -145,7 +147,7 @@ def whitenings(model: nn.Module, holds: Mapping[Layer, Iterable[Modes]], inputs:
         holds: by layer, the runs of kernel modes to measure. A run of more than `MAX_MOMENT_ROWS` rows is split into its first
             mode and the rest: the features of a flattened 512 x 7 x 7 map into channels and positions. A single mode of more
             rows is not whitened.
-        inputs: (count, ...) of the training split, on any device.
+        inputs: a batch of the training split, nested in any way, on any device.
 
     Raises:
         ModelError: a layer's inputs hold NaN or infinity.
@@ -162,8 +164,8 @@ def whitenings(model: nn.Module, holds: Mapping[Layer, Iterable[Modes]], inputs:
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
                 hooks.enter_context(module.register_forward_pre_hook(followed.normalisation))
         with evaluating(model), torch.no_grad(), followed:
-            for batch in inputs.split(BATCH):
-                model(batch.to(device))
+            for batch in split_batch(inputs, BATCH):
+                run_model(model, batch_to(batch, device))
                 followed.outputs.clear()
     return {name: moments.whitenings(normalised=name in followed.names) for name, moments in found.items()}
 

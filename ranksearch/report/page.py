@@ -15,6 +15,7 @@ from ranksearch.plan import Dense, Factorization
 from ranksearch.report import charts, figures, points, summary, text
 from ranksearch.results.costs import COSTS
 from ranksearch.results.record import LayerFacts, StudyRecord
+from ranksearch.results.scores import is_percent
 from ranksearch.results.trials import TrialRecord
 
 
@@ -68,7 +69,7 @@ def _context(record: StudyRecord) -> dict[str, Any]:
         "log_ratios": ", ".join(f"log10 of the {COSTS[cost].ratio}" for cost in facts.objectives.minimize),
         "near_margin": text.margin(figures.NEAR_DENSE, name),
         "worst_that_counts": summary.worst_that_counts(record),
-        "score_unit": "points" if text.is_percent(name) else name,
+        "score_unit": "points" if is_percent(name) else name,
         "rank_rows": _rank_rows(record),
         "correlations": _correlations(record),
         "unfinished": summary.unfinished(record),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ranksearch.results.scores import is_percent
+
 NO_VALUE = "\N{EN DASH}"
 """Text for a missing number."""
 
@@ -28,13 +30,8 @@ def share(part: float) -> str:
     return "<0.1 %" if 0 < part < 0.0005 else percent(part)
 
 
-def is_percent(score_name: str) -> bool:
-    """Whether scores of this name are shown as per cent; all others are shown with four decimals."""
-    return score_name == "accuracy"
-
-
 def score(value: float | None, score_name: str) -> str:
-    """A score: `97.8 %` for accuracy, `0.9731` for any other."""
+    """A score: `97.8 %` for accuracy and agreement, `0.9731` for any other."""
     if value is None:
         return NO_VALUE
     return percent(value) if is_percent(score_name) else _signed(f"{value:.4f}")

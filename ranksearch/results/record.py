@@ -25,7 +25,8 @@ from ranksearch.results.trials import (
 )
 
 DEFAULT_STANDARD_ERROR = 0.01
-"""The standard error of a score, where a bootstrap could not measure it: that of an accuracy of 96 % on 360 images."""
+"""The standard error of a score where a bootstrap cannot tell it: the score gave no number for most resamples, or the dense net
+erred on no input. It is that of an accuracy of 96 % on 360 images."""
 
 
 @dataclass(frozen=True)

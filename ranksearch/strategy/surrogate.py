@@ -42,8 +42,6 @@ MIN_SLOPE = 0.1
 NOISE_PRIOR_RECORDS = 8
 """How many records the noise of the dense net's score counts for, as a prior on the noise of scores. Without this prior, a few
 records that agree by chance would end the search there."""
-MIN_NOISE = 1e-3
-"""The smallest noise that is assumed of a score. The dense net of an easy task may err on no validation input."""
 NOISE_LENGTH_SCALE = 1.0
 """The distance between two plans, in logs of the layers' sizes, from which the noise of their scores is independent."""
 MIN_STD = 1e-6
@@ -291,10 +289,9 @@ def fit(table: Table, rows: Rows, scores: Values, *, dense_score: float, noise: 
     from sklearn.isotonic import IsotonicRegression
 
     # Plans may score higher than the dense model, so drops are measured from the highest score within reach.
-    resolution = max(noise, MIN_NOISE)
-    reach = max(dense_score, floor, float(scores.max()) - resolution / 2)
-    max_drop = MAX_RELATIVE_DROP * max(reach - min(floor, dense_score), resolution)
-    drops = np.log(np.clip(reach - scores, 0.0, max_drop) + resolution)
+    reach = max(dense_score, floor, float(scores.max()) - noise / 2)
+    max_drop = MAX_RELATIVE_DROP * max(reach - min(floor, dense_score), noise)
+    drops = np.log(np.clip(reach - scores, 0.0, max_drop) + noise)
     loss_increases = table.loss_increases_of(rows)
     log_weights, covariance_root = _log_weights(loss_increases, drops)
     normal = np.random.default_rng(seed).standard_normal((TREES, len(log_weights)))
@@ -302,9 +299,9 @@ def fit(table: Table, rows: Rows, scores: Values, *, dense_score: float, noise: 
     trend = IsotonicRegression(out_of_bounds="clip").fit(log_increases, drops)
     trees = _fit_trees(_features(table, rows, log_weights), drops - trend.predict(log_increases), seed)
     predicted = trend.predict(log_increases) + trees.oob_prediction_
-    fitted = _noise((np.exp(predicted) - np.exp(drops))[scores > floor], prior=resolution)
+    fitted = _noise((np.exp(predicted) - np.exp(drops))[scores > floor], prior=noise)
     weights = np.exp(log_weights + normal @ covariance_root.T)
-    return Surrogate(table, rows, reach + resolution, log_weights, weights, trend, trees, fitted)
+    return Surrogate(table, rows, reach + noise, log_weights, weights, trend, trees, fitted)
 
 
 def _fit_trees(features: Values, residuals: Values, seed: int) -> ExtraTreesRegressor:
@@ -348,7 +345,7 @@ def _log_weights(loss_increases: Values, drops: Values) -> tuple[Values, Values]
     residuals = drops - IsotonicRegression(out_of_bounds="clip").fit_transform(total, drops)
     steepness = max(MIN_SLOPE, float(np.polyfit(total, drops, 1)[0])) if np.ptp(total) > 0 else MIN_SLOPE
     shares = steepness * loss_increases / (loss_increases.sum(1, keepdims=True) + MIN_LOSS_INCREASE)
-    # A lower bound on the noise, in units of the resolution: with few records the trend can pass through all of them.
+    # A lower bound on the noise, in units of that of a score: with few records the trend can pass through all of them.
     noise = max(float(np.mean(residuals**2)), 1 / len(residuals))
     precision = shares.T @ shares / noise + np.eye(loss_increases.shape[1]) / LOG_WEIGHT_PRIOR_STD**2
     covariance = np.linalg.inv(precision)

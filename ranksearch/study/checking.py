@@ -30,7 +30,9 @@ from ranksearch.study.options import Options
 from ranksearch.study.probing import read_user_plans
 from ranksearch.study.timing import time_layers
 from ranksearch.task import training
-from ranksearch.task.task import Task, accuracy, check_float32, check_outputs, load_task
+from ranksearch.task.checks import check_arguments, check_float32, check_outputs
+from ranksearch.task.distillation import is_against_dense
+from ranksearch.task.task import Task, accuracy, load_task
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,13 @@ def check_inputs(spec: StudySpec, out: Path, options: Options, task: Task | None
     """Check a study before anything is written. The arguments are those of `run_study`, which says what is raised."""
     device = choose_device(options.engine.device)
     model_given, task = task is not None, task or load_task(spec)
+    if not model_given:
+        _check_dense_given(spec, task)
     check_splits(task.data)
     fresh = copied(task.model)
+    check_arguments(task)
     layers = inventory(task.model, example(task.data.train))
-    check_outputs(task, trains=any(part.epochs for part in (spec.dense, spec.finetune, spec.finalists)))
+    task = check_outputs(task, trains=any(part.epochs for part in (spec.dense, spec.finetune, spec.finalists)))
     if device.type == "mps":
         check_float32(task)
     check_state(task.model)
@@ -108,6 +113,16 @@ def _load_initial_weights(spec: StudySpec, task: Task, view: View, *, dense_save
     if spec.dense.weights:
         load_required_weights(task.model, path)
     return digest_of(task.model) if spec.dense.weights or not spec.dense.epochs else None
+
+
+def _check_dense_given(spec: StudySpec, task: Task) -> None:
+    """Refuse a loss or a score that compares with a dense net that is yet to be trained."""
+    for key, function in (("task.loss", task.loss), ("task.score", task.score)):
+        if is_against_dense(function) and (not spec.dense.weights or spec.dense.epochs):
+            raise SpecError(
+                f"dense.weights must name trained weights and dense.epochs must be 0 where {key} compares with the dense net's "
+                f"outputs, but got {spec.dense.weights!r} and {spec.dense.epochs}."
+            )
 
 
 def _smallest_layer(space: SearchSpace) -> Plan:

@@ -29,7 +29,8 @@ from ranksearch.study.narrowing import Net
 from ranksearch.study.session import Session
 from ranksearch.task import training
 from ranksearch.task.bootstrap import standard_error
-from ranksearch.task.task import Task, load_task, predict
+from ranksearch.task.checks import check_arguments
+from ranksearch.task.task import Task, load_task
 
 PACKAGES = ("ranksearch", "torch", "torchvision", "optuna", "tensorly", "scikit-learn", "numpy")
 
@@ -46,6 +47,7 @@ def look(spec: StudySpec, out: Path) -> Look:
     if spec.dense.weights and not kept:
         load_required_weights(task.model, Path(spec.dense.weights))
     trained = kept or bool(spec.dense.weights) or not spec.dense.epochs
+    check_arguments(task)
     layers = inventory(task.model, example(task.data.train))
     space = space_of(spec.space, layers)
     vbmf = {layer.name: vbmf_ranks(kernel(task.model, layer)) for layer in layers.layers}
@@ -89,7 +91,7 @@ def study_facts(
     """
     layers = nets[0].base.inventory
     splits = {"validation": task.data.validation, "test": task.data.test}
-    predicted = {name: predict(task.model, split, device=device) for name, split in splits.items()}
+    predicted = {name: training.predictions(task.model, task, split, device=device) for name, split in splits.items()}
     scores = {name: float(task.score(*pair)) for name, pair in predicted.items()}
     for name, score in scores.items():
         if not math.isfinite(score):
@@ -108,7 +110,7 @@ def study_facts(
         costs=layers.costs,
         score_validation=score,
         score_test=scores["test"],
-        standard_error=DEFAULT_STANDARD_ERROR if noise is None else noise,
+        standard_error=noise or DEFAULT_STANDARD_ERROR,
     )
     return StudyFacts(
         name=spec.name,

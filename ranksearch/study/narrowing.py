@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,9 @@ from ranksearch.study.timing import keep_table, time_layers
 from ranksearch.support.batch import run_model
 from ranksearch.support.files import writing
 from ranksearch.support.seeds import seeded
+from ranksearch.task import training
 from ranksearch.task.evaluation import Evaluator, checkpoint_file
-from ranksearch.task.task import Task, evaluation_batch
+from ranksearch.task.task import Task, evaluation_batch, wanted
 
 MAX_INPUTS, BATCH_SIZE = 512, 64
 """How many training inputs choose the channels at most, and in batches of how many."""
@@ -120,8 +122,13 @@ def _losses(task: Task, seed: int) -> list[Callable[[nn.Module], Tensor]]:
     """The losses of a model on some batches of training inputs, by which channels are chosen."""
 
     def loss(batch: Any) -> Callable[[nn.Module], Tensor]:
-        inputs, targets = batch
-        return lambda model: task.loss(run_model(model, inputs), targets)
+        inputs, targets = batch[0], wanted(task.loss, task.model, *batch)
+
+        def of(model: nn.Module) -> Tensor:
+            with training.losing(model) if task.loss_in_training else nullcontext():
+                return task.loss(run_model(model, inputs), targets)
+
+        return of
 
     inputs = sample(task.data.train, MAX_INPUTS, seed=seed)
     with seeded(seed):

@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from ranksearch.results.messages import Difference
-from ranksearch.support.batch import batch_size, tensors_in
+from ranksearch.support.batch import batch_size, select_inputs
+from ranksearch.support.nesting import tensors_in
 
 Score: TypeAlias = Callable[[Any, Any], float]
 
@@ -31,7 +31,7 @@ def difference(score: Score, outputs: Any, dense_outputs: Any, targets: Any, *, 
 
     Args:
         score: (outputs, targets) of a whole split -> a number.
-        outputs: of the model, for all inputs of the split; the first dimension of each tensor is that of the inputs.
+        outputs: of the model, for all inputs of the split, as `predict` gives them.
         dense_outputs: of the dense model.
         targets: of the split.
         seed: of the resamples.
@@ -42,8 +42,8 @@ def difference(score: Score, outputs: Any, dense_outputs: Any, targets: Any, *, 
     value = float(score(outputs, targets)) - float(score(dense_outputs, targets))
 
     def on(chosen: Tensor) -> float:
-        some = _at(targets, chosen)
-        return float(score(_at(outputs, chosen), some)) - float(score(_at(dense_outputs, chosen), some))
+        some = select_inputs(targets, chosen)
+        return float(score(select_inputs(outputs, chosen), some)) - float(score(select_inputs(dense_outputs, chosen), some))
 
     found = _values(on, outputs, seed)
     if found is None:
@@ -54,7 +54,7 @@ def difference(score: Score, outputs: Any, dense_outputs: Any, targets: Any, *, 
 
 def standard_error(score: Score, outputs: Any, targets: Any, *, seed: int) -> float | None:
     """The standard error of a score; None as for `difference`."""
-    found = _values(lambda chosen: float(score(_at(outputs, chosen), _at(targets, chosen))), outputs, seed)
+    found = _values(lambda chosen: float(score(select_inputs(outputs, chosen), select_inputs(targets, chosen))), outputs, seed)
     return None if found is None else float(np.std(found))
 
 
@@ -76,7 +76,3 @@ def _finite(on: Callable[[Tensor], float], inputs: int, count: int, seed: int) -
             continue
         if math.isfinite(value):
             yield value
-
-
-def _at(values: Any, chosen: Tensor) -> Any:
-    return tree_map_only(Tensor, lambda tensor: tensor[chosen] if tensor.dim() else tensor, values)

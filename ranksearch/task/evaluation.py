@@ -30,7 +30,7 @@ from ranksearch.spec import Finalists, Recipe
 from ranksearch.task import training
 from ranksearch.task.bootstrap import difference
 from ranksearch.task.checkpoint import Checkpoint
-from ranksearch.task.task import Task, predict
+from ranksearch.task.task import Task
 from ranksearch.task.training import Diverged
 
 CONTROLS = "controls"
@@ -106,7 +106,7 @@ class Evaluator:
         """How the model's scores differ from those of the dense model, by the field of the result."""
         differences = {}
         for name, (dense_outputs, targets) in self._dense_predictions.items():
-            outputs, _ = predict(model, self._splits[name], device=torch.device(self.device))
+            outputs, _ = self._predictions(model, self._splits[name])
             differences[f"difference_{name}"] = difference(self.task.score, outputs, dense_outputs, targets, seed=seed)
         return differences
 
@@ -118,7 +118,10 @@ class Evaluator:
     def _dense_predictions(self) -> dict[str, tuple[Any, Any]]:
         """Outputs of the dense model and targets, by split; computed once in each worker that trains a finalist."""
         dense = self._placed(copy.deepcopy(self.task.model))
-        return {name: predict(dense, split, device=torch.device(self.device)) for name, split in self._splits.items()}
+        return {name: self._predictions(dense, split) for name, split in self._splits.items()}
+
+    def _predictions(self, model: nn.Module, split: Dataset[Any]) -> tuple[Any, Any]:
+        return training.predictions(model, self.task, split, device=torch.device(self.device))
 
     def _start(self, plan: Plan) -> tuple[nn.Module, Profile]:
         """The net that a plan factorizes, and the factors of its layers."""
@@ -162,8 +165,8 @@ class Evaluator:
     def _loss(self, model: nn.Module, seed: int) -> float:
         device = torch.device(self.device)
         training.recalibrate(model, self.task, seed=seed, device=device)
-        outputs, targets = predict(model, sample(self.task.data.validation, MAX_PROBE_INPUTS, seed=seed), device=device)
-        return float(self.task.loss(outputs, targets))
+        inputs = sample(self.task.data.validation, MAX_PROBE_INPUTS, seed=seed)
+        return training.loss_on(model, self.task, inputs, seed=seed, device=device)
 
     def _score(self, model: nn.Module, split: Dataset[Any]) -> float:
         score = training.score(model, self.task, split, device=torch.device(self.device))

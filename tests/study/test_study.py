@@ -27,7 +27,8 @@ from ranksearch.study.dense import train_dense
 from ranksearch.study.options import Local, Options, Ray, check_engine, option_of
 from ranksearch.study.probing import MAX_PREDICTED_PLANS
 from ranksearch.study.study import Stopped, run_study
-from ranksearch.task.task import Task, check_float32, predict
+from ranksearch.task.checks import check_float32
+from ranksearch.task.task import Task, predict
 from tests import nets
 from tests.conftest import small_spec, stored, tiny_spec
 

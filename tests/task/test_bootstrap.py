@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from ranksearch.support.nesting import PerInput
 from ranksearch.task.bootstrap import MAX_RESAMPLES, difference, standard_error
 from ranksearch.task.task import accuracy
 
@@ -74,6 +75,17 @@ def test_outputs_and_targets_may_be_nested(targets):
 
     nested = difference(score, model, dense, {"class": targets}, seed=0)
     assert nested == difference(accuracy, model["class"], dense["class"], targets, seed=0)
+
+
+def test_lists_with_an_entry_for_each_input_are_resampled_too(targets):
+    wrong = torch.arange(INPUTS) < 100
+    model = PerInput({"class": row} for row in outputs(wrong, targets))
+
+    def score(outputs, targets):
+        return accuracy(torch.stack([entry["class"] for entry in outputs]), targets)
+
+    listed = standard_error(score, model, targets, seed=0)
+    assert listed == pytest.approx(standard_error(accuracy, outputs(wrong, targets), targets, seed=0), rel=0.15)
 
 
 def test_a_score_that_fails_on_some_resamples_is_judged_by_the_others(targets):
