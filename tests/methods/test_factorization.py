@@ -177,15 +177,17 @@ def transposed_convolutions(draw):
     def each(low, *high):
         return tuple(draw(st.integers(low, most)) for most in (high if len(high) == dims else high * dims))
 
-    kernel, dilation, stride = each(1, 4), each(1, 2), each(1, 3)
+    kernel, dilation, stride = each(1, 3), each(1, 2), each(1, 3)
     output_padding = each(0, *(max(pair) - 1 for pair in zip(stride, dilation, strict=True)))
-    padding = each(0, *(apart * (k - 1) for apart, k in zip(dilation, kernel, strict=True)))
+    # Padding crops at most the whole kernel; larger inputs leave an output.
+    around = [apart * (k - 1) for apart, k in zip(dilation, kernel, strict=True)]
+    padding, size = each(0, *around), tuple(1 + both + more for both, more in zip(around, each(1, 2), strict=True))
     channels, out, groups = (draw(st.integers(1, 4)) for _ in range(3))
     groups = groups if channels * out > 1 else 1
     layer = TRANSPOSED[dims - 1](
         groups * channels, groups * out, kernel, stride, padding, output_padding, groups, draw(st.booleans()), dilation
     )
-    return alone(layer), (groups * channels, *each(2, 3))
+    return alone(layer), (groups * channels, *size)
 
 
 @laws
