@@ -55,6 +55,29 @@ def merged(name: str, module: nn.Module, value: Factorization) -> nn.Module:
     Raises:
         PlanError: `module` is not factorized by `value`.
     """
+    dense, weights, bias = weights_of_parts(name, module, value)
+    shape = tuple(kernel_of(name, dense, value).shape)
+    parts = built(method_of(value).parts(shape, value.ranks))
+    dense = dense.to(weights[0].dtype).to_empty(device=weights[0].device).train(module.training)
+    with torch.no_grad():
+        dense.weight.copy_(_kernel(parts, weights, shape, value).reshape(dense.weight.shape))
+        if bias is not None and dense.bias is not None:
+            dense.bias.copy_(bias)
+            dense.bias.requires_grad_(bias.requires_grad)
+    dense.weight.requires_grad_(weights[0].requires_grad)
+    vars(dense).update(attributes_of(module))
+    return dense
+
+
+def weights_of_parts(
+    name: str, module: nn.Module, value: Factorization
+) -> tuple[nn.Linear | Conv, list[Tensor], Tensor | None]:
+    """For `module`, the layer `name` factorized by `value`: the dense layer on the device "meta", the weights of the parts, and
+    the bias.
+
+    Raises:
+        PlanError: `module` is not factorized by `value`.
+    """
     layers = [child for child in module.children() if isinstance(child, (*CONVOLUTIONS, nn.Linear))]
     about = attributes_of(module)
     if not layers or not ({"kernel_size", "in_features"} & set(about)):
@@ -65,21 +88,13 @@ def merged(name: str, module: nn.Module, value: Factorization) -> nn.Module:
     parts = built(method_of(value).parts(shape, value.ranks))
     if [weight.numel() for weight in weights] != [math.prod(part.shape(shape)) for part in parts]:
         raise _other(name, module, value)
-    dense = dense.to(weights[0].dtype).to_empty(device=weights[0].device).train(module.training)
-    with torch.no_grad():
-        dense.weight.copy_(_kernel(parts, weights, shape, value).reshape(dense.weight.shape))
-        if bias is not None and dense.bias is not None:
-            dense.bias.copy_(bias)
-            dense.bias.requires_grad_(bias.requires_grad)
-    dense.weight.requires_grad_(weights[0].requires_grad)
-    vars(dense).update(about)
-    return dense
+    return dense, weights, bias
 
 
 def _other(name: str, module: nn.Module, value: Factorization) -> PlanError:
     return PlanError(
-        f"Layer {name!r} must consist of the parts of {value} to be merged, but is another {type(module).__name__}; give the "
-        "plan that the model was factorized by."
+        f"Layer {name!r} must consist of the parts of {value}, but is another {type(module).__name__}; give the plan that the "
+        "model was factorized by."
     )
 
 
