@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ranksearch.compress.export import check_reloading
 from ranksearch.compress.inventory import Inventory, inventory
+from ranksearch.compress.saved import check_reloading
 from ranksearch.compress.scratch import check_scratch
 from ranksearch.compress.surgery import copied
 from ranksearch.compress.weights import check_state, digest_of

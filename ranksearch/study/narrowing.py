@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ranksearch.compress.export import holds_model, load_model, read_plan, save_model
 from ranksearch.compress.inventory import Inventory, inventory
 from ranksearch.compress.narrowing import narrow_, narrowing_of
 from ranksearch.compress.profile import Profile, profile
+from ranksearch.compress.saved import holds_model, load_model, read_plan, write_model
 from ranksearch.compress.surgery import copied
 from ranksearch.compress.whitening import inputs_wanted
 from ranksearch.data import batches, example, sample, sample_inputs
@@ -164,7 +164,7 @@ def _run(
         if result.outcome is Outcome.DONE:
             assert result.weights is not None
             with writing(f"The net {_folder(out, width)}"):
-                save_model(_folder(out, width), replace(job.plan, narrowing=narrowings[width]), result.weights)
+                write_model(_folder(out, width), replace(job.plan, narrowing=narrowings[width]), result.weights)
             done.add(width)
             checkpoint_file(unfinished, job).unlink(missing_ok=True)
             session.view.step(f"width {width:g}")

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import ranksearch
-from ranksearch.compress.export import export_model, load_model
+from ranksearch.compress.export import export_model
+from ranksearch.compress.saved import load_model
 from ranksearch.data import batches
 from ranksearch.results.messages import Outcome
 from ranksearch.support.batch import run_model
