@@ -59,7 +59,7 @@ def is_against_dense(function: Callable[..., Any]) -> bool:
 def pruning_loss(loss: Callable[..., Any]) -> Callable[..., Any]:
     """The loss by whose gradient channels are chosen: of those above, which have no gradient at the dense net, another one.
 
-    For `kl_divergence` the cross-entropy of the dense net's largest classes, for `mean_squared_error` the mean square of outputs.
+    For `kl_divergence` it is the cross-entropy of the dense net's largest classes, for `mean_squared_error` the mean square.
     """
     if loss is kl_divergence:
         return _cross_entropy
