@@ -20,6 +20,7 @@ from ranksearch.engines.shared_memory import check_portable
 from ranksearch.errors import SpecError, StudyError
 from ranksearch.latency.table import Table
 from ranksearch.plan import Plan
+from ranksearch.results.scores import is_percent
 from ranksearch.spec import StudySpec
 from ranksearch.strategy.bases import Bases, check_limits
 from ranksearch.strategy.space import SearchSpace, space_of
@@ -32,7 +33,7 @@ from ranksearch.study.timing import time_layers
 from ranksearch.task import training
 from ranksearch.task.checks import check_arguments, check_float32, check_outputs
 from ranksearch.task.distillation import is_against_dense
-from ranksearch.task.task import Task, accuracy, load_task
+from ranksearch.task.task import Task, load_task
 
 
 @dataclass(frozen=True)
@@ -133,5 +134,5 @@ def _smallest_layer(space: SearchSpace) -> Plan:
 
 def _check_min_score(spec: StudySpec, task: Task) -> None:
     min_score = spec.search.min_score
-    if task.score is accuracy and min_score is not None and min_score > 1:
-        raise SpecError(f"search.min_score must be at most 1 for accuracy, but got {min_score:g}; 97 % is 0.97.")
+    if is_percent(task.score_name) and min_score is not None and min_score > 1:
+        raise SpecError(f"search.min_score must be at most 1 for {task.score_name}, but got {min_score:g}; 97 % is 0.97.")

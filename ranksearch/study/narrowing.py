@@ -31,8 +31,9 @@ from ranksearch.support.batch import run_model
 from ranksearch.support.files import writing
 from ranksearch.support.seeds import seeded
 from ranksearch.task import training
+from ranksearch.task.distillation import pruning_loss
 from ranksearch.task.evaluation import Evaluator, checkpoint_file
-from ranksearch.task.task import Task, evaluation_batch, wanted
+from ranksearch.task.task import Task, evaluation_batch, targets_for
 
 MAX_INPUTS, BATCH_SIZE = 512, 64
 """How many training inputs choose the channels at most, and in batches of how many."""
@@ -122,11 +123,11 @@ def _losses(task: Task, seed: int) -> list[Callable[[nn.Module], Tensor]]:
     """The losses of a model on some batches of training inputs, by which channels are chosen."""
 
     def loss(batch: Any) -> Callable[[nn.Module], Tensor]:
-        inputs, targets = batch[0], wanted(task.loss, task.model, *batch)
+        inputs, targets = batch[0], targets_for(task.loss, task.model, *batch)
 
         def of(model: nn.Module) -> Tensor:
-            with training.losing(model) if task.loss_in_training else nullcontext():
-                return task.loss(run_model(model, inputs), targets)
+            with training.in_training_mode(model) if task.loss_in_training else nullcontext():
+                return pruning_loss(task.loss)(run_model(model, inputs), targets)
 
         return of
 

@@ -76,7 +76,7 @@ def evaluation_batch(split: Dataset[Any]) -> int:
     return max(1, min(MAX_EVALUATION_INPUTS, MAX_EVALUATION_VALUES // values))
 
 
-def wanted(function: Loss | Score, dense: nn.Module, inputs: Any, targets: Any) -> Any:
+def targets_for(function: Loss | Score, dense: nn.Module, inputs: Any, targets: Any) -> Any:
     """What a loss or a score compares outputs with: the targets, or the outputs of the dense net if it is made for those."""
     if not is_against_dense(function):
         return targets
