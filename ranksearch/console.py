@@ -282,6 +282,7 @@ class Look:
 
     layers: tuple[LayerFacts, ...]
     skipped: Mapping[str, str]
+    permanent: Mapping[str, str]
     params: int
     macs: int
     costs: Mapping[str, tuple[tuple[str, int], ...]]
@@ -317,8 +318,9 @@ def layers_table(look: Look) -> Table:
 
 
 def layers_summary(look: Look) -> str:
-    """The totals, the skipped layers with the reasons, and a note if the weights are untrained."""
+    """The totals, what becomes permanent, the skipped layers with the reasons, and a note if the weights are untrained."""
     lines = [f"{look.params:,} parameters, {look.macs:,} MACs for one input"]
+    lines += [f"made permanent where decomposed, {name}: {words}" for name, words in look.permanent.items()]
     lines += [f"skipped {name}: {reason}" for name, reason in look.skipped.items()]
     if not look.trained:
         lines.append("The dense net is not trained yet: these VBMF ranks are of its initial weights.")

@@ -9,7 +9,9 @@ from collections import OrderedDict
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.data import Dataset, TensorDataset
 
 from ranksearch.data import Splits, digits
@@ -54,6 +56,57 @@ class Net(nn.Module):
         return self.run(self, inputs)
 
 
+class Standardised(nn.Conv2d):
+    """A convolution that standardises its weight in each pass and scales it by a learned gain."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gain = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1))
+
+    def forward(self, inputs):
+        weight = self.gain * (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / self.weight.std()
+        return F.conv2d(inputs, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Same(nn.Conv2d):
+    """A convolution padded as in TensorFlow: one output for each `stride` positions of an input of any size."""
+
+    def padded(self, inputs):
+        amounts = []
+        for size, kernel, stride, apart in zip(inputs.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True):
+            around = max(0, (-(-size // stride) - 1) * stride + apart * (kernel - 1) + 1 - size)
+            amounts = [around // 2, around - around // 2, *amounts]
+        return F.pad(inputs, amounts)
+
+    def forward(self, inputs):
+        return F.conv2d(self.padded(inputs), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class StandardisedSame(Standardised, Same):
+    """A convolution that does both."""
+
+    def forward(self, inputs):
+        return Standardised.forward(self, self.padded(inputs))
+
+
+class Cast(nn.Linear):
+    """A fully connected layer that brings its weight into the dtype of its inputs."""
+
+    def forward(self, inputs):
+        return F.linear(inputs, self.weight.to(inputs.dtype), self.bias.to(inputs.dtype))
+
+
+class Noisy(nn.Module):
+    """A parametrisation that gives another weight each time."""
+
+    def forward(self, weight):
+        return weight + torch.rand(())
+
+
+def pruned(layer):
+    return prune.random_unstructured(layer, "weight", amount=0.5)
+
+
 def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
@@ -83,6 +136,24 @@ def small(classes: int = 10) -> nn.Sequential:
             fc1=nn.Linear(16 * 4 * 4, 32),
             relu3=nn.ReLU(),
             fc2=nn.Linear(32, classes),
+        )
+    )
+
+
+def computed() -> nn.Sequential:
+    """A net for digits of 8x8 whose layers compute their weights or paddings in each pass."""
+    return nn.Sequential(
+        OrderedDict(
+            conv1=Standardised(1, 8, 3, padding=1),
+            relu1=nn.ReLU(),
+            conv2=Same(8, 16, 3, stride=2),
+            relu2=nn.ReLU(),
+            conv3=nn.utils.weight_norm(nn.Conv2d(16, 16, 3, padding=1)),
+            relu3=nn.ReLU(),
+            flatten=nn.Flatten(),
+            fc1=nn.utils.parametrizations.spectral_norm(nn.Linear(16 * 4 * 4, 32)),
+            relu4=nn.ReLU(),
+            fc2=pruned(nn.Linear(32, 10)),
         )
     )
 

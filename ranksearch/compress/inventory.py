@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
+from ranksearch.compress.plain import (
+    FORWARDS,
+    Plain,
+    holds_other_hooks,
+    is_computed,
+    is_parametrised,
+    padding_at,
+    plain_of,
+    weights_behind,
+)
 from ranksearch.compress.stand_ins import UNCALLED, Pass, evaluating, tensors_of, why_not_replaced
 from ranksearch.compress.watch import Watch
 from ranksearch.errors import ModelError, first_line
-from ranksearch.methods.layer import CONVOLUTIONS, Layer
+from ranksearch.methods.layer import CONVOLUTIONS, Layer, Padding
 from ranksearch.support.batch import batch_shapes, batch_size, concatenate, run_model, tensors_in
+from ranksearch.support.copies import deep_copy
 from ranksearch.support.seeds import seeded
-
-FORWARDS = ("forward", "_conv_forward")
-"""The methods that compute a Conv or Linear layer."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,8 @@ class Inventory:
     """The decomposable layers in call order, the reasons why others were skipped, and the size of the whole model.
 
     `params` counts all parameters of the model (no buffers, shared ones once); `macs` is for one input. Once layers were
-    timed, `rest_ms` is the time of everything else, in milliseconds.
+    timed, `rest_ms` is the time of everything else, in milliseconds. `permanent` says, by layer, what its factorization keeps
+    that the layer itself computes in each pass; how it computes its weight is not in `macs`.
     """
 
     layers: tuple[Layer, ...]
@@ -37,6 +44,7 @@ class Inventory:
     params: int
     macs: int
     rest_ms: float | None = None
+    permanent: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def costs(self) -> dict[str, float]:
@@ -89,7 +97,10 @@ def inventory(model: nn.Module, example: Any) -> Inventory:
         reasons = (f"{name or type(model).__name__}: {reason}" for name, reason in skipped.items())
         why = "; ".join(reasons) or "it holds no Conv or Linear module"
         raise ModelError(f"The model must have a decomposable layer, but has none ({why}).")
-    return Inventory(tuple(layers), skipped, count_params(model), macs // batch)
+    # What a layer computes its weight by is left out: that is done once, if the weight is to stay.
+    macs -= sum(watch.macs[layer.name] - layer.macs * batch for layer in layers)
+    permanent = {layer.name: words for layer in layers if (words := _permanent(watch.candidates[layer.name], layer.padding))}
+    return Inventory(tuple(layers), skipped, count_params(model), macs // batch, permanent=permanent)
 
 
 def _batch_size(example: Any) -> int:
@@ -163,7 +174,7 @@ def _why_not_replaced_in_copy(model: nn.Module, names: Sequence[str], watch: Wat
         ModelError: the copy does not run its own layers.
     """
     try:
-        twin = copy.deepcopy(model)
+        twin = deep_copy(model)
     except Exception:
         twin = None  # `copied` reports this error to the user
     # This pass has no hooks: fused kernels, such as attention's, read the weights only in modules without hooks.
@@ -224,16 +235,19 @@ def _why_skipped(name: str, module: nn.Module, watch: Watch) -> str | None:
         return reason
     if not name:
         return "it is the model itself; put it into an nn.Sequential"
-    if len(names := watch.names[id(module.weight)]) > 1:
+    weights = [id(weight) for weight in weights_behind(module)]
+    if names := next((watch.names[weight] for weight in weights if len(watch.names[weight]) > 1), []):
         return f"its weight is shared by {', '.join(sorted(names))}"
     calls = watch.order.count(name)
-    if calls == 0 and id(module.weight) in watch.axes.used:
+    if calls == 0 and watch.axes.used.intersection(weights):
         return "the forward uses its weight without calling it, as torch.nn.functional.linear and attention do"
     if calls != 1:
         return "it is never called by the forward pass" if calls == 0 else f"it is called {calls} times in one pass"
     dims = len(watch.shapes[name][0])
-    if dims != module.weight.dim() if isinstance(module, CONVOLUTIONS) else dims < 2:
+    if dims != 2 + len(module.kernel_size) if isinstance(module, CONVOLUTIONS) else dims < 2:
         return "it is called without a batch dimension"
+    if _plain(module).pads and padding_at(module, watch.shapes[name][0]) is None:
+        return _computes_more(module)
     return None
 
 
@@ -243,49 +257,64 @@ def why_not_factorized(module: nn.Module) -> str | None:
         return f"{_class_name(module)} is not supported"
     if any(name in vars(module) for name in FORWARDS):
         return "its forward was replaced by another function"
-    if not _runs_as_torch(module):
-        return f"{_class_name(module)} has a forward of its own"
     if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters()):
         return "its weight has no shape yet; run the model once on its data first"
+    # Hooks may change or record the layer's inputs and outputs.
+    if holds_other_hooks(module):
+        return "it has forward hooks, which its replacement would not have; remove them first"
+    if (plain := plain_of(module)) is None:
+        return _computes_more(module)
+    layer = plain.layer
+    if not layer.weight.is_floating_point():
+        return f"its weight is {_name(layer.weight.dtype)}, which is not real"
+    if isinstance(layer, CONVOLUTIONS) and layer.groups > 1:
+        return "it is depthwise" if layer.groups == layer.in_channels else f"it has {layer.groups} groups"
+    return None
+
+
+def _computes_more(module: nn.Module) -> str:
+    """Why a module that computes what it hands to torch cannot be factorized."""
     if is_parametrised(module):
         return "its weight is parametrised or pruned; make that permanent first, by remove_parametrizations or prune.remove"
-    # Hooks may change or record the layer's inputs and outputs.
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "it has forward hooks, which its replacement would not have; remove them first"
-    if not module.weight.is_floating_point():
-        return f"its weight is {_name(module.weight.dtype)}, which is not real"
-    if isinstance(module, CONVOLUTIONS) and module.groups > 1:
-        return "it is depthwise" if module.groups == module.in_channels else f"it has {module.groups} groups"
-    return None
+    return f"{_class_name(module)} has a forward of its own"
+
+
+def _plain(module: nn.Module) -> Plain:
+    plain = plain_of(module)
+    assert plain is not None  # `why_not_factorized` gave no reason
+    return plain
+
+
+def _permanent(module: nn.Module, padding: Padding | None) -> str:
+    """What the factorization of a layer keeps that the layer computes in each pass; empty for a plain layer."""
+    if not is_computed(module):
+        return ""
+    plain = _plain(module)
+    computed = is_parametrised(module) or not torch.equal(plain.layer.weight, module.weight)  # type: ignore[arg-type]
+    kept = ["the weight computed in each pass"] if computed else []
+    return " and ".join(kept + ([f"the padding of inputs of this size, {padding}"] if plain.varies else []))
 
 
 def _describe(name: str, watch: Watch, batch: int) -> Layer:
     module, (inputs, outputs), flat = watch.candidates[name], watch.shapes[name], watch.maps.get(name)
-    assert isinstance(module, (*CONVOLUTIONS, nn.Linear))
-    kind, bias, weight = type(module).__name__, module.bias is not None, tuple(module.weight.shape)
+    plain = _plain(module)
+    padding = padding_at(module, inputs) if plain.pads else None
+    kind = next(each.__name__ for each in (*CONVOLUTIONS, nn.Linear) if isinstance(module, each))
+    bias, weight = plain.layer.bias is not None, tuple(plain.layer.weight.shape)
+    held = sum(parameter.numel() for parameter in module.parameters()) if is_computed(module) else None
     if isinstance(module, CONVOLUTIONS):
-        return Layer(name, kind, weight, bias, inputs[2:], outputs[2:], calls=outputs[0] // batch)
+        return Layer(
+            name, kind, weight, bias, inputs[2:], outputs[2:], calls=outputs[0] // batch, padding=padding, held=held
+        )  # fmt: skip
     # torch has no convolution over more than three dimensions, so a map of more dimensions stays a row of features.
     if flat and math.prod(flat.size[1:]) > 1 and len(flat.size) - 1 <= len(CONVOLUTIONS):
         size = flat.size[1:]
         order = None if flat.order == tuple(range(len(flat.size))) else flat.order
         return Layer(
             name, kind, (weight[0], *flat.size), bias, size, (1,) * len(size), calls=outputs[0] // batch, flattened=True,
-            order=order,
+            order=order, held=held,
         )  # fmt: skip
-    return Layer(name, kind, weight, bias, calls=math.prod(outputs[:-1]) // batch)
-
-
-def is_parametrised(module: nn.Module) -> bool:
-    """Whether a Conv or Linear computes its weight from other tensors, as weight or spectral normalisation and pruning do."""
-    # Ask `is_parametrized` first: reading the weight computes it, which can change the tensors that it is computed from.
-    return parametrize.is_parametrized(module) or not isinstance(module.weight, nn.Parameter)
-
-
-def _runs_as_torch(module: nn.Module) -> bool:
-    """Whether a Conv or Linear has torch's own forward. A subclass may standardise its weights or pad its inputs."""
-    base = next(kind for kind in (*CONVOLUTIONS, nn.Linear) if isinstance(module, kind))
-    return all(getattr(type(module), name, None) is getattr(base, name, None) for name in FORWARDS)
+    return Layer(name, kind, weight, bias, calls=math.prod(outputs[:-1]) // batch, held=held)
 
 
 def _class_name(module: nn.Module) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -14,18 +13,23 @@ from torch import Tensor, nn
 from ranksearch.compress.axes import as_maps, usual_order
 from ranksearch.compress.decomposed import from_tensorly
 from ranksearch.compress.inventory import why_not_factorized
+from ranksearch.compress.plain import Plain, is_computed, plain_of, weights_behind
 from ranksearch.compress.stand_ins import attributes_of, replace_
 from ranksearch.compress.watch import names_of_parameters
 from ranksearch.errors import ModelError, PlanError, first_line, nearest
 from ranksearch.methods import Shape, method_of
-from ranksearch.methods.layer import CONVOLUTIONS
+from ranksearch.methods.layer import CONVOLUTIONS, Conv
 from ranksearch.plan import Factorization, Plan
+from ranksearch.support.copies import deep_copy
 
 if TYPE_CHECKING:
     from tensorly.cp_tensor import CPTensor
     from tensorly.tucker_tensor import TuckerTensor
 
 M = TypeVar("M", bound=nn.Module)
+
+PERMANENT = "made_permanent"
+"""The attribute of a replacement whose layer computed in each pass what the replacement keeps."""
 
 
 def factorize_(
@@ -71,8 +75,9 @@ def factorize_(
         owners = [other for other, owned in model.named_modules(remove_duplicate=False) if owned is module]
         if len(owners) > 1:
             raise PlanError(f"A layer must have one name, but {name!r} is also {', '.join(o for o in owners if o != name)}.")
-        kernel = kernel_of(name, module, value)
-        tied = [other for other in names[id(module.weight)] if other != f"{name}.weight"]
+        plain = plain_layer(name, module, value)
+        kernel = kernel_of(name, plain.layer, value)
+        tied = [other for weight in weights_behind(module) for other in names[id(weight)] if not other.startswith(f"{name}.")]
         if tied:
             raise PlanError(f"A layer must not share its weight, but that of {name!r} is also {', '.join(tied)}; leave it out.")
         method = method_of(value)
@@ -82,11 +87,11 @@ def factorize_(
         if layer_factors is None:
             layer_factors = method.factors(kernel, method.prepare(kernel, [value.ranks], seed), value.ranks, seed)
         _check_shapes(name, value, tuple(kernel.shape), layer_factors)
-        replacement = method.build(module, tuple(kernel.shape), value.ranks, layer_factors)
+        replacement = method.build(plain.layer, tuple(kernel.shape), value.ranks, layer_factors, plain.padding)
         if bias_corrections and name in bias_corrections:
-            _correct_bias(name, module, replacement, bias_corrections[name])
+            _correct_bias(name, plain.layer, replacement, bias_corrections[name])
         replacement = replacement if value.order is None else _reordered(replacement, tuple(kernel.shape[1:]), value.order)
-        vars(replacement).update(attributes_of(module))
+        vars(replacement).update(attributes_of(module) | ({PERMANENT: True} if is_computed(module) else {}))
         replacements[name] = replacement
     for name, module in replacements.items():
         replace_(model, name, module)
@@ -124,20 +129,39 @@ def skeleton_(model: M, plan: Plan) -> M:
     factors = {}
     for name, value in plan:
         if name in modules:
-            shape = tuple(kernel_of(name, modules[name], value).shape)
+            shape = tuple(kernel_of(name, plain_layer(name, modules[name], value).layer, value).shape)
             factors[name] = [torch.zeros(s) for s in method_of(value).factor_shapes(shape, value.ranks)]
     return factorize_(model, plan, factors=factors)
 
 
-def kernel_of(name: str, module: nn.Module, value: Factorization) -> Tensor:
-    """The kernel (out, in, *kernel) of a layer that `value` decomposes, in float32 or float64.
+def plain_layer(name: str, module: nn.Module, value: Factorization) -> Plain:
+    """The plain layer that `value` decomposes, with the weight that `module` hands to torch now.
 
     Raises:
-        PlanError: the layer cannot be factorized, or not by `value`.
+        PlanError: the layer cannot be factorized, or pads its input in another way than `value` says.
     """
     if reason := why_not_factorized(module):
         raise PlanError(f"A plan may only name layers that can be factorized, but names {name!r}: {reason}.")
-    assert isinstance(module, (*CONVOLUTIONS, nn.Linear))
+    plain = plain_of(module, value.padding)
+    assert plain is not None
+    if value.padding is None and plain.varies:
+        raise PlanError(
+            f"A plan must name the padding of a layer that pads by the size of its input, but has none for {name!r}; write "
+            "padding=((before, after), ...), one pair for each axis."
+        )
+    axes = len(getattr(plain.layer, "kernel_size", ())) if plain.pads else 0
+    if value.padding is not None and len(value.padding) != axes:
+        needs = f"needs padding of {axes} axes" if axes else "pads as its attributes say and needs no padding"
+        raise PlanError(f"Layer {name!r} {needs}, but the plan has padding={value.padding}; it was made for another model.")
+    return plain
+
+
+def kernel_of(name: str, module: Conv | nn.Linear, value: Factorization) -> Tensor:
+    """The kernel (out, in, *kernel) of a plain layer that `value` decomposes, in float32 or float64.
+
+    Raises:
+        PlanError: the layer cannot be factorized by `value`.
+    """
     weight = module.weight.detach()
     weight = weight if weight.dtype == torch.float64 else weight.float()
     if value.kernel is not None:
@@ -174,13 +198,12 @@ def copied(model: M) -> M:
     """A copy of a model. Every trial starts from one.
 
     Raises:
-        ModelError: the model cannot be copied, for example after training with torch.nn.utils.weight_norm, spectral_norm or
-            prune.
+        ModelError: the model cannot be copied, for example since it holds an open file.
     """
     try:
-        return copy.deepcopy(model)
+        return deep_copy(model)
     except Exception as error:
         raise ModelError(
             f"It must be possible to copy the model, but copy.deepcopy raised {type(error).__name__}: {first_line(error)}; "
-            "make weight normalisation or pruning permanent, and keep open files and the like outside the model."
+            "keep open files and the like outside the model."
         ) from error

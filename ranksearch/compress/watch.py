@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -18,7 +19,7 @@ from ranksearch.support.batch import run_model
 
 
 class Watch:
-    """Runs a model once and records the calls of its candidates: order, shapes, and the maps flattened before them."""
+    """Runs a model once and records the calls of its candidates: order, shapes, multiply-accumulates, maps flattened before."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -28,25 +29,32 @@ class Watch:
         self.order: list[str] = []
         self.shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self.maps: dict[str, Flattened] = {}
+        self.macs = Counter[str]()
         self.outputs: list[Tensor] = []
+        self._counter, self._begun = OperationCounter(), dict[str, int]()
 
     def run(self, example: Any) -> int:
         """Run one pass in eval mode; returns its multiply-accumulates."""
-        counter = OperationCounter()
-        with self.noting(), evaluating(self.model), torch.no_grad(), counter, self.axes:
+        with self.noting(), evaluating(self.model), torch.no_grad(), self._counter, self.axes:
             self.outputs = tensors_of(run_model(self.model, example))
-        return counter.flops // 2
+        return self._counter.flops // 2
 
     @contextmanager
     def noting(self) -> Iterator[None]:
         """Record the calls of the candidates."""
         with ExitStack() as hooks:
             for name, module in self.candidates.items():
+                # First of all hooks, since those of the layer may compute its weight.
+                hooks.enter_context(module.register_forward_pre_hook(partial(self._begin, name), prepend=True))
                 hooks.enter_context(module.register_forward_hook(partial(self._note, name), with_kwargs=True))
             yield
 
+    def _begin(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._begun[name] = self._counter.flops
+
     def _note(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
         self.order.append(name)
+        self.macs[name] += (self._counter.flops - self._begun[name]) // 2
         layer_input = subject(args, kwargs)
         if isinstance(layer_input, Tensor) and isinstance(output, Tensor):
             self.shapes[name] = (tuple(layer_input.shape), tuple(output.shape))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ranksearch.compress.inventory import Inventory
-from ranksearch.compress.merging import merge_, merged
+from ranksearch.compress.merging import can_merge, merge_, merged
 from ranksearch.compress.surgery import copied
 from ranksearch.latency.runtimes import Runtime
 from ranksearch.latency.table import LAYER_ROUNDS, MAX_LAYER_SECONDS, layer_inputs
@@ -64,7 +64,10 @@ def time_forms(model: nn.Module, plan: Plan, inventory: Inventory, runtime: Runt
         ModelError, StudyError: the runtime does not take the model, or gives no time.
     """
     whole, batch = runtime.prepare(model, example), batch_size(example)  # First the whole, which a runtime may refuse.
-    layers = {name: _both(model.get_submodule(name), value, inventory[name], runtime, batch) for name, value in plan}
+    modules = {name: model.get_submodule(name) for name, _ in plan}
+    layers = {
+        name: _both(modules[name], value, inventory[name], runtime, batch) for name, value in plan if can_merge(modules[name])
+    }
     faster = Forms(layers, None).faster_dense
     if not faster:
         return Forms(layers, None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import copy
 import io
 import math
 import time
@@ -20,6 +19,7 @@ from ranksearch.compress.export import quiet_exporter
 from ranksearch.errors import ModelError, SpecError, StudyError, first_line
 from ranksearch.spec import Latency, resolve
 from ranksearch.support.batch import run_model, tensors_in
+from ranksearch.support.copies import deep_copy
 
 Call: TypeAlias = Callable[[], float]
 """Runs a model once, or a few times in a row, and gives the milliseconds that one run took."""
@@ -56,7 +56,7 @@ class Torch(Runtime):
     name: str = TORCH
 
     def prepare(self, model: nn.Module, inputs: Any) -> Call:
-        twin = copy.deepcopy(model).to(self.device).eval()
+        twin = deep_copy(model).to(self.device).eval()
         if self.channels_last:
             twin = twin.to(memory_format=torch.channels_last)
         batch = tree_map_only(torch.Tensor, self._placed, inputs)
@@ -115,7 +115,7 @@ class UserFunction(Runtime):
 
     def prepare(self, model: nn.Module, inputs: Any) -> Call:
         def call() -> float:
-            found = self.function(copy.deepcopy(model).eval(), inputs)
+            found = self.function(deep_copy(model).eval(), inputs)
             if isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 < found < math.inf:
                 raise StudyError(
                     f"latency.runtime {self.name!r} must return milliseconds, a finite number above 0, but returned {found!r}."
@@ -175,7 +175,7 @@ def _nothing() -> Iterator[None]:
 def _as_onnx(model: nn.Module, inputs: Any) -> bytes:
     """The model as ONNX, by torch's older exporter, which takes a hundredth of a second for a layer, where the newer one takes
     more than one: a table of times needs hundreds of files. Both write the same convolutions and products."""
-    twin = copy.deepcopy(model).cpu().eval()
+    twin = deep_copy(model).cpu().eval()
     buffer = io.BytesIO()
     try:
         with quiet_exporter(), torch.no_grad():

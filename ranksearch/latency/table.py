@@ -22,6 +22,7 @@ from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from ranksearch.compress.inventory import Inventory
+from ranksearch.compress.plain import plain_of
 from ranksearch.compress.surgery import copied, factorize_
 from ranksearch.latency.runtimes import Runtime
 from ranksearch.latency.timing import in_turn
@@ -121,11 +122,13 @@ def _layer(
 ) -> LayerLatency:
     """The layer by itself."""
     dense, inputs = model.get_submodule(layer.name), layer_inputs(layer, batch)
+    plain = plain_of(dense, layer.padding)
+    assert plain is not None  # the inventory skips other layers
     timed = [(method, ranks) for method in methods for ranks in _ranks(method, layer, constraints)]
     modules = [dense]
     for method, ranks in timed:
         factors = random_factors(layer, method.value(layer, ranks))
-        modules.append(method.build(dense, layer.weight, ranks, factors))
+        modules.append(method.build(plain.layer, layer.weight, ranks, factors, plain.padding))
     calls = [runtime.prepare(module, inputs) for module in modules]
     whole, *times = in_turn(calls, rounds=LAYER_ROUNDS, max_seconds=MAX_LAYER_SECONDS).ms
     found = {}

@@ -18,7 +18,7 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ranksearch.methods.layer import Layer
+from ranksearch.methods.layer import Layer, Padding
 from ranksearch.methods.parts import Part, Shape, assemble, builders, built, built_factors, composed
 from ranksearch.plan import Factorization
 from ranksearch.tensors.matrix import Principal, norm_of
@@ -173,17 +173,25 @@ class Method(abc.ABC):
         """The kernel of shape `weight` that the factors represent."""
         return composed(self._structure(weight), factors, weight)
 
-    def build(self, module: nn.Module, weight: Shape, ranks: tuple[int, ...], factors: Sequence[Tensor]) -> nn.Sequential:
-        """Plain torch modules that compute the same as `module` with the reconstructed kernel."""
+    def build(
+        self,
+        module: nn.Module,
+        weight: Shape,
+        ranks: tuple[int, ...],
+        factors: Sequence[Tensor],
+        padding: Padding | None = None,
+    ) -> nn.Sequential:
+        """Plain torch modules that compute the same as `module` with the reconstructed kernel, after zeros around its input."""
         parts = self.parts(weight, ranks)
-        return assemble(module, weight, built(parts), built_factors(parts, factors))
+        return assemble(module, weight, built(parts), built_factors(parts, factors), padding)
 
     def value(self, layer: Layer, ranks: tuple[int, ...]) -> Factorization:
         """The plan's value for this layer at these ranks."""
         matrix = (layer.weight[0], math.prod(layer.weight[1:]))
         # Factors assume the usual order of the map's axes, so the value must record any other order, even for a matrix.
         as_kernel = layer.flattened and (layer.order is not None or not self.applies(matrix, linear=True))
-        return self.kind(*ranks, kernel=layer.kernel if as_kernel else None, order=layer.order if as_kernel else None)
+        kernel, order = (layer.kernel, layer.order) if as_kernel else (None, None)
+        return self.kind(*ranks, kernel=kernel, order=order, padding=layer.padding)
 
     def params(self, layer: Layer, ranks: tuple[int, ...]) -> int:
         """Parameters of the factorized layer, including the bias."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from torch import nn
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+Padding: TypeAlias = tuple[tuple[int, int], ...]
+"""How many zeros are put before and after a map along each of its axes."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Layer:
         flattened: whether it is a fully connected layer behind a flatten. Then `weight`, `in_size` and `out_size` are those of
             a convolution with a kernel that covers the whole map, as in the thesis.
         order: as `Factorization.order`: the order of the map's axes in the flattened row, if channels do not come first.
+        padding: as `Factorization.padding`: the zeros around its input, if its own forward puts them there.
+        held: the parameters that it holds, if it computes its weight from them; None if they are kernel and bias.
         latency: its latency, once it was measured.
     """
 
@@ -58,6 +64,8 @@ class Layer:
     calls: int = 1
     flattened: bool = False
     order: tuple[int, ...] | None = None
+    padding: Padding | None = None
+    held: int | None = None
     latency: LayerLatency | None = None
 
     @property
@@ -68,6 +76,8 @@ class Layer:
     @property
     def params(self) -> int:
         """Parameters of the dense layer, including the bias."""
+        if self.held is not None:
+            return self.held
         return math.prod(self.weight) + (self.weight[0] if self.bias else 0)
 
     @property

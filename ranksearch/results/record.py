@@ -23,6 +23,8 @@ MAX_UNTRAINED = 100
 """The search ends after this many proposals in a row without training: the sampler finds nothing new within the limits."""
 MAX_PREDICTION_ERROR = 0.2
 """Relative error of a predicted latency above which the report says that the prediction was wrong."""
+MAX_NAMES = 3
+"""How many layers a sentence names."""
 MAX_TRIES = 3
 """How often a plan is tried while its workers are lost; after that the plan itself must be the cause."""
 
@@ -195,6 +197,8 @@ class StudyFacts:
     command: str
     data: str
     """One sentence: the kind of data, and the size of each split."""
+    permanent: Mapping[str, str] = field(default_factory=dict)
+    """By layer, what its factorization keeps that the layer itself computes in each pass."""
     narrow: tuple[NarrowFacts, ...] = ()
     """The narrower nets that plans start from, the widest first."""
     since: int = 0
@@ -262,6 +266,10 @@ class StudyRecord:
         for trial in trials:
             if trial.failed:
                 notes.append(f"Trial {trial.number} failed as a finalist, {trial.failed.of_finalist}.")
+        for words in dict.fromkeys(self.facts.permanent.values()):
+            names = [name for name, kept in self.facts.permanent.items() if kept == words]
+            more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
+            notes.append(f"Made permanent where decomposed: {words} ({', '.join(names[:MAX_NAMES])}{more}).")
         notes += self.missing_controls
         notes += self._latency_notes()
         if over:

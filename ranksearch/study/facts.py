@@ -57,8 +57,8 @@ def look(spec: StudySpec, out: Path) -> Look:
         ]
         costs[layer.name] = tuple((str(m.value(layer, ranks)), m.params(layer, ranks)) for m, ranks in suggested)
     return Look(
-        layers=layer_facts(layers, vbmf), skipped=layers.skipped, params=layers.params, macs=layers.macs, costs=costs,
-        trained=trained,
+        layers=layer_facts(layers, vbmf), skipped=layers.skipped, permanent=layers.permanent, params=layers.params,
+        macs=layers.macs, costs=costs, trained=trained,
     )  # fmt: skip
 
 
@@ -114,6 +114,7 @@ def study_facts(
         dense=dense,
         layers=layer_facts(layers, profile.vbmf),
         skipped=dict(layers.skipped),
+        permanent=dict(layers.permanent),
         versions={"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES},
         machine=f"{platform.machine()}, {os.cpu_count()} cores, device {device.type}, {engine}",
         command=command,

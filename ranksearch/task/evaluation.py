@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Generator, Iterator, Mapping
@@ -26,6 +25,7 @@ from ranksearch.methods import METHODS, Method, register_method
 from ranksearch.plan import Plan
 from ranksearch.results.messages import CurvePoint, Job, Outcome, Result, Stage
 from ranksearch.spec import Finalists, Recipe
+from ranksearch.support.copies import deep_copy
 from ranksearch.task import training
 from ranksearch.task.checkpoint import Checkpoint
 from ranksearch.task.task import Task, predict
@@ -87,7 +87,7 @@ class Evaluator:
 
     def _trained(self, job: Job, checkpoint: Checkpoint) -> Generator[CurvePoint, None, dict[str, Any]]:
         """Yield the remaining learning-curve points; returns the test score and the weights of a long job."""
-        model = copy.deepcopy(self._start(job.plan)[0])
+        model = deep_copy(self._start(job.plan)[0])
         for curve_point in self._curve_points(model, job, checkpoint):
             checkpoint.curve_points.append(curve_point)
             yield curve_point
@@ -105,7 +105,7 @@ class Evaluator:
     def compressed(self, plan: Plan) -> nn.Module:
         """A copy of the dense model, factorized as `plan` says, before any fine-tuning."""
         model, profile = self._start(plan)
-        return self._factorized(copy.deepcopy(model), profile, plan, 0)
+        return self._factorized(deep_copy(model), profile, plan, 0)
 
     def _factorized(self, model: nn.Module, layers: Profile, plan: Plan, sweeps: int) -> nn.Module:
         factors = layers.factors(plan, sweeps=sweeps)
