@@ -107,6 +107,46 @@ def pruned(layer):
     return prune.random_unstructured(layer, "weight", amount=0.5)
 
 
+class Siamese(nn.Module):
+    """Compares two images (batch, 2, channels, height, width) by the same layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc, self.last = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6 * 6 * 5, 8), nn.Linear(16, 2)
+
+    def forward(self, inputs):
+        return self.last(torch.cat([self.fc(self.conv(image).relu().flatten(1)) for image in inputs.unbind(1)], 1))
+
+
+class Pyramid(nn.Module):
+    """A detector in little: one head over three levels of a pyramid, as detectors have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, stride=2, padding=1)
+        self.head, self.scores = nn.Conv2d(4, 5, 3, padding=1), nn.Linear(5, 3)
+
+    def forward(self, inputs):
+        levels = [self.stem(inputs)]
+        for _ in range(2):
+            levels.append(self.down(levels[-1].relu()))
+        return torch.cat([self.scores(self.head(level).relu().flatten(2).mT) for level in levels], 1)
+
+
+class Recurrent(nn.Module):
+    """A convolution over frames (batch, frames, channels, height, width) and its own last output."""
+
+    def __init__(self):
+        super().__init__()
+        self.gates, self.last = nn.Conv2d(3 + 4, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, inputs):
+        state = inputs.new_zeros(len(inputs), 4, *inputs.shape[3:])
+        for frame in inputs.unbind(1):
+            state = torch.tanh(self.gates(torch.cat([frame, state], 1)))
+        return self.last(state)
+
+
 def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from ranksearch.compress.plain import (
 from ranksearch.compress.stand_ins import UNCALLED, Pass, evaluating, tensors_of, why_not_replaced
 from ranksearch.compress.watch import Watch
 from ranksearch.errors import ModelError, first_line
-from ranksearch.methods.layer import CONVOLUTIONS, Layer, Padding
+from ranksearch.methods.layer import CONVOLUTIONS, Call, Layer, Padding
 from ranksearch.support.batch import batch_shapes, batch_size, concatenate, run_model, tensors_in
 from ranksearch.support.copies import deep_copy
 from ranksearch.support.seeds import seeded
@@ -238,17 +238,24 @@ def _why_skipped(name: str, module: nn.Module, watch: Watch) -> str | None:
     weights = [id(weight) for weight in weights_behind(module)]
     if names := next((watch.names[weight] for weight in weights if len(watch.names[weight]) > 1), []):
         return f"its weight is shared by {', '.join(sorted(names))}"
-    calls = watch.order.count(name)
-    if calls == 0 and watch.axes.used.intersection(weights):
-        return "the forward uses its weight without calling it, as torch.nn.functional.linear and attention do"
-    if calls != 1:
-        return "it is never called by the forward pass" if calls == 0 else f"it is called {calls} times in one pass"
-    dims = len(watch.shapes[name][0])
-    if dims != 2 + len(module.kernel_size) if isinstance(module, CONVOLUTIONS) else dims < 2:
+    if name not in watch.order:
+        if watch.axes.used.intersection(weights):
+            return "the forward uses its weight without calling it, as torch.nn.functional.linear and attention do"
+        return "it is never called by the forward pass"
+    inputs = [shape for shape, _ in watch.shapes[name]]
+    if not all(_has_batch(module, shape) for shape in inputs):
         return "it is called without a batch dimension"
-    if _plain(module).pads and padding_at(module, watch.shapes[name][0]) is None:
-        return _computes_more(module)
+    if _plain(module).pads:
+        paddings = {padding_at(module, shape) for shape in inputs}
+        if None in paddings:
+            return _computes_more(module)
+        if len(paddings) > 1:
+            return "it pads its inputs by their size, which differs from call to call"
     return None
+
+
+def _has_batch(module: nn.Module, shape: Sequence[int]) -> bool:
+    return len(shape) == 2 + len(module.kernel_size) if isinstance(module, CONVOLUTIONS) else len(shape) >= 2
 
 
 def why_not_factorized(module: nn.Module) -> str | None:
@@ -296,25 +303,23 @@ def _permanent(module: nn.Module, padding: Padding | None) -> str:
 
 
 def _describe(name: str, watch: Watch, batch: int) -> Layer:
-    module, (inputs, outputs), flat = watch.candidates[name], watch.shapes[name], watch.maps.get(name)
-    plain = _plain(module)
-    padding = padding_at(module, inputs) if plain.pads else None
+    module, shapes, maps = watch.candidates[name], watch.shapes[name], set(watch.maps[name])
+    plain, flat = _plain(module), next(iter(maps)) if len(maps) == 1 else None
     kind = next(each.__name__ for each in (*CONVOLUTIONS, nn.Linear) if isinstance(module, each))
-    bias, weight = plain.layer.bias is not None, tuple(plain.layer.weight.shape)
-    held = sum(parameter.numel() for parameter in module.parameters()) if is_computed(module) else None
+    about = Layer(
+        name, kind, tuple(plain.layer.weight.shape), plain.layer.bias is not None,
+        padding=padding_at(module, shapes[0][0]) if plain.pads else None,
+        held=sum(parameter.numel() for parameter in module.parameters()) if is_computed(module) else None,
+    )  # fmt: skip
     if isinstance(module, CONVOLUTIONS):
-        return Layer(
-            name, kind, weight, bias, inputs[2:], outputs[2:], calls=outputs[0] // batch, padding=padding, held=held
-        )  # fmt: skip
+        return replace(about, calls=tuple(Call(into[2:], out[2:], out[0] // batch) for into, out in shapes))
     # torch has no convolution over more than three dimensions, so a map of more dimensions stays a row of features.
     if flat and math.prod(flat.size[1:]) > 1 and len(flat.size) - 1 <= len(CONVOLUTIONS):
         size = flat.size[1:]
         order = None if flat.order == tuple(range(len(flat.size))) else flat.order
-        return Layer(
-            name, kind, (weight[0], *flat.size), bias, size, (1,) * len(size), calls=outputs[0] // batch, flattened=True,
-            order=order, held=held,
-        )  # fmt: skip
-    return Layer(name, kind, weight, bias, calls=math.prod(outputs[:-1]) // batch, held=held)
+        calls = tuple(Call(size, (1,) * len(size), out[0] // batch) for _, out in shapes)
+        return replace(about, weight=(about.weight[0], *flat.size), calls=calls, flattened=True, order=order)
+    return replace(about, calls=tuple(Call(times=math.prod(out[:-1]) // batch) for _, out in shapes))
 
 
 def _class_name(module: nn.Module) -> str:

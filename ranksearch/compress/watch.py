@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -27,8 +27,10 @@ class Watch:
         self.names = names_of_parameters(model)
         self.axes = Axes()
         self.order: list[str] = []
-        self.shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-        self.maps: dict[str, Flattened] = {}
+        """The candidates in the order of their first calls."""
+        # By name, one entry for each call.
+        self.shapes = defaultdict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]](list)
+        self.maps = defaultdict[str, list[Flattened | None]](list)
         self.macs = Counter[str]()
         self.outputs: list[Tensor] = []
         self._counter, self._begun = OperationCounter(), dict[str, int]()
@@ -53,13 +55,13 @@ class Watch:
         self._begun[name] = self._counter.flops
 
     def _note(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
-        self.order.append(name)
+        if name not in self.order:
+            self.order.append(name)
         self.macs[name] += (self._counter.flops - self._begun[name]) // 2
         layer_input = subject(args, kwargs)
         if isinstance(layer_input, Tensor) and isinstance(output, Tensor):
-            self.shapes[name] = (tuple(layer_input.shape), tuple(output.shape))
-            if (flattened := self.axes.flattened_map(layer_input)) is not None:
-                self.maps[name] = flattened
+            self.shapes[name].append((tuple(layer_input.shape), tuple(output.shape)))
+            self.maps[name].append(self.axes.flattened_map(layer_input))
 
 
 def is_candidate(module: nn.Module) -> bool:

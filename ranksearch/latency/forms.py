@@ -12,7 +12,7 @@ from ranksearch.compress.inventory import Inventory
 from ranksearch.compress.merging import can_merge, merge_, merged
 from ranksearch.compress.surgery import copied
 from ranksearch.latency.runtimes import Runtime
-from ranksearch.latency.table import LAYER_ROUNDS, MAX_LAYER_SECONDS, layer_inputs
+from ranksearch.latency.table import time_calls
 from ranksearch.latency.timing import in_turn
 from ranksearch.methods.layer import Layer
 from ranksearch.plan import Factorization, Plan
@@ -83,7 +83,5 @@ def _change(times: tuple[float, float]) -> str:
 
 
 def _both(module: nn.Module, value: Factorization, layer: Layer, runtime: Runtime, batch: int) -> tuple[float, float]:
-    inputs = layer_inputs(layer, batch)
-    calls = [runtime.prepare(each, inputs) for each in (module, merged(layer.name, module, value))]
-    factors, dense = in_turn(calls, rounds=LAYER_ROUNDS, max_seconds=MAX_LAYER_SECONDS).ms
+    factors, dense = time_calls(layer, [module, merged(layer.name, module, value)], runtime, batch)
     return factors, dense

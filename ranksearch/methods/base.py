@@ -149,12 +149,15 @@ class Method(abc.ABC):
         return (1, *first), *others
 
     def positions(self, layer: Layer) -> tuple[int, ...]:
-        """For each factor, the number of positions it is applied to in one call of the layer."""
-        size, counts = list(layer.in_size), []
-        for part in self._structure(layer.weight):
-            for axis in part.axes:
-                size[axis] = layer.out_size[axis]
-            counts.append(math.prod(size))
+        """For each factor, the number of positions it is applied to for one input, over all calls of the layer."""
+        structure = self._structure(layer.weight)
+        counts = [0] * len(structure)
+        for call in layer.calls:
+            size = list(call.in_size)
+            for index, part in enumerate(structure):
+                for axis in part.axes:
+                    size[axis] = call.out_size[axis]
+                counts[index] += math.prod(size) * call.times
         return tuple(counts)
 
     def balanced(self, factors: tuple[Tensor, ...], weight: Shape) -> tuple[Tensor, ...]:
@@ -223,7 +226,7 @@ class Method(abc.ABC):
         macs = [float(count) for counted in (ranks, blocks) for count in self._part_macs(layer, ranks, counted)]
         parts, positions = self.parts(layer.weight, ranks), self.positions(layer)
         outputs = [parts[index].out * positions[index] for index in sorted(set(builders(parts)))]
-        return float(len(outputs)), *macs, float(sum(outputs[:-1]) * layer.calls), float(self.params(layer, ranks))
+        return float(len(outputs)), *macs, float(sum(outputs[:-1])), float(self.params(layer, ranks))
 
     def rank_ranges(self, layer: Layer, constraints: RankConstraints = FEWER_PARAMS) -> tuple[range, ...]:
         """For each rank, the values at which the layer shrinks with some values of the others; empty if none."""
@@ -255,7 +258,7 @@ class Method(abc.ABC):
         indices = builders(self.parts(layer.weight, ranks))
         shapes, positions = self.factor_shapes(layer.weight, counted), self.positions(layer)
         return [
-            math.prod(shape) * count * layer.calls if builder == index else 0
+            math.prod(shape) * count if builder == index else 0
             for index, (builder, shape, count) in enumerate(zip(indices, shapes, positions, strict=True))
         ]
 

@@ -35,6 +35,24 @@ class LayerLatency:
 
 
 @dataclass(frozen=True)
+class Call:
+    """One call of a layer in a pass: the spatial sizes of its input and output, and how often it is applied to one input there.
+
+    That is more than once if a fully connected layer is applied to each position, or if the model folds parts of an input into
+    the batch.
+    """
+
+    in_size: tuple[int, ...] = ()
+    out_size: tuple[int, ...] = ()
+    times: int = 1
+
+    @property
+    def positions(self) -> int:
+        """How many output positions it computes for one input."""
+        return math.prod(self.out_size) * self.times
+
+
+@dataclass(frozen=True)
 class Layer:
     """One decomposable module of the dense model at the study's input size.
 
@@ -43,12 +61,9 @@ class Layer:
         kind: its class, for example "Conv2d" or "Linear".
         weight: shape of the kernel, (out, in, *kernel), or (out, in) for a fully connected layer.
         bias: whether it has a bias.
-        in_size: spatial size of its input, () for a fully connected layer.
-        out_size: spatial size of its output, () for a fully connected layer.
-        calls: how often it is applied to one input: more than once if a fully connected layer is applied to each position, or
-            if the model folds parts of an input into the batch.
-        flattened: whether it is a fully connected layer behind a flatten. Then `weight`, `in_size` and `out_size` are those of
-            a convolution with a kernel that covers the whole map, as in the thesis.
+        calls: its calls in one pass: several in a siamese net. The sizes are () for a fully connected layer.
+        flattened: whether it is a fully connected layer behind a flatten. Then `weight` and the sizes are those of a
+            convolution with a kernel that covers the whole map, as in the thesis.
         order: as `Factorization.order`: the order of the map's axes in the flattened row, if channels do not come first.
         padding: as `Factorization.padding`: the zeros around its input, if its own forward puts them there.
         held: the parameters that it holds, if it computes its weight from them; None if they are kernel and bias.
@@ -59,9 +74,7 @@ class Layer:
     kind: str
     weight: tuple[int, ...]
     bias: bool
-    in_size: tuple[int, ...] = ()
-    out_size: tuple[int, ...] = ()
-    calls: int = 1
+    calls: tuple[Call, ...] = (Call(),)
     flattened: bool = False
     order: tuple[int, ...] | None = None
     padding: Padding | None = None
@@ -83,7 +96,7 @@ class Layer:
     @property
     def macs(self) -> int:
         """Multiply-accumulates of the dense layer for one input."""
-        return math.prod(self.weight) * math.prod(self.out_size) * self.calls
+        return math.prod(self.weight) * sum(call.positions for call in self.calls)
 
     @property
     def costs(self) -> dict[str, float]:

@@ -152,7 +152,7 @@ def test_factors_come_from_the_weight_of_eval_mode_on_the_inputs_that_torch_sees
     full = method.value(layer, method.bounds(layer.weight))
     factors = found.factors(Plan.of({"layer": full}))
     assert_close(factorize_(copied(model), {"layer": full}, factors=factors)(inputs), model(inputs))
-    if layer.bias and math.prod(layer.out_size) <= POSITIONS_PER_INPUT:
+    if layer.bias and math.prod(layer.calls[0].out_size) <= POSITIONS_PER_INPUT:
         # The kernel on the mean patch gives the mean output.
         mean = whitenings(model, {layer: [(1,)]}, several)["layer"].mean
         outputs = model(several) - model(torch.zeros_like(several))
