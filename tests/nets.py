@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections import OrderedDict
 from dataclasses import replace
 
@@ -103,6 +104,13 @@ class Noisy(nn.Module):
         return weight + torch.rand(())
 
 
+def normalised(layer):
+    """A layer under the old weight normalisation."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.utils.weight_norm(layer)
+
+
 def pruned(layer):
     return prune.random_unstructured(layer, "weight", amount=0.5)
 
@@ -188,7 +196,7 @@ def computed() -> nn.Sequential:
             relu1=nn.ReLU(),
             conv2=Same(8, 16, 3, stride=2),
             relu2=nn.ReLU(),
-            conv3=nn.utils.weight_norm(nn.Conv2d(16, 16, 3, padding=1)),
+            conv3=normalised(nn.Conv2d(16, 16, 3, padding=1)),
             relu3=nn.ReLU(),
             flatten=nn.Flatten(),
             fc1=nn.utils.parametrizations.spectral_norm(nn.Linear(16 * 4 * 4, 32)),

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ranksearch.compress.account import account_of
+from ranksearch.compress.checks import check_uncompiled, check_weights, name_of, not_accepted
 from ranksearch.compress.plain import (
     FORWARDS,
     Plain,
@@ -23,9 +25,10 @@ from ranksearch.compress.plain import (
 )
 from ranksearch.compress.stand_ins import UNCALLED, Pass, evaluating, tensors_of, why_not_replaced
 from ranksearch.compress.watch import Watch
-from ranksearch.errors import ModelError, first_line
+from ranksearch.errors import ModelError
 from ranksearch.methods.layer import CONVOLUTIONS, Call, Layer, Padding
-from ranksearch.support.batch import batch_shapes, batch_size, concatenate, run_model, tensors_in
+from ranksearch.results.account import Entry
+from ranksearch.support.batch import batch_shapes, batch_size, concatenate, run_model
 from ranksearch.support.copies import deep_copy
 from ranksearch.support.seeds import seeded
 
@@ -36,7 +39,8 @@ class Inventory:
 
     `params` counts all parameters of the model (no buffers, shared ones once); `macs` is for one input. Once layers were
     timed, `rest_ms` is the time of everything else, in milliseconds. `permanent` says, by layer, what its factorization keeps
-    that the layer itself computes in each pass; how it computes its weight is not in `macs`.
+    that the layer itself computes in each pass; how it computes its weight is not in `macs`. `account` says where all
+    parameters and multiply-accumulates are; they add up to `params` and `macs`.
     """
 
     layers: tuple[Layer, ...]
@@ -45,6 +49,7 @@ class Inventory:
     macs: int
     rest_ms: float | None = None
     permanent: Mapping[str, str] = field(default_factory=dict)
+    account: tuple[Entry, ...] = ()
 
     @property
     def costs(self) -> dict[str, float]:
@@ -84,23 +89,24 @@ def inventory(model: nn.Module, example: Any) -> Inventory:
             layer; or the example's tensors differ in batch size.
     """
     check_weights(model)
-    _check_uncompiled(model)
+    check_uncompiled(model)
     batch, watch = _batch_size(example), Watch(model)
     try:
-        macs = watch.run(example)
+        watch.run(example)
     except Exception as error:
-        raise _not_accepted(model, example, error) from error
+        raise not_accepted(model, example, error) from error
     skipped = {name: reason for name, module in watch.candidates.items() if (reason := _why_skipped(name, module, watch))}
-    skipped |= _why_not_replaced_in_copy(model, [name for name in watch.order if name not in skipped], watch, example)
+    reasons, used = _run_copy(model, [name for name in watch.order if name not in skipped], watch, example)
+    skipped |= reasons
     layers = [_describe(name, watch, batch) for name in watch.order if name not in skipped]
     if not layers:
-        reasons = (f"{name or type(model).__name__}: {reason}" for name, reason in skipped.items())
-        why = "; ".join(reasons) or "it holds no Conv or Linear module"
+        told = (f"{name or type(model).__name__}: {reason}" for name, reason in skipped.items())
+        why = "; ".join(told) or "it holds no Conv or Linear module"
         raise ModelError(f"The model must have a decomposable layer, but has none ({why}).")
-    # What a layer computes its weight by is left out: that is done once, if the weight is to stay.
-    macs -= sum(watch.macs[layer.name] - layer.macs * batch for layer in layers)
+    account = account_of(watch, layers, skipped, used, batch)
+    macs = sum(entry.macs for entry in account)
     permanent = {layer.name: words for layer in layers if (words := _permanent(watch.candidates[layer.name], layer.padding))}
-    return Inventory(tuple(layers), skipped, count_params(model), macs // batch, permanent=permanent)
+    return Inventory(tuple(layers), skipped, count_params(model), macs, permanent=permanent, account=account)
 
 
 def _batch_size(example: Any) -> int:
@@ -113,62 +119,11 @@ def _batch_size(example: Any) -> int:
         ) from None
 
 
-def _not_accepted(model: nn.Module, example: Any, error: Exception) -> ModelError:
-    kinds = {tensor.dtype for tensor in tensors_in(example) if tensor.is_floating_point()}
-    odd = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype not in kinds), None)
-    fix = "check the model's arguments against the data"
-    if kinds and odd is not None:
-        inputs = ", ".join(sorted(_name(kind) for kind in kinds))
-        fix = f"its weights are {_name(odd)} and the input is {inputs}: call .float() on the model, or convert the data"
-    elif isinstance(example, tuple):
-        fix = "a tuple is given as one argument; wrap a model that takes several"
-    return ModelError(
-        f"The model must accept one input of shape {batch_shapes(example)}, but its forward raised "
-        f"{type(error).__name__}: {first_line(error)}; {fix}."
-    )
+def _run_copy(model: nn.Module, names: Sequence[str], watch: Watch, example: Any) -> tuple[dict[str, str], set[str]]:
+    """Run a copy of the model in eval and in training mode.
 
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def check_weights(model: nn.Module) -> None:
-    """Check that all weights are initialised, trainable and finite.
-
-    Raises:
-        ModelError: a weight has no shape yet, is on the meta device, was made in inference mode, or holds NaN or infinity.
-    """
-    for name, parameter in model.named_parameters():
-        if nn.parameter.is_lazy(parameter):
-            raise ModelError(
-                f"Weights must be initialised, but {name!r} has no shape yet; run the model once on its data first."
-            )
-        if parameter.is_meta:
-            raise ModelError(f"Weights must be loaded, but {name!r} is on the meta device; load the model's weights first.")
-        if parameter.is_inference():
-            raise ModelError(
-                f"Weights must be trainable, but {name!r} was created in inference mode; create the model outside it."
-            )
-        if not torch.isfinite(parameter).all():
-            raise ModelError(f"Weights must be finite, but {name!r} holds NaN or infinity; load or train the model again.")
-
-
-def _check_uncompiled(model: nn.Module) -> None:
-    """Raise `ModelError` for a compiled model: each copy with other layers would be compiled anew, which takes minutes."""
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError("The model must be a Python module, but is TorchScript, whose layers cannot be replaced.")
-    for name, module in model.named_modules():
-        wrapped, inside = "_orig_mod" in module._modules, hasattr(module.forward, "_torchdynamo_orig_callable")
-        if wrapped or inside or module._compiled_call_impl is not None:
-            which = repr(name) if name else "it"
-            raise ModelError(
-                f"The model must not be compiled, but {which} went through torch.compile; pass the original model, and compile "
-                "the exported one."
-            )
-
-
-def _why_not_replaced_in_copy(model: nn.Module, names: Sequence[str], watch: Watch, example: Any) -> dict[str, str]:
-    """Why some of these layers cannot be replaced, found by running a copy of the model in eval and in training mode.
+    Returns:
+        Why some of these layers cannot be replaced, and the names of the parameters that a pass in any mode uses.
 
     Raises:
         ModelError: the copy does not run its own layers.
@@ -181,15 +136,15 @@ def _why_not_replaced_in_copy(model: nn.Module, names: Sequence[str], watch: Wat
     in_eval = Pass(partial(_evaluated, model if twin is None else twin, example), watch.outputs)
     reasons = why_not_replaced(model if twin is None else twin, names, in_eval)
     if twin is None:
-        return reasons
-    in_training = _training_pass(twin, example)
-    if in_training is None or not set(watch.order) <= set(in_training[1]):
+        return reasons, watch.used
+    in_training, watched = _training_pass(twin, example)
+    if in_training is None or not set(watch.order) <= set(watched.order):
         _check_copy(twin, watch.order, example)
     if in_training is not None:
-        in_training_reasons = why_not_replaced(twin, [name for name in names if name not in reasons], in_training[0])
+        in_training_reasons = why_not_replaced(twin, [name for name in names if name not in reasons], in_training)
         # A layer that is only called in eval mode can be replaced.
         reasons |= {name: f"{reason}, in training" for name, reason in in_training_reasons.items() if reason != UNCALLED}
-    return reasons
+    return reasons, watch.used | watched.used
 
 
 def _evaluated(model: nn.Module, example: Any) -> Any:
@@ -197,8 +152,8 @@ def _evaluated(model: nn.Module, example: Any) -> Any:
         return run_model(model, example)
 
 
-def _training_pass(twin: nn.Module, example: Any) -> tuple[Pass, list[str]] | None:
-    """A pass of `twin` in training mode on the example taken twice, and the layers called in it; None if the pass fails."""
+def _training_pass(twin: nn.Module, example: Any) -> tuple[Pass | None, Watch]:
+    """A pass of `twin` in training mode on the example taken twice, None if the pass fails; and what was noted in it."""
     twice = concatenate([example, example])
 
     def run() -> Any:
@@ -208,11 +163,11 @@ def _training_pass(twin: nn.Module, example: Any) -> tuple[Pass, list[str]] | No
     twin.train()
     watch = Watch(twin)
     try:
-        with watch.noting():
+        with watch.noting(), watch.axes:
             outputs = tensors_of(run())
     except Exception:
-        return None  # `check_outputs` reports this error to the user
-    return Pass(run, outputs), watch.order
+        return None, watch  # `check_outputs` reports this error to the user
+    return Pass(run, outputs), watch
 
 
 def _check_copy(twin: nn.Module, called: Sequence[str], example: Any) -> None:
@@ -273,7 +228,7 @@ def why_not_factorized(module: nn.Module) -> str | None:
         return _computes_more(module)
     layer = plain.layer
     if not layer.weight.is_floating_point():
-        return f"its weight is {_name(layer.weight.dtype)}, which is not real"
+        return f"its weight is {name_of(layer.weight.dtype)}, which is not real"
     if isinstance(layer, CONVOLUTIONS) and layer.groups > 1:
         return "it is depthwise" if layer.groups == layer.in_channels else f"it has {layer.groups} groups"
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.compress.axes import Axes, Flattened
-from ranksearch.compress.macs import OperationCounter
+from ranksearch.compress.macs import OperationCounter, OperationsByModule
 from ranksearch.compress.stand_ins import evaluating, tensors_of
 from ranksearch.methods.layer import CONVOLUTIONS
 from ranksearch.support.batch import run_model
 
 
 class Watch:
-    """Runs a model once and records the calls of its candidates: order, shapes, multiply-accumulates, maps flattened before."""
+    """Runs a model once and records the calls of its candidates: order, shapes, and the maps flattened before them."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -31,13 +31,21 @@ class Watch:
         # By name, one entry for each call.
         self.shapes = defaultdict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]](list)
         self.maps = defaultdict[str, list[Flattened | None]](list)
-        self.macs = Counter[str]()
         self.outputs: list[Tensor] = []
-        self._counter, self._begun = OperationCounter(), dict[str, int]()
+        self._counter = OperationCounter()
+        self.operations = OperationsByModule(self._counter)
+
+    @property
+    def used(self) -> set[str]:
+        """The names of the parameters that were used, each under all of its names."""
+        scripted = [module for module in self.model.modules() if isinstance(module, torch.jit.ScriptModule)]
+        hidden = {id(parameter) for module in scripted for parameter in module.parameters()}  # torch does not say what it uses
+        return {name for key in self.axes.used | hidden for name in self.names.get(key, ())}
 
     def run(self, example: Any) -> int:
         """Run one pass in eval mode; returns its multiply-accumulates."""
-        with self.noting(), evaluating(self.model), torch.no_grad(), self._counter, self.axes:
+        by_module = self.operations.of(self.model)
+        with self.noting(), by_module, evaluating(self.model), torch.no_grad(), self._counter, self.axes:
             self.outputs = tensors_of(run_model(self.model, example))
         return self._counter.flops // 2
 
@@ -46,18 +54,12 @@ class Watch:
         """Record the calls of the candidates."""
         with ExitStack() as hooks:
             for name, module in self.candidates.items():
-                # First of all hooks, since those of the layer may compute its weight.
-                hooks.enter_context(module.register_forward_pre_hook(partial(self._begin, name), prepend=True))
                 hooks.enter_context(module.register_forward_hook(partial(self._note, name), with_kwargs=True))
             yield
-
-    def _begin(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._begun[name] = self._counter.flops
 
     def _note(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
         if name not in self.order:
             self.order.append(name)
-        self.macs[name] += (self._counter.flops - self._begun[name]) // 2
         layer_input = subject(args, kwargs)
         if isinstance(layer_input, Tensor) and isinstance(output, Tensor):
             self.shapes[name].append((tuple(layer_input.shape), tuple(output.shape)))

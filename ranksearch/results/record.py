@@ -12,6 +12,7 @@ from typing import Any
 from ranksearch.errors import StudyError
 from ranksearch.plan import Factorization, Plan
 from ranksearch.results import pareto
+from ranksearch.results.account import Part, listed
 from ranksearch.results.costs import Counts
 from ranksearch.results.limits import UNLIMITED, Limits
 from ranksearch.results.messages import CurvePoint, Outcome
@@ -23,8 +24,6 @@ MAX_UNTRAINED = 100
 """The search ends after this many proposals in a row without training: the sampler finds nothing new within the limits."""
 MAX_PREDICTION_ERROR = 0.2
 """Relative error of a predicted latency above which the report says that the prediction was wrong."""
-MAX_NAMES = 3
-"""How many layers a sentence names."""
 MAX_TRIES = 3
 """How often a plan is tried while its workers are lost; after that the plan itself must be the cause."""
 
@@ -197,6 +196,8 @@ class StudyFacts:
     command: str
     data: str
     """One sentence: the kind of data, and the size of each split."""
+    account: tuple[Part, ...] = ()
+    """All parts of the dense model: their parameters and MACs add up to its own. Empty in older records."""
     permanent: Mapping[str, str] = field(default_factory=dict)
     """By layer, what its factorization keeps that the layer itself computes in each pass."""
     narrow: tuple[NarrowFacts, ...] = ()
@@ -266,10 +267,14 @@ class StudyRecord:
         for trial in trials:
             if trial.failed:
                 notes.append(f"Trial {trial.number} failed as a finalist, {trial.failed.of_finalist}.")
+        unused = sum(part.unused for part in self.facts.account)
+        if unused:
+            names = [name for part in self.facts.account if part.unused for name in part.modules]
+            share = unused / self.facts.dense.params
+            notes.append(f"No pass uses {share:.1%} of the parameters ({listed(names)}); remove them from the model.")
         for words in dict.fromkeys(self.facts.permanent.values()):
             names = [name for name, kept in self.facts.permanent.items() if kept == words]
-            more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
-            notes.append(f"Made permanent where decomposed: {words} ({', '.join(names[:MAX_NAMES])}{more}).")
+            notes.append(f"Made permanent where decomposed: {words} ({listed(names)}).")
         notes += self.missing_controls
         notes += self._latency_notes()
         if over:

@@ -23,9 +23,7 @@ from ranksearch.errors import PlanError
 from ranksearch.plan import CP, Plan, Tucker2
 from ranksearch.support.copies import deep_copy
 from tests.geometries import BY_NAME, assert_close, counted_macs, fitting, some_ranks
-from tests.nets import Cast, Same, Standardised, StandardisedSame, normal, pruned
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*(weight_norm|spectral_norm).* is deprecated")
+from tests.nets import Cast, Same, Standardised, StandardisedSame, normal, normalised, pruned
 
 
 class Padded(nn.Conv2d):
@@ -80,7 +78,7 @@ COMPUTED = {
     "weight norm of a matrix": (lambda: parametrizations.weight_norm(nn.Linear(9, 6)), (7, 9), WEIGHT),
     "spectral norm": (lambda: parametrizations.spectral_norm(nn.Conv2d(4, 6, 3)), (4, 9, 8), WEIGHT),
     "fewer parameters": (low, (6,), WEIGHT),
-    "old weight norm": (lambda: nn.utils.weight_norm(nn.Conv2d(4, 6, 3)), (4, 9, 8), WEIGHT),
+    "old weight norm": (lambda: normalised(nn.Conv2d(4, 6, 3)), (4, 9, 8), WEIGHT),
     "old spectral norm": (lambda: nn.utils.spectral_norm(nn.Conv3d(2, 4, 3)), (2, 5, 6, 4), WEIGHT),
     "pruned": (lambda: pruned(nn.Conv2d(4, 6, 3)), (4, 9, 8), WEIGHT),
 }  # fmt: skip
@@ -201,7 +199,7 @@ def test_factors_can_be_trained_if_anything_behind_the_weight_can(frozen):
 
 
 def test_a_model_can_be_copied_after_a_pass_that_leaves_a_weight_of_autograd():
-    for make in (nn.utils.weight_norm, nn.utils.spectral_norm, pruned):
+    for make in (normalised, nn.utils.spectral_norm, pruned):
         model = nn.Sequential(make(nn.Conv2d(4, 3, 3)))
         model(torch.ones(1, 4, 6, 5))
         assert not model[0].weight.is_leaf

@@ -10,12 +10,10 @@ from ranksearch.study.study import run_study
 from tests import nets
 from tests.conftest import small_spec
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
 COMPUTED = "task.model=tests.nets:computed"
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
 def test_a_study_of_computed_weights_gives_models_that_load_onto_the_dense_net(bare, tmp_path):
     out = tmp_path / "computed"
     record = run_study(small_spec(COMPUTED, "search.trials=4", "dense.epochs=4"), out, Options(Local(1)))
