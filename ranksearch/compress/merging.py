@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.compress.stand_ins import attributes_of, replace_
-from ranksearch.compress.surgery import kernel_of
+from ranksearch.compress.surgery import PERMANENT, kernel_of
 from ranksearch.errors import PlanError, nearest
 from ranksearch.methods import Part, Shape, method_of
 from ranksearch.methods.groups import shape_of_group, shape_of_stack, split, stack
@@ -59,6 +59,11 @@ def merged(name: str, module: nn.Module, value: Factorization) -> nn.Module:
     """
     layers = [child for child in module.children() if isinstance(child, (*CONVOLUTIONS, nn.Linear))]
     about = attributes_of(module)
+    if not can_merge(module):
+        raise PlanError(
+            f"Only layers that were plain can be merged, but {name!r} computed its weight or its padding in each pass, as the "
+            "layer of the dense model still does; leave it factorized."
+        )
     if not layers or not ({"kernel_size", "in_features"} & set(about)):
         raise _other(name, module, value)
     weights, bias = [layer.weight for layer in layers], layers[-1].bias
@@ -80,6 +85,11 @@ def merged(name: str, module: nn.Module, value: Factorization) -> nn.Module:
     dense.weight.requires_grad_(weights[0].requires_grad)
     vars(dense).update(about)
     return dense
+
+
+def can_merge(module: nn.Module) -> bool:
+    """Whether the dense model's class of this factorized layer takes its merged weight as it is."""
+    return PERMANENT not in vars(module)
 
 
 def _other(name: str, module: nn.Module, value: Factorization) -> PlanError:
