@@ -24,7 +24,7 @@ from ranksearch.compress.whitening import inputs_wanted
 from ranksearch.console import Silent
 from ranksearch.data import example, sample, sample_inputs
 from ranksearch.methods import METHODS
-from ranksearch.methods.layer import Layer
+from ranksearch.methods.layer import Call, Layer
 from ranksearch.plan import SVD, Dense, Factorization, Plan, Tucker2
 from ranksearch.results.messages import Job, Result, Stage
 from ranksearch.results.record import DEFAULT_STANDARD_ERROR, Probe
@@ -230,15 +230,15 @@ def _tail(rank: int, full: int, power: float) -> float:
     return max(0.0, 1 - energy(min(rank, full)) / energy(full))
 
 
-def _resnet50() -> list[tuple[str, tuple[str, tuple[int, ...], bool, tuple[int, ...], tuple[int, ...]]]]:
+def _resnet50() -> list[tuple[str, tuple[str, tuple[int, ...], bool, tuple[Call, ...]]]]:
     """Names and shapes of the layers to decompose: the stem, three convolutions in each block, the classifier."""
-    found = [("stem", ("Conv2d", (64, 3, 7, 7), False, (224, 224), (112, 112)))]
+    found = [("stem", ("Conv2d", (64, 3, 7, 7), False, (Call((224, 224), (112, 112)),)))]
     into, side = 64, 56
     for stage, (width, blocks) in enumerate(zip((64, 128, 256, 512), (3, 4, 6, 3), strict=True), start=1):
         for block in range(1, blocks + 1):
             for part, (out, taken, size) in enumerate(((width, into, 1), (width, width, 3), (4 * width, width, 1)), start=1):
-                about = ("Conv2d", (out, taken, size, size), False, (side, side), (side, side))
+                about = ("Conv2d", (out, taken, size, size), False, (Call((side, side), (side, side)),))
                 found.append((f"stage{stage}.{block}.conv{part}", about))
             into = 4 * width
         side //= 2
-    return [*found, ("fc", ("Linear", (1000, 2048), True, (), ()))]
+    return [*found, ("fc", ("Linear", (1000, 2048), True, (Call(),)))]

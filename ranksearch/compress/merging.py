@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.compress.stand_ins import attributes_of, replace_
-from ranksearch.compress.surgery import kernel_of
+from ranksearch.compress.surgery import PERMANENT, kernel_of
 from ranksearch.errors import PlanError, nearest
 from ranksearch.methods import Part, Shape, method_of
 from ranksearch.methods.groups import shape_of_group, shape_of_stack, split, stack
@@ -57,6 +57,11 @@ def merged(name: str, module: nn.Module, value: Factorization) -> nn.Module:
     Raises:
         PlanError: `module` is not factorized by `value`.
     """
+    if not can_merge(module):
+        raise PlanError(
+            f"Only layers that were plain can be merged, but {name!r} computed its weight or its padding in each pass, as the "
+            "layer of the dense model still does; leave it factorized."
+        )
     dense, layers = parts_in(name, module, value)
     groups, parts, shape = _parts(name, dense, value)
     kernels = [as_kernel(layer, layer.weight.detach().double()) for layer in layers]
@@ -71,6 +76,11 @@ def merged(name: str, module: nn.Module, value: Factorization) -> nn.Module:
     dense.weight.requires_grad_(first.requires_grad)
     vars(dense).update(attributes_of(module))
     return dense
+
+
+def can_merge(module: nn.Module) -> bool:
+    """Whether the dense model's class of this factorized layer takes its merged weight as it is."""
+    return PERMANENT not in vars(module)
 
 
 def parts_in(name: str, module: nn.Module, value: Factorization) -> tuple[nn.Linear | Conv, list[nn.Linear | Conv]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from ranksearch.compress.weights import load_, state_of, weights_of
 from ranksearch.errors import ModelError, PlanError, StudyError, last_line, nearest
 from ranksearch.plan import Factorization, Plan
 from ranksearch.support.batch import run_model
+from ranksearch.support.copies import deep_copy
 from ranksearch.support.files import write_whole, writing
 from ranksearch.support.nesting import tensors_in
 from ranksearch.support.seeds import seeded
@@ -94,7 +94,7 @@ def load_model(dense: M, folder: str | Path) -> M:
         raise StudyError(f"The weights in {folder} are damaged ({error}); run the study again.") from None
     if plan.width != 1 and plan.narrowing is None:
         raise PlanError(f"A plan of width {plan.width:g} must hold its narrowing, but that in {folder} does not; save both.")
-    model = copy.deepcopy(dense)
+    model = deep_copy(dense)
     model = skeleton_(model if plan.narrowing is None else narrow_(model, plan.narrowing), plan)
     try:
         load_(model, state)

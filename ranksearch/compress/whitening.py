@@ -18,10 +18,12 @@ from torch.utils._pytree import tree_leaves
 
 from ranksearch.compress.axes import as_maps
 from ranksearch.compress.patches import patches
+from ranksearch.compress.plain import Plain, plain_of
 from ranksearch.compress.stand_ins import evaluating
 from ranksearch.compress.watch import subject
 from ranksearch.errors import ModelError
 from ranksearch.methods.layer import CONVOLUTIONS, Layer
+from ranksearch.methods.parts import zeros_around
 from ranksearch.support.batch import batch_to, run_model, split_batch
 from ranksearch.support.nesting import named_tensors
 
@@ -152,7 +154,7 @@ def whitenings(model: nn.Module, holds: Mapping[Layer, Iterable[Modes]], inputs:
     Raises:
         ModelError: a layer's inputs hold NaN or infinity.
     """
-    found = {layer.name: _Moments(layer, runs) for layer, runs in holds.items()}
+    found = {layer.name: _Moments(layer, runs, _plain(model, layer)) for layer, runs in holds.items()}
     followed = _Followed()
     device = next(model.parameters()).device
     with ExitStack() as hooks:
@@ -168,6 +170,12 @@ def whitenings(model: nn.Module, holds: Mapping[Layer, Iterable[Modes]], inputs:
                 run_model(model, batch_to(batch, device))
                 followed.outputs.clear()
     return {name: moments.whitenings(normalised=name in followed.names) for name, moments in found.items()}
+
+
+def _plain(model: nn.Module, layer: Layer) -> Plain:
+    plain = plain_of(model.get_submodule(layer.name), layer.padding)
+    assert plain is not None  # the inventory skips other layers
+    return plain
 
 
 class _Followed(TorchFunctionMode):
@@ -202,8 +210,8 @@ class _Followed(TorchFunctionMode):
 class _Moments:
     """Sums over the input patches of each group, and over their products for each run of modes, in float64."""
 
-    def __init__(self, layer: Layer, runs: Iterable[Modes]) -> None:
-        self.layer, self.count = layer, 0
+    def __init__(self, layer: Layer, runs: Iterable[Modes], plain: Plain) -> None:
+        self.layer, self.plain, self.count = layer, plain, 0
         self._generator = torch.Generator().manual_seed(0)
         self._sum = torch.zeros(layer.groups, *layer.weight[1:], dtype=torch.float64)
         self._products: dict[Modes, Tensor] = {}
@@ -212,7 +220,7 @@ class _Moments:
 
     def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook that adds the patches of a batch of the layer's inputs."""
-        patches = self._patches(module, subject(args, kwargs).detach())
+        patches = self._patches(subject(args, kwargs).detach())
         # Apple's GPUs have no float64, so move to the CPU there. On CUDA the products are computed on the GPU.
         patches = (patches.cpu() if patches.device.type == "mps" else patches).double()
         if not bool(torch.isfinite(patches).all()):
@@ -254,12 +262,13 @@ class _Moments:
         dims = [1 + mode for mode in run]
         return patches.movedim(dims, tuple(range(-len(run), 0))).reshape(len(patches), -1, self._size(run))
 
-    def _patches(self, module: nn.Module, inputs: Tensor) -> Tensor:
+    def _patches(self, inputs: Tensor) -> Tensor:
+        module = self.plain.layer
         if not isinstance(module, CONVOLUTIONS):
             rows = inputs.reshape(len(inputs), -1, math.prod(self.layer.weight[1:]))
             rows = rows[:, self._drawn(rows.shape[1])].flatten(0, 1)
             return as_maps(rows, self.layer.weight[1:], self.layer.order)
-        return patches(module, inputs, self._drawn)
+        return patches(module, zeros_around(self.plain.padding)(inputs) if self.plain.padding else inputs, self._drawn)
 
     def _drawn(self, positions: int) -> Tensor:
         values = BATCH * self.layer.groups * math.prod(self.layer.weight[1:])

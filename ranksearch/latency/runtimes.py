@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import copy
 import io
 import math
 import time
@@ -20,6 +19,7 @@ from ranksearch.compress.flat import Flat
 from ranksearch.errors import ModelError, SpecError, StudyError, first_line
 from ranksearch.spec import Latency, resolve
 from ranksearch.support.batch import arguments_of
+from ranksearch.support.copies import deep_copy
 from ranksearch.support.nesting import map_tensors, tensors_in
 
 Call: TypeAlias = Callable[[], float]
@@ -57,7 +57,7 @@ class Torch(Runtime):
     name: str = TORCH
 
     def prepare(self, model: nn.Module, inputs: Any) -> Call:
-        twin = copy.deepcopy(model).to(self.device).eval()
+        twin = deep_copy(model).to(self.device).eval()
         if self.channels_last:
             twin = twin.to(memory_format=torch.channels_last)
         args, kwargs = arguments_of(twin, map_tensors(self._placed, inputs))
@@ -117,7 +117,7 @@ class UserFunction(Runtime):
 
     def prepare(self, model: nn.Module, inputs: Any) -> Call:
         def call() -> float:
-            found = self.function(copy.deepcopy(model).eval(), inputs)
+            found = self.function(deep_copy(model).eval(), inputs)
             if isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 < found < math.inf:
                 raise StudyError(
                     f"latency.runtime {self.name!r} must return milliseconds, a finite number above 0, but returned {found!r}."
@@ -178,7 +178,7 @@ def _as_onnx(model: nn.Module, inputs: Any) -> bytes:
     """The model as ONNX, by torch's older exporter, which takes a hundredth of a second for a layer, where the newer one takes
     more than one: a table of times needs hundreds of files. Both write the same convolutions and products."""
     batch = map_tensors(torch.Tensor.cpu, inputs)
-    twin, tensors = Flat(copy.deepcopy(model).cpu().eval(), batch), tuple(tensors_in(batch))
+    twin, tensors = Flat(deep_copy(model).cpu().eval(), batch), tuple(tensors_in(batch))
     names = [_input_name(number) for number in range(len(tensors))]
     buffer = io.BytesIO()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 
@@ -25,6 +26,7 @@ def markdown(record: StudyRecord) -> str:
         _front_note(record),
         *_controls(record),
         *_latency(record),
+        *_account(record),
         "## Settings",
         _table(("setting", "value"), summary.settings(facts.spec)),
         "## Versions, machine, time",
@@ -84,6 +86,14 @@ def _latency(record: StudyRecord) -> list[str]:
         return []
     rows = ([name, *cells] for name, cells in summary.timing_rows(record))
     return ["## Latency", _escape(summary.timing_note(record)), _table(["trial", *summary.timing_head(record)], rows)]
+
+
+def _account(record: StudyRecord) -> list[str]:
+    lines = summary.account_lines(record)
+    if not lines:
+        return []
+    rows = [dataclasses.astuple(line) for line in lines]
+    return ["## Dense model", _table(["part of the model", "modules", "parameters", "share", "MACs", "share"], rows)]
 
 
 def _circumstances(record: StudyRecord) -> list[tuple[str, str]]:

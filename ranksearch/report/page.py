@@ -74,6 +74,7 @@ def _context(record: StudyRecord) -> dict[str, Any]:
         "correlations": _correlations(record),
         "unfinished": summary.unfinished(record),
         "layers": [_layer(layer, facts.dense.params) for layer in facts.layers],
+        "account": summary.account_lines(record),
         "narrow": summary.narrow_lines(record),
         "settings": summary.settings(facts.spec),
         "stages": [(stage, text.duration(seconds)) for stage, seconds in record.seconds.items()],

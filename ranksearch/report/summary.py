@@ -161,6 +161,30 @@ def dense_line(record: StudyRecord) -> FrontLine:
 
 
 @dataclass(frozen=True)
+class AccountLine:
+    """A part of the dense model in its account as text."""
+
+    title: str
+    modules: str
+    params: str
+    params_share: str
+    macs: str
+    macs_share: str
+
+
+def account_lines(record: StudyRecord) -> list[AccountLine]:
+    """Where all parameters and MACs of the dense model are; empty in older records."""
+    dense = record.facts.dense
+    return [
+        AccountLine(
+            part.title, text.count(len(part.modules)), text.count(part.params), text.share(part.params / dense.params),
+            text.count(part.macs), text.share(part.macs / dense.macs),
+        )
+        for part in record.facts.account
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
 class NarrowLine:
     """A narrower net as text."""
 

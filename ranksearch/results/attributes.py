@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial
 
 from ranksearch.errors import StudyError
 from ranksearch.plan import Plan
+from ranksearch.results.account import Part
 from ranksearch.results.messages import CurvePoint, Difference, Outcome
 from ranksearch.results.record import (
     Control,
@@ -156,7 +157,8 @@ def read_facts(study: optuna.Study) -> StudyFacts:
     )
     dense = {**data["dense"], "timings": _timings(data["dense"]["timings"])}
     narrow = tuple(NarrowFacts(**entry) for entry in data["narrow"])
-    return StudyFacts(**data | {"layers": layers, "dense": DenseFacts(**dense), "narrow": narrow})
+    account = tuple(map(Part.from_dict, data.get("account", ())))
+    return StudyFacts(**data | {"layers": layers, "dense": DenseFacts(**dense), "narrow": narrow, "account": account})
 
 
 def asked(index: int, origin: str) -> dict[str, Any]:

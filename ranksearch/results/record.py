@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from ranksearch.plan import Factorization
+from ranksearch.results.account import Part, listed
 from ranksearch.results.choosing import front_of
 from ranksearch.results.costs import Counts
 from ranksearch.results.limits import Limits
@@ -115,6 +116,10 @@ class StudyFacts:
     command: str
     data: str
     """One sentence: the kind of data, and the size of each split."""
+    account: tuple[Part, ...] = ()
+    """All parts of the dense model: their parameters and MACs add up to its own. Empty in older records."""
+    permanent: Mapping[str, str] = field(default_factory=dict)
+    """By layer, what its factorization keeps that the layer itself computes in each pass."""
     narrow: tuple[NarrowFacts, ...] = ()
     """The narrower nets that plans start from, the widest first."""
     since: int = 0
@@ -182,6 +187,14 @@ class StudyRecord:
         for trial in trials:
             if trial.failed:
                 notes.append(f"Trial {trial.number} failed as a finalist, {trial.failed.of_finalist}.")
+        unused = sum(part.unused for part in self.facts.account)
+        if unused:
+            names = [name for part in self.facts.account if part.unused for name in part.modules]
+            share = unused / self.facts.dense.params
+            notes.append(f"No pass uses {share:.1%} of the parameters ({listed(names)}); remove them from the model.")
+        for words in dict.fromkeys(self.facts.permanent.values()):
+            names = [name for name, kept in self.facts.permanent.items() if kept == words]
+            notes.append(f"Made permanent where decomposed: {words} ({listed(names)}).")
         notes += self.missing_controls
         notes += self._latency_notes()
         if over:

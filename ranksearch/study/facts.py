@@ -19,6 +19,7 @@ from ranksearch.console import Look
 from ranksearch.data import check_splits, example
 from ranksearch.errors import ModelError
 from ranksearch.results import attributes
+from ranksearch.results.account import parts_of, parts_of_each_layer
 from ranksearch.results.record import DEFAULT_STANDARD_ERROR, DenseFacts, LayerFacts, NarrowFacts, StudyFacts
 from ranksearch.spec import StudySpec
 from ranksearch.strategy.prior import at_vbmf, quarter_ranks
@@ -60,8 +61,8 @@ def look(spec: StudySpec, out: Path) -> Look:
         ]
         costs[layer.name] = tuple((str(m.value(layer, ranks)), m.params(layer, ranks)) for m, ranks in suggested)
     return Look(
-        layers=layer_facts(layers, vbmf), skipped=layers.skipped, params=layers.params, macs=layers.macs, costs=costs,
-        trained=trained,
+        layers=layer_facts(layers, vbmf), account=parts_of_each_layer(layers.account), permanent=layers.permanent,
+        params=layers.params, macs=layers.macs, costs=costs, trained=trained,
     )  # fmt: skip
 
 
@@ -120,6 +121,8 @@ def study_facts(
         dense=dense,
         layers=layer_facts(layers, profile.vbmf),
         skipped=dict(layers.skipped),
+        account=parts_of(layers.account),
+        permanent=dict(layers.permanent),
         versions={"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES},
         machine=f"{platform.machine()}, {os.cpu_count()} cores, device {device.type}, {engine}",
         command=command,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Generator, Iterator, Mapping
@@ -27,6 +26,7 @@ from ranksearch.methods import METHODS, Method, register_method
 from ranksearch.plan import Plan
 from ranksearch.results.messages import CurvePoint, Difference, Job, Outcome, Result, Stage
 from ranksearch.spec import Finalists, Recipe
+from ranksearch.support.copies import deep_copy
 from ranksearch.task import training
 from ranksearch.task.bootstrap import difference
 from ranksearch.task.checkpoint import Checkpoint
@@ -89,7 +89,7 @@ class Evaluator:
 
     def _trained(self, job: Job, checkpoint: Checkpoint) -> Generator[CurvePoint, None, dict[str, Any]]:
         """Yield the remaining learning-curve points; returns the test score and the weights of a long job."""
-        model = copy.deepcopy(self._start(job.plan)[0])
+        model = deep_copy(self._start(job.plan)[0])
         for curve_point in self._curve_points(model, job, checkpoint):
             checkpoint.curve_points.append(curve_point)
             yield curve_point
@@ -117,7 +117,7 @@ class Evaluator:
     @cached_property
     def _dense_predictions(self) -> dict[str, tuple[Any, Any]]:
         """Outputs of the dense model and targets, by split; computed once in each worker that trains a finalist."""
-        dense = self._placed(copy.deepcopy(self.task.model))
+        dense = self._placed(deep_copy(self.task.model))
         return {name: self._predictions(dense, split) for name, split in self._splits.items()}
 
     def _predictions(self, model: nn.Module, split: Dataset[Any]) -> tuple[Any, Any]:
@@ -130,7 +130,7 @@ class Evaluator:
     def compressed(self, plan: Plan) -> nn.Module:
         """A copy of the dense model, factorized as `plan` says, before any fine-tuning."""
         model, profile = self._start(plan)
-        return self._factorized(copy.deepcopy(model), profile, plan, 0)
+        return self._factorized(deep_copy(model), profile, plan, 0)
 
     def _factorized(self, model: nn.Module, layers: Profile, plan: Plan, sweeps: int) -> nn.Module:
         factors = layers.factors(plan, sweeps=sweeps)

@@ -20,6 +20,7 @@ from ranksearch.compress.weights import weights_of
 from ranksearch.compress.widths import redraw_, scale_width_
 from ranksearch.latency.forms import time_forms
 from ranksearch.latency.runtimes import UserFunction
+from ranksearch.methods.layer import Call
 from ranksearch.plan import CP, CP4, TT, Plan, Spatial, Tucker2
 from ranksearch.strategy.space import make_space, size_of
 from tests import nets
@@ -57,7 +58,7 @@ def test_a_layer_is_described_by_its_kernel():
     model, inputs = made("generator")
     layer = inventory(model, inputs[:1])["second"]
     assert (layer.kind, layer.weight, layer.groups, layer.transposed) == ("ConvTranspose2d", (4, 8, 4, 4), 2, True)
-    assert (layer.in_size, layer.out_size) == ((4, 4), (8, 8))
+    assert layer.calls == (Call((4, 4), (8, 8)),)
     assert layer.macs == 2 * 4 * 8 * 16 * 16
 
 
