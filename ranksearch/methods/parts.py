@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ranksearch.methods.layer import CONVOLUTIONS, PLAIN, TRANSPOSED, Padding, as_weight, groups_of
+from ranksearch.methods.layer import CONVOLUTIONS, PLAIN, TRANSPOSED, Call, Padding, as_weight, groups_of
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -108,6 +108,15 @@ def built_factors(parts: Sequence[Part], factors: Sequence[Tensor]) -> tuple[Ten
                 product = torch.tensordot(other, factor, ([1], [0])).movedim(-1, 1)
             made[builder] = product.to(factors[index].dtype)
     return tuple(factor for index, factor in enumerate(made) if indices[index] == index)
+
+
+def map_sizes(parts: Sequence[Part], call: Call) -> list[tuple[int, ...]]:
+    """The sizes of the map before the first part and after each part, in a call of the layer."""
+    sizes = [call.in_size]
+    for part in parts:
+        after = enumerate(zip(sizes[-1], call.out_size, strict=True))
+        sizes.append(tuple(out if axis in part.axes else size for axis, (size, out) in after))
+    return sizes
 
 
 def assemble(
