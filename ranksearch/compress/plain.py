@@ -38,13 +38,13 @@ FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2
 class Plain:
     """A plain torch layer, and the zeros around its input if it cannot pad by itself: (before, after) for each axis.
 
-    `pads` says whether the module that it stands for pads in another way than its attributes say, and `varies` whether by the
-    size of the input.
+    `around` holds all zeros around the input, if the module that it stands for pads in another way than its attributes say;
+    `varies` says whether they depend on the size of the input.
     """
 
     layer: Conv | nn.Linear
     padding: Padding | None = None
-    pads: bool = False
+    around: Padding | None = None
     varies: bool = False
 
 
@@ -111,7 +111,7 @@ def plain_of(module: nn.Module, padding: Padding | None = None) -> Plain | None:
     around = padding or call.zeros
     itself = all(before == after for before, after in around)
     layer = _with_weights(_convolution(call, tuple(before for before, _ in around) if itself else 0, "zeros"), call, module)
-    return Plain(layer, None if itself else around, True, len({each and each.zeros for each in calls}) > 1)
+    return Plain(layer, None if itself else around, around, len({each and each.zeros for each in calls}) > 1)
 
 
 def padding_at(module: nn.Module, shape: Sequence[int]) -> Padding | None:

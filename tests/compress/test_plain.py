@@ -243,8 +243,8 @@ REFUSED = {
     ),
     "padding of a plain layer": (
         nn.Conv2d(4, 6, 3), CP(2, padding=((0, 1), (0, 1))),
-        "Layer 'layer' pads as its attributes say and needs no padding, but the plan has padding=((0, 1), (0, 1)); it was made "
-        "for another model.",
+        "Layer 'layer' does not pad by the size of its input and needs no padding, but the plan has padding=((0, 1), (0, 1)); it "
+        "was made for another model.",
     ),
 }  # fmt: skip
 
@@ -255,10 +255,11 @@ def test_a_plan_whose_padding_does_not_fit_is_refused(layer, value, message):
         factorize_(nn.Sequential(OrderedDict(layer=layer)), {"layer": value})
 
 
-def test_a_plan_may_leave_out_a_padding_that_does_not_depend_on_the_size():
-    model, inputs, layer = made("same")
+@pytest.mark.parametrize("name", ["same", "zeros before"])
+def test_a_plan_leaves_out_a_padding_that_does_not_depend_on_the_size(name):
+    model, inputs, layer = made(name)
     full = BY_NAME["tucker2"].bounds(layer.weight)
-    assert layer.padding == ((1, 1), (1, 1))
+    assert layer.padding is None
     assert_close(factorize_(copied(model), {"layer": Tucker2(*full)})(inputs), model(inputs))
 
 
