@@ -16,7 +16,7 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from ranksearch.compress.export import load_model
+from ranksearch.compress.saved import load_model
 from ranksearch.compress.surgery import copied
 from ranksearch.compress.widths import redraw_, scale_width_
 from ranksearch.data import batches, example

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ranksearch.api import search as search
     from ranksearch.compress.export import export_model as export_model
-    from ranksearch.compress.export import load_model as load_model
     from ranksearch.compress.inventory import Inventory as Inventory
     from ranksearch.compress.inventory import inventory as inventory
     from ranksearch.compress.merging import merge_ as merge_
+    from ranksearch.compress.saved import load_model as load_model
+    from ranksearch.compress.saved import save_model as save_model
     from ranksearch.compress.surgery import factorize_ as factorize_
     from ranksearch.data import Splits as Splits
     from ranksearch.errors import RankSearchError as RankSearchError
@@ -42,15 +43,16 @@ __version__ = "0.1.0"
 
 _NAMES_BY_MODULE = {
     "api": ("search",),
-    "compress.export": (
-        "export_model",
-        "load_model",
-    ),
+    "compress.export": ("export_model",),
     "compress.inventory": (
         "Inventory",
         "inventory",
     ),
     "compress.merging": ("merge_",),
+    "compress.saved": (
+        "load_model",
+        "save_model",
+    ),
     "compress.surgery": ("factorize_",),
     "data": ("Splits",),
     "errors": ("RankSearchError",),

@@ -112,6 +112,22 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--fresh", action="store_true", help=plain_help(fields(Options)["fresh"]))
     study.set_defaults(run=_study)
 
+    init = commands.add_parser(
+        "init",
+        help="write a study file for a model of yours",
+        description="Write a study file for a model of yours, with comments and a list of its layers. Refuses to overwrite.",
+    )
+    init.add_argument("model", metavar="MODEL", help="the function that returns the model, package.module:name")
+    init.add_argument(
+        "--example", action="append", required=True, metavar="SHAPE",
+        help="the shape of a batch of one input, as 1,3,224,224; once for each argument of the model",
+    )  # fmt: skip
+    init.add_argument(
+        "--arg", dest="model_args", action="append", default=[], metavar="NAME=VALUE", help="an argument of the function"
+    )
+    init.add_argument("--to", type=Path, metavar="FILE", help="the file to write (NAME.toml, for the function NAME)")
+    init.set_defaults(run=_init)
+
     studies = commands.add_parser("studies", help="list the built-in studies", description="List the built-in studies.")
     studies.set_defaults(run=_studies)
 
@@ -219,6 +235,16 @@ def _study(options: argparse.Namespace, argv: list[str]) -> int:
     return 0
 
 
+def _init(options: argparse.Namespace, argv: list[str]) -> int:
+    from ranksearch.spec import parse_arguments
+    from ranksearch.study.template import write_study
+
+    arguments = parse_arguments(options.model_args)
+    path = write_study(options.model, arguments, options.example, options.to, _command_text(argv, None))
+    sys.stdout.write(f"{path}\nName your data and weights in it, then run:  ranksearch study {_quoted(str(path))}\n")
+    return 0
+
+
 def _studies(options: argparse.Namespace, argv: list[str]) -> int:
     from rich.table import Table
 
@@ -298,7 +324,8 @@ def _export(options: argparse.Namespace, argv: list[str]) -> int:
     )  # fmt: skip
     spec = folder.read_spec(options.folder)
 
-    from ranksearch.compress.export import export_model, load_model, read_plan
+    from ranksearch.compress.export import export_model
+    from ranksearch.compress.saved import load_model, read_plan
     from ranksearch.data import batches
     from ranksearch.study.checking import choose_device
     from ranksearch.study.merging import Merged, merge_faster

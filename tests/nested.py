@@ -78,6 +78,18 @@ class TwoHeads(nn.Module):
         return self.pack(self.label(features), self.size(features))
 
 
+class WithLoss(nn.Module):
+    """As Hugging Face's: computes its loss, in both modes, of labels among its inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower, self.head = tower(), nn.Linear(12, 2)
+
+    def forward(self, image, labels=None):
+        logits = self.head(self.tower(image))
+        return ModelOutput(loss=F.cross_entropy(logits, labels), logits=logits)
+
+
 class Siamese(nn.Module):
     """Two images -> the distance of their features, of two towers that share nothing."""
 

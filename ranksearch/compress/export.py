@@ -5,154 +5,30 @@ from __future__ import annotations
 import inspect
 import io
 import logging
-import random
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ranksearch.compress.flat import Flat, Plain
-from ranksearch.compress.narrowing import narrow_
-from ranksearch.compress.surgery import copied, factorize_, skeleton_
-from ranksearch.compress.weights import load_, state_of, weights_of
-from ranksearch.errors import ModelError, PlanError, StudyError, first_line, last_line
+from ranksearch.compress.saved import largest, load_model, write_model
+from ranksearch.compress.weights import weights_of
+from ranksearch.errors import StudyError, first_line
 from ranksearch.plan import Plan
 from ranksearch.support.batch import arguments_of, concatenate, first_inputs, named_arguments, run_model
-from ranksearch.support.copies import deep_copy
 from ranksearch.support.files import write_whole
 from ranksearch.support.nesting import has_lists_per_input, is_plain, map_tensors, named_tensors, tensors_in
-from ranksearch.support.seeds import seeded
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-M = TypeVar("M", bound=nn.Module)
-
-PLAN, WEIGHTS = "plan.json", "weights.safetensors"
 MAX_RELATIVE_DIFFERENCE = 1e-4
 """Accepted difference of outputs, relative to the largest output (or to 1): rounding of another runtime stays below it."""
-
-
-def save_model(folder: Path, plan: Plan, weights: bytes) -> None:
-    """Write `plan.json` and `weights.safetensors` (the factorized model's state dict) into a folder."""
-    write_whole(folder / WEIGHTS, weights)
-    write_whole(folder / PLAN, plan.to_json())
-
-
-def read_plan(folder: Path) -> Plan:
-    """The plan of the model in a folder."""
-    return Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
-
-
-def holds_model(folder: Path) -> bool:
-    """Whether a folder holds a model with undamaged files."""
-    try:
-        read_plan(folder)
-        with safe_open(folder / WEIGHTS, "pt") as weights:
-            weights.keys()
-    except (OSError, UnicodeDecodeError, PlanError, SafetensorError):
-        return False
-    return True
-
-
-def load_model(dense: M, folder: str | Path) -> M:
-    """Load the compressed model in a folder, built on a copy of the dense model, whose weights do not matter.
-
-    Raises:
-        StudyError: the folder holds no model, a damaged one, or one made from another dense model.
-        PlanError: the plan does not fit `dense`.
-    """
-    folder = Path(folder)
-    if any(parameter.is_meta for parameter in dense.parameters()):
-        raise StudyError("The dense model must not be on the device meta, but is; build it on the CPU.")
-    try:
-        plan = read_plan(folder)
-        state = state_of((folder / WEIGHTS).read_bytes())
-    except OSError:
-        raise StudyError(f"A model's folder must hold {PLAN} and {WEIGHTS}, but {folder} does not.") from None
-    except SafetensorError as error:
-        raise StudyError(f"The weights in {folder} are damaged ({error}); run the study again.") from None
-    if plan.width != 1 and plan.narrowing is None:
-        raise PlanError(f"A plan of width {plan.width:g} must hold its narrowing, but that in {folder} does not; save both.")
-    model = deep_copy(dense)
-    model = skeleton_(model if plan.narrowing is None else narrow_(model, plan.narrowing), plan)
-    try:
-        load_(model, state)
-    except Exception as error:  # a module's own loading code may raise anything
-        raise StudyError(f"The weights in {folder} must fit the given dense model, but do not: {last_line(error)}") from None
-    return model.eval()
-
-
-def check_reloading(model: nn.Module, fresh: nn.Module, plan: Plan, inputs: Any) -> None:
-    """Check that a compressed model survives saving: save, load and compare one factorized copy.
-
-    Args:
-        model: the dense model, on the CPU; not changed.
-        fresh: the dense model as constructed, before its first pass; it is changed.
-        plan: the plan of the copy.
-        inputs: a batch of at least two inputs, which training mode may need.
-
-    Raises:
-        ModelError: the copy cannot be saved or loaded, or its outputs change.
-    """
-    with seeded(0), torch.no_grad():
-        twin = _as_if_trained(factorize_(copied(model), plan), inputs)
-        with _reload_step("saved"):
-            weights = weights_of(twin)
-        with _reload_step("loaded"):
-            back = load_(skeleton_(fresh, plan), state_of(weights))
-        with _reload_step("run after loading"):
-            first, again, loaded = (_outputs(net, inputs) for net in (twin, twin, back))
-    # Outputs that differ in every pass cannot be compared.
-    if _alike(first, again) and not _alike(first, loaded):
-        raise ModelError(_not_reloaded("gave other outputs afterwards"))
-
-
-@contextmanager
-def _reload_step(step: str) -> Iterator[None]:
-    """Raise a `ModelError` if this step fails: the model's code may raise anything, and safetensors refuses some tensors."""
-    try:
-        yield
-    except Exception as error:
-        raise ModelError(_not_reloaded(f"cannot be {step}: {type(error).__name__}: {last_line(error)}")) from error
-
-
-def _not_reloaded(failure: str) -> str:
-    return (
-        f"A compressed model must be the same after saving and loading, but a factorized copy {failure}; keep in state_dict() "
-        "all that a forward needs and training changes, and create buffers in __init__."
-    )
-
-
-def _as_if_trained(model: M, inputs: Any) -> M:
-    """Change, in place, everything that training would change."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.mul_(1 + 0.1 * random.random())
-    run_model(model.train(), inputs)
-    return model
-
-
-def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    with seeded(0):
-        return [tensor.double().clone() for tensor in tensors_in(run_model(model.eval(), inputs))]
-
-
-def _alike(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    return [tensor.shape for tensor in first] == [tensor.shape for tensor in second] and all(
-        torch.allclose(one, other, rtol=1e-3, atol=1e-5 * max(1.0, _largest(one)), equal_nan=True)
-        for one, other in zip(first, second, strict=True)
-    )
-
-
-def _largest(values: Tensor) -> float:
-    return float(values.nan_to_num(posinf=0, neginf=0).abs().max()) if values.numel() else 0.0
 
 
 def export_model(
@@ -199,9 +75,9 @@ def export_plan(
     """Write plan and weights into the folder `target`; returns the largest output difference after reloading."""
     weights = weights_of(model)
     with tempfile.TemporaryDirectory() as scratch_folder:
-        save_model(Path(scratch_folder), plan, weights)
+        write_model(Path(scratch_folder), plan, weights)
         difference = _compare(model if original is None else original, load_model(dense, scratch_folder), inputs)
-    save_model(target, plan, weights)
+    write_model(target, plan, weights)
     return difference
 
 
@@ -354,8 +230,8 @@ def _compare(model: nn.Module, other: Callable[..., Any], inputs: Any) -> float:
         expected, got = (tensors_in(run_model(net, inputs)) for net in (model, other))
     if [tensor.shape for tensor in expected] != [tensor.shape for tensor in got]:
         raise StudyError("The exported model's outputs must have the shapes of the trial's, but differ; nothing was written.")
-    difference = max((_largest(one.double() - two.double()) for one, two in zip(expected, got, strict=True)), default=0.0)
-    bound = MAX_RELATIVE_DIFFERENCE * max(1.0, *map(_largest, expected))
+    difference = max((largest(one.double() - two.double()) for one, two in zip(expected, got, strict=True)), default=0.0)
+    bound = MAX_RELATIVE_DIFFERENCE * max(1.0, *map(largest, expected))
     if not difference <= bound:
         raise StudyError(
             f"The exported model's outputs must equal the trial's, but differ by {difference:.2g}; nothing was written."

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ranksearch.results import pareto
-from ranksearch.results.choosing import chance_within, smallest_within, yardstick
+from ranksearch.results.certainty import chances_within
+from ranksearch.results.choosing import smallest_within, yardstick
 from ranksearch.results.messages import CurvePoint
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import Control, DenseFacts, StudyRecord
+from ranksearch.results.record import Control, StudyRecord
 from ranksearch.results.trials import TrialRecord
 
 NEAR_DENSE = 0.01
@@ -65,16 +66,21 @@ def epochs_of(trial: TrialRecord) -> float:
     return max((curve_point.epochs for curve_point in curve_of(trial)), default=0)
 
 
-def near_dense(front: Sequence[TrialRecord], dense: DenseFacts, objectives: Objectives) -> TrialRecord | None:
+def near_dense(record: StudyRecord) -> TrialRecord | None:
     """The smallest model of the front that is within `NEAR_DENSE` of the dense model, or None."""
-    return smallest_within(front, NEAR_DENSE, dense.score_validation, objectives)
+    return smallest_within(record.shown, _chances(record), record.facts.objectives)
 
 
-def chance_near_dense(trial: TrialRecord, dense: DenseFacts) -> float | None:
+def chance_near_dense(record: StudyRecord, trial: TrialRecord) -> float | None:
     """The chance that a model is within `NEAR_DENSE` of the dense model on new inputs; None before it was a finalist."""
     if trial.finalist is None or trial.finalist.difference_validation is None:
         return None
-    return chance_within(trial, NEAR_DENSE, dense.score_validation)
+    return _chances(record)[trial.number]
+
+
+def _chances(record: StudyRecord) -> dict[int, float]:
+    facts = record.facts
+    return chances_within(finalists(record) or record.shown, NEAR_DENSE, facts.dense.score_validation, facts.objectives)
 
 
 def knee(front: Sequence[TrialRecord], objectives: Objectives) -> TrialRecord | None:

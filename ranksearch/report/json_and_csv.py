@@ -91,9 +91,8 @@ def _timed_front_rows(record: StudyRecord) -> list[dict[str, Any]]:
 
 def _within_one_point(record: StudyRecord) -> dict[str, Any] | None:
     """The model that the report names as within `NEAR_DENSE` of the dense one, and the chance that it is on new data."""
-    dense = record.facts.dense
-    best = figures.near_dense(record.shown, dense, record.facts.objectives)
-    return None if best is None else {"trial": best.number, "chance": figures.chance_near_dense(best, dense)}
+    best = figures.near_dense(record)
+    return None if best is None else {"trial": best.number, "chance": figures.chance_near_dense(record, best)}
 
 
 def dense_row(record: StudyRecord) -> dict[str, Any]:

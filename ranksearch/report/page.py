@@ -102,7 +102,7 @@ def _element_id(picture: str) -> str:
 def _cards(record: StudyRecord) -> list[dict[str, str]]:
     """The cards at the top of the page: a title, a figure, and a line below it."""
     facts, name = record.facts, record.facts.score_name
-    best = figures.near_dense(record.shown, facts.dense, facts.objectives)
+    best = figures.near_dense(record)
     at_knee = figures.knee(record.shown, facts.objectives)
     dense = f"{text.count(facts.dense.params)} parameters, {text.score(facts.dense.score_test, name)} on test"
     finalists, trials = len(figures.finalists(record)), len(figures.trained(record.trials))

@@ -75,7 +75,7 @@ def front_labels(record: StudyRecord, cost: str) -> list[dict[str, Any]]:
     facts = record.facts
     at_knee, near = (
         figures.knee(record.shown, facts.objectives),
-        figures.near_dense(record.shown, facts.dense, facts.objectives),
+        figures.near_dense(record),
     )
     suffixes = {trial.number: (trial, "") for trial in (near,) if trial}
     suffixes |= {trial.number: (trial, ", knee") for trial in (at_knee,) if trial}
@@ -87,7 +87,7 @@ def front_labels(record: StudyRecord, cost: str) -> list[dict[str, Any]]:
 def layer_bars(record: StudyRecord) -> list[dict[str, Any]]:
     """The latency of each layer, dense and in the model that the report names; empty if the layers were not timed."""
     facts = record.facts
-    near = figures.near_dense(record.shown, facts.dense, facts.objectives) or figures.knee(record.shown, facts.objectives)
+    near = figures.near_dense(record) or figures.knee(record.shown, facts.objectives)
     timed = [layer for layer in facts.layers if "latency" in layer.costs]
     if near is None or near.finalist is None or not near.finalist.layers_ms:
         return []

@@ -56,7 +56,7 @@ def headline(record: StudyRecord) -> str:
     near = text.margin(figures.NEAR_DENSE, name)
     if not record.shown:
         return no_scores(record)
-    best = figures.near_dense(record.shown, facts.dense, facts.objectives)
+    best = figures.near_dense(record)
     if best is None:
         top = max(trial.score_validation or 0.0 for trial in record.shown)
         return (
@@ -65,7 +65,7 @@ def headline(record: StudyRecord) -> str:
         )
     ratios = zip(ratio_words(record, best), facts.objectives.minimize, strict=True)
     size = " and ".join(f"{figure} {words} {_instead_of(record, best, COSTS[cost])}" for (figure, words), cost in ratios)
-    chance = figures.chance_near_dense(best, facts.dense)
+    chance = figures.chance_near_dense(record, best)
     sure = "" if chance is None else f" Judged by validation, the chance that it is within {near} on new data is {chance:.0%}."
     return f"The smallest model within {near} of the dense net is trial {best.number}: {size}, {_scores(record, best)}.{sure}"
 
@@ -145,7 +145,7 @@ def front_lines(record: StudyRecord) -> list[FrontLine]:
     """The front as text, the largest model first."""
     shown = record.shown
     facts = record.facts
-    at_knee, near = figures.knee(shown, facts.objectives), figures.near_dense(shown, facts.dense, facts.objectives)
+    at_knee, near = figures.knee(shown, facts.objectives), figures.near_dense(record)
     return [_line(record, trial, knee=trial is at_knee, near=trial is near) for trial in shown]
 
 

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from statistics import NormalDist
+from collections.abc import Iterable, Mapping, Sequence
 
 from ranksearch.errors import StudyError
 from ranksearch.results import pareto
+from ranksearch.results.certainty import chances_within
 from ranksearch.results.limits import UNLIMITED, Limits
 from ranksearch.results.objectives import Objectives
 from ranksearch.results.trials import TrialRecord
 
 SURE_ENOUGH = 0.7
 """The chance that a model must have to count as within a margin of the dense one."""
-MIN_STANDARD_ERROR = 1e-4
-"""The smallest standard error of a difference; a bootstrap gives 0 where a model and the dense one fail on the same inputs."""
-# In floating point 0.98 - 0.97 > 0.01, although the scores differ by exactly one percentage point.
-_ROUNDING = 1e-9
 
 
 def yardstick(dense_score: float, scores: Iterable[float]) -> float:
@@ -42,28 +38,15 @@ def front_of(trials: Sequence[TrialRecord], objectives: Objectives, limits: Limi
     return sorted(chosen, key=objectives.ratio)
 
 
-def chance_within(trial: TrialRecord, margin: float, dense_score: float) -> float:
-    """The chance that a trial's score on new inputs is at most `margin` below the dense model's, judged by validation alone.
+def smallest_within(pool: Iterable[TrialRecord], chances: Mapping[int, float], objectives: Objectives) -> TrialRecord | None:
+    """The smallest model that is near the dense one with a chance of at least `SURE_ENOUGH`, or None.
 
-    Before its difference from the dense model is measured, the chance is 1 or 0, by the score itself.
+    Args:
+        pool: the models to choose from.
+        chances: of each by number, as `chances_within` gives them for all finalists.
+        objectives: the study's objectives, which define the size.
     """
-    final = trial.finalist
-    if final is None or final.difference_validation is None:
-        return float(_score(trial) >= dense_score - margin - _ROUNDING)
-    measured = final.difference_validation
-    below = NormalDist(measured.value + _ROUNDING, max(measured.standard_error, MIN_STANDARD_ERROR)).cdf(-margin)
-    return 1.0 - below
-
-
-def smallest_within(
-    trials: Iterable[TrialRecord], margin: float, dense_score: float, objectives: Objectives
-) -> TrialRecord | None:
-    """The smallest model that is at most `margin` below the dense one with a chance of at least `SURE_ENOUGH`, or None.
-
-    The smallest model whose validation score alone is within the margin owes that score to luck too often, since it is chosen
-    from many with noisy scores.
-    """
-    close = [trial for trial in trials if chance_within(trial, margin, dense_score) >= SURE_ENOUGH]
+    close = [trial for trial in pool if chances.get(trial.number, 0.0) >= SURE_ENOUGH]
     return max(close, key=objectives.ratio, default=None)
 
 
@@ -100,7 +83,7 @@ def choose(
     preferred = [trial for trial in finalists if not limits.excess(trial, _score(trial))] or finalists
     for pool in (preferred, finalists):
         if within is not None:
-            chosen = smallest_within(pool, within, dense_score, objectives)
+            chosen = smallest_within(pool, chances_within(finalists, within, dense_score, objectives), objectives)
         elif min_score is not None:
             fitting = [trial for trial in pool if _score(trial) >= min_score]
             chosen = max(fitting, key=lambda trial: (objectives.ratio(trial), _score(trial)), default=None)
@@ -112,7 +95,7 @@ def choose(
             chosen = front[pareto.knee([objectives.point(_score(trial), trial) for trial in front])]
         if chosen is not None:
             return chosen
-    raise StudyError(_why_none(finalists, dense_score, within, min_score, min_ratio))
+    raise StudyError(_why_none(finalists, objectives, dense_score, within, min_score, min_ratio))
 
 
 def _finalists(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
@@ -136,10 +119,11 @@ def _of_number(finalists: Sequence[TrialRecord], number: int) -> TrialRecord:
 
 
 def _why_none(
-    finalists: Sequence[TrialRecord], dense_score: float, within: float | None, min_score: float | None, min_ratio: float | None
-) -> str:
+    finalists: Sequence[TrialRecord], objectives: Objectives, dense_score: float, within: float | None, min_score: float | None,
+    min_ratio: float | None,
+) -> str:  # fmt: skip
     if within is not None:
-        best = max(chance_within(trial, within, dense_score) for trial in finalists)
+        best = max(chances_within(finalists, within, dense_score, objectives).values())
         sure = f"with a chance of at least {SURE_ENOUGH:.0%}"
         return f"No finalist is within {within:g} of the dense net's score {sure}; the best has {best:.0%}."
     if min_score is not None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ranksearch.compress.export import check_reloading
 from ranksearch.compress.inventory import Inventory, inventory
+from ranksearch.compress.saved import check_reloading
 from ranksearch.compress.scratch import check_scratch
 from ranksearch.compress.surgery import copied
 from ranksearch.compress.weights import check_state, digest_of
@@ -20,6 +20,7 @@ from ranksearch.engines.shared_memory import check_portable
 from ranksearch.errors import ModelError, SpecError, StudyError
 from ranksearch.latency.table import Table
 from ranksearch.plan import Plan
+from ranksearch.results.scores import is_percent
 from ranksearch.spec import StudySpec
 from ranksearch.strategy.bases import Bases, check_limits
 from ranksearch.strategy.space import SearchSpace, space_of
@@ -34,7 +35,7 @@ from ranksearch.support.seeds import seeded
 from ranksearch.task import training
 from ranksearch.task.checks import check_arguments, check_float32, check_outputs
 from ranksearch.task.distillation import is_against_dense
-from ranksearch.task.task import Task, accuracy, load_task
+from ranksearch.task.task import Task, load_task
 
 
 @dataclass(frozen=True)
@@ -152,5 +153,5 @@ def _smallest_layer(space: SearchSpace) -> Plan:
 
 def _check_min_score(spec: StudySpec, task: Task) -> None:
     min_score = spec.search.min_score
-    if task.score is accuracy and min_score is not None and min_score > 1:
-        raise SpecError(f"search.min_score must be at most 1 for accuracy, but got {min_score:g}; 97 % is 0.97.")
+    if is_percent(task.score_name) and min_score is not None and min_score > 1:
+        raise SpecError(f"search.min_score must be at most 1 for {task.score_name}, but got {min_score:g}; 97 % is 0.97.")

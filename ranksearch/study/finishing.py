@@ -8,7 +8,7 @@ from pathlib import Path
 
 import optuna
 
-from ranksearch.compress.export import holds_model, save_model
+from ranksearch.compress.saved import holds_model, write_model
 from ranksearch.plan import Narrowing
 from ranksearch.results import attributes
 from ranksearch.results.messages import Job, Outcome, Result, Stage
@@ -75,7 +75,7 @@ def _finish(
     assert result.weights is not None
     with writing(f"The model {_model_folder(trial, out)}"):
         plan = replace(trial.plan, narrowing=narrowings.get(trial.plan.width))
-        save_model(_model_folder(trial, out), plan, result.weights)
+        write_model(_model_folder(trial, out), plan, result.weights)
     finalist = Finalist(
         score_validation=result.curve[-1].score, score_test=result.score_test, curve=result.curve,
         seconds=result.seconds, difference_validation=result.difference_validation, difference_test=result.difference_test,

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ranksearch.compress.export import load_model
 from ranksearch.compress.inventory import Inventory
+from ranksearch.compress.saved import load_model
 from ranksearch.console import View
 from ranksearch.data import example
 from ranksearch.errors import RankSearchError

@@ -17,7 +17,7 @@ from ranksearch.support.batch import arguments_of, batch_shapes, input_shapes, r
 from ranksearch.support.nesting import as_plain, map_tensors, named_tensors, nesting, tensors_in
 from ranksearch.support.seeds import seeded
 from ranksearch.task.distillation import is_against_dense
-from ranksearch.task.task import Task, accuracy, predict, wanted
+from ranksearch.task.task import Task, accuracy, predict, targets_for
 
 
 def check_arguments(task: Task) -> None:
@@ -64,7 +64,7 @@ def check_outputs(task: Task, *, trains: bool = True) -> Task:
             f"{tuple(outputs.shape[1:])}; check its arguments against the data."
         )
     loss_in_training = nesting(training_outputs) != nesting(outputs)
-    for_loss, for_score = (wanted(each, task.model, inputs, targets) for each in (task.loss, task.score))
+    for_loss, for_score = (targets_for(each, task.model, inputs, targets) for each in (task.loss, task.score))
     _check_number("loss", task.loss, map_tensors(Tensor.detach, training_outputs if loss_in_training else outputs), for_loss)
     try:
         _check_number("score", task.score, outputs, for_score)

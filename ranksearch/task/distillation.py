@@ -56,6 +56,26 @@ def is_against_dense(function: Callable[..., Any]) -> bool:
     return any(function is each for each in AGAINST_DENSE)
 
 
+def pruning_loss(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """The loss by whose gradient channels are chosen: of those above, which have no gradient at the dense net, another one.
+
+    For `kl_divergence` it is the cross-entropy of the dense net's largest classes, for `mean_squared_error` the mean square.
+    """
+    if loss is kl_divergence:
+        return _cross_entropy
+    return _mean_square if loss is mean_squared_error else loss
+
+
+def _cross_entropy(outputs: Any, dense: Any) -> Tensor:
+    return torch.stack(
+        [F.cross_entropy(ours, theirs.argmax(1)) for ours, theirs in _pairs(outputs, dense, classes=True)]
+    ).mean()
+
+
+def _mean_square(outputs: Any, dense: Any) -> Tensor:
+    return torch.stack([ours.square().mean() for ours, _ in _pairs(outputs, dense)]).mean()
+
+
 def _pairs(outputs: Any, dense: Any, *, classes: bool = False) -> list[tuple[Tensor, Tensor]]:
     """The floating-point tensors of both, in pairs."""
     ours, theirs = ([tensor for tensor in tensors_in(each) if tensor.is_floating_point()] for each in (outputs, dense))

@@ -76,7 +76,7 @@ def evaluation_batch(split: Dataset[Any]) -> int:
     return max(1, min(MAX_EVALUATION_INPUTS, MAX_EVALUATION_VALUES // values))
 
 
-def wanted(function: Loss | Score, dense: nn.Module, inputs: Any, targets: Any) -> Any:
+def targets_for(function: Loss | Score, dense: nn.Module, inputs: Any, targets: Any) -> Any:
     """What a loss or a score compares outputs with: the targets, or the outputs of the dense net if it is made for those."""
     if not is_against_dense(function):
         return targets
@@ -125,14 +125,20 @@ def load_task(spec: StudySpec) -> Task:
         DataError: `task.data` does not return `Splits`.
     """
     section = spec.task
-    torch.manual_seed(spec.seed)  # for the initial weights
-    model = _call(section.model, section.model_args, "task.model")
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"task.model must return an nn.Module, but {section.model!r} returned a {type(model).__name__}.")
+    model = load_net(section.model, section.model_args, seed=spec.seed)
     data = _call(section.data, section.data_args, "task.data")
     if not isinstance(data, Splits):
         raise DataError(f"task.data must return ranksearch.data.Splits, but {section.data!r} returned a {type(data).__name__}.")
     return Task(model, data, resolve(section.loss, key="task.loss"), resolve(section.score, key="task.score"))
+
+
+def load_net(reference: str, arguments: Mapping[str, Any], *, seed: int = 0, key: str = "task.model") -> nn.Module:
+    """The model that a function makes; raises as `load_task` does. `key` names the reference in errors."""
+    torch.manual_seed(seed)  # for the initial weights
+    model = _call(reference, arguments, key)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{key} must return an nn.Module, but {reference!r} returned a {type(model).__name__}.")
+    return model
 
 
 def _call(reference: str, arguments: Mapping[str, Any], key: str) -> Any:

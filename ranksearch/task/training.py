@@ -20,7 +20,7 @@ from ranksearch.support.nesting import map_tensors
 from ranksearch.support.seeds import seeded
 from ranksearch.task.checkpoint import Checkpoint
 from ranksearch.task.distillation import is_against_dense
-from ranksearch.task.task import Loss, Score, Task, evaluation_batch, predict, wanted
+from ranksearch.task.task import Loss, Score, Task, evaluation_batch, predict, targets_for
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -60,11 +60,9 @@ def fit(
             for inputs, targets in batches(task.data.train, recipe.batch_size, generator=order, device=device):
                 with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16):
                     outputs = run_model(model, inputs)
-                    targets = wanted(task.loss, dense, inputs, targets)
                 # The loss in float32: it is cheap, and a user's loss may not support bfloat16.
-                if use_bfloat16:
-                    outputs, targets = map_tensors(_as_float32, (outputs, targets))
-                loss = loss_of(outputs, targets)
+                outputs = map_tensors(_as_float32, outputs) if use_bfloat16 else outputs
+                loss = loss_of(outputs, targets_for(task.loss, dense, inputs, targets))
                 if not torch.isfinite(loss):
                     raise Diverged("the loss became NaN or infinite")
                 optimizer.zero_grad(set_to_none=True)
@@ -82,8 +80,10 @@ def _loss_on(task: Task, device: torch.device) -> Loss:
 
 
 def dense_on(task: Task, function: Loss | Score, device: torch.device) -> nn.Module:
-    """The dense net in eval mode, on the device if the loss or the score compares with its outputs."""
-    if not is_against_dense(function) or next(task.model.parameters()).device == device:
+    """The dense net; in eval mode and on the device if the loss or the score compares with its outputs."""
+    if not is_against_dense(function):
+        return task.model
+    if next(task.model.parameters()).device == device:
         return task.model.eval()
     return place(copied(task.model), device, channels_last=task.channels_last).eval()
 
@@ -146,15 +146,15 @@ def loss_on(model: nn.Module, task: Task, split: Dataset[Any], *, seed: int, dev
     Else in training mode, with normalisation and dropout as in eval mode. What else is random there follows the seed.
     """
     total, function, dense = 0.0, _loss_on(task, device), dense_on(task, task.loss, device)
-    with seeded(seed, device), losing(model) if task.loss_in_training else nullcontext(model.eval()):
+    with seeded(seed, device), in_training_mode(model) if task.loss_in_training else nullcontext(model.eval()):
         for inputs, targets in batches(split, evaluation_batch(split), device=device):
-            outputs, targets = run_model(model, inputs), wanted(task.loss, dense, inputs, targets)
+            outputs, targets = run_model(model, inputs), targets_for(task.loss, dense, inputs, targets)
             total += batch_size(inputs) * float(function(outputs, targets))
     return total / size(split)
 
 
 @contextmanager
-def losing(model: nn.Module) -> Iterator[None]:
+def in_training_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into training mode, in which some models compute their losses, with normalisation and dropout in eval mode.
 
     On exit the model is in eval mode.

@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ranksearch.errors import StudyError
-from ranksearch.results.choosing import MIN_STANDARD_ERROR, SURE_ENOUGH, chance_within, choose, front_of, smallest_within
+from ranksearch.results.choosing import choose, front_of
 from ranksearch.results.limits import Limits
-from ranksearch.results.messages import Difference
-from tests.books import OBJECTIVES, finalist, trial
+from tests.books import OBJECTIVES, finalist, measured, trial
 
 clouds = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20)), min_size=1, max_size=25)
 limits_of_scores = st.none() | st.floats(0.89, 1.01)
@@ -71,38 +70,10 @@ def test_choosing_before_there_is_a_finalist():
         choose([replace(t, finalist=None) for t in front()], OBJECTIVES, dense_score=0.98)
 
 
-def measured(number, value, standard_error, ratio):
-    """A finalist whose validation score differs from the dense one, 0.98, by this value, with this standard error."""
-    half = 1.96 * standard_error
-    difference = Difference(value, value - half, value + half, standard_error)
-    return trial(number, 0.98 + value, ratio, finalist=replace(finalist(0.98 + value), difference_validation=difference))
-
-
-@given(st.floats(-0.1, 0.1), st.floats(0, 0.05), st.floats(0, 0.05))
-def test_the_chance_rises_with_score_and_margin_and_is_one_half_at_the_margin(value, margin, more):
-    def chance(value, margin):
-        return chance_within(measured(0, value, 0.004, 10), margin, 0.98)
-
-    assert 0 <= chance(value, margin) <= min(chance(value + more, margin), chance(value, margin + more)) <= 1
-    assert chance(-margin, margin) == pytest.approx(0.5, abs=1e-3)
-
-
 def test_a_smaller_model_is_passed_over_if_it_may_owe_its_score_to_luck():
     sure, lucky = measured(0, -0.004, 0.004, 20), measured(1, -0.009, 0.008, 60)
-    assert chance_within(lucky, 0.01, 0.98) < SURE_ENOUGH < chance_within(sure, 0.01, 0.98)
-    assert smallest_within([sure, lucky], 0.01, 0.98, OBJECTIVES) is sure
+    assert choose([sure, lucky], OBJECTIVES, dense_score=0.98, within=0.01) is sure
     assert choose([sure, lucky], OBJECTIVES, dense_score=0.98, within=0.02) is lucky
-
-
-def test_a_model_that_errs_where_the_dense_one_errs_is_within_any_margin():
-    same = measured(0, 0.0, 0.0, 20)
-    assert chance_within(same, 0.0, 0.98) == pytest.approx(0.5, abs=1e-4)
-    assert chance_within(same, 10 * MIN_STANDARD_ERROR, 0.98) == pytest.approx(1)
-
-
-def test_without_an_interval_the_score_alone_decides():
-    assert chance_within(trial(0, 0.97, 10), 0.01, 0.98) == 1
-    assert chance_within(trial(0, 0.9699, 10), 0.01, 0.98) == 0
 
 
 def test_choosing_within_a_margin_that_no_finalist_keeps():

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ranksearch.compress.export import load_model
+from ranksearch.compress.saved import load_model
 from ranksearch.errors import StudyError
 from ranksearch.plan import Plan
 from ranksearch.report import figures, points, summary, write_report

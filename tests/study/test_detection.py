@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import ranksearch
-from ranksearch.compress.export import export_model, load_model
+from ranksearch.compress.export import export_model
+from ranksearch.compress.saved import load_model
 from ranksearch.data import batches
 from ranksearch.errors import ModelError, StudyError
 from ranksearch.results.messages import Outcome

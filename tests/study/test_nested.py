@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import ranksearch
-from ranksearch.compress.export import export_model, load_model
+from ranksearch.compress.export import export_model
+from ranksearch.compress.saved import load_model
 from ranksearch.data import batches
 from ranksearch.results.messages import Outcome
 from ranksearch.support.batch import run_model
@@ -41,6 +42,11 @@ CASES = {
     ),
     "a dict with attributes": lambda: Task(
         nested.TwoHeads(nested.as_model_output), nested.splits(image), nested.loss_of_output, nested.score_of_output
+    ),
+    "a dict with its loss": lambda: Task(
+        nested.WithLoss(),
+        nested.splits(lambda image, vector, label: ({"image": image, "labels": label}, label)),
+        lambda outputs, targets: outputs.loss, lambda outputs, targets: nested.share_right(outputs.logits, targets),
     ),
     "siamese": lambda: Task(
         nested.Siamese(), nested.splits(lambda image, vector, label: ([image, image.flip(1) * vector[0]], label)),

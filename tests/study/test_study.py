@@ -13,7 +13,7 @@ import torch
 
 import ranksearch
 from ranksearch import Splits
-from ranksearch.compress.export import load_model
+from ranksearch.compress.saved import load_model
 from ranksearch.console import Silent, next_steps
 from ranksearch.errors import ModelError, SpecError, StudyError
 from ranksearch.report import write_report

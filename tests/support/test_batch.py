@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from ranksearch.data import Batched
 from ranksearch.errors import DataError
 from ranksearch.support.batch import (
     batch_shapes,
@@ -100,6 +101,21 @@ def test_a_list_per_input_is_cut_and_joined_with_the_tensors():
     assert isinstance(parts[0]["images"], PerInput)
     assert batch_shapes(concatenate(parts)) == batch_shapes(batch)
     assert input_shapes(batch) == {"images": [(3, 4, 5), (3, 5, 5), (3, 6, 5)], "scale": ()}
+
+
+def test_a_split_that_makes_nested_batches_gives_single_inputs():
+    class Both(Batched):
+        def __len__(self):
+            return 5
+
+        def batch(self, chosen, device):
+            return {"image": chosen[:, None].float().expand(-1, 3), "index": (chosen,)}, chosen
+
+        def only(self, chosen):
+            raise NotImplementedError
+
+    inputs, target = Both()[-1]
+    assert (inputs["image"].tolist(), int(inputs["index"][0]), int(target)) == ([4, 4, 4], 4, 4)
 
 
 def found(*counts):

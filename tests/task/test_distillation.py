@@ -14,6 +14,7 @@ from ranksearch.cli import main
 from ranksearch.errors import ModelError
 from ranksearch.spec import load_spec
 from ranksearch.study import folder
+from ranksearch.study.narrowing import _losses
 from ranksearch.task import training
 from ranksearch.task.checks import check_outputs
 from ranksearch.task.distillation import agreement, explained_variance, kl_divergence, mean_squared_error
@@ -80,6 +81,18 @@ def test_the_dense_net_agrees_with_itself_and_teaches_another():
         pass
     assert training.score(pupil, given, given.data.validation, device=CPU) > max(0.5, first)
     assert all(torch.equal(value, before[name]) for name, value in given.model.state_dict().items())
+
+
+@pytest.mark.parametrize(("loss", "score"), [(kl_divergence, agreement), (mean_squared_error, explained_variance)])
+def test_channels_are_chosen_by_a_loss_with_a_gradient_at_the_dense_net(loss, score, trained):
+    given = task(loss, score, trained.model.eval())
+    for each, zero in (
+        (lambda model: loss(model(given.data.train.tensors[0]), model(given.data.train.tensors[0]).detach()), True),
+        (_losses(given, 0)[0], False),
+    ):
+        model = training.copied(given.model)
+        each(model).backward()
+        assert (float(model.conv1.weight.grad.abs().max()) < 1e-6) is zero
 
 
 def blank_digits():
