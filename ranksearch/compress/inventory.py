@@ -16,7 +16,6 @@ from ranksearch.compress.checks import check_uncompiled, check_weights, name_of,
 from ranksearch.compress.plain import (
     FORWARDS,
     Plain,
-    base_of,
     holds_other_hooks,
     is_computed,
     is_parametrised,
@@ -25,6 +24,7 @@ from ranksearch.compress.plain import (
     weights_behind,
 )
 from ranksearch.compress.stand_ins import UNCALLED, Pass, evaluating, tensors_of, why_not_replaced
+from ranksearch.compress.torch_calls import base_of
 from ranksearch.compress.watch import Watch
 from ranksearch.errors import ModelError
 from ranksearch.methods.layer import (

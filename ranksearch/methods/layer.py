@@ -9,13 +9,13 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
-PlainConv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+OrdinaryConv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-Conv = PlainConv | Transposed
-PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Conv = OrdinaryConv | Transposed
+ORDINARY = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-CONVOLUTIONS = (*PLAIN, *TRANSPOSED)
-MAX_DIMS = len(PLAIN)
+CONVOLUTIONS = (*ORDINARY, *TRANSPOSED)
+MAX_DIMS = len(ORDINARY)
 """The most dimensions of a kernel that torch can convolve with."""
 
 Padding: TypeAlias = tuple[tuple[int, int], ...]

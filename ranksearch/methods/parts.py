@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ranksearch.methods.layer import CONVOLUTIONS, PLAIN, TRANSPOSED, Call, Padding, as_weight, groups_of
+from ranksearch.methods.layer import CONVOLUTIONS, ORDINARY, TRANSPOSED, Call, Padding, as_weight, groups_of
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -55,8 +55,8 @@ class Part:
         dims, groups = len(weight) - 2, groups_of(dense)
         into, out = groups * self.into, groups * self.out
         if not self.axes:
-            return PLAIN[dims - 1](into, out, 1, groups=groups, bias=bias, device=META_DEVICE)
-        kind = TRANSPOSED if isinstance(dense, TRANSPOSED) else PLAIN
+            return ORDINARY[dims - 1](into, out, 1, groups=groups, bias=bias, device=META_DEVICE)
+        kind = TRANSPOSED if isinstance(dense, TRANSPOSED) else ORDINARY
         size, groups = self._along(weight[2:], 1), into if self.depthwise else groups
         return kind[dims - 1](into, out, size, groups=groups, bias=bias, device=META_DEVICE, **self._settings(dense))  # type: ignore[arg-type]
 

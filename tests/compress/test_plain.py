@@ -15,9 +15,8 @@ from torch.nn.utils import parametrizations
 from ranksearch.compress.inventory import inventory
 from ranksearch.compress.merging import merge_
 from ranksearch.compress.profile import profile
-from ranksearch.compress.saved import check_reloading, load_model, write_model
+from ranksearch.compress.saved import check_reloading, load_model, save_model
 from ranksearch.compress.surgery import copied, factorize_
-from ranksearch.compress.weights import weights_of
 from ranksearch.compress.whitening import POSITIONS_PER_INPUT, whitenings
 from ranksearch.errors import PlanError
 from ranksearch.plan import CP, Plan, Tucker2
@@ -156,7 +155,7 @@ def test_a_compressed_model_is_the_same_after_saving_and_loading(name, tmp_path)
     fresh = nn.Sequential(OrderedDict(layer=COMPUTED[name][0]())).double()
     for method, ranks, built in itertools.islice(each(model, layer), 4):
         plan = Plan.of({"layer": method.value(layer, ranks)})
-        write_model(tmp_path, plan, weights_of(built))
+        save_model(built, plan, tmp_path)
         assert torch.equal(load_model(fresh, tmp_path)(inputs), built(inputs))
         check_reloading(model, copied(fresh), plan, torch.cat([inputs, inputs]))
 
