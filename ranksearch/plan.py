@@ -29,8 +29,8 @@ class Factorization:
     the axes in the flattened row from slowest to fastest, 0 for the channels, 1 and up for the positions: (1, 2, 0) if the
     channels were last.
 
-    `padding` holds the zeros around the input, (before, after) for each axis, of a layer that puts them there itself, since
-    their number may depend on the size of the input; None for any other layer.
+    `padding` holds the zeros around the input, (before, after) for each axis, of a layer that pads by the size of its input, as
+    TensorFlow does; None for any other layer.
     """
 
     method: ClassVar[str]

@@ -208,9 +208,9 @@ def computed() -> nn.Sequential:
         OrderedDict(
             conv1=Standardised(1, 8, 3, padding=1),
             relu1=nn.ReLU(),
-            conv2=Same(8, 16, 3, stride=2),
+            conv2=Same(8, 16, 3, stride=2, groups=2),
             relu2=nn.ReLU(),
-            conv3=normalised(nn.Conv2d(16, 16, 3, padding=1)),
+            conv3=normalised(nn.Conv2d(16, 16, 3, padding=1, groups=2)),
             relu3=nn.ReLU(),
             flatten=nn.Flatten(),
             fc1=nn.utils.parametrizations.spectral_norm(nn.Linear(16 * 4 * 4, 32)),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ranksearch.compress.flat import Flat, Plain
+from ranksearch.compress.flat import Flat, PlainOutputs
 from ranksearch.compress.saved import largest, load_model, write_model
 from ranksearch.compress.weights import weights_of
 from ranksearch.errors import StudyError, first_line
@@ -182,7 +182,7 @@ def export_pt2(model: nn.Module, inputs: Any, target: Path, *, original: nn.Modu
         with torch.no_grad():
             plain = is_plain(run_model(model, two))
         program = torch.export.export(
-            model if plain else Plain(model), args, kwargs, dynamic_shapes=map_tensors(_free_batch, dict(bound))
+            model if plain else PlainOutputs(model), args, kwargs, dynamic_shapes=map_tensors(_free_batch, dict(bound))
         )
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):

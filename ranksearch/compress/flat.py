@@ -30,7 +30,7 @@ class Flat(nn.Module):
         return tuple(tensors_in(run_model(self.model, map_tensors(lambda place: next(left), self.places[0]))))
 
 
-class Plain(nn.Module):
+class PlainOutputs(nn.Module):
     """Called as the model, and gives the same outputs, but as plain dicts where they are subclasses of dict or dataclasses."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -16,7 +16,6 @@ from ranksearch.compress.checks import check_uncompiled, check_weights, name_of,
 from ranksearch.compress.plain import (
     FORWARDS,
     Plain,
-    base_of,
     holds_other_hooks,
     is_computed,
     is_parametrised,
@@ -25,6 +24,7 @@ from ranksearch.compress.plain import (
     weights_behind,
 )
 from ranksearch.compress.stand_ins import UNCALLED, Pass, evaluating, tensors_of, why_not_replaced
+from ranksearch.compress.torch_calls import base_of
 from ranksearch.compress.watch import Watch
 from ranksearch.errors import ModelError
 from ranksearch.methods.layer import (
@@ -34,7 +34,6 @@ from ranksearch.methods.layer import (
     TRANSPOSED,
     Call,
     Layer,
-    Padding,
     groups_of,
     is_small_depthwise,
     kernel_shape,
@@ -117,7 +116,7 @@ def inventory(model: nn.Module, example: Any) -> Inventory:
         raise ModelError(f"The model must have a decomposable layer, but has none ({why}).")
     account = account_of(watch, layers, skipped, used, batch)
     macs = sum(entry.macs for entry in account)
-    permanent = {layer.name: words for layer in layers if (words := _permanent(watch.candidates[layer.name], layer.padding))}
+    permanent = {layer.name: words for layer in layers if (words := _permanent(watch.candidates[layer.name], layer))}
     return Inventory(tuple(layers), skipped, count_params(model), macs, permanent=permanent, account=account)
 
 
@@ -214,9 +213,10 @@ def _why_skipped(name: str, module: nn.Module, watch: Watch) -> str | None:
     inputs = [shape for shape, _ in watch.shapes[name]]
     if not all(_has_batch(module, shape) for shape in inputs):
         return "it is called without a batch dimension"
-    if _plain(module).pads:
+    plain = _plain(module)
+    if plain.around is not None:
         paddings = {padding_at(module, shape) for shape in inputs}
-        if None in paddings:
+        if None in paddings or not (plain.varies or paddings == {plain.around}):
             return _computes_more(module)
         if len(paddings) > 1:
             return "it pads its inputs by their size, which differs from call to call"
@@ -261,14 +261,11 @@ def _plain(module: nn.Module) -> Plain:
     return plain
 
 
-def _permanent(module: nn.Module, padding: Padding | None) -> str:
+def _permanent(module: nn.Module, layer: Layer) -> str:
     """What the factorization of a layer keeps that the layer computes in each pass; empty for a plain layer."""
-    if not is_computed(module):
-        return ""
-    plain = _plain(module)
-    computed = is_parametrised(module) or not torch.equal(plain.layer.weight, module.weight)  # type: ignore[arg-type]
+    computed = is_parametrised(module) or not torch.equal(_plain(module).layer.weight, module.weight)  # type: ignore[arg-type]
     kept = ["the weight computed in each pass"] if computed else []
-    return " and ".join(kept + ([f"the padding of inputs of this size, {padding}"] if plain.varies else []))
+    return " and ".join(kept + ([f"the padding of inputs of this size, {layer.padding}"] if layer.padding else []))
 
 
 def _describe(name: str, watch: Watch, batch: int) -> Layer:
@@ -277,7 +274,7 @@ def _describe(name: str, watch: Watch, batch: int) -> Layer:
     kind = base_of(module).__name__
     about = Layer(
         name, kind, kernel_shape(plain.layer), plain.layer.bias is not None,
-        padding=padding_at(module, shapes[0][0]) if plain.pads else None,
+        padding=padding_at(module, shapes[0][0]) if plain.varies else None,
         held=sum(parameter.numel() for parameter in module.parameters()) if is_computed(module) else None,
         groups=groups_of(plain.layer), transposed=isinstance(plain.layer, TRANSPOSED),
     )  # fmt: skip

@@ -13,7 +13,7 @@ from ranksearch.compress.surgery import PERMANENT, kernel_of
 from ranksearch.errors import PlanError, nearest
 from ranksearch.methods import Part, Shape, method_of
 from ranksearch.methods.groups import shape_of_group, shape_of_stack, split, stack
-from ranksearch.methods.layer import CONVOLUTIONS, PLAIN, TRANSPOSED, Conv, as_kernel, as_weight, groups_of
+from ranksearch.methods.layer import CONVOLUTIONS, ORDINARY, TRANSPOSED, Conv, as_kernel, as_weight, groups_of
 from ranksearch.methods.parts import META_DEVICE, built, composed
 from ranksearch.plan import Factorization, Plan
 
@@ -118,7 +118,7 @@ def _empty(about: dict[str, object], *, bias: bool) -> nn.Linear | Conv:
     """The dense layer on the device "meta"."""
     if "in_features" in about:
         return nn.Linear(about["in_features"], about["out_features"], bias=bias, device=META_DEVICE)  # type: ignore[arg-type]
-    kinds, settings = (TRANSPOSED, (*SETTINGS, "output_padding")) if about["transposed"] else (PLAIN, SETTINGS)
+    kinds, settings = (TRANSPOSED, (*SETTINGS, "output_padding")) if about["transposed"] else (ORDINARY, SETTINGS)
     kind = kinds[len(about["kernel_size"]) - 1]  # type: ignore[arg-type]
     return kind(**{name: about[name] for name in settings}, bias=bias, device=META_DEVICE)  # type: ignore[arg-type]
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ranksearch.methods.layer import TRANSPOSED, Conv, PlainConv, Transposed
+from ranksearch.methods.layer import TRANSPOSED, Conv, OrdinaryConv, Transposed
 
 
 def patches(module: Conv, inputs: Tensor, draw: Callable[[int], Tensor]) -> Tensor:
@@ -35,7 +35,7 @@ def patches(module: Conv, inputs: Tensor, draw: Callable[[int], Tensor]) -> Tens
     return taken.flip(tuple(range(2, taken.dim()))) if isinstance(module, TRANSPOSED) else taken
 
 
-def _padded(module: PlainConv, inputs: Tensor) -> Tensor:
+def _padded(module: OrdinaryConv, inputs: Tensor) -> Tensor:
     """The inputs with the convolution's padding."""
     amounts: list[int] = []
     for axis in reversed(range(len(module.kernel_size))):

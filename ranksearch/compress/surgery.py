@@ -158,9 +158,9 @@ def plain_layer(name: str, module: nn.Module, value: Factorization) -> Plain:
             f"A plan must name the padding of a layer that pads by the size of its input, but has none for {name!r}; write "
             "padding=((before, after), ...), one pair for each axis."
         )
-    axes = len(getattr(plain.layer, "kernel_size", ())) if plain.pads else 0
+    axes = len(getattr(plain.layer, "kernel_size", ())) if plain.varies else 0
     if value.padding is not None and len(value.padding) != axes:
-        needs = f"needs padding of {axes} axes" if axes else "pads as its attributes say and needs no padding"
+        needs = f"needs padding of {axes} axes" if axes else "does not pad by the size of its input and needs no padding"
         raise PlanError(f"Layer {name!r} {needs}, but the plan has padding={value.padding}; it was made for another model.")
     return plain
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.methods.groups import shape_of_stack, split, stack
-from ranksearch.methods.layer import Call, Layer, Padding, groups_of
-from ranksearch.methods.parts import Part, Shape, assemble, builders, built, built_factors, composed
+from ranksearch.methods.layer import Layer, Padding, groups_of
+from ranksearch.methods.parts import Part, Shape, assemble, builders, built, built_factors, composed, map_sizes
 from ranksearch.plan import Factorization
 from ranksearch.tensors.matrix import Principal, norm_of
 
@@ -257,18 +257,10 @@ class Method(abc.ABC):
         """For each part, the number of positions of its output for one input, over all calls, or of its input if `before`."""
         counts = [0] * len(self._structure(layer.weight))
         for call in layer.calls:
-            sizes = self._sizes(layer.weight, call)
+            sizes = map_sizes(self._structure(layer.weight), call)
             for index, size in enumerate(sizes[:-1] if before else sizes[1:]):
                 counts[index] += math.prod(size) * call.times
         return tuple(counts)
-
-    def _sizes(self, weight: Shape, call: Call) -> list[tuple[int, ...]]:
-        """The sizes of the map before the first part and after each part."""
-        sizes = [call.in_size]
-        for part in self._structure(weight):
-            after = enumerate(zip(sizes[-1], call.out_size, strict=True))
-            sizes.append(tuple(out if axis in part.axes else size for axis, (size, out) in after))
-        return sizes
 
     def _part_macs(self, layer: Layer, ranks: tuple[int, ...], counted: tuple[int, ...]) -> list[int]:
         """Multiply-accumulates of each part for one input with the ranks `counted`; 0 if it is not built at `ranks`."""

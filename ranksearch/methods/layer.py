@@ -9,13 +9,13 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
-PlainConv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+OrdinaryConv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-Conv = PlainConv | Transposed
-PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Conv = OrdinaryConv | Transposed
+ORDINARY = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-CONVOLUTIONS = (*PLAIN, *TRANSPOSED)
-MAX_DIMS = len(PLAIN)
+CONVOLUTIONS = (*ORDINARY, *TRANSPOSED)
+MAX_DIMS = len(ORDINARY)
 """The most dimensions of a kernel that torch can convolve with."""
 
 Padding: TypeAlias = tuple[tuple[int, int], ...]
@@ -116,7 +116,7 @@ class Layer:
         flattened: whether it is a fully connected layer behind a flatten. Then `weight` and the sizes are those of a
             convolution with a kernel that covers the whole map, as in the thesis.
         order: as `Factorization.order`: the order of the map's axes in the flattened row, if channels do not come first.
-        padding: as `Factorization.padding`: the zeros around its input, if its own forward puts them there.
+        padding: as `Factorization.padding`: the zeros around its input, if their number depends on the input's size.
         held: the parameters that it holds, if it computes its weight from them; None if they are kernel and bias.
         latency: its latency, once it was measured.
         groups: the number of groups of its channels.

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ranksearch.methods.layer import CONVOLUTIONS, PLAIN, TRANSPOSED, Padding, as_weight, groups_of
+from ranksearch.methods.layer import CONVOLUTIONS, ORDINARY, TRANSPOSED, Call, Padding, as_weight, groups_of
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -55,8 +55,8 @@ class Part:
         dims, groups = len(weight) - 2, groups_of(dense)
         into, out = groups * self.into, groups * self.out
         if not self.axes:
-            return PLAIN[dims - 1](into, out, 1, groups=groups, bias=bias, device=META_DEVICE)
-        kind = TRANSPOSED if isinstance(dense, TRANSPOSED) else PLAIN
+            return ORDINARY[dims - 1](into, out, 1, groups=groups, bias=bias, device=META_DEVICE)
+        kind = TRANSPOSED if isinstance(dense, TRANSPOSED) else ORDINARY
         size, groups = self._along(weight[2:], 1), into if self.depthwise else groups
         return kind[dims - 1](into, out, size, groups=groups, bias=bias, device=META_DEVICE, **self._settings(dense))  # type: ignore[arg-type]
 
@@ -108,6 +108,15 @@ def built_factors(parts: Sequence[Part], factors: Sequence[Tensor]) -> tuple[Ten
                 product = torch.tensordot(other, factor, ([1], [0])).movedim(-1, 1)
             made[builder] = product.to(factors[index].dtype)
     return tuple(factor for index, factor in enumerate(made) if indices[index] == index)
+
+
+def map_sizes(parts: Sequence[Part], call: Call) -> list[tuple[int, ...]]:
+    """The sizes of the map before the first part and after each part, in a call of the layer."""
+    sizes = [call.in_size]
+    for part in parts:
+        after = enumerate(zip(sizes[-1], call.out_size, strict=True))
+        sizes.append(tuple(out if axis in part.axes else size for axis, (size, out) in after))
+    return sizes
 
 
 def assemble(

@@ -17,7 +17,7 @@ from ranksearch.compress.weights import check_state, digest_of
 from ranksearch.console import View
 from ranksearch.data import batches, check_splits, example
 from ranksearch.engines.shared_memory import check_portable
-from ranksearch.errors import SpecError, StudyError
+from ranksearch.errors import ModelError, SpecError, StudyError
 from ranksearch.latency.table import Table
 from ranksearch.plan import Plan
 from ranksearch.results.scores import is_percent
@@ -30,6 +30,8 @@ from ranksearch.study.inputs import inputs_of
 from ranksearch.study.options import Options
 from ranksearch.study.probing import read_user_plans
 from ranksearch.study.timing import time_layers
+from ranksearch.support.batch import batch_shapes
+from ranksearch.support.seeds import seeded
 from ranksearch.task import training
 from ranksearch.task.checks import check_arguments, check_float32, check_outputs
 from ranksearch.task.distillation import is_against_dense
@@ -71,6 +73,7 @@ def check_inputs(spec: StudySpec, out: Path, options: Options, task: Task | None
     task = replace(task, channels_last=training.takes_channels_last(task))
     layers, table = time_layers(spec, task, layers, device, out, view, fresh=options.fresh)
     space = space_of(spec.space, layers)
+    _check_sizes(task, space)
     if spec.space.widths == (1.0,):
         check_limits(spec.search.limits, Bases.of(space, layers))
     check_reloading(task.model, fresh, _smallest_layer(space), next(batches(task.data.train, 2))[0])
@@ -85,6 +88,22 @@ def check_inputs(spec: StudySpec, out: Path, options: Options, task: Task | None
     if options.engine.workers != 0:
         check_portable(task)
     return Checked(task, device, layers, table, space, user_plans, inputs, model_given)
+
+
+def _check_sizes(task: Task, space: SearchSpace) -> None:
+    """Raise `ModelError` if a layer pads by the size of its input, and not all splits have inputs of one size."""
+    name = next((axis.layer.name for axis in space.axes if axis.layer.padding), None)
+    if name is None:
+        return
+    with seeded(0):  # reading an input may draw random numbers
+        splits = {"train": task.data.train, "validation": task.data.validation, "test": task.data.test}
+        shapes = {split: batch_shapes(example(data)) for split, data in splits.items()}
+    odd = next((split for split, shape in shapes.items() if shape != shapes["train"]), None)
+    if odd:
+        raise ModelError(
+            f"Inputs must have one size if a layer pads by it, as {name!r} does, but those of 'train' have the shape "
+            f"{shapes['train']} and those of {odd!r} {shapes[odd]}; give them one size, or leave the layer out by space.skip."
+        )
 
 
 def choose_device(name: str) -> torch.device:

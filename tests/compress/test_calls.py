@@ -6,9 +6,8 @@ from torch import nn
 
 from ranksearch.compress.inventory import count_macs, count_params, inventory
 from ranksearch.compress.profile import profile
-from ranksearch.compress.saved import check_reloading, load_model, write_model
+from ranksearch.compress.saved import check_reloading, load_model, save_model
 from ranksearch.compress.surgery import copied, factorize_
-from ranksearch.compress.weights import weights_of
 from ranksearch.compress.whitening import whitenings
 from ranksearch.latency.forms import time_forms
 from ranksearch.latency.runtimes import UserFunction
@@ -87,7 +86,7 @@ def test_the_full_rank_computes_the_net_and_the_same_after_loading(name, tmp_pat
     assert_close(factorize_(copied(model), full)(several), model(several))
     for plan in plans(found):
         built = factorize_(copied(model), plan)
-        write_model(tmp_path, plan, weights_of(built))
+        save_model(built, plan, tmp_path)
         assert torch.equal(load_model(NETS[name][0]().double(), tmp_path)(inputs), built(inputs))
         check_reloading(model, NETS[name][0]().double(), plan, several)
 

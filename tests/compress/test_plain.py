@@ -15,9 +15,8 @@ from torch.nn.utils import parametrizations
 from ranksearch.compress.inventory import inventory
 from ranksearch.compress.merging import merge_
 from ranksearch.compress.profile import profile
-from ranksearch.compress.saved import check_reloading, load_model, write_model
+from ranksearch.compress.saved import check_reloading, load_model, save_model
 from ranksearch.compress.surgery import copied, factorize_
-from ranksearch.compress.weights import weights_of
 from ranksearch.compress.whitening import POSITIONS_PER_INPUT, whitenings
 from ranksearch.errors import PlanError
 from ranksearch.plan import CP, Plan, Tucker2
@@ -156,7 +155,7 @@ def test_a_compressed_model_is_the_same_after_saving_and_loading(name, tmp_path)
     fresh = nn.Sequential(OrderedDict(layer=COMPUTED[name][0]())).double()
     for method, ranks, built in itertools.islice(each(model, layer), 4):
         plan = Plan.of({"layer": method.value(layer, ranks)})
-        write_model(tmp_path, plan, weights_of(built))
+        save_model(built, plan, tmp_path)
         assert torch.equal(load_model(fresh, tmp_path)(inputs), built(inputs))
         check_reloading(model, copied(fresh), plan, torch.cat([inputs, inputs]))
 
@@ -243,8 +242,8 @@ REFUSED = {
     ),
     "padding of a plain layer": (
         nn.Conv2d(4, 6, 3), CP(2, padding=((0, 1), (0, 1))),
-        "Layer 'layer' pads as its attributes say and needs no padding, but the plan has padding=((0, 1), (0, 1)); it was made "
-        "for another model.",
+        "Layer 'layer' does not pad by the size of its input and needs no padding, but the plan has padding=((0, 1), (0, 1)); it "
+        "was made for another model.",
     ),
 }  # fmt: skip
 
@@ -255,10 +254,11 @@ def test_a_plan_whose_padding_does_not_fit_is_refused(layer, value, message):
         factorize_(nn.Sequential(OrderedDict(layer=layer)), {"layer": value})
 
 
-def test_a_plan_may_leave_out_a_padding_that_does_not_depend_on_the_size():
-    model, inputs, layer = made("same")
+@pytest.mark.parametrize("name", ["same", "zeros before"])
+def test_a_plan_leaves_out_a_padding_that_does_not_depend_on_the_size(name):
+    model, inputs, layer = made(name)
     full = BY_NAME["tucker2"].bounds(layer.weight)
-    assert layer.padding == ((1, 1), (1, 1))
+    assert layer.padding is None
     assert_close(factorize_(copied(model), {"layer": Tucker2(*full)})(inputs), model(inputs))
 
 
