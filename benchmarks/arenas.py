@@ -24,10 +24,10 @@ from ranksearch.compress.whitening import inputs_wanted
 from ranksearch.console import Silent
 from ranksearch.data import example, sample, sample_inputs
 from ranksearch.methods import METHODS
-from ranksearch.methods.layer import Layer
+from ranksearch.methods.layer import Call, Layer
 from ranksearch.plan import SVD, Dense, Factorization, Plan, Tucker2
 from ranksearch.results.messages import Job, Result, Stage
-from ranksearch.results.record import Probe
+from ranksearch.results.record import DEFAULT_STANDARD_ERROR, Probe
 from ranksearch.spec import StudySpec, load_spec
 from ranksearch.strategy.predicted_front import Choice
 from ranksearch.strategy.sensitivity import predicted_choices, values_to_probe
@@ -35,9 +35,10 @@ from ranksearch.strategy.space import SearchSpace, make_space
 from ranksearch.study.dense import load_weights, train_dense
 from ranksearch.support.files import write_whole
 from ranksearch.task import training
+from ranksearch.task.bootstrap import standard_error
 from ranksearch.task.checkpoint import Checkpoint
 from ranksearch.task.evaluation import Evaluator
-from ranksearch.task.task import load_task
+from ranksearch.task.task import load_task, predict
 
 CPU = torch.device("cpu")
 METHODS_SEARCHED = ("tucker2", "cp", "svd")
@@ -75,7 +76,9 @@ class Trained:
         )  # fmt: skip
         fewer = replace(task.data, train=sample(task.data.train, trained_on, seed=spec.seed))
         self._evaluate = Evaluator(replace(task, data=fewer), self.profile, spec.finetune, spec.finalists, "cpu")
-        self.dense_score = training.score(task.model, task, task.data.validation, device=CPU)
+        outputs, targets = predict(task.model, task.data.validation)
+        self.dense_score = task.score(outputs, targets)
+        self.noise = standard_error(task.score, outputs, targets, seed=spec.seed) or DEFAULT_STANDARD_ERROR
         self.dense_test = training.score(task.model, task, task.data.test, device=CPU)
         self.epochs = spec.finetune.epochs
         self.dense_loss, self.probes, self.probe_seconds = self._probed()
@@ -152,6 +155,8 @@ class Simulated:
 
     epochs = 3
     dense_score = dense_test = 0.9
+    noise = 0.003
+    """The standard deviation of the noise of a score."""
     probe_seconds = 0.0
 
     def __init__(self, seed: int = 0) -> None:
@@ -192,7 +197,7 @@ class Simulated:
         # The test score is the score without the noise of the validation split.
         true = [last + (first - last) * 0.4**epoch for epoch in range(self.epochs + 1)]
         seconds = tuple(0.1 + epoch for epoch in range(self.epochs + 1))
-        return Run(tuple(score + draw.gauss(0.0, 0.003) for score in true), seconds, true[-1])
+        return Run(tuple(score + draw.gauss(0.0, self.noise) for score in true), seconds, true[-1])
 
     def _square(self, layer: Layer, value: Factorization) -> float:
         """The squared relative error of a choice."""
@@ -225,15 +230,15 @@ def _tail(rank: int, full: int, power: float) -> float:
     return max(0.0, 1 - energy(min(rank, full)) / energy(full))
 
 
-def _resnet50() -> list[tuple[str, tuple[str, tuple[int, ...], bool, tuple[int, ...], tuple[int, ...]]]]:
+def _resnet50() -> list[tuple[str, tuple[str, tuple[int, ...], bool, tuple[Call, ...]]]]:
     """Names and shapes of the layers to decompose: the stem, three convolutions in each block, the classifier."""
-    found = [("stem", ("Conv2d", (64, 3, 7, 7), False, (224, 224), (112, 112)))]
+    found = [("stem", ("Conv2d", (64, 3, 7, 7), False, (Call((224, 224), (112, 112)),)))]
     into, side = 64, 56
     for stage, (width, blocks) in enumerate(zip((64, 128, 256, 512), (3, 4, 6, 3), strict=True), start=1):
         for block in range(1, blocks + 1):
             for part, (out, taken, size) in enumerate(((width, into, 1), (width, width, 3), (4 * width, width, 1)), start=1):
-                about = ("Conv2d", (out, taken, size, size), False, (side, side), (side, side))
+                about = ("Conv2d", (out, taken, size, size), False, (Call((side, side), (side, side)),))
                 found.append((f"stage{stage}.{block}.conv{part}", about))
             into = 4 * width
         side //= 2
-    return [*found, ("fc", ("Linear", (1000, 2048), True, (), ()))]
+    return [*found, ("fc", ("Linear", (1000, 2048), True, (Call(),)))]

@@ -17,9 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID,
 from rich.table import Table
 from rich.text import Text
 
+from ranksearch.results.account import Part, listed
 from ranksearch.results.costs import COSTS, Cost, Costed, costs_of
 from ranksearch.results.messages import CurvePoint, Outcome
-from ranksearch.results.record import Control, DenseFacts, LayerFacts, StudyFacts, StudyRecord, TrialRecord
+from ranksearch.results.record import Control, DenseFacts, LayerFacts, StudyFacts, StudyRecord
+from ranksearch.results.scores import is_percent
+from ranksearch.results.trials import TrialRecord
 
 QUIET_SECONDS = 60.0
 """After this many seconds without output a log gets a line about the progress of the stage."""
@@ -193,10 +196,10 @@ def clock(seconds: float) -> str:
 
 
 def score_text(score: float | None, score_name: str) -> str:
-    """A score as people read it: accuracy as per cent, any other with four decimals."""
+    """A score as people read it: accuracy and agreement as per cent, any other with four decimals."""
     if score is None:
         return "-"
-    return f"{score * 100:.1f} %" if score_name == "accuracy" else f"{score:.4f}"
+    return f"{score * 100:.1f} %" if is_percent(score_name) else f"{score:.4f}"
 
 
 def short_outcome(record: TrialRecord, facts: StudyFacts) -> str:
@@ -281,7 +284,8 @@ class Look:
     """The data that `ranksearch layers` shows."""
 
     layers: tuple[LayerFacts, ...]
-    skipped: Mapping[str, str]
+    account: tuple[Part, ...]
+    permanent: Mapping[str, str]
     params: int
     macs: int
     costs: Mapping[str, tuple[tuple[str, int], ...]]
@@ -317,9 +321,24 @@ def layers_table(look: Look) -> Table:
 
 
 def layers_summary(look: Look) -> str:
-    """The totals, the skipped layers with the reasons, and a note if the weights are untrained."""
+    """The totals and where they are, what becomes permanent, and a note if the weights are untrained."""
     lines = [f"{look.params:,} parameters, {look.macs:,} MACs for one input"]
-    lines += [f"skipped {name}: {reason}" for name, reason in look.skipped.items()]
+    lines += [_part_line(part, look) for part in look.account]
+    if unused := sum(part.unused for part in look.account):
+        names = [name for part in look.account if part.unused for name in part.modules]
+        lines.append(f"no pass uses {unused:,} parameters, {unused / look.params:.1%} of all: {listed(names)}")
+    lines += [f"made permanent where decomposed, {name}: {words}" for name, words in look.permanent.items()]
     if not look.trained:
         lines.append("The dense net is not trained yet: these VBMF ranks are of its initial weights.")
     return "\n".join(lines)
+
+
+def _part_line(part: Part, look: Look) -> str:
+    """One line: `skipped conv: it is depthwise (0.3% of the parameters, 1.2% of the MACs)`."""
+    shares = f"{_share(part.params, look.params)} of the parameters, {_share(part.macs, look.macs)} of the MACs"
+    named = part.title.startswith(f"skipped {part.modules[0]}: ")
+    return f"{part.title} ({shares})" if named else f"{part.title}: {shares} ({part.names})"
+
+
+def _share(count: int, whole: int) -> str:
+    return "<0.1%" if 0 < count < 0.0005 * whole else f"{count / whole:.1%}"

@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 from ranksearch.errors import PlanError, nearest
 
 FORMAT = "ranksearch-plan/1"
+OPTIONAL = ("kernel", "order", "padding")
+"""The fields of a factorization beside its ranks."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,16 @@ class Factorization:
     size of that map, such as (6, 6), and None otherwise. If the channels were not the first axis of the map, `order` lists
     the axes in the flattened row from slowest to fastest, 0 for the channels, 1 and up for the positions: (1, 2, 0) if the
     channels were last.
+
+    `padding` holds the zeros around the input, (before, after) for each axis, of a layer that puts them there itself, since
+    their number may depend on the size of the input; None for any other layer.
     """
 
     method: ClassVar[str]
     title: ClassVar[str]
     kernel: tuple[int, ...] | None = field(default=None, kw_only=True)
     order: tuple[int, ...] | None = field(default=None, kw_only=True)
+    padding: tuple[tuple[int, int], ...] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in self.rank_names():
@@ -50,6 +56,13 @@ class Factorization:
                     f"kernel={self.kernel!r}."
                 )
             object.__setattr__(self, "order", tuple(self.order))
+        if self.padding is not None:
+            if not (isinstance(self.padding, Sequence) and self.padding and all(map(_is_pair, self.padding))):
+                raise PlanError(
+                    "A padding must be pairs of whole numbers of at least 0, one for each axis, but "
+                    f"{self.method} got padding={self.padding!r}."
+                )
+            object.__setattr__(self, "padding", tuple(map(tuple, self.padding)))
 
     @classmethod
     @functools.cache
@@ -235,6 +248,7 @@ class Plan:
             | dict(zip(value.rank_names(), value.ranks, strict=True))
             | ({"kernel": list(value.kernel)} if value.kernel else {})
             | ({"order": list(value.order)} if value.order else {})
+            | ({"padding": list(map(list, value.padding))} if value.padding else {})
             for name, value in self
         }
         width = {} if self.width == 1 else {"width": self.width}
@@ -281,6 +295,10 @@ def _is_natural(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_natural, value))
+
+
 def _objects(data: Any, key: str) -> dict[str, dict[str, Any]]:
     """The object under a key of a narrowing, whose values are objects, too."""
     found = data[key]
@@ -317,8 +335,8 @@ def _factorization(layer: str, entry: Any) -> Factorization:
     if not isinstance(method, str) or method not in KINDS:
         raise PlanError(f"Layer {layer!r} must name a known method, but got {method!r}.{nearest(str(method), KINDS)}")
     kind = KINDS[method]
-    got, expected = set(entry) - {"method", "kernel", "order"}, kind.rank_names()
+    got, expected = set(entry) - {"method", *OPTIONAL}, kind.rank_names()
     if got != set(expected):
         ranks = ", ".join(expected) or "no rank"
         raise PlanError(f"Layer {layer!r}: method {method!r} takes {ranks}, but got {', '.join(sorted(got)) or 'none'}.")
-    return kind(*(entry[name] for name in expected), kernel=entry.get("kernel"), order=entry.get("order"))
+    return kind(*(entry[name] for name in expected), **{name: entry.get(name) for name in OPTIONAL})

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections import OrderedDict
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.data import Dataset, TensorDataset
 
 from ranksearch.data import Splits, digits
@@ -54,6 +57,118 @@ class Net(nn.Module):
         return self.run(self, inputs)
 
 
+class Standardised(nn.Conv2d):
+    """A convolution that standardises its weight in each pass and scales it by a learned gain."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gain = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1))
+
+    def forward(self, inputs):
+        weight = self.gain * (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / self.weight.std()
+        return F.conv2d(inputs, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Same(nn.Conv2d):
+    """A convolution padded as in TensorFlow: one output for each `stride` positions of an input of any size."""
+
+    def padded(self, inputs):
+        amounts = []
+        for size, kernel, stride, apart in zip(inputs.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True):
+            around = max(0, (-(-size // stride) - 1) * stride + apart * (kernel - 1) + 1 - size)
+            amounts = [around // 2, around - around // 2, *amounts]
+        return F.pad(inputs, amounts)
+
+    def forward(self, inputs):
+        return F.conv2d(self.padded(inputs), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class StandardisedSame(Standardised, Same):
+    """A convolution that does both."""
+
+    def forward(self, inputs):
+        return Standardised.forward(self, self.padded(inputs))
+
+
+class Cast(nn.Linear):
+    """A fully connected layer that brings its weight into the dtype of its inputs."""
+
+    def forward(self, inputs):
+        return F.linear(inputs, self.weight.to(inputs.dtype), self.bias.to(inputs.dtype))
+
+
+class Noisy(nn.Module):
+    """A parametrisation that gives another weight each time."""
+
+    def forward(self, weight):
+        return weight + torch.rand(())
+
+
+def normalised(layer):
+    """A layer under the old weight normalisation."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.utils.weight_norm(layer)
+
+
+def pruned(layer):
+    return prune.random_unstructured(layer, "weight", amount=0.5)
+
+
+class Siamese(nn.Module):
+    """Compares two images (batch, 2, channels, height, width) by the same layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc, self.last = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6 * 6 * 5, 8), nn.Linear(16, 2)
+
+    def forward(self, inputs):
+        return self.last(torch.cat([self.fc(self.conv(image).relu().flatten(1)) for image in inputs.unbind(1)], 1))
+
+
+class Pyramid(nn.Module):
+    """A detector in little: one head over three levels of a pyramid, as detectors have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, stride=2, padding=1)
+        self.head, self.scores = nn.Conv2d(4, 5, 3, padding=1), nn.Linear(5, 3)
+
+    def forward(self, inputs):
+        levels = [self.stem(inputs)]
+        for _ in range(2):
+            levels.append(self.down(levels[-1].relu()))
+        return torch.cat([self.scores(self.head(level).relu().flatten(2).mT) for level in levels], 1)
+
+
+class Decoder(nn.Module):
+    """Makes a map larger in two steps, by one grouped convolution and one transposed convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.mix = nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.up, self.last = nn.ConvTranspose2d(4, 4, 4, stride=2, padding=1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, inputs):
+        small = self.mix(self.down(inputs).relu()).relu()
+        large = self.mix(self.up(small).relu()).relu()
+        return self.last(self.up(large))
+
+
+class Recurrent(nn.Module):
+    """A convolution over frames (batch, frames, channels, height, width) and its own last output."""
+
+    def __init__(self):
+        super().__init__()
+        self.gates, self.last = nn.Conv2d(3 + 4, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, inputs):
+        state = inputs.new_zeros(len(inputs), 4, *inputs.shape[3:])
+        for frame in inputs.unbind(1):
+            state = torch.tanh(self.gates(torch.cat([frame, state], 1)))
+        return self.last(state)
+
+
 def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
@@ -83,6 +198,24 @@ def small(classes: int = 10) -> nn.Sequential:
             fc1=nn.Linear(16 * 4 * 4, 32),
             relu3=nn.ReLU(),
             fc2=nn.Linear(32, classes),
+        )
+    )
+
+
+def computed() -> nn.Sequential:
+    """A net for digits of 8x8 whose layers compute their weights or paddings in each pass."""
+    return nn.Sequential(
+        OrderedDict(
+            conv1=Standardised(1, 8, 3, padding=1),
+            relu1=nn.ReLU(),
+            conv2=Same(8, 16, 3, stride=2),
+            relu2=nn.ReLU(),
+            conv3=normalised(nn.Conv2d(16, 16, 3, padding=1)),
+            relu3=nn.ReLU(),
+            flatten=nn.Flatten(),
+            fc1=nn.utils.parametrizations.spectral_norm(nn.Linear(16 * 4 * 4, 32)),
+            relu4=nn.ReLU(),
+            fc2=pruned(nn.Linear(32, 10)),
         )
     )
 

@@ -7,19 +7,11 @@ import random
 from dataclasses import replace
 
 from ranksearch.plan import CP, SVD, Factorization, Plan, Spatial, Tucker2
+from ranksearch.results.account import Part
+from ranksearch.results.choosing import front_of
 from ranksearch.results.messages import CurvePoint, Outcome
-from ranksearch.results.record import (
-    Control,
-    DenseFacts,
-    Finalist,
-    LayerFacts,
-    StudyFacts,
-    StudyRecord,
-    Timing,
-    TrialRecord,
-    front_of,
-    with_measured,
-)
+from ranksearch.results.record import Control, DenseFacts, LayerFacts, StudyFacts, StudyRecord, with_measured
+from ranksearch.results.trials import Finalist, Timing, TrialRecord
 
 SHAPES = {
     "conv1": ((32, 1, 3, 3), 784),
@@ -81,6 +73,14 @@ def study_facts() -> StudyFacts:
         ),
         layers=layers,
         skipped={"dropout": "Dropout has no weight to decompose", "norm1": "BatchNorm2d has no kernel to decompose"},
+        account=(
+            Part(
+                title="decomposable layers",
+                modules=tuple(layer.name for layer in layers),
+                params=sum(layer.params for layer in layers),
+                macs=sum(layer.macs for layer in layers),
+            ),
+        ),
         versions={"ranksearch": "0.1.0", "python": "3.11.2", "torch": "2.9.0", "optuna": "5.0.0"},
         machine="2 x Xeon 2.6 GHz, 8 GiB, no GPU",
         command="ranksearch study lenet --trials 45 --seed 0",

@@ -133,7 +133,7 @@ def test_names_of_layers_are_no_markup(finished, name):
     odd = replace(record.front[0], plan=Plan.of({name: SVD(2)}))
     assert f"{name} SVD 2" in printed(console.front_table([odd], record.facts, title="the front"), width=180)
     layer = replace(record.facts.layers[0], name=name)
-    look = console.Look(layers=(layer,), skipped={}, params=100, macs=100, costs={}, trained=True)
+    look = console.Look(layers=(layer,), account=(), permanent={}, params=100, macs=100, costs={}, trained=True)
     assert name in printed(console.layers_table(look), width=180)
     screen = Console(file=io.StringIO(), force_terminal=True, width=200)
     with console.Terminal(screen) as view:

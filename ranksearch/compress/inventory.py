@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
+from ranksearch.compress.account import account_of
+from ranksearch.compress.checks import check_uncompiled, check_weights, name_of, not_accepted
+from ranksearch.compress.plain import (
+    FORWARDS,
+    Plain,
+    base_of,
+    holds_other_hooks,
+    is_computed,
+    is_parametrised,
+    padding_at,
+    plain_of,
+    weights_behind,
+)
 from ranksearch.compress.stand_ins import UNCALLED, Pass, evaluating, tensors_of, why_not_replaced
 from ranksearch.compress.watch import Watch
-from ranksearch.errors import ModelError, first_line
-from ranksearch.methods.layer import CONVOLUTIONS, MAX_DIMS, MIN_DEPTHWISE, Layer, groups_of, is_small_depthwise, kernel_shape
-from ranksearch.support.batch import batch_shapes, batch_size, concatenate, run_model, tensors_in
+from ranksearch.errors import ModelError
+from ranksearch.methods.layer import (
+    CONVOLUTIONS,
+    MAX_DIMS,
+    MIN_DEPTHWISE,
+    TRANSPOSED,
+    Call,
+    Layer,
+    Padding,
+    groups_of,
+    is_small_depthwise,
+    kernel_shape,
+)
+from ranksearch.results.account import Entry
+from ranksearch.support.batch import batch_shapes, batch_size, concatenate, run_model
+from ranksearch.support.copies import deep_copy
 from ranksearch.support.seeds import seeded
-
-FORWARDS = ("forward", "_conv_forward")
-"""The methods that compute a Conv or Linear layer."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +50,9 @@ class Inventory:
     """The decomposable layers in call order, the reasons why others were skipped, and the size of the whole model.
 
     `params` counts all parameters of the model (no buffers, shared ones once); `macs` is for one input. Once layers were
-    timed, `rest_ms` is the time of everything else, in milliseconds.
+    timed, `rest_ms` is the time of everything else, in milliseconds. `permanent` says, by layer, what its factorization keeps
+    that the layer itself computes in each pass; how it computes its weight is not in `macs`. `account` says where all
+    parameters and multiply-accumulates are; they add up to `params` and `macs`.
     """
 
     layers: tuple[Layer, ...]
@@ -37,6 +60,8 @@ class Inventory:
     params: int
     macs: int
     rest_ms: float | None = None
+    permanent: Mapping[str, str] = field(default_factory=dict)
+    account: tuple[Entry, ...] = ()
 
     @property
     def costs(self) -> dict[str, float]:
@@ -76,20 +101,24 @@ def inventory(model: nn.Module, example: Any) -> Inventory:
             layer; or the example's tensors differ in batch size.
     """
     check_weights(model)
-    _check_uncompiled(model)
+    check_uncompiled(model)
     batch, watch = _batch_size(example), Watch(model)
     try:
-        macs = watch.run(example)
+        watch.run(example)
     except Exception as error:
-        raise _not_accepted(model, example, error) from error
+        raise not_accepted(model, example, error) from error
     skipped = {name: reason for name, module in watch.candidates.items() if (reason := _why_skipped(name, module, watch))}
-    skipped |= _why_not_replaced_in_copy(model, [name for name in watch.order if name not in skipped], watch, example)
+    reasons, used = _run_copy(model, [name for name in watch.order if name not in skipped], watch, example)
+    skipped |= reasons
     layers = [_describe(name, watch, batch) for name in watch.order if name not in skipped]
     if not layers:
-        reasons = (f"{name or type(model).__name__}: {reason}" for name, reason in skipped.items())
-        why = "; ".join(reasons) or "it holds no Conv or Linear module"
+        told = (f"{name or type(model).__name__}: {reason}" for name, reason in skipped.items())
+        why = "; ".join(told) or "it holds no Conv or Linear module"
         raise ModelError(f"The model must have a decomposable layer, but has none ({why}).")
-    return Inventory(tuple(layers), skipped, count_params(model), macs // batch)
+    account = account_of(watch, layers, skipped, used, batch)
+    macs = sum(entry.macs for entry in account)
+    permanent = {layer.name: words for layer in layers if (words := _permanent(watch.candidates[layer.name], layer.padding))}
+    return Inventory(tuple(layers), skipped, count_params(model), macs, permanent=permanent, account=account)
 
 
 def _batch_size(example: Any) -> int:
@@ -102,83 +131,32 @@ def _batch_size(example: Any) -> int:
         ) from None
 
 
-def _not_accepted(model: nn.Module, example: Any, error: Exception) -> ModelError:
-    kinds = {tensor.dtype for tensor in tensors_in(example) if tensor.is_floating_point()}
-    odd = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype not in kinds), None)
-    fix = "check the model's arguments against the data"
-    if kinds and odd is not None:
-        inputs = ", ".join(sorted(_name(kind) for kind in kinds))
-        fix = f"its weights are {_name(odd)} and the input is {inputs}: call .float() on the model, or convert the data"
-    elif isinstance(example, tuple):
-        fix = "a tuple is given as one argument; wrap a model that takes several"
-    return ModelError(
-        f"The model must accept one input of shape {batch_shapes(example)}, but its forward raised "
-        f"{type(error).__name__}: {first_line(error)}; {fix}."
-    )
+def _run_copy(model: nn.Module, names: Sequence[str], watch: Watch, example: Any) -> tuple[dict[str, str], set[str]]:
+    """Run a copy of the model in eval and in training mode.
 
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def check_weights(model: nn.Module) -> None:
-    """Check that all weights are initialised, trainable and finite.
-
-    Raises:
-        ModelError: a weight has no shape yet, is on the meta device, was made in inference mode, or holds NaN or infinity.
-    """
-    for name, parameter in model.named_parameters():
-        if nn.parameter.is_lazy(parameter):
-            raise ModelError(
-                f"Weights must be initialised, but {name!r} has no shape yet; run the model once on its data first."
-            )
-        if parameter.is_meta:
-            raise ModelError(f"Weights must be loaded, but {name!r} is on the meta device; load the model's weights first.")
-        if parameter.is_inference():
-            raise ModelError(
-                f"Weights must be trainable, but {name!r} was created in inference mode; create the model outside it."
-            )
-        if not torch.isfinite(parameter).all():
-            raise ModelError(f"Weights must be finite, but {name!r} holds NaN or infinity; load or train the model again.")
-
-
-def _check_uncompiled(model: nn.Module) -> None:
-    """Raise `ModelError` for a compiled model: each copy with other layers would be compiled anew, which takes minutes."""
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError("The model must be a Python module, but is TorchScript, whose layers cannot be replaced.")
-    for name, module in model.named_modules():
-        wrapped, inside = "_orig_mod" in module._modules, hasattr(module.forward, "_torchdynamo_orig_callable")
-        if wrapped or inside or module._compiled_call_impl is not None:
-            which = repr(name) if name else "it"
-            raise ModelError(
-                f"The model must not be compiled, but {which} went through torch.compile; pass the original model, and compile "
-                "the exported one."
-            )
-
-
-def _why_not_replaced_in_copy(model: nn.Module, names: Sequence[str], watch: Watch, example: Any) -> dict[str, str]:
-    """Why some of these layers cannot be replaced, found by running a copy of the model in eval and in training mode.
+    Returns:
+        Why some of these layers cannot be replaced, and the names of the parameters that a pass in any mode uses.
 
     Raises:
         ModelError: the copy does not run its own layers.
     """
     try:
-        twin = copy.deepcopy(model)
+        twin = deep_copy(model)
     except Exception:
         twin = None  # `copied` reports this error to the user
     # This pass has no hooks: fused kernels, such as attention's, read the weights only in modules without hooks.
     in_eval = Pass(partial(_evaluated, model if twin is None else twin, example), watch.outputs)
     reasons = why_not_replaced(model if twin is None else twin, names, in_eval)
     if twin is None:
-        return reasons
-    in_training = _training_pass(twin, example)
-    if in_training is None or not set(watch.order) <= set(in_training[1]):
+        return reasons, watch.used
+    in_training, watched = _training_pass(twin, example)
+    if in_training is None or not set(watch.order) <= set(watched.order):
         _check_copy(twin, watch.order, example)
     if in_training is not None:
-        in_training_reasons = why_not_replaced(twin, [name for name in names if name not in reasons], in_training[0])
+        in_training_reasons = why_not_replaced(twin, [name for name in names if name not in reasons], in_training)
         # A layer that is only called in eval mode can be replaced.
         reasons |= {name: f"{reason}, in training" for name, reason in in_training_reasons.items() if reason != UNCALLED}
-    return reasons
+    return reasons, watch.used | watched.used
 
 
 def _evaluated(model: nn.Module, example: Any) -> Any:
@@ -186,8 +164,8 @@ def _evaluated(model: nn.Module, example: Any) -> Any:
         return run_model(model, example)
 
 
-def _training_pass(twin: nn.Module, example: Any) -> tuple[Pass, list[str]] | None:
-    """A pass of `twin` in training mode on the example taken twice, and the layers called in it; None if the pass fails."""
+def _training_pass(twin: nn.Module, example: Any) -> tuple[Pass | None, Watch]:
+    """A pass of `twin` in training mode on the example taken twice, None if the pass fails; and what was noted in it."""
     twice = concatenate([example, example])
 
     def run() -> Any:
@@ -197,11 +175,11 @@ def _training_pass(twin: nn.Module, example: Any) -> tuple[Pass, list[str]] | No
     twin.train()
     watch = Watch(twin)
     try:
-        with watch.noting():
+        with watch.noting(), watch.axes:
             outputs = tensors_of(run())
     except Exception:
-        return None  # `check_outputs` reports this error to the user
-    return Pass(run, outputs), watch.order
+        return None, watch  # `check_outputs` reports this error to the user
+    return Pass(run, outputs), watch
 
 
 def _check_copy(twin: nn.Module, called: Sequence[str], example: Any) -> None:
@@ -224,19 +202,29 @@ def _why_skipped(name: str, module: nn.Module, watch: Watch) -> str | None:
         return reason
     if not name:
         return "it is the model itself; put it into an nn.Sequential"
-    if len(names := watch.names[id(module.weight)]) > 1:
+    weights = [id(weight) for weight in weights_behind(module)]
+    if names := next((watch.names[weight] for weight in weights if len(watch.names[weight]) > 1), []):
         return f"its weight is shared by {', '.join(sorted(names))}"
-    calls = watch.order.count(name)
-    if calls == 0 and id(module.weight) in watch.axes.used:
-        return "the forward uses its weight without calling it, as torch.nn.functional.linear and attention do"
-    if calls != 1:
-        return "it is never called by the forward pass" if calls == 0 else f"it is called {calls} times in one pass"
+    if name not in watch.order:
+        if watch.axes.used.intersection(weights):
+            return "the forward uses its weight without calling it, as torch.nn.functional.linear and attention do"
+        return "it is never called by the forward pass"
     if name in watch.sized:
         return "the forward passes it an output_size, which its replacement does not take"
-    dims = len(watch.shapes[name][0])
-    if dims != module.weight.dim() if isinstance(module, CONVOLUTIONS) else dims < 2:
+    inputs = [shape for shape, _ in watch.shapes[name]]
+    if not all(_has_batch(module, shape) for shape in inputs):
         return "it is called without a batch dimension"
+    if _plain(module).pads:
+        paddings = {padding_at(module, shape) for shape in inputs}
+        if None in paddings:
+            return _computes_more(module)
+        if len(paddings) > 1:
+            return "it pads its inputs by their size, which differs from call to call"
     return None
+
+
+def _has_batch(module: nn.Module, shape: Sequence[int]) -> bool:
+    return len(shape) == 2 + len(module.kernel_size) if isinstance(module, CONVOLUTIONS) else len(shape) >= 2
 
 
 def why_not_factorized(module: nn.Module) -> str | None:
@@ -245,52 +233,63 @@ def why_not_factorized(module: nn.Module) -> str | None:
         return f"{_class_name(module)} is not supported"
     if any(name in vars(module) for name in FORWARDS):
         return "its forward was replaced by another function"
-    if not _runs_as_torch(module):
-        return f"{_class_name(module)} has a forward of its own"
     if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters()):
         return "its weight has no shape yet; run the model once on its data first"
-    if is_parametrised(module):
-        return "its weight is parametrised or pruned; make that permanent first, by remove_parametrizations or prune.remove"
     # Hooks may change or record the layer's inputs and outputs.
-    if module._forward_hooks or module._forward_pre_hooks:
+    if holds_other_hooks(module):
         return "it has forward hooks, which its replacement would not have; remove them first"
-    if not module.weight.is_floating_point():
-        return f"its weight is {_name(module.weight.dtype)}, which is not real"
-    if is_small_depthwise(module):
+    if (plain := plain_of(module)) is None:
+        return _computes_more(module)
+    layer = plain.layer
+    if not layer.weight.is_floating_point():
+        return f"its weight is {name_of(layer.weight.dtype)}, which is not real"
+    if is_small_depthwise(layer):
         return f"it is depthwise, without a 2-D kernel of at least {MIN_DEPTHWISE} x {MIN_DEPTHWISE}"
     return None
 
 
+def _computes_more(module: nn.Module) -> str:
+    """Why a module that computes what it hands to torch cannot be factorized."""
+    if is_parametrised(module):
+        return "its weight is parametrised or pruned; make that permanent first, by remove_parametrizations or prune.remove"
+    return f"{_class_name(module)} has a forward of its own"
+
+
+def _plain(module: nn.Module) -> Plain:
+    plain = plain_of(module)
+    assert plain is not None  # `why_not_factorized` gave no reason
+    return plain
+
+
+def _permanent(module: nn.Module, padding: Padding | None) -> str:
+    """What the factorization of a layer keeps that the layer computes in each pass; empty for a plain layer."""
+    if not is_computed(module):
+        return ""
+    plain = _plain(module)
+    computed = is_parametrised(module) or not torch.equal(plain.layer.weight, module.weight)  # type: ignore[arg-type]
+    kept = ["the weight computed in each pass"] if computed else []
+    return " and ".join(kept + ([f"the padding of inputs of this size, {padding}"] if plain.varies else []))
+
+
 def _describe(name: str, watch: Watch, batch: int) -> Layer:
-    module, (inputs, outputs), flat = watch.candidates[name], watch.shapes[name], watch.maps.get(name)
-    assert isinstance(module, (*CONVOLUTIONS, nn.Linear))
-    kind, bias, weight = type(module).__name__, module.bias is not None, tuple(module.weight.shape)
+    module, shapes, maps = watch.candidates[name], watch.shapes[name], set(watch.maps[name])
+    plain, flat = _plain(module), next(iter(maps)) if len(maps) == 1 else None
+    kind = base_of(module).__name__
+    about = Layer(
+        name, kind, kernel_shape(plain.layer), plain.layer.bias is not None,
+        padding=padding_at(module, shapes[0][0]) if plain.pads else None,
+        held=sum(parameter.numel() for parameter in module.parameters()) if is_computed(module) else None,
+        groups=groups_of(plain.layer), transposed=isinstance(plain.layer, TRANSPOSED),
+    )  # fmt: skip
     if isinstance(module, CONVOLUTIONS):
-        return Layer(
-            name, kind, kernel_shape(module), bias, inputs[2:], outputs[2:], calls=outputs[0] // batch,
-            groups=groups_of(module), transposed=module.transposed,
-        )  # fmt: skip
+        return replace(about, calls=tuple(Call(into[2:], out[2:], out[0] // batch) for into, out in shapes))
     # torch has no convolution over more than three dimensions, so a map of more dimensions stays a row of features.
     if flat and math.prod(flat.size[1:]) > 1 and len(flat.size) - 1 <= MAX_DIMS:
         size = flat.size[1:]
         order = None if flat.order == tuple(range(len(flat.size))) else flat.order
-        return Layer(
-            name, kind, (weight[0], *flat.size), bias, size, (1,) * len(size), calls=outputs[0] // batch, flattened=True,
-            order=order,
-        )  # fmt: skip
-    return Layer(name, kind, weight, bias, calls=math.prod(outputs[:-1]) // batch)
-
-
-def is_parametrised(module: nn.Module) -> bool:
-    """Whether a Conv or Linear computes its weight from other tensors, as weight or spectral normalisation and pruning do."""
-    # Ask `is_parametrized` first: reading the weight computes it, which can change the tensors that it is computed from.
-    return parametrize.is_parametrized(module) or not isinstance(module.weight, nn.Parameter)
-
-
-def _runs_as_torch(module: nn.Module) -> bool:
-    """Whether a Conv or Linear has torch's own forward. A subclass may standardise its weights or pad its inputs."""
-    base = next(kind for kind in (*CONVOLUTIONS, nn.Linear) if isinstance(module, kind))
-    return all(getattr(type(module), name, None) is getattr(base, name, None) for name in FORWARDS)
+        calls = tuple(Call(size, (1,) * len(size), out[0] // batch) for _, out in shapes)
+        return replace(about, weight=(about.weight[0], *flat.size), calls=calls, flattened=True, order=order)
+    return replace(about, calls=tuple(Call(times=math.prod(out[:-1]) // batch) for _, out in shapes))
 
 
 def _class_name(module: nn.Module) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
@@ -60,3 +64,44 @@ class OperationCounter(TorchDispatchMode):
         if formula is not None:
             self.flops += int(formula(*args, **keywords, out_val=result))
         return result
+
+
+@dataclass
+class _Running:
+    """A module whose forward runs: the operations counted before it, and those in the modules that it has called."""
+
+    name: str
+    before: int
+    inside: int = 0
+
+
+class OperationsByModule:
+    """The operations that a counter counts in each module of a model, by name, without those in the modules that it calls."""
+
+    def __init__(self, counter: OperationCounter) -> None:
+        self.flops = Counter[str]()
+        self._counter = counter
+        self._running: list[_Running] = []
+
+    @contextmanager
+    def of(self, model: nn.Module) -> Iterator[None]:
+        """Count in the passes of this model."""
+        with ExitStack() as hooks:
+            for name, module in model.named_modules():
+                if not isinstance(module, torch.jit.ScriptModule):
+                    # First of all hooks, since those of a layer may compute its weight.
+                    hooks.enter_context(module.register_forward_pre_hook(partial(self._begin, name), prepend=True))
+                    hooks.enter_context(module.register_forward_hook(partial(self._end, name)))
+            yield
+
+    def _begin(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._running.append(_Running(name, self._counter.flops))
+
+    def _end(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        inside = 0
+        while (ended := self._running.pop()).name != name:
+            inside += ended.inside  # its forward raised, and a module that called it went on
+        whole = self._counter.flops - ended.before
+        self.flops[name] += whole - ended.inside - inside
+        if self._running:
+            self._running[-1].inside += whole

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ranksearch.compress.axes import as_maps
+from ranksearch.compress.plain import plain_of
 from ranksearch.compress.whitening import Modes, Whitening
 from ranksearch.methods import Method, Prepared, RankConstraints
 from ranksearch.methods.groups import joint_errors, split
@@ -44,9 +45,9 @@ tensors are stored under the names of methods, which contain no spaces. Tensors 
 
 def kernel(model: nn.Module, layer: Layer) -> Tensor:
     """The kernel (out, in, *kernel) of a layer to decompose, stacked over its groups, on the CPU, in float32 or float64."""
-    module = model.get_submodule(layer.name)
-    assert isinstance(module.weight, Tensor)
-    weight = as_kernel(module, module.weight.detach().cpu())
+    plain = plain_of(model.get_submodule(layer.name), layer.padding)
+    assert plain is not None  # the inventory skips other layers
+    weight = as_kernel(plain.layer, plain.layer.weight.detach().cpu())
     weight = weight if weight.dtype == torch.float64 else weight.float()
     return as_maps(weight, layer.weight[1:], layer.order).contiguous()
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +158,7 @@ def profile(
     methods: Mapping[str, Sequence[Method]],
     *,
     constraints: RankConstraints = FEWER_PARAMS,
-    inputs: Tensor | None = None,
+    inputs: Any = None,
     cache: Path | None = None,
     seed: int = 0,
     on_layer: Callable[[str], None] = lambda name: None,
@@ -169,7 +170,7 @@ def profile(
         inventory: its layers.
         methods: by layer name, the methods to prepare.
         constraints: the ranks to prepare them for.
-        inputs: (count, ...) of the training split. With them, each decomposition minimises the error of its layer's outputs on
+        inputs: a batch of the training split. With them, each decomposition minimises the error of its layer's outputs on
             these inputs; without, the error of its weights.
         cache: a folder for one file per layer. A damaged file, or one with other contents, is replaced.
         seed: of CP's random starts.

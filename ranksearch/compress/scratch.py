@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ranksearch.compress.inventory import is_parametrised
+from ranksearch.compress.plain import is_parametrised
 from ranksearch.compress.surgery import skeleton_
 from ranksearch.errors import ModelError
 from ranksearch.methods.layer import CONVOLUTIONS, TRANSPOSED, as_kernel

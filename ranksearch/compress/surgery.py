@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -14,19 +13,24 @@ from torch import Tensor, nn
 from ranksearch.compress.axes import as_maps, usual_order
 from ranksearch.compress.decomposed import from_tensorly
 from ranksearch.compress.inventory import why_not_factorized
+from ranksearch.compress.plain import Plain, is_computed, plain_of, weights_behind
 from ranksearch.compress.stand_ins import attributes_of, replace_
 from ranksearch.compress.watch import names_of_parameters
 from ranksearch.errors import ModelError, PlanError, first_line, nearest
 from ranksearch.methods import Method, Shape, method_of
 from ranksearch.methods.groups import shape_of_group, split, stack
-from ranksearch.methods.layer import CONVOLUTIONS, MAX_DIMS, as_kernel, groups_of
+from ranksearch.methods.layer import CONVOLUTIONS, MAX_DIMS, Conv, as_kernel, groups_of
 from ranksearch.plan import Factorization, Plan
+from ranksearch.support.copies import deep_copy
 
 if TYPE_CHECKING:
     from tensorly.cp_tensor import CPTensor
     from tensorly.tucker_tensor import TuckerTensor
 
 M = TypeVar("M", bound=nn.Module)
+
+PERMANENT = "made_permanent"
+"""The attribute of a replacement whose layer computed in each pass what the replacement keeps."""
 
 
 def factorize_(
@@ -72,9 +76,10 @@ def factorize_(
         owners = [other for other, owned in model.named_modules(remove_duplicate=False) if owned is module]
         if len(owners) > 1:
             raise PlanError(f"A layer must have one name, but {name!r} is also {', '.join(o for o in owners if o != name)}.")
-        kernel, groups = kernel_of(name, module, value), groups_of(module)
+        plain = plain_layer(name, module, value)
+        kernel, groups = kernel_of(name, plain.layer, value), groups_of(plain.layer)
         shape = shape_of_group(tuple(kernel.shape), groups)
-        tied = [other for other in names[id(module.weight)] if other != f"{name}.weight"]
+        tied = [other for weight in weights_behind(module) for other in names[id(weight)] if not other.startswith(f"{name}.")]
         if tied:
             raise PlanError(f"A layer must not share its weight, but that of {name!r} is also {', '.join(tied)}; leave it out.")
         method = method_of(value)
@@ -84,11 +89,11 @@ def factorize_(
         if layer_factors is None:
             layer_factors = _decomposed(kernel, groups, method, value.ranks, seed)
         _check_shapes(name, value, shape, groups, layer_factors)
-        replacement = method.build(module, shape, value.ranks, layer_factors)
+        replacement = method.build(plain.layer, shape, value.ranks, layer_factors, plain.padding)
         if bias_corrections and name in bias_corrections:
-            _correct_bias(name, module, replacement, bias_corrections[name])
+            _correct_bias(name, plain.layer, replacement, bias_corrections[name])
         replacement = replacement if value.order is None else _reordered(replacement, shape[1:], value.order)
-        vars(replacement).update(attributes_of(module))
+        vars(replacement).update(attributes_of(module) | ({PERMANENT: True} if is_computed(module) else {}))
         replacements[name] = replacement
     for name, module in replacements.items():
         replace_(model, name, module)
@@ -132,21 +137,40 @@ def skeleton_(model: M, plan: Plan) -> M:
     factors = {}
     for name, value in plan:
         if name in modules:
-            groups = groups_of(modules[name])
-            shape = shape_of_group(tuple(kernel_of(name, modules[name], value).shape), groups)
-            factors[name] = [torch.zeros(s) for s in method_of(value).factor_shapes(shape, value.ranks, groups)]
+            layer = plain_layer(name, modules[name], value).layer
+            shape = shape_of_group(tuple(kernel_of(name, layer, value).shape), groups_of(layer))
+            factors[name] = [torch.zeros(s) for s in method_of(value).factor_shapes(shape, value.ranks, groups_of(layer))]
     return factorize_(model, plan, factors=factors)
 
 
-def kernel_of(name: str, module: nn.Module, value: Factorization) -> Tensor:
-    """The kernel (out, in, *kernel) of a layer that `value` decomposes, in float32 or float64, stacked over the groups.
+def plain_layer(name: str, module: nn.Module, value: Factorization) -> Plain:
+    """The plain layer that `value` decomposes, with the weight that `module` hands to torch now.
 
     Raises:
-        PlanError: the layer cannot be factorized, or not by `value`.
+        PlanError: the layer cannot be factorized, or pads its input in another way than `value` says.
     """
     if reason := why_not_factorized(module):
         raise PlanError(f"A plan may only name layers that can be factorized, but names {name!r}: {reason}.")
-    assert isinstance(module, (*CONVOLUTIONS, nn.Linear))
+    plain = plain_of(module, value.padding)
+    assert plain is not None
+    if value.padding is None and plain.varies:
+        raise PlanError(
+            f"A plan must name the padding of a layer that pads by the size of its input, but has none for {name!r}; write "
+            "padding=((before, after), ...), one pair for each axis."
+        )
+    axes = len(getattr(plain.layer, "kernel_size", ())) if plain.pads else 0
+    if value.padding is not None and len(value.padding) != axes:
+        needs = f"needs padding of {axes} axes" if axes else "pads as its attributes say and needs no padding"
+        raise PlanError(f"Layer {name!r} {needs}, but the plan has padding={value.padding}; it was made for another model.")
+    return plain
+
+
+def kernel_of(name: str, module: Conv | nn.Linear, value: Factorization) -> Tensor:
+    """The kernel (out, in, *kernel) of a plain layer that `value` decomposes, in float32 or float64, stacked over the groups.
+
+    Raises:
+        PlanError: the layer cannot be factorized by `value`.
+    """
     weight = as_kernel(module, module.weight.detach())
     weight = weight if weight.dtype == torch.float64 else weight.float()
     if value.kernel is not None:
@@ -185,13 +209,12 @@ def copied(model: M) -> M:
     """A copy of a model. Every trial starts from one.
 
     Raises:
-        ModelError: the model cannot be copied, for example after training with torch.nn.utils.weight_norm, spectral_norm or
-            prune.
+        ModelError: the model cannot be copied, for example since it holds an open file.
     """
     try:
-        return copy.deepcopy(model)
+        return deep_copy(model)
     except Exception as error:
         raise ModelError(
             f"It must be possible to copy the model, but copy.deepcopy raised {type(error).__name__}: {first_line(error)}; "
-            "make weight normalisation or pruning permanent, and keep open files and the like outside the model."
+            "keep open files and the like outside the model."
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.compress.axes import Axes, Flattened
-from ranksearch.compress.macs import OperationCounter
+from ranksearch.compress.macs import OperationCounter, OperationsByModule
 from ranksearch.compress.stand_ins import evaluating, tensors_of
 from ranksearch.methods.layer import CONVOLUTIONS, TRANSPOSED
 from ranksearch.support.batch import run_model
@@ -26,18 +27,29 @@ class Watch:
         self.names = names_of_parameters(model)
         self.axes = Axes()
         self.order: list[str] = []
-        self.shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-        self.maps: dict[str, Flattened] = {}
+        """The candidates in the order of their first calls."""
+        # By name, one entry for each call.
+        self.shapes = defaultdict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]](list)
+        self.maps = defaultdict[str, list[Flattened | None]](list)
         self.sized: set[str] = set()
         """The transposed convolutions that are called with an output size."""
         self.outputs: list[Tensor] = []
+        self._counter = OperationCounter()
+        self.operations = OperationsByModule(self._counter)
+
+    @property
+    def used(self) -> set[str]:
+        """The names of the parameters that were used, each under all of its names."""
+        scripted = [module for module in self.model.modules() if isinstance(module, torch.jit.ScriptModule)]
+        hidden = {id(parameter) for module in scripted for parameter in module.parameters()}  # torch does not say what it uses
+        return {name for key in self.axes.used | hidden for name in self.names.get(key, ())}
 
     def run(self, example: Any) -> int:
         """Run one pass in eval mode; returns its multiply-accumulates."""
-        counter = OperationCounter()
-        with self.noting(), evaluating(self.model), torch.no_grad(), counter, self.axes:
+        by_module = self.operations.of(self.model)
+        with self.noting(), by_module, evaluating(self.model), torch.no_grad(), self._counter, self.axes:
             self.outputs = tensors_of(run_model(self.model, example))
-        return counter.flops // 2
+        return self._counter.flops // 2
 
     @contextmanager
     def noting(self) -> Iterator[None]:
@@ -48,14 +60,14 @@ class Watch:
             yield
 
     def _note(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
-        self.order.append(name)
+        if name not in self.order:
+            self.order.append(name)
         if isinstance(module, TRANSPOSED) and len(args) + len(kwargs) > 1:
             self.sized.add(name)
         layer_input = subject(args, kwargs)
         if isinstance(layer_input, Tensor) and isinstance(output, Tensor):
-            self.shapes[name] = (tuple(layer_input.shape), tuple(output.shape))
-            if (flattened := self.axes.flattened_map(layer_input)) is not None:
-                self.maps[name] = flattened
+            self.shapes[name].append((tuple(layer_input.shape), tuple(output.shape)))
+            self.maps[name].append(self.axes.flattened_map(layer_input))
 
 
 def is_candidate(module: nn.Module) -> bool:

@@ -18,10 +18,14 @@ from torch.utils._pytree import tree_leaves
 
 from ranksearch.compress.axes import as_maps
 from ranksearch.compress.patches import patches
+from ranksearch.compress.plain import Plain, plain_of
 from ranksearch.compress.stand_ins import evaluating
 from ranksearch.compress.watch import subject
 from ranksearch.errors import ModelError
 from ranksearch.methods.layer import CONVOLUTIONS, Layer
+from ranksearch.methods.parts import zeros_around
+from ranksearch.support.batch import batch_to, run_model, split_batch
+from ranksearch.support.nesting import named_tensors
 
 Modes: TypeAlias = tuple[int, ...]
 """A run of modes of a kernel (out, in, *kernel): (1,) its input channels, (2, 3) the positions of a 2-D kernel."""
@@ -111,20 +115,20 @@ def inputs_wanted(macs: int) -> int:
     return max(MIN_INPUTS, min(MAX_INPUTS, MAX_MACS // max(1, macs)))
 
 
-def source(model: nn.Module, inputs: Tensor) -> str:
+def source(model: nn.Module, inputs: Any) -> str:
     """The digest of everything that a whitening depends on: all weights and buffers of the model, and the inputs."""
     digest = hashlib.sha256(f"4|{SHRINKAGE}|{MAX_MOMENT_ROWS}|{POSITIONS_PER_INPUT}|{BATCH}|{MAX_PATCH_VALUES}".encode())
     kept = model.state_dict()
     # Non-persistent buffers, such as the mean of the inputs, are not in the state dict but change the result, too.
     others = [(name, value) for name, value in model.named_buffers() if name not in kept]
-    for name, value in [*kept.items(), *others, ("", inputs)]:
+    for name, value in [*kept.items(), *others, *named_tensors(inputs).items()]:
         if isinstance(value, Tensor):
             digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def whitenings(model: nn.Module, holds: Mapping[Layer, Iterable[Modes]], inputs: Tensor) -> dict[str, tuple[Whitening, ...]]:
+def whitenings(model: nn.Module, holds: Mapping[Layer, Iterable[Modes]], inputs: Any) -> dict[str, tuple[Whitening, ...]]:
     """Measure the whitening of each group of each of these layers, by the layer's name.
 
     It is a pure function of the model and the inputs.
@@ -145,12 +149,12 @@ def whitenings(model: nn.Module, holds: Mapping[Layer, Iterable[Modes]], inputs:
         holds: by layer, the runs of kernel modes to measure. A run of more than `MAX_MOMENT_ROWS` rows is split into its first
             mode and the rest: the features of a flattened 512 x 7 x 7 map into channels and positions. A single mode of more
             rows is not whitened.
-        inputs: (count, ...) of the training split, on any device.
+        inputs: a batch of the training split, nested in any way, on any device.
 
     Raises:
         ModelError: a layer's inputs hold NaN or infinity.
     """
-    found = {layer.name: _Moments(layer, runs) for layer, runs in holds.items()}
+    found = {layer.name: _Moments(layer, runs, _plain(model, layer)) for layer, runs in holds.items()}
     followed = _Followed()
     device = next(model.parameters()).device
     with ExitStack() as hooks:
@@ -162,10 +166,16 @@ def whitenings(model: nn.Module, holds: Mapping[Layer, Iterable[Modes]], inputs:
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
                 hooks.enter_context(module.register_forward_pre_hook(followed.normalisation))
         with evaluating(model), torch.no_grad(), followed:
-            for batch in inputs.split(BATCH):
-                model(batch.to(device))
+            for batch in split_batch(inputs, BATCH):
+                run_model(model, batch_to(batch, device))
                 followed.outputs.clear()
     return {name: moments.whitenings(normalised=name in followed.names) for name, moments in found.items()}
+
+
+def _plain(model: nn.Module, layer: Layer) -> Plain:
+    plain = plain_of(model.get_submodule(layer.name), layer.padding)
+    assert plain is not None  # the inventory skips other layers
+    return plain
 
 
 class _Followed(TorchFunctionMode):
@@ -200,8 +210,8 @@ class _Followed(TorchFunctionMode):
 class _Moments:
     """Sums over the input patches of each group, and over their products for each run of modes, in float64."""
 
-    def __init__(self, layer: Layer, runs: Iterable[Modes]) -> None:
-        self.layer, self.count = layer, 0
+    def __init__(self, layer: Layer, runs: Iterable[Modes], plain: Plain) -> None:
+        self.layer, self.plain, self.count = layer, plain, 0
         self._generator = torch.Generator().manual_seed(0)
         self._sum = torch.zeros(layer.groups, *layer.weight[1:], dtype=torch.float64)
         self._products: dict[Modes, Tensor] = {}
@@ -210,7 +220,7 @@ class _Moments:
 
     def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook that adds the patches of a batch of the layer's inputs."""
-        patches = self._patches(module, subject(args, kwargs).detach())
+        patches = self._patches(subject(args, kwargs).detach())
         # Apple's GPUs have no float64, so move to the CPU there. On CUDA the products are computed on the GPU.
         patches = (patches.cpu() if patches.device.type == "mps" else patches).double()
         if not bool(torch.isfinite(patches).all()):
@@ -252,12 +262,13 @@ class _Moments:
         dims = [1 + mode for mode in run]
         return patches.movedim(dims, tuple(range(-len(run), 0))).reshape(len(patches), -1, self._size(run))
 
-    def _patches(self, module: nn.Module, inputs: Tensor) -> Tensor:
+    def _patches(self, inputs: Tensor) -> Tensor:
+        module = self.plain.layer
         if not isinstance(module, CONVOLUTIONS):
             rows = inputs.reshape(len(inputs), -1, math.prod(self.layer.weight[1:]))
             rows = rows[:, self._drawn(rows.shape[1])].flatten(0, 1)
             return as_maps(rows, self.layer.weight[1:], self.layer.order)
-        return patches(module, inputs, self._drawn)
+        return patches(module, zeros_around(self.plain.padding)(inputs) if self.plain.padding else inputs, self._drawn)
 
     def _drawn(self, positions: int) -> Tensor:
         values = BATCH * self.layer.groups * math.prod(self.layer.weight[1:])

@@ -25,7 +25,8 @@ import cloudpickle
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import UntypedStorage
+from torch import UntypedStorage, nn
+from torch.nn.utils import parametrize
 from torch.storage import TypedStorage
 
 from ranksearch.engines.base import picklable
@@ -149,7 +150,14 @@ class _Pickler(cloudpickle.Pickler):
             return _memmap, (value.view(np.ndarray),)
         if type(value) is np.ndarray and (root := _root(value)) is not None:
             return _strided, (root, _address(value) - _address(root), value.dtype, value.shape, value.strides)
+        if isinstance(value, nn.Module) and parametrize.is_parametrized(value):
+            # Torch pickles only the state dict of a module with parametrised weights. cloudpickle writes its class, too.
+            return _instance, (type(value),), vars(value)
         return super().reducer_override(value)
+
+
+def _instance(kind: type[nn.Module]) -> nn.Module:
+    return kind.__new__(kind)
 
 
 def _root(array: NDArray[Any]) -> NDArray[Any] | None:

@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from ranksearch.compress.inventory import Inventory
-from ranksearch.compress.merging import merge_, merged
+from ranksearch.compress.merging import can_merge, merge_, merged
 from ranksearch.compress.surgery import copied
 from ranksearch.latency.runtimes import Runtime
-from ranksearch.latency.table import LAYER_ROUNDS, MAX_LAYER_SECONDS, layer_inputs
+from ranksearch.latency.table import time_calls
 from ranksearch.latency.timing import in_turn
 from ranksearch.methods.layer import Layer
 from ranksearch.plan import Factorization, Plan
@@ -64,7 +64,10 @@ def time_forms(model: nn.Module, plan: Plan, inventory: Inventory, runtime: Runt
         ModelError, StudyError: the runtime does not take the model, or gives no time.
     """
     whole, batch = runtime.prepare(model, example), batch_size(example)  # First the whole, which a runtime may refuse.
-    layers = {name: _both(model.get_submodule(name), value, inventory[name], runtime, batch) for name, value in plan}
+    modules = {name: model.get_submodule(name) for name, _ in plan}
+    layers = {
+        name: _both(modules[name], value, inventory[name], runtime, batch) for name, value in plan if can_merge(modules[name])
+    }
     faster = Forms(layers, None).faster_dense
     if not faster:
         return Forms(layers, None)
@@ -80,7 +83,5 @@ def _change(times: tuple[float, float]) -> str:
 
 
 def _both(module: nn.Module, value: Factorization, layer: Layer, runtime: Runtime, batch: int) -> tuple[float, float]:
-    inputs = layer_inputs(layer, batch)
-    calls = [runtime.prepare(each, inputs) for each in (module, merged(layer.name, module, value))]
-    factors, dense = in_turn(calls, rounds=LAYER_ROUNDS, max_seconds=MAX_LAYER_SECONDS).ms
+    factors, dense = time_calls(layer, [module, merged(layer.name, module, value)], runtime, batch)
     return factors, dense

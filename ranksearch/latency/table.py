@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,11 +23,12 @@ from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from ranksearch.compress.inventory import Inventory
+from ranksearch.compress.plain import plain_of
 from ranksearch.compress.surgery import copied, factorize_
 from ranksearch.latency.runtimes import Runtime
 from ranksearch.latency.timing import in_turn
 from ranksearch.methods import FEWER_PARAMS, METHODS, Method, RankConstraints
-from ranksearch.methods.layer import Layer, LayerLatency
+from ranksearch.methods.layer import Call, Layer, LayerLatency
 from ranksearch.plan import Factorization, Plan
 from ranksearch.support.batch import batch_size
 
@@ -120,14 +122,15 @@ def _layer(
     model: nn.Module, layer: Layer, methods: Sequence[Method], runtime: Runtime, constraints: RankConstraints, batch: int
 ) -> LayerLatency:
     """The layer by itself."""
-    dense, inputs = model.get_submodule(layer.name), layer_inputs(layer, batch)
+    dense = model.get_submodule(layer.name)
+    plain = plain_of(dense, layer.padding)
+    assert plain is not None  # the inventory skips other layers
     timed = [(method, ranks) for method in methods for ranks in _ranks(method, layer, constraints)]
     modules = [dense]
     for method, ranks in timed:
         factors = random_factors(layer, method.value(layer, ranks))
-        modules.append(method.build(dense, layer.weight, ranks, factors))
-    calls = [runtime.prepare(module, inputs) for module in modules]
-    whole, *times = in_turn(calls, rounds=LAYER_ROUNDS, max_seconds=MAX_LAYER_SECONDS).ms
+        modules.append(method.build(plain.layer, layer.weight, ranks, factors, plain.padding))
+    whole, *times = time_calls(layer, modules, runtime, batch)
     found = {}
     for method in methods:
         points = [(method.work(layer, ranks), ms) for (which, ranks), ms in zip(timed, times, strict=True) if which is method]
@@ -197,13 +200,25 @@ def _ranks(method: Method, layer: Layer, constraints: RankConstraints) -> list[t
     return sorted(ends | set(random.Random(0).sample(grid, max(0, count - len(ends)))))
 
 
-def layer_inputs(layer: Layer, batch: int) -> Tensor:
-    """Random inputs of the shape that the layer has for a batch of the model's inputs."""
+def time_calls(layer: Layer, modules: Sequence[nn.Module], runtime: Runtime, batch: int) -> list[float]:
+    """Milliseconds of each of these forms of a layer, in turn, for all of its calls on a batch of the model's inputs.
+
+    Calls of the same size are timed once.
+    """
+    counts = Counter(layer.calls)
+    calls = [runtime.prepare(module, call_inputs(layer, call, batch)) for call in counts for module in modules]
+    times = in_turn(calls, rounds=LAYER_ROUNDS, max_seconds=MAX_LAYER_SECONDS).ms
+    rows = [times[start : start + len(modules)] for start in range(0, len(times), len(modules))]
+    return [sum(count * ms for count, ms in zip(counts.values(), each, strict=True)) for each in zip(*rows, strict=True)]
+
+
+def call_inputs(layer: Layer, call: Call, batch: int) -> Tensor:
+    """Random inputs of the shape that the layer has in a call for a batch of the model's inputs."""
     if layer.flattened or len(layer.weight) == 2:
         shape: tuple[int, ...] = (math.prod(layer.weight[1:]),)
     else:
-        shape = (layer.groups * layer.weight[1], *layer.in_size)
-    return torch.randn((batch * layer.calls, *shape), generator=torch.Generator().manual_seed(0))
+        shape = (layer.groups * layer.weight[1], *call.in_size)
+    return torch.randn((batch * call.times, *shape), generator=torch.Generator().manual_seed(0))
 
 
 def random_factors(layer: Layer, value: Factorization) -> tuple[Tensor, ...]:

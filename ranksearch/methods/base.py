@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.methods.groups import shape_of_stack, split, stack
-from ranksearch.methods.layer import Layer, groups_of
+from ranksearch.methods.layer import Call, Layer, Padding, groups_of
 from ranksearch.methods.parts import Part, Shape, assemble, builders, built, built_factors, composed
 from ranksearch.plan import Factorization
 from ranksearch.tensors.matrix import Principal, norm_of
@@ -152,12 +152,11 @@ class Method(abc.ABC):
         return (1, *first), *others
 
     def positions(self, layer: Layer) -> tuple[int, ...]:
-        """For each factor, the number of positions it is applied to in one call of the layer.
+        """For each factor, the number of positions it is applied to for one input, over all calls of the layer.
 
         They are the positions of the part's output, or, if the layer is a transposed convolution, of the part's input.
         """
-        sizes = self._sizes(layer)
-        return tuple(math.prod(size) for size in (sizes[:-1] if layer.transposed else sizes[1:]))
+        return self._positions(layer, before=layer.transposed)
 
     def balanced(self, factors: tuple[Tensor, ...], weight: Shape) -> tuple[Tensor, ...]:
         """Rescale `factors` after the whitening was undone, so that fine-tuning starts better; the kernel stays the same."""
@@ -176,18 +175,26 @@ class Method(abc.ABC):
         parts = self._structure(weight)
         return stack([(composed(parts, each, weight),) for each in split(factors, groups)])[0]
 
-    def build(self, module: nn.Module, weight: Shape, ranks: tuple[int, ...], factors: Sequence[Tensor]) -> nn.Sequential:
-        """Plain torch modules that compute the same as `module` with the reconstructed kernel."""
+    def build(
+        self,
+        module: nn.Module,
+        weight: Shape,
+        ranks: tuple[int, ...],
+        factors: Sequence[Tensor],
+        padding: Padding | None = None,
+    ) -> nn.Sequential:
+        """Plain torch modules that compute the same as `module` with the reconstructed kernel, after zeros around its input."""
         parts = self.parts(weight, ranks)
         groups = [built_factors(parts, each) for each in split(factors, groups_of(module))]
-        return assemble(module, weight, built(parts), stack(groups))
+        return assemble(module, weight, built(parts), stack(groups), padding)
 
     def value(self, layer: Layer, ranks: tuple[int, ...]) -> Factorization:
         """The plan's value for this layer at these ranks."""
         matrix = (layer.weight[0], math.prod(layer.weight[1:]))
         # Factors assume the usual order of the map's axes, so the value must record any other order, even for a matrix.
         as_kernel = layer.flattened and (layer.order is not None or not self.applies(matrix, linear=True))
-        return self.kind(*ranks, kernel=layer.kernel if as_kernel else None, order=layer.order if as_kernel else None)
+        kernel, order = (layer.kernel, layer.order) if as_kernel else (None, None)
+        return self.kind(*ranks, kernel=kernel, order=order, padding=layer.padding)
 
     def params(self, layer: Layer, ranks: tuple[int, ...]) -> int:
         """Parameters of the factorized layer, including the bias."""
@@ -217,9 +224,9 @@ class Method(abc.ABC):
         """
         blocks = tuple(-(-rank // CHANNEL_BLOCK) * CHANNEL_BLOCK for rank in ranks)
         macs = [float(count) for counted in (ranks, blocks) for count in self._part_macs(layer, ranks, counted)]
-        parts, sizes = self.parts(layer.weight, ranks), self._sizes(layer)[1:]
-        outputs = [layer.groups * parts[index].out * math.prod(sizes[index]) for index in sorted(set(builders(parts)))]
-        return float(len(outputs)), *macs, float(sum(outputs[:-1]) * layer.calls), float(self.params(layer, ranks))
+        parts, positions = self.parts(layer.weight, ranks), self._positions(layer, before=False)
+        outputs = [layer.groups * parts[index].out * positions[index] for index in sorted(set(builders(parts)))]
+        return float(len(outputs)), *macs, float(sum(outputs[:-1])), float(self.params(layer, ranks))
 
     def rank_ranges(self, layer: Layer, constraints: RankConstraints = FEWER_PARAMS) -> tuple[range, ...]:
         """For each rank, the values at which the layer shrinks with some values of the others; empty if none."""
@@ -246,11 +253,20 @@ class Method(abc.ABC):
         """The parts at rank 1, for everything that does not depend on the ranks."""
         return self.parts(weight, (1,) * len(self.kind.rank_names()))
 
-    def _sizes(self, layer: Layer) -> list[tuple[int, ...]]:
+    def _positions(self, layer: Layer, *, before: bool) -> tuple[int, ...]:
+        """For each part, the number of positions of its output for one input, over all calls, or of its input if `before`."""
+        counts = [0] * len(self._structure(layer.weight))
+        for call in layer.calls:
+            sizes = self._sizes(layer.weight, call)
+            for index, size in enumerate(sizes[:-1] if before else sizes[1:]):
+                counts[index] += math.prod(size) * call.times
+        return tuple(counts)
+
+    def _sizes(self, weight: Shape, call: Call) -> list[tuple[int, ...]]:
         """The sizes of the map before the first part and after each part."""
-        sizes = [layer.in_size]
-        for part in self._structure(layer.weight):
-            after = enumerate(zip(sizes[-1], layer.out_size, strict=True))
+        sizes = [call.in_size]
+        for part in self._structure(weight):
+            after = enumerate(zip(sizes[-1], call.out_size, strict=True))
             sizes.append(tuple(out if axis in part.axes else size for axis, (size, out) in after))
         return sizes
 
@@ -259,7 +275,7 @@ class Method(abc.ABC):
         indices = builders(self.parts(layer.weight, ranks))
         shapes, positions = self.factor_shapes(layer.weight, counted, layer.groups), self.positions(layer)
         return [
-            math.prod(shape) * count * layer.calls if builder == index else 0
+            math.prod(shape) * count if builder == index else 0
             for index, (builder, shape, count) in enumerate(zip(indices, shapes, positions, strict=True))
         ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
@@ -16,6 +17,9 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (*PLAIN, *TRANSPOSED)
 MAX_DIMS = len(PLAIN)
 """The most dimensions of a kernel that torch can convolve with."""
+
+Padding: TypeAlias = tuple[tuple[int, int], ...]
+"""How many zeros are put before and after a map along each of its axes."""
 
 MIN_DEPTHWISE = 5
 """The smallest side of a depthwise convolution's kernel that is decomposed: 3 x 3 could only become 3 x 1 and 1 x 3."""
@@ -81,6 +85,24 @@ class LayerLatency:
 
 
 @dataclass(frozen=True)
+class Call:
+    """One call of a layer in a pass: the spatial sizes of its input and output, and how often it is applied to one input there.
+
+    That is more than once if a fully connected layer is applied to each position, or if the model folds parts of an input into
+    the batch.
+    """
+
+    in_size: tuple[int, ...] = ()
+    out_size: tuple[int, ...] = ()
+    times: int = 1
+
+    @property
+    def positions(self) -> int:
+        """How many output positions it computes for one input."""
+        return math.prod(self.out_size) * self.times
+
+
+@dataclass(frozen=True)
 class Layer:
     """One decomposable module of the dense model at the study's input size.
 
@@ -90,13 +112,12 @@ class Layer:
         weight: shape of the kernel, (out, in, *kernel), or (out, in) for a fully connected layer. If the layer has groups, each
             has a kernel of this shape.
         bias: whether it has a bias.
-        in_size: spatial size of its input, () for a fully connected layer.
-        out_size: spatial size of its output, () for a fully connected layer.
-        calls: how often it is applied to one input: more than once if a fully connected layer is applied to each position, or
-            if the model folds parts of an input into the batch.
-        flattened: whether it is a fully connected layer behind a flatten. Then `weight`, `in_size` and `out_size` are those of
-            a convolution with a kernel that covers the whole map, as in the thesis.
+        calls: its calls in one pass: several in a siamese net. The sizes are () for a fully connected layer.
+        flattened: whether it is a fully connected layer behind a flatten. Then `weight` and the sizes are those of a
+            convolution with a kernel that covers the whole map, as in the thesis.
         order: as `Factorization.order`: the order of the map's axes in the flattened row, if channels do not come first.
+        padding: as `Factorization.padding`: the zeros around its input, if its own forward puts them there.
+        held: the parameters that it holds, if it computes its weight from them; None if they are kernel and bias.
         latency: its latency, once it was measured.
         groups: the number of groups of its channels.
         transposed: whether it is a transposed convolution.
@@ -106,11 +127,11 @@ class Layer:
     kind: str
     weight: tuple[int, ...]
     bias: bool
-    in_size: tuple[int, ...] = ()
-    out_size: tuple[int, ...] = ()
-    calls: int = 1
+    calls: tuple[Call, ...] = (Call(),)
     flattened: bool = False
     order: tuple[int, ...] | None = None
+    padding: Padding | None = None
+    held: int | None = None
     latency: LayerLatency | None = None
     groups: int = 1
     transposed: bool = False
@@ -123,13 +144,15 @@ class Layer:
     @property
     def params(self) -> int:
         """Parameters of the dense layer, including the bias."""
+        if self.held is not None:
+            return self.held
         return self.groups * (math.prod(self.weight) + (self.weight[0] if self.bias else 0))
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates of the dense layer for one input."""
-        positions = self.in_size if self.transposed else self.out_size
-        return self.groups * math.prod(self.weight) * math.prod(positions) * self.calls
+        sizes = ((call.in_size if self.transposed else call.out_size, call.times) for call in self.calls)
+        return self.groups * math.prod(self.weight) * sum(math.prod(size) * times for size, times in sizes)
 
     @property
     def costs(self) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ranksearch.methods.layer import CONVOLUTIONS, PLAIN, TRANSPOSED, as_weight, groups_of
+from ranksearch.methods.layer import CONVOLUTIONS, PLAIN, TRANSPOSED, Padding, as_weight, groups_of
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -110,13 +110,15 @@ def built_factors(parts: Sequence[Part], factors: Sequence[Tensor]) -> tuple[Ten
     return tuple(factor for index, factor in enumerate(made) if indices[index] == index)
 
 
-def assemble(module: nn.Module, weight: Shape, parts: Sequence[Part], factors: Sequence[Tensor]) -> nn.Sequential:
+def assemble(
+    module: nn.Module, weight: Shape, parts: Sequence[Part], factors: Sequence[Tensor], padding: Padding | None = None
+) -> nn.Sequential:
     """The parts as one `nn.Sequential` with the factors, stacked over the groups, as weights.
 
     It is on the device and in the dtype of `module`.
 
     The last part gets the bias of `module`. If `module` is fully connected and stored as convolutions, its input is unflattened
-    to a map before the parts, and the output flattened after them.
+    to a map before the parts, and the output flattened after them. Each part puts the zeros of `padding` around its axes first.
     """
     kernel, bias = module.weight, module.bias
     assert isinstance(kernel, Tensor)
@@ -129,6 +131,9 @@ def assemble(module: nn.Module, weight: Shape, parts: Sequence[Part], factors: S
         steps["unflatten"] = nn.Unflatten(1, weight[1:])
     for part, factor in zip(parts, factors, strict=True):
         layer = part.module(module, weight, bias=bias is not None and part is parts[-1])
+        around = [pair if axis in part.axes else (0, 0) for axis, pair in enumerate(padding or ())]
+        if any(map(any, around)):
+            steps[f"{part.name}_padding"] = zeros_around(around)
         # Set the final dtype before copying, or values would be rounded to the default dtype in between.
         steps[part.name] = layer.to(kernel.dtype).to_empty(device=kernel.device).requires_grad_(kernel.requires_grad)
         assert isinstance(layer.weight, Tensor)
@@ -143,6 +148,12 @@ def assemble(module: nn.Module, weight: Shape, parts: Sequence[Part], factors: S
     if as_kernel:
         steps["flatten"] = nn.Flatten()
     return nn.Sequential(steps).train(module.training)
+
+
+def zeros_around(padding: Sequence[tuple[int, int]]) -> nn.Module:
+    """The module that puts these zeros around a map, (before, after) for each axis."""
+    kind = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)[len(padding) - 1]
+    return kind(tuple(count for pair in reversed(padding) for count in pair))  # type: ignore[arg-type]
 
 
 def composed(parts: Sequence[Part], factors: Sequence[Tensor], weight: Shape) -> Tensor:

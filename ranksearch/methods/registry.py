@@ -7,13 +7,13 @@ from typing import get_args
 
 from ranksearch.errors import PlanError
 from ranksearch.methods.base import Estimate, Method
-from ranksearch.plan import KINDS, Factorization
+from ranksearch.plan import KINDS, OPTIONAL, Factorization
 
 METHODS: dict[type[Factorization], Method] = {}
 """By type of factorization, in the order of registration. Only `register_method` changes it."""
 
 METHOD_NAME = r"[a-z][a-z0-9_]*"
-RESERVED_FIELDS = ("method", "kernel", "order")
+RESERVED_FIELDS = ("method", *OPTIONAL)
 """The keys of a plan's entry for a layer that are not ranks."""
 
 

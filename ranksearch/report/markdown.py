@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 
 from ranksearch.report import figures, summary, text
 from ranksearch.results.costs import PARAMS
 from ranksearch.results.record import StudyRecord
+from ranksearch.results.scores import is_percent
 
 
 def markdown(record: StudyRecord) -> str:
@@ -24,6 +26,7 @@ def markdown(record: StudyRecord) -> str:
         _front_note(record),
         *_controls(record),
         *_latency(record),
+        *_account(record),
         "## Settings",
         _table(("setting", "value"), summary.settings(facts.spec)),
         "## Versions, machine, time",
@@ -62,8 +65,8 @@ def _figures(line: summary.FrontLine | summary.ControlLine) -> list[str]:
 
 
 def _front_note(record: StudyRecord) -> str:
-    unit = "points" if text.is_percent(record.facts.score_name) else "the score"
-    note = f"In brackets: difference from the dense net in {unit}."
+    unit = "points" if is_percent(record.facts.score_name) else "the score"
+    note = f"In brackets: difference from the dense net in {unit}, with its 95 % interval (paired bootstrap over the inputs)."
     gain = figures.hypervolume_gain(record)
     if gain:
         note += f" Hypervolume of the predicted front's trials alone: {gain[0]:.4f}; of all trials: {gain[1]:.4f}."
@@ -83,6 +86,14 @@ def _latency(record: StudyRecord) -> list[str]:
         return []
     rows = ([name, *cells] for name, cells in summary.timing_rows(record))
     return ["## Latency", _escape(summary.timing_note(record)), _table(["trial", *summary.timing_head(record)], rows)]
+
+
+def _account(record: StudyRecord) -> list[str]:
+    lines = summary.account_lines(record)
+    if not lines:
+        return []
+    rows = [dataclasses.astuple(line) for line in lines]
+    return ["## Dense model", _table(["part of the model", "modules", "parameters", "share", "MACs", "share"], rows)]
 
 
 def _circumstances(record: StudyRecord) -> list[tuple[str, str]]:

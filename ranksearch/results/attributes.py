@@ -11,21 +11,20 @@ from optuna.trial import FrozenTrial
 
 from ranksearch.errors import StudyError
 from ranksearch.plan import Plan
-from ranksearch.results.messages import CurvePoint, Outcome
+from ranksearch.results.account import Part
+from ranksearch.results.messages import CurvePoint, Difference, Outcome
 from ranksearch.results.record import (
     Control,
     DenseFacts,
-    Finalist,
     LayerFacts,
     NarrowFacts,
     Probe,
     StudyFacts,
     StudyRecord,
-    Timing,
-    TrialRecord,
     control_with_measured,
     with_measured,
 )
+from ranksearch.results.trials import Finalist, Timing, TrialRecord
 
 _FACTS, _SECONDS = "ranksearch:facts", "ranksearch:seconds"
 _FINALIST, _FAILED = "ranksearch:finalist:", "ranksearch:failed:"
@@ -158,7 +157,8 @@ def read_facts(study: optuna.Study) -> StudyFacts:
     )
     dense = {**data["dense"], "timings": _timings(data["dense"]["timings"])}
     narrow = tuple(NarrowFacts(**entry) for entry in data["narrow"])
-    return StudyFacts(**data | {"layers": layers, "dense": DenseFacts(**dense), "narrow": narrow})
+    account = tuple(map(Part.from_dict, data.get("account", ())))
+    return StudyFacts(**data | {"layers": layers, "dense": DenseFacts(**dense), "narrow": narrow, "account": account})
 
 
 def asked(index: int, origin: str) -> dict[str, Any]:
@@ -194,7 +194,8 @@ def read_trial(trial: FrozenTrial, study: Mapping[str, Any] | None = None) -> Tr
 
 def _finalist(data: Mapping[str, Any]) -> Finalist:
     curve = tuple(CurvePoint(*point) for point in data["curve"])
-    return Finalist(**{**data, "curve": curve, "timings": _timings(data["timings"])})
+    differences = {key: Difference(**data[key]) for key in ("difference_validation", "difference_test") if data.get(key)}
+    return Finalist(**{**data, **differences, "curve": curve, "timings": _timings(data["timings"])})
 
 
 def _timings(entries: Sequence[Mapping[str, Any]]) -> tuple[Timing, ...]:

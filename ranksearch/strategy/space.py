@@ -116,7 +116,11 @@ class Axis:
             raise PlanError(
                 f"Layer {layer.name!r} must become smaller in {costs} (space.smaller_in), but {value} does not shrink it."
             )
-        if value != (expected := method.value(layer, value.ranks)):
+        if value.padding != (expected := method.value(layer, value.ranks)).padding:
+            raise PlanError(
+                f"Layer {layer.name!r} must have padding={expected.padding} in this study, but got {value.padding}."
+            )
+        if value != expected:
             raise PlanError(f"Layer {layer.name!r} must have kernel={expected.kernel} in this study, but got {value.kernel}.")
 
     def _method(self, value: Factorization) -> Method:

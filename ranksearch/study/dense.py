@@ -16,7 +16,7 @@ import optuna
 import torch
 from torch import Tensor, nn
 
-from ranksearch.compress.inventory import check_weights
+from ranksearch.compress.checks import check_weights
 from ranksearch.compress.surgery import copied
 from ranksearch.compress.weights import digest_of, load_, state_of, weights_of
 from ranksearch.console import View

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 import ranksearch
-from ranksearch.compress.export import export_model, load_model, save_model
+from ranksearch.compress.export import export_model, load_model
 from ranksearch.compress.inventory import count_macs, count_params, inventory
 from ranksearch.compress.merging import merge_
 from ranksearch.compress.narrowing import narrow_, narrowing_of
 from ranksearch.compress.preparing import joint_errors, joint_vbmf_ranks, kernel, vbmf_ranks
 from ranksearch.compress.profile import profile
+from ranksearch.compress.saved import write_model
 from ranksearch.compress.scratch import scratch_
 from ranksearch.compress.surgery import factorize_
 from ranksearch.compress.weights import weights_of
@@ -172,7 +173,7 @@ def test_a_plan_says_nothing_of_groups_and_rebuilds_them(tmp_path):
     assert Plan.from_json(PLAN.to_json()) == PLAN
     assert [part.groups for part in model.block] == [4, 4, 4]
     assert [part.groups for part in model.wide] == [32, 32]
-    save_model(tmp_path, PLAN, weights_of(model))
+    write_model(tmp_path, PLAN, weights_of(model))
     assert torch.equal(load_model(grouped(seed=1), tmp_path)(pictures()), model(pictures()))
 
 
@@ -191,7 +192,7 @@ def test_a_merged_net_has_the_grouped_layers_again(tmp_path):
     torch.testing.assert_close(model(pictures()), outputs)
     assert {name for name, _ in left} == {"point"}
     assert repr(model.block) == repr(grouped().block)
-    save_model(tmp_path, left, weights_of(model))
+    write_model(tmp_path, left, weights_of(model))
     assert torch.equal(load_model(grouped(seed=1), tmp_path)(pictures()), model(pictures()))
 
 
@@ -217,7 +218,7 @@ def test_a_narrower_net_with_groups_is_factorized_and_loaded(tmp_path):
     assert found["block"].params < inventory(grouped(), EXAMPLE)["block"].params
     plan = Plan.of({"block": Tucker2(2, 2), "wide": Spatial(1)}, 0.5, narrowing)
     model = factorize_(narrow, plan).eval()
-    save_model(tmp_path, plan, weights_of(model))
+    write_model(tmp_path, plan, weights_of(model))
     assert torch.equal(load_model(grouped(seed=1), tmp_path)(pictures()), model(pictures()))
 
 

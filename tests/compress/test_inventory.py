@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ranksearch.compress.inventory import count_macs, count_params, inventory
+from ranksearch.methods.layer import Call
 from tests.nets import Net
 
 IMAGE = torch.ones(1, 4, 6, 5)
@@ -50,9 +51,9 @@ def test_a_layer_is_described_as_it_is():
     model = nn.Sequential(nn.Conv2d(4, 7, (3, 2), stride=(2, 1), bias=False), nn.Flatten(2), nn.Linear(8, 3))
     conv, linear = inventory(model, IMAGE).layers
     assert (conv.name, conv.kind, conv.weight, conv.kernel, conv.bias) == ("0", "Conv2d", (7, 4, 3, 2), (3, 2), False)
-    assert (conv.in_size, conv.out_size, conv.calls, conv.flattened) == ((6, 5), (2, 4), 1, False)
+    assert (conv.calls, conv.flattened) == ((Call((6, 5), (2, 4)),), False)
     assert (linear.name, linear.kind, linear.weight, linear.kernel, linear.bias) == ("2", "Linear", (3, 8), (), True)
-    assert (linear.in_size, linear.out_size, linear.calls, linear.flattened) == ((), (), 7, False)
+    assert (linear.calls, linear.flattened) == ((Call(times=7),), False)
 
 
 convolution = st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 2), st.booleans())
@@ -88,7 +89,7 @@ def test_parts_folded_into_the_batch_are_calls():
     folded = Net(lambda n, x: n.fc(n.conv(x.flatten(0, 1)).flatten(1)), conv=nn.Conv2d(4, 3, 3), fc=nn.Linear(36, 2))
     for batch in (1, 3):
         found = inventory(folded, torch.ones(batch, 5, 4, 6, 5))
-        assert [layer.calls for layer in found.layers] == [5, 5]
+        assert [call.times for layer in found.layers for call in layer.calls] == [5, 5]
         assert found["fc"].weight == (2, 3, 4, 3)
         assert found.macs == sum(layer.macs for layer in found.layers) == counted_macs(folded, torch.ones(1, 5, 4, 6, 5))
 
@@ -96,7 +97,7 @@ def test_parts_folded_into_the_batch_are_calls():
 def test_positions_before_the_batch_are_calls():
     model = Net(lambda n, x: n.fc(x.transpose(0, 1)), fc=nn.Linear(8, 3))
     found = inventory(model, torch.ones(1, 7, 8))
-    assert found["fc"].calls == 7
+    assert found["fc"].calls == (Call(times=7),)
     assert found.macs == found["fc"].macs == 7 * 24
 
 
@@ -180,7 +181,7 @@ OTHERS = {
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_linear_behind_a_flatten_is_a_kernel_over_the_map(between, batch):
     found = inventory(through(between), IMAGE.repeat(batch, 1, 1, 1))["fc"]
-    assert (found.weight, found.in_size, found.out_size, found.calls) == ((3, 4, 6, 5), (6, 5), (1, 1), 1)
+    assert (found.weight, found.calls) == ((3, 4, 6, 5), (Call((6, 5), (1, 1)),))
     assert found.flattened
 
 

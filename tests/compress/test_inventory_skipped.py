@@ -11,32 +11,66 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.modules import module as module_hooks
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize
 
 from ranksearch.compress.inventory import count_macs, inventory
 from ranksearch.compress.surgery import factorize_
 from ranksearch.errors import ModelError
 from ranksearch.plan import SVD, Tucker2
-from tests.nets import IMAGE, Net, fails
+from tests.nets import IMAGE, Net, Noisy, Same, fails
 
 
-class Standardised(nn.Conv2d):
-    """A convolution with its own forward, as in weight standardisation."""
+class Rectified(nn.Conv2d):
+    """A convolution whose own forward changes its result."""
 
     def forward(self, inputs):
-        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
-        return F.conv2d(inputs, weight, self.bias)
+        return super().forward(inputs).relu()
 
 
 class Resized(nn.ConvTranspose2d):
-    """A transposed convolution with its own forward."""
+    """A transposed convolution of one output size for inputs of any size."""
 
     def forward(self, inputs):
-        return super().forward(inputs, [2 * size for size in inputs.shape[2:]])
+        return super().forward(inputs, [11, 9])
 
 
-class Conv2d(Standardised):
+class Spread(nn.ConvTranspose2d):
+    """A transposed convolution that pads its input by one on each side."""
+
+    def forward(self, inputs):
+        return super().forward(F.pad(inputs, (1, 1, 1, 1)))
+
+
+class Conv2d(Rectified):
     """A convolution with its own forward whose class has the name of torch's class."""
+
+
+class Dynamic(nn.Conv2d):
+    """A convolution whose weight depends on its input."""
+
+    def forward(self, inputs):
+        return F.conv2d(inputs, self.weight * inputs.mean(), self.bias)
+
+
+class Doubled(nn.Conv2d):
+    """A convolution that does more in training."""
+
+    def forward(self, inputs):
+        return super().forward(inputs) * (2 if self.training else 1)
+
+
+class Reflected(nn.Conv2d):
+    """A convolution that pads its input by other values than zeros."""
+
+    def forward(self, inputs):
+        return super().forward(F.pad(inputs, (1, 0, 1, 0), mode="reflect"))
+
+
+class Shifted(nn.Conv2d):
+    """A convolution that changes its input."""
+
+    def forward(self, inputs):
+        return super().forward(inputs - 1)
 
 
 class DynamicConv(nn.Module):
@@ -64,10 +98,14 @@ def before(layer, channels=4):
     return nn.Sequential(layer, nn.Conv2d(channels, 2, 1))
 
 
-def pruned():
-    conv = nn.Conv2d(4, 4, 3)
-    prune.l1_unstructured(conv, "weight", amount=0.5)
-    return conv
+def noisy():
+    return parametrize.register_parametrization(nn.Conv2d(4, 4, 3), "weight", Noisy())
+
+
+def with_shared_direction():
+    model = nn.Sequential(*(parametrizations.weight_norm(nn.Conv2d(4, 4, 1)) for _ in range(2)), nn.Conv2d(4, 2, 1))
+    model[1].parametrizations.weight.original1 = model[0].parametrizations.weight.original1
+    return model
 
 
 def quantised():
@@ -144,16 +182,15 @@ SKIPPED = {
     ),
     "shared weight": (with_shared_weight(), "its weight is shared by 0.weight, 1.weight"),
     "two names": (with_two_names(), "its weight is shared by one.weight, two.weight"),
-    "called twice": (
-        Net(lambda n, x: n.last(n.one(n.one(x))), one=nn.Conv2d(4, 4, 1), last=nn.Conv2d(4, 2, 1)),
-        "it is called 2 times in one pass",
-    ),
     "never called": (
         Net(lambda n, x: n.last(x), one=nn.Conv2d(4, 4, 1), last=nn.Conv2d(4, 2, 1)),
         "it is never called by the forward pass",
     ),
-    "parametrised": (before(parametrizations.weight_norm(nn.Conv2d(4, 4, 3))), PARAMETRISED),
-    "pruned": (before(pruned()), PARAMETRISED),
+    "weights that differ each time": (before(noisy()), PARAMETRISED),
+    "shared direction": (
+        with_shared_direction(),
+        "its weight is shared by 0.parametrizations.weight.original1, 1.parametrizations.weight.original1",
+    ),
     "complex": (complex_convolution(), "its weight is complex64, which is not real"),
     "transposed, sized": (sized(lambda x: {"output_size": [8, 7]}), SIZED),
     "transposed, sized by position": (
@@ -162,9 +199,15 @@ SKIPPED = {
     ),
     "transposed, sized by none": (sized(lambda x: {"output_size": None}), SIZED),
     "transposed, depthwise": (before(nn.ConvTranspose2d(4, 4, 4, stride=2, groups=4)), SMALL_DEPTHWISE),
-    "transposed, own forward": (before(Resized(4, 4, 3, stride=2, padding=1)), "Resized has a forward of its own"),
+    "transposed, of one size": (before(Resized(4, 4, 3, stride=2, padding=1)), "Resized has a forward of its own"),
+    "transposed, padded": (before(Spread(4, 4, 3)), "Spread has a forward of its own"),
+    "grouped, more in training": (before(Doubled(4, 4, 3, groups=2)), "Doubled has a forward of its own"),
     "bilinear": (Net(lambda n, x: n.last(n.one(x, x)), one=nn.Bilinear(5, 5, 5), last=nn.Conv2d(4, 2, 1)), None),
-    "own forward": (before(Standardised(4, 4, 3)), "Standardised has a forward of its own"),
+    "own forward": (before(Rectified(4, 4, 3)), "Rectified has a forward of its own"),
+    "weight by input": (before(Dynamic(4, 4, 3)), "Dynamic has a forward of its own"),
+    "more in training": (before(Doubled(4, 4, 3)), "Doubled has a forward of its own"),
+    "reflected": (before(Reflected(4, 4, 3)), "Reflected has a forward of its own"),
+    "another input": (before(Shifted(4, 4, 3)), "Shifted has a forward of its own"),
     "no tensor": (
         Net(lambda n, x: n.last(n.one(x, scale=2)["outputs"]), one=DynamicConv(), last=nn.Conv2d(4, 2, 1)),
         "DynamicConv is not supported",
@@ -202,6 +245,14 @@ SKIPPED = {
     "of its type": (
         used(of_its_type),
         "the forward fails when it is replaced (IndexError: tuple index out of range)",
+    ),
+    "padded in two ways": (
+        Net(
+            lambda n, x: n.last(n.one(x)) + n.last(n.one(x[..., 1:])).mean(),
+            one=Same(4, 4, 3, stride=2),
+            last=nn.Conv2d(4, 2, 1),
+        ),
+        "it pads its inputs by their size, which differs from call to call",
     ),
     "unbatched convolution": (
         Net(lambda n, x: n.last(n.one(x[0])[None]), one=nn.Conv2d(4, 4, 3), last=nn.Conv2d(4, 2, 1)),

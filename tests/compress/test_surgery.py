@@ -15,6 +15,7 @@ from ranksearch.errors import PlanError
 from ranksearch.methods import METHODS
 from ranksearch.plan import CP, CP4, SVD, Dense, Plan, Spatial, Tucker2
 from tests.compress.test_inventory_skipped import SMALL_DEPTHWISE
+from tests.nets import Noisy
 
 PLAN = Plan.of(
     {"stem": CP4(3), "block.0.conv": Tucker2(2, 3), "block.1": Spatial(4), "fc": CP(5, kernel=(4, 4)), "last": SVD(2)}
@@ -317,9 +318,22 @@ PARAMETRISED = {
 
 @pytest.mark.parametrize("verb", [factorize_, skeleton_])
 @pytest.mark.parametrize("change", PARAMETRISED.values(), ids=PARAMETRISED)
-def test_a_parametrised_weight_is_refused(verb, change):
-    model = net().train()
+def test_a_layer_with_a_parametrised_weight_is_factorized_and_the_rest_stays(verb, change):
+    model = net().eval()
     change(model.last)
+    inputs, others = torch.ones(2, 6), [module for name, module in model.named_modules() if not name.startswith("last")]
+    wanted = model.last(inputs)
+    verb(model, Plan.of({"last": SVD(3)}))
+    assert [type(part) for part in model.last] == [nn.Linear]
+    assert [module for name, module in model.named_modules() if not name.startswith("last")] == others
+    if verb is factorize_:
+        torch.testing.assert_close(model.last(inputs), wanted)
+
+
+@pytest.mark.parametrize("verb", [factorize_, skeleton_])
+def test_a_weight_that_differs_each_time_is_refused(verb):
+    model = net().train()
+    parametrize.register_parametrization(model.last, "weight", Noisy())
     modules, state, buffers = dict(model.named_modules()), copy.deepcopy(model.state_dict()), len(list(model.buffers()))
     message = (
         NOT_SUITED.format("last")

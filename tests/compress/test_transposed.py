@@ -8,17 +8,19 @@ import pytest
 import torch
 from torch import nn
 
-from ranksearch.compress.export import export_model, load_model, save_model
+from ranksearch.compress.export import export_model, load_model
 from ranksearch.compress.inventory import count_macs, count_params, inventory
 from ranksearch.compress.merging import merge_
 from ranksearch.compress.narrowing import narrow_, narrowing_of
 from ranksearch.compress.profile import profile
+from ranksearch.compress.saved import write_model
 from ranksearch.compress.scratch import scratch_
 from ranksearch.compress.surgery import factorize_
 from ranksearch.compress.weights import weights_of
 from ranksearch.compress.widths import redraw_, scale_width_
 from ranksearch.latency.forms import time_forms
 from ranksearch.latency.runtimes import UserFunction
+from ranksearch.methods.layer import Call
 from ranksearch.plan import CP, CP4, TT, Plan, Spatial, Tucker2
 from ranksearch.strategy.space import make_space, size_of
 from tests import nets
@@ -56,7 +58,7 @@ def test_a_layer_is_described_by_its_kernel():
     model, inputs = made("generator")
     layer = inventory(model, inputs[:1])["second"]
     assert (layer.kind, layer.weight, layer.groups, layer.transposed) == ("ConvTranspose2d", (4, 8, 4, 4), 2, True)
-    assert (layer.in_size, layer.out_size) == ((4, 4), (8, 8))
+    assert layer.calls == (Call((4, 4), (8, 8)),)
     assert layer.macs == 2 * 4 * 8 * 16 * 16
 
 
@@ -95,7 +97,7 @@ def test_a_saved_net_is_loaded_and_merged(name, tmp_path):
     plan = PLANS[name]
     assert Plan.from_json(plan.to_json()) == plan
     factorize_(model, plan).eval()
-    save_model(tmp_path, plan, weights_of(model))
+    write_model(tmp_path, plan, weights_of(model))
     outputs = model(inputs)
     assert torch.equal(load_model(made(name, seed=1)[0], tmp_path)(inputs), outputs)
     merge_(model, plan, list(dict(plan)))
@@ -132,7 +134,7 @@ def test_a_narrower_net_is_factorized_and_loaded(tmp_path):
     assert count_params(narrow.up2) < count_params(made("unet")[0].up2)
     plan = Plan.of({"up2": Tucker2(3, 3), "up1": CP(3)}, 0.6, narrowing)
     model = factorize_(narrow, plan).eval()
-    save_model(tmp_path, plan, weights_of(model))
+    write_model(tmp_path, plan, weights_of(model))
     assert torch.equal(load_model(made("unet", seed=1)[0], tmp_path)(IMAGES), model(IMAGES))
 
 

@@ -205,7 +205,7 @@ def test_the_mean_of_the_outputs_is_kept(geometry, name, exact):
 
 def by_channel(outputs, layer):
     """The outputs as rows (n, out), channels last."""
-    axis = outputs.dim() - 1 if layer.kind == "Linear" else outputs.dim() - 1 - len(layer.out_size)
+    axis = outputs.dim() - 1 if layer.kind == "Linear" else outputs.dim() - 1 - len(layer.calls[0].out_size)
     return outputs.movedim(axis, -1).reshape(-1, layer.groups * layer.weight[0])
 
 

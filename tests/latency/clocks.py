@@ -8,7 +8,7 @@ from torch import nn
 
 from ranksearch.compress.inventory import count_macs, count_params
 from ranksearch.methods.layer import CONVOLUTIONS
-from ranksearch.support.batch import tensors_in
+from ranksearch.support.nesting import tensors_in
 
 
 def counting(module: nn.Module, inputs: object) -> float:
