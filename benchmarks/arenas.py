@@ -27,7 +27,7 @@ from ranksearch.methods import METHODS
 from ranksearch.methods.layer import Call, Layer
 from ranksearch.plan import SVD, Dense, Factorization, Plan, Tucker2
 from ranksearch.results.messages import Job, Result, Stage
-from ranksearch.results.record import Probe
+from ranksearch.results.record import DEFAULT_STANDARD_ERROR, Probe
 from ranksearch.spec import StudySpec, load_spec
 from ranksearch.strategy.predicted_front import Choice
 from ranksearch.strategy.sensitivity import predicted_choices, values_to_probe
@@ -35,9 +35,10 @@ from ranksearch.strategy.space import SearchSpace, make_space
 from ranksearch.study.dense import load_weights, train_dense
 from ranksearch.support.files import write_whole
 from ranksearch.task import training
+from ranksearch.task.bootstrap import standard_error
 from ranksearch.task.checkpoint import Checkpoint
 from ranksearch.task.evaluation import Evaluator
-from ranksearch.task.task import load_task
+from ranksearch.task.task import load_task, predict
 
 CPU = torch.device("cpu")
 METHODS_SEARCHED = ("tucker2", "cp", "svd")
@@ -75,7 +76,9 @@ class Trained:
         )  # fmt: skip
         fewer = replace(task.data, train=sample(task.data.train, trained_on, seed=spec.seed))
         self._evaluate = Evaluator(replace(task, data=fewer), self.profile, spec.finetune, spec.finalists, "cpu")
-        self.dense_score = training.score(task.model, task, task.data.validation, device=CPU)
+        outputs, targets = predict(task.model, task.data.validation)
+        self.dense_score = task.score(outputs, targets)
+        self.noise = standard_error(task.score, outputs, targets, seed=spec.seed) or DEFAULT_STANDARD_ERROR
         self.dense_test = training.score(task.model, task, task.data.test, device=CPU)
         self.epochs = spec.finetune.epochs
         self.dense_loss, self.probes, self.probe_seconds = self._probed()
@@ -152,6 +155,8 @@ class Simulated:
 
     epochs = 3
     dense_score = dense_test = 0.9
+    noise = 0.003
+    """The standard deviation of the noise of a score."""
     probe_seconds = 0.0
 
     def __init__(self, seed: int = 0) -> None:
@@ -192,7 +197,7 @@ class Simulated:
         # The test score is the score without the noise of the validation split.
         true = [last + (first - last) * 0.4**epoch for epoch in range(self.epochs + 1)]
         seconds = tuple(0.1 + epoch for epoch in range(self.epochs + 1))
-        return Run(tuple(score + draw.gauss(0.0, 0.003) for score in true), seconds, true[-1])
+        return Run(tuple(score + draw.gauss(0.0, self.noise) for score in true), seconds, true[-1])
 
     def _square(self, layer: Layer, value: Factorization) -> float:
         """The squared relative error of a choice."""

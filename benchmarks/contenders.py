@@ -84,7 +84,7 @@ class Contender:
         ledger = Ledger(
             study, bases, plans, sampler=self.sampler, seed=seed, dense_score=arena.dense_score,
             limits=UNLIMITED, objectives=Objectives(dense=arena.inventory.costs),
-            knowledge=Knowledge(bases, table, arena.dense_score, suggested=self.suggested(arena)),
+            knowledge=Knowledge(bases, table, arena.dense_score, arena.noise, suggested=self.suggested(arena)),
         )  # fmt: skip
         found, start = Searched(), time.process_time()
         for job in ledger.jobs(trials):

@@ -178,7 +178,7 @@ def study_seconds(name: str) -> tuple[int, int, int, tuple[float, ...], tuple[fl
     methods = {axis.layer.name: axis.methods for axis in space_of(spec, found).axes}
     before, begun, marks = peak_gib(), clocks(), []
 
-    def measured(*given: Any) -> dict[str, Whitening]:
+    def measured(*given: Any) -> dict[str, tuple[Whitening, ...]]:
         result = whitenings(*given)
         marks.append(clocks())
         return result

@@ -30,7 +30,7 @@ from ranksearch.data import example
 from ranksearch.results.attributes import read_facts, read_initial_plans
 from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import TrialRecord
+from ranksearch.results.trials import TrialRecord
 from ranksearch.spec import load_spec
 from ranksearch.strategy.bases import Bases
 from ranksearch.strategy.ledger import Ledger

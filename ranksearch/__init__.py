@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ranksearch.api import search as search
     from ranksearch.compress.export import export_model as export_model
-    from ranksearch.compress.export import load_model as load_model
     from ranksearch.compress.inventory import Inventory as Inventory
     from ranksearch.compress.inventory import inventory as inventory
     from ranksearch.compress.merging import merge_ as merge_
+    from ranksearch.compress.saved import load_model as load_model
+    from ranksearch.compress.saved import save_model as save_model
     from ranksearch.compress.surgery import factorize_ as factorize_
     from ranksearch.data import Splits as Splits
     from ranksearch.errors import RankSearchError as RankSearchError
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from ranksearch.results.costs import Cost as Cost
     from ranksearch.results.costs import register_cost as register_cost
     from ranksearch.results.record import StudyRecord as StudyRecord
-    from ranksearch.results.record import TrialRecord as TrialRecord
+    from ranksearch.results.trials import TrialRecord as TrialRecord
     from ranksearch.spec import Finalists as Finalists
     from ranksearch.spec import Recipe as Recipe
     from ranksearch.spec import Search as Search
@@ -42,15 +43,16 @@ __version__ = "0.1.0"
 
 _NAMES_BY_MODULE = {
     "api": ("search",),
-    "compress.export": (
-        "export_model",
-        "load_model",
-    ),
+    "compress.export": ("export_model",),
     "compress.inventory": (
         "Inventory",
         "inventory",
     ),
     "compress.merging": ("merge_",),
+    "compress.saved": (
+        "load_model",
+        "save_model",
+    ),
     "compress.surgery": ("factorize_",),
     "data": ("Splits",),
     "errors": ("RankSearchError",),
@@ -68,10 +70,8 @@ _NAMES_BY_MODULE = {
         "Tucker2",
     ),
     "results.costs": ("Cost", "register_cost"),
-    "results.record": (
-        "StudyRecord",
-        "TrialRecord",
-    ),
+    "results.record": ("StudyRecord",),
+    "results.trials": ("TrialRecord",),
     "spec": (
         "Finalists",
         "Recipe",

@@ -112,6 +112,22 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--fresh", action="store_true", help=plain_help(fields(Options)["fresh"]))
     study.set_defaults(run=_study)
 
+    init = commands.add_parser(
+        "init",
+        help="write a study file for a model of yours",
+        description="Write a study file for a model of yours, with comments and a list of its layers. Refuses to overwrite.",
+    )
+    init.add_argument("model", metavar="MODEL", help="the function that returns the model, package.module:name")
+    init.add_argument(
+        "--example", action="append", required=True, metavar="SHAPE",
+        help="the shape of a batch of one input, as 1,3,224,224; once for each argument of the model",
+    )  # fmt: skip
+    init.add_argument(
+        "--arg", dest="model_args", action="append", default=[], metavar="NAME=VALUE", help="an argument of the function"
+    )
+    init.add_argument("--to", type=Path, metavar="FILE", help="the file to write (NAME.toml, for the function NAME)")
+    init.set_defaults(run=_init)
+
     studies = commands.add_parser("studies", help="list the built-in studies", description="List the built-in studies.")
     studies.set_defaults(run=_studies)
 
@@ -141,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     which = export.add_mutually_exclusive_group(required=True)
     which.add_argument("--trial", type=int, metavar="N", help="the finalist with this trial number")
     which.add_argument("--knee", action="store_true", help="the knee of the front")
+    which.add_argument("--within", type=float, metavar="X", help="the smallest finalist at most X below dense, by its interval")
     which.add_argument("--min-score", type=float, metavar="S", help="the smallest finalist with at least this validation score")
     which.add_argument("--min-ratio", type=float, metavar="R", help="the best finalist with at least this compression ratio")
     export.add_argument("--format", choices=("plan", "onnx", "pt2"), default="plan")
@@ -218,6 +235,16 @@ def _study(options: argparse.Namespace, argv: list[str]) -> int:
     return 0
 
 
+def _init(options: argparse.Namespace, argv: list[str]) -> int:
+    from ranksearch.spec import parse_arguments
+    from ranksearch.study.template import write_study
+
+    arguments = parse_arguments(options.model_args)
+    path = write_study(options.model, arguments, options.example, options.to, _command_text(argv, None))
+    sys.stdout.write(f"{path}\nName your data and weights in it, then run:  ranksearch study {_quoted(str(path))}\n")
+    return 0
+
+
 def _studies(options: argparse.Namespace, argv: list[str]) -> int:
     from rich.table import Table
 
@@ -287,20 +314,22 @@ def _export(options: argparse.Namespace, argv: list[str]) -> int:
     if options.device and not options.merge:
         raise StudyError("--device is for --merge, which times the layers, but --merge was not given; leave --device out.")
     from ranksearch.results.attributes import read_study
-    from ranksearch.results.record import choose
+    from ranksearch.results.choosing import choose
     from ranksearch.study import folder
 
     record = read_study(_open_study(options))
     trial = choose(
-        record.trials, record.facts.objectives, number=options.trial, min_score=options.min_score, min_ratio=options.min_ratio,
-        limits=record.facts.limits,
+        record.trials, record.facts.objectives, dense_score=record.facts.dense.score_validation, number=options.trial,
+        within=options.within, min_score=options.min_score, min_ratio=options.min_ratio, limits=record.facts.limits,
     )  # fmt: skip
     spec = folder.read_spec(options.folder)
 
-    from ranksearch.compress.export import export_model, load_model, read_plan
+    from ranksearch.compress.export import export_model
+    from ranksearch.compress.saved import load_model, read_plan
     from ranksearch.data import batches
     from ranksearch.study.checking import choose_device
     from ranksearch.study.merging import Merged, merge_faster
+    from ranksearch.support.batch import batch_size
     from ranksearch.task.task import FROM_PYTHON, load_task
 
     if spec.task.model == FROM_PYTHON:
@@ -322,7 +351,7 @@ def _export(options: argparse.Namespace, argv: list[str]) -> int:
     outside = f", outside the study's limits ({limits})" if limits.excess(found.size, trial.score_validation) else ""
     words = (
         f"trial {trial.number}, {found.size.ratio:.1f}x smaller than dense{outside}; largest difference of outputs on "
-        f"{len(inputs)} real inputs after reloading: {difference:.1e}"
+        f"{batch_size(inputs)} real inputs after reloading: {difference:.1e}"
     )
     sys.stdout.write("".join(f"{line}\n" for line in (target, found.words, words) if line))
     return 0

@@ -20,7 +20,9 @@ from rich.text import Text
 from ranksearch.results.account import Part, listed
 from ranksearch.results.costs import COSTS, Cost, Costed, costs_of
 from ranksearch.results.messages import CurvePoint, Outcome
-from ranksearch.results.record import Control, DenseFacts, LayerFacts, StudyFacts, StudyRecord, TrialRecord
+from ranksearch.results.record import Control, DenseFacts, LayerFacts, StudyFacts, StudyRecord
+from ranksearch.results.scores import is_percent
+from ranksearch.results.trials import TrialRecord
 
 QUIET_SECONDS = 60.0
 """After this many seconds without output a log gets a line about the progress of the stage."""
@@ -194,10 +196,10 @@ def clock(seconds: float) -> str:
 
 
 def score_text(score: float | None, score_name: str) -> str:
-    """A score as people read it: accuracy as per cent, any other with four decimals."""
+    """A score as people read it: accuracy and agreement as per cent, any other with four decimals."""
     if score is None:
         return "-"
-    return f"{score * 100:.1f} %" if score_name == "accuracy" else f"{score:.4f}"
+    return f"{score * 100:.1f} %" if is_percent(score_name) else f"{score:.4f}"
 
 
 def short_outcome(record: TrialRecord, facts: StudyFacts) -> str:
@@ -307,7 +309,7 @@ def layers_table(look: Look) -> Table:
         costs = [f"{text}: {params:,} ({layer.params / params:.1f}x)" for text, params in look.costs.get(layer.name, ())]
         table.add_row(
             Text(layer.name),
-            "x".join(map(str, layer.weight)) + (", flattened" if layer.kind == "Linear" and len(layer.weight) > 2 else ""),
+            layer.shape.replace(" x ", "x") + (", flattened" if layer.kind == "Linear" and len(layer.weight) > 2 else ""),
             f"{layer.params:,}",
             f"{layer.params / look.params:.1%}",
             f"{layer.macs:,}",

@@ -408,6 +408,20 @@ def _public(module: Any) -> Iterable[str]:
     return [name for name in vars(module) if not name.startswith("_")][:30]
 
 
+def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+    """The arguments of a function from texts `name=value`, with TOML values.
+
+    Raises:
+        SpecError: a text is not of that form.
+    """
+    found: dict[str, Any] = {}
+    for argument in arguments:
+        if not re.fullmatch(r"[^\W\d]\w*=.*", argument, re.DOTALL):
+            raise SpecError(f"--arg must read name=value, but got {argument!r}.")
+        _override(found, argument)
+    return found
+
+
 def _override(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():

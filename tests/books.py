@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import optuna
 
 from ranksearch.compress.inventory import inventory
 from ranksearch.data import example
 from ranksearch.plan import CP, Dense, Plan
 from ranksearch.results.limits import UNLIMITED
-from ranksearch.results.messages import CurvePoint, Outcome, Result
+from ranksearch.results.messages import CurvePoint, Difference, Outcome, Result
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import Finalist, TrialRecord
+from ranksearch.results.trials import Finalist, TrialRecord
 from ranksearch.strategy.bases import Bases
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.predicted_front import Choice
@@ -46,7 +48,7 @@ def made_up_choices(space=SPACE):
 def knowledge(space=SPACE, *, limits=UNLIMITED, suggested=(), minimize=("params",)):
     """The knowledge that the sampler "rank" starts from, made up without any training."""
     bases = Bases.of(space, FOUND)
-    return Knowledge(bases, Table(bases, [made_up_choices(space)], minimize), DENSE_SCORE, limits, suggested)
+    return Knowledge(bases, Table(bases, [made_up_choices(space)], minimize), DENSE_SCORE, 0.01, limits, suggested)
 
 
 class Books:
@@ -118,3 +120,10 @@ def trial(number, score, ratio, outcome=Outcome.DONE, finalist=None, same_as=Non
 
 def finalist(validation, test=0.5):
     return Finalist(score_validation=validation, score_test=test, curve=(CurvePoint(0, validation),), seconds=1.0)
+
+
+def measured(number, value, standard_error, ratio):
+    """A finalist whose validation score differs from the dense one, 0.98, by this value, with this standard error."""
+    half = 1.96 * standard_error
+    difference = Difference(value, value - half, value + half, standard_error)
+    return trial(number, 0.98 + value, ratio, finalist=replace(finalist(0.98 + value), difference_validation=difference))

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ranksearch.compress.inventory import inventory
 from ranksearch.methods import METHODS
+from ranksearch.methods.layer import as_kernel
 from tests.nets import normal
 
 
@@ -37,6 +38,7 @@ def behind_flatten(*size, out=6, bias=True):
 
 
 KERNEL_1D, KERNEL_2D, KERNEL_3D = {"tucker2", "cp"}, {"spatial", "tucker2", "cp", "cp4", "tt"}, {"tucker2", "cp"}
+DEPTHWISE = {"spatial"}
 CONV1D, CONV2D, CONV3D, SAME = (4, 11), (4, 9, 8), (3, 6, 7, 5), {"padding": "same"}
 # id: (model, size of one input, methods that can store its layer)
 GEOMETRIES = {
@@ -67,6 +69,43 @@ GEOMETRIES = {
     "conv3d": (alone(nn.Conv3d(3, 5, (3, 2, 1), stride=(1, 2, 1), padding=(1, 0, 1))), CONV3D, KERNEL_3D),
     "conv3d replicate": (alone(nn.Conv3d(3, 5, 3, padding=1, padding_mode="replicate", bias=False)), CONV3D, KERNEL_3D),
     "conv3d 1": (alone(nn.Conv3d(3, 5, 1)), CONV3D, {"svd"}),
+    "conv1d 2 groups": (alone(nn.Conv1d(4, 6, 3, groups=2)), CONV1D, KERNEL_1D),
+    "conv1d 4 groups strided": (alone(nn.Conv1d(4, 8, 5, 2, 3, 2, groups=4, bias=False)), CONV1D, KERNEL_1D),
+    "conv1d 2 groups circular": (alone(nn.Conv1d(4, 6, 3, padding=2, padding_mode="circular", groups=2)), CONV1D, KERNEL_1D),
+    "conv2d 2 groups": (alone(nn.Conv2d(4, 6, 3, padding=1, groups=2)), CONV2D, KERNEL_2D),
+    "conv2d 4 groups": (alone(nn.Conv2d(8, 12, 3, (2, 1), (0, 2), (1, 2), groups=4, bias=False)), (8, 9, 8), KERNEL_2D),
+    "conv2d 2 groups same reflect": (
+        alone(nn.Conv2d(4, 6, (2, 3), **SAME, padding_mode="reflect", groups=2)),
+        CONV2D,
+        KERNEL_2D,
+    ),
+    "conv2d 2 groups 1x1 strided": (alone(nn.Conv2d(4, 6, 1, stride=(2, 3), padding=1, groups=2)), CONV2D, {"svd"}),
+    "conv2d 4 groups of one input": (alone(nn.Conv2d(4, 8, 3, groups=4)), CONV2D, KERNEL_2D),
+    "conv2d 2 groups of one output": (alone(nn.Conv2d(4, 2, 3, groups=2)), CONV2D, KERNEL_2D),
+    "conv2d 2 groups of frames": (Frames(nn.Conv2d(4, 6, 3, groups=2)), (5, *CONV2D), KERNEL_2D),
+    "conv2d depthwise": (alone(nn.Conv2d(4, 4, 5, padding=2, groups=4)), CONV2D, DEPTHWISE),
+    "conv2d depthwise strided": (alone(nn.Conv2d(4, 4, (5, 7), (1, 2), (0, 3), groups=4, bias=False)), CONV2D, DEPTHWISE),
+    "conv3d 2 groups": (
+        alone(nn.Conv3d(4, 6, (3, 2, 1), stride=(1, 2, 1), padding=(1, 0, 1), groups=2)),
+        (4, 6, 7, 5),
+        KERNEL_3D,
+    ),
+    "transposed 1d": (alone(nn.ConvTranspose1d(4, 6, 3, stride=2, output_padding=1)), CONV1D, KERNEL_1D),
+    "transposed 1d dilated": (alone(nn.ConvTranspose1d(4, 6, 5, 2, padding=3, dilation=2, bias=False)), CONV1D, KERNEL_1D),
+    "transposed": (alone(nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1)), CONV2D, KERNEL_2D),
+    "transposed stride 1": (alone(nn.ConvTranspose2d(4, 6, 3, padding=2, bias=False)), CONV2D, KERNEL_2D),
+    "transposed patches": (alone(nn.ConvTranspose2d(6, 3, 2, stride=2)), (6, 4, 5), KERNEL_2D),
+    "transposed 2x2 of stride 3": (alone(nn.ConvTranspose2d(4, 6, 2, stride=3)), CONV2D, KERNEL_2D),
+    "transposed 3x5": (alone(nn.ConvTranspose2d(4, 6, (3, 5), (3, 1), (1, 0), (2, 0), dilation=(1, 2))), CONV2D, KERNEL_2D),
+    "transposed one output": (alone(nn.ConvTranspose2d(4, 1, 4, stride=2, padding=1, bias=False)), CONV2D, KERNEL_2D),
+    "transposed of a point": (alone(nn.ConvTranspose2d(8, 5, 3, bias=False)), (8, 1, 1), KERNEL_2D),
+    "transposed 1x1": (alone(nn.ConvTranspose2d(4, 6, 1, stride=2)), CONV2D, {"svd"}),
+    "transposed 2 groups": (alone(nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2)), CONV2D, KERNEL_2D),
+    "transposed 4 groups": (alone(nn.ConvTranspose2d(8, 12, 4, 2, 1, groups=4, bias=False)), (8, 4, 3), KERNEL_2D),
+    "transposed depthwise": (alone(nn.ConvTranspose2d(4, 4, 6, stride=2, padding=2, groups=4)), CONV2D, DEPTHWISE),
+    "transposed of frames": (Frames(nn.ConvTranspose2d(4, 6, 3, stride=2)), (5, 4, 3, 2), KERNEL_2D),
+    "transposed 3d": (alone(nn.ConvTranspose3d(3, 5, (3, 2, 1), (1, 2, 1), (1, 0, 0))), (3, 4, 3, 2), KERNEL_3D),
+    "transposed 3d groups": (alone(nn.ConvTranspose3d(4, 6, 3, 2, 1, (0, 1, 1), groups=2)), (4, 3, 2, 3), KERNEL_3D),
     "linear": (alone(nn.Linear(9, 6)), (9,), {"svd"}),
     "linear no bias": (alone(nn.Linear(5, 8, bias=False)), (5,), {"svd"}),
     "linear as large as its SVD of half the rank": (alone(nn.Linear(4, 4)), (4,), {"svd"}),
@@ -80,7 +119,10 @@ GEOMETRIES = {
 }
 BY_NAME = {kind.method: method for kind, method in METHODS.items()}
 # Every geometry with one method, the methods in turn, plus every method with the plain geometries.
-PLAIN_GEOMETRIES = {"conv1d", "conv2d", "conv3d", "linear", "linear behind a map"}
+PLAIN_GEOMETRIES = {
+    "conv1d", "conv2d", "conv2d 2 groups", "conv2d depthwise", "conv3d", "transposed", "transposed 2 groups", "transposed 3d",
+    "linear", "linear behind a map",
+}  # fmt: skip
 IN_TURN = {(geometry, sorted(names)[at % len(names)]) for at, (geometry, (*_, names)) in enumerate(GEOMETRIES.items())}
 PAIRS = [
     (geometry, name)
@@ -102,6 +144,11 @@ def prepared(model, size, seed=0):
             parameter.copy_(normal(*parameter.shape, seed=seed + number))
     inputs = normal(1, *size, seed=seed + 9)
     return model, inputs, inventory(model, inputs)["layer"]
+
+
+def kernels_of(model, layer):
+    """The kernel of each group of the layer."""
+    return as_kernel(model.layer, model.layer.weight.detach()).reshape(layer.groups, *layer.weight).unbind()
 
 
 def given_geometry(geometry):

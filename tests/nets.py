@@ -141,6 +141,20 @@ class Pyramid(nn.Module):
         return torch.cat([self.scores(self.head(level).relu().flatten(2).mT) for level in levels], 1)
 
 
+class Decoder(nn.Module):
+    """Makes a map larger in two steps, by one grouped convolution and one transposed convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.mix = nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.up, self.last = nn.ConvTranspose2d(4, 4, 4, stride=2, padding=1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, inputs):
+        small = self.mix(self.down(inputs).relu()).relu()
+        large = self.mix(self.up(small).relu()).relu()
+        return self.last(self.up(large))
+
+
 class Recurrent(nn.Module):
     """A convolution over frames (batch, frames, channels, height, width) and its own last output."""
 
@@ -202,6 +216,71 @@ def computed() -> nn.Sequential:
             fc1=nn.utils.parametrizations.spectral_norm(nn.Linear(16 * 4 * 4, 32)),
             relu4=nn.ReLU(),
             fc2=pruned(nn.Linear(32, 10)),
+        )
+    )
+
+
+def grouped(classes: int = 10) -> nn.Sequential:
+    """A small net of grouped and depthwise convolutions for digits of 8x8."""
+    return nn.Sequential(
+        OrderedDict(
+            stem=nn.Conv2d(1, 16, 3, padding=1),
+            relu1=nn.ReLU(),
+            point=nn.Conv2d(16, 24, 1, groups=2, bias=False),
+            norm=nn.BatchNorm2d(24),
+            relu2=nn.ReLU(),
+            block=nn.Conv2d(24, 32, 3, stride=2, padding=1, groups=4),
+            relu3=nn.ReLU(),
+            shuffle=nn.ChannelShuffle(4),
+            wide=nn.Conv2d(32, 32, 5, padding=2, groups=32),
+            small=nn.Conv2d(32, 32, 3, padding=1, groups=32),
+            relu4=nn.ReLU(),
+            pool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+            fc=nn.Linear(32, classes),
+        )
+    )
+
+
+class UNet(nn.Module):
+    """A small U-Net for images of one channel whose sides are multiples of four; its output is a map of two channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down1 = nn.Conv2d(1, 8, 3, padding=1)
+        self.down2 = nn.Conv2d(8, 12, 3, padding=1)
+        self.middle = nn.Conv2d(12, 16, 3, padding=1)
+        self.pool = nn.MaxPool2d(2)
+        self.up2 = nn.ConvTranspose2d(16, 12, 3, stride=2, padding=1, output_padding=1)
+        self.join2 = nn.Conv2d(24, 12, 3, padding=1)
+        self.up1 = nn.ConvTranspose2d(12, 8, 2, stride=2)
+        self.join1 = nn.Conv2d(16, 8, 3, padding=1)
+        self.last = nn.Conv2d(8, 2, 1)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        first = self.down1(inputs).relu()
+        second = self.down2(self.pool(first)).relu()
+        below = self.up2(self.middle(self.pool(second)).relu())
+        joined = self.join2(torch.cat([second, below], 1)).relu()
+        return self.last(self.join1(torch.cat([first, self.up1(joined)], 1)).relu())
+
+
+def unet() -> UNet:
+    return UNet()
+
+
+def generator() -> nn.Sequential:
+    """A small DCGAN generator: from codes (batch, 12, 1, 1) to images (batch, 1, 16, 16)."""
+    return nn.Sequential(
+        OrderedDict(
+            first=nn.ConvTranspose2d(12, 16, 4, bias=False),
+            norm1=nn.BatchNorm2d(16),
+            relu1=nn.ReLU(),
+            second=nn.ConvTranspose2d(16, 8, 4, stride=2, padding=1, groups=2, bias=False),
+            norm2=nn.BatchNorm2d(8),
+            relu2=nn.ReLU(),
+            last=nn.ConvTranspose2d(8, 1, 4, stride=2, padding=1),
+            tanh=nn.Tanh(),
         )
     )
 

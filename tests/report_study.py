@@ -8,19 +8,10 @@ from dataclasses import replace
 
 from ranksearch.plan import CP, SVD, Factorization, Plan, Spatial, Tucker2
 from ranksearch.results.account import Part
+from ranksearch.results.choosing import front_of
 from ranksearch.results.messages import CurvePoint, Outcome
-from ranksearch.results.record import (
-    Control,
-    DenseFacts,
-    Finalist,
-    LayerFacts,
-    StudyFacts,
-    StudyRecord,
-    Timing,
-    TrialRecord,
-    front_of,
-    with_measured,
-)
+from ranksearch.results.record import Control, DenseFacts, LayerFacts, StudyFacts, StudyRecord, with_measured
+from ranksearch.results.trials import Finalist, Timing, TrialRecord
 
 SHAPES = {
     "conv1": ((32, 1, 3, 3), 784),

@@ -80,7 +80,7 @@ def test_ctrl_c_prints_the_front_so_far_and_how_to_go_on(bare, study_file, capsy
     assert out.endswith("Stopped. Resume with:  ranksearch study small.toml --workers 0 --seed 1\n")
 
 
-@pytest.mark.parametrize("choice", [["--knee"], ["--min-score", "0.1"], ["--min-ratio", "1"]])
+@pytest.mark.parametrize("choice", [["--knee"], ["--within", "1"], ["--min-score", "0.1"], ["--min-ratio", "1"]])
 def test_export_chooses_from_the_front(finished, capsys, tmp_path, choice, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder, record = finished
@@ -276,6 +276,10 @@ def test_a_study_made_from_python_is_not_exported_by_the_command_line(bare, trai
     ("choice", "message"),
     [
         (["--trial", "999"], "Only finalists can be exported, but trial 999 is not one of them; they are"),
+        (
+            ["--within", "-1"],
+            "No finalist is within -1 of the dense net's score with a chance of at least 70%; the best has 0%.",
+        ),
         (["--min-score", "1.1"], "No finalist has a validation score of at least 1.1; the best has"),
         (["--min-ratio", "1e6"], "No finalist has a compression ratio of at least 1e+06; the smallest model has"),
     ],

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ranksearch.compress.surgery import copied
 from ranksearch.errors import ModelError, first_line
-from ranksearch.support.batch import run_model, tensors_in
+from ranksearch.support.batch import run_model
+from ranksearch.support.nesting import tensors_in
 
 
 @dataclass(frozen=True)

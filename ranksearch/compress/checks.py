@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ranksearch.errors import ModelError, first_line
-from ranksearch.support.batch import batch_shapes, tensors_in
+from ranksearch.support.batch import batch_shapes
+from ranksearch.support.nesting import tensors_in
 
 
 def not_accepted(model: nn.Module, example: Any, error: Exception) -> ModelError:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.errors import PlanError
+from ranksearch.methods.layer import groups_of, kernel_shape
 from ranksearch.plan import CP, CP4, Factorization, Tucker2
 
 if TYPE_CHECKING:
@@ -22,15 +23,21 @@ def from_tensorly(name: str, layer: nn.Module, decomposition: Any) -> tuple[Fact
 
     A `CPTensor` of the kernel with merged positions, (out, in, positions), becomes CP; one of four modes becomes CP-4. A
     `TuckerTensor`, or the pair (core, factors) from `partial_tucker` on modes 0 and 1, becomes Tucker-2, with the factors of
-    further modes multiplied into the core. The kernel of a fully connected layer is its weight as (out, channels, *map).
+    further modes multiplied into the core. The kernel of a fully connected layer is its weight as (out, channels, *map),
+    that of a transposed convolution its weight with the first two axes swapped.
 
     Raises:
-        PlanError: `decomposition` has another type, or another shape than the layer's kernel.
+        PlanError: `decomposition` has another type, or another shape than the layer's kernel, or the layer has groups.
     """
     # Imported here, since it takes half a second.
     from tensorly.cp_tensor import CPTensor
     from tensorly.tucker_tensor import TuckerTensor
 
+    if (groups := groups_of(layer)) > 1:
+        raise PlanError(
+            f"Layer {name!r}: TensorLy's decomposition must be of a layer without groups, but this one has {groups}; give a "
+            "factorization such as CP(8)."
+        )
     if isinstance(decomposition, CPTensor):
         return _cp(name, layer, decomposition)
     if isinstance(decomposition, TuckerTensor) or _is_partial(decomposition):
@@ -77,8 +84,7 @@ def _kernel(name: str, layer: nn.Module, shape: tuple[int, ...], *, longest: int
     Raises:
         PlanError: `shape` is not that of the layer's kernel.
     """
-    assert isinstance(layer.weight, Tensor)
-    weight = tuple(layer.weight.shape)
+    weight = kernel_shape(layer)
     if isinstance(layer, nn.Linear):
         wanted, fits = f"({weight[0]}, channels, *map) of {weight[1]} inputs", (shape[0], math.prod(shape[1:])) == weight
     else:

@@ -16,6 +16,7 @@ from ranksearch.compress.checks import check_uncompiled, check_weights, name_of,
 from ranksearch.compress.plain import (
     FORWARDS,
     Plain,
+    base_of,
     holds_other_hooks,
     is_computed,
     is_parametrised,
@@ -26,7 +27,17 @@ from ranksearch.compress.plain import (
 from ranksearch.compress.stand_ins import UNCALLED, Pass, evaluating, tensors_of, why_not_replaced
 from ranksearch.compress.watch import Watch
 from ranksearch.errors import ModelError
-from ranksearch.methods.layer import CONVOLUTIONS, Call, Layer
+from ranksearch.methods.layer import (
+    CONVOLUTIONS,
+    MAX_DIMS,
+    MIN_DEPTHWISE,
+    TRANSPOSED,
+    Call,
+    Layer,
+    groups_of,
+    is_small_depthwise,
+    kernel_shape,
+)
 from ranksearch.results.account import Entry
 from ranksearch.support.batch import batch_shapes, batch_size, concatenate, run_model
 from ranksearch.support.copies import deep_copy
@@ -197,6 +208,8 @@ def _why_skipped(name: str, module: nn.Module, watch: Watch) -> str | None:
         if watch.axes.used.intersection(weights):
             return "the forward uses its weight without calling it, as torch.nn.functional.linear and attention do"
         return "it is never called by the forward pass"
+    if name in watch.sized:
+        return "the forward passes it an output_size, which its replacement does not take"
     inputs = [shape for shape, _ in watch.shapes[name]]
     if not all(_has_batch(module, shape) for shape in inputs):
         return "it is called without a batch dimension"
@@ -230,8 +243,8 @@ def why_not_factorized(module: nn.Module) -> str | None:
     layer = plain.layer
     if not layer.weight.is_floating_point():
         return f"its weight is {name_of(layer.weight.dtype)}, which is not real"
-    if isinstance(layer, CONVOLUTIONS) and layer.groups > 1:
-        return "it is depthwise" if layer.groups == layer.in_channels else f"it has {layer.groups} groups"
+    if is_small_depthwise(layer):
+        return f"it is depthwise, without a 2-D kernel of at least {MIN_DEPTHWISE} x {MIN_DEPTHWISE}"
     return None
 
 
@@ -258,16 +271,17 @@ def _permanent(module: nn.Module, layer: Layer) -> str:
 def _describe(name: str, watch: Watch, batch: int) -> Layer:
     module, shapes, maps = watch.candidates[name], watch.shapes[name], set(watch.maps[name])
     plain, flat = _plain(module), next(iter(maps)) if len(maps) == 1 else None
-    kind = next(each.__name__ for each in (*CONVOLUTIONS, nn.Linear) if isinstance(module, each))
+    kind = base_of(module).__name__
     about = Layer(
-        name, kind, tuple(plain.layer.weight.shape), plain.layer.bias is not None,
+        name, kind, kernel_shape(plain.layer), plain.layer.bias is not None,
         padding=padding_at(module, shapes[0][0]) if plain.varies else None,
         held=sum(parameter.numel() for parameter in module.parameters()) if is_computed(module) else None,
+        groups=groups_of(plain.layer), transposed=isinstance(plain.layer, TRANSPOSED),
     )  # fmt: skip
     if isinstance(module, CONVOLUTIONS):
         return replace(about, calls=tuple(Call(into[2:], out[2:], out[0] // batch) for into, out in shapes))
     # torch has no convolution over more than three dimensions, so a map of more dimensions stays a row of features.
-    if flat and math.prod(flat.size[1:]) > 1 and len(flat.size) - 1 <= len(CONVOLUTIONS):
+    if flat and math.prod(flat.size[1:]) > 1 and len(flat.size) - 1 <= MAX_DIMS:
         size = flat.size[1:]
         order = None if flat.order == tuple(range(len(flat.size))) else flat.order
         calls = tuple(Call(size, (1,) * len(size), out[0] // batch) for _, out in shapes)

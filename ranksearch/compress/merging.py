@@ -12,12 +12,14 @@ from ranksearch.compress.stand_ins import attributes_of, replace_
 from ranksearch.compress.surgery import PERMANENT, kernel_of
 from ranksearch.errors import PlanError, nearest
 from ranksearch.methods import Part, Shape, method_of
-from ranksearch.methods.layer import CONVOLUTIONS, Conv
+from ranksearch.methods.groups import shape_of_group, shape_of_stack, split, stack
+from ranksearch.methods.layer import CONVOLUTIONS, PLAIN, TRANSPOSED, Conv, as_kernel, as_weight, groups_of
 from ranksearch.methods.parts import META_DEVICE, built, composed
 from ranksearch.plan import Factorization, Plan
 
-SETTINGS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode")
-"""The settings of a convolution. A factorized layer has them as attributes, as it has `in_features` and `out_features`."""
+SETTINGS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+"""The settings of a convolution, to which a transposed one adds `output_padding`. A factorized layer has them as attributes;
+likewise `in_features` and `out_features`."""
 
 
 def merge_(model: nn.Module, plan: Plan, names: Collection[str]) -> Plan:
@@ -55,29 +57,24 @@ def merged(name: str, module: nn.Module, value: Factorization) -> nn.Module:
     Raises:
         PlanError: `module` is not factorized by `value`.
     """
-    layers = [child for child in module.children() if isinstance(child, (*CONVOLUTIONS, nn.Linear))]
-    about = attributes_of(module)
     if not can_merge(module):
         raise PlanError(
             f"Only layers that were plain can be merged, but {name!r} computed its weight or its padding in each pass, as the "
             "layer of the dense model still does; leave it factorized."
         )
-    if not layers or not ({"kernel_size", "in_features"} & set(about)):
-        raise _other(name, module, value)
-    weights, bias = [layer.weight for layer in layers], layers[-1].bias
-    dense = _empty(about, bias=bias is not None)
-    shape = tuple(kernel_of(name, dense, value).shape)
-    parts = built(method_of(value).parts(shape, value.ranks))
-    if [weight.numel() for weight in weights] != [math.prod(part.shape(shape)) for part in parts]:
-        raise _other(name, module, value)
-    dense = dense.to(weights[0].dtype).to_empty(device=weights[0].device).train(module.training)
+    dense, layers = parts_in(name, module, value)
+    groups, parts, shape = _parts(name, dense, value)
+    kernels = [as_kernel(layer, layer.weight.detach().double()) for layer in layers]
+    factors = [kernel.reshape(shape_of_stack(part.shape(shape), groups)) for kernel, part in zip(kernels, parts, strict=True)]
+    first, bias = layers[0].weight, layers[-1].bias
+    dense = dense.to(first.dtype).to_empty(device=first.device).train(module.training)
     with torch.no_grad():
-        dense.weight.copy_(_kernel(parts, weights, shape, value).reshape(dense.weight.shape))
+        dense.weight.copy_(as_weight(dense, _kernel(parts, split(factors, groups), shape, value)))
         if bias is not None and dense.bias is not None:
             dense.bias.copy_(bias)
             dense.bias.requires_grad_(bias.requires_grad)
-    dense.weight.requires_grad_(weights[0].requires_grad)
-    vars(dense).update(about)
+    dense.weight.requires_grad_(first.requires_grad)
+    vars(dense).update(attributes_of(module))
     return dense
 
 
@@ -86,10 +83,34 @@ def can_merge(module: nn.Module) -> bool:
     return PERMANENT not in vars(module)
 
 
+def parts_in(name: str, module: nn.Module, value: Factorization) -> tuple[nn.Linear | Conv, list[nn.Linear | Conv]]:
+    """For `module`, the layer `name` factorized by `value`: the dense layer on the device "meta", and the parts.
+
+    Raises:
+        PlanError: `module` is not factorized by `value`.
+    """
+    layers = [child for child in module.children() if isinstance(child, (*CONVOLUTIONS, nn.Linear))]
+    about = attributes_of(module)
+    if not layers or not ({"kernel_size", "in_features"} & set(about)):
+        raise _other(name, module, value)
+    dense = _empty(about, bias=layers[-1].bias is not None)
+    groups, parts, shape = _parts(name, dense, value)
+    if [layer.weight.numel() for layer in layers] != [groups * math.prod(part.shape(shape)) for part in parts]:
+        raise _other(name, module, value)
+    return dense, layers
+
+
+def _parts(name: str, dense: nn.Linear | Conv, value: Factorization) -> tuple[int, tuple[Part, ...], Shape]:
+    """The groups of a dense layer, the parts that are built of each, and the shape of each group's kernel."""
+    groups = groups_of(dense)
+    shape = shape_of_group(tuple(kernel_of(name, dense, value).shape), groups)
+    return groups, built(method_of(value).parts(shape, value.ranks)), shape
+
+
 def _other(name: str, module: nn.Module, value: Factorization) -> PlanError:
     return PlanError(
-        f"Layer {name!r} must consist of the parts of {value} to be merged, but is another {type(module).__name__}; give the "
-        "plan that the model was factorized by."
+        f"Layer {name!r} must consist of the parts of {value}, but is another {type(module).__name__}; give the plan that the "
+        "model was factorized by."
     )
 
 
@@ -97,12 +118,12 @@ def _empty(about: dict[str, object], *, bias: bool) -> nn.Linear | Conv:
     """The dense layer on the device "meta"."""
     if "in_features" in about:
         return nn.Linear(about["in_features"], about["out_features"], bias=bias, device=META_DEVICE)  # type: ignore[arg-type]
-    kind = CONVOLUTIONS[len(about["kernel_size"]) - 1]  # type: ignore[arg-type]
-    return kind(**{name: about[name] for name in SETTINGS}, bias=bias, device=META_DEVICE)  # type: ignore[arg-type]
+    kinds, settings = (TRANSPOSED, (*SETTINGS, "output_padding")) if about["transposed"] else (PLAIN, SETTINGS)
+    kind = kinds[len(about["kernel_size"]) - 1]  # type: ignore[arg-type]
+    return kind(**{name: about[name] for name in settings}, bias=bias, device=META_DEVICE)  # type: ignore[arg-type]
 
 
-def _kernel(parts: Sequence[Part], weights: Sequence[Tensor], shape: Shape, value: Factorization) -> Tensor:
-    """The kernel of that shape that the weights stand for, in float64; its axes are in the order of the layer's inputs."""
-    factors = [weight.detach().double().reshape(part.shape(shape)) for part, weight in zip(parts, weights, strict=True)]
-    kernel = composed(parts, factors, shape)
+def _kernel(parts: Sequence[Part], groups: Sequence[Sequence[Tensor]], shape: Shape, value: Factorization) -> Tensor:
+    """The kernel that the factors of all groups stand for, stacked; its axes are in the order of the layer's inputs."""
+    (kernel,) = stack([(composed(parts, factors, shape),) for factors in groups])
     return kernel if value.order is None else kernel.permute(0, *(1 + axis for axis in value.order))

@@ -20,16 +20,18 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
-from ranksearch.methods.layer import CONVOLUTIONS, Conv, Padding
+from ranksearch.methods.layer import CONVOLUTIONS, TRANSPOSED, Conv, Padding
 from ranksearch.methods.parts import META_DEVICE
 from ranksearch.support.copies import deep_copy
 from ranksearch.support.seeds import seeded
 
-FORWARDS = ("forward", "_conv_forward")
+FORWARDS = ("forward", "_conv_forward", "_output_padding")
 """The methods that compute a Conv or Linear layer."""
 COMPUTING_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 """Torch's hooks that compute a weight before each call."""
-FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d, F.linear)
+BASES = (*CONVOLUTIONS, nn.Linear)
+FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear)
+"""Torch's functions that compute `BASES`, in the same order."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,13 @@ def is_parametrised(module: nn.Module) -> bool:
 
 def runs_as_torch(module: nn.Module) -> bool:
     """Whether a Conv or Linear has torch's own forward. A subclass may standardise its weights or pad its inputs."""
-    base = next(kind for kind in (*CONVOLUTIONS, nn.Linear) if isinstance(module, kind))
+    base = base_of(module)
     return all(getattr(type(module), name, None) is getattr(base, name, None) for name in FORWARDS)
+
+
+def base_of(module: nn.Module) -> type[Conv | nn.Linear]:
+    """Torch's class of a Conv or Linear."""
+    return next(base for base in BASES if isinstance(module, base))
 
 
 def is_computed(module: nn.Module) -> bool:
@@ -93,6 +100,10 @@ def plain_of(module: nn.Module, padding: Padding | None = None) -> Plain | None:
         out, into = call.weight.shape
         return Plain(_with_weights(nn.Linear(into, out, device=META_DEVICE), call, module))
     calls = [call] if runs_as_torch(module) else [call, *_calls_of_other_sizes(module)]
+    if isinstance(module, TRANSPOSED):
+        # Zeros around its input are not its padding, which crops the output.
+        steady = not call.pads and all(map(call.is_like, calls))
+        return Plain(_with_weights(_convolution(call, call.settings["padding"], "zeros"), call, module)) if steady else None
     if all(each is not None and each.pads_as(module) for each in calls):
         return Plain(_with_weights(_convolution(call, module.padding, module.padding_mode), call, module))
     if not all(each is not None and each.by_zeros for each in calls):
@@ -125,8 +136,9 @@ class _Pad:
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of torch's convolution or product, on an input that was padded like this before."""
+    """A call of one of `FUNCTIONS`, on an input that was padded like this before."""
 
+    function: Any
     pads: tuple[_Pad, ...]
     weight: Tensor
     bias: Tensor | None
@@ -168,6 +180,7 @@ class _Call:
         """Whether the other call has the same settings and paddings, and a weight of the same shape."""
         return (
             other is not None
+            and self.function is other.function
             and (self.pads, dict(self.settings), self.weight.shape) == (other.pads, dict(other.settings), other.weight.shape)
             and (self.bias is None) == (other.bias is None)
         )
@@ -198,7 +211,8 @@ class _Followed(TorchFunctionMode):
             if id(inputs) in self._padded:
                 self._padded[id(result)] = (result, (*self._padded[id(inputs)][1], pad))
         elif func in FUNCTIONS:
-            inputs, call = _bound(func is not F.linear, *args, **arguments)
+            bound = _bound_transposed if "conv_transpose" in func.__name__ else _bound
+            inputs, call = bound(func, *args, **arguments)
             if id(inputs) in self._padded:
                 self.calls.append((result, replace(call, pads=self._padded[id(inputs)][1])))
         return result
@@ -209,17 +223,25 @@ def _pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float
 
 
 def _bound(
-    convolves: bool, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
-    dilation: Any = 1, groups: int = 1,
+    func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
+    dilation: Any = 1, groups: int = 1, output_padding: Any = None,
 ) -> tuple[Tensor, _Call]:  # fmt: skip
     dims = weight.dim() - 2
-    given = {"stride": stride, "padding": padding, "dilation": dilation} if convolves else {}
+    given = {} if func is F.linear else {"stride": stride, "padding": padding, "dilation": dilation}
+    given |= {} if output_padding is None else {"output_padding": output_padding}
     settings: dict[str, Any] = {
         name: value if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else (value,) * dims
         for name, value in given.items()
     }
     kept = None if bias is None else bias.detach().clone()
-    return input, _Call((), weight.detach().clone(), kept, settings | ({"groups": groups} if convolves else {}))
+    return input, _Call(func, (), weight.detach().clone(), kept, settings | ({"groups": groups} if given else {}))
+
+
+def _bound_transposed(
+    func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
+    output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+) -> tuple[Tensor, _Call]:  # fmt: skip
+    return _bound(func, input, weight, bias, stride, padding, dilation, groups, output_padding)
 
 
 def _call(module: nn.Module, shape: Sequence[int], seed: int = 0) -> _Call | None:
@@ -247,8 +269,7 @@ def _steady_call(module: nn.Module) -> _Call | None:
     for shape in _shapes(module):
         first, second = (_call(twin.eval(), shape, seed) for seed in (0, 1))
         if first and first.equals(second) and first.is_like(_call(twin.train(), shape)):
-            fits = isinstance(module, nn.Linear) or first.weight.dim() == 2 + len(module.kernel_size)  # type: ignore[arg-type]
-            return first if fits else None
+            return first if FUNCTIONS.index(first.function) == BASES.index(base_of(module)) else None
     return None
 
 
@@ -273,11 +294,12 @@ def _calls_of_other_sizes(module: Conv) -> list[_Call | None]:
 
 
 def _convolution(call: _Call, padding: Any, mode: str) -> Conv:
-    out, into, *kernel = call.weight.shape
+    """An empty convolution with the settings of a call."""
+    kind, groups = BASES[FUNCTIONS.index(call.function)], call.settings["groups"]
+    first, second, *kernel = call.weight.shape
+    into, out = (first, second * groups) if kind in TRANSPOSED else (second * groups, first)
     settings = {name: value for name, value in call.settings.items() if name != "padding"}
-    kind = CONVOLUTIONS[call.dims - 1]
-    channels = into * call.settings["groups"]
-    return kind(channels, out, tuple(kernel), padding=padding, padding_mode=mode, device=META_DEVICE, **settings)  # type: ignore[arg-type]
+    return kind(into, out, tuple(kernel), padding=padding, padding_mode=mode, device=META_DEVICE, **settings)  # type: ignore
 
 
 def _with_weights(layer: Conv | nn.Linear, call: _Call, module: nn.Module) -> Conv | nn.Linear:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import statistics
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -21,7 +22,8 @@ from ranksearch.compress.axes import as_maps
 from ranksearch.compress.plain import plain_of
 from ranksearch.compress.whitening import Modes, Whitening
 from ranksearch.methods import Method, Prepared, RankConstraints
-from ranksearch.methods.layer import Layer
+from ranksearch.methods.groups import joint_errors, split
+from ranksearch.methods.layer import Layer, as_kernel
 from ranksearch.support.files import write_whole, writing
 from ranksearch.tensors.matrix import Principal, norm_of, principal, unfold
 from ranksearch.tensors.vbmf import vbmf
@@ -36,16 +38,16 @@ Grid: TypeAlias = Sequence[tuple[int, ...]]
 DIGEST = "ranksearch-profile"
 """The key in a cached file's header that holds the digest of its inputs."""
 
-ROOT, MEAN, ERRORS, VBMF = "input root", "input mean", "weight errors", "VBMF ranks"
-"""Names in a cached file: a layer's whitening (two), the weight errors at the prepared ranks, the VBMF ranks. All other
-tensors are stored under the names of methods, which contain no spaces."""
+ROOT, MEAN, VARIANCE, ERRORS, VBMF = "input root", "input mean", "input variance", "weight errors", "VBMF ranks"
+"""Names in a cached file: a layer's whitening (three), the weight errors at the prepared ranks, the VBMF ranks. All other
+tensors are stored under the names of methods, which contain no spaces. Tensors of groups are stacked along a first axis."""
 
 
 def kernel(model: nn.Module, layer: Layer) -> Tensor:
-    """The kernel (out, in, *kernel) of a layer to decompose, on the CPU, in float32 or float64."""
+    """The kernel (out, in, *kernel) of a layer to decompose, stacked over its groups, on the CPU, in float32 or float64."""
     plain = plain_of(model.get_submodule(layer.name), layer.padding)
     assert plain is not None  # the inventory skips other layers
-    weight = plain.layer.weight.detach().cpu()
+    weight = as_kernel(plain.layer, plain.layer.weight.detach().cpu())
     weight = weight if weight.dtype == torch.float64 else weight.float()
     return as_maps(weight, layer.weight[1:], layer.order).contiguous()
 
@@ -65,23 +67,34 @@ def _estimate(kernel: Tensor, mode: int) -> int | None:
     return (vbmf(unfold(kernel, mode)).rank or None) if kernel.shape[mode] >= _LEAST else None
 
 
+def joint_vbmf_ranks(kernels: Sequence[Tensor]) -> tuple[int | None, int | None]:
+    """One estimate for all groups of a layer: the median of those groups that have one, the upper one of two.
+
+    The largest of many estimates would grow with the number of groups by chance alone.
+    """
+    estimates = zip(*map(vbmf_ranks, kernels), strict=True)
+    into, out = ([rank for rank in ranks if rank] for ranks in estimates)
+    return statistics.median_high(into) if into else None, statistics.median_high(out) if out else None
+
+
 @dataclass
 class Work:
     """One layer to decompose, in independent parts that any thread can do. `known` holds its tensors if they are cached."""
 
     layer: Layer
-    kernel: Tensor
+    kernels: tuple[Tensor, ...]
+    """The kernel (out, in, *kernel) of each group."""
     methods: Mapping[str, Method]
     grids: Mapping[str, Grid]
     seed: int
     digest: str
     path: Path | None
     known: dict[str, Tensor] | None
-    whitening: Whitening = field(init=False)
+    whitenings: tuple[Whitening, ...] = field(init=False)
     _made: dict[str, Tensor] = field(default_factory=dict)
-    _whitened: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
-    """By method, the whitened kernel. Methods with equal whitening runs share it and its principal vectors."""
-    _rows: dict[str, Callable[[], Principal]] = field(default_factory=dict)
+    _whitened: dict[str, list[Callable[[], Tensor]]] = field(default_factory=dict)
+    """By method, each group's whitened kernel. Methods with equal whitening runs share it and its principal vectors."""
+    _rows: dict[str, list[Callable[[], Principal]]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -98,9 +111,10 @@ class Work:
         weight, wanted = kernel(model, layer), {method.kind.method: method for method in methods}
         grids = {name: method.rank_grid(layer, constraints) for name, method in wanted.items()}
         # With whitening the digest includes the layer's name: layers of equal weights may have different inputs.
-        digest = _digest(weight, grids, about and f"{about}|{layer.name}", seed)
+        digest = _digest(weight, grids, about and f"{about}|{layer.name}", seed, layer.groups)
         path = cache / f"{_as_file_name(layer.name)}-{digest}.safetensors" if cache else None
-        return cls(layer, weight, wanted, grids, seed, digest, path, _read(path, digest) if path else None)
+        kernels = tuple(one for (one,) in split([weight], layer.groups))
+        return cls(layer, kernels, wanted, grids, seed, digest, path, _read(path, digest) if path else None)
 
     @property
     def holds(self) -> list[Modes]:
@@ -118,64 +132,73 @@ class Work:
         into, out = (self.known or self._made)[VBMF].tolist()
         return into or None, out or None
 
-    @property
-    def whitened(self) -> dict[str, Tensor]:
-        """By method, the whitened kernel."""
-        return {name: whitened() for name, whitened in self._whitened.items()}
+    def whitened(self, group: int) -> dict[str, Tensor]:
+        """By method, the whitened kernel of a group."""
+        return {name: whitened[group]() for name, whitened in self._whitened.items()}
 
-    def begin(self, measured: Whitening) -> None:
-        """Set the whitening: the one in the cache, otherwise `measured`."""
-        self.whitening = measured.to(self.kernel.dtype) if self.known is None else _as_metric(self.known)
-        shared: dict[tuple[Modes, ...], tuple[Callable[[], Tensor], Callable[[], Principal]]] = {}
+    def prepared(self, group: int) -> dict[str, Prepared]:
+        """By method, what it prepared for a group. Only available once all parts are done."""
+        tensors = self.known or self._made
+        return {name: {key: stack[group] for key, stack in under(tensors, name).items()} for name in self.methods}
+
+    def begin(self, measured: Sequence[Whitening]) -> None:
+        """Set the whitening of each group: those in the cache, otherwise `measured`."""
+        if self.known is None:
+            self._made |= _stacked([each.to(self.kernels[0].dtype) for each in measured])
+        # Unstacked in both cases, since the last bits of a product depend on where in memory a tensor begins.
+        self.whitenings = _unstacked(self.known or self._made)
+        shared: dict[tuple[Modes, ...], tuple[list[Callable[[], Tensor]], list[Callable[[], Principal]]]] = {}
         for name, method in self.methods.items():
             holds = method.holds(self.layer.weight)
-            runs = self.whitening.runs(holds)
+            runs = self.whitenings[0].runs(holds)
             if runs not in shared:
-                whitened = _once(partial(self.whitening.whiten, self.kernel, holds))
-                shared[runs] = whitened, _once(partial(_principal_rows, whitened))
+                pairs = zip(self.kernels, self.whitenings, strict=True)
+                whitened = [_once(partial(whitening.whiten, kernel, holds)) for kernel, whitening in pairs]
+                shared[runs] = whitened, [_once(partial(_principal_rows, each)) for each in whitened]
             self._whitened[name], self._rows[name] = shared[runs]
 
     def do(self, part: str) -> None:
         """Do one of the `parts`."""
         if part != VBMF:
-            self._whitened[part]()
+            for whitened in self._whitened[part]:
+                whitened()
         if self.known is None:
             self._made |= self._vbmf() if part == VBMF else self._decomposed(part)
 
     def finish(self) -> Mapping[str, Tensor]:
         """Return all tensors and write them to the cache. Only call this once all parts are done."""
         self._rows.clear()
-        if self.known is None:
-            self._made |= {f"{ROOT}/{','.join(map(str, modes))}": root for modes, root in self.whitening.roots.items()}
-            self._made |= {} if self.whitening.mean is None else {MEAN: self.whitening.mean}
-            if self.path:
-                with writing(f"The layer's factors {self.path}"):
-                    write_whole(self.path, safetensors.torch.save(self._made, {DIGEST: self.digest}))
+        if self.known is None and self.path:
+            with writing(f"The layer's factors {self.path}"):
+                write_whole(self.path, safetensors.torch.save(self._made, {DIGEST: self.digest}))
         return self.known or self._made
 
     def _vbmf(self) -> dict[str, Tensor]:
-        return {VBMF: torch.tensor([rank or 0 for rank in vbmf_ranks(self.kernel)])}
+        return {VBMF: torch.tensor([rank or 0 for rank in joint_vbmf_ranks(self.kernels)])}
 
     def _decomposed(self, name: str) -> dict[str, Tensor]:
-        method, whitened = self.methods[name], self._whitened[name]()
-        prepared = method.prepare(whitened, self.grids[name], self.seed, self._rows[name])
-        tensors = {f"{name}/{key}": value.contiguous().clone() for key, value in prepared.items()}
-        errors = self._weight_errors(name, prepared)
-        return tensors | {f"{ERRORS}/{name}": torch.tensor(errors, dtype=torch.float64)}
+        method, grid = self.methods[name], self.grids[name]
+        prepared, errors = [], []
+        for group, (whitened, rows) in enumerate(zip(self._whitened[name], self._rows[name], strict=True)):
+            prepared.append(method.prepare(whitened(), grid, self.seed, rows))
+            errors.append(self._weight_errors(name, group, prepared[-1]))
+        tensors = {f"{name}/{key}": torch.stack([each[key] for each in prepared]) for key in prepared[0]}
+        joint = joint_errors(errors, [norm_of(kernel) for kernel in self.kernels])
+        return tensors | {f"{ERRORS}/{name}": torch.tensor(joint, dtype=torch.float64)}
 
-    def _weight_errors(self, name: str, prepared: Prepared) -> list[float]:
-        """The relative errors of the kernel itself, not of the whitened one, at the prepared ranks."""
+    def _weight_errors(self, name: str, group: int, prepared: Prepared) -> list[float]:
+        """The relative errors of a group's kernel itself, not of the whitened one, at the prepared ranks."""
         method, grid, weight = self.methods[name], self.grids[name], self.layer.weight
-        if not self.whitening.roots:
+        kernel, whitening = self.kernels[group], self.whitenings[group]
+        if not whitening.roots:
             return method.errors(prepared, grid)
 
         def factors_at(ranks: tuple[int, ...]) -> tuple[Tensor, ...]:
-            found = method.factors(self._whitened[name](), prepared, ranks, self.seed)
-            return self.whitening.fold(found, method.holds(weight), weight)
+            found = method.factors(self._whitened[name][group](), prepared, ranks, self.seed)
+            return whitening.fold(found, method.holds(weight), weight)
 
-        norm = norm_of(self.kernel)
-        # Every rank represents a kernel of zeros exactly.
-        return [lost / norm if norm else 0.0 for lost in method.distances(self.kernel, grid, factors_at)]
+        norm = norm_of(kernel)
+        return [lost / norm if norm else 0.0 for lost in method.distances(kernel, grid, factors_at)]
 
 
 def done_at_once(layers: Sequence[Work]) -> Iterator[Work]:
@@ -227,14 +250,28 @@ def _once(compute: Callable[[], T]) -> Callable[[], T]:
     return call
 
 
-def _as_metric(tensors: Mapping[str, Tensor]) -> Whitening:
-    roots = {tuple(map(int, modes.split(","))): root for modes, root in under(tensors, ROOT).items()}
-    return Whitening(roots, tensors.get(MEAN))
+def _stacked(whitenings: Sequence[Whitening]) -> dict[str, Tensor]:
+    """The whitenings of a layer's groups as tensors to store."""
+    tensors = {VARIANCE: torch.tensor([each.variance for each in whitenings], dtype=torch.float64)}
+    for modes in whitenings[0].roots:
+        tensors[f"{ROOT}/{','.join(map(str, modes))}"] = torch.stack([each.roots[modes] for each in whitenings])
+    means = [each.mean for each in whitenings if each.mean is not None]
+    return tensors | ({MEAN: torch.stack(means)} if means else {})
 
 
-def _digest(kernel: Tensor, grids: Mapping[str, Grid], whitening: str, seed: int) -> str:
-    # The hash includes a version of the algorithms (7), so that caches of older releases are not used.
-    about = f"7|{sorted(grids.items())}|{whitening}|{seed}|{tuple(kernel.shape)}|{kernel.dtype}"
+def _unstacked(tensors: Mapping[str, Tensor]) -> tuple[Whitening, ...]:
+    """The inverse of `_stacked`."""
+    roots = {tuple(map(int, modes.split(","))): stack for modes, stack in under(tensors, ROOT).items()}
+    means, variances = tensors.get(MEAN), tensors[VARIANCE].tolist()
+    return tuple(
+        Whitening({modes: stack[group] for modes, stack in roots.items()}, None if means is None else means[group], variance)
+        for group, variance in enumerate(variances)
+    )
+
+
+def _digest(kernel: Tensor, grids: Mapping[str, Grid], whitening: str, seed: int, groups: int) -> str:
+    # The hash includes a version of the algorithms (8), so that caches of older releases are not used.
+    about = f"8|{sorted(grids.items())}|{whitening}|{seed}|{tuple(kernel.shape)}|{groups}|{kernel.dtype}"
     return hashlib.sha256(about.encode() + kernel.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ranksearch.compress.inventory import Inventory
 from ranksearch.compress.preparing import ERRORS, Work, done_at_once, under
 from ranksearch.compress.whitening import Whitening, source, whitenings
 from ranksearch.methods import FEWER_PARAMS, METHODS, Method, Prepared, RankConstraints
+from ranksearch.methods.groups import joint_errors, split, stack
 from ranksearch.methods.layer import Layer
 from ranksearch.plan import KINDS, Factorization, Plan
 from ranksearch.results.costs import Counts
+from ranksearch.tensors.matrix import norm_of
 
 
 @dataclass(frozen=True)
@@ -31,25 +36,20 @@ class Candidate(Counts):
 
 
 @dataclass(frozen=True)
-class LayerProfile:
-    """The decompositions of one layer: its kernel (out, in, *kernel), the tensors that each method prepared, the VBMF ranks.
+class GroupProfile:
+    """The decompositions of one kernel (out, in, *kernel): of a layer, or of one of its groups.
 
     Each method decomposes its own `whitened` kernel, the kernel times the roots of the whitening, and its factors are folded
     back. Without data the whitened kernel is the kernel itself.
     """
 
-    layer: Layer
     kernel: Tensor
     prepared: Mapping[str, Prepared]
-    vbmf: tuple[int | None, int | None]
-    seed: int
     whitening: Whitening
     whitened: Mapping[str, Tensor]
-    errors: Mapping[str, Tensor]
-    """By method, the relative weight errors at the ranks of its `rank_grid`, in that order."""
-    constraints: RankConstraints = FEWER_PARAMS
+    seed: int
 
-    def factors(self, value: Factorization, *, sweeps: int = 0) -> tuple[Tensor, ...]:
+    def factors(self, value: Factorization, sweeps: int) -> tuple[Tensor, ...]:
         """The factors of `value`, refined by `sweeps`: a pure function of both, the kernel, the whitening and the seed."""
         method, name, weight = METHODS[type(value)], value.method, tuple(self.kernel.shape)
         found = method.factors(self.whitened[name], self.prepared[name], value.ranks, self.seed, sweeps)
@@ -57,36 +57,78 @@ class LayerProfile:
             return found
         return method.balanced(self.whitening.fold(found, method.holds(weight), weight), weight)
 
-    def of(self, kernel: Tensor, value: Factorization) -> LayerProfile:
-        """The same layer with another kernel (out, in, *kernel), for example after training, prepared for `value` only.
-
-        The whitening stays that of the original inputs.
-        """
+    def of(self, kernel: Tensor, value: Factorization) -> GroupProfile:
+        """The decomposition of another kernel by `value` only, with the same whitening."""
         method, name = METHODS[type(value)], value.method
         whitened = self.whitening.whiten(kernel, method.holds(tuple(kernel.shape)))
         prepared = {name: method.prepare(whitened, [value.ranks], self.seed)}
-        return replace(self, kernel=kernel, prepared=prepared, whitened={name: whitened}, errors={})
+        return replace(self, kernel=kernel, prepared=prepared, whitened={name: whitened})
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """The decompositions of one layer, by group, and its VBMF ranks. A layer without groups is one group."""
+
+    layer: Layer
+    groups: tuple[GroupProfile, ...]
+    vbmf: tuple[int | None, int | None]
+    errors: Mapping[str, Tensor]
+    """By method, the relative weight errors at the ranks of its `rank_grid`, in that order."""
+    constraints: RankConstraints = FEWER_PARAMS
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The names of the methods that were prepared."""
+        return tuple(self.groups[0].prepared)
+
+    @property
+    def kernel(self) -> Tensor:
+        """The kernel (out, in, *kernel), stacked over the groups."""
+        return stack([(group.kernel,) for group in self.groups])[0]
+
+    def factors(self, value: Factorization, *, sweeps: int = 0) -> tuple[Tensor, ...]:
+        """The factors of `value`, refined by `sweeps`, stacked over the groups."""
+        return stack([group.factors(value, sweeps) for group in self.groups])
+
+    def of(self, kernel: Tensor, value: Factorization) -> LayerProfile:
+        """The same layer with another stacked kernel, for example after training, prepared for `value` only.
+
+        The whitening stays that of the original inputs.
+        """
+        kernels = split([kernel], len(self.groups))
+        groups = [group.of(one, value) for group, (one,) in zip(self.groups, kernels, strict=True)]
+        return replace(self, groups=tuple(groups), errors={})
 
     def bias_correction(self, value: Factorization, factors: Sequence[Tensor]) -> Tensor | None:
         """The term (out,) to add to the layer's bias so that the mean input keeps its output with the factors of `value`.
 
         None if nothing is to be added.
         """
-        if self.whitening.mean is None:
+        means = [group.whitening.mean.flatten() for group in self.groups if group.whitening.mean is not None]
+        if not means:
             return None
-        return -self._difference(value, factors).flatten(1) @ self.whitening.mean.flatten()
+        rebuilt = METHODS[type(value)].reconstruct(factors, self.layer.weight, self.layer.groups)
+        differences = (rebuilt - self.kernel).flatten(1).tensor_split(len(means))
+        return -torch.cat([difference @ mean for difference, mean in zip(differences, means, strict=True)])
 
     def candidates(self) -> Iterator[Candidate]:
         """Every method at every rank of its `rank_grid`: all are smaller than the dense layer."""
-        for name, prepared in self.prepared.items():
+        for name in self.methods:
             method = METHODS[KINDS[name]]
             grid = method.rank_grid(self.layer, self.constraints)
-            fitted = method.errors(prepared, grid) if self.whitening.roots else [None] * len(grid)
+            fitted: Sequence[float | None] = self._data_errors(method, grid) or [None] * len(grid)
             for ranks, error, data_error in zip(grid, self.errors[name].tolist(), fitted, strict=True):
                 yield Candidate(method.value(self.layer, ranks), error, method.costs(self.layer, ranks), data_error)
 
-    def _difference(self, value: Factorization, factors: Sequence[Tensor]) -> Tensor:
-        return METHODS[type(value)].reconstruct(factors, tuple(self.kernel.shape)) - self.kernel
+    def _data_errors(self, method: Method, grid: Sequence[tuple[int, ...]]) -> list[float]:
+        """The relative errors of the whitened kernels at some prepared ranks; empty without data."""
+        if not self.groups[0].whitening.roots:
+            return []
+        name = method.kind.method
+        errors = [method.errors(group.prepared[name], grid) for group in self.groups]
+        weights = [math.sqrt(group.whitening.variance) for group in self.groups]
+        norms = [weight * norm_of(group.whitened[name]) for weight, group in zip(weights, self.groups, strict=True)]
+        return joint_errors(errors, norms)
 
 
 @dataclass(frozen=True)
@@ -116,7 +158,7 @@ def profile(
     methods: Mapping[str, Sequence[Method]],
     *,
     constraints: RankConstraints = FEWER_PARAMS,
-    inputs: Tensor | None = None,
+    inputs: Any = None,
     cache: Path | None = None,
     seed: int = 0,
     on_layer: Callable[[str], None] = lambda name: None,
@@ -128,7 +170,7 @@ def profile(
         inventory: its layers.
         methods: by layer name, the methods to prepare.
         constraints: the ranks to prepare them for.
-        inputs: (count, ...) of the training split. With them, each decomposition minimises the error of its layer's outputs on
+        inputs: a batch of the training split. With them, each decomposition minimises the error of its layer's outputs on
             these inputs; without, the error of its weights.
         cache: a folder for one file per layer. A damaged file, or one with other contents, is replaced.
         seed: of CP's random starts.
@@ -143,13 +185,14 @@ def profile(
     missing = {work.layer: work.holds for work in layers if work.known is None and work.methods}
     measured = whitenings(model, missing, inputs) if inputs is not None and missing else {}
     for work in layers:
-        work.begin(measured.get(work.layer.name, Whitening()))
+        work.begin(measured.get(work.layer.name, (Whitening(),) * work.layer.groups))
     found = {}
     for work in done_at_once(layers):
         tensors = work.finish()
-        found[work.layer.name] = LayerProfile(
-            work.layer, work.kernel, {name: under(tensors, name) for name in work.methods}, work.vbmf, seed, work.whitening,
-            work.whitened, under(tensors, ERRORS), constraints,
-        )  # fmt: skip
+        groups = tuple(
+            GroupProfile(kernel, work.prepared(group), work.whitenings[group], work.whitened(group), seed)
+            for group, kernel in enumerate(work.kernels)
+        )
+        found[work.layer.name] = LayerProfile(work.layer, groups, work.vbmf, under(tensors, ERRORS), constraints)
         on_layer(work.layer.name)
     return Profile({layer.name: found[layer.name] for layer in inventory.layers})

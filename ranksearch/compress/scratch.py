@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ranksearch.compress.plain import is_parametrised
 from ranksearch.compress.surgery import skeleton_
 from ranksearch.errors import ModelError
-from ranksearch.methods.layer import CONVOLUTIONS
+from ranksearch.methods.layer import CONVOLUTIONS, TRANSPOSED, as_kernel
 from ranksearch.plan import Plan
 
 M = TypeVar("M", bound=nn.Module)
@@ -50,9 +51,17 @@ def initialise_(parts: Sequence[nn.Module], *, last: str = "relu") -> None:
     """
     for part in parts:
         assert isinstance(part.weight, Tensor)
-        nn.init.kaiming_normal_(part.weight, nonlinearity=last if part is parts[-1] else "linear")  # type: ignore[arg-type]
+        gain = nn.init.calculate_gain(last if part is parts[-1] else "linear")  # type: ignore[arg-type]
+        nn.init.normal_(part.weight, std=gain / math.sqrt(_fan_in(part)))
         if isinstance(part.bias, Tensor):
             nn.init.zeros_(part.bias)
+
+
+def _fan_in(part: nn.Module) -> float:
+    """The number of inputs that an output of a layer sums up, the mean of them for a transposed convolution with a stride."""
+    assert isinstance(part.weight, Tensor)
+    inputs = as_kernel(part, part.weight)[0].numel()
+    return inputs / math.prod(part.stride) if isinstance(part, TRANSPOSED) else inputs
 
 
 def check_scratch(model: nn.Module, *, otherwise: str = "use space.start = 'decomposed'") -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_any
 
 from ranksearch.errors import first_line
-from ranksearch.support.batch import tensors_in
+from ranksearch.support.nesting import tensors_in
 
 UNCALLED = "the forward does not call it by its name, but through another reference, such as a list"
 """The reason for skipping a layer that the forward calls, but not through the module's name."""

@@ -17,8 +17,9 @@ from ranksearch.compress.plain import Plain, is_computed, plain_of, weights_behi
 from ranksearch.compress.stand_ins import attributes_of, replace_
 from ranksearch.compress.watch import names_of_parameters
 from ranksearch.errors import ModelError, PlanError, first_line, nearest
-from ranksearch.methods import Shape, method_of
-from ranksearch.methods.layer import CONVOLUTIONS, Conv
+from ranksearch.methods import Method, Shape, method_of
+from ranksearch.methods.groups import shape_of_group, split, stack
+from ranksearch.methods.layer import CONVOLUTIONS, MAX_DIMS, Conv, as_kernel, groups_of
 from ranksearch.plan import Factorization, Plan
 from ranksearch.support.copies import deep_copy
 
@@ -76,7 +77,8 @@ def factorize_(
         if len(owners) > 1:
             raise PlanError(f"A layer must have one name, but {name!r} is also {', '.join(o for o in owners if o != name)}.")
         plain = plain_layer(name, module, value)
-        kernel = kernel_of(name, plain.layer, value)
+        kernel, groups = kernel_of(name, plain.layer, value), groups_of(plain.layer)
+        shape = shape_of_group(tuple(kernel.shape), groups)
         tied = [other for weight in weights_behind(module) for other in names[id(weight)] if not other.startswith(f"{name}.")]
         if tied:
             raise PlanError(f"A layer must not share its weight, but that of {name!r} is also {', '.join(tied)}; leave it out.")
@@ -85,17 +87,23 @@ def factorize_(
         if layer_factors is None and not torch.isfinite(kernel).all():
             raise PlanError(f"Weights must be finite, but layer {name!r} holds NaN or infinity; load or train it again.")
         if layer_factors is None:
-            layer_factors = method.factors(kernel, method.prepare(kernel, [value.ranks], seed), value.ranks, seed)
-        _check_shapes(name, value, tuple(kernel.shape), layer_factors)
-        replacement = method.build(plain.layer, tuple(kernel.shape), value.ranks, layer_factors, plain.padding)
+            layer_factors = _decomposed(kernel, groups, method, value.ranks, seed)
+        _check_shapes(name, value, shape, groups, layer_factors)
+        replacement = method.build(plain.layer, shape, value.ranks, layer_factors, plain.padding)
         if bias_corrections and name in bias_corrections:
             _correct_bias(name, plain.layer, replacement, bias_corrections[name])
-        replacement = replacement if value.order is None else _reordered(replacement, tuple(kernel.shape[1:]), value.order)
+        replacement = replacement if value.order is None else _reordered(replacement, shape[1:], value.order)
         vars(replacement).update(attributes_of(module) | ({PERMANENT: True} if is_computed(module) else {}))
         replacements[name] = replacement
     for name, module in replacements.items():
         replace_(model, name, module)
     return model
+
+
+def _decomposed(kernel: Tensor, groups: int, method: Method, ranks: tuple[int, ...], seed: int) -> tuple[Tensor, ...]:
+    """The factors of a kernel, stacked over the groups."""
+    kernels = [one for (one,) in split([kernel], groups)]
+    return stack([method.factors(one, method.prepare(one, [ranks], seed), ranks, seed) for one in kernels])
 
 
 def _reordered(replacement: nn.Sequential, size: Shape, order: Sequence[int]) -> nn.Sequential:
@@ -129,8 +137,9 @@ def skeleton_(model: M, plan: Plan) -> M:
     factors = {}
     for name, value in plan:
         if name in modules:
-            shape = tuple(kernel_of(name, plain_layer(name, modules[name], value).layer, value).shape)
-            factors[name] = [torch.zeros(s) for s in method_of(value).factor_shapes(shape, value.ranks)]
+            layer = plain_layer(name, modules[name], value).layer
+            shape = shape_of_group(tuple(kernel_of(name, layer, value).shape), groups_of(layer))
+            factors[name] = [torch.zeros(s) for s in method_of(value).factor_shapes(shape, value.ranks, groups_of(layer))]
     return factorize_(model, plan, factors=factors)
 
 
@@ -157,15 +166,15 @@ def plain_layer(name: str, module: nn.Module, value: Factorization) -> Plain:
 
 
 def kernel_of(name: str, module: Conv | nn.Linear, value: Factorization) -> Tensor:
-    """The kernel (out, in, *kernel) of a plain layer that `value` decomposes, in float32 or float64.
+    """The kernel (out, in, *kernel) of a plain layer that `value` decomposes, in float32 or float64, stacked over the groups.
 
     Raises:
         PlanError: the layer cannot be factorized by `value`.
     """
-    weight = module.weight.detach()
+    weight = as_kernel(module, module.weight.detach())
     weight = weight if weight.dtype == torch.float64 else weight.float()
     if value.kernel is not None:
-        fits = len(value.kernel) <= len(CONVOLUTIONS) and weight[0].numel() % math.prod(value.kernel) == 0
+        fits = len(value.kernel) <= MAX_DIMS and weight[0].numel() % math.prod(value.kernel) == 0
         if not isinstance(module, nn.Linear) or not fits:
             raise PlanError(
                 f"Layer {name!r} of shape {tuple(weight.shape)} is not a fully connected layer after a map of size "
@@ -173,18 +182,20 @@ def kernel_of(name: str, module: Conv | nn.Linear, value: Factorization) -> Tens
             )
         channels = weight[0].numel() // math.prod(value.kernel)
         weight = as_maps(weight, (channels, *value.kernel), value.order)
-    method, shape = method_of(value), tuple(weight.shape)
+    groups = groups_of(module)
+    method, shape = method_of(value), shape_of_group(tuple(weight.shape), groups)
     if not method.applies(shape, linear=isinstance(module, nn.Linear)):
         hint = "; name the map its input is flattened from, as in CP(16, kernel=(6, 6))" if len(shape) == 2 else ""
-        raise PlanError(f"Layer {name!r} of shape {shape} cannot be stored as {value.title}{hint}.")
+        where = f" in each of {groups} groups" if groups > 1 else ""
+        raise PlanError(f"Layer {name!r} of shape {shape}{where} cannot be stored as {value.title}{hint}.")
     for field, rank, bound in zip(value.rank_names(), value.ranks, method.bounds(shape), strict=True):
         if rank > bound:
             raise PlanError(f"Layer {name!r}: {field} of {value.title} must be at most {bound}, but got {rank}.")
     return weight
 
 
-def _check_shapes(name: str, value: Factorization, shape: Shape, factors: Sequence[Tensor]) -> None:
-    wanted = method_of(value).factor_shapes(shape, value.ranks)
+def _check_shapes(name: str, value: Factorization, shape: Shape, groups: int, factors: Sequence[Tensor]) -> None:
+    wanted = method_of(value).factor_shapes(shape, value.ranks, groups)
     got = tuple(tuple(factor.shape) for factor in factors)
     if got != wanted:
         raise PlanError(f"Layer {name!r}: the factors of {value} must have shapes {wanted}, but have {got}.")

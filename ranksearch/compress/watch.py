@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ranksearch.compress.axes import Axes, Flattened
 from ranksearch.compress.macs import OperationCounter, OperationsByModule
 from ranksearch.compress.stand_ins import evaluating, tensors_of
-from ranksearch.methods.layer import CONVOLUTIONS
+from ranksearch.methods.layer import CONVOLUTIONS, TRANSPOSED
 from ranksearch.support.batch import run_model
 
 
@@ -31,6 +31,8 @@ class Watch:
         # By name, one entry for each call.
         self.shapes = defaultdict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]](list)
         self.maps = defaultdict[str, list[Flattened | None]](list)
+        self.sized: set[str] = set()
+        """The transposed convolutions that are called with an output size."""
         self.outputs: list[Tensor] = []
         self._counter = OperationCounter()
         self.operations = OperationsByModule(self._counter)
@@ -60,6 +62,8 @@ class Watch:
     def _note(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
         if name not in self.order:
             self.order.append(name)
+        if isinstance(module, TRANSPOSED) and len(args) + len(kwargs) > 1:
+            self.sized.add(name)
         layer_input = subject(args, kwargs)
         if isinstance(layer_input, Tensor) and isinstance(output, Tensor):
             self.shapes[name].append((tuple(layer_input.shape), tuple(output.shape)))
@@ -68,8 +72,8 @@ class Watch:
 
 def is_candidate(module: nn.Module) -> bool:
     """Whether a module is a convolution or fully connected layer, or has such a name, so that the inventory explains it."""
-    # The class name identifies quantised, lazy and transposed convolutions, which are reported as skipped. Quantised ones keep
-    # their weights in a child.
+    # The class name identifies quantised and lazy layers, which are reported as skipped. Quantised ones keep their weights in a
+    # child.
     name, inner = type(module).__name__, {type(child).__name__ for child in module.children()}
     named = ("Conv" in name or "Linear" in name) and "PackedParams" not in name
     return isinstance(module, (*CONVOLUTIONS, nn.Linear)) or (named and all("PackedParams" in child for child in inner))

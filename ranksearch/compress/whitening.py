@@ -7,23 +7,25 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ranksearch.compress.axes import as_maps
+from ranksearch.compress.patches import patches
 from ranksearch.compress.plain import Plain, plain_of
 from ranksearch.compress.stand_ins import evaluating
 from ranksearch.compress.watch import subject
 from ranksearch.errors import ModelError
-from ranksearch.methods.layer import CONVOLUTIONS, Conv, Layer
+from ranksearch.methods.layer import CONVOLUTIONS, Layer
 from ranksearch.methods.parts import zeros_around
+from ranksearch.support.batch import batch_to, run_model, split_batch
+from ranksearch.support.nesting import named_tensors
 
 Modes: TypeAlias = tuple[int, ...]
 """A run of modes of a kernel (out, in, *kernel): (1,) its input channels, (2, 3) the positions of a 2-D kernel."""
@@ -44,6 +46,8 @@ ROWS = 16384
 """How many rows of a factor are folded at once."""
 BATCH = 32
 """Inputs per forward pass. The patches of one such batch are in memory at a time."""
+MAX_PATCH_VALUES = 2**25
+"""How many values these patches may hold, 256 MiB, before fewer positions are drawn. Large depthwise kernels reach it."""
 MIN_RELATIVE_VARIANCE = 1e-9
 """If the variance of a layer's inputs is less than this part of their mean square, they are constant up to rounding."""
 
@@ -55,16 +59,18 @@ class Whitening:
     `roots` holds a lower triangular L (d, d) for each run of kernel modes of joint size d. A missing run is split into its
     first mode and the rest; a missing single mode weights all directions alike. So `Whitening()` is the plain norm of the
     weights. `mean` (in, *kernel) is the mean input patch, if the moments are taken around it and the layer has a bias: the
-    bias correction then removes the error of the mean.
+    bias correction then removes the error of the mean. A root has no scale: `variance` is that of the inputs, by which the
+    errors of a layer's groups are weighted.
     """
 
     roots: Mapping[Modes, Tensor] = field(default_factory=dict)
     mean: Tensor | None = None
+    variance: float = 1.0
 
     def to(self, dtype: torch.dtype) -> Whitening:
         """The same whitening in another dtype."""
         roots = {run: root.to(dtype) for run, root in self.roots.items()}
-        return Whitening(roots, None if self.mean is None else self.mean.to(dtype))
+        return replace(self, roots=roots, mean=None if self.mean is None else self.mean.to(dtype))
 
     def runs(self, holds: Sequence[Modes]) -> tuple[Modes, ...]:
         """The runs whose roots `whiten` multiplies by. Methods with equal runs get equal whitened kernels."""
@@ -109,21 +115,23 @@ def inputs_wanted(macs: int) -> int:
     return max(MIN_INPUTS, min(MAX_INPUTS, MAX_MACS // max(1, macs)))
 
 
-def source(model: nn.Module, inputs: Tensor) -> str:
+def source(model: nn.Module, inputs: Any) -> str:
     """The digest of everything that a whitening depends on: all weights and buffers of the model, and the inputs."""
-    digest = hashlib.sha256(f"3|{SHRINKAGE}|{MAX_MOMENT_ROWS}|{POSITIONS_PER_INPUT}|{BATCH}".encode())
+    digest = hashlib.sha256(f"4|{SHRINKAGE}|{MAX_MOMENT_ROWS}|{POSITIONS_PER_INPUT}|{BATCH}|{MAX_PATCH_VALUES}".encode())
     kept = model.state_dict()
     # Non-persistent buffers, such as the mean of the inputs, are not in the state dict but change the result, too.
     others = [(name, value) for name, value in model.named_buffers() if name not in kept]
-    for name, value in [*kept.items(), *others, ("", inputs)]:
+    for name, value in [*kept.items(), *others, *named_tensors(inputs).items()]:
         if isinstance(value, Tensor):
             digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def whitenings(model: nn.Module, holds: Mapping[Layer, Iterable[Modes]], inputs: Tensor) -> dict[str, Whitening]:
-    """Measure the whitening of each of these layers, by name; a pure function of the model and the inputs.
+def whitenings(model: nn.Module, holds: Mapping[Layer, Iterable[Modes]], inputs: Any) -> dict[str, tuple[Whitening, ...]]:
+    """Measure the whitening of each group of each of these layers, by the layer's name.
+
+    It is a pure function of the model and the inputs.
 
     With it, each decomposition minimises the error of a layer's outputs, not that of its weights (ASVD, Yuan et al. 2023;
     SVD-LLM, Wang et al. 2024; for Tucker-2 and CP: Kalle et al. 2025, arXiv 2511.04494). Each factor holds some of the kernel's
@@ -141,7 +149,7 @@ def whitenings(model: nn.Module, holds: Mapping[Layer, Iterable[Modes]], inputs:
         holds: by layer, the runs of kernel modes to measure. A run of more than `MAX_MOMENT_ROWS` rows is split into its first
             mode and the rest: the features of a flattened 512 x 7 x 7 map into channels and positions. A single mode of more
             rows is not whitened.
-        inputs: (count, ...) of the training split, on any device.
+        inputs: a batch of the training split, nested in any way, on any device.
 
     Raises:
         ModelError: a layer's inputs hold NaN or infinity.
@@ -158,10 +166,10 @@ def whitenings(model: nn.Module, holds: Mapping[Layer, Iterable[Modes]], inputs:
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
                 hooks.enter_context(module.register_forward_pre_hook(followed.normalisation))
         with evaluating(model), torch.no_grad(), followed:
-            for batch in inputs.split(BATCH):
-                model(batch.to(device))
+            for batch in split_batch(inputs, BATCH):
+                run_model(model, batch_to(batch, device))
                 followed.outputs.clear()
-    return {name: moments.whitening(normalised=name in followed.names) for name, moments in found.items()}
+    return {name: moments.whitenings(normalised=name in followed.names) for name, moments in found.items()}
 
 
 def _plain(model: nn.Module, layer: Layer) -> Plain:
@@ -200,18 +208,18 @@ class _Followed(TorchFunctionMode):
 
 
 class _Moments:
-    """Sums over a layer's input patches, and over their products for each run of modes, in float64."""
+    """Sums over the input patches of each group, and over their products for each run of modes, in float64."""
 
     def __init__(self, layer: Layer, runs: Iterable[Modes], plain: Plain) -> None:
         self.layer, self.plain, self.count = layer, plain, 0
         self._generator = torch.Generator().manual_seed(0)
-        self._sum = torch.zeros(layer.weight[1:], dtype=torch.float64)
+        self._sum = torch.zeros(layer.groups, *layer.weight[1:], dtype=torch.float64)
         self._products: dict[Modes, Tensor] = {}
         for run in dict.fromkeys(part for whole in runs if whole for part in self._parts(whole)):
-            self._products[run] = torch.zeros((self._size(run),) * 2, dtype=torch.float64)
+            self._products[run] = torch.zeros(layer.groups, *(self._size(run),) * 2, dtype=torch.float64)
 
     def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook that adds the patches (count, in, *kernel) of a batch of the layer's inputs."""
+        """Forward pre-hook that adds the patches of a batch of the layer's inputs."""
         patches = self._patches(subject(args, kwargs).detach())
         # Apple's GPUs have no float64, so move to the CPU there. On CUDA the products are computed on the GPU.
         patches = (patches.cpu() if patches.device.type == "mps" else patches).double()
@@ -221,19 +229,25 @@ class _Moments:
                 "or infinity; mend the model, or set space.data_aware = false."
             )
         self.count += len(patches)
-        self._sum += patches.sum(0).cpu()
+        grouped = patches.unflatten(1, (self.layer.groups, -1)).transpose(0, 1)
+        self._sum += grouped.sum(1).cpu()
         for run, product in self._products.items():
-            rows = self._rows(patches, run)
-            product += (rows.T @ rows).cpu()
+            rows = self._rows(grouped, run)
+            product += torch.bmm(rows.mT, rows).cpu()
 
-    def whitening(self, *, normalised: bool) -> Whitening:
-        mean = self._sum / max(1, self.count)
-        centred = self.layer.bias or normalised
-        roots = {}
+    def whitenings(self, *, normalised: bool) -> tuple[Whitening, ...]:
+        means, centred = self._sum / max(1, self.count), self.layer.bias or normalised
+        roots: list[dict[Modes, Tensor]] = [{} for _ in means]
+        variances = [1.0] * len(means)
         for run, product in self._products.items():
-            rows = self._rows(mean[None], run)
-            roots[run] = _root(product / max(1, self.count), rows.T @ rows if centred else None)
-        return Whitening(roots, mean if centred and self.layer.bias else None)
+            moments, rows = product / max(1, self.count), self._rows(means[:, None], run)
+            around = moments - torch.bmm(rows.mT, rows) if centred else moments
+            for group in range(len(means)):
+                roots[group][run] = _root(around[group], energy=float(moments[group].diagonal().mean()))
+                # The same for every run, since all of them hold the squares of the whole patch.
+                variances[group] = max(0.0, float(around[group].trace()))
+        kept = means if centred and self.layer.bias else [None] * len(means)
+        return tuple(Whitening(*parts) for parts in zip(roots, kept, variances, strict=True))
 
     def _parts(self, run: Modes) -> list[Modes]:
         if self._size(run) <= MAX_MOMENT_ROWS:
@@ -244,8 +258,9 @@ class _Moments:
         return math.prod(self.layer.weight[mode] for mode in run)
 
     def _rows(self, patches: Tensor, run: Modes) -> Tensor:
-        """Reshape patches (count, in, *kernel) to rows of the run's joint size."""
-        return patches.movedim(run, tuple(range(-len(run), 0))).reshape(-1, self._size(run))
+        """Reshape patches (groups, count, in, *kernel) to rows (groups, ..., the run's joint size)."""
+        dims = [1 + mode for mode in run]
+        return patches.movedim(dims, tuple(range(-len(run), 0))).reshape(len(patches), -1, self._size(run))
 
     def _patches(self, inputs: Tensor) -> Tensor:
         module = self.plain.layer
@@ -253,35 +268,20 @@ class _Moments:
             rows = inputs.reshape(len(inputs), -1, math.prod(self.layer.weight[1:]))
             rows = rows[:, self._drawn(rows.shape[1])].flatten(0, 1)
             return as_maps(rows, self.layer.weight[1:], self.layer.order)
-        views = _padded(module, zeros_around(self.plain.padding)(inputs) if self.plain.padding else inputs)
-        for axis, (size, step, apart) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
-            views = views.unfold(2 + axis, apart * (size - 1) + 1, step)[..., ::apart]
-        dims = len(module.kernel_size)
-        sizes = views.shape[2 : 2 + dims]
-        places: list[Any] = list(torch.unravel_index(self._drawn(math.prod(sizes)), sizes))
-        return views[:, :, *places].transpose(1, 2).flatten(0, 1)
+        return patches(module, zeros_around(self.plain.padding)(inputs) if self.plain.padding else inputs, self._drawn)
 
     def _drawn(self, positions: int) -> Tensor:
-        return torch.randperm(positions, generator=self._generator)[:POSITIONS_PER_INPUT]
+        values = BATCH * self.layer.groups * math.prod(self.layer.weight[1:])
+        most = max(1, min(POSITIONS_PER_INPUT, MAX_PATCH_VALUES // values))
+        return torch.randperm(positions, generator=self._generator)[:most]
 
 
-def _padded(module: Conv, inputs: Tensor) -> Tensor:
-    """The inputs with the convolution's padding."""
-    amounts: list[int] = []
-    for axis in reversed(range(len(module.kernel_size))):
-        around = module.dilation[axis] * (module.kernel_size[axis] - 1)
-        if isinstance(module.padding, str):
-            amounts += [around // 2, around - around // 2] if module.padding == "same" else [0, 0]
-        else:
-            amounts += [module.padding[axis]] * 2
-    return F.pad(inputs, amounts, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
+def _root(around: Tensor, *, energy: float) -> Tensor:
+    """The Cholesky factor of the shrunk moments (d, d), scaled to a mean diagonal of one; the identity if nothing varies.
 
-
-def _root(moments: Tensor, of_mean: Tensor | None) -> Tensor:
-    """The Cholesky factor of the shrunk moments (d, d), scaled to a mean diagonal of one; the identity if nothing varies."""
-    identity = torch.eye(len(moments), dtype=torch.float64)
-    energy = float(moments.diagonal().mean())
-    around = moments if of_mean is None else moments - of_mean
+    `energy` is the mean diagonal of the moments around zero.
+    """
+    identity = torch.eye(len(around), dtype=torch.float64)
     scale = float(around.diagonal().mean())
     if scale <= MIN_RELATIVE_VARIANCE * energy:
         return identity

@@ -16,7 +16,8 @@ from ranksearch.compress.scratch import check_scratch, initialise_, scratch_
 from ranksearch.compress.watch import names_of_parameters, subject
 from ranksearch.errors import ModelError, first_line
 from ranksearch.plan import Plan
-from ranksearch.support.batch import repeat_batch, run_model, tensors_in
+from ranksearch.support.batch import repeat_batch, run_model
+from ranksearch.support.nesting import tensors_in
 from ranksearch.support.seeds import seeded
 
 M = TypeVar("M", bound=nn.Module)

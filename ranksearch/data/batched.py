@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ranksearch.support.nesting import map_tensors
+
 
 class Batched(Dataset[Any], abc.ABC):
     """A split that makes a whole batch at once on a device, which is faster than input by input.
@@ -24,13 +26,14 @@ class Batched(Dataset[Any], abc.ABC):
     def __len__(self) -> int: ...
 
     @abc.abstractmethod
-    def batch(self, chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The inputs and targets, on `device`, with the indices `chosen` (batch,), a tensor on the CPU."""
+    def batch(self, chosen: Tensor, device: torch.device) -> tuple[Any, Any]:
+        """The inputs and targets, on `device`, with the indices `chosen` (batch,), a tensor on the CPU; nested in any way."""
 
     @abc.abstractmethod
     def only(self, chosen: Tensor) -> Self:
         """The part of the split with the indices `chosen` (count,)."""
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        inputs, targets = self.batch(torch.tensor([range(len(self))[index]]), torch.device("cpu"))
-        return inputs[0], targets[0]
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        batch = self.batch(torch.tensor([range(len(self))[index]]), torch.device("cpu"))
+        inputs, targets = (map_tensors(lambda tensor: tensor[0] if tensor.dim() else tensor, part) for part in batch)
+        return inputs, targets

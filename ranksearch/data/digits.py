@@ -27,10 +27,7 @@ def digits(*, size: int = 32) -> Splits:
     labels = torch.from_numpy(raw.target).long()
     rest, test = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=SPLIT_SEED)
     train, validation = train_test_split(rest, test_size=0.25, stratify=labels[rest], random_state=SPLIT_SEED)
-    parts = {
-        name: TensorDataset(images[chosen], labels[chosen])
-        for name, chosen in (("train", train), ("validation", validation), ("test", test))
-    }
-    counts = " / ".join(f"{len(part):,}" for part in parts.values())
+    parts = [TensorDataset(images[chosen], labels[chosen]) for chosen in (train, validation, test)]
+    counts = " / ".join(f"{len(part):,}" for part in parts)
     about = f"scikit-learn's handwritten digits, {counts} images for training / validation / test, resized to {size}x{size}"
-    return Splits(**parts, classes=10, about=about)
+    return Splits(parts[0], parts[1], parts[2], classes=10, about=about)

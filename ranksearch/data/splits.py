@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
-from numbers import Integral
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from ranksearch.data.batched import Batched
-from ranksearch.errors import DataError, first_line
-from ranksearch.support.batch import batch_to, concatenate, tensors_in
+from ranksearch.data.collated import Collate, Collated, collate_nested
+from ranksearch.support.batch import batch_to, concatenate
 from ranksearch.support.seeds import CPU, seeded
+
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
 class Splits:
     """The data of a study; the function that `task.data` names returns it.
 
-    Each split is a map-style `torch.utils.data.Dataset` of pairs (input, target). Batches of a `TensorDataset` or a `Batched`
-    are made by indexing, not input by input, which is much faster for small inputs. `classes` is None if targets are not class
-    labels.
+    Each split is a map-style `torch.utils.data.Dataset` of pairs (input, target), each a tensor, or tensors nested in tuples,
+    lists, dicts and dataclasses. A tuple of inputs holds the arguments of the model, a dict its arguments by name. Batches of a
+    `TensorDataset` or a `Batched` are made by indexing, not input by input, which is much faster for small inputs. `classes` is
+    None if targets are not class labels.
     """
 
     train: Dataset[Any]
@@ -33,6 +34,16 @@ class Splits:
     classes: int | None
     about: str
     """One sentence that describes the data."""
+    collate: Collate | None = None
+    """Makes a batch (inputs, targets) of a list of pairs, as a DataLoader's `collate_fn`; None for torch's own rule. A list in
+    the batch has one entry for each input, such as images of several sizes; tuples and dicts nest tensors."""
+
+    def __post_init__(self) -> None:
+        if self.collate is not None:
+            for name in SPLITS:
+                split = getattr(self, name)
+                if not isinstance(split, Collated):
+                    object.__setattr__(self, name, Collated(split, self.collate))
 
 
 def size(split: Dataset[Any]) -> int:
@@ -58,6 +69,8 @@ def part(split: Dataset[Any], chosen: Tensor) -> Dataset[Any]:
         return split.only(chosen)
     if type(split) is TensorDataset:
         return TensorDataset(*(tensor[chosen] for tensor in split.tensors))
+    if isinstance(split, Collated):
+        return replace(split, split=part(split.split, chosen))
     return Subset(split, chosen.tolist())
 
 
@@ -85,8 +98,10 @@ def batches(
             else:
                 yield batch_to(tuple(tensor[chosen] for tensor in split.tensors), device)
     else:
-        for batch in DataLoader(split, batch_size=batch_size, shuffle=generator is not None, generator=generator):
-            if generator is None or not _lonely(len(tensors_in(batch)[0]), batch_size, count):
+        collate = split.collate if isinstance(split, Collated) else collate_nested
+        loader = DataLoader(split, batch_size, shuffle=generator is not None, generator=generator, collate_fn=collate)
+        for start, batch in zip(range(0, count, batch_size), loader, strict=True):
+            if generator is None or not _lonely(min(batch_size, count - start), batch_size, count):
                 yield batch_to(batch, device)
 
 
@@ -99,54 +114,3 @@ def sample_inputs(split: Dataset[Any], count: int, *, seed: int) -> Any:
     """The inputs of `sample` as one batch; random transforms depend only on the seed too."""
     with seeded(seed):
         return concatenate([inputs for inputs, _ in batches(sample(split, count, seed=seed), count)])
-
-
-def check_splits(splits: Splits, *, every_batch: bool = True) -> None:
-    """Refuse data on which a study would fail later; checks all of it, or only the first batch of each split.
-
-    Raises:
-        DataError: a split is empty or not a readable map-style Dataset of pairs of tensors, inputs are not finite, or targets
-            are not integers below `classes`.
-    """
-    if splits.classes is not None and not isinstance(splits.classes, Integral):
-        raise DataError(f"Splits.classes must be the number of classes or None, but got {splits.classes!r}.")
-    for name in ("train", "validation", "test"):
-        split = getattr(splits, name)
-        if not isinstance(split, Dataset) or isinstance(split, IterableDataset) or not hasattr(split, "__len__"):
-            raise DataError(f"Each split must be a map-style Dataset, but {name!r} is a {type(split).__name__}.")
-        if size(split) == 0:
-            raise DataError(f"Each split must hold at least one input, but {name!r} is empty.")
-        for batch in _readable(name, split) if every_batch else islice(_readable(name, split), 1):
-            if len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
-                raise DataError(f"A split must hold pairs (input, target) of tensors or numbers, but {name!r} does not.")
-            inputs, targets = batch
-            if inputs.is_floating_point() and not torch.isfinite(inputs).all():
-                raise DataError(f"Inputs must be finite, but split {name!r} holds NaN or infinity.")
-            if splits.classes is not None:
-                _check_labels(name, targets, splits.classes)
-
-
-def _readable(name: str, split: Dataset[Any]) -> Iterator[Any]:
-    """The batches of a split; any exception while reading them is a `DataError`."""
-    try:
-        yield from batches(split, 512)
-    except Exception as error:  # a user's Dataset may raise any exception, for example on a damaged picture
-        uncollatable = any(sign in str(error) for sign in ("default_collate", "equal size"))
-        fix = "; for pictures, add Resize and ToTensor." if uncollatable else ""
-        raise DataError(
-            f"A split must be readable in batches, but {name!r} raised {type(error).__name__}: {first_line(error)}{fix}"
-        ) from error
-
-
-def _check_labels(name: str, targets: Tensor, classes: int) -> None:
-    if targets.is_floating_point() or targets.dim() != 1:
-        raise DataError(
-            f"Targets must be one integer class number per input, but split {name!r} holds {targets.dtype} of shape "
-            f"{tuple(targets.shape)}; for other targets give classes=None and your own loss and score."
-        )
-    outside = targets[(targets < 0) | (targets >= classes)]
-    if len(outside):
-        raise DataError(
-            f"Targets must lie in 0..{classes - 1}, but split {name!r} holds {int(outside[0])}; correct the targets or "
-            "the number of classes."
-        )

@@ -13,13 +13,14 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
 from ranksearch.compress.export import quiet_exporter
+from ranksearch.compress.flat import Flat
 from ranksearch.errors import ModelError, SpecError, StudyError, first_line
 from ranksearch.spec import Latency, resolve
-from ranksearch.support.batch import run_model, tensors_in
+from ranksearch.support.batch import arguments_of
 from ranksearch.support.copies import deep_copy
+from ranksearch.support.nesting import map_tensors, tensors_in
 
 Call: TypeAlias = Callable[[], float]
 """Runs a model once, or a few times in a row, and gives the milliseconds that one run took."""
@@ -59,11 +60,11 @@ class Torch(Runtime):
         twin = deep_copy(model).to(self.device).eval()
         if self.channels_last:
             twin = twin.to(memory_format=torch.channels_last)
-        batch = tree_map_only(torch.Tensor, self._placed, inputs)
+        args, kwargs = arguments_of(twin, map_tensors(self._placed, inputs))
 
         def run() -> None:
             with torch.inference_mode():
-                run_model(twin, batch)
+                twin(*args, **kwargs)
             _finish(self.device)
 
         return windowed(run, around=self._with_threads)
@@ -100,8 +101,9 @@ class OnnxRuntime(Runtime):
             session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions have no common class
             raise _refused(self.name, error) from error
-        arrays = [tensor.cpu().numpy() for tensor in tensors_in(inputs)]
-        feed = {entry.name: array for entry, array in zip(session.get_inputs(), arrays, strict=True)}
+        arrays = {_input_name(number): tensor.cpu().numpy() for number, tensor in enumerate(tensors_in(inputs))}
+        # The file lacks inputs that the model does not use, such as targets.
+        feed = {entry.name: arrays[entry.name] for entry in session.get_inputs()}
         return windowed(lambda: session.run(None, feed))
 
 
@@ -175,15 +177,20 @@ def _nothing() -> Iterator[None]:
 def _as_onnx(model: nn.Module, inputs: Any) -> bytes:
     """The model as ONNX, by torch's older exporter, which takes a hundredth of a second for a layer, where the newer one takes
     more than one: a table of times needs hundreds of files. Both write the same convolutions and products."""
-    twin = deep_copy(model).cpu().eval()
+    batch = map_tensors(torch.Tensor.cpu, inputs)
+    twin, tensors = Flat(deep_copy(model).cpu().eval(), batch), tuple(tensors_in(batch))
+    names = [_input_name(number) for number in range(len(tensors))]
     buffer = io.BytesIO()
     try:
         with quiet_exporter(), torch.no_grad():
-            batch = tree_map_only(torch.Tensor, torch.Tensor.cpu, inputs)
-            torch.onnx.export(twin, (batch,), buffer, dynamo=False)  # type: ignore[arg-type]
+            torch.onnx.export(twin, (tensors,), buffer, dynamo=False, input_names=names)  # type: ignore[arg-type]
     except Exception as error:  # what tracing makes of a user's forward is not foreseen
         raise _refused(ORT, error) from error
     return buffer.getvalue()
+
+
+def _input_name(number: int) -> str:
+    return f"input{number}"
 
 
 def _refused(name: str, error: Exception) -> ModelError:

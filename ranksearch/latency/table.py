@@ -214,16 +214,17 @@ def time_calls(layer: Layer, modules: Sequence[nn.Module], runtime: Runtime, bat
 
 def call_inputs(layer: Layer, call: Call, batch: int) -> Tensor:
     """Random inputs of the shape that the layer has in a call for a batch of the model's inputs."""
-    shape = (math.prod(layer.weight[1:]),) if layer.flattened or len(layer.weight) == 2 else (layer.weight[1], *call.in_size)
+    if layer.flattened or len(layer.weight) == 2:
+        shape: tuple[int, ...] = (math.prod(layer.weight[1:]),)
+    else:
+        shape = (layer.groups * layer.weight[1], *call.in_size)
     return torch.randn((batch * call.times, *shape), generator=torch.Generator().manual_seed(0))
 
 
 def random_factors(layer: Layer, value: Factorization) -> tuple[Tensor, ...]:
     """Factors of a layer's factorization, drawn at random: times do not depend on their values."""
-    draw = torch.Generator().manual_seed(0)
-    return tuple(
-        torch.randn(shape, generator=draw) * 0.05 for shape in METHODS[type(value)].factor_shapes(layer.weight, value.ranks)
-    )
+    draw, shapes = torch.Generator().manual_seed(0), METHODS[type(value)].factor_shapes(layer.weight, value.ranks, layer.groups)
+    return tuple(torch.randn(shape, generator=draw) * 0.05 for shape in shapes)
 
 
 def _random(model: nn.Module, plan: Plan, inventory: Inventory) -> nn.Module:

@@ -18,7 +18,8 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ranksearch.methods.layer import Layer, Padding
+from ranksearch.methods.groups import shape_of_stack, split, stack
+from ranksearch.methods.layer import Call, Layer, Padding, groups_of
 from ranksearch.methods.parts import Part, Shape, assemble, builders, built, built_factors, composed
 from ranksearch.plan import Factorization
 from ranksearch.tensors.matrix import Principal, norm_of
@@ -65,6 +66,8 @@ FEWER_PARAMS = RankConstraints()
 class Method(abc.ABC):
     """One decomposition, without state. `weight` is always a kernel's shape (out, in, *kernel); factors are in forward order.
 
+    If a layer has groups, `weight` is the kernel of one group, and so are the kernels and factors that a subclass sees.
+
     A subclass defines the attributes and the abstract methods, and may override `distances`; it overrides nothing else.
     """
 
@@ -95,7 +98,7 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int, rows: Rows | None = None) -> Prepared:
-        """Do the work for one kernel (out, in, *kernel) that all `ranks` share.
+        """Do the work for one kernel (out, in, *kernel) that all `ranks` share. Names and shapes do not depend on its values.
 
         `rows()` returns `principal(kernel.flatten(1))`, which another method may have computed already.
         """
@@ -139,9 +142,9 @@ class Method(abc.ABC):
         estimates = {"in": rank_in, "out": rank_out, "larger": max(rank_in, rank_out)}
         return tuple(estimates[name] for name in self.vbmf)
 
-    def factor_shapes(self, weight: Shape, ranks: tuple[int, ...]) -> tuple[Shape, ...]:
-        """The shapes of the factors of a kernel of shape `weight`, in forward order."""
-        return tuple(part.shape(weight) for part in self.parts(weight, ranks))
+    def factor_shapes(self, weight: Shape, ranks: tuple[int, ...], groups: int = 1) -> tuple[Shape, ...]:
+        """The shapes of the factors of a kernel of shape `weight`, in forward order, stacked over the groups."""
+        return tuple(shape_of_stack(part.shape(weight), groups) for part in self.parts(weight, ranks))
 
     def holds(self, weight: Shape) -> tuple[tuple[int, ...], ...]:
         """For each factor, the kernel's input modes (1: channels, 2 and up: positions) that its last axes stand for."""
@@ -149,16 +152,11 @@ class Method(abc.ABC):
         return (1, *first), *others
 
     def positions(self, layer: Layer) -> tuple[int, ...]:
-        """For each factor, the number of positions it is applied to for one input, over all calls of the layer."""
-        structure = self._structure(layer.weight)
-        counts = [0] * len(structure)
-        for call in layer.calls:
-            size = list(call.in_size)
-            for index, part in enumerate(structure):
-                for axis in part.axes:
-                    size[axis] = call.out_size[axis]
-                counts[index] += math.prod(size) * call.times
-        return tuple(counts)
+        """For each factor, the number of positions it is applied to for one input, over all calls of the layer.
+
+        They are the positions of the part's output, or, if the layer is a transposed convolution, of the part's input.
+        """
+        return self._positions(layer, before=layer.transposed)
 
     def balanced(self, factors: tuple[Tensor, ...], weight: Shape) -> tuple[Tensor, ...]:
         """Rescale `factors` after the whitening was undone, so that fine-tuning starts better; the kernel stays the same."""
@@ -172,9 +170,10 @@ class Method(abc.ABC):
         turned = torch.einsum("pq...,rq->pr...", core, scales)
         return basis.T.to(factors[0].dtype), turned.to(factors[1].dtype), *factors[2:]
 
-    def reconstruct(self, factors: Sequence[Tensor], weight: Shape) -> Tensor:
-        """The kernel of shape `weight` that the factors represent."""
-        return composed(self._structure(weight), factors, weight)
+    def reconstruct(self, factors: Sequence[Tensor], weight: Shape, groups: int = 1) -> Tensor:
+        """The kernel of shape `weight` that the factors represent, stacked over the groups."""
+        parts = self._structure(weight)
+        return stack([(composed(parts, each, weight),) for each in split(factors, groups)])[0]
 
     def build(
         self,
@@ -186,7 +185,8 @@ class Method(abc.ABC):
     ) -> nn.Sequential:
         """Plain torch modules that compute the same as `module` with the reconstructed kernel, after zeros around its input."""
         parts = self.parts(weight, ranks)
-        return assemble(module, weight, built(parts), built_factors(parts, factors), padding)
+        groups = [built_factors(parts, each) for each in split(factors, groups_of(module))]
+        return assemble(module, weight, built(parts), stack(groups), padding)
 
     def value(self, layer: Layer, ranks: tuple[int, ...]) -> Factorization:
         """The plan's value for this layer at these ranks."""
@@ -199,7 +199,7 @@ class Method(abc.ABC):
     def params(self, layer: Layer, ranks: tuple[int, ...]) -> int:
         """Parameters of the factorized layer, including the bias."""
         factors = sum(math.prod(part.shape(layer.weight)) for part in built(self.parts(layer.weight, ranks)))
-        return factors + (layer.weight[0] if layer.bias else 0)
+        return layer.groups * (factors + (layer.weight[0] if layer.bias else 0))
 
     def macs(self, layer: Layer, ranks: tuple[int, ...]) -> int:
         """Multiply-accumulates of the factorized layer for one input."""
@@ -224,8 +224,8 @@ class Method(abc.ABC):
         """
         blocks = tuple(-(-rank // CHANNEL_BLOCK) * CHANNEL_BLOCK for rank in ranks)
         macs = [float(count) for counted in (ranks, blocks) for count in self._part_macs(layer, ranks, counted)]
-        parts, positions = self.parts(layer.weight, ranks), self.positions(layer)
-        outputs = [parts[index].out * positions[index] for index in sorted(set(builders(parts)))]
+        parts, positions = self.parts(layer.weight, ranks), self._positions(layer, before=False)
+        outputs = [layer.groups * parts[index].out * positions[index] for index in sorted(set(builders(parts)))]
         return float(len(outputs)), *macs, float(sum(outputs[:-1])), float(self.params(layer, ranks))
 
     def rank_ranges(self, layer: Layer, constraints: RankConstraints = FEWER_PARAMS) -> tuple[range, ...]:
@@ -253,10 +253,27 @@ class Method(abc.ABC):
         """The parts at rank 1, for everything that does not depend on the ranks."""
         return self.parts(weight, (1,) * len(self.kind.rank_names()))
 
+    def _positions(self, layer: Layer, *, before: bool) -> tuple[int, ...]:
+        """For each part, the number of positions of its output for one input, over all calls, or of its input if `before`."""
+        counts = [0] * len(self._structure(layer.weight))
+        for call in layer.calls:
+            sizes = self._sizes(layer.weight, call)
+            for index, size in enumerate(sizes[:-1] if before else sizes[1:]):
+                counts[index] += math.prod(size) * call.times
+        return tuple(counts)
+
+    def _sizes(self, weight: Shape, call: Call) -> list[tuple[int, ...]]:
+        """The sizes of the map before the first part and after each part."""
+        sizes = [call.in_size]
+        for part in self._structure(weight):
+            after = enumerate(zip(sizes[-1], call.out_size, strict=True))
+            sizes.append(tuple(out if axis in part.axes else size for axis, (size, out) in after))
+        return sizes
+
     def _part_macs(self, layer: Layer, ranks: tuple[int, ...], counted: tuple[int, ...]) -> list[int]:
         """Multiply-accumulates of each part for one input with the ranks `counted`; 0 if it is not built at `ranks`."""
         indices = builders(self.parts(layer.weight, ranks))
-        shapes, positions = self.factor_shapes(layer.weight, counted), self.positions(layer)
+        shapes, positions = self.factor_shapes(layer.weight, counted, layer.groups), self.positions(layer)
         return [
             math.prod(shape) * count if builder == index else 0
             for index, (builder, shape, count) in enumerate(zip(indices, shapes, positions, strict=True))
@@ -288,18 +305,3 @@ def nearest_rank(ranks: range, wanted: float) -> int:
 def _log_spaced(ranks: range, values: int) -> list[int]:
     counts = [math.exp(math.log(len(ranks)) * step / (values - 1)) for step in range(values)] if ranks else []
     return sorted({nearest_rank(ranks, ranks.step * count) for count in counts})
-
-
-def has_positions(weight: Shape) -> bool:
-    """Whether a kernel (out, in, *kernel) covers more than one position."""
-    return math.prod(weight[2:]) > 1
-
-
-def is_separable(weight: Shape) -> bool:
-    """Whether a kernel is 2-D with a height and a width above 1, so that they can be separated."""
-    return len(weight) == 4 and min(weight[2:]) > 1
-
-
-def every_axis(weight: Shape) -> tuple[int, ...]:
-    """The axes of a kernel (out, in, *kernel) for a `Part` that covers all of its positions."""
-    return tuple(range(len(weight) - 2))

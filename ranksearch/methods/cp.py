@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ranksearch import plan
-from ranksearch.methods.base import Method, Prepared, Rows, every_axis, has_positions
-from ranksearch.methods.parts import Part, Shape
+from ranksearch.methods.base import Method, Prepared, Rows
+from ranksearch.methods.parts import Part, Shape, every_axis, has_positions, mixes_channels
 from ranksearch.tensors.cp import cp_als, cp_path, exact_rank, reconstruct
 from ranksearch.tensors.matrix import norm_of
 
@@ -27,7 +27,7 @@ class CPMethod(Method):
     by_als = True
 
     def applies(self, weight: Shape, *, linear: bool) -> bool:
-        return has_positions(weight)
+        return has_positions(weight) and mixes_channels(weight)
 
     def bounds(self, weight: Shape) -> tuple[int, ...]:
         return (exact_rank((*weight[:2], math.prod(weight[2:]))),)

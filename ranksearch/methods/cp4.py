@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ranksearch import plan
-from ranksearch.methods.base import Method, Prepared, Rows, is_separable
+from ranksearch.methods.base import Method, Prepared, Rows
 from ranksearch.methods.cp import errors_at, factors_at, prepare_path
-from ranksearch.methods.parts import Part, Shape
+from ranksearch.methods.parts import Part, Shape, is_separable, mixes_channels
 from ranksearch.tensors.cp import exact_rank
 
 
@@ -22,7 +22,7 @@ class CP4Method(Method):
     by_als = True
 
     def applies(self, weight: Shape, *, linear: bool) -> bool:
-        return is_separable(weight)
+        return is_separable(weight) and mixes_channels(weight)
 
     def bounds(self, weight: Shape) -> tuple[int, ...]:
         return (exact_rank(weight),)

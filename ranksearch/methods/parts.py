@@ -6,12 +6,12 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from ranksearch.methods.layer import CONVOLUTIONS, Padding
+from ranksearch.methods.layer import CONVOLUTIONS, PLAIN, TRANSPOSED, Padding, as_weight, groups_of
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -23,8 +23,11 @@ META_DEVICE = "meta"
 class Part:
     """One convolution `into` -> `out` channels of a factorized layer; its weight is one factor of the kernel.
 
+    If the layer has groups, the part has the same number of groups, and `into` and `out` are the channels of one of them.
+
     Along its `axes` of the kernel (0 and up) it has the dense layer's kernel size, stride, padding and dilation; along other
-    axes its size is 1. Each axis of the kernel belongs to exactly one part.
+    axes its size is 1. Each axis of the kernel belongs to exactly one part. If the layer is a transposed convolution, so are
+    the parts that have axes.
     """
 
     name: str
@@ -49,25 +52,23 @@ class Part:
         """
         if len(weight) == 2:
             return nn.Linear(self.into, self.out, bias=bias, device=META_DEVICE)
-        kind, conv = CONVOLUTIONS[len(weight) - 3], dense if isinstance(dense, CONVOLUTIONS) else None
+        dims, groups = len(weight) - 2, groups_of(dense)
+        into, out = groups * self.into, groups * self.out
         if not self.axes:
-            return kind(self.into, self.out, 1, bias=bias, device=META_DEVICE)
-        ones = (1,) * (len(weight) - 2)
-        padding: str | tuple[int, ...] = (0,) * len(ones)
-        if conv:
-            padding = conv.padding if isinstance(conv.padding, str) else self._along(conv.padding, 0)
-        return kind(
-            self.into,
-            self.out,
-            self._along(weight[2:], 1),  # type: ignore[arg-type]
-            stride=self._along(conv.stride if conv else ones, 1),  # type: ignore[arg-type]
-            padding=padding,  # type: ignore[arg-type]
-            dilation=self._along(conv.dilation if conv else ones, 1),  # type: ignore[arg-type]
-            groups=self.into if self.depthwise else 1,
-            bias=bias,
-            padding_mode=conv.padding_mode if conv else "zeros",
-            device=META_DEVICE,
-        )
+            return PLAIN[dims - 1](into, out, 1, groups=groups, bias=bias, device=META_DEVICE)
+        kind = TRANSPOSED if isinstance(dense, TRANSPOSED) else PLAIN
+        size, groups = self._along(weight[2:], 1), into if self.depthwise else groups
+        return kind[dims - 1](into, out, size, groups=groups, bias=bias, device=META_DEVICE, **self._settings(dense))  # type: ignore[arg-type]
+
+    def _settings(self, dense: nn.Module) -> dict[str, Any]:
+        """The settings of the dense layer along the axes of this part."""
+        if not isinstance(dense, CONVOLUTIONS):
+            return {}
+        padding = dense.padding if isinstance(dense.padding, str) else self._along(dense.padding, 0)
+        settings = {"stride": self._along(dense.stride, 1), "padding": padding, "dilation": self._along(dense.dilation, 1)}
+        if isinstance(dense, TRANSPOSED):
+            return settings | {"output_padding": self._along(dense.output_padding, 0)}
+        return settings | {"padding_mode": dense.padding_mode}
 
     def _along(self, values: Sequence[int], other: int) -> tuple[int, ...]:
         return tuple(value if axis in self.axes else other for axis, value in enumerate(values))
@@ -96,7 +97,7 @@ def built(parts: Sequence[Part]) -> tuple[Part, ...]:
 
 
 def built_factors(parts: Sequence[Part], factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The factors of the parts that are built, from those of all parts, multiplied in float64."""
+    """The factors of the parts that are built, from those of all parts, multiplied in float64; all of one group."""
     indices, made = builders(parts), list(factors)
     for index, builder in enumerate(indices):
         if builder != index:
@@ -112,7 +113,9 @@ def built_factors(parts: Sequence[Part], factors: Sequence[Tensor]) -> tuple[Ten
 def assemble(
     module: nn.Module, weight: Shape, parts: Sequence[Part], factors: Sequence[Tensor], padding: Padding | None = None
 ) -> nn.Sequential:
-    """The parts as one `nn.Sequential` with the factors as weights, on the device and in the dtype of `module`.
+    """The parts as one `nn.Sequential` with the factors, stacked over the groups, as weights.
+
+    It is on the device and in the dtype of `module`.
 
     The last part gets the bias of `module`. If `module` is fully connected and stored as convolutions, its input is unflattened
     to a map before the parts, and the output flattened after them. Each part puts the zeros of `padding` around its axes first.
@@ -135,7 +138,7 @@ def assemble(
         steps[part.name] = layer.to(kernel.dtype).to_empty(device=kernel.device).requires_grad_(kernel.requires_grad)
         assert isinstance(layer.weight, Tensor)
         with torch.no_grad():
-            layer.weight.copy_(factor.reshape(layer.weight.shape))
+            layer.weight.copy_(as_weight(layer, factor))
     if isinstance(bias, Tensor):
         last = steps[parts[-1].name].bias
         assert isinstance(last, Tensor)
@@ -154,7 +157,7 @@ def zeros_around(padding: Sequence[tuple[int, int]]) -> nn.Module:
 
 
 def composed(parts: Sequence[Part], factors: Sequence[Tensor], weight: Shape) -> Tensor:
-    """The kernel of shape `weight` that the parts apply together; the first part is not depthwise."""
+    """The kernel of shape `weight` that the parts of one group apply together; the first part is not depthwise."""
     axes = list(parts[0].axes)
     kernel = factors[0].reshape(-1, weight[1], *(weight[2 + axis] for axis in axes))
     for part, factor in zip(parts[1:], factors[1:], strict=True):
@@ -169,3 +172,23 @@ def composed(parts: Sequence[Part], factors: Sequence[Tensor], weight: Shape) ->
             kernel = product.movedim(tuple(range(1, 1 + count)), tuple(range(-count, 0)))
         axes += part.axes
     return kernel.permute(0, 1, *(2 + axes.index(axis) for axis in sorted(axes))).reshape(weight)
+
+
+def has_positions(weight: Shape) -> bool:
+    """Whether a kernel (out, in, *kernel) covers more than one position."""
+    return math.prod(weight[2:]) > 1
+
+
+def is_separable(weight: Shape) -> bool:
+    """Whether a kernel is 2-D with a height and a width above 1, so that they can be separated."""
+    return len(weight) == 4 and min(weight[2:]) > 1
+
+
+def mixes_channels(weight: Shape) -> bool:
+    """Whether a kernel has several channels in or out. A kernel of one channel can only be separated in space."""
+    return max(weight[:2]) > 1
+
+
+def every_axis(weight: Shape) -> tuple[int, ...]:
+    """The axes of a kernel (out, in, *kernel) for a `Part` that covers all of its positions."""
+    return tuple(range(len(weight) - 2))

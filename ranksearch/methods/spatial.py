@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ranksearch import plan
-from ranksearch.methods.base import FactorsAt, Method, Prepared, Rows, is_separable, root
-from ranksearch.methods.parts import Part, Shape
+from ranksearch.methods.base import FactorsAt, Method, Prepared, Rows, root
+from ranksearch.methods.parts import Part, Shape, is_separable
 from ranksearch.methods.svd import errors_at
 from ranksearch.tensors.matrix import SVDFactors, svd
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ranksearch import plan
-from ranksearch.methods.base import FactorsAt, Method, Prepared, Rows, every_axis, has_positions
-from ranksearch.methods.parts import Part, Shape
+from ranksearch.methods.base import FactorsAt, Method, Prepared, Rows
+from ranksearch.methods.parts import Part, Shape, every_axis, has_positions
 from ranksearch.tensors.matrix import SVDFactors, norm_of, svd
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ranksearch import plan
-from ranksearch.methods.base import Method, Prepared, Rows, is_separable
-from ranksearch.methods.parts import Part, Shape
+from ranksearch.methods.base import Method, Prepared, Rows
+from ranksearch.methods.parts import Part, Shape, is_separable, mixes_channels
 from ranksearch.tensors.matrix import floating, principal
 
 
@@ -26,7 +26,7 @@ class TTMethod(Method):
     vbmf_turn = 5
 
     def applies(self, weight: Shape, *, linear: bool) -> bool:
-        return is_separable(weight)
+        return is_separable(weight) and mixes_channels(weight)
 
     def bounds(self, weight: Shape) -> tuple[int, ...]:
         out, into, height, width = weight

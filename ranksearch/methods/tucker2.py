@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ranksearch import plan
-from ranksearch.methods.base import FactorsAt, Method, Prepared, Rows, every_axis, has_positions, root
-from ranksearch.methods.parts import Part, Shape
+from ranksearch.methods.base import FactorsAt, Method, Prepared, Rows, root
+from ranksearch.methods.parts import Part, Shape, every_axis, has_positions, mixes_channels
 from ranksearch.tensors.tucker import HOSVD, hooi, hosvd
 
 
@@ -25,7 +25,7 @@ class Tucker2Method(Method):
     vbmf_turn = 1
 
     def applies(self, weight: Shape, *, linear: bool) -> bool:
-        return has_positions(weight)
+        return has_positions(weight) and mixes_channels(weight)
 
     def bounds(self, weight: Shape) -> tuple[int, ...]:
         out, into, positions = weight[0], weight[1], math.prod(weight[2:])

@@ -17,6 +17,7 @@ import vl_convert
 from ranksearch.report import figures, points, summary, text
 from ranksearch.results.costs import COSTS, costs_of
 from ranksearch.results.record import StudyRecord
+from ranksearch.results.scores import is_percent
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY, INK = "#2563eb", "#d97706", "#059669", "#dc2626", "#9333ea", "#94a3b8", "#1f2937"
@@ -201,7 +202,7 @@ def _ratio_axis(ratios: tuple[float, float], title: str) -> alt.Axis:
 
 def _score_y(record: StudyRecord, domain: tuple[float, float]) -> alt.Y:
     name = record.facts.score_name
-    label = "format(100 * datum.value, '.1~f') + ' %'" if text.is_percent(name) else "format(datum.value, '.3~f')"
+    label = "format(100 * datum.value, '.1~f') + ' %'" if is_percent(name) else "format(datum.value, '.3~f')"
     scale = alt.Scale(zero=False, nice=False, domain=domain)
     axis = alt.Axis(labelExpr=label, tickCount=7, tickMinStep=0.001)
     return alt.Y("score:Q", title=f"validation {name}", scale=scale, axis=axis)

@@ -10,21 +10,21 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ranksearch.results import pareto
+from ranksearch.results.certainty import chances_within
+from ranksearch.results.choosing import smallest_within, yardstick
 from ranksearch.results.messages import CurvePoint
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import Control, DenseFacts, StudyRecord, TrialRecord, yardstick
+from ranksearch.results.record import Control, StudyRecord
+from ranksearch.results.trials import TrialRecord
 
 NEAR_DENSE = 0.01
-"""A model counts as good as the dense one down to this much below its validation score: one percentage point of accuracy."""
+"""A model counts as good as the dense one down to this much below its score: one percentage point of accuracy."""
 
 MAX_SHOWN_SCORE_DROP = 0.10
 """Scores more than this below the yardstick are left out of the charts and the hypervolume."""
 
 PREDICTED_ORIGIN = "frontier"
 """Origin of the trials of the predicted front, which profile and probes predict before any sampler."""
-
-# In floating point 0.98 - 0.97 > 0.01, although the scores differ by exactly one percentage point.
-_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,21 @@ def epochs_of(trial: TrialRecord) -> float:
     return max((curve_point.epochs for curve_point in curve_of(trial)), default=0)
 
 
-def near_dense(front: Sequence[TrialRecord], dense: DenseFacts, objectives: Objectives) -> TrialRecord | None:
-    """The smallest model of the front with a validation score at most `NEAR_DENSE` below the dense model's, or None."""
-    lowest = dense.score_validation - NEAR_DENSE - _ROUNDING
-    close = [trial for trial in front if trial.score_validation is not None and trial.score_validation >= lowest]
-    return max(close, key=objectives.ratio, default=None)
+def near_dense(record: StudyRecord) -> TrialRecord | None:
+    """The smallest model of the front that is within `NEAR_DENSE` of the dense model, or None."""
+    return smallest_within(record.shown, _chances(record), record.facts.objectives)
+
+
+def chance_near_dense(record: StudyRecord, trial: TrialRecord) -> float | None:
+    """The chance that a model is within `NEAR_DENSE` of the dense model on new inputs; None before it was a finalist."""
+    if trial.finalist is None or trial.finalist.difference_validation is None:
+        return None
+    return _chances(record)[trial.number]
+
+
+def _chances(record: StudyRecord) -> dict[int, float]:
+    facts = record.facts
+    return chances_within(finalists(record) or record.shown, NEAR_DENSE, facts.dense.score_validation, facts.objectives)
 
 
 def knee(front: Sequence[TrialRecord], objectives: Objectives) -> TrialRecord | None:

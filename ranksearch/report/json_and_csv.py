@@ -11,7 +11,9 @@ from typing import Any
 
 from ranksearch.report import figures
 from ranksearch.results.costs import COSTS, Costed, costs_of
-from ranksearch.results.record import Control, StudyRecord, Timing, TrialRecord
+from ranksearch.results.messages import Difference
+from ranksearch.results.record import Control, StudyRecord
+from ranksearch.results.trials import Timing, TrialRecord
 
 COST_COLUMNS = "costs"
 """Placeholder in the lists of columns; replaced by one column per cost."""
@@ -23,7 +25,8 @@ _TRIAL_COLUMNS = (
 )  # fmt: skip
 
 _FRONT_COLUMNS = (
-    "trial", "score_validation", "score_test", "ratio", COST_COLUMNS, "width", "plan", "plan_text", "origin", "epochs",
+    "trial", "score_validation", "score_validation_interval", "score_test", "score_test_interval", "ratio", COST_COLUMNS,
+    "width", "plan", "plan_text", "origin", "epochs",
     "latency_ms", "knee", "within_limits",
 )  # fmt: skip
 
@@ -40,6 +43,7 @@ def front_json(record: StudyRecord) -> str:
     content = {
         "name": facts.name,
         "front": _timed_front_rows(record),
+        "within_one_point": _within_one_point(record),
         "dense": dense_row(record),
         "controls": _timed_control_rows(record),
         "minimize": list(facts.objectives.minimize),
@@ -83,6 +87,12 @@ def _timed_front_rows(record: StudyRecord) -> list[dict[str, Any]]:
     finalists = [trial.finalist for trial in record.shown]
     rows = zip(front_rows(record), finalists, strict=True)
     return [row | {"timings": _timings(final.timings) if final else []} for row, final in rows]
+
+
+def _within_one_point(record: StudyRecord) -> dict[str, Any] | None:
+    """The model that the report names as within `NEAR_DENSE` of the dense one, and the chance that it is on new data."""
+    best = figures.near_dense(record)
+    return None if best is None else {"trial": best.number, "chance": figures.chance_near_dense(record, best)}
 
 
 def dense_row(record: StudyRecord) -> dict[str, Any]:
@@ -159,7 +169,9 @@ def _front_row(trial: TrialRecord) -> dict[str, Any]:
     return {
         "trial": trial.number,
         "score_validation": trial.score_validation,
+        "score_validation_interval": _interval(final.difference_validation if final else None),
         "score_test": final and figures.finite_or_none(final.score_test),
+        "score_test_interval": _interval(final.difference_test if final else None),
         "ratio": trial.ratio,
         **_costs(trial),
         "width": trial.plan.width,
@@ -169,6 +181,11 @@ def _front_row(trial: TrialRecord) -> dict[str, Any]:
         "epochs": figures.epochs_of(trial),
         "latency_ms": figures.finite_or_none(trial.costs.get("latency")),
     }
+
+
+def _interval(difference: Difference | None) -> list[float] | None:
+    """The 95 % interval of the score's difference from the dense model's."""
+    return None if difference is None else [difference.low, difference.high]
 
 
 def _costs(costed: Costed) -> dict[str, float | None]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from ranksearch.report import figures, summary, text
 from ranksearch.results.costs import PARAMS
 from ranksearch.results.record import StudyRecord
+from ranksearch.results.scores import is_percent
 
 
 def markdown(record: StudyRecord) -> str:
@@ -64,8 +65,8 @@ def _figures(line: summary.FrontLine | summary.ControlLine) -> list[str]:
 
 
 def _front_note(record: StudyRecord) -> str:
-    unit = "points" if text.is_percent(record.facts.score_name) else "the score"
-    note = f"In brackets: difference from the dense net in {unit}."
+    unit = "points" if is_percent(record.facts.score_name) else "the score"
+    note = f"In brackets: difference from the dense net in {unit}, with its 95 % interval (paired bootstrap over the inputs)."
     gain = figures.hypervolume_gain(record)
     if gain:
         note += f" Hypervolume of the predicted front's trials alone: {gain[0]:.4f}; of all trials: {gain[1]:.4f}."

@@ -14,7 +14,9 @@ import vl_convert
 from ranksearch.plan import Dense, Factorization
 from ranksearch.report import charts, figures, points, summary, text
 from ranksearch.results.costs import COSTS
-from ranksearch.results.record import LayerFacts, StudyRecord, TrialRecord
+from ranksearch.results.record import LayerFacts, StudyRecord
+from ranksearch.results.scores import is_percent
+from ranksearch.results.trials import TrialRecord
 
 
 def html(record: StudyRecord) -> str:
@@ -67,7 +69,7 @@ def _context(record: StudyRecord) -> dict[str, Any]:
         "log_ratios": ", ".join(f"log10 of the {COSTS[cost].ratio}" for cost in facts.objectives.minimize),
         "near_margin": text.margin(figures.NEAR_DENSE, name),
         "worst_that_counts": summary.worst_that_counts(record),
-        "score_unit": "points" if text.is_percent(name) else name,
+        "score_unit": "points" if is_percent(name) else name,
         "rank_rows": _rank_rows(record),
         "correlations": _correlations(record),
         "unfinished": summary.unfinished(record),
@@ -100,7 +102,7 @@ def _element_id(picture: str) -> str:
 def _cards(record: StudyRecord) -> list[dict[str, str]]:
     """The cards at the top of the page: a title, a figure, and a line below it."""
     facts, name = record.facts, record.facts.score_name
-    best = figures.near_dense(record.shown, facts.dense, facts.objectives)
+    best = figures.near_dense(record)
     at_knee = figures.knee(record.shown, facts.objectives)
     dense = f"{text.count(facts.dense.params)} parameters, {text.score(facts.dense.score_test, name)} on test"
     finalists, trials = len(figures.finalists(record)), len(figures.trained(record.trials))
@@ -169,7 +171,7 @@ def _layer(layer: LayerFacts, dense_params: int) -> dict[str, str]:
     return {
         "name": layer.name,
         "kind": layer.kind,
-        "shape": " x ".join(map(str, layer.weight)),
+        "shape": layer.shape,
         "params": text.count(layer.params),
         "share": text.share(layer.params / dense_params),
         "macs": text.count(layer.macs),

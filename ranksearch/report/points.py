@@ -8,9 +8,11 @@ from typing import Any
 
 from ranksearch.plan import Plan
 from ranksearch.report import figures, text
+from ranksearch.results.choosing import front_of, yardstick
 from ranksearch.results.costs import PARAMS, Costed, costs_of
-from ranksearch.results.messages import Outcome
-from ranksearch.results.record import Control, StudyRecord, TrialRecord, front_of, yardstick
+from ranksearch.results.messages import Difference, Outcome
+from ranksearch.results.record import Control, StudyRecord
+from ranksearch.results.trials import TrialRecord
 
 TRIAL, VBMF, DENSE = "trial", "VBMF one-shot", "dense model"
 PREDICTED = "predicted front"
@@ -73,7 +75,7 @@ def front_labels(record: StudyRecord, cost: str) -> list[dict[str, Any]]:
     facts = record.facts
     at_knee, near = (
         figures.knee(record.shown, facts.objectives),
-        figures.near_dense(record.shown, facts.dense, facts.objectives),
+        figures.near_dense(record),
     )
     suffixes = {trial.number: (trial, "") for trial in (near,) if trial}
     suffixes |= {trial.number: (trial, ", knee") for trial in (at_knee,) if trial}
@@ -85,7 +87,7 @@ def front_labels(record: StudyRecord, cost: str) -> list[dict[str, Any]]:
 def layer_bars(record: StudyRecord) -> list[dict[str, Any]]:
     """The latency of each layer, dense and in the model that the report names; empty if the layers were not timed."""
     facts = record.facts
-    near = figures.near_dense(record.shown, facts.dense, facts.objectives) or figures.knee(record.shown, facts.objectives)
+    near = figures.near_dense(record) or figures.knee(record.shown, facts.objectives)
     timed = [layer for layer in facts.layers if "latency" in layer.costs]
     if near is None or near.finalist is None or not near.finalist.layers_ms:
         return []
@@ -188,6 +190,8 @@ def _kind(trial: TrialRecord) -> str:
 
 def _point(record: StudyRecord, trial: TrialRecord, score: float | None, cost: str, *, kind: str) -> dict[str, Any]:
     name = record.facts.score_name
+    searched = kind in (TRIAL, VBMF, PREDICTED)
+    final, score_shown = trial.finalist, trial.score if searched else trial.score_validation
     return {
         "kind": kind,
         "ratio": ratio(record, trial, cost),
@@ -197,10 +201,16 @@ def _point(record: StudyRecord, trial: TrialRecord, score: float | None, cost: s
         "outcome": trial.ending,
         "ratio_text": text.ratio(ratio(record, trial, cost)),
         **_sizes(record, trial),
-        "validation": text.score(trial.score if kind in (TRIAL, VBMF, PREDICTED) else trial.score_validation, name),
-        "test": text.score(trial.finalist.score_test if trial.finalist else None, name),
+        "validation": _with_interval(score_shown, final.difference_validation if final and not searched else None, name),
+        "test": _with_interval(final.score_test if final else None, final.difference_test if final else None, name),
         "plan": plan_lines(trial.plan),
     }
+
+
+def _with_interval(value: float | None, difference: Difference | None, name: str) -> str:
+    """A score, and the interval of its difference from the dense model's."""
+    words = text.score(value, name)
+    return words if difference is None else f"{words}, from dense {text.interval(difference.low, difference.high, name)}"
 
 
 def _dense_point(record: StudyRecord) -> dict[str, Any]:

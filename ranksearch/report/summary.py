@@ -10,8 +10,9 @@ from typing import Any
 from ranksearch.plan import Plan
 from ranksearch.report import figures, text
 from ranksearch.results.costs import COSTS, LATENCY, PARAMS, Cost, Costed, costs_of
-from ranksearch.results.messages import Outcome
-from ranksearch.results.record import Control, StudyRecord, Timing, TrialRecord
+from ranksearch.results.messages import Difference, Outcome
+from ranksearch.results.record import Control, StudyRecord
+from ranksearch.results.trials import Timing, TrialRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ def headline(record: StudyRecord) -> str:
     near = text.margin(figures.NEAR_DENSE, name)
     if not record.shown:
         return no_scores(record)
-    best = figures.near_dense(record.shown, facts.dense, facts.objectives)
+    best = figures.near_dense(record)
     if best is None:
         top = max(trial.score_validation or 0.0 for trial in record.shown)
         return (
@@ -64,7 +65,9 @@ def headline(record: StudyRecord) -> str:
         )
     ratios = zip(ratio_words(record, best), facts.objectives.minimize, strict=True)
     size = " and ".join(f"{figure} {words} {_instead_of(record, best, COSTS[cost])}" for (figure, words), cost in ratios)
-    return f"The smallest model within {near} of the dense net is trial {best.number}: {size}, {_scores(record, best)}."
+    chance = figures.chance_near_dense(record, best)
+    sure = "" if chance is None else f" Judged by validation, the chance that it is within {near} on new data is {chance:.0%}."
+    return f"The smallest model within {near} of the dense net is trial {best.number}: {size}, {_scores(record, best)}.{sure}"
 
 
 def against_controls(record: StudyRecord) -> str:
@@ -142,7 +145,7 @@ def front_lines(record: StudyRecord) -> list[FrontLine]:
     """The front as text, the largest model first."""
     shown = record.shown
     facts = record.facts
-    at_knee, near = figures.knee(shown, facts.objectives), figures.near_dense(shown, facts.dense, facts.objectives)
+    at_knee, near = figures.knee(shown, facts.objectives), figures.near_dense(record)
     return [_line(record, trial, knee=trial is at_knee, near=trial is near) for trial in shown]
 
 
@@ -279,15 +282,16 @@ def _scores(record: StudyRecord, trial: TrialRecord) -> str:
 
 def _line(record: StudyRecord, trial: TrialRecord, *, knee: bool, near: bool) -> FrontLine:
     dense, name, final = record.facts.dense, record.facts.score_name, trial.finalist
+    on_validation, on_test = (final.difference_validation, final.difference_test) if final else (None, None)
     return FrontLine(
         trial=trial.number,
         sizes=_sizes(record, trial),
         ratio=text.ratio(trial.ratio),
         costs=_costs(record, trial),
         validation=text.score(trial.score_validation, name),
-        validation_difference=_difference(trial.score_validation, dense.score_validation, name),
+        validation_difference=_difference(trial.score_validation, dense.score_validation, name, on_validation),
         test=text.score(final.score_test if final else None, name),
-        test_difference=_difference(final.score_test if final else None, dense.score_test, name),
+        test_difference=_difference(final.score_test if final else None, dense.score_test, name, on_test),
         epochs=f"{figures.epochs_of(trial):g}",
         plan=trial.plan,
         knee=knee,
@@ -339,5 +343,9 @@ def _instead_of(record: StudyRecord, trial: TrialRecord, cost: Cost) -> str:
     return f"({cost.text(trial.costs[cost.name])}{noun} instead of {cost.text(record.facts.dense.costs[cost.name])})"
 
 
-def _difference(score: float | None, dense: float, name: str) -> str:
-    return "" if score is None else text.difference(score - dense, name)
+def _difference(score: float | None, dense: float, name: str, measured: Difference | None = None) -> str:
+    """The difference from the dense model's score, and its interval if that was measured: `-0.8 [-1.9, +0.3]`."""
+    if score is None:
+        return ""
+    interval = f" {text.interval(measured.low, measured.high, name)}" if measured else ""
+    return text.difference(score - dense, name) + interval

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ranksearch.results.scores import is_percent
+
 NO_VALUE = "\N{EN DASH}"
 """Text for a missing number."""
 
@@ -28,13 +30,8 @@ def share(part: float) -> str:
     return "<0.1 %" if 0 < part < 0.0005 else percent(part)
 
 
-def is_percent(score_name: str) -> bool:
-    """Whether scores of this name are shown as per cent; all others are shown with four decimals."""
-    return score_name == "accuracy"
-
-
 def score(value: float | None, score_name: str) -> str:
-    """A score: `97.8 %` for accuracy, `0.9731` for any other."""
+    """A score: `97.8 %` for accuracy and agreement, `0.9731` for any other."""
     if value is None:
         return NO_VALUE
     return percent(value) if is_percent(score_name) else _signed(f"{value:.4f}")
@@ -43,6 +40,11 @@ def score(value: float | None, score_name: str) -> str:
 def difference(value: float, score_name: str) -> str:
     """A signed difference of scores: percentage points with one decimal for accuracy, else four decimals."""
     return _signed(f"{100 * value:+.1f}" if is_percent(score_name) else f"{value:+.4f}")
+
+
+def interval(low: float, high: float, score_name: str) -> str:
+    """An interval of a difference of scores: `[-1.9, +0.3]`."""
+    return f"[{difference(low, score_name)}, {difference(high, score_name)}]"
 
 
 def margin(width: float, score_name: str) -> str:

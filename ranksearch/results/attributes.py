@@ -12,21 +12,19 @@ from optuna.trial import FrozenTrial
 from ranksearch.errors import StudyError
 from ranksearch.plan import Plan
 from ranksearch.results.account import Part
-from ranksearch.results.messages import CurvePoint, Outcome
+from ranksearch.results.messages import CurvePoint, Difference, Outcome
 from ranksearch.results.record import (
     Control,
     DenseFacts,
-    Finalist,
     LayerFacts,
     NarrowFacts,
     Probe,
     StudyFacts,
     StudyRecord,
-    Timing,
-    TrialRecord,
     control_with_measured,
     with_measured,
 )
+from ranksearch.results.trials import Finalist, Timing, TrialRecord
 
 _FACTS, _SECONDS = "ranksearch:facts", "ranksearch:seconds"
 _FINALIST, _FAILED = "ranksearch:finalist:", "ranksearch:failed:"
@@ -196,7 +194,8 @@ def read_trial(trial: FrozenTrial, study: Mapping[str, Any] | None = None) -> Tr
 
 def _finalist(data: Mapping[str, Any]) -> Finalist:
     curve = tuple(CurvePoint(*point) for point in data["curve"])
-    return Finalist(**{**data, "curve": curve, "timings": _timings(data["timings"])})
+    differences = {key: Difference(**data[key]) for key in ("difference_validation", "difference_test") if data.get(key)}
+    return Finalist(**{**data, **differences, "curve": curve, "timings": _timings(data["timings"])})
 
 
 def _timings(entries: Sequence[Mapping[str, Any]]) -> tuple[Timing, ...]:

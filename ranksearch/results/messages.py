@@ -50,6 +50,16 @@ class CurvePoint:
     score: float
 
 
+@dataclass(frozen=True)
+class Difference:
+    """A model's score minus the dense model's on one split, with a 95 % interval and a standard error for other inputs."""
+
+    value: float
+    low: float
+    high: float
+    standard_error: float
+
+
 class Stage(enum.Enum):
     """The purpose of a job."""
 
@@ -89,5 +99,8 @@ class Result:
     curve: tuple[CurvePoint, ...] = ()
     seconds: float = 0.0
     score_test: float | None = None
+    difference_validation: Difference | None = None
+    """Of a finalist, as `difference_test`."""
+    difference_test: Difference | None = None
     weights: bytes | None = None
     loss: float | None = None

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from ranksearch.results import pareto
+from ranksearch.results.choosing import yardstick
 from ranksearch.results.limits import UNLIMITED, Limits
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import TrialRecord, yardstick
+from ranksearch.results.trials import TrialRecord
 
 MAX_FINALIST_SCORE_DROP = 0.15
 """How far below the dense score a finalist may be, or below the best score if no trial reaches the dense score. Above 0, since

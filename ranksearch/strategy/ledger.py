@@ -19,7 +19,7 @@ from ranksearch.results.attributes import asked, read_asked, read_trials, write_
 from ranksearch.results.limits import Limits
 from ranksearch.results.messages import Job, Outcome, Result
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import MAX_TRIES, MAX_UNTRAINED, TrialRecord, untrained_in_a_row
+from ranksearch.results.trials import MAX_TRIES, MAX_UNTRAINED, TrialRecord, untrained_in_a_row
 from ranksearch.strategy.bases import Bases
 from ranksearch.strategy.finalists import floor_of
 from ranksearch.strategy.sampler import SIZE_CONSTRAINT, Knowledge, admit, make_sampler

@@ -22,7 +22,8 @@ from ranksearch.compress.profile import Profile
 from ranksearch.plan import Plan
 from ranksearch.results import pareto
 from ranksearch.results.limits import UNLIMITED, Limits
-from ranksearch.results.record import MAX_TRIES, Probe
+from ranksearch.results.record import Probe
+from ranksearch.results.trials import MAX_TRIES
 from ranksearch.strategy.bases import Bases
 from ranksearch.strategy.finalists import floor_of
 from ranksearch.strategy.prior import RANK_SCALES, vbmf_plans
@@ -58,6 +59,8 @@ class Knowledge:
     bases: Bases
     table: Table
     dense_score: float
+    noise: float
+    """The standard error of that score."""
     limits: Limits = UNLIMITED
     suggested: Sequence[Plan] = ()
     """The VBMF plans at many factors on their ranks; the sampler considers them in each proposal."""
@@ -79,6 +82,7 @@ class Knowledge:
         *,
         dense_losses: Mapping[float, float],
         dense_score: float,
+        noise: float,
         limits: Limits,
         minimize: Sequence[str],
     ) -> Knowledge:
@@ -90,6 +94,7 @@ class Knowledge:
             probes: losses of single layers.
             dense_losses: by width, the loss of each net without any decomposition.
             dense_score: score of the given net.
+            noise: its standard error.
             limits: the user's.
             minimize: the names of the costs to minimise.
         """
@@ -103,7 +108,7 @@ class Knowledge:
             for base, profile in zip(bases, profiles, strict=True)
             for _, plan in vbmf_plans(base.space, profile.vbmf, RANK_SCALES)
         ]
-        return cls(bases, table, dense_score, limits, suggested)
+        return cls(bases, table, dense_score, noise, limits, suggested)
 
     def floor(self, scores: Values) -> float:
         """The score above which a plan gains hypervolume, given the scores of the trials so far.
@@ -223,8 +228,11 @@ class RankSampler(BaseSampler):
         # Within a rank the newest trials come first, since the next proposals will be near them.
         nearest = np.lexsort((-numbers, ranks))[:MAX_RECORDS]
         nearest = nearest[np.lexsort((nearest, ranks[nearest]))]
-        known, dense_score = self._knowledge, self._knowledge.dense_score
-        return fit(known.table, tried[nearest], points[nearest, 0], dense_score=dense_score, floor=floor, seed=self._seed)
+        known = self._knowledge
+        return fit(
+            known.table, tried[nearest], points[nearest, 0], dense_score=known.dense_score, noise=known.noise, floor=floor,
+            seed=self._seed,
+        )  # fmt: skip
 
     def _weights(self, surrogate: Surrogate | None) -> Values:
         """(fronts, weights): weights on the layers' loss increases, from their posterior, or from their prior without a

@@ -32,8 +32,6 @@ MIN_RECORDS_PER_LEAF = 2
 """The smallest number of records in a leaf of a tree. The score of a single record is mostly noise."""
 MAX_RECORDS = 256
 """The surrogate is fitted to at most this many records, those nearest to the front, so that a proposal takes 0.1 s."""
-SCORE_RESOLUTION = 0.01
-"""Score drops are compared on a log scale from about this value on; smaller drops are noise of the validation score."""
 MAX_RELATIVE_DROP = 4
 """Drops are clipped at this many times the drop to the floor: far below it, one bad score is as bad as another."""
 LOG_WEIGHT_PRIOR_STD = 0.6
@@ -41,9 +39,9 @@ LOG_WEIGHT_PRIOR_STD = 0.6
 between layers by a factor of about two."""
 MIN_SLOPE = 0.1
 """The smallest slope of log score drop over log loss increase that the fit of the layers' weights uses."""
-SCORE_NOISE_PRIOR_STD, SCORE_NOISE_PRIOR_RECORDS = 0.01, 8
-"""Prior on the noise of a score: its standard deviation (that of an accuracy of 96 % on 360 images), and the number of records
-that it counts for. Without this prior, a few records that agree by chance would end the search there."""
+NOISE_PRIOR_RECORDS = 8
+"""How many records the noise of the dense net's score counts for, as a prior on the noise of scores. Without this prior, a few
+records that agree by chance would end the search there."""
 NOISE_LENGTH_SCALE = 1.0
 """The distance between two plans, in logs of the layers' sizes, from which the noise of their scores is independent."""
 MIN_STD = 1e-6
@@ -275,7 +273,7 @@ class Surrogate:
         return np.asarray(1.0 - np.exp(-((nearest / NOISE_LENGTH_SCALE) ** 2)))
 
 
-def fit(table: Table, rows: Rows, scores: Values, *, dense_score: float, floor: float, seed: int) -> Surrogate:
+def fit(table: Table, rows: Rows, scores: Values, *, dense_score: float, noise: float, floor: float, seed: int) -> Surrogate:
     """Fit a surrogate to finished trials.
 
     Args:
@@ -283,6 +281,7 @@ def fit(table: Table, rows: Rows, scores: Values, *, dense_score: float, floor: 
         rows: the plans of the finished trials (plans, layers).
         scores: their scores (plans,).
         dense_score: score of the dense model.
+        noise: its standard error. Score drops are compared on a log scale from about this value on.
         floor: scores below it do not count.
         seed: seed of all random numbers.
     """
@@ -290,9 +289,9 @@ def fit(table: Table, rows: Rows, scores: Values, *, dense_score: float, floor: 
     from sklearn.isotonic import IsotonicRegression
 
     # Plans may score higher than the dense model, so drops are measured from the highest score within reach.
-    reach = max(dense_score, floor, float(scores.max()) - SCORE_RESOLUTION / 2)
-    max_drop = MAX_RELATIVE_DROP * max(reach - min(floor, dense_score), SCORE_RESOLUTION)
-    drops = np.log(np.clip(reach - scores, 0.0, max_drop) + SCORE_RESOLUTION)
+    reach = max(dense_score, floor, float(scores.max()) - noise / 2)
+    max_drop = MAX_RELATIVE_DROP * max(reach - min(floor, dense_score), noise)
+    drops = np.log(np.clip(reach - scores, 0.0, max_drop) + noise)
     loss_increases = table.loss_increases_of(rows)
     log_weights, covariance_root = _log_weights(loss_increases, drops)
     normal = np.random.default_rng(seed).standard_normal((TREES, len(log_weights)))
@@ -300,9 +299,9 @@ def fit(table: Table, rows: Rows, scores: Values, *, dense_score: float, floor: 
     trend = IsotonicRegression(out_of_bounds="clip").fit(log_increases, drops)
     trees = _fit_trees(_features(table, rows, log_weights), drops - trend.predict(log_increases), seed)
     predicted = trend.predict(log_increases) + trees.oob_prediction_
-    noise = _noise((np.exp(predicted) - np.exp(drops))[scores > floor])
+    fitted = _noise((np.exp(predicted) - np.exp(drops))[scores > floor], prior=noise)
     weights = np.exp(log_weights + normal @ covariance_root.T)
-    return Surrogate(table, rows, reach + SCORE_RESOLUTION, log_weights, weights, trend, trees, noise)
+    return Surrogate(table, rows, reach + noise, log_weights, weights, trend, trees, fitted)
 
 
 def _fit_trees(features: Values, residuals: Values, seed: int) -> ExtraTreesRegressor:
@@ -314,10 +313,9 @@ def _fit_trees(features: Values, residuals: Values, seed: int) -> ExtraTreesRegr
     return trees.fit(features, residuals)
 
 
-def _noise(errors: Values) -> float:
+def _noise(errors: Values, prior: float) -> float:
     """The standard deviation of the noise of a score, from the errors of predicted scores and a prior."""
-    prior_sum = SCORE_NOISE_PRIOR_STD**2 * SCORE_NOISE_PRIOR_RECORDS
-    return math.sqrt((prior_sum + float(np.sum(errors**2))) / (SCORE_NOISE_PRIOR_RECORDS + len(errors)))
+    return math.sqrt((prior**2 * NOISE_PRIOR_RECORDS + float(np.sum(errors**2))) / (NOISE_PRIOR_RECORDS + len(errors)))
 
 
 def _features(table: Table, rows: Rows, log_weights: Values) -> Values:
@@ -347,8 +345,8 @@ def _log_weights(loss_increases: Values, drops: Values) -> tuple[Values, Values]
     residuals = drops - IsotonicRegression(out_of_bounds="clip").fit_transform(total, drops)
     steepness = max(MIN_SLOPE, float(np.polyfit(total, drops, 1)[0])) if np.ptp(total) > 0 else MIN_SLOPE
     shares = steepness * loss_increases / (loss_increases.sum(1, keepdims=True) + MIN_LOSS_INCREASE)
-    # A lower bound on the noise: with few records the trend can pass through all of them.
-    noise = max(float(np.mean(residuals**2)), (SCORE_NOISE_PRIOR_STD / SCORE_RESOLUTION) ** 2 / len(residuals))
+    # A lower bound on the noise, in units of that of a score: with few records the trend can pass through all of them.
+    noise = max(float(np.mean(residuals**2)), 1 / len(residuals))
     precision = shares.T @ shares / noise + np.eye(loss_increases.shape[1]) / LOG_WEIGHT_PRIOR_STD**2
     covariance = np.linalg.inv(precision)
     return covariance @ shares.T @ residuals / noise, np.linalg.cholesky(covariance)

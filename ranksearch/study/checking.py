@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ranksearch.compress.export import check_reloading
 from ranksearch.compress.inventory import Inventory, inventory
+from ranksearch.compress.saved import check_reloading
 from ranksearch.compress.scratch import check_scratch
 from ranksearch.compress.surgery import copied
 from ranksearch.compress.weights import check_state, digest_of
@@ -20,6 +20,7 @@ from ranksearch.engines.shared_memory import check_portable
 from ranksearch.errors import ModelError, SpecError, StudyError
 from ranksearch.latency.table import Table
 from ranksearch.plan import Plan
+from ranksearch.results.scores import is_percent
 from ranksearch.spec import StudySpec
 from ranksearch.strategy.bases import Bases, check_limits
 from ranksearch.strategy.space import SearchSpace, space_of
@@ -32,7 +33,9 @@ from ranksearch.study.timing import time_layers
 from ranksearch.support.batch import batch_shapes
 from ranksearch.support.seeds import seeded
 from ranksearch.task import training
-from ranksearch.task.task import Task, accuracy, check_float32, check_outputs, load_task
+from ranksearch.task.checks import check_arguments, check_float32, check_outputs
+from ranksearch.task.distillation import is_against_dense
+from ranksearch.task.task import Task, load_task
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,13 @@ def check_inputs(spec: StudySpec, out: Path, options: Options, task: Task | None
     """Check a study before anything is written. The arguments are those of `run_study`, which says what is raised."""
     device = choose_device(options.engine.device)
     model_given, task = task is not None, task or load_task(spec)
+    if not model_given:
+        _check_dense_given(spec, task)
     check_splits(task.data)
     fresh = copied(task.model)
+    check_arguments(task)
     layers = inventory(task.model, example(task.data.train))
-    check_outputs(task, trains=any(part.epochs for part in (spec.dense, spec.finetune, spec.finalists)))
+    task = check_outputs(task, trains=any(part.epochs for part in (spec.dense, spec.finetune, spec.finalists)))
     if device.type == "mps":
         check_float32(task)
     check_state(task.model)
@@ -129,6 +135,16 @@ def _load_initial_weights(spec: StudySpec, task: Task, view: View, *, dense_save
     return digest_of(task.model) if spec.dense.weights or not spec.dense.epochs else None
 
 
+def _check_dense_given(spec: StudySpec, task: Task) -> None:
+    """Refuse a loss or a score that compares with a dense net that is yet to be trained."""
+    for key, function in (("task.loss", task.loss), ("task.score", task.score)):
+        if is_against_dense(function) and (not spec.dense.weights or spec.dense.epochs):
+            raise SpecError(
+                f"dense.weights must name trained weights and dense.epochs must be 0 where {key} compares with the dense net's "
+                f"outputs, but got {spec.dense.weights!r} and {spec.dense.epochs}."
+            )
+
+
 def _smallest_layer(space: SearchSpace) -> Plan:
     """The plan that factorizes only the smallest layer, at its smallest ranks: it is the quickest plan to build."""
     axis = min(space.axes, key=lambda axis: axis.layer.params)
@@ -137,5 +153,5 @@ def _smallest_layer(space: SearchSpace) -> Plan:
 
 def _check_min_score(spec: StudySpec, task: Task) -> None:
     min_score = spec.search.min_score
-    if task.score is accuracy and min_score is not None and min_score > 1:
-        raise SpecError(f"search.min_score must be at most 1 for accuracy, but got {min_score:g}; 97 % is 0.97.")
+    if is_percent(task.score_name) and min_score is not None and min_score > 1:
+        raise SpecError(f"search.min_score must be at most 1 for {task.score_name}, but got {min_score:g}; 97 % is 0.97.")

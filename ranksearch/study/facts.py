@@ -20,7 +20,7 @@ from ranksearch.data import check_splits, example
 from ranksearch.errors import ModelError
 from ranksearch.results import attributes
 from ranksearch.results.account import parts_of, parts_of_each_layer
-from ranksearch.results.record import DenseFacts, LayerFacts, NarrowFacts, StudyFacts
+from ranksearch.results.record import DEFAULT_STANDARD_ERROR, DenseFacts, LayerFacts, NarrowFacts, StudyFacts
 from ranksearch.spec import StudySpec
 from ranksearch.strategy.prior import at_vbmf, quarter_ranks
 from ranksearch.strategy.space import space_of
@@ -29,6 +29,8 @@ from ranksearch.study.dense import load_required_weights, load_weights
 from ranksearch.study.narrowing import Net
 from ranksearch.study.session import Session
 from ranksearch.task import training
+from ranksearch.task.bootstrap import standard_error
+from ranksearch.task.checks import check_arguments
 from ranksearch.task.task import Task, load_task
 
 PACKAGES = ("ranksearch", "torch", "torchvision", "optuna", "tensorly", "scikit-learn", "numpy")
@@ -46,6 +48,7 @@ def look(spec: StudySpec, out: Path) -> Look:
     if spec.dense.weights and not kept:
         load_required_weights(task.model, Path(spec.dense.weights))
     trained = kept or bool(spec.dense.weights) or not spec.dense.epochs
+    check_arguments(task)
     layers = inventory(task.model, example(task.data.train))
     space = space_of(spec.space, layers)
     vbmf = {layer.name: vbmf_ranks(kernel(task.model, layer)) for layer in layers.layers}
@@ -89,7 +92,8 @@ def study_facts(
     """
     layers = nets[0].base.inventory
     splits = {"validation": task.data.validation, "test": task.data.test}
-    scores = {name: training.score(task.model, task, split, device=device) for name, split in splits.items()}
+    predicted = {name: training.predictions(task.model, task, split, device=device) for name, split in splits.items()}
+    scores = {name: float(task.score(*pair)) for name, pair in predicted.items()}
     for name, score in scores.items():
         if not math.isfinite(score):
             raise ModelError(
@@ -102,10 +106,12 @@ def study_facts(
             f"Scores should lie in [0, 1], where 0.01 is one percentage point, but {task.score_name} returned {score:g} for "
             "the dense net; divide it (a percentage by 100)."
         )
+    noise = standard_error(task.score, *predicted["validation"], seed=spec.seed)
     dense = DenseFacts(
         costs=layers.costs,
         score_validation=score,
         score_test=scores["test"],
+        standard_error=noise or DEFAULT_STANDARD_ERROR,
     )
     return StudyFacts(
         name=spec.name,
@@ -137,7 +143,7 @@ def layer_facts(layers: Inventory, vbmf: Mapping[str, tuple[int | None, int | No
     """The layers, with their VBMF ranks, in the form that the record stores."""
     return tuple(
         LayerFacts(
-            name=layer.name, kind=layer.kind, weight=layer.weight, costs=layer.costs,
+            name=layer.name, kind=layer.kind, weight=layer.weight, groups=layer.groups, costs=layer.costs,
             vbmf=vbmf[layer.name],
         )
         for layer in layers.layers

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import optuna
 
-from ranksearch.compress.export import holds_model, save_model
+from ranksearch.compress.saved import holds_model, write_model
 from ranksearch.plan import Narrowing
 from ranksearch.results import attributes
 from ranksearch.results.messages import Job, Outcome, Result, Stage
-from ranksearch.results.record import Finalist, StudyFacts, TrialRecord
+from ranksearch.results.record import StudyFacts
+from ranksearch.results.trials import Finalist, TrialRecord
 from ranksearch.spec import StudySpec
 from ranksearch.strategy.finalists import choose_finalists
 from ranksearch.study import folder
@@ -74,10 +75,10 @@ def _finish(
     assert result.weights is not None
     with writing(f"The model {_model_folder(trial, out)}"):
         plan = replace(trial.plan, narrowing=narrowings.get(trial.plan.width))
-        save_model(_model_folder(trial, out), plan, result.weights)
+        write_model(_model_folder(trial, out), plan, result.weights)
     finalist = Finalist(
         score_validation=result.curve[-1].score, score_test=result.score_test, curve=result.curve,
-        seconds=result.seconds,
+        seconds=result.seconds, difference_validation=result.difference_validation, difference_test=result.difference_test,
     )  # fmt: skip
     attributes.write_finalist(study, trial.number, finalist)
     return replace(trial, finalist=finalist, failed=None)

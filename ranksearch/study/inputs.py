@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from ranksearch.data import Splits, batches, part, size
+from ranksearch.support.nesting import tensors_in
 from ranksearch.support.seeds import seeded
 
 COMPARED_INPUTS = 16
@@ -41,6 +41,7 @@ def _root_mean_squares(split: Dataset[Any], seed: int) -> dict[str, float]:
     return {"inputs": _root_mean_square(inputs), "targets": _root_mean_square(targets)}
 
 
-def _root_mean_square(parts: tuple[Tensor, ...]) -> float:
-    """The root mean square of the values that are not NaN: a NaN target marks an unknown value."""
-    return float(torch.cat([part.flatten() for part in parts]).double().square().nanmean().sqrt())
+def _root_mean_square(parts: tuple[Any, ...]) -> float:
+    """The root mean square of all values that are not NaN: a NaN target marks an unknown value."""
+    values = [tensor.flatten().double() for tensor in tensors_in(parts)]
+    return float(torch.cat(values).square().nanmean().sqrt()) if values else 0.0

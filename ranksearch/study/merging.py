@@ -16,7 +16,7 @@ from ranksearch.latency.forms import time_forms
 from ranksearch.latency.runtimes import runtime_of
 from ranksearch.plan import Plan
 from ranksearch.results.costs import Sized
-from ranksearch.results.record import TrialRecord
+from ranksearch.results.trials import TrialRecord
 from ranksearch.spec import StudySpec
 from ranksearch.strategy.space import Size, size_of
 from ranksearch.study.timing import about

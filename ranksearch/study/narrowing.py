@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ranksearch.compress.export import holds_model, load_model, read_plan, save_model
 from ranksearch.compress.inventory import Inventory, inventory
 from ranksearch.compress.narrowing import narrow_, narrowing_of
 from ranksearch.compress.profile import Profile, profile
+from ranksearch.compress.saved import holds_model, load_model, read_plan, write_model
 from ranksearch.compress.surgery import copied
 from ranksearch.compress.whitening import inputs_wanted
 from ranksearch.data import batches, example, sample, sample_inputs
@@ -29,8 +30,10 @@ from ranksearch.study.timing import keep_table, time_layers
 from ranksearch.support.batch import run_model
 from ranksearch.support.files import writing
 from ranksearch.support.seeds import seeded
+from ranksearch.task import training
+from ranksearch.task.distillation import pruning_loss
 from ranksearch.task.evaluation import Evaluator, checkpoint_file
-from ranksearch.task.task import Task, evaluation_batch
+from ranksearch.task.task import Task, evaluation_batch, targets_for
 
 MAX_INPUTS, BATCH_SIZE = 512, 64
 """How many training inputs choose the channels at most, and in batches of how many."""
@@ -120,8 +123,13 @@ def _losses(task: Task, seed: int) -> list[Callable[[nn.Module], Tensor]]:
     """The losses of a model on some batches of training inputs, by which channels are chosen."""
 
     def loss(batch: Any) -> Callable[[nn.Module], Tensor]:
-        inputs, targets = batch
-        return lambda model: task.loss(run_model(model, inputs), targets)
+        inputs, targets = batch[0], targets_for(task.loss, task.model, *batch)
+
+        def of(model: nn.Module) -> Tensor:
+            with training.in_training_mode(model) if task.loss_in_training else nullcontext():
+                return pruning_loss(task.loss)(run_model(model, inputs), targets)
+
+        return of
 
     inputs = sample(task.data.train, MAX_INPUTS, seed=seed)
     with seeded(seed):
@@ -157,7 +165,7 @@ def _run(
         if result.outcome is Outcome.DONE:
             assert result.weights is not None
             with writing(f"The net {_folder(out, width)}"):
-                save_model(_folder(out, width), replace(job.plan, narrowing=narrowings[width]), result.weights)
+                write_model(_folder(out, width), replace(job.plan, narrowing=narrowings[width]), result.weights)
             done.add(width)
             checkpoint_file(unfinished, job).unlink(missing_ok=True)
             session.view.step(f"width {width:g}")

@@ -14,7 +14,7 @@ from ranksearch.console import View
 from ranksearch.engines.base import Engine
 from ranksearch.results import attributes
 from ranksearch.results.messages import CurvePoint, Job, Outcome, Result, Stage
-from ranksearch.results.record import MAX_TRIES
+from ranksearch.results.trials import MAX_TRIES
 from ranksearch.task.evaluation import Evaluator
 
 

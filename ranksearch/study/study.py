@@ -20,7 +20,8 @@ from ranksearch.report import write_report
 from ranksearch.results import attributes
 from ranksearch.results.messages import Job, Result
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import StudyFacts, StudyRecord, TrialRecord
+from ranksearch.results.record import StudyFacts, StudyRecord
+from ranksearch.results.trials import TrialRecord
 from ranksearch.spec import StudySpec
 from ranksearch.strategy.bases import Base, Bases, check_limits
 from ranksearch.strategy.ledger import Ledger
@@ -126,7 +127,7 @@ def _run_steps(session: Session, spec: StudySpec, out: Path, options: Options, c
     )
     knowledge = Knowledge.of(
         bases, profiles, probes, dense_losses=dense_losses, dense_score=facts.dense.score_validation,
-        limits=search.limits, minimize=search.minimize,
+        noise=facts.dense.standard_error, limits=search.limits, minimize=search.minimize,
     )  # fmt: skip
     trials = _search(session, spec, bases, initial_plans, knowledge, facts, evaluate)
     narrowings = {net.base.width: net.narrowing for net in nets if net.narrowing is not None}

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ranksearch.compress.export import load_model
 from ranksearch.compress.inventory import Inventory
+from ranksearch.compress.saved import load_model
 from ranksearch.console import View
 from ranksearch.data import example
 from ranksearch.errors import RankSearchError
@@ -22,13 +22,15 @@ from ranksearch.latency.timing import in_turn
 from ranksearch.methods import METHODS
 from ranksearch.plan import Plan
 from ranksearch.results import attributes
-from ranksearch.results.record import Control, StudyFacts, Timing, TrialRecord
+from ranksearch.results.record import Control, StudyFacts
+from ranksearch.results.trials import Timing, TrialRecord
 from ranksearch.spec import Latency, StudySpec
 from ranksearch.strategy.bases import Bases
 from ranksearch.strategy.space import constraints_of, make_space
 from ranksearch.study.session import Session
 from ranksearch.support.batch import repeat_batch
 from ranksearch.support.files import write_whole, writing
+from ranksearch.support.nesting import has_lists_per_input
 from ranksearch.task.task import Task
 
 LARGE_BATCH = 64
@@ -143,10 +145,11 @@ def _runtimes(latency: Latency, device: torch.device, *, channels_last: bool) ->
 def _time_in(runtime: Runtime, models: Sequence[nn.Module], one: Any, batch_size: int, found: list[list[Timing]]) -> None:
     """Add the timings of all models in one runtime, at the study's size of batch, at 1 and at a large one.
 
-    `one` is a batch of one input.
+    `one` is a batch of one input. Lists of inputs are not timed at a large one.
     """
     sizes = [batch_size, 1]
-    if runtime.name in (ORT, TORCH):
+    # ONNX Runtime would get a copy of the model for each entry of a list, such as images of several sizes.
+    if runtime.name in (ORT, TORCH) and not has_lists_per_input(one):
         calls = [runtime.prepare(models[0], one)]
         sizes.append(_large_batch(in_turn(calls, rounds=1).ms[0]))
     for size in dict.fromkeys(sizes):

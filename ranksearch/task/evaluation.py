@@ -7,6 +7,7 @@ import os
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from ranksearch.compress.widths import redraw_, scale_width_
 from ranksearch.data import example, sample
 from ranksearch.methods import METHODS, Method, register_method
 from ranksearch.plan import Plan
-from ranksearch.results.messages import CurvePoint, Job, Outcome, Result, Stage
+from ranksearch.results.messages import CurvePoint, Difference, Job, Outcome, Result, Stage
 from ranksearch.spec import Finalists, Recipe
 from ranksearch.support.copies import deep_copy
 from ranksearch.task import training
+from ranksearch.task.bootstrap import difference
 from ranksearch.task.checkpoint import Checkpoint
-from ranksearch.task.task import Task, predict
+from ranksearch.task.task import Task
 from ranksearch.task.training import Diverged
 
 CONTROLS = "controls"
@@ -96,7 +98,30 @@ class Evaluator:
         if job.stage is Stage.TRIAL:
             return {}
         score_test = self._score(model, self.task.data.test)
-        return {"score_test": score_test, "weights": weights_of(model) if job.stage is Stage.FINALIST else None}
+        if job.stage is Stage.CONTROL:
+            return {"score_test": score_test}
+        return {"score_test": score_test, "weights": weights_of(model), **self._differences(model, job.seed)}
+
+    def _differences(self, model: nn.Module, seed: int) -> dict[str, Difference | None]:
+        """How the model's scores differ from those of the dense model, by the field of the result."""
+        differences = {}
+        for name, (dense_outputs, targets) in self._dense_predictions.items():
+            outputs, _ = self._predictions(model, self._splits[name])
+            differences[f"difference_{name}"] = difference(self.task.score, outputs, dense_outputs, targets, seed=seed)
+        return differences
+
+    @property
+    def _splits(self) -> dict[str, Dataset[Any]]:
+        return {"validation": self.task.data.validation, "test": self.task.data.test}
+
+    @cached_property
+    def _dense_predictions(self) -> dict[str, tuple[Any, Any]]:
+        """Outputs of the dense model and targets, by split; computed once in each worker that trains a finalist."""
+        dense = self._placed(deep_copy(self.task.model))
+        return {name: self._predictions(dense, split) for name, split in self._splits.items()}
+
+    def _predictions(self, model: nn.Module, split: Dataset[Any]) -> tuple[Any, Any]:
+        return training.predictions(model, self.task, split, device=torch.device(self.device))
 
     def _start(self, plan: Plan) -> tuple[nn.Module, Profile]:
         """The net that a plan factorizes, and the factors of its layers."""
@@ -140,8 +165,8 @@ class Evaluator:
     def _loss(self, model: nn.Module, seed: int) -> float:
         device = torch.device(self.device)
         training.recalibrate(model, self.task, seed=seed, device=device)
-        outputs, targets = predict(model, sample(self.task.data.validation, MAX_PROBE_INPUTS, seed=seed), device=device)
-        return float(self.task.loss(outputs, targets))
+        inputs = sample(self.task.data.validation, MAX_PROBE_INPUTS, seed=seed)
+        return training.loss_on(model, self.task, inputs, seed=seed, device=device)
 
     def _score(self, model: nn.Module, split: Dataset[Any]) -> float:
         score = training.score(model, self.task, split, device=torch.device(self.device))

@@ -14,18 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ranksearch.compress.surgery import copied
 from ranksearch.data import Splits, batches, example
 from ranksearch.errors import DataError, ModelError, SpecError, first_line
 from ranksearch.spec import StudySpec, resolve
-from ranksearch.support.batch import batch_to, concatenate, run_model, tensors_in
+from ranksearch.support.batch import batch_size, batch_to, concatenate, join_outputs, run_model
+from ranksearch.support.nesting import tensors_in
 from ranksearch.support.seeds import CPU, seeded
+from ranksearch.task.distillation import TITLES, is_against_dense
 
-Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""(outputs, targets) -> a scalar to minimise."""
-Score: TypeAlias = Callable[[Tensor, Tensor], float]
-"""(outputs, targets) of a whole split -> a number; higher is better. Scores should lie in [0, 1]: 0.01 is one percentage point,
-and trials 0.15 below the dense model are dropped."""
+Loss: TypeAlias = Callable[[Any, Any], Tensor]
+"""(outputs, targets) of a batch, nested as model and data give them -> a scalar to minimise."""
+Score: TypeAlias = Callable[[Any, Any], float]
+"""(outputs, targets) of a whole split, nested likewise -> a number; higher is better. Scores should lie in [0, 1]: 0.01 is one
+percentage point, and trials 0.15 below the dense model are dropped."""
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> float:
@@ -57,11 +58,14 @@ class Task:
     score: Score = accuracy
     channels_last: bool = True
     """Whether 2-D kernels may use the channels-last memory format; a study tests this, see `takes_channels_last`."""
+    loss_in_training: bool = False
+    """Whether the loss takes the outputs of training mode only, since those of eval mode are nested otherwise; a study tests
+    this."""
 
     @property
     def score_name(self) -> str:
         """The name of the score in reports."""
-        return getattr(self.score, "__name__", "score")
+        return TITLES[self.score] if is_against_dense(self.score) else getattr(self.score, "__name__", "score")
 
 
 def evaluation_batch(split: Dataset[Any]) -> int:
@@ -72,97 +76,43 @@ def evaluation_batch(split: Dataset[Any]) -> int:
     return max(1, min(MAX_EVALUATION_INPUTS, MAX_EVALUATION_VALUES // values))
 
 
+def targets_for(function: Loss | Score, dense: nn.Module, inputs: Any, targets: Any) -> Any:
+    """What a loss or a score compares outputs with: the targets, or the outputs of the dense net if it is made for those."""
+    if not is_against_dense(function):
+        return targets
+    with torch.no_grad():
+        return run_model(dense, inputs)
+
+
 @torch.no_grad()
-def predict(model: nn.Module, split: Dataset[Any], *, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
-    """Outputs and targets of a whole split, in order, on the CPU."""
-    model.eval()
-    evaluation_batches = batches(split, evaluation_batch(split), device=device)
-    pairs = [batch_to((run_model(model, inputs), targets), CPU) for inputs, targets in evaluation_batches]
-    outputs, targets = concatenate(pairs)
-    return outputs, targets
-
-
-def check_outputs(task: Task, *, trains: bool = True) -> None:
-    """Check that the model, the data, the loss and the score fit together. Leaves the model in eval mode.
+def predict(
+    model: nn.Module, split: Dataset[Any], *, device: torch.device = CPU, dense: nn.Module | None = None
+) -> tuple[Any, Any]:
+    """Outputs in eval mode and targets of a whole split, in order, on the CPU.
 
     Args:
-        task: the task to check.
-        trains: whether the model will be trained; then its outputs must depend on a trainable weight.
+        model: the model, on the device.
+        split: its inputs and targets.
+        device: where to run the model.
+        dense: a net whose outputs, in eval mode, take the place of the targets; on the device.
 
     Raises:
-        ModelError: the model does not accept the inputs of a split or does not run in training mode; its output is not one
-            tensor, not (batch, classes) for `accuracy`, or depends on no trainable weight; or loss or score give no number.
+        DataError: those of two batches do not fit together.
     """
-    classes = task.data.classes
-    inputs, targets = next(batches(task.data.train, 2))
-    with torch.no_grad():
-        outputs = run_model(task.model.eval(), inputs)
-        for name, split in (("validation", task.data.validation), ("test", task.data.test)):
-            others = next(batches(split, 1))[0]
-            try:
-                run_model(task.model, others)
-            except Exception as error:
-                raise ModelError(
-                    f"The model must accept the inputs of every split, but with inputs of {name!r}, of shape "
-                    f"{tuple(others.shape[1:])} (those of 'train': {tuple(inputs.shape[1:])}), its forward raised "
-                    f"{type(error).__name__}: {first_line(error)}"
-                ) from error
-        copy = copied(task.model).train()
-        try:
-            with seeded(0), torch.enable_grad():
-                training_outputs = run_model(copy, inputs)
-        except Exception as error:
-            raise ModelError(
-                f"The model must run in training mode, but raised {type(error).__name__}: {first_line(error)}"
-            ) from error
-    # Some models return more in training mode, for example the outputs of auxiliary classifiers.
-    for output in (outputs, training_outputs):
-        if not isinstance(output, Tensor):
-            raise ModelError(
-                f"The model must return one tensor, in training mode too, but returns a {type(output).__name__}; wrap it."
-            )
-    if trains and not training_outputs.requires_grad:
-        raise ModelError(
-            "The model must be trainable, but its outputs depend on no trainable weight; call requires_grad_() on frozen "
-            "weights, and remove no_grad from its forward."
-        )
-    if task.score is accuracy and classes is not None and (outputs.dim() != 2 or outputs.shape[1] < classes):
-        raise ModelError(
-            f"The model must return {classes} outputs for each input, one per class, but returns shape "
-            f"{tuple(outputs.shape[1:])}; check its arguments against the data."
-        )
-    _check_number("loss", task.loss, outputs, targets)
+    model.eval()
+    outputs, targets, sizes = [], [], []
+    for inputs, given in batches(split, evaluation_batch(split), device=device):
+        outputs.append(batch_to(run_model(model, inputs), CPU))
+        targets.append(batch_to(given if dense is None else run_model(dense, inputs), CPU))
+        sizes.append(batch_size(inputs))
     try:
-        _check_number("score", task.score, outputs, targets)
-    except ModelError:
-        # A score may need more than two inputs, for example some of each class.
-        _check_number("score", task.score, *predict(task.model, task.data.validation))
-
-
-def check_float32(task: Task) -> None:
-    """Refuse a task with float64 tensors, which Apple's GPUs do not support.
-
-    Raises:
-        ModelError: a weight or buffer of the model or the loss, an input or a target is float64 or complex128.
-    """
-    inputs, targets = next(batches(task.data.train, 2))
-    tensors = {"the inputs are": inputs, "the targets are": targets}
-    for module in (task.model, task.loss):
-        if isinstance(module, nn.Module):
-            tensors |= {f"{name} is": tensor for name, tensor in (*module.named_parameters(), *module.named_buffers())}
-    for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor) and tensor.dtype in (torch.float64, torch.complex128):
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            raise ModelError(f"--device mps does not support {dtype}, but {name} {dtype}; use float32, or --device cpu.")
-
-
-def _check_number(name: str, function: Callable[[Tensor, Tensor], Any], outputs: Tensor, targets: Tensor) -> None:
-    try:
-        float(function(outputs, targets))
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        raise ModelError(
-            f"The {name} must return one number for outputs of shape {tuple(outputs.shape)} and targets of shape "
-            f"{tuple(targets.shape)}, but raised {type(error).__name__}: {first_line(error)}"
+        return join_outputs(outputs, sizes), concatenate(targets) if dense is None else join_outputs(targets, sizes)
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "must match" not in str(error):
+            raise
+        raise DataError(
+            f"A score needs the outputs and targets of all batches in one, but those of two batches differ in nesting or shape "
+            f"({first_line(error)}); let the model, or a collate function, give lists with an entry for each input."
         ) from error
 
 
@@ -175,14 +125,20 @@ def load_task(spec: StudySpec) -> Task:
         DataError: `task.data` does not return `Splits`.
     """
     section = spec.task
-    torch.manual_seed(spec.seed)  # for the initial weights
-    model = _call(section.model, section.model_args, "task.model")
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"task.model must return an nn.Module, but {section.model!r} returned a {type(model).__name__}.")
+    model = load_net(section.model, section.model_args, seed=spec.seed)
     data = _call(section.data, section.data_args, "task.data")
     if not isinstance(data, Splits):
         raise DataError(f"task.data must return ranksearch.data.Splits, but {section.data!r} returned a {type(data).__name__}.")
     return Task(model, data, resolve(section.loss, key="task.loss"), resolve(section.score, key="task.score"))
+
+
+def load_net(reference: str, arguments: Mapping[str, Any], *, seed: int = 0, key: str = "task.model") -> nn.Module:
+    """The model that a function makes; raises as `load_task` does. `key` names the reference in errors."""
+    torch.manual_seed(seed)  # for the initial weights
+    model = _call(reference, arguments, key)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{key} must return an nn.Module, but {reference!r} returned a {type(model).__name__}.")
+    return model
 
 
 def _call(reference: str, arguments: Mapping[str, Any], key: str) -> Any:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ranksearch.compress.surgery import copied
 from ranksearch.data import at_once, batches, sample, size
 from ranksearch.spec import Recipe
-from ranksearch.support.batch import run_model
+from ranksearch.support.batch import batch_size, run_model
+from ranksearch.support.nesting import map_tensors
 from ranksearch.support.seeds import seeded
 from ranksearch.task.checkpoint import Checkpoint
-from ranksearch.task.task import Task, evaluation_batch, predict
+from ranksearch.task.distillation import is_against_dense
+from ranksearch.task.task import Loss, Score, Task, evaluation_batch, predict, targets_for
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -48,8 +50,7 @@ def fit(
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     use_bfloat16 = recipe.precision == "bfloat16"
-    # A loss with class weights must be on the model's device. Moved as a copy, since other code uses it on the CPU.
-    loss_of = copy.deepcopy(task.loss).to(device) if isinstance(task.loss, nn.Module) else task.loss
+    loss_of, dense = _loss_on(task, device), dense_on(task, task.loss, device)
     checkpoint = checkpoint or Checkpoint()
     finished_epochs = checkpoint.restore(order, model=model, optimizer=optimizer, schedule=schedule)
     for epoch in range(finished_epochs + 1, recipe.epochs + 1):
@@ -60,7 +61,8 @@ def fit(
                 with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16):
                     outputs = run_model(model, inputs)
                 # The loss in float32: it is cheap, and a user's loss may not support bfloat16.
-                loss = loss_of(outputs.float() if use_bfloat16 else outputs, targets)
+                outputs = map_tensors(_as_float32, outputs) if use_bfloat16 else outputs
+                loss = loss_of(outputs, targets_for(task.loss, dense, inputs, targets))
                 if not torch.isfinite(loss):
                     raise Diverged("the loss became NaN or infinite")
                 optimizer.zero_grad(set_to_none=True)
@@ -70,6 +72,24 @@ def fit(
                 schedule.step()
         yield epoch
         checkpoint.save(epoch, order, model=model, optimizer=optimizer, schedule=schedule)
+
+
+def _loss_on(task: Task, device: torch.device) -> Loss:
+    """The loss, on the model's device if it has class weights. Moved as a copy, since other code uses it on the CPU."""
+    return copy.deepcopy(task.loss).to(device) if isinstance(task.loss, nn.Module) else task.loss
+
+
+def dense_on(task: Task, function: Loss | Score, device: torch.device) -> nn.Module:
+    """The dense net; in eval mode and on the device if the loss or the score compares with its outputs."""
+    if not is_against_dense(function):
+        return task.model
+    if next(task.model.parameters()).device == device:
+        return task.model.eval()
+    return place(copied(task.model), device, channels_last=task.channels_last).eval()
+
+
+def _as_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _rate(step: int, steps: int) -> float:
@@ -110,8 +130,43 @@ def release(device: torch.device) -> None:
 @torch.no_grad()
 def score(model: nn.Module, task: Task, split: Dataset[Any], *, device: torch.device) -> float:
     """The task's score of `model` on a whole split."""
-    outputs, targets = predict(model, split, device=device)
-    return float(task.score(outputs, targets))
+    return float(task.score(*predictions(model, task, split, device=device)))
+
+
+def predictions(model: nn.Module, task: Task, split: Dataset[Any], *, device: torch.device) -> tuple[Any, Any]:
+    """What the task's score takes: outputs of `model` for a whole split, and the targets, or the dense net's outputs."""
+    dense = dense_on(task, task.score, device) if is_against_dense(task.score) else None
+    return predict(model, split, device=device, dense=dense)
+
+
+@torch.no_grad()
+def loss_on(model: nn.Module, task: Task, split: Dataset[Any], *, seed: int, device: torch.device) -> float:
+    """The task's loss of `model` on a whole split, the mean over its batches, in eval mode where the loss takes its outputs.
+
+    Else in training mode, with normalisation and dropout as in eval mode. What else is random there follows the seed.
+    """
+    total, function, dense = 0.0, _loss_on(task, device), dense_on(task, task.loss, device)
+    with seeded(seed, device), in_training_mode(model) if task.loss_in_training else nullcontext(model.eval()):
+        for inputs, targets in batches(split, evaluation_batch(split), device=device):
+            outputs, targets = run_model(model, inputs), targets_for(task.loss, dense, inputs, targets)
+            total += batch_size(inputs) * float(function(outputs, targets))
+    return total / size(split)
+
+
+@contextmanager
+def in_training_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into training mode, in which some models compute their losses, with normalisation and dropout in eval mode.
+
+    On exit the model is in eval mode.
+    """
+    model.train()
+    for module in model.modules():
+        if isinstance(module, (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)):
+            module.eval()
+    try:
+        yield
+    finally:
+        model.eval()
 
 
 @torch.no_grad()

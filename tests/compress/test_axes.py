@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ranksearch.compress.axes import as_maps
-from ranksearch.compress.export import load_model, save_model, weights_of
 from ranksearch.compress.inventory import inventory
 from ranksearch.compress.profile import profile
+from ranksearch.compress.saved import load_model, write_model
 from ranksearch.compress.surgery import factorize_
+from ranksearch.compress.weights import weights_of
 from ranksearch.methods import METHODS
 from ranksearch.plan import CP, SVD, Plan, Tucker2
 from tests.nets import Net
@@ -108,7 +109,7 @@ def test_full_rank_is_the_identity_and_the_model_can_be_loaded(method, axes, tmp
     small = factorize_(copy.deepcopy(model), plan)
     inputs = torch.randn(3, 4, 6, 5)
     torch.testing.assert_close(small(inputs), model(inputs), rtol=1e-3, atol=1e-4)
-    save_model(tmp_path, plan, weights_of(small))
+    write_model(tmp_path, plan, weights_of(small))
     assert torch.equal(load_model(model, tmp_path)(inputs), small(inputs))
 
 

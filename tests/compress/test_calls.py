@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from ranksearch.compress.export import check_reloading, load_model, save_model
 from ranksearch.compress.inventory import count_macs, count_params, inventory
 from ranksearch.compress.profile import profile
+from ranksearch.compress.saved import check_reloading, load_model, write_model
 from ranksearch.compress.surgery import copied, factorize_
 from ranksearch.compress.weights import weights_of
 from ranksearch.compress.whitening import whitenings
@@ -17,7 +17,7 @@ from ranksearch.methods.layer import Call
 from ranksearch.plan import Plan
 from ranksearch.strategy.space import size_of
 from tests.geometries import assert_close, fitting, some_ranks
-from tests.nets import Net, Pyramid, Recurrent, Siamese, normal
+from tests.nets import Decoder, Net, Pyramid, Recurrent, Siamese, normal
 
 # id: (model, size of one input, calls of each layer)
 NETS = {
@@ -29,6 +29,12 @@ NETS = {
         "down": (Call((12, 8), (6, 4)), Call((6, 4), (3, 2))),
         "head": (Call((12, 8), (12, 8)), Call((6, 4), (6, 4)), Call((3, 2), (3, 2))),
         "scores": (Call(times=96), Call(times=24), Call(times=6)),
+    }),
+    "decoder": (Decoder, (3, 12, 8), {
+        "down": (Call((12, 8), (6, 4)),),
+        "mix": (Call((6, 4), (6, 4)), Call((12, 8), (12, 8))),
+        "up": (Call((6, 4), (12, 8)), Call((12, 8), (24, 16))),
+        "last": (Call((24, 16), (24, 16)),),
     }),
     "recurrent": (Recurrent, (4, 3, 6, 5), {"gates": (Call((6, 5), (6, 5)),) * 4, "last": (Call((6, 5), (6, 5)),)}),
 }  # fmt: skip
@@ -81,7 +87,7 @@ def test_the_full_rank_computes_the_net_and_the_same_after_loading(name, tmp_pat
     assert_close(factorize_(copied(model), full)(several), model(several))
     for plan in plans(found):
         built = factorize_(copied(model), plan)
-        save_model(tmp_path, plan, weights_of(built))
+        write_model(tmp_path, plan, weights_of(built))
         assert torch.equal(load_model(NETS[name][0]().double(), tmp_path)(inputs), built(inputs))
         check_reloading(model, NETS[name][0]().double(), plan, several)
 
@@ -91,7 +97,7 @@ def test_moments_are_of_the_inputs_of_all_calls():
     once = Net(lambda n, x: n.one(x), one=nn.Linear(4, 3)).double()
     pairs = normal(100, 8) + 1
     found = [
-        whitenings(model, {inventory(model, inputs[:1])["one"]: [(1,)]}, inputs)["one"]
+        whitenings(model, {inventory(model, inputs[:1])["one"]: [(1,)]}, inputs)["one"][0]
         for model, inputs in ((twice, pairs), (once, torch.cat(pairs.split(4, 1))))
     ]
     torch.testing.assert_close(found[0].roots[1,], found[1].roots[1,])

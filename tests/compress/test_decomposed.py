@@ -14,11 +14,13 @@ from torch import nn
 
 from ranksearch.compress.surgery import factorize_
 from ranksearch.errors import PlanError
+from ranksearch.methods.layer import as_weight
 from ranksearch.plan import SVD
 from tests.geometries import BY_NAME, alone, behind_flatten
 from tests.nets import normal
 
 CONV, CONV1D, CONV3D = nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=1), nn.Conv1d(4, 6, 3), nn.Conv3d(3, 4, 2)
+TRANSPOSED = nn.ConvTranspose2d(4, 6, (3, 2), stride=2, padding=1)
 FLAT = behind_flatten(4, 3, 2)[0]
 # id: (model, input, shape of the kernel for TensorLy, its decomposition, the method)
 DECOMPOSED = {
@@ -33,6 +35,10 @@ DECOMPOSED = {
     "tucker of three modes": (alone(CONV), (4, 9, 8), (6, 4, 6), lambda k: tucker(k, [3, 2, 6]), "tucker2"),
     "tucker of a volume": (alone(CONV3D), (3, 4, 4, 4), (4, 3, 2, 2, 2), lambda k: tucker(k, [3, 2, 2, 2, 2]), "tucker2"),
     "partial tucker": (alone(CONV), (4, 9, 8), (6, 4, 3, 2), lambda k: partial_tucker(k, [3, 2], modes=[0, 1])[0], "tucker2"),
+    "tucker of a transposed one": (alone(TRANSPOSED), (4, 5, 4), (6, 4, 3, 2), lambda k: tucker(k, [3, 2, 2, 1]), "tucker2"),
+    "parafac of a transposed one": (
+        alone(TRANSPOSED), (4, 5, 4), (6, 4, 3, 2), lambda k: parafac(k, 3, init="random", random_state=0), "cp4",
+    ),
     "partial tucker behind a map": (FLAT, (4, 3, 2), (6, 4, 3, 2), lambda k: partial_tucker(k, [3, 2], modes=[0, 1])[0], "tucker2"),
 }  # fmt: skip
 
@@ -53,7 +59,7 @@ def test_the_layer_computes_what_was_decomposed(backend, model, size, shape, dec
         whole = torch.as_tensor(rebuilt(given))
     dense, built = copy.deepcopy(model).double(), copy.deepcopy(model).double()
     with torch.no_grad():
-        dense.layer.weight.copy_(whole.reshape(dense.layer.weight.shape))
+        dense.layer.weight.copy_(as_weight(dense.layer, whole))
     factorize_(built, {"layer": given})
     torch.testing.assert_close(built(inputs), dense(inputs))
     names = [part.name for part in BY_NAME[method].parts(shape, (1, 1)[: len(BY_NAME[method].vbmf)])]
@@ -82,8 +88,10 @@ def ones(*shape, rank=2):
     [
         (alone(CONV), ones(6, 4, 9), "Layer 'layer': the decomposed kernel must have the shape (6, 4, 3, 2) or (6, 4, 6), but has (6, 4, 9)."),
         (alone(CONV), ones(4, 6, 3, 2), "Layer 'layer': the decomposed kernel must have the shape (6, 4, 3, 2) or (6, 4, 6), but has (4, 6, 3, 2)."),
+        (alone(TRANSPOSED), ones(4, 6, 3, 2), "Layer 'layer': the decomposed kernel must have the shape (6, 4, 3, 2) or (6, 4, 6), but has (4, 6, 3, 2)."),
         (alone(CONV3D), ones(4, 3, 2, 2, 2), "Layer 'layer': the decomposed kernel must have the shape (4, 3, 8), but has (4, 3, 2, 2, 2)."),
         (FLAT, ones(6, 24), "Layer 'layer': the decomposed kernel must have the shape (6, channels, *map) of 24 inputs, but has (6, 24)."),
+        (alone(nn.Conv2d(4, 6, 3, groups=2)), ones(3, 2, 3, 3), "Layer 'layer': TensorLy's decomposition must be of a layer without groups, but this one has 2; give a factorization such as CP(8)."),
         (alone(CONV), (1, 2), "Layer 'layer': a plan must hold factorizations such as CP(8), or TensorLy's CPTensor or TuckerTensor, but got a tuple."),
         (alone(CONV), ones(6, 4, 6, rank=99), "Layer 'layer': rank of CP must be at most 24, but got 99."),
     ],

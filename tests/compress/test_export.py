@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 import sys
 import zipfile
 from pathlib import Path
@@ -14,13 +13,10 @@ import onnxruntime
 import pytest
 import torch
 
-import ranksearch
-from ranksearch.compress.export import _strip, check_reloading, export_model, export_onnx, export_pt2, load_model, save_model
+from ranksearch.compress.export import _strip, export_model, export_onnx, export_pt2
 from ranksearch.compress.surgery import factorize_
-from ranksearch.compress.weights import weights_of
-from ranksearch.errors import ModelError, PlanError, StudyError
+from ranksearch.errors import StudyError
 from ranksearch.plan import CP, SVD, Plan, Tucker2
-from ranksearch.task.task import Task
 from tests import nets
 
 PLAN = Plan.of({"conv1": CP(2), "conv2": Tucker2(4, 8), "fc1": CP(8, kernel=(4, 4)), "fc2": SVD(6)})
@@ -41,24 +37,6 @@ def test_every_form_gives_the_same_outputs(form, compressed, inputs, tmp_path):
     target = tmp_path / "model"
     assert export_model(compressed, nets.small(), PLAN, inputs, target, form=form) < 1e-4
     assert target.exists()
-
-
-def test_plan_and_weights_rebuild_on_the_plain_dense_class(compressed, inputs, tmp_path):
-    save_model(tmp_path, PLAN, weights_of(compressed))
-    torch.manual_seed(123)  # other initial weights than the trained ones
-    model = load_model(nets.small(), str(tmp_path))
-    assert torch.equal(model(inputs), compressed(inputs))
-
-
-def test_an_older_plan_of_all_input_channels_is_loaded(trained, inputs, tmp_path):
-    text = '{"format": "ranksearch-plan/1", "layers": {"conv1": {"method": "tucker2", "rank_in": 1, "rank_out": 5}}}'
-    plan = Plan.from_json(text)
-    compressed = factorize_(copy.deepcopy(trained.model), plan).eval()
-    assert [name for name, _ in compressed.conv1.named_children()] == ["core", "expand"]
-    save_model(tmp_path, plan, weights_of(compressed))
-    model = load_model(nets.small(), tmp_path)
-    assert torch.equal(model(inputs), compressed(inputs))
-    assert Plan.from_json((tmp_path / "plan.json").read_text()) == plan
 
 
 @pytest.mark.slow
@@ -82,16 +60,6 @@ def test_a_model_that_onnxruntime_does_not_run(inputs, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-def test_the_weights_of_the_dense_model_do_not_matter(compressed, inputs, tmp_path):
-    save_model(tmp_path, PLAN, weights_of(compressed))
-    dense = nets.small()
-    with torch.no_grad():
-        dense.conv1.weight.fill_(float("nan"))
-    assert torch.equal(load_model(dense, tmp_path)(inputs), compressed(inputs))
-    with pytest.raises(StudyError, match="The dense model must not be on the device meta, but is; build it on the CPU"):
-        load_model(nets.small().to("meta"), tmp_path)
-
-
 @pytest.mark.slow
 def test_onnx_takes_any_batch(compressed, inputs, tmp_path):
     export_onnx(compressed, inputs, tmp_path / "model.onnx")
@@ -110,19 +78,6 @@ def test_an_export_that_differs_is_not_kept(compressed, inputs, tmp_path, monkey
         ):
             export_model(compressed, nets.small(), PLAN, inputs, tmp_path / form, form=form)
         assert not (tmp_path / form).exists()
-
-
-def test_folders_without_a_model(tmp_path):
-    with pytest.raises(StudyError, match=r"A model's folder must hold plan.json and weights.safetensors, but .* does not"):
-        load_model(nets.small(), tmp_path)
-
-
-def test_a_model_of_another_dense_class(compressed, tmp_path):
-    save_model(tmp_path, PLAN, weights_of(compressed))
-    with pytest.raises(StudyError, match=r"must fit the given dense model, but do not: .*size mismatch"):
-        load_model(nets.small(classes=20), tmp_path)
-    with pytest.raises(PlanError, match="A plan must name layers of the model, but 'conv1' is none"):
-        load_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), tmp_path)
 
 
 def test_an_archive_of_a_single_input_is_of_any_number(tmp_path):
@@ -200,136 +155,3 @@ def test_an_opset_that_the_exporter_does_not_reach_leaves_nothing(compressed, in
     assert not list(tmp_path.iterdir())
     assert not capfd.readouterr().err
     assert logging.root.manager.disable == level
-
-
-def check_loadable(model):
-    """Check a model as a study does: with a copy from before its first pass. The model and the random state must not change."""
-    fresh = copy.deepcopy(model)
-    inputs = torch.rand(2, 1, 8, 8)
-    model.eval()(inputs)
-    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    check_reloading(model, fresh, Plan.of({"net.fc1": SVD(1)}), inputs)
-    assert torch.equal(torch.get_rng_state(), random)
-    after = model.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert not model.training
-
-
-def drawing(net, inputs):
-    return net.net(inputs) + torch.rand(len(inputs), 1)
-
-
-def counting(net, inputs):
-    net.calls = getattr(net, "calls", 0) + 1
-    return net.net(inputs) + net.calls
-
-
-def frozen():
-    net = nets.small()
-    net.conv1.requires_grad_(False)
-    return nets.Net(lambda net, x: net.net(x), net=net)
-
-
-def renaming():
-    """A model that removes a prefix from the names in its state dict, and adds it again when it loads."""
-    model = nets.Net(lambda net, x: net.net(x), net=nets.small())
-
-    def shorten(module, state, prefix, metadata):
-        for name in list(state):
-            state[name.removeprefix("net.")] = state.pop(name)
-
-    def lengthen(module, state, prefix, *rest):
-        for name in list(state):
-            state[f"net.{name}"] = state.pop(name)
-
-    model.register_state_dict_post_hook(shorten)
-    model.register_load_state_dict_pre_hook(lengthen)
-    return model
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        nets.versioned,
-        renaming,
-        frozen,
-        lambda: nets.Net(drawing, net=nets.small()),
-        lambda: nets.Net(counting, net=nets.small()),
-        lambda: nets.Net(lambda net, x: net.drop(net.net(x)), net=nets.small(), drop=torch.nn.Dropout(0.5)),
-        lambda: nets.Net(lambda net, x: net.net(x) * torch.nan, net=nets.small()),
-    ],
-    ids=["versioned", "renaming", "frozen", "drawing", "counting", "dropout", "nan"],
-)
-def test_a_model_that_can_be_saved_and_loaded(make):
-    check_loadable(make())
-
-
-def lazy(net, inputs):
-    if not hasattr(net, "scale"):
-        net.register_buffer("scale", torch.ones(1))
-    return net.net(inputs) * net.scale
-
-
-def unkept(net, inputs):
-    if net.training:
-        net.shift = net.shift + inputs.mean()
-    return net.net(inputs) + net.shift
-
-
-def losing():
-    model = nets.Net(lambda net, x: net.net(x), net=nets.small())
-    model.register_state_dict_post_hook(lambda module, state, *rest: state.__delitem__("net.fc2.bias"))
-    return model
-
-
-def passing():
-    model = nets.Net(unkept, net=nets.small())
-    model.register_buffer("shift", torch.zeros(1), persistent=False)
-    return model
-
-
-def of_complex_numbers():
-    model = nets.Net(lambda net, x: net.net(x), net=nets.small())
-    model.register_buffer("phases", torch.zeros(2, dtype=torch.complex128))
-    return model
-
-
-def loading_anew():
-    """A model that loads zeros instead of one bias in its state dict."""
-    model = nets.Net(lambda net, x: net.net(x), net=nets.small())
-    model.register_load_state_dict_pre_hook(lambda module, state, *rest: state.update({"net.fc2.bias": torch.zeros(10)}))
-    return model
-
-
-@pytest.mark.parametrize(
-    ("make", "told"),
-    [
-        (
-            lambda: nets.Net(lazy, net=nets.small()),
-            r'cannot be loaded: RuntimeError: Unexpected key\(s\) in state_dict: "scale"',
-        ),
-        (losing, r'cannot be loaded: RuntimeError: Missing key\(s\) in state_dict: "net.fc2.bias"'),
-        (of_complex_numbers, "cannot be saved: "),
-        (passing, "gave other outputs afterwards"),
-        (loading_anew, "gave other outputs afterwards"),
-    ],
-    ids=["lazy", "losing", "complex", "passing", "anew"],
-)
-def test_a_model_that_cannot_be_saved_and_loaded(make, told):
-    with pytest.raises(ModelError) as raised:
-        check_loadable(make())
-    assert re.fullmatch(
-        rf"A compressed model must be the same after saving and loading, but a factorized copy {told}.*; keep in state_dict\(\) all "
-        r"that a forward needs and training changes, and create buffers in __init__\.",
-        str(raised.value),
-    )
-
-
-def test_a_model_that_cannot_be_loaded_is_refused_before_training(tmp_path):
-    task = Task(nets.Net(lazy, net=nets.small()), nets.few_digits())
-    with pytest.raises(
-        ModelError, match="A compressed model must be the same after saving and loading, but a factorized copy cannot be"
-    ):
-        ranksearch.search(task, out=tmp_path / "mine", engine=ranksearch.Local(0))
-    assert not list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ from torch import nn
 
 from ranksearch.compress.inventory import inventory
 from ranksearch.errors import ModelError
+from tests.compress.test_inventory_skipped import SMALL_DEPTHWISE, DynamicConv
 from tests.nets import IMAGE, Net, fails
 
 
@@ -36,8 +37,8 @@ MESSAGES = {
     "no message": (Net(lambda n, x: next(iter(())), conv=nn.Conv2d(4, 3, 3)), ACCEPT.format("StopIteration: no message")),
     "no layer": (nn.Sequential(nn.Flatten()), NOTHING.format("it holds no Conv or Linear module")),
     "none left": (
-        nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 3, groups=2)),
-        NOTHING.format("0: it is depthwise; 1: it has 2 groups"),
+        nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), DynamicConv()),
+        NOTHING.format(f"0: {SMALL_DEPTHWISE}; 1: DynamicConv is not supported"),
     ),
     "the model itself": (
         nn.Conv2d(4, 3, 3),

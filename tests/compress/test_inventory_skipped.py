@@ -27,6 +27,20 @@ class Rectified(nn.Conv2d):
         return super().forward(inputs).relu()
 
 
+class Resized(nn.ConvTranspose2d):
+    """A transposed convolution of one output size for inputs of any size."""
+
+    def forward(self, inputs):
+        return super().forward(inputs, [11, 9])
+
+
+class Spread(nn.ConvTranspose2d):
+    """A transposed convolution that pads its input by one on each side."""
+
+    def forward(self, inputs):
+        return super().forward(F.pad(inputs, (1, 1, 1, 1)))
+
+
 class Conv2d(Rectified):
     """A convolution with its own forward whose class has the name of torch's class."""
 
@@ -136,6 +150,11 @@ def wrapped():
     return conv
 
 
+def sized(options):
+    """A model that passes options to its transposed convolution."""
+    return Net(lambda n, x: n.last(n.one(x, **options(x))), one=nn.ConvTranspose2d(4, 4, 3), last=nn.Conv2d(4, 2, 1))
+
+
 def of_its_type(n, x, y):
     return (y,)[0 if isinstance(n.one, nn.Conv2d) else 1]
 
@@ -147,10 +166,20 @@ def run_second(n, x):
 USED = "the forward uses its weight without calling it, as torch.nn.functional.linear and attention do"
 OUTSIDE = "its weight is also used outside the layer"
 PARAMETRISED = "its weight is parametrised or pruned; make that permanent first, by remove_parametrizations or prune.remove"
+SIZED = "the forward passes it an output_size, which its replacement does not take"
+SMALL_DEPTHWISE = "it is depthwise, without a 2-D kernel of at least 5 x 5"
 SKIPPED = {
-    "depthwise": (before(nn.Conv2d(4, 4, 3, groups=4)), "it is depthwise"),
-    "depthwise, several out": (before(nn.Conv2d(4, 8, 3, groups=4), 8), "it is depthwise"),
-    "grouped": (before(nn.Conv2d(4, 6, 3, groups=2), 6), "it has 2 groups"),
+    "depthwise": (before(nn.Conv2d(4, 4, 3, groups=4)), SMALL_DEPTHWISE),
+    "depthwise, long": (before(nn.Conv2d(4, 4, (5, 3), groups=4)), SMALL_DEPTHWISE),
+    "depthwise, a point": (before(nn.Conv2d(4, 4, 1, groups=4)), SMALL_DEPTHWISE),
+    "depthwise sequence": (
+        Net(
+            lambda n, x: n.last(n.one(x.flatten(2)).unflatten(2, (2, 12))),
+            one=nn.Conv1d(4, 4, 7, groups=4),
+            last=nn.Conv2d(4, 2, 1),
+        ),
+        SMALL_DEPTHWISE,
+    ),
     "shared weight": (with_shared_weight(), "its weight is shared by 0.weight, 1.weight"),
     "two names": (with_two_names(), "its weight is shared by one.weight, two.weight"),
     "never called": (
@@ -163,7 +192,16 @@ SKIPPED = {
         "its weight is shared by 0.parametrizations.weight.original1, 1.parametrizations.weight.original1",
     ),
     "complex": (complex_convolution(), "its weight is complex64, which is not real"),
-    "transposed": (before(nn.ConvTranspose2d(4, 4, 3)), "ConvTranspose2d is not supported"),
+    "transposed, sized": (sized(lambda x: {"output_size": [8, 7]}), SIZED),
+    "transposed, sized by position": (
+        Net(lambda n, x: n.last(n.one(x, x.shape[2:])), one=nn.ConvTranspose2d(4, 4, 1), last=nn.Conv2d(4, 2, 1)),
+        SIZED,
+    ),
+    "transposed, sized by none": (sized(lambda x: {"output_size": None}), SIZED),
+    "transposed, depthwise": (before(nn.ConvTranspose2d(4, 4, 4, stride=2, groups=4)), SMALL_DEPTHWISE),
+    "transposed, of one size": (before(Resized(4, 4, 3, stride=2, padding=1)), "Resized has a forward of its own"),
+    "transposed, padded": (before(Spread(4, 4, 3)), "Spread has a forward of its own"),
+    "grouped, more in training": (before(Doubled(4, 4, 3, groups=2)), "Doubled has a forward of its own"),
     "bilinear": (Net(lambda n, x: n.last(n.one(x, x)), one=nn.Bilinear(5, 5, 5), last=nn.Conv2d(4, 2, 1)), None),
     "own forward": (before(Rectified(4, 4, 3)), "Rectified has a forward of its own"),
     "weight by input": (before(Dynamic(4, 4, 3)), "Dynamic has a forward of its own"),
@@ -284,6 +322,10 @@ CONVOLUTIONS = {
 }
 ORDINARY = CONVOLUTIONS | {
     "linear": (nn.Sequential(nn.Flatten(), nn.Linear(120, 3)), IMAGE),
+    "groups": (nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)), IMAGE),
+    "one channel in each group": (nn.Sequential(nn.Conv2d(4, 8, 3, groups=4)), IMAGE),
+    "depthwise": (nn.Sequential(nn.Conv2d(4, 4, (5, 5), groups=4)), IMAGE),
+    "transposed": (nn.Sequential(nn.ConvTranspose2d(4, 8, 3, stride=2, output_padding=1)), IMAGE),
     "hooks": (watched(), IMAGE),
     "autocast": (under_autocast(), IMAGE),
 }

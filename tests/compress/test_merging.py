@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from ranksearch.compress.export import load_model, save_model
 from ranksearch.compress.merging import merge_
+from ranksearch.compress.saved import load_model, write_model
 from ranksearch.compress.surgery import factorize_
 from ranksearch.compress.weights import weights_of
 from ranksearch.errors import PlanError
@@ -69,7 +69,7 @@ def test_only_the_layers_named_are_merged_and_the_plan_is_that_of_the_others(nam
     assert left == Plan.of({name: value for name, value in PLAN if name not in names})
     assert all((model.get_submodule(name) is before[name]) == (name not in names) for name, _ in PLAN)
     torch.testing.assert_close(model(INPUTS), outputs)
-    save_model(tmp_path, left, weights_of(model))
+    write_model(tmp_path, left, weights_of(model))
     back = load_model(net(seed=1), tmp_path)
     assert torch.equal(back(INPUTS), model(INPUTS))
 
@@ -104,13 +104,13 @@ def test_dtype_grad_and_mode_survive(dtype, grad, training):
         (
             Plan.of({**dict(PLAN), "last": SVD(3)}),
             ["stem", "last"],
-            "Layer 'last' must consist of the parts of SVD 3 to be merged, but is another Sequential; give the plan that the "
+            "Layer 'last' must consist of the parts of SVD 3, but is another Sequential; give the plan that the "
             "model was factorized by.",
         ),
         (
             Plan.of({**dict(PLAN), "block.2": CP(2)}),
             ["stem", "block.2"],
-            "Layer 'block.2' must consist of the parts of CP 2 to be merged, but is another Conv2d; give the plan that the model "
+            "Layer 'block.2' must consist of the parts of CP 2, but is another Conv2d; give the plan that the model "
             "was factorized by.",
         ),
     ],

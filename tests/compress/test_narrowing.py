@@ -11,9 +11,9 @@ from torch import nn
 
 from ranksearch.compress import narrowing as narrowing_module
 from ranksearch.compress.channels import without
-from ranksearch.compress.export import load_model, save_model
 from ranksearch.compress.merging import merge_
 from ranksearch.compress.narrowing import narrow_, narrowing_of
+from ranksearch.compress.saved import load_model, write_model
 from ranksearch.compress.surgery import factorize_
 from ranksearch.compress.watch import Watch
 from ranksearch.compress.weights import weights_of
@@ -122,12 +122,12 @@ def test_a_narrower_factorized_net_is_saved_and_loaded(tmp_path):
     narrowing = narrowing_of(seeded(flattened), nets.IMAGE, 0.5, LOSSES)
     plan = Plan.of({"3": CP(3, kernel=(4, 3)), "5": SVD(2)}, 0.5, narrowing)
     model = factorize_(narrow_(seeded(flattened), narrowing), plan)
-    save_model(tmp_path, plan, weights_of(model))
+    write_model(tmp_path, plan, weights_of(model))
     torch.manual_seed(9)
     assert torch.equal(load_model(flattened(), tmp_path)(nets.IMAGE), model(nets.IMAGE))
     left = merge_(model, plan, ["5"])
     assert left.narrowing is narrowing
-    save_model(tmp_path, left, weights_of(model))
+    write_model(tmp_path, left, weights_of(model))
     assert torch.equal(load_model(flattened(), tmp_path)(nets.IMAGE), model(nets.IMAGE))
 
 
@@ -139,7 +139,7 @@ def test_at_full_rank_a_factorized_narrower_net_equals_the_narrower_net():
 
 
 def test_a_width_without_a_narrowing_cannot_be_loaded(tmp_path):
-    save_model(tmp_path, Plan.of({}, 0.5), weights_of(flattened()))
+    write_model(tmp_path, Plan.of({}, 0.5), weights_of(flattened()))
     with pytest.raises(PlanError, match=r"A plan of width 0.5 must hold its narrowing, but that in .* does not; save both"):
         load_model(flattened(), tmp_path)
 

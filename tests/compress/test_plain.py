@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from ranksearch.compress.export import check_reloading, load_model, save_model
 from ranksearch.compress.inventory import inventory
 from ranksearch.compress.merging import merge_
 from ranksearch.compress.profile import profile
+from ranksearch.compress.saved import check_reloading, load_model, write_model
 from ranksearch.compress.surgery import copied, factorize_
 from ranksearch.compress.weights import weights_of
 from ranksearch.compress.whitening import POSITIONS_PER_INPUT, whitenings
@@ -38,6 +38,13 @@ class Halved(nn.Conv2d):
 
     def forward(self, inputs):
         return self._conv_forward(inputs, self.weight, self.bias / 2)
+
+
+class Twice(nn.ConvTranspose2d):
+    """A transposed convolution that makes its input twice as large."""
+
+    def forward(self, inputs):
+        return super().forward(inputs, [2 * size for size in inputs.shape[2:]])
 
 
 class Low(nn.Module):
@@ -67,6 +74,13 @@ COMPUTED = {
     "standardised same": (
         lambda: StandardisedSame(4, 6, (3, 5), stride=(2, 1)), (4, 9, 8), f"{WEIGHT} and {SAME.format('((1, 1), (2, 2))')}",
     ),
+    "standardised, groups": (lambda: Standardised(4, 6, 3, stride=2, padding=1, groups=2), (4, 9, 8), WEIGHT),
+    "same strided, groups": (lambda: Same(4, 6, 3, stride=2, groups=2), (4, 9, 8), SAME.format("((1, 1), (0, 1))")),
+    "same strided, depthwise": (lambda: Same(4, 4, 5, stride=2, groups=4), (4, 9, 8), SAME.format("((2, 2), (1, 2))")),
+    "standardised same, groups": (
+        lambda: StandardisedSame(4, 6, 3, stride=2, groups=2), (4, 9, 8), f"{WEIGHT} and {SAME.format('((1, 1), (0, 1))')}",
+    ),
+    "twice as large": (lambda: Twice(4, 6, 3, stride=2, padding=1), (4, 3, 4), ""),
     "zeros before": (lambda: Padded(4, 6, 3), (4, 9, 8), ""),
     "half a bias": (lambda: Halved(4, 6, 3, padding=1, padding_mode="reflect"), (4, 9, 8), ""),
     "cast": (lambda: Cast(9, 6), (9,), ""),
@@ -81,6 +95,12 @@ COMPUTED = {
     "old weight norm": (lambda: normalised(nn.Conv2d(4, 6, 3)), (4, 9, 8), WEIGHT),
     "old spectral norm": (lambda: nn.utils.spectral_norm(nn.Conv3d(2, 4, 3)), (2, 5, 6, 4), WEIGHT),
     "pruned": (lambda: pruned(nn.Conv2d(4, 6, 3)), (4, 9, 8), WEIGHT),
+    "weight norm, transposed": (
+        lambda: parametrizations.weight_norm(nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1)), (4, 3, 4), WEIGHT,
+    ),
+    "old weight norm, transposed, groups": (
+        lambda: normalised(nn.ConvTranspose1d(4, 6, 5, stride=2, dilation=2, groups=2)), (4, 11), WEIGHT,
+    ),
 }  # fmt: skip
 computed = pytest.mark.parametrize("name", COMPUTED)
 
@@ -136,7 +156,7 @@ def test_a_compressed_model_is_the_same_after_saving_and_loading(name, tmp_path)
     fresh = nn.Sequential(OrderedDict(layer=COMPUTED[name][0]())).double()
     for method, ranks, built in itertools.islice(each(model, layer), 4):
         plan = Plan.of({"layer": method.value(layer, ranks)})
-        save_model(tmp_path, plan, weights_of(built))
+        write_model(tmp_path, plan, weights_of(built))
         assert torch.equal(load_model(fresh, tmp_path)(inputs), built(inputs))
         check_reloading(model, copied(fresh), plan, torch.cat([inputs, inputs]))
 
@@ -152,20 +172,22 @@ def test_factors_come_from_the_weight_of_eval_mode_on_the_inputs_that_torch_sees
     assert_close(factorize_(copied(model), {"layer": full}, factors=factors)(inputs), model(inputs))
     if layer.bias and math.prod(layer.calls[0].out_size) <= POSITIONS_PER_INPUT:
         # The kernel on the mean patch gives the mean output.
-        mean = whitenings(model, {layer: [(1,)]}, several)["layer"].mean
+        means = [group.mean.flatten() for group in whitenings(model, {layer: [(1,)]}, several)["layer"]]
         outputs = model(several) - model(torch.zeros_like(several))
         outputs = outputs.movedim(-1 if len(layer.weight) == 2 else 1, 0).flatten(1).mean(1)
-        assert_close(found.layers["layer"].kernel.flatten(1) @ mean.flatten(), outputs)
+        kernels = found.layers["layer"].kernel.flatten(1).chunk(layer.groups)
+        assert_close(torch.cat([kernel @ mean for kernel, mean in zip(kernels, means, strict=True)]), outputs)
 
 
 @settings(max_examples=30, deadline=None)
 @given(
     *(st.tuples(st.integers(low, high), st.integers(low, high)) for low, high in ((1, 5), (1, 4), (1, 2), (5, 9))),
     st.booleans(),
+    st.integers(1, 2),
 )
-def test_padding_by_size_is_right_for_any_kernel_stride_and_size(kernel, stride, dilation, size, standardised):
-    layer = (StandardisedSame if standardised else Same)(3, 4, kernel, stride, dilation=dilation)
-    model, inputs = nn.Sequential(OrderedDict(layer=layer)).double().eval(), normal(2, 3, *size)
+def test_padding_by_size_is_right_for_any_kernel_stride_and_size(kernel, stride, dilation, size, standardised, groups):
+    layer = (StandardisedSame if standardised else Same)(4, 6, kernel, stride, dilation=dilation, groups=groups)
+    model, inputs = nn.Sequential(OrderedDict(layer=layer)).double().eval(), normal(2, 4, *size)
     found = inventory(model, inputs[:1])["layer"]
     for method in fitting(found):
         ranks = method.bounds(found.weight)

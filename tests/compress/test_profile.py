@@ -56,7 +56,7 @@ def made(model=None, cache=None, example=EXAMPLE, **options):
 def values(layer_profile, *, every=False):
     """The values of every method at its prepared ranks; with `every` at all ranks up to its limits."""
     layer = layer_profile.layer
-    for name in layer_profile.prepared:
+    for name in layer_profile.methods:
         method = METHODS[plan.KINDS[name]]
         anywhere = itertools.product(*(range(1, limit + 1) for limit in method.limits(layer.weight)))
         for ranks in anywhere if every else method.rank_grid(layer):
@@ -68,7 +68,7 @@ def assert_same(one, other):
     assert one.layers.keys() == other.layers.keys()
     for name, mine in one.layers.items():
         theirs = other.layers[name]
-        assert (mine.layer, mine.vbmf, mine.seed) == (theirs.layer, theirs.vbmf, theirs.seed)
+        assert (mine.layer, mine.vbmf, mine.methods) == (theirs.layer, theirs.vbmf, theirs.methods)
         assert torch.equal(mine.kernel, theirs.kernel)
         tried = [*values(mine), *list(values(mine, every=True))[1::5]]
         assert tried
@@ -112,14 +112,14 @@ def test_two_builds_give_the_same_factors():
 
 def test_a_seed_is_used():
     one, other = (made(seed=seed).layers["block.conv"] for seed in (1, 2))
-    assert (one.seed, other.seed) == (1, 2)
+    assert (one.groups[0].seed, other.groups[0].seed) == (1, 2)
     assert not torch.equal(one.factors(plan.CP(4))[0], other.factors(plan.CP(4))[0])
     assert torch.equal(one.factors(plan.Tucker2(2, 3))[0], other.factors(plan.Tucker2(2, 3))[0])
 
 
 def test_the_largest_rank_that_pays_is_prepared():
     for layer in made().layers.values():
-        for name in layer.prepared:
+        for name in layer.methods:
             method = METHODS[plan.KINDS[name]]
             prepared = [candidate.value.ranks for candidate in layer.candidates() if candidate.value.method == name]
             assert tuple(map(max, zip(*prepared, strict=True))) == most(method, layer.layer)
@@ -142,7 +142,7 @@ def test_factors_do_not_depend_on_which_were_asked_before():
 def test_candidates_are_smaller_and_their_errors_the_measured_ones():
     for layer in made().layers.values():
         candidates = list(layer.candidates())
-        assert {candidate.value.method for candidate in candidates} == set(layer.prepared)
+        assert {candidate.value.method for candidate in candidates} == set(layer.methods)
         assert len({candidate.value for candidate in candidates}) == len(candidates)
         for candidate in candidates:
             method, ranks = METHODS[type(candidate.value)], candidate.value.ranks
@@ -311,7 +311,7 @@ def test_other_methods_are_another_file(cache):
     made(model, cache)
     before = set(files(cache))
     layers = profile(model, found, few, cache=cache).layers
-    assert {name: set(layer.prepared) for name, layer in layers.items()} == {
+    assert {name: set(layer.methods) for name, layer in layers.items()} == {
         "block.conv": {"tucker2"},
         "block.point": set(),
         "fc": set(),

@@ -14,6 +14,7 @@ from ranksearch.compress.surgery import factorize_, kernel_of, skeleton_
 from ranksearch.errors import PlanError
 from ranksearch.methods import METHODS
 from ranksearch.plan import CP, CP4, SVD, Dense, Plan, Spatial, Tucker2
+from tests.compress.test_inventory_skipped import SMALL_DEPTHWISE
 from tests.nets import Noisy
 
 PLAN = Plan.of(
@@ -106,7 +107,7 @@ def test_a_mapping_is_a_plan_and_dense_layers_stay():
     assert model.stem is kept
 
 
-BAD = {"fc": CP(9999, kernel=(4, 4)), "last": CP(2), "block.2": Tucker2(1, 1), "nowhere": SVD(1), "block.0.norm": SVD(1)}
+BAD = {"fc": CP(9999, kernel=(4, 4)), "last": CP(2), "block.2": Tucker2(3, 1), "nowhere": SVD(1), "block.0.norm": SVD(1)}
 
 
 @pytest.mark.parametrize(("name", "value"), BAD.items(), ids=BAD)
@@ -247,9 +248,12 @@ MESSAGES = {
     ),
     "no name": (nn.Linear(3, 3), "", SVD(1), "A plan must name layers of the model, but '' is none."),
     "type": (net(), "relu", SVD(1), NOT_SUITED.format("relu") + "ReLU is not supported."),
-    "groups": (
-        net(), "block.2", Tucker2(1, 1),
-        NOT_SUITED.format("block.2") + "it has 2 groups.",
+    "rank of groups": (net(), "block.2", Tucker2(3, 1), "Layer 'block.2': rank_in of Tucker-2 must be at most 2, but got 3."),
+    "method of groups": (
+        net(), "block.2", SVD(1), "Layer 'block.2' of shape (2, 2, 3, 3) in each of 2 groups cannot be stored as SVD.",
+    ),
+    "depthwise": (
+        with_layers(conv=nn.Conv2d(2, 2, 3, groups=2)), "conv", Spatial(1), NOT_SUITED.format("conv") + SMALL_DEPTHWISE + ".",
     ),
     "forward": (
         with_layers(conv=Standardised(2, 2, 3)), "conv", CP(1),

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from ranksearch.compress.export import load_model, save_model
+from ranksearch.compress.saved import load_model, write_model
 from ranksearch.compress.surgery import factorize_
 from ranksearch.compress.weights import check_state, digest_of, load_, state_of, weights_of
 from ranksearch.console import Silent
@@ -149,7 +149,7 @@ def test_a_state_dict_that_holds_more_than_tensors():
 
 def test_versions_survive_saving_and_loading(tmp_path):
     model = factorize_(nets.versioned(), PLAN).eval()
-    save_model(tmp_path, PLAN, weights_of(model))
+    write_model(tmp_path, PLAN, weights_of(model))
     assert_same(model, load_model(nets.versioned(), tmp_path))
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import re
 
 import pytest
@@ -18,7 +19,7 @@ from ranksearch.compress.whitening import Whitening, whitenings
 from ranksearch.errors import ModelError
 from ranksearch.methods import METHODS
 from tests import nets
-from tests.geometries import BY_NAME, GEOMETRIES, PAIRS, assert_close, given_geometry, some_ranks
+from tests.geometries import BY_NAME, GEOMETRIES, PAIRS, assert_close, given_geometry, kernels_of, some_ranks
 from tests.nets import Net, normal
 
 contract = pytest.mark.parametrize(("geometry", "name"), PAIRS)
@@ -46,7 +47,9 @@ def made(model, layer, method, inputs, **options):
 
 
 def measured(model, layer, method, inputs):
-    return whitenings(model, {layer: method.holds(layer.weight)}, inputs)[layer.name]
+    """The whitening and the kernel of each group."""
+    found = whitenings(model, {layer: method.holds(layer.weight)}, inputs)[layer.name]
+    return list(zip(found, kernels_of(model, layer), strict=True))
 
 
 def rebuilt(found, layer, kernel, method, ranks):
@@ -69,6 +72,10 @@ def whole_root(found, holds, weight):
     return product
 
 
+def in_the_metric(kernels, roots):
+    return torch.stack([kernel.flatten(1) @ root for kernel, root in zip(kernels, roots, strict=True)])
+
+
 def relative(difference, of):
     return float(difference.norm() / of.norm())
 
@@ -79,10 +86,10 @@ def relative(difference, of):
 @contract
 def test_full_rank_is_the_layer(geometry, name):
     model, inputs, layer = given_geometry(geometry)
-    method, kernel = BY_NAME[name], model.layer.weight.detach().reshape(layer.weight)
-    found = measured(model, layer, method, correlated(inputs))
-    assert set(found.roots) == {modes for modes in method.holds(layer.weight) if modes}
-    assert_close(rebuilt(found, layer, kernel, method, method.bounds(layer.weight)), kernel)
+    method = BY_NAME[name]
+    for found, kernel in measured(model, layer, method, correlated(inputs)):
+        assert set(found.roots) == {modes for modes in method.holds(layer.weight) if modes}
+        assert_close(rebuilt(found, layer, kernel, method, method.bounds(layer.weight)), kernel)
 
 
 @st.composite
@@ -138,7 +145,7 @@ def test_distances_are_those_of_the_reconstructed_kernels(well, dtype):
 @contract
 def test_balanced_factors_are_the_same_kernel(geometry, name):
     model, _, layer = given_geometry(geometry)
-    method, kernel = BY_NAME[name], model.layer.weight.detach().reshape(layer.weight)
+    method, kernel = BY_NAME[name], kernels_of(model, layer)[0]
     for ranks in some_ranks(method, layer):
         factors = method.factors(kernel, method.prepare(kernel, [ranks], 0), ranks, 0)
         scales = torch.linspace(1, 9, len(factors[0]), dtype=torch.float64).reshape(-1, *[1] * (factors[0].dim() - 1))
@@ -153,9 +160,12 @@ def test_balanced_factors_are_the_same_kernel(geometry, name):
 @contract
 def test_the_errors_of_candidates_are_those_of_weights_and_of_whitened_weights(geometry, name):
     model, inputs, layer = given_geometry(geometry)
-    method, kernel = BY_NAME[name], model.layer.weight.detach().reshape(layer.weight)
+    method, kernels = BY_NAME[name], kernels_of(model, layer)
     found = made(model, layer, method, correlated(inputs))
-    root = whole_root(found.whitening, method.holds(layer.weight), layer.weight)
+    roots = [
+        math.sqrt(group.whitening.variance) * whole_root(group.whitening, method.holds(layer.weight), layer.weight)
+        for group in found.groups
+    ]
     candidates = list(found.candidates())
     assert (
         candidates
@@ -163,10 +173,11 @@ def test_the_errors_of_candidates_are_those_of_weights_and_of_whitened_weights(g
         or not method.shrinks(layer, (1,) * len(method.bounds(layer.weight)))
     )
     for candidate in candidates[:: max(1, len(candidates) // 6)]:
-        difference = method.reconstruct(found.factors(candidate.value), layer.weight) - kernel
-        in_metric = relative(difference.flatten(1) @ root, kernel.flatten(1) @ root)
+        rebuilt = method.reconstruct(found.factors(candidate.value), layer.weight, layer.groups)
+        differences = torch.stack(rebuilt.tensor_split(layer.groups)) - torch.stack(kernels)
+        in_metric = relative(in_the_metric(differences, roots), in_the_metric(kernels, roots))
         assert candidate.data_error == pytest.approx(in_metric, abs=1e-6)
-        assert candidate.error == pytest.approx(relative(difference, kernel), abs=1e-9)
+        assert candidate.error == pytest.approx(relative(differences, torch.stack(kernels)), abs=1e-9)
 
 
 @contract
@@ -195,7 +206,7 @@ def test_the_mean_of_the_outputs_is_kept(geometry, name, exact):
 def by_channel(outputs, layer):
     """The outputs as rows (n, out), channels last."""
     axis = outputs.dim() - 1 if layer.kind == "Linear" else outputs.dim() - 1 - len(layer.calls[0].out_size)
-    return outputs.movedim(axis, -1).reshape(-1, layer.weight[0])
+    return outputs.movedim(axis, -1).reshape(-1, layer.groups * layer.weight[0])
 
 
 @pytest.mark.parametrize("geometry", SVDS)
@@ -219,18 +230,17 @@ def test_the_whitened_error_is_that_of_the_outputs(geometry, exact):
 @pytest.mark.parametrize("geometry", SVDS)
 def test_no_svd_of_its_rank_has_a_smaller_whitened_error(geometry):
     model, inputs, layer = given_geometry(geometry)
-    method, kernel = BY_NAME["svd"], model.layer.weight.detach().reshape(layer.weight)
-    found = measured(model, layer, method, correlated(inputs))
-    root = whole_root(found, method.holds(layer.weight), layer.weight)
+    method, differs = BY_NAME["svd"], False
 
-    def error(one, ranks):
+    def error(one, kernel, root, ranks):
         return float(((rebuilt(one, layer, kernel, method, ranks) - kernel).flatten(1) @ root).norm())
 
-    differs = False
-    for ranks in some_ranks(method, layer):
-        whitened, plain = error(found, ranks), error(Whitening(), ranks)
-        assert whitened <= plain * (1 + 1e-9) + 1e-9
-        differs |= whitened < 0.99 * plain
+    for found, kernel in measured(model, layer, method, correlated(inputs)):
+        root = whole_root(found, method.holds(layer.weight), layer.weight)
+        for ranks in some_ranks(method, layer):
+            whitened, plain = (error(one, kernel, root, ranks) for one in (found, Whitening()))
+            assert whitened <= plain * (1 + 1e-9) + 1e-9
+            differs |= whitened < 0.99 * plain
     assert differs
 
 
@@ -260,15 +270,16 @@ def test_without_inputs_nothing_is_whitened(name):
     model, inputs, layer = given_geometry("linear behind a map")
     method = BY_NAME[name]
     plain = profile(model, inventory(model, inputs), {"layer": [method]}).layers["layer"]
-    assert plain.whitening == Whitening()
+    (group,) = plain.groups
+    assert group.whitening == Whitening()
     assert {candidate.data_error for candidate in plain.candidates()} == {None}
     holds, kernel = method.holds(layer.weight), model.layer.weight.detach().reshape(layer.weight)
-    assert plain.whitened[name] is plain.kernel
+    assert group.whitened[name] is group.kernel
     identity = Whitening(
         {run: torch.eye(int(torch.Size([layer.weight[m] for m in run]).numel())).double() for run in holds if run}
     )
     for candidate in plain.candidates():
-        factors = method.factors(kernel, plain.prepared[name], candidate.value.ranks, 0)
+        factors = method.factors(kernel, group.prepared[name], candidate.value.ranks, 0)
         assert all(torch.equal(a, b) for a, b in zip(plain.factors(candidate.value), factors, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(identity.fold(factors, holds, layer.weight), factors, strict=True))
         assert plain.bias_correction(candidate.value, factors) is None
@@ -285,8 +296,8 @@ def test_dead_constant_and_copied_inputs(name, inputs):
         batch[:, 1] = batch[:, 0]
     else:
         batch = torch.full_like(batch, 0.0 if inputs == "all dead" else 0.1)
-    method, kernel = BY_NAME[name], model.layer.weight.detach().reshape(layer.weight)
-    found = measured(model, layer, method, batch)
+    method = BY_NAME[name]
+    ((found, kernel),) = measured(model, layer, method, batch)
     assert all(torch.isfinite(root).all() for root in found.roots.values())
     assert max(float(torch.linalg.cond(root)) for root in found.roots.values()) < 1e3
     assert_close(rebuilt(found, layer, kernel, method, method.bounds(layer.weight)), kernel)
@@ -299,7 +310,7 @@ def test_moments_are_taken_around_the_mean_where_the_mean_can_be_corrected():
 
     def found(*layers):
         model = nn.Sequential(nn.Conv2d(4, 6, 3, bias="bias" in layers), *[nn.BatchNorm2d(6)] * ("norm" in layers)).double()
-        return whitenings(model, {inventory(model, inputs[:1])["0"]: runs}, inputs)["0"]
+        return whitenings(model, {inventory(model, inputs[:1])["0"]: runs}, inputs)["0"][0]
 
     with_bias, with_norm, with_both, with_none = found("bias"), found("norm"), found("bias", "norm"), found()
     assert (with_norm.mean, with_none.mean) == (None, None)
@@ -315,7 +326,7 @@ def test_a_normalisation_corrects_the_mean_only_for_itself():
 
     def root(run):
         model = Net(run, conv=conv, norm=norm).double()
-        return whitenings(model, {inventory(model, inputs[:1])["conv"]: runs}, inputs)["conv"].roots[1,]
+        return whitenings(model, {inventory(model, inputs[:1])["conv"]: runs}, inputs)["conv"][0].roots[1,]
 
     def beside(n, x):
         y = n.conv(x)
@@ -329,11 +340,11 @@ def test_a_normalisation_corrects_the_mean_only_for_itself():
 
 def test_modes_too_large_for_one_root_are_split(monkeypatch):
     model, inputs, layer = given_geometry("linear behind a map")
-    method, kernel, batch = BY_NAME["svd"], model.layer.weight.detach().reshape(layer.weight), correlated(inputs)
+    method, batch = BY_NAME["svd"], correlated(inputs)
     assert layer.weight[1:] == (4, 3, 5)
     for largest, runs in ((60, {(1, 2, 3)}), (59, {(1,), (2, 3)}), (14, {(1,), (2,), (3,)}), (4, {(1,), (2,)}), (2, set())):
         monkeypatch.setattr(whitening, "MAX_MOMENT_ROWS", largest)
-        found = measured(model, layer, method, batch)
+        ((found, kernel),) = measured(model, layer, method, batch)
         assert set(found.roots) == runs
         assert_close(rebuilt(found, layer, kernel, method, method.bounds(layer.weight)), kernel)
 
@@ -375,7 +386,7 @@ def test_a_layer_called_by_keyword():
 
     model = Named()
     inputs = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
-    found = whitenings(model, {inventory(model, inputs[:1])["layer"]: [(1,)]}, inputs)["layer"]
+    found = whitenings(model, {inventory(model, inputs[:1])["layer"]: [(1,)]}, inputs)["layer"][0]
     torch.testing.assert_close(found.mean, inputs.double().mean(0))
 
 
@@ -404,5 +415,5 @@ def test_moments_of_inputs_on_a_gpu_without_float64():
     with pytest.raises(TypeError, match="float64"):
         far.double()
     expected, got = whitenings(model, holds, inputs), whitenings(model, holds, far)
-    for name, metric_of in expected.items():
-        assert all(torch.equal(root, got[name].roots[modes]) for modes, root in metric_of.roots.items())
+    for name, (one,) in expected.items():
+        assert all(torch.equal(root, got[name][0].roots[modes]) for modes, root in one.roots.items())

@@ -39,7 +39,7 @@ def seeded():
 def assert_same(one, other):
     for name, mine in one.layers.items():
         theirs = other.layers[name]
-        assert mine.whitening.roots.keys() == theirs.whitening.roots.keys()
+        assert mine.groups[0].whitening.roots.keys() == theirs.groups[0].whitening.roots.keys()
         values = [candidate.value for candidate in mine.candidates()][::5]
         # CP at a rank between two prepared ones is fitted again, from the whitened kernel.
         values += [type(v)(v.rank - 1, kernel=v.kernel) for v in values if type(v) in (plan.CP, plan.CP4) and v.rank > 2]
@@ -115,8 +115,8 @@ def test_layers_of_equal_weights_and_alike_names_keep_their_own_whitening(tmp_pa
     again = small_profile(model, inputs, cache=tmp_path)
     assert len(files(tmp_path)) == 2
     for name in ("a b", "a_b"):
-        assert torch.equal(found.layers[name].whitening.mean, again.layers[name].whitening.mean)
-    assert not torch.equal(again.layers["a b"].whitening.mean, again.layers["a_b"].whitening.mean)
+        assert torch.equal(found.layers[name].groups[0].whitening.mean, again.layers[name].groups[0].whitening.mean)
+    assert not torch.equal(again.layers["a b"].groups[0].whitening.mean, again.layers["a_b"].groups[0].whitening.mean)
 
 
 def test_a_source_reads_what_a_model_does_not_keep():
@@ -216,7 +216,7 @@ def test_only_what_feeds_a_normalisation_is_centred_without_a_bias():
     ).eval()
     inputs = normal(64, 6, seed=1).float() + 3
     holds = {layer: [(1,)] for layer in inventory(model, inputs[:1]).layers}
-    roots = {name: found.roots[(1,)] for name, found in whitenings(model, holds, inputs).items()}
+    roots = {name: found.roots[(1,)] for name, (found,) in whitenings(model, holds, inputs).items()}
     seen = torch.relu(model.norm(model.first(inputs))).double()
     for name, rows, centred in (("first", inputs.double(), True), ("last", seen, False)):
         around = rows - rows.mean(0) if centred else rows

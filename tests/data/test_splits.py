@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from ranksearch.data import Splits, batches, check_splits, digits, example, sample, size
+from ranksearch.data import Splits, batches, check_splits, digits, example, sample, sample_inputs, size
+from ranksearch.data.images import Images
 from ranksearch.errors import DataError
+from ranksearch.support.batch import batch_shapes, batch_size
+from ranksearch.support.nesting import PerInput
 
 
 def test_digits_are_split_once_for_all():
@@ -172,6 +177,101 @@ def test_an_iterable_data_set_is_not_map_style():
     good = TensorDataset(torch.zeros(4, 2), torch.arange(4))
     with pytest.raises(DataError, match="Each split must be a map-style Dataset, but 'test' is a Counted"):
         check_splits(Splits(good, good, Counted(), None, ""))
+
+
+class Nested(Plain):
+    """Samples that a function makes of an index."""
+
+    def __init__(self, make, count=7):
+        self.make, self.count = make, count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return self.make(index)
+
+
+def test_tuples_of_inputs_stay_tuples():
+    split = Nested(lambda i: ((torch.zeros(2), [i, 2.0]), {"label": i, "more": (torch.ones(3),)}))
+    inputs, targets = next(batches(split, 4))
+    assert batch_shapes((inputs, targets)) == (((4, 2), [(4,), (4,)]), {"label": (4,), "more": ((4, 3),)})
+    check_splits(Splits(split, split, split, None, ""))
+
+
+def boxes(index):
+    return torch.zeros(3, 4, 4 + index), {"boxes": torch.zeros(index, 4)}
+
+
+def as_lists(samples):
+    images, targets = zip(*samples, strict=True)
+    return list(images), list(targets)
+
+
+def test_a_collate_function_gives_lists_with_an_entry_for_each_input():
+    data = Splits(*[Nested(boxes)] * 3, None, "", as_lists)
+    check_splits(data)
+    images, targets = next(batches(data.train, 3))
+    assert [image.shape[2] for image in images] == [4, 5, 6]
+    assert isinstance(targets, PerInput)
+    assert batch_size(example(data.validation)) == 1
+    assert len(sample_inputs(data.train, 5, seed=0)) == 5
+    assert sorted(len(each["boxes"]) for _, each in (sample(data.test, 4, seed=0)[i] for i in range(4))) != []
+    assert size(replace(data, train=Nested(boxes, 3)).train) == 3
+    assert replace(data, train=Nested(boxes, 3)).validation is data.validation
+
+
+@pytest.mark.parametrize(
+    ("collate", "message"),
+    [
+        (lambda samples: 1 / 0, r"Splits.collate must make a batch of any samples, but of 7 it raised ZeroDivisionError: division by zero; correct the function\."),
+        (lambda samples: {"x": 1}, r"Splits.collate must return a pair \(inputs, targets\), but returned a dict; correct"),
+        (lambda samples: (1, 2, 3), r"must return a pair \(inputs, targets\), but returned a tuple of 3; correct"),
+        (lambda samples: ([torch.zeros(7), torch.zeros(7)], torch.zeros(7)), r"A list that Splits.collate returns must have an entry for each input, but has 2 for 7 inputs; return a tuple or a dict to nest tensors"),
+        (lambda samples: ((torch.zeros(7), torch.zeros(3)), torch.zeros(7)), r"The first dimension of each tensor must count the inputs of a batch, but a batch of split 'train' has the shapes \(\(\(7,\), \(3,\)\), \(7,\)\); correct"),
+    ],
+)  # fmt: skip
+def test_collate_functions_that_are_refused(collate, message):
+    data = Splits(*[Nested(boxes)] * 3, None, "", collate)
+    with pytest.raises(DataError, match=message):
+        check_splits(data)
+
+
+def test_a_collate_function_of_splits_that_make_their_batches():
+    images = Images(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.arange(4), torch.zeros(1), torch.ones(1))
+    with pytest.raises(
+        DataError, match=r"Splits.collate is for splits that give one input at a time, but 'train' is a Images, which"
+    ):
+        check_splits(Splits(images, images, images, None, "", as_lists))
+
+
+def test_nestings_that_change():
+    def sample(index):
+        return {"image": torch.zeros(2)} if index < 512 else {"picture": torch.zeros(2)}, 0
+
+    good = Nested(lambda i: (torch.zeros(2), 0))
+    words = r"All batches must be nested alike, but one of split 'train' is \({'picture': tensor}, tensor\) and the first of 'train' is \({'image': tensor}, tensor\); let every sample"
+    with pytest.raises(DataError, match=words):
+        check_splits(Splits(Nested(sample, 600), good, good, None, ""))
+    with pytest.raises(
+        DataError, match=r"but one of split 'validation' is \(tensor, tensor\) and the first of 'train' is \({'image"
+    ):
+        check_splits(Splits(Nested(sample, 5), good, good, None, ""))
+    with pytest.raises(DataError, match=r"must be readable in batches, but 'train' raised KeyError"):
+        check_splits(Splits(Nested(lambda i: ({str(i): torch.zeros(2)}, 0)), good, good, None, ""))
+
+
+def test_targets_that_are_no_numbers():
+    words = Nested(lambda i: (torch.zeros(2), f"name {i}"))
+    with pytest.raises(
+        DataError, match=r"A split must hold pairs \(input, target\) of tensors or numbers, but 'train' does not"
+    ):
+        check_splits(Splits(words, words, words, None, ""))
+    nested = Nested(lambda i: (torch.zeros(2), {"label": i}))
+    with pytest.raises(
+        DataError, match=r"Targets must be one integer class number per input, but split 'train' holds {'label': tensor}; for"
+    ):
+        check_splits(Splits(nested, nested, nested, 3, ""))
 
 
 def test_a_first_look_reads_one_batch():

@@ -17,7 +17,8 @@ from ranksearch.data.scenes import Scene, find_scenes
 from ranksearch.errors import DataError
 from ranksearch.models import ccnn
 from ranksearch.task import training
-from ranksearch.task.task import Task, check_outputs, predict
+from ranksearch.task.checks import check_outputs
+from ranksearch.task.task import Task, predict
 from tests.pictures import SHIFTS, pair, write_scenes
 
 CPU = torch.device("cpu")

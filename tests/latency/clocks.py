@@ -7,12 +7,13 @@ import math
 from torch import nn
 
 from ranksearch.compress.inventory import count_macs, count_params
-from ranksearch.support.batch import tensors_in
+from ranksearch.methods.layer import CONVOLUTIONS
+from ranksearch.support.nesting import tensors_in
 
 
 def counting(module: nn.Module, inputs: object) -> float:
     """A hundredth of a millisecond a convolution or product, and a nanosecond a multiply-accumulate."""
-    layers = sum(isinstance(part, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)) for part in module.modules())
+    layers = sum(isinstance(part, (*CONVOLUTIONS, nn.Linear)) for part in module.modules())
     return 0.01 * layers + 1e-6 * count_macs(module, inputs) + 0.001 * len(tensors_in(inputs))
 
 

@@ -19,8 +19,8 @@ EXAMPLE = torch.ones(1, 1, 8, 8)
 METHOD_NAMES = ("tucker2", "cp", "svd", "spatial")
 
 
-def table_of(function, example=EXAMPLE, constraints=FEWER_PARAMS):
-    model = nets.small().eval()
+def table_of(function, example=EXAMPLE, constraints=FEWER_PARAMS, make=nets.small):
+    model = make().eval()
     layers = inventory(model, EXAMPLE)
     methods = {axis.layer.name: axis.methods for axis in make_space(layers, METHOD_NAMES, constraints=constraints).axes}
     found = latency_table(model, layers, methods, UserFunction(function, "clock"), example, constraints=constraints)
@@ -37,9 +37,15 @@ def plans_of(layers, methods, count=20):
         yield Plan.of(values)
 
 
-@pytest.mark.parametrize("clock", [clocks.counting, clocks.streaming])
-def test_times_that_follow_from_the_work_are_predicted_exactly(clock):
-    model, layers, methods, found = table_of(clock)
+@pytest.mark.parametrize(
+    ("clock", "make"),
+    [
+        (clocks.counting, nets.small), (clocks.streaming, nets.small), (clocks.counting, nets.grouped),
+        (clocks.counting, nets.unet),
+    ],
+)  # fmt: skip
+def test_times_that_follow_from_the_work_are_predicted_exactly(clock, make):
+    model, layers, methods, found = table_of(clock, make=make)
     timed = found.applied(layers)
     assert timed.costs["latency"] == pytest.approx(clock(model, EXAMPLE), rel=0.02)
     for plan in plans_of(layers, methods):

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ranksearch.compress.surgery import factorize_, kernel_of
+from ranksearch.methods.groups import stack
+from ranksearch.methods.layer import CONVOLUTIONS, TRANSPOSED, as_kernel, as_weight
 from tests.geometries import (
     BY_NAME,
     GEOMETRIES,
@@ -25,7 +27,7 @@ from tests.geometries import (
 )
 from tests.nets import normal
 
-PLAIN = {nn.Sequential, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Unflatten, nn.Flatten}
+PLAIN = {nn.Sequential, *CONVOLUTIONS, nn.Linear, nn.Unflatten, nn.Flatten}
 laws = settings(max_examples=40, deadline=None)
 # torch warns that an even kernel with padding 'same' pads one side more, as intended.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
@@ -39,8 +41,9 @@ def factorized(model, layer, method, ranks, seed=0):
 
 
 def factors_of(model, layer, method, ranks, seed=0):
-    kernel = kernel_of("layer", model.layer, method.value(layer, ranks)).reshape(layer.weight)
-    return kernel, method.factors(kernel, method.prepare(kernel, [ranks], seed), ranks, seed)
+    kernel = kernel_of("layer", model.layer, method.value(layer, ranks))
+    kernels = [one.reshape(layer.weight) for one in kernel.tensor_split(layer.groups)]
+    return kernel, stack([method.factors(one, method.prepare(one, [ranks], seed), ranks, seed) for one in kernels])
 
 
 def check_identity(model, inputs, layer, method):
@@ -64,12 +67,12 @@ def check_reconstruction(model, inputs, layer, method):
     """The modules compute the dense layer with the reconstructed kernel, and the factors have the promised shapes."""
     for ranks in some_ranks(method, layer):
         kernel, factors = factors_of(model, layer, method, ranks)
-        assert tuple(tuple(factor.shape) for factor in factors) == method.factor_shapes(layer.weight, ranks)
-        rebuilt = method.reconstruct(factors, layer.weight)
-        assert rebuilt.shape == kernel.shape
+        assert tuple(tuple(factor.shape) for factor in factors) == method.factor_shapes(layer.weight, ranks, layer.groups)
+        rebuilt = method.reconstruct(factors, layer.weight, layer.groups)
+        assert rebuilt.numel() == kernel.numel()
         dense = copy.deepcopy(model)
         with torch.no_grad():
-            dense.layer.weight.copy_(rebuilt.reshape(dense.layer.weight.shape))
+            dense.layer.weight.copy_(as_weight(dense.layer, rebuilt))
         assert_close(factorized(model, layer, method, ranks)(inputs), dense(inputs))
 
 
@@ -96,9 +99,9 @@ def test_modules_compute_the_reconstructed_kernel(geometry, name):
 
 def is_needless(part, other):
     """Whether the weight of `part` can be multiplied into that of `other`, its neighbour, without making that larger."""
-    as_matrix = math.prod(part.weight.shape[2:]) == 1 and getattr(part, "groups", 1) == 1
-    square = as_matrix and part.weight.shape[0] == part.weight.shape[1]
-    return square and max(getattr(part, "stride", (1,))) == 1 and getattr(other, "groups", 1) == 1
+    groups, (out, into, *positions) = getattr(part, "groups", 1), as_kernel(part, part.weight).shape
+    square = math.prod(positions) == 1 and out == groups * into
+    return square and max(getattr(part, "stride", (1,))) == 1 and getattr(other, "groups", 1) == groups
 
 
 @contract
@@ -158,19 +161,41 @@ def convolutions(draw):
     stride = (1,) * dims if padding == "same" else each(1, 3)
     # Larger than the kernel and than reflected or circular padding.
     size = tuple(d * (k - 1) + 2 + more for d, k, more in zip(dilation, kernel, each(1, 2), strict=True))
-    channels, out = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    channels, out, groups = (draw(st.integers(1, 4)) for _ in range(3))
+    groups = groups if channels * out > 1 else 1  # small depthwise convolutions are not decomposed
     layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](
-        channels, out, kernel, stride, padding, dilation, bias=draw(st.booleans()), padding_mode=mode
+        groups * channels, groups * out, kernel, stride, padding, dilation, groups, draw(st.booleans()), mode
     )
-    return alone(layer), (channels, *size)
+    return alone(layer), (groups * channels, *size)
+
+
+@st.composite
+def transposed_convolutions(draw):
+    """A transposed convolution of 1 to 3 dimensions with any settings that torch accepts, and a fitting size of an input."""
+    dims = draw(st.integers(1, 3))
+
+    def each(low, *high):
+        return tuple(draw(st.integers(low, most)) for most in (high if len(high) == dims else high * dims))
+
+    kernel, dilation, stride = each(1, 3), each(1, 2), each(1, 3)
+    output_padding = each(0, *(max(pair) - 1 for pair in zip(stride, dilation, strict=True)))
+    # Padding crops at most the whole kernel; larger inputs leave an output.
+    around = [apart * (k - 1) for apart, k in zip(dilation, kernel, strict=True)]
+    padding, size = each(0, *around), tuple(1 + both + more for both, more in zip(around, each(1, 2), strict=True))
+    channels, out, groups = (draw(st.integers(1, 4)) for _ in range(3))
+    groups = groups if channels * out > 1 else 1
+    layer = TRANSPOSED[dims - 1](
+        groups * channels, groups * out, kernel, stride, padding, output_padding, groups, draw(st.booleans()), dilation
+    )
+    return alone(layer), (groups * channels, *size)
 
 
 @laws
-@given(convolutions(), st.integers(0, 1000))
+@given(convolutions() | transposed_convolutions(), st.integers(0, 1000))
 def test_the_contract_holds_for_any_convolution(geometry, seed):
     model, inputs, layer = prepared(*geometry, seed=seed)
     methods = fitting(layer)
-    assert methods
+    assert methods or layer.weight[:2] == (1, 1)
     for method in methods:
         check_identity(model, inputs, layer, method)
         check_costs(model, inputs, layer, method)

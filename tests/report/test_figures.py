@@ -46,10 +46,10 @@ def test_hypervolume_is_above_the_best_trial_where_none_reaches_the_dense_model(
 
 
 def test_one_point_below_dense_counts_as_near():
-    dense = replace(RECORD.facts.dense, score_validation=0.98)
+    facts = replace(RECORD.facts, dense=replace(RECORD.facts.dense, score_validation=0.98))
     trial = replace(RECORD.front[0], finalist=None, score=0.97)
-    assert figures.near_dense([trial], dense, RECORD.facts.objectives) is trial
-    assert figures.near_dense([replace(trial, score=0.9699)], dense, RECORD.facts.objectives) is None
+    assert figures.near_dense(replace(RECORD, facts=facts, trials=(trial,))) is trial
+    assert figures.near_dense(replace(RECORD, facts=facts, trials=(replace(trial, score=0.9699),))) is None
 
 
 def test_correlations_need_three_trials_that_got_to_the_end():

@@ -17,7 +17,8 @@ from tests.report_study import study_record
 
 FILES = {"report.html", "report.md", "front.csv", "front.json", "front.png", "front-latency.png", "trials.csv"}
 FRONT_KEYS = {
-    "trial", "score_validation", "score_test", "ratio", "params", "macs", "width", "plan", "plan_text", "origin", "epochs",
+    "trial", "score_validation", "score_validation_interval", "score_test", "score_test_interval", "ratio", "params", "macs",
+    "width", "plan", "plan_text", "origin", "epochs",
     "latency_ms", "knee", "within_limits",
 }  # fmt: skip
 
@@ -30,7 +31,7 @@ def test_the_report_is_these_files(report):
 def test_json_has_the_keys_that_tools_read(report):
     content = report.json
     assert list(content) == [
-        "name", "front", "dense", "controls", "minimize", "limits", "versions", "seed", "seconds", "score_name", "machine", "command",
+        "name", "front", "within_one_point", "dense", "controls", "minimize", "limits", "versions", "seed", "seconds", "score_name", "machine", "command",
     ]  # fmt: skip
     assert set(content["dense"]) == {"params", "macs", "score_validation", "score_test", "latency_ms", "timings"}
     assert all(set(row) == FRONT_KEYS | {"timings"} for row in content["front"])
@@ -59,7 +60,7 @@ def test_csv_equals_json(report):
         assert set(flat) == FRONT_KEYS
         assert json.loads(flat["plan"]) == row["plan"]
         for key in FRONT_KEYS - {"plan"}:
-            assert flat[key] == str(row[key])
+            assert flat[key] == ("" if row[key] is None else str(row[key]))
 
 
 def test_page_and_markdown_show_the_figures_of_the_json(report):

@@ -11,9 +11,9 @@ from rich.console import Console
 from ranksearch import console
 from ranksearch.errors import StudyError
 from ranksearch.report import write_report
+from ranksearch.results.choosing import choose
 from ranksearch.results.costs import COSTS, PARAMS, Cost, costs_of, register_cost
 from ranksearch.results.limits import Limits
-from ranksearch.results.record import choose
 from tests.report_study import study_record
 
 RECORD = study_record()
@@ -60,7 +60,9 @@ def test_the_front_is_of_models_that_have_the_cost(memory):
     assert record.front[-1] == best
     ratio = record.facts.objectives.ratio
     assert [ratio(trial) for trial in record.front] == sorted(ratio(trial) for trial in record.front)
-    assert choose(record.trials, record.facts.objectives, min_score=0.0) == best
+    assert (
+        choose(record.trials, record.facts.objectives, dense_score=record.facts.dense.score_validation, min_score=0.0) == best
+    )
 
 
 def test_limits_are_of_the_cost_and_spare_what_has_no_number(memory):

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 import ranksearch
 from ranksearch.errors import SpecError
 from ranksearch.report import write_report
+from ranksearch.results.choosing import front_of
 from ranksearch.results.limits import UNLIMITED, Limits
 from ranksearch.results.messages import Outcome
 from ranksearch.results.objectives import Objectives
-from ranksearch.results.record import MAX_UNTRAINED, StudyRecord, front_of
+from ranksearch.results.record import StudyRecord
+from ranksearch.results.trials import MAX_UNTRAINED
 from ranksearch.strategy.bases import Bases, check_limits
 from ranksearch.strategy.space import Size, size_of
 from ranksearch.study.options import Local, Options

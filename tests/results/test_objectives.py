@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ranksearch.compress.export import load_model
+from ranksearch.compress.saved import load_model
 from ranksearch.errors import StudyError
 from ranksearch.plan import Plan
 from ranksearch.report import figures, points, summary, write_report
 from ranksearch.results import pareto
 from ranksearch.results.attributes import read_study
+from ranksearch.results.choosing import choose, front_of
 from ranksearch.results.limits import UNLIMITED
 from ranksearch.results.messages import CurvePoint, Outcome, Result
 from ranksearch.results.objectives import Objectives, prices
-from ranksearch.results.record import choose, front_of
 from ranksearch.strategy.finalists import choose_finalists
 from ranksearch.strategy.space import size_of
 from ranksearch.study.options import Local, Options
@@ -112,8 +112,12 @@ def test_finalists_are_of_the_front_and_one_is_chosen(minimize):
     assert {t.number for t in chosen} <= {t.number for t in front_of(trials, objectives)}
     assert chosen == sorted(chosen, key=objectives.ratio)
     least = min(t.finalist.score_validation for t in record.front)
-    assert choose(record.trials, objectives, min_score=least) == max(record.front, key=objectives.ratio)
-    assert choose(record.trials, objectives) == figures.knee(record.front, objectives)
+    assert choose(record.trials, objectives, dense_score=record.facts.dense.score_validation, min_score=least) == max(
+        record.front, key=objectives.ratio
+    )
+    assert choose(record.trials, objectives, dense_score=record.facts.dense.score_validation) == figures.knee(
+        record.front, objectives
+    )
 
 
 # --- the search ---

@@ -115,7 +115,7 @@ def test_the_predicted_front_is_that_of_both_nets(weights):
 
 def test_every_net_is_searched_and_no_plan_mixes_them():
     study = optuna.create_study(directions=["maximize", "maximize"])
-    knowledge = Knowledge(BASES, TABLE, DENSE_SCORE)
+    knowledge = Knowledge(BASES, TABLE, DENSE_SCORE, 0.01)
     ledger = Ledger(
         study, BASES, [("width", Plan(width=0.5))], sampler="rank", seed=0, dense_score=DENSE_SCORE, limits=UNLIMITED,
         objectives=Objectives(dense=FOUND.costs), knowledge=knowledge,

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ranksearch.results import pareto
+from ranksearch.results.choosing import front_of
 from ranksearch.results.limits import UNLIMITED, Limits
 from ranksearch.results.messages import Outcome
-from ranksearch.results.record import front_of
 from ranksearch.strategy.finalists import MAX_FINALIST_SCORE_DROP, choose_finalists, floor_of
 from tests.books import OBJECTIVES, finalist, trial
 

@@ -15,7 +15,7 @@ from ranksearch.plan import SVD, Plan
 from ranksearch.results.attributes import asked, read_asked
 from ranksearch.results.limits import UNLIMITED, Limits
 from ranksearch.results.messages import Outcome, Result
-from ranksearch.results.record import MAX_TRIES, MAX_UNTRAINED
+from ranksearch.results.trials import MAX_TRIES, MAX_UNTRAINED
 from ranksearch.strategy.sampler import RankSampler
 from ranksearch.strategy.space import size_of
 from tests.books import FOUND, SPACE, TINY, Books, knowledge, result

@@ -112,7 +112,7 @@ def test_a_floor_above_every_score_leaves_nothing_to_gain():
 
 
 def surrogate(plans, scores, seed=0):
-    return fit(TABLE, as_rows(*plans), np.array(scores, dtype=float), dense_score=0.9, floor=FLOOR, seed=seed)
+    return fit(TABLE, as_rows(*plans), np.array(scores, dtype=float), dense_score=0.9, noise=0.01, floor=FLOOR, seed=seed)
 
 
 @settings(deadline=None, max_examples=15)
@@ -151,7 +151,7 @@ def test_scores_above_the_dense_one_are_told_apart(floor):
     """The dense net scores 0.9 and trials up to 0.97, with and without a minimum score of 0.93."""
     corners = TABLE.predicted_front(np.ones(len(TABLE.layers)))
     scores = 0.97 - 0.05 * TABLE.loss_increases_of(corners).sum(1)
-    known = fit(TABLE, corners, scores, dense_score=0.9, floor=floor, seed=0)
+    known = fit(TABLE, corners, scores, dense_score=0.9, noise=0.01, floor=floor, seed=0)
     mean, std = known.expect(corners)
     assert known.top > scores.max()
     assert mean[0] < mean[len(mean) // 2] < mean[-1]
@@ -161,7 +161,9 @@ def test_scores_above_the_dense_one_are_told_apart(floor):
 
 def test_a_score_above_every_other_can_still_be_sought():
     corners = TABLE.predicted_front(np.ones(len(TABLE.layers)))
-    known = fit(TABLE, corners, 0.9 - 0.05 * TABLE.loss_increases_of(corners).sum(1), dense_score=0.9, floor=0.95, seed=0)
+    known = fit(
+        TABLE, corners, 0.9 - 0.05 * TABLE.loss_increases_of(corners).sum(1), dense_score=0.9, noise=0.01, floor=0.95, seed=0
+    )
     mean, std = known.expect(corners)
     gains = expected_gains(mean, std, TABLE.log_ratios(corners), np.array([(0.9, 0.01)]), top=known.top, floor=0.95)
     assert known.top > 0.95

@@ -18,6 +18,7 @@ from ranksearch.errors import PlanError, SpecError
 from ranksearch.methods import METHODS
 from ranksearch.plan import CP, KINDS, SVD, TT, Dense, Plan, Spatial, Tucker2
 from ranksearch.strategy.space import level_of, make_space, rank_at
+from tests.compress.test_inventory_skipped import SMALL_DEPTHWISE
 from tests.nets import small
 
 EXAMPLE = torch.ones(1, 1, 8, 8)
@@ -235,14 +236,14 @@ def grouped(count=1):
     [
         (INVENTORY, "conv3", "but 'conv3' matches none. Did you mean 'conv2'?"),
         (INVENTORY, "x", "but 'x' matches none. Valid: conv1, conv2, fc1, fc2."),
-        (grouped(), "1", "but '1' matches none. Skipped: it is depthwise."),
+        (grouped(), "1", f"but '1' matches none. Skipped: {SMALL_DEPTHWISE}."),
         (INVENTORY, "conv[3-9]", "but 'conv[3-9]' matches none. Valid: conv1, conv2, fc1, fc2."),
         (INVENTORY, "cnov*", "but 'cnov*' matches none. Did you mean 'conv2'?"),
-        (grouped(), "[1-9]", "but '[1-9]' matches none. Skipped: 1 (it is depthwise)."),
+        (grouped(), "[1-9]", f"but '[1-9]' matches none. Skipped: 1 ({SMALL_DEPTHWISE})."),
         (
             grouped(5),
             "[1-9]",
-            "but '[1-9]' matches none. Skipped: 1 (it is depthwise), 2 (it is depthwise), 3 (it is depthwise), 2 more.",
+            f"but '[1-9]' matches none. Skipped: {', '.join(f'{at} ({SMALL_DEPTHWISE})' for at in (1, 2, 3))}, 2 more.",
         ),
     ],
 )

@@ -19,7 +19,7 @@ from ranksearch.study.folder import input_difference
 from ranksearch.study.inputs import inputs_of
 from ranksearch.study.options import Local, Options
 from ranksearch.study.study import run_study
-from tests import nets
+from tests import nested, nets
 from tests.conftest import essence, least_spec, snapshot, stored
 
 pytestmark = pytest.mark.usefixtures("bare")
@@ -58,6 +58,15 @@ def test_other_data_is_recognised(changes, words):
     found = input_difference(inputs_of(splits(), None), inputs_of(splits(**changes), None))
     assert found.startswith(words)
     assert bool(found) is bool(words)
+
+
+def test_nested_inputs_and_targets_are_compared():
+    def data(scale):
+        return nested.splits(lambda image, vector, label: ({"image": image, "vector": vector * scale}, {"label": label}))
+
+    found = input_difference(inputs_of(data(1.0), None), inputs_of(data(2.0), None))
+    assert found.startswith("other data (the root mean square of some inputs in split 'train' is")
+    assert not input_difference(inputs_of(data(1.0), None), inputs_of(data(1.0), None))
 
 
 def test_a_figure_that_only_one_side_has_is_no_difference():

@@ -11,8 +11,8 @@ from torch import nn
 import ranksearch
 from ranksearch import Finalists, Recipe, Search, Space, Task, load_model
 from ranksearch.cli import main
-from ranksearch.compress.export import read_plan
 from ranksearch.compress.inventory import count_macs, count_params
+from ranksearch.compress.saved import read_plan
 from ranksearch.console import Silent
 from ranksearch.data import example
 from ranksearch.errors import ModelError, SpecError

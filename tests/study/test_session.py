@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from ranksearch.plan import Plan
 from ranksearch.results.messages import Job, Outcome, Result
-from ranksearch.results.record import MAX_TRIES
+from ranksearch.results.trials import MAX_TRIES
 from ranksearch.study.session import Session
 
 

@@ -13,12 +13,12 @@ import torch
 
 import ranksearch
 from ranksearch import Splits
-from ranksearch.compress.export import load_model
+from ranksearch.compress.saved import load_model
 from ranksearch.console import Silent, next_steps
 from ranksearch.errors import ModelError, SpecError, StudyError
 from ranksearch.report import write_report
+from ranksearch.results.choosing import choose
 from ranksearch.results.messages import Outcome
-from ranksearch.results.record import choose
 from ranksearch.settings import fields
 from ranksearch.strategy.finalists import MAX_FINALIST_SCORE_DROP
 from ranksearch.study import study
@@ -27,7 +27,8 @@ from ranksearch.study.dense import train_dense
 from ranksearch.study.options import Local, Options, Ray, check_engine, option_of
 from ranksearch.study.probing import MAX_PREDICTED_PLANS
 from ranksearch.study.study import Stopped, run_study
-from ranksearch.task.task import Task, check_float32, predict
+from ranksearch.task.checks import check_float32
+from ranksearch.task.task import Task, predict
 from tests import nets
 from tests.conftest import small_spec, stored, tiny_spec
 
@@ -121,7 +122,7 @@ def test_a_diverged_trial_is_a_record(tmp_path):
     assert "a lower finetune.learning_rate helps" in told
     assert "ranksearch export" not in next_steps(tmp_path, record, "")
     with pytest.raises(StudyError, match="Only finalists can be exported, but no trial has a score; the report says why"):
-        choose(record.trials, record.facts.objectives)
+        choose(record.trials, record.facts.objectives, dense_score=record.facts.dense.score_validation)
 
 
 class Counted(Silent):
@@ -154,7 +155,7 @@ def test_a_finalist_that_diverges_is_known_and_not_tried_again(bare, tmp_path):
     with pytest.raises(
         StudyError, match=r"Only finalists can be exported, but there are none yet \(1 failed, see the report\); finish the"
     ):
-        choose(record.trials, record.facts.objectives)
+        choose(record.trials, record.facts.objectives, dense_score=record.facts.dense.score_validation)
 
 
 @pytest.mark.slow

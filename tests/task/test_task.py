@@ -10,10 +10,11 @@ from torch import nn
 
 from ranksearch.compress.inventory import check_weights
 from ranksearch.data import Batched
-from ranksearch.errors import ModelError
+from ranksearch.errors import DataError, ModelError
 from ranksearch.task import training
-from ranksearch.task.task import Task, accuracy, check_outputs, evaluation_batch, predict
-from tests import nets
+from ranksearch.task.checks import check_arguments, check_outputs
+from ranksearch.task.task import Task, accuracy, evaluation_batch, predict
+from tests import nested, nets
 
 CPU = torch.device("cpu")
 
@@ -43,6 +44,57 @@ def test_a_model_that_gives_no_tensor():
     torn = nets.Net(lambda net, x: net.nothing if net.training else net.net(x), net=nets.small())
     with pytest.raises(ModelError, match="The model must run in training mode, but raised AttributeError: 'Net' object has no"):
         check_outputs(Task(torn, nets.few_digits()))
+
+
+def test_outputs_of_any_nesting_need_a_loss_and_a_score_that_take_them():
+    data = nested.splits(lambda image, vector, label: (image, label))
+    for model, name in ((nested.TwoHeads(nested.as_dict), "dict"), (nested.TwoHeads(nested.as_model_output), "ModelOutput")):
+        words = (
+            f"The model must return one tensor, in training mode too, but returns a {name}; wrap it, or give a loss and a score"
+        )
+        with pytest.raises(ModelError, match=words):
+            check_outputs(Task(model, data))
+        with pytest.raises(ModelError, match=words):
+            check_outputs(Task(model, data, score=nested.score_of_output))
+    with pytest.raises(
+        ModelError, match=r"The loss must return one number for outputs of shape {'label': \(2, 2\), .*KeyError: 'nothing'"
+    ):
+        check_outputs(Task(model, data, lambda outputs, targets: outputs["nothing"], nested.score_of_output))
+    assert not check_outputs(Task(model, data, nested.loss_of_output, nested.score_of_output)).loss_in_training
+
+
+def test_a_loss_is_of_the_outputs_of_training_mode_where_they_are_nested_otherwise():
+    """Normalisation and dropout are as in eval mode then, so that the loss follows from the model alone."""
+
+    def losses(net, x):
+        label = net.net(net.dropout(x))
+        return {"loss": label.square().mean()} if net.training else label
+
+    split = nested.splits(lambda image, vector, label: (image, label))
+    model = nets.Net(losses, net=nn.Sequential(nested.tower(), nn.Linear(12, 2)), dropout=nn.Dropout())
+    task = check_outputs(Task(model, split, lambda outputs, targets: outputs["loss"], nested.share_right))
+    assert task.loss_in_training
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loss = training.loss_on(model, task, split.validation, seed=0, device=CPU)
+    assert loss == training.loss_on(model, task, split.validation, seed=5, device=CPU)
+    assert loss == pytest.approx(float(predict(model, split.validation)[0].square().mean()), rel=1e-4)
+    assert not any(module.training for module in model.modules())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_batches_that_do_not_fit_together():
+    model = nets.Net(lambda net, x: x[:, :, : 2 + len(x) % 2])
+    words = r"A score needs the outputs and targets of all batches in one, but those of two batches differ in nesting or shape \(Sizes of"
+    with pytest.raises(DataError, match=words):
+        predict(model, Fixed((1, 4096, 8), 256 + 1))
+
+
+def test_a_dict_that_does_not_hold_the_arguments():
+    data = nested.splits(lambda image, vector, label: ({"image": image, "vektor": vector}, label))
+    with pytest.raises(
+        DataError, match=r"A dict of inputs must hold the arguments of the model's forward \(image, vector\) by name"
+    ):
+        check_arguments(Task(nested.TwoInputs(), data))
 
 
 def test_a_model_that_cannot_be_trained():

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ranksearch.errors import StudyError
+from ranksearch.results.choosing import choose, front_of
 from ranksearch.results.limits import Limits
-from ranksearch.results.record import choose, front_of
-from tests.books import OBJECTIVES, finalist, trial
+from tests.books import OBJECTIVES, finalist, measured, trial
 
 clouds = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20)), min_size=1, max_size=25)
 limits_of_scores = st.none() | st.floats(0.89, 1.01)
@@ -42,17 +42,17 @@ def front():
     [({}, 1), ({"number": 2}, 2), ({"min_score": 0.9}, 1), ({"min_score": 0.969}, 0), ({"min_ratio": 20}, 1), ({"min_ratio": 61}, 2)],
 )  # fmt: skip
 def test_choosing(wish, number):
-    assert choose(front(), OBJECTIVES, **wish).number == number
+    assert choose(front(), OBJECTIVES, dense_score=0.98, **wish).number == number
 
 
 def test_choosing_keeps_the_studys_limits_where_it_can():
     limits = Limits(min_score=0.96, max_costs={"params": 1000})
-    assert choose(front(), OBJECTIVES, limits=Limits(min_score=0.966)).number == 0
-    assert choose(front(), OBJECTIVES, min_ratio=20, limits=limits).number == 1
-    assert choose(front(), OBJECTIVES, min_ratio=61, limits=limits).number == 2
-    assert choose(front(), OBJECTIVES, limits=Limits(min_score=0.99)).number == 1
+    assert choose(front(), OBJECTIVES, dense_score=0.98, limits=Limits(min_score=0.966)).number == 0
+    assert choose(front(), OBJECTIVES, dense_score=0.98, min_ratio=20, limits=limits).number == 1
+    assert choose(front(), OBJECTIVES, dense_score=0.98, min_ratio=61, limits=limits).number == 2
+    assert choose(front(), OBJECTIVES, dense_score=0.98, limits=Limits(min_score=0.99)).number == 1
     with pytest.raises(StudyError, match=r"No finalist has a compression ratio of at least 101; the smallest model has 100.0"):
-        choose(front(), OBJECTIVES, min_ratio=101, limits=limits)
+        choose(front(), OBJECTIVES, dense_score=0.98, min_ratio=101, limits=limits)
 
 
 def test_choosing_by_the_compression_ratio_where_the_front_is_of_another_cost():
@@ -61,10 +61,23 @@ def test_choosing_by_the_compression_ratio_where_the_front_is_of_another_cost():
     trials = [replace(each, costs={**each.costs, "macs": macs}) for each, macs in ((few, 100), (small, 200))]
     objectives = OBJECTIVES.only("macs")
     assert front_of(trials, objectives) == trials[:1]
-    assert choose(trials, objectives, min_ratio=30).number == 1
-    assert choose(trials, objectives, min_ratio=5).number == 0
+    assert choose(trials, objectives, dense_score=0.98, min_ratio=30).number == 1
+    assert choose(trials, objectives, dense_score=0.98, min_ratio=5).number == 0
 
 
 def test_choosing_before_there_is_a_finalist():
     with pytest.raises(StudyError, match="Only finalists can be exported, but there are none yet"):
-        choose([replace(t, finalist=None) for t in front()], OBJECTIVES)
+        choose([replace(t, finalist=None) for t in front()], OBJECTIVES, dense_score=0.98)
+
+
+def test_a_smaller_model_is_passed_over_if_it_may_owe_its_score_to_luck():
+    sure, lucky = measured(0, -0.004, 0.004, 20), measured(1, -0.009, 0.008, 60)
+    assert choose([sure, lucky], OBJECTIVES, dense_score=0.98, within=0.01) is sure
+    assert choose([sure, lucky], OBJECTIVES, dense_score=0.98, within=0.02) is lucky
+
+
+def test_choosing_within_a_margin_that_no_finalist_keeps():
+    with pytest.raises(
+        StudyError, match=r"No finalist is within 0.01 of the dense net's score with a chance of at least 70%; the"
+    ):
+        choose([measured(0, -0.02, 0.004, 20)], OBJECTIVES, dense_score=0.98, within=0.01)

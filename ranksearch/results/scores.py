@@ -1,0 +1,10 @@
+"""Names of scores."""
+
+ACCURACY = "accuracy"
+AGREEMENT = "agreement with the dense net"
+EXPLAINED = "explained variance of the dense net's outputs"
+
+
+def is_percent(name: str) -> bool:
+    """Whether scores of this name are shown as per cent; all others are shown with four decimals."""
+    return name in (ACCURACY, AGREEMENT)
