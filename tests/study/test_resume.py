@@ -32,6 +32,7 @@ from ranksearch.results.attributes import (
 from ranksearch.results.limits import UNLIMITED
 from ranksearch.results.messages import CurvePoint, Outcome, Result
 from ranksearch.results.objectives import Objectives
+from ranksearch.results.record import DEFAULT_STANDARD_ERROR
 from ranksearch.strategy.bases import Bases
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.prior import vbmf_plans
@@ -87,11 +88,15 @@ def ledger_of(study, dense=None, cache=None, *, initial_plans=None):
         initial_plans = read_initial_plans(study) or list(vbmf_plans(space, layers.vbmf))
     dense_losses, probes = read_probes(study)
     bases = Bases.of(space, found)
-    score = read_facts(study).dense.score_validation if has_facts(study) else 0.65
+    dense_net = read_facts(study).dense if has_facts(study) else None
+    score, noise = (dense_net.score_validation, dense_net.standard_error) if dense_net else (0.65, DEFAULT_STANDARD_ERROR)
     return Ledger(
         study, bases, initial_plans, sampler="rank", seed=0, dense_score=score,
         limits=UNLIMITED, objectives=Objectives(dense=found.costs),
-        knowledge=Knowledge.of(bases, [layers], probes, dense_losses=dense_losses, dense_score=score, limits=UNLIMITED, minimize=("params",)),
+        knowledge=Knowledge.of(
+            bases, [layers], probes, dense_losses=dense_losses, dense_score=score, noise=noise, limits=UNLIMITED,
+            minimize=("params",),
+        ),
     )  # fmt: skip
 
 
