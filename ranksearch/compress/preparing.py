@@ -68,13 +68,13 @@ def _estimate(kernel: Tensor, mode: int) -> int | None:
 
 
 def joint_vbmf_ranks(kernels: Sequence[Tensor]) -> tuple[int | None, int | None]:
-    """One estimate for all groups of a layer: the median of those groups that have one, the upper one of two.
+    """One estimate for all groups of a layer: their median, where a group without an estimate counts as 0; None if that is 0.
 
     The largest of many estimates would grow with the number of groups by chance alone.
     """
     estimates = zip(*map(vbmf_ranks, kernels), strict=True)
-    into, out = ([rank for rank in ranks if rank] for ranks in estimates)
-    return statistics.median_high(into) if into else None, statistics.median_high(out) if out else None
+    into, out = (statistics.median_high(rank or 0 for rank in ranks) or None for ranks in estimates)
+    return into, out
 
 
 @dataclass
@@ -270,8 +270,8 @@ def _unstacked(tensors: Mapping[str, Tensor]) -> tuple[Whitening, ...]:
 
 
 def _digest(kernel: Tensor, grids: Mapping[str, Grid], whitening: str, seed: int, groups: int) -> str:
-    # The hash includes a version of the algorithms (8), so that caches of older releases are not used.
-    about = f"8|{sorted(grids.items())}|{whitening}|{seed}|{tuple(kernel.shape)}|{groups}|{kernel.dtype}"
+    # The hash includes a version of the algorithms (9), so that caches of older releases are not used.
+    about = f"9|{sorted(grids.items())}|{whitening}|{seed}|{tuple(kernel.shape)}|{groups}|{kernel.dtype}"
     return hashlib.sha256(about.encode() + kernel.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
