@@ -37,11 +37,11 @@ def test_a_study_file_is_written_once(here, capsys):
 
 
 def test_layers_that_stay_dense_are_listed_by_reason(here):
-    assert main(["init", "torchvision.models:mobilenet_v3_small", "--example", "1,3,64,64", "--to", "sub/net.toml"]) == 0
+    assert main(["init", "torchvision.models:swin_t", "--example", "1,3,64,64", "--to", "sub/net.toml"]) == 0
     text = (here / "sub" / "net.toml").read_text()
     assert 'data = "my_pkg:make_data"' in text
     assert (
-        "# Layers that stay dense: 11\n#   features.1.block.0.0, features.2.block.1.0, features.3.block.1.0 and 8 more: it is"
+        "# Layers that stay dense: 24\n#   features.1.0.attn.qkv, features.1.0.attn.proj, features.1.1.attn.qkv and 21 more: the"
         in text
     )
 
@@ -58,7 +58,7 @@ def test_a_model_of_several_inputs(here):
         (["tests.nets:small", "--example", "3,8,8"], "--example must be the shape of a batch of one input, such as 1,3,224,224, but got '3,8,8'; write 1,3,8,8."),
         (["tests.nets:small", "--example", "8x8"], "--example must be the shape of a batch of one input, such as 1,3,224,224, but got '8x8'."),
         (["tests.nets", "--example", "1,1,8,8"], "MODEL must be 'package.module:name', but got 'tests.nets'."),
-        (["tests.nets:smal", "--example", "1,1,8,8"], "MODEL: module 'tests.nets' has no 'smal'. Did you mean 'small'?"),
+        (["tests.nested:TwoInput", "--example", "1,5"], "MODEL: module 'tests.nested' has no 'TwoInput'. Did you mean 'TwoInputs'?"),
         (["tests.nets:not_a_model", "--example", "1,1,8,8"], "MODEL must return an nn.Module, but 'tests.nets:not_a_model' returned a int."),
         (["tests.nets:small", "--example", "1,1,8,8", "--arg", "classes"], "--arg must read name=value, but got 'classes'."),
         (["tests.nets:small", "--example", "1,1,8,8", "--arg", "size=3"], "MODEL: tests.nets:small must take the arguments {'size': 3}, but: got an"),
