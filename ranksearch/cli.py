@@ -229,7 +229,7 @@ def _study(options: argparse.Namespace, argv: list[str]) -> int:
         screen.out(f"\nStopped. Resume with:  {_command_text(argv, options.storage)}", highlight=False)
         return INTERRUPTED
     screen.print(views.front_table(record.shown, record.facts, title="the front"))
-    for note in filter(None, [summary.against_controls(record), *record.notes]):
+    for note in filter(None, [summary.headline(record), summary.against_controls(record), *record.notes]):
         screen.out(note, highlight=False)
     screen.out(views.next_steps(out, record, _storage_option(options.storage)), highlight=False)
     return 0

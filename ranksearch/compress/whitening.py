@@ -46,8 +46,8 @@ ROWS = 16384
 """How many rows of a factor are folded at once."""
 BATCH = 32
 """Inputs per forward pass. The patches of one such batch are in memory at a time."""
-MAX_PATCH_VALUES = 2**25
-"""How many values these patches may hold, 256 MiB, before fewer positions are drawn. Large depthwise kernels reach it."""
+MAX_PATCH_VALUES = 2**23
+"""How many values these patches may hold, 64 MiB, before fewer positions are drawn. Large depthwise kernels reach it."""
 MIN_RELATIVE_VARIANCE = 1e-9
 """If the variance of a layer's inputs is less than this part of their mean square, they are constant up to rounding."""
 

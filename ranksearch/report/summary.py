@@ -66,7 +66,11 @@ def headline(record: StudyRecord) -> str:
     ratios = zip(ratio_words(record, best), facts.objectives.minimize, strict=True)
     size = " and ".join(f"{figure} {words} {_instead_of(record, best, COSTS[cost])}" for (figure, words), cost in ratios)
     chance = figures.chance_near_dense(record, best)
-    sure = "" if chance is None else f" Judged by validation, the chance that it is within {near} on new data is {chance:.0%}."
+    sure = (
+        ""
+        if chance is None
+        else f" Judged by validation, the chance that it is within {near} on new data is {text.chance(chance)}."
+    )
     return f"The smallest model within {near} of the dense net is trial {best.number}: {size}, {_scores(record, best)}.{sure}"
 
 

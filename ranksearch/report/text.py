@@ -42,6 +42,11 @@ def difference(value: float, score_name: str) -> str:
     return _signed(f"{100 * value:+.1f}" if is_percent(score_name) else f"{value:+.4f}")
 
 
+def chance(probability: float) -> str:
+    """A probability as whole per cent; near certainty is not shown as certainty: `86 %`, `>99 %`."""
+    return ">99 %" if probability > 0.995 else f"{100 * probability:.0f} %"
+
+
 def interval(low: float, high: float, score_name: str) -> str:
     """An interval of a difference of scores: `[-1.9, +0.3]`."""
     return f"[{difference(low, score_name)}, {difference(high, score_name)}]"

@@ -124,8 +124,8 @@ def _why_none(
 ) -> str:  # fmt: skip
     if within is not None:
         best = max(chances_within(finalists, within, dense_score, objectives).values())
-        sure = f"with a chance of at least {SURE_ENOUGH:.0%}"
-        return f"No finalist is within {within:g} of the dense net's score {sure}; the best has {best:.0%}."
+        sure = f"with a chance of at least {100 * SURE_ENOUGH:.0f} %"
+        return f"No finalist is within {within:g} of the dense net's score {sure}; the best has {100 * best:.0f} %."
     if min_score is not None:
         best = max(map(_score, finalists))
         return f"No finalist has a validation score of at least {min_score:g}; the best has {best:.4f}."

@@ -78,6 +78,6 @@ def test_a_smaller_model_is_passed_over_if_it_may_owe_its_score_to_luck():
 
 def test_choosing_within_a_margin_that_no_finalist_keeps():
     with pytest.raises(
-        StudyError, match=r"No finalist is within 0.01 of the dense net's score with a chance of at least 70%; the"
+        StudyError, match=r"No finalist is within 0.01 of the dense net's score with a chance of at least 70 %; the"
     ):
         choose([measured(0, -0.02, 0.004, 20)], OBJECTIVES, dense_score=0.98, within=0.01)
