@@ -21,7 +21,7 @@ def not_accepted(model: nn.Module, example: Any, error: Exception) -> ModelError
         inputs = ", ".join(sorted(name_of(kind) for kind in kinds))
         fix = f"its weights are {name_of(odd)} and the input is {inputs}: call .float() on the model, or convert the data"
     elif isinstance(example, tuple):
-        fix = "a tuple is given as one argument; wrap a model that takes several"
+        fix = "a tuple holds the arguments of a forward that takes as many, and else is its only argument; wrap the model"
     return ModelError(
         f"The model must accept one input of shape {batch_shapes(example)}, but its forward raised "
         f"{type(error).__name__}: {first_line(error)}; {fix}."

@@ -93,7 +93,7 @@ def inventory(model: nn.Module, example: Any) -> Inventory:
 
     Args:
         model: the dense model, on the device of the example; not changed.
-        example: the argument of its forward: a tensor (batch, ...), or nested tuples, lists and dicts of tensors.
+        example: what its forward takes: a tensor (batch, ...), or tensors nested in any way, as `arguments_of` says.
 
     Raises:
         ModelError: the model does not accept the example, holds NaN or infinite weights, is compiled, or has no decomposable

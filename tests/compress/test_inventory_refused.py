@@ -116,7 +116,8 @@ EXAMPLES = {
         Net(lambda n, x: n.head(x), head=nn.Linear(7, 2)),
         (IMAGE, torch.ones(1, 7)),
         "The model must accept one input of shape ((1, 4, 6, 5), (1, 7)), but its forward raised TypeError: linear(): argument "
-        "'input' (position 1) must be Tensor, not tuple; a tuple is given as one argument; wrap a model that takes several.",
+        "'input' (position 1) must be Tensor, not tuple; a tuple holds the arguments of a forward that takes as many, and else is its "
+        "only argument; wrap the model.",
     ),
     "sizes that differ": (
         Net(lambda n, x: n.head(x[0]), head=nn.Linear(7, 2)),
