@@ -7,7 +7,7 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +76,8 @@ def export_plan(
     weights = weights_of(model)
     with tempfile.TemporaryDirectory() as scratch_folder:
         write_model(Path(scratch_folder), plan, weights)
-        difference = _compare(model if original is None else original, load_model(dense, scratch_folder), inputs)
+        loaded = load_model(dense, scratch_folder)
+        difference = _compare(model if original is None else original, run_model(loaded, inputs), inputs)
     write_model(target, plan, weights)
     return difference
 
@@ -100,7 +101,7 @@ def export_onnx(
             feed = {entry.name: arrays[entry.name] for entry in session.get_inputs()}  # it may lack unused inputs
             return [torch.from_numpy(array) for array in session.run(None, feed)]
 
-    difference = _compare(model if original is None else original, run, inputs)
+    difference = _compare(model if original is None else original, run(inputs), inputs)
     write_whole(target, data)
     return difference
 
@@ -191,7 +192,8 @@ def export_pt2(model: nn.Module, inputs: Any, target: Path, *, original: nn.Modu
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     buffer.seek(0)
-    difference = _compare(model if original is None else original, torch.export.load(buffer).module(), inputs)
+    loaded = torch.export.load(buffer).module()
+    difference = _compare(model if original is None else original, run_model(loaded, inputs), inputs)
     write_whole(target, buffer.getvalue())
     return difference
 
@@ -220,14 +222,14 @@ def _free_batch(tensor: Tensor) -> dict[int, Any] | None:
     return {0: torch.export.Dim("batch")} if tensor.dim() else None
 
 
-def _compare(model: nn.Module, other: Callable[..., Any], inputs: Any) -> float:
-    """The largest difference of two models' outputs on real inputs.
+def _compare(model: nn.Module, outputs: Any, inputs: Any) -> float:
+    """The largest difference of a model's outputs on real inputs from these `outputs`.
 
     Raises:
         StudyError: the difference is more than rounding.
     """
     with torch.no_grad():
-        expected, got = (tensors_in(run_model(net, inputs)) for net in (model, other))
+        expected, got = tensors_in(run_model(model, inputs)), tensors_in(outputs)
     if [tensor.shape for tensor in expected] != [tensor.shape for tensor in got]:
         raise StudyError("The exported model's outputs must have the shapes of the trial's, but differ; nothing was written.")
     difference = max((largest(one.double() - two.double()) for one, two in zip(expected, got, strict=True)), default=0.0)

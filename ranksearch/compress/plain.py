@@ -89,6 +89,8 @@ def plain_of(module: nn.Module, padding: Padding | None = None) -> Plain | None:
         out, into = call.weight.shape
         return Plain(_with_weights(nn.Linear(into, out, device=META_DEVICE), call, module))
     calls = [call] if runs_as_torch(module) else [call, *_calls_of_other_sizes(module)]
+    if not all(each is not None and each.computes_as(call) for each in calls):
+        return None
     if isinstance(module, TRANSPOSED):
         # Zeros around its input are not its padding, which crops the output.
         steady = not call.pads and all(map(call.is_like, calls))

@@ -12,14 +12,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ranksearch.compress.merging import parts_in
+from ranksearch.compress.merging import can_merge, parts_in
 from ranksearch.compress.narrowing import narrow_
 from ranksearch.compress.surgery import copied, factorize_, skeleton_
 from ranksearch.compress.weights import load_, state_of, weights_of
 from ranksearch.errors import ModelError, PlanError, StudyError, last_line, nearest
 from ranksearch.plan import Factorization, Plan
 from ranksearch.support.batch import run_model
-from ranksearch.support.copies import deep_copy
 from ranksearch.support.files import write_whole, writing
 from ranksearch.support.nesting import tensors_in
 from ranksearch.support.seeds import seeded
@@ -48,7 +47,8 @@ def save_model(model: nn.Module, plan: Plan | Mapping[str, Factorization], folde
     for name, value in plan:
         if name not in modules:
             raise PlanError(f"A plan must name layers of the model, but {name!r} is none.{nearest(name, modules)}")
-        parts_in(name, modules[name], value)
+        if can_merge(modules[name]):  # the parts of other layers follow from what the dense layer computes
+            parts_in(name, modules[name], value)
     with writing(f"The model in {folder}", "choose another folder"):
         write_model(folder, plan, weights_of(model))
 
@@ -94,7 +94,7 @@ def load_model(dense: M, folder: str | Path) -> M:
         raise StudyError(f"The weights in {folder} are damaged ({error}); run the study again.") from None
     if plan.width != 1 and plan.narrowing is None:
         raise PlanError(f"A plan of width {plan.width:g} must hold its narrowing, but that in {folder} does not; save both.")
-    model = deep_copy(dense)
+    model = copied(dense)
     model = skeleton_(model if plan.narrowing is None else narrow_(model, plan.narrowing), plan)
     try:
         load_(model, state)

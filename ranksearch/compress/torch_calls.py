@@ -62,7 +62,8 @@ class TorchCall:
         """All zeros around the input, (before, after) for each axis."""
         totals = [[before, after] for before, after in self._own_zeros()]
         for pad in self.pads:
-            for axis, (before, after) in enumerate(zip(pad.amounts[::2], pad.amounts[1::2], strict=True)):
+            amounts = pad.amounts[: 2 * self.dims]  # a forward may name the other dimensions, too, with zeros
+            for axis, (before, after) in enumerate(zip(amounts[::2], amounts[1::2], strict=True)):
                 totals[-1 - axis][0] += before
                 totals[-1 - axis][1] += after
         return tuple((before, after) for before, after in totals)
@@ -90,20 +91,44 @@ class TorchCall:
         )
 
     def equals(self, other: TorchCall | None) -> bool:
-        """Whether the other call has the same weight and bias, too."""
-        if other is None or not self.is_like(other) or not torch.equal(self.weight, other.weight):
-            return False
-        return self.bias is None or other.bias is None or torch.equal(self.bias, other.bias)
+        """Whether the other call has the same settings, paddings, weight and bias."""
+        return other is not None and self.is_like(other) and self.computes_as(other)
+
+    def computes_as(self, other: TorchCall) -> bool:
+        """Whether the other call has the same weight, bias and settings, the paddings aside."""
+        settings = [{name: value for name, value in each.settings.items() if name != "padding"} for each in (self, other)]
+        return settings[0] == settings[1] and _equal(self.weight, other.weight) and _equal(self.bias, other.bias)
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two tensors, or none, have equal values; NaN equals itself."""
+    if one is None or other is None:
+        return one is other
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 class _Followed(TorchFunctionMode):
-    """Follows a tensor through paddings to torch's convolutions and products."""
+    """Follows a tensor through paddings to torch's convolutions and products.
+
+    Torch counts the changes of a tensor in place as its version. A tensor that was changed is followed no longer.
+    """
 
     def __init__(self, start: Tensor) -> None:
         super().__init__()
         # By id; the tensors are kept alive, since an id is only unique while its tensor lives.
-        self._padded: dict[int, tuple[Tensor, tuple[_Pad, ...]]] = {id(start): (start, ())}
-        self.calls: list[tuple[Tensor, TorchCall]] = []
+        self._padded: dict[int, tuple[Tensor, int, tuple[_Pad, ...]]] = {id(start): (start, start._version, ())}
+        self._calls: list[tuple[Tensor, int, TorchCall]] = []
+
+    def call_behind(self, outputs: Any) -> TorchCall | None:
+        """The call whose result these outputs are, unchanged; None if there is none, or if a followed tensor was changed."""
+        if any(tensor._version != version for tensor, version, _ in self._padded.values()):
+            return None
+        return next((call for result, version, call in self._calls if result is outputs and result._version == version), None)
+
+    def _pads_of(self, tensor: Any) -> tuple[_Pad, ...] | None:
+        """The paddings of a followed tensor; None if it is another one, or was changed."""
+        found = self._padded.get(id(tensor))
+        return found[2] if found is not None and tensor._version == found[1] else None
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -112,13 +137,13 @@ class _Followed(TorchFunctionMode):
         result = func(*args, **arguments)
         if func is F.pad:
             inputs, pad = _pad(*args, **arguments)
-            if id(inputs) in self._padded:
-                self._padded[id(result)] = (result, (*self._padded[id(inputs)][1], pad))
+            if (pads := self._pads_of(inputs)) is not None:
+                self._padded[id(result)] = (result, result._version, (*pads, pad))
         elif func in FUNCTIONS:
             bound = _bound_transposed if "conv_transpose" in func.__name__ else _bound
             inputs, call = bound(func, *args, **arguments)
-            if id(inputs) in self._padded:
-                self.calls.append((result, replace(call, pads=self._padded[id(inputs)][1])))
+            if (pads := self._pads_of(inputs)) is not None:
+                self._calls.append((result, result._version, replace(call, pads=pads)))
         return result
 
 
@@ -158,4 +183,4 @@ def call_of(module: nn.Module, shape: Sequence[int], seed: int = 0) -> TorchCall
             outputs = module(inputs)
     except Exception:  # a forward may raise anything
         return None
-    return next((call for result, call in followed.calls if result is outputs), None)
+    return followed.call_behind(outputs)

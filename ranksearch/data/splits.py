@@ -23,7 +23,7 @@ class Splits:
     """The data of a study; the function that `task.data` names returns it.
 
     Each split is a map-style `torch.utils.data.Dataset` of pairs (input, target), each a tensor, or tensors nested in tuples,
-    lists, dicts and dataclasses. A tuple of inputs holds the arguments of the model, a dict its arguments by name. Batches of a
+    lists and dicts. A tuple of inputs holds the arguments of the model, a dict its arguments by name. Batches of a
     `TensorDataset` or a `Batched` are made by indexing, not input by input, which is much faster for small inputs. `classes` is
     None if targets are not class labels.
     """

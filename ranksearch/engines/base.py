@@ -6,14 +6,11 @@ import abc
 import pickle
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TypeAlias
 
-import cloudpickle
-
-from ranksearch.errors import ModelError, StudyError
+from ranksearch.errors import StudyError
 from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
 
 Messages: TypeAlias = Iterator[CurvePoint | Result]
@@ -129,28 +126,6 @@ class Engine:
                 on_message(job, message)
                 if lost >= MAX_LOST:
                     raise StudyError(f"Workers must survive their trials, but {lost} in a row died {workers.lost_reason()}")
-
-
-def pickled(evaluate: Evaluate) -> bytes:
-    """`evaluate`, pickled for workers on other machines.
-
-    Raises:
-        ModelError: something in it cannot be pickled.
-    """
-    with picklable():
-        return cloudpickle.dumps(evaluate)
-
-
-@contextmanager
-def picklable() -> Iterator[None]:
-    """Raise a `ModelError` with a remedy if something inside cannot be pickled."""
-    try:
-        yield
-    except Exception as error:
-        raise ModelError(
-            f"Model, data, loss and score must be picklable to reach the workers, but are not ({error}); fix that, or run the "
-            "trials in this process with --workers 0."
-        ) from error
 
 
 def _portable(error: Exception) -> Exception:

@@ -20,7 +20,8 @@ from tempfile import TemporaryDirectory
 
 import cloudpickle
 
-from ranksearch.engines.base import Crash, Engine, Evaluate, Workers, pickled
+from ranksearch.engines.base import Crash, Engine, Evaluate, Workers
+from ranksearch.engines.pickling import pickled
 from ranksearch.errors import StudyError
 from ranksearch.results.messages import CurvePoint, Job, Result
 

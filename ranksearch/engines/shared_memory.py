@@ -21,15 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import cloudpickle
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import UntypedStorage, nn
-from torch.nn.utils import parametrize
+from torch import UntypedStorage
 from torch.storage import TypedStorage
 
-from ranksearch.engines.base import picklable
+from ranksearch.engines.pickling import ModulePickler, picklable
 from ranksearch.errors import DataError, StudyError
 
 ALIGNMENT_BYTES = 64
@@ -137,7 +135,7 @@ class _NullStream(io.RawIOBase):
         return len(data)
 
 
-class _Pickler(cloudpickle.Pickler):
+class _Pickler(ModulePickler):
     """Passes the memory of CPU tensors and of arrays to `buffer_callback`. Plain pickle would copy it into the stream."""
 
     def reducer_override(self, value: Any) -> Any:
@@ -150,14 +148,7 @@ class _Pickler(cloudpickle.Pickler):
             return _memmap, (value.view(np.ndarray),)
         if type(value) is np.ndarray and (root := _root(value)) is not None:
             return _strided, (root, _address(value) - _address(root), value.dtype, value.shape, value.strides)
-        if isinstance(value, nn.Module) and parametrize.is_parametrized(value):
-            # Torch pickles only the state dict of a module with parametrised weights. cloudpickle writes its class, too.
-            return _instance, (type(value),), vars(value)
         return super().reducer_override(value)
-
-
-def _instance(kind: type[nn.Module]) -> nn.Module:
-    return kind.__new__(kind)
 
 
 def _root(array: NDArray[Any]) -> NDArray[Any] | None:

@@ -79,8 +79,8 @@ def chance_near_dense(record: StudyRecord, trial: TrialRecord) -> float | None:
 
 
 def _chances(record: StudyRecord) -> dict[int, float]:
-    facts = record.facts
-    return chances_within(finalists(record) or record.shown, NEAR_DENSE, facts.dense.score_validation, facts.objectives)
+    facts, judged = record.facts, {trial.number: trial for trial in [*finalists(record), *record.shown]}
+    return chances_within(judged.values(), NEAR_DENSE, facts.dense.score_validation, facts.objectives)
 
 
 def knee(front: Sequence[TrialRecord], objectives: Objectives) -> TrialRecord | None:

@@ -26,13 +26,13 @@ _ROUNDING = 1e-9
 def chances_within(
     trials: Iterable[TrialRecord], margin: float, dense_score: float, objectives: Objectives
 ) -> dict[int, float]:
-    """By the number of each trial with a score, the chance that it scores at most `margin` below the dense model on new inputs.
+    """By number, the chance that a trial scores at most `margin` below the dense model on new inputs; of trials with a score.
 
     A finalist's measured difference from the dense model is shrunk towards what the other finalists of its size let expect
     (empirical Bayes, Efron and Morris 1975): a model that is chosen from many for its high score owes a part of it to luck.
     Before a difference is measured the chance is 1 or 0, by the score alone.
     """
-    trials = [trial for trial in trials if trial.score_validation is not None]
+    trials = [trial for trial in trials if trial.score_validation is not None and objectives.measured(trial)]
     measured = [(trial, difference) for trial in trials if (difference := _difference(trial)) is not None]
     chances = {trial.number: float(_score(trial) >= dense_score - margin - _ROUNDING) for trial in trials}
     if measured:

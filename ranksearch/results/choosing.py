@@ -125,7 +125,7 @@ def _why_none(
     if within is not None:
         best = max(chances_within(finalists, within, dense_score, objectives).values())
         sure = f"with a chance of at least {100 * SURE_ENOUGH:.0f} %"
-        return f"No finalist is within {within:g} of the dense net's score {sure}; the best has {100 * best:.0f} %."
+        return f"No finalist is within {within:g} of the dense net's score {sure}; the best has {100 * best:.0f} %; allow more."
     if min_score is not None:
         best = max(map(_score, finalists))
         return f"No finalist has a validation score of at least {min_score:g}; the best has {best:.4f}."

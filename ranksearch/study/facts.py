@@ -20,6 +20,7 @@ from ranksearch.data import check_splits, example
 from ranksearch.errors import ModelError
 from ranksearch.results import attributes
 from ranksearch.results.account import parts_of, parts_of_each_layer
+from ranksearch.results.certainty import MIN_STANDARD_ERROR
 from ranksearch.results.record import DEFAULT_STANDARD_ERROR, DenseFacts, LayerFacts, NarrowFacts, StudyFacts
 from ranksearch.spec import StudySpec
 from ranksearch.strategy.prior import at_vbmf, quarter_ranks
@@ -111,7 +112,7 @@ def study_facts(
         costs=layers.costs,
         score_validation=score,
         score_test=scores["test"],
-        standard_error=noise or DEFAULT_STANDARD_ERROR,
+        standard_error=max(noise, MIN_STANDARD_ERROR) if noise else DEFAULT_STANDARD_ERROR,
     )
     return StudyFacts(
         name=spec.name,

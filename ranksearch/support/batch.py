@@ -143,29 +143,29 @@ def concatenate(batches: Sequence[Any]) -> Any:
     return rebuilt(first, {name: concatenate([each[name] for each in parts if each is not None]) for name in parts[0]})
 
 
-def join_outputs(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
+def join_outputs(outputs: Sequence[Any], sizes: Sequence[int], *, per_input: bool = False) -> Any:
     """Join a model's outputs for several batches, of these numbers of inputs, into one.
 
     A list of outputs is joined entry by entry, as of several scales, or one after the other if it has one entry for each input,
-    as the boxes that a detector finds: as many entries in every batch as inputs, of which not all are batches themselves.
+    as the boxes that a detector finds: as many entries in every batch as inputs, of which not all are batches themselves. If
+    `per_input`, as where the inputs are such lists, every list of as many entries as inputs counts so.
 
     Raises:
         ValueError: the outputs of two batches are nested differently.
     """
-    return concatenate(_marked(outputs, sizes))
+    return concatenate(_marked(outputs, sizes, per_input))
 
 
-def _marked(outputs: Sequence[Any], sizes: Sequence[int]) -> list[Any]:
+def _marked(outputs: Sequence[Any], sizes: Sequence[int], per_input: bool) -> list[Any]:
     """The outputs with `PerInput` in the place of every list that has one entry for each input."""
     pairs = list(zip(outputs, sizes, strict=True))
-    if all(type(output) is list and len(output) == size for output, size in pairs) and not all(
-        tensors_in(output) and sizes_in(output) == {size} for output, size in pairs
-    ):
+    by_scale = not per_input and all(tensors_in(output) and sizes_in(output) == {size} for output, size in pairs)
+    if all(type(output) is list and len(output) == size for output, size in pairs) and not by_scale:
         return [PerInput(output) for output in outputs]
     parts = [parts_of(output) for output in outputs]
     if any(each is None or parts[0] is None or each.keys() != parts[0].keys() for each in parts):
         return list(outputs)
-    columns = {name: _marked([each[name] for each in parts if each], sizes) for name in parts[0] or {}}
+    columns = {name: _marked([each[name] for each in parts if each], sizes, per_input) for name in parts[0] or {}}
     return [rebuilt(output, {name: column[row] for name, column in columns.items()}) for row, output in enumerate(outputs)]
 
 

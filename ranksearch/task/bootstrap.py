@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ranksearch.results.messages import Difference
-from ranksearch.support.batch import batch_size, select_inputs
-from ranksearch.support.nesting import tensors_in
+from ranksearch.support.batch import select_inputs, sizes_in
+from ranksearch.support.nesting import has_lists_per_input, tensors_in
 
 Score: TypeAlias = Callable[[Any, Any], float]
 
 MAX_RESAMPLES, MIN_RESAMPLES = 1000, 100
+"""The least number also for outputs in lists, such as boxes: their scores may take a second each, such as a mean precision."""
 MAX_VALUES = 2**28
 """About how many values of outputs all resamples together may read, which takes a second or two."""
 INTERVAL = (0.025, 0.975)
@@ -37,7 +38,8 @@ def difference(score: Score, outputs: Any, dense_outputs: Any, targets: Any, *, 
         seed: of the resamples.
 
     Returns:
-        None if the score gives no number for most resamples, for example because these lack a class.
+        None if the score gives no number for most resamples, for example because these lack a class, or if the outputs hold a
+        tensor that has no value for each input, such as anchors.
     """
     value = float(score(outputs, targets)) - float(score(dense_outputs, targets))
 
@@ -59,10 +61,17 @@ def standard_error(score: Score, outputs: Any, targets: Any, *, seed: int) -> fl
 
 
 def _values(on: Callable[[Tensor], float], outputs: Any, seed: int) -> list[float] | None:
-    """A value for each resample, where there is one; None if less than half of the resamples have one."""
+    """A value for each resample, where there is one.
+
+    None if less than half of the resamples have one, or if the outputs hold a tensor that has no value for each input.
+    """
+    sizes = sizes_in(outputs)
+    if len(sizes) != 1:
+        return None
     read = sum(tensor.numel() for tensor in tensors_in(outputs))
-    count = min(MAX_RESAMPLES, max(MIN_RESAMPLES, MAX_VALUES // max(read, 1)))
-    found = list(_finite(on, batch_size(outputs), count, seed))
+    most = MIN_RESAMPLES if has_lists_per_input(outputs) else MAX_RESAMPLES
+    count = min(most, max(MIN_RESAMPLES, MAX_VALUES // max(read, 1)))
+    found = list(_finite(on, sizes.pop(), count, seed))
     return found if 2 * len(found) >= count else None
 
 

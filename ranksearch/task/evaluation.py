@@ -7,7 +7,6 @@ import os
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -104,21 +103,13 @@ class Evaluator:
 
     def _differences(self, model: nn.Module, seed: int) -> dict[str, Difference | None]:
         """How the model's scores differ from those of the dense model, by the field of the result."""
-        differences = {}
-        for name, (dense_outputs, targets) in self._dense_predictions.items():
-            outputs, _ = self._predictions(model, self._splits[name])
+        dense, data, differences = self._placed(deep_copy(self.task.model)), self.task.data, {}
+        # The outputs of one split at a time: those of whole images may take gigabytes.
+        for name, split in {"validation": data.validation, "test": data.test}.items():
+            outputs, targets = self._predictions(model, split)
+            dense_outputs, _ = self._predictions(dense, split)
             differences[f"difference_{name}"] = difference(self.task.score, outputs, dense_outputs, targets, seed=seed)
         return differences
-
-    @property
-    def _splits(self) -> dict[str, Dataset[Any]]:
-        return {"validation": self.task.data.validation, "test": self.task.data.test}
-
-    @cached_property
-    def _dense_predictions(self) -> dict[str, tuple[Any, Any]]:
-        """Outputs of the dense model and targets, by split; computed once in each worker that trains a finalist."""
-        dense = self._placed(deep_copy(self.task.model))
-        return {name: self._predictions(dense, split) for name, split in self._splits.items()}
 
     def _predictions(self, model: nn.Module, split: Dataset[Any]) -> tuple[Any, Any]:
         return training.predictions(model, self.task, split, device=torch.device(self.device))

@@ -18,7 +18,7 @@ from ranksearch.data import Splits, batches, example
 from ranksearch.errors import DataError, ModelError, SpecError, first_line
 from ranksearch.spec import StudySpec, resolve
 from ranksearch.support.batch import batch_size, batch_to, concatenate, join_outputs, run_model
-from ranksearch.support.nesting import tensors_in
+from ranksearch.support.nesting import has_lists_per_input, tensors_in
 from ranksearch.support.seeds import CPU, seeded
 from ranksearch.task.distillation import TITLES, is_against_dense
 
@@ -100,13 +100,15 @@ def predict(
         DataError: those of two batches do not fit together.
     """
     model.eval()
-    outputs, targets, sizes = [], [], []
+    outputs, targets, sizes, per_input = [], [], [], False
     for inputs, given in batches(split, evaluation_batch(split), device=device):
         outputs.append(batch_to(run_model(model, inputs), CPU))
         targets.append(batch_to(given if dense is None else run_model(dense, inputs), CPU))
         sizes.append(batch_size(inputs))
+        per_input = per_input or has_lists_per_input((inputs, given))
     try:
-        return join_outputs(outputs, sizes), concatenate(targets) if dense is None else join_outputs(targets, sizes)
+        joined = join_outputs(outputs, sizes, per_input=per_input)
+        return joined, concatenate(targets) if dense is None else join_outputs(targets, sizes, per_input=per_input)
     except (ValueError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "must match" not in str(error):
             raise

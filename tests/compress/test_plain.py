@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 
 from ranksearch.compress.inventory import inventory
 from ranksearch.compress.merging import merge_
+from ranksearch.compress.plain import plain_of
 from ranksearch.compress.profile import profile
 from ranksearch.compress.saved import check_reloading, load_model, save_model
 from ranksearch.compress.surgery import copied, factorize_
@@ -291,3 +292,62 @@ def test_zeros_are_put_where_the_part_needs_them():
     built = factorize_(copied(model), {"layer": BY_NAME["cp4"].value(layer, (2,))}).layer
     assert [type(part) for part in built] == [nn.Conv2d, nn.ZeroPad2d, nn.Conv2d, nn.ZeroPad2d, nn.Conv2d, nn.Conv2d]
     assert built[3](built[2](built[1](built[0](inputs)))).shape == (1, 2, 5, 9)
+
+
+class InPlace(nn.Conv2d):
+    """A convolution that changes a tensor in place, before or after it is computed."""
+
+    def __init__(self, change):
+        super().__init__(3, 4, 3)
+        self.change = change
+
+    def forward(self, inputs):
+        inputs = inputs + 0 if self.change == "own input" else inputs
+        if "input" in self.change:
+            nn.functional.relu_(inputs)
+        outputs = super().forward(inputs)
+        if self.change == "output":
+            outputs.mul_(2)
+        elif self.change == "part of the output":
+            outputs[:, :1] = 0
+        elif self.change == "input of the caller, afterwards":
+            inputs.mul_(2)
+        return outputs
+
+
+class BySize(nn.Conv2d):
+    """A convolution whose weight depends on the size of its input."""
+
+    def forward(self, inputs):
+        return self._conv_forward(inputs, self.weight / inputs.shape[-1], self.bias)
+
+
+class EveryAxis(nn.Conv2d):
+    """A convolution that pads along every axis, by no channels, as ports from TensorFlow do."""
+
+    def forward(self, inputs):
+        return self._conv_forward(nn.functional.pad(inputs, (1, 1, 1, 1, 0, 0)), self.weight, self.bias)
+
+
+@pytest.mark.parametrize("change", ["own input", "input", "output", "part of the output", "input of the caller, afterwards"])
+def test_a_layer_that_changes_a_tensor_in_place_is_not_plain(change):
+    assert plain_of(InPlace(change)) is None
+
+
+def test_a_weight_that_depends_on_the_size_of_the_input_is_not_plain():
+    assert plain_of(BySize(3, 4, 3)) is None
+
+
+def test_zeros_may_be_put_along_every_axis():
+    model, inputs = nn.Sequential(EveryAxis(3, 4, 3)).double(), normal(2, 3, 8, 8)
+    expected = model(inputs)
+    assert "0" in {each.name for each in inventory(model, inputs[:1]).layers}
+    assert_close(factorize_(model, {"0": Tucker2(3, 4)})(inputs), expected)
+
+
+def test_a_weight_of_nan_equals_itself():
+    layer = parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+    assert plain_of(layer) is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import time
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 from torch.utils.data import Dataset, TensorDataset
 
 from ranksearch.engines import processes, shared_memory
+from ranksearch.engines.pickling import pickled
 from ranksearch.engines.shared_memory import check_portable, pack, unpack
 from ranksearch.errors import DataError, ModelError, StudyError
 from ranksearch.plan import Plan
@@ -269,3 +272,9 @@ def test_two_workers_share_one_copy_and_no_writes(tmp_path):
             assert (least, most) == (6, 6), "its own write, and not the other's"
         assert (data.tensors[0] == 5).all()
     assert used[megabytes] - used[1] < megabytes / 4
+
+
+def test_parametrised_modules_reach_workers_on_other_machines():
+    layer = parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
+    twin = pickle.loads(pickled(layer))
+    assert torch.equal(twin.weight, layer.weight)

@@ -128,6 +128,9 @@ def test_outputs_of_several_batches():
     assert [len(each["boxes"]) for each in joined] == [1, 2, 7, 3, 0]
     scales = join_outputs([[torch.zeros(2, 3), torch.zeros(2, 5)], [torch.ones(1, 3), torch.ones(1, 5)]], [2, 1])
     assert batch_shapes(scales) == [(3, 3), (3, 5)]
+    boxes = join_outputs([[torch.zeros(1, 4)], [torch.ones(1, 4)]], [1, 1], per_input=True)
+    assert isinstance(boxes, PerInput)
+    assert len(boxes) == 2
     nested = join_outputs(
         [{"found": found(1, 2), "score": torch.zeros(2)}, {"found": found(3), "score": torch.zeros(1)}], [2, 1]
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ranksearch.support.nesting import PerInput
-from ranksearch.task.bootstrap import MAX_RESAMPLES, difference, standard_error
+from ranksearch.task.bootstrap import MAX_RESAMPLES, MIN_RESAMPLES, difference, standard_error
 from ranksearch.task.task import accuracy
 
 INPUTS = 2000
@@ -86,6 +86,20 @@ def test_lists_with_an_entry_for_each_input_are_resampled_too(targets):
 
     listed = standard_error(score, model, targets, seed=0)
     assert listed == pytest.approx(standard_error(accuracy, outputs(wrong, targets), targets, seed=0), rel=0.15)
+
+
+def test_outputs_without_a_value_for_each_input_have_no_interval(targets):
+    outputs_and_anchors = (outputs(targets > 7, targets), torch.zeros(20, 4))
+    assert standard_error(lambda outputs, targets: accuracy(outputs[0], targets), outputs_and_anchors, targets, seed=0) is None
+
+
+def test_a_score_of_lists_is_asked_less_often(targets):
+    """Such as the mean precision of boxes, which may take a second."""
+    calls = []
+    standard_error(
+        lambda outputs, targets: float(len(calls.append(0) or calls)), PerInput([torch.zeros(1)] * INPUTS), targets, seed=0
+    )
+    assert len(calls) == MIN_RESAMPLES
 
 
 def test_a_score_that_fails_on_some_resamples_is_judged_by_the_others(targets):
