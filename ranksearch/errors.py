@@ -8,6 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
+MAX_LISTED = 30
+"""How many valid names a message lists at most."""
+
+
 class RankSearchError(Exception):
     """Bad input: the command line prints the message on stderr and exits with code 2. Any other exception is a bug."""
 
@@ -63,4 +67,5 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if close:
         return f" Did you mean {close[0]!r}?"
-    return f" Valid: {', '.join(names)}." if names else ""
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return f" Valid: {', '.join(names[:MAX_LISTED])}{more}." if names else ""

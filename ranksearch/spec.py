@@ -405,7 +405,7 @@ def _imported(module: str, reference: str, *, key: str) -> types.ModuleType:
 
 
 def _public(module: Any) -> Iterable[str]:
-    return [name for name in vars(module) if not name.startswith("_")][:30]
+    return [name for name in vars(module) if not name.startswith("_")]
 
 
 def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:

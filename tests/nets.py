@@ -7,11 +7,12 @@ import signal
 import sys
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.data import Dataset, TensorDataset
 
@@ -182,6 +183,18 @@ def fails(n, x):
 def entropic():
     """The small net with an activation that ONNX has no operator for."""
     return nn.Sequential(small(), Net(lambda net, inputs: torch.special.entr(inputs.abs())))
+
+
+def scores_of_whole_splits(data: Splits, values: Iterable[float], rest: float) -> Callable[[Tensor, Tensor], float]:
+    """A score that gives these values, one after the other, and then `rest`; also for the resamples of a bootstrap in between."""
+    left = iter(values)
+    whole = [torch.cat([torch.as_tensor(target).reshape(1) for _, target in split]) for split in (data.validation, data.test)]
+
+    def score(outputs: Tensor, targets: Tensor) -> float:
+        is_whole = len(targets) <= 2 or any(torch.equal(targets, each) for each in whole)
+        return next(left, rest) if is_whole else rest
+
+    return score
 
 
 def small(classes: int = 10) -> nn.Sequential:

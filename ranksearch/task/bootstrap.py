@@ -81,6 +81,8 @@ def _finite(on: Callable[[Tensor], float], inputs: int, count: int, seed: int) -
         chosen = torch.randint(inputs, (inputs,), generator=draw)
         try:
             value = on(chosen)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception:  # a user's score may raise anything where a resample lacks what it needs, such as a class
             continue
         if math.isfinite(value):
