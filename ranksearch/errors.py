@@ -7,7 +7,6 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
-
 MAX_LISTED = 30
 """How many valid names a message lists at most."""
 
