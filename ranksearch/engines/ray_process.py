@@ -31,6 +31,7 @@ from ranksearch.engines.base import Crash, Evaluate, Messages
 from ranksearch.engines.ray import Cluster, JobMessage, NoMoreJobs, Ready, SealedJob, WorkerFree
 from ranksearch.errors import ModelError, StudyError, described, unloadable
 from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
+from ranksearch.support.cores import usable_cores
 
 NO_NODE_SECONDS = 120
 """How long a study waits for a node that can run a trial, once all such nodes are gone."""
@@ -66,7 +67,7 @@ def _end_with_driver() -> None:
 def _connect(cluster: Cluster) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "CRITICAL", "configure_logging": False}
     if cluster.address is None:
-        cpus = (cluster.workers * cluster.cpus) if cluster.workers else max(cluster.cpus, os.cpu_count() or 1)
+        cpus = (cluster.workers * cluster.cpus) if cluster.workers else max(cluster.cpus, usable_cores())
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     else:
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,6 +36,7 @@ from ranksearch.study.options import Local, Options, Ray
 from ranksearch.study.probing import check_user_plans, choose_initial_plans, probe_layers
 from ranksearch.study.session import Session
 from ranksearch.study.timing import keep_table, time_finalists
+from ranksearch.support.cores import usable_cores
 from ranksearch.task import training
 from ranksearch.task.evaluation import Evaluator
 from ranksearch.task.task import Task
@@ -211,5 +211,5 @@ def _engine(options: Options, device: torch.device) -> Engine:
     if isinstance(chosen, Ray):
         return ray.engine(ray.Cluster(chosen.address, chosen.workers, chosen.cpus_per_trial, chosen.gpus_per_trial))
     # One worker by default on a GPU, since all workers would share its memory.
-    default_workers = 1 if device.type != "cpu" else os.cpu_count() or 1
+    default_workers = 1 if device.type != "cpu" else usable_cores()
     return processes.engine(default_workers if chosen.workers is None else chosen.workers)

@@ -378,6 +378,16 @@ def test_no_worker_outlives_the_engine(no_child_more):
         collect(WORK, 3, engine)
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux binds processes to cores")
+def test_only_cores_that_this_process_may_use_count():
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert processes.threads_for(1) == 1
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 def test_workers_fill_the_cores_with_one_thread_each(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(processes, "usable_cores", lambda: 8)
     assert [processes.threads_for(workers) for workers in (1, 2, 3, 8, 20)] == [8, 4, 2, 1, 1]

@@ -377,7 +377,7 @@ def test_given_dense_weights_must_fit(tmp_path):
 
 def test_workers_share_the_cores_but_not_a_gpu_unless_asked(monkeypatch):
     monkeypatch.setattr(study.processes, "engine", lambda workers: workers)
-    monkeypatch.setattr(study.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(study, "usable_cores", lambda: 8)
     devices = [torch.device(name) for name in ("cpu", "cuda", "cuda:1", "mps")]
     assert [study._engine(Options(), device) for device in devices] == [8, 1, 1, 1]
     assert [study._engine(Options(Local(3)), device) for device in devices] == [3, 3, 3, 3]
