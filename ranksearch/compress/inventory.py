@@ -34,6 +34,7 @@ from ranksearch.methods.layer import (
     TRANSPOSED,
     Call,
     Layer,
+    Padding,
     groups_of,
     is_small_depthwise,
     kernel_shape,
@@ -106,17 +107,21 @@ def inventory(model: nn.Module, example: Any) -> Inventory:
         watch.run(example)
     except Exception as error:
         raise not_accepted(model, example, error) from error
-    skipped = {name: reason for name, module in watch.candidates.items() if (reason := _why_skipped(name, module, watch))}
+    # Once for each layer, since one that computes its weight runs a dozen times for it.
+    plains = {name: plain_or_why(module) for name, module in watch.candidates.items()}
+    skipped = {name: reason for name, plain in plains.items() if (reason := _why_skipped(name, plain, watch))}
     reasons, used = _run_copy(model, [name for name in watch.order if name not in skipped], watch, example)
     skipped |= reasons
-    layers = [_describe(name, watch, batch) for name in watch.order if name not in skipped]
+    plain_layers = {name: plain for name, plain in plains.items() if not isinstance(plain, str)}
+    layers = [_describe(name, plain_layers[name], watch, batch) for name in watch.order if name not in skipped]
     if not layers:
         told = (f"{name or type(model).__name__}: {reason}" for name, reason in skipped.items())
         why = "; ".join(told) or "it holds no Conv or Linear module"
         raise ModelError(f"The model must have a decomposable layer, but has none ({why}).")
     account = account_of(watch, layers, skipped, used, batch)
     macs = sum(entry.macs for entry in account)
-    permanent = {layer.name: words for layer in layers if (words := _permanent(watch.candidates[layer.name], layer))}
+    kept = {layer.name: _permanent(watch.candidates[layer.name], plain_layers[layer.name], layer) for layer in layers}
+    permanent = {name: words for name, words in kept.items() if words}
     return Inventory(tuple(layers), skipped, count_params(model), macs, permanent=permanent, account=account)
 
 
@@ -196,9 +201,10 @@ def _check_copy(twin: nn.Module, called: Sequence[str], example: Any) -> None:
         )
 
 
-def _why_skipped(name: str, module: nn.Module, watch: Watch) -> str | None:
-    if reason := why_not_factorized(module):
-        return reason
+def _why_skipped(name: str, plain: Plain | str, watch: Watch) -> str | None:
+    if isinstance(plain, str):
+        return plain
+    module = watch.candidates[name]
     if not name:
         return "it is the model itself; put it into an nn.Sequential"
     weights = [id(weight) for weight in weights_behind(module)]
@@ -213,7 +219,6 @@ def _why_skipped(name: str, module: nn.Module, watch: Watch) -> str | None:
     inputs = [shape for shape, _ in watch.shapes[name]]
     if not all(_has_batch(module, shape) for shape in inputs):
         return "it is called without a batch dimension"
-    plain = _plain(module)
     if plain.around is not None:
         paddings = {padding_at(module, shape) for shape in inputs}
         if None in paddings or not (plain.varies or paddings == {plain.around}):
@@ -227,8 +232,8 @@ def _has_batch(module: nn.Module, shape: Sequence[int]) -> bool:
     return len(shape) == 2 + len(module.kernel_size) if isinstance(module, CONVOLUTIONS) else len(shape) >= 2
 
 
-def why_not_factorized(module: nn.Module) -> str | None:
-    """Why a module cannot be factorized, independent of its model; None if it can."""
+def plain_or_why(module: nn.Module, padding: Padding | None = None) -> Plain | str:
+    """The plain layer that a module amounts to, as `plain_of` gives it; or why it cannot be factorized, whatever its model."""
     if not isinstance(module, (*CONVOLUTIONS, nn.Linear)):
         return f"{_class_name(module)} is not supported"
     if any(name in vars(module) for name in FORWARDS):
@@ -238,14 +243,14 @@ def why_not_factorized(module: nn.Module) -> str | None:
     # Hooks may change or record the layer's inputs and outputs.
     if holds_other_hooks(module):
         return "it has forward hooks, which its replacement would not have; remove them first"
-    if (plain := plain_of(module)) is None:
+    if (plain := plain_of(module, padding)) is None:
         return _computes_more(module)
     layer = plain.layer
     if not layer.weight.is_floating_point():
         return f"its weight is {name_of(layer.weight.dtype)}, which is not real"
     if is_small_depthwise(layer):
         return f"it is depthwise, without a 2-D kernel of at least {MIN_DEPTHWISE} x {MIN_DEPTHWISE}"
-    return None
+    return plain
 
 
 def _computes_more(module: nn.Module) -> str:
@@ -255,22 +260,16 @@ def _computes_more(module: nn.Module) -> str:
     return f"{_class_name(module)} has a forward of its own"
 
 
-def _plain(module: nn.Module) -> Plain:
-    plain = plain_of(module)
-    assert plain is not None  # `why_not_factorized` gave no reason
-    return plain
-
-
-def _permanent(module: nn.Module, layer: Layer) -> str:
+def _permanent(module: nn.Module, plain: Plain, layer: Layer) -> str:
     """What the factorization of a layer keeps that the layer computes in each pass; empty for a plain layer."""
-    computed = is_parametrised(module) or not torch.equal(_plain(module).layer.weight, module.weight)  # type: ignore[arg-type]
+    computed = is_parametrised(module) or not torch.equal(plain.layer.weight, module.weight)  # type: ignore[arg-type]
     kept = ["the weight computed in each pass"] if computed else []
     return " and ".join(kept + ([f"the padding of inputs of this size, {layer.padding}"] if layer.padding else []))
 
 
-def _describe(name: str, watch: Watch, batch: int) -> Layer:
+def _describe(name: str, plain: Plain, watch: Watch, batch: int) -> Layer:
     module, shapes, maps = watch.candidates[name], watch.shapes[name], set(watch.maps[name])
-    plain, flat = _plain(module), next(iter(maps)) if len(maps) == 1 else None
+    flat = next(iter(maps)) if len(maps) == 1 else None
     kind = base_of(module).__name__
     about = Layer(
         name, kind, kernel_shape(plain.layer), plain.layer.bias is not None,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ranksearch.compress.axes import as_maps, usual_order
 from ranksearch.compress.decomposed import from_tensorly
-from ranksearch.compress.inventory import why_not_factorized
-from ranksearch.compress.plain import Plain, is_computed, plain_of, weights_behind
+from ranksearch.compress.inventory import plain_or_why
+from ranksearch.compress.plain import Plain, is_computed, weights_behind
 from ranksearch.compress.stand_ins import attributes_of, replace_
 from ranksearch.compress.watch import names_of_parameters
 from ranksearch.errors import ModelError, PlanError, first_line, nearest
@@ -149,10 +149,9 @@ def plain_layer(name: str, module: nn.Module, value: Factorization) -> Plain:
     Raises:
         PlanError: the layer cannot be factorized, or pads its input in another way than `value` says.
     """
-    if reason := why_not_factorized(module):
-        raise PlanError(f"A plan may only name layers that can be factorized, but names {name!r}: {reason}.")
-    plain = plain_of(module, value.padding)
-    assert plain is not None
+    plain = plain_or_why(module, value.padding)
+    if isinstance(plain, str):
+        raise PlanError(f"A plan may only name layers that can be factorized, but names {name!r}: {plain}.")
     if value.padding is None and plain.varies:
         raise PlanError(
             f"A plan must name the padding of a layer that pads by the size of its input, but has none for {name!r}; write "
