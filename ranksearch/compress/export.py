@@ -229,7 +229,7 @@ def _compare(model: nn.Module, outputs: Any, inputs: Any) -> float:
         StudyError: the difference is more than rounding.
     """
     with torch.no_grad():
-        expected, got = tensors_in(run_model(model, inputs)), tensors_in(outputs)
+        expected, got = tensors_in(run_model(model, inputs)), [tensor.detach() for tensor in tensors_in(outputs)]
     if [tensor.shape for tensor in expected] != [tensor.shape for tensor in got]:
         raise StudyError("The exported model's outputs must have the shapes of the trial's, but differ; nothing was written.")
     difference = max((largest(one.double() - two.double()) for one, two in zip(expected, got, strict=True)), default=0.0)

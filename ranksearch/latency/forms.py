@@ -44,7 +44,7 @@ class Forms:
     def words(self, where: str) -> str:
         """What is merged and why, in one line."""
         if self.whole is None:
-            return f"no layer merged: no plain one is faster dense in {where}"
+            return f"no layer merged: none is faster dense in {where}"
         layers = ", ".join(f"{name} ({_change(self.layers[name])})" for name in self.faster_dense)
         whole = f"the whole model {_change(self.whole)}, in {where}"
         return f"merged {layers}; {whole}" if self.to_merge else f"no layer merged: {layers} alone, but {whole}"
