@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ranksearch.compress.inventory import Inventory, inventory
 from ranksearch.errors import SpecError, StudyError
+from ranksearch.results.account import listed
 from ranksearch.spec import parse_spec
 from ranksearch.support.files import writing
 from ranksearch.task.task import load_net
@@ -104,11 +105,7 @@ def _skipped_lines(found: Inventory) -> list[str]:
     for name, reason in found.skipped.items():
         reasons[reason].append(name)
     lines = [f"Layers that stay dense: {len(found.skipped)}"] if reasons else []
-    return lines + [f"  {_names(names)}: {reason}" for reason, names in reasons.items()]
-
-
-def _names(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return lines + [f"  {listed(names)}: {reason}" for reason, names in reasons.items()]
 
 
 _BODY = """\

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +13,7 @@ from torch import Tensor
 from ranksearch.results.messages import Difference
 from ranksearch.support.batch import select_inputs, sizes_in
 from ranksearch.support.nesting import has_lists_per_input, tensors_in
-
-Score: TypeAlias = Callable[[Any, Any], float]
+from ranksearch.task.task import Score
 
 MAX_RESAMPLES, MIN_RESAMPLES = 1000, 100
 """The least number also for outputs in lists, such as boxes: their scores may take a second each, such as a mean precision."""

@@ -1,8 +1,7 @@
-"""Exported models compute the outputs of the trial's model; models that cannot be saved and loaded are refused."""
+"""Exported models compute the outputs of the trial's model."""
 
 from __future__ import annotations
 
-import copy
 import logging
 import sys
 import zipfile
@@ -14,22 +13,10 @@ import pytest
 import torch
 
 from ranksearch.compress.export import _strip, export_model, export_onnx, export_pt2
-from ranksearch.compress.surgery import factorize_
 from ranksearch.errors import StudyError
-from ranksearch.plan import CP, SVD, Plan, Tucker2
+from ranksearch.plan import Plan
 from tests import nets
-
-PLAN = Plan.of({"conv1": CP(2), "conv2": Tucker2(4, 8), "fc1": CP(8, kernel=(4, 4)), "fc2": SVD(6)})
-
-
-@pytest.fixture
-def compressed(trained):
-    return factorize_(copy.deepcopy(trained.model), PLAN).eval()
-
-
-@pytest.fixture
-def inputs():
-    return nets.few_digits().validation.tensors[0][:40]
+from tests.compress.conftest import PLAN
 
 
 @pytest.mark.parametrize("form", ["plan", "onnx", "pt2"])

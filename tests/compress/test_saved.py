@@ -13,21 +13,10 @@ from ranksearch.compress.saved import check_reloading, load_model, write_model
 from ranksearch.compress.surgery import factorize_
 from ranksearch.compress.weights import weights_of
 from ranksearch.errors import ModelError, PlanError, StudyError
-from ranksearch.plan import CP, SVD, Plan, Tucker2
+from ranksearch.plan import CP, SVD, Plan
 from ranksearch.task.task import Task
 from tests import nets
-
-PLAN = Plan.of({"conv1": CP(2), "conv2": Tucker2(4, 8), "fc1": CP(8, kernel=(4, 4)), "fc2": SVD(6)})
-
-
-@pytest.fixture
-def compressed(trained):
-    return factorize_(copy.deepcopy(trained.model), PLAN).eval()
-
-
-@pytest.fixture
-def inputs():
-    return nets.few_digits().validation.tensors[0][:40]
+from tests.compress.conftest import PLAN
 
 
 def test_a_model_of_ones_own_is_saved_and_loaded(compressed, inputs, tmp_path):
