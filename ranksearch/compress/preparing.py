@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 import statistics
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 import safetensors.torch
 import torch
@@ -22,13 +21,12 @@ from ranksearch.compress.axes import as_maps
 from ranksearch.compress.plain import plain_of
 from ranksearch.compress.whitening import Modes, Whitening
 from ranksearch.methods import Method, Prepared, RankConstraints
-from ranksearch.methods.groups import joint_errors, split
+from ranksearch.methods.groups import split
 from ranksearch.methods.layer import Layer, as_kernel
 from ranksearch.support.files import write_whole, writing
-from ranksearch.tensors.matrix import Principal, norm_of, principal, unfold
+from ranksearch.support.once import once
+from ranksearch.tensors.matrix import Rows, unfold
 from ranksearch.tensors.vbmf import vbmf
-
-T = TypeVar("T")
 
 _LEAST = 4
 """The fewest rows of an unfolding for which VBMF estimates the rank."""
@@ -38,8 +36,8 @@ Grid: TypeAlias = Sequence[tuple[int, ...]]
 DIGEST = "ranksearch-profile"
 """The key in a cached file's header that holds the digest of its inputs."""
 
-ROOT, MEAN, VARIANCE, ERRORS, VBMF = "input root", "input mean", "input variance", "weight errors", "VBMF ranks"
-"""Names in a cached file: a layer's whitening (three), the weight errors at the prepared ranks, the VBMF ranks. All other
+ROOT, MEAN, VARIANCE, VBMF = "input root", "input mean", "input variance", "VBMF ranks"
+"""Names in a cached file: a layer's whitening (three), the VBMF ranks. All other
 tensors are stored under the names of methods, which contain no spaces. Tensors of groups are stacked along a first axis."""
 
 
@@ -94,7 +92,7 @@ class Work:
     _made: dict[str, Tensor] = field(default_factory=dict)
     _whitened: dict[str, list[Callable[[], Tensor]]] = field(default_factory=dict)
     """By method, each group's whitened kernel. Methods with equal whitening runs share it and its principal vectors."""
-    _rows: dict[str, list[Callable[[], Principal]]] = field(default_factory=dict)
+    _rows: dict[str, list[Rows]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -122,11 +120,6 @@ class Work:
         return [modes for method in self.methods.values() for modes in method.holds(self.layer.weight)]
 
     @property
-    def parts(self) -> list[str]:
-        """The parts to do, the slowest first: a layer's methods are listed with CP, the slowest, last."""
-        return [*reversed(list(self.methods)), VBMF]
-
-    @property
     def vbmf(self) -> tuple[int | None, int | None]:
         """The VBMF ranks. Only available once that part is done."""
         into, out = (self.known or self._made)[VBMF].tolist()
@@ -147,14 +140,14 @@ class Work:
             self._made |= _stacked([each.to(self.kernels[0].dtype) for each in measured])
         # Unstacked in both cases, since the last bits of a product depend on where in memory a tensor begins.
         self.whitenings = _unstacked(self.known or self._made)
-        shared: dict[tuple[Modes, ...], tuple[list[Callable[[], Tensor]], list[Callable[[], Principal]]]] = {}
+        shared: dict[tuple[Modes, ...], tuple[list[Callable[[], Tensor]], list[Rows]]] = {}
         for name, method in self.methods.items():
             holds = method.holds(self.layer.weight)
             runs = self.whitenings[0].runs(holds)
             if runs not in shared:
                 pairs = zip(self.kernels, self.whitenings, strict=True)
-                whitened = [_once(partial(whitening.whiten, kernel, holds)) for kernel, whitening in pairs]
-                shared[runs] = whitened, [_once(partial(_principal_rows, each)) for each in whitened]
+                whitened = [once(partial(whitening.whiten, kernel, holds)) for kernel, whitening in pairs]
+                shared[runs] = whitened, [_rows_of(each) for each in whitened]
             self._whitened[name], self._rows[name] = shared[runs]
 
     def do(self, part: str) -> None:
@@ -165,40 +158,21 @@ class Work:
         if self.known is None:
             self._made |= self._vbmf() if part == VBMF else self._decomposed(part)
 
-    def finish(self) -> Mapping[str, Tensor]:
-        """Return all tensors and write them to the cache. Only call this once all parts are done."""
+    def finish(self) -> None:
+        """Write all tensors to the cache. Only call this once all parts are done."""
         self._rows.clear()
         if self.known is None and self.path:
             with writing(f"The layer's factors {self.path}"):
                 write_whole(self.path, safetensors.torch.save(self._made, {DIGEST: self.digest}))
-        return self.known or self._made
 
     def _vbmf(self) -> dict[str, Tensor]:
         return {VBMF: torch.tensor([rank or 0 for rank in joint_vbmf_ranks(self.kernels)])}
 
     def _decomposed(self, name: str) -> dict[str, Tensor]:
         method, grid = self.methods[name], self.grids[name]
-        prepared, errors = [], []
-        for group, (whitened, rows) in enumerate(zip(self._whitened[name], self._rows[name], strict=True)):
-            prepared.append(method.prepare(whitened(), grid, self.seed, rows))
-            errors.append(self._weight_errors(name, group, prepared[-1]))
-        tensors = {f"{name}/{key}": torch.stack([each[key] for each in prepared]) for key in prepared[0]}
-        joint = joint_errors(errors, [norm_of(kernel) for kernel in self.kernels])
-        return tensors | {f"{ERRORS}/{name}": torch.tensor(joint, dtype=torch.float64)}
-
-    def _weight_errors(self, name: str, group: int, prepared: Prepared) -> list[float]:
-        """The relative errors of a group's kernel itself, not of the whitened one, at the prepared ranks."""
-        method, grid, weight = self.methods[name], self.grids[name], self.layer.weight
-        kernel, whitening = self.kernels[group], self.whitenings[group]
-        if not whitening.roots:
-            return method.errors(prepared, grid)
-
-        def factors_at(ranks: tuple[int, ...]) -> tuple[Tensor, ...]:
-            found = method.factors(self._whitened[name][group](), prepared, ranks, self.seed)
-            return whitening.fold(found, method.holds(weight), weight)
-
-        norm = norm_of(kernel)
-        return [lost / norm if norm else 0.0 for lost in method.distances(kernel, grid, factors_at)]
+        pairs = zip(self._whitened[name], self._rows[name], strict=True)
+        prepared = [method.prepare(whitened(), grid, self.seed, rows) for whitened, rows in pairs]
+        return {f"{name}/{key}": torch.stack([each[key] for each in prepared]) for key in prepared[0]}
 
 
 def done_at_once(layers: Sequence[Work]) -> Iterator[Work]:
@@ -206,14 +180,17 @@ def done_at_once(layers: Sequence[Work]) -> Iterator[Work]:
 
     Each part runs in one thread, as many at once as torch has threads, those of the largest layer first. The small products of
     one layer gain little from several threads: on two cores a factor of 1.0 to 1.4, against 1.7 for two layers at once. And
-    with one thread the last bits do not depend on the number of cores.
+    with one thread the last bits do not depend on the number of cores. The last of a layer's methods (the slowest, CP, if it is
+    there) and VBMF come first. The others come at the end, since they need the principal vectors that CP computes for all.
     """
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
         largest_first = sorted(layers, key=lambda work: -work.layer.params)
-        parts = {pool.submit(work.do, part): work for work in largest_first for part in work.parts}
-        left = {work.layer.name: len(work.parts) for work in layers}
+        at_first = [(work, part) for work in largest_first for part in (*list(work.methods)[-1:], VBMF)]
+        later = [(work, part) for work in largest_first for part in list(work.methods)[:-1]]
+        parts = {pool.submit(work.do, part): work for work, part in at_first + later}
+        left = {work.layer.name: len(work.methods) + 1 for work in layers}
         for done in as_completed(parts):
             done.result()
             work = parts[done]
@@ -233,21 +210,8 @@ def under(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
 
 
-def _principal_rows(kernel: Callable[[], Tensor]) -> Principal:
-    return principal(kernel().flatten(1))
-
-
-def _once(compute: Callable[[], T]) -> Callable[[], T]:
-    """A function that computes its result on the first call, in any thread. Concurrent calls wait for that result."""
-    lock, kept = threading.Lock(), list[T]()
-
-    def call() -> T:
-        with lock:
-            if not kept:
-                kept.append(compute())
-            return kept[0]
-
-    return call
+def _rows_of(kernel: Callable[[], Tensor]) -> Rows:
+    return Rows(lambda: kernel().flatten(1))
 
 
 def _stacked(whitenings: Sequence[Whitening]) -> dict[str, Tensor]:
@@ -270,8 +234,8 @@ def _unstacked(tensors: Mapping[str, Tensor]) -> tuple[Whitening, ...]:
 
 
 def _digest(kernel: Tensor, grids: Mapping[str, Grid], whitening: str, seed: int, groups: int) -> str:
-    # The hash includes a version of the algorithms (9), so that caches of older releases are not used.
-    about = f"9|{sorted(grids.items())}|{whitening}|{seed}|{tuple(kernel.shape)}|{groups}|{kernel.dtype}"
+    # The hash includes a version of the algorithms (10), so that caches of older releases are not used.
+    about = f"10|{sorted(grids.items())}|{whitening}|{seed}|{tuple(kernel.shape)}|{groups}|{kernel.dtype}"
     return hashlib.sha256(about.encode() + kernel.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 

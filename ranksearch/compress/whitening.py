@@ -222,14 +222,14 @@ class _Moments:
         """Forward pre-hook that adds the patches of a batch of the layer's inputs."""
         patches = self._patches(subject(args, kwargs).detach())
         # Apple's GPUs have no float64, so move to the CPU there. On CUDA the products are computed on the GPU.
-        patches = (patches.cpu() if patches.device.type == "mps" else patches).double()
+        patches = patches.cpu() if patches.device.type == "mps" else patches
         if not bool(torch.isfinite(patches).all()):
             raise ModelError(
                 f"The inputs of every layer must be finite on the training data, but those of {self.layer.name!r} hold NaN "
                 "or infinity; mend the model, or set space.data_aware = false."
             )
         self.count += len(patches)
-        grouped = patches.unflatten(1, (self.layer.groups, -1)).transpose(0, 1)
+        grouped = patches.double().unflatten(1, (self.layer.groups, -1)).transpose(0, 1)
         self._sum += grouped.sum(1).cpu()
         for run, product in self._products.items():
             rows = self._rows(grouped, run)

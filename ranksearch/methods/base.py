@@ -11,7 +11,7 @@ import abc
 import bisect
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
@@ -22,14 +22,10 @@ from ranksearch.methods.groups import shape_of_stack, split, stack
 from ranksearch.methods.layer import Layer, Padding, groups_of
 from ranksearch.methods.parts import Part, Shape, assemble, builders, built, built_factors, composed, map_sizes
 from ranksearch.plan import Factorization
-from ranksearch.tensors.matrix import Principal, norm_of
+from ranksearch.tensors.matrix import Rows
 
 Prepared: TypeAlias = Mapping[str, Tensor]
 """Results for one layer from which factors at any rank are cheap to compute; tensors by name, so that they can be stored."""
-FactorsAt: TypeAlias = Callable[[tuple[int, ...]], Sequence[Tensor]]
-"""From ranks to the factors of one kernel."""
-Rows: TypeAlias = Callable[[], Principal]
-"""Computes the principal vectors of a kernel's rows on the first call."""
 Estimate: TypeAlias = Literal["in", "out", "larger"]
 """Which VBMF rank to use: of the unfolding by input channels, of that by output channels, or the larger of the two."""
 
@@ -68,7 +64,7 @@ class Method(abc.ABC):
 
     If a layer has groups, `weight` is the kernel of one group, and so are the kernels and factors that a subclass sees.
 
-    A subclass defines the attributes and the abstract methods, and may override `distances`; it overrides nothing else.
+    A subclass defines the attributes and the abstract methods; it overrides nothing else.
     """
 
     kind: ClassVar[type[Factorization]]
@@ -100,7 +96,7 @@ class Method(abc.ABC):
     def prepare(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], seed: int, rows: Rows | None = None) -> Prepared:
         """Do the work for one kernel (out, in, *kernel) that all `ranks` share. Names and shapes do not depend on its values.
 
-        `rows()` returns `principal(kernel.flatten(1))`, which another method may have computed already.
+        `rows` is that of `kernel.flatten(1)`, which methods share.
         """
 
     @abc.abstractmethod
@@ -116,19 +112,7 @@ class Method(abc.ABC):
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
         """The relative errors (Frobenius) of the kernel at some of the prepared ranks, without reconstructing it."""
 
-    def distances(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], factors_at: FactorsAt) -> list[float]:
-        """The norms (Frobenius) of `kernel` minus its reconstruction at each of `ranks`.
-
-        `factors_at` returns factors after the whitening was undone, so they need not be orthogonal. A method with nested
-        factors can override this to avoid a reconstruction for each of the ranks.
-        """
-        return [self.distance(kernel, factors_at(each)) for each in ranks]
-
     # --- Derived from the methods above; not overridden. ---
-
-    def distance(self, kernel: Tensor, factors: Sequence[Tensor]) -> float:
-        """The norm (Frobenius) of `kernel` minus its reconstruction from the factors."""
-        return norm_of(self.reconstruct(factors, tuple(kernel.shape)).sub_(kernel))
 
     def limits(self, weight: Shape) -> tuple[int, ...]:
         """The largest ranks to try, regardless of cost."""
@@ -282,11 +266,6 @@ class Method(abc.ABC):
         if not ranks or grows(ranks[-1]):
             return shrinking
         return ranks if shrinking else ranks[-1:]
-
-
-def root(energy: Tensor | float) -> float:
-    """The square root of a sum of squares, which rounding may have made slightly negative."""
-    return math.sqrt(max(0.0, float(energy)))
 
 
 def nearest_rank(ranks: range, wanted: float) -> int:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ranksearch import plan
-from ranksearch.methods.base import Method, Prepared, Rows
+from ranksearch.methods.base import Method, Prepared
 from ranksearch.methods.parts import Part, Shape, every_axis, has_positions, mixes_channels
 from ranksearch.tensors.cp import cp_als, cp_path, exact_rank, reconstruct
-from ranksearch.tensors.matrix import norm_of
+from ranksearch.tensors.matrix import Rows, norm_of
 
 # ALS sweeps for a rank between two prepared ones. Few, since the start is good, and since they run at the start of each trial.
 UNPREPARED_RANK_SWEEPS = 20

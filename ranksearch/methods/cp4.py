@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ranksearch import plan
-from ranksearch.methods.base import Method, Prepared, Rows
+from ranksearch.methods.base import Method, Prepared
 from ranksearch.methods.cp import errors_at, factors_at, prepare_path
 from ranksearch.methods.parts import Part, Shape, is_separable, mixes_channels
 from ranksearch.tensors.cp import exact_rank
+from ranksearch.tensors.matrix import Rows
 
 
 class CP4Method(Method):

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ranksearch import plan
-from ranksearch.methods.base import FactorsAt, Method, Prepared, Rows, root
+from ranksearch.methods.base import Method, Prepared
 from ranksearch.methods.parts import Part, Shape, is_separable
 from ranksearch.methods.svd import errors_at
-from ranksearch.tensors.matrix import SVDFactors, svd
+from ranksearch.tensors.matrix import Rows, SVDFactors, svd
 
 
 class SpatialMethod(Method):
@@ -42,11 +42,3 @@ class SpatialMethod(Method):
 
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
         return errors_at(prepared, ranks)
-
-    def distances(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], factors_at: FactorsAt) -> list[float]:
-        # Factors at lower ranks are slices of the full ones. The inner product of two rank-1 terms is the product of the inner
-        # products of their vectors.
-        first, second = factors_at(self.bounds(tuple(kernel.shape)))
-        first_vectors, second_vectors = first.flatten(1).double(), second.movedim(1, 0).flatten(1).double()
-        products = (first_vectors @ first_vectors.T) * (second_vectors @ second_vectors.T)
-        return [root(products[rank:, rank:].sum()) for (rank,) in ranks]

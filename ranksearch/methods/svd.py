@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ranksearch import plan
-from ranksearch.methods.base import FactorsAt, Method, Prepared, Rows
+from ranksearch.methods.base import Method, Prepared
 from ranksearch.methods.parts import Part, Shape, every_axis, has_positions
-from ranksearch.tensors.matrix import SVDFactors, norm_of, svd
+from ranksearch.tensors.matrix import Rows, SVDFactors, svd
 
 
 class SVDMethod(Method):
@@ -42,12 +41,6 @@ class SVDMethod(Method):
 
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
         return errors_at(prepared, ranks)
-
-    def distances(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], factors_at: FactorsAt) -> list[float]:
-        # Factors at lower ranks are slices of the full ones; the second factor's columns are orthogonal even after whitening.
-        first, second = factors_at(self.bounds(tuple(kernel.shape)))
-        first_norms, second_norms = (torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in (first, second.T))
-        return [norm_of((first_norms * second_norms)[rank:]) for (rank,) in ranks]
 
 
 def errors_at(prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:

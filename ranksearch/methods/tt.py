@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ranksearch import plan
-from ranksearch.methods.base import Method, Prepared, Rows
+from ranksearch.methods.base import Method, Prepared
 from ranksearch.methods.parts import Part, Shape, is_separable, mixes_channels
-from ranksearch.tensors.matrix import floating, principal
+from ranksearch.tensors.matrix import Rows, floating, principal
 
 
 class TTMethod(Method):

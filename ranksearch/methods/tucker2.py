@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ranksearch import plan
-from ranksearch.methods.base import FactorsAt, Method, Prepared, Rows, root
+from ranksearch.methods.base import Method, Prepared
 from ranksearch.methods.parts import Part, Shape, every_axis, has_positions, mixes_channels
+from ranksearch.tensors.matrix import Rows
 from ranksearch.tensors.tucker import HOSVD, hooi, hosvd
 
 
@@ -49,19 +50,3 @@ class Tucker2Method(Method):
     def errors(self, prepared: Prepared, ranks: Sequence[tuple[int, ...]]) -> list[float]:
         errors = HOSVD(**prepared).errors().tolist()
         return [errors[rank_in - 1][rank_out - 1] for rank_in, rank_out in ranks]
-
-    def distances(self, kernel: Tensor, ranks: Sequence[tuple[int, ...]], factors_at: FactorsAt) -> list[float]:
-        # Factors at lower ranks are slices of the full ones, and the last factor is orthonormal even after whitening. So the
-        # error has two parts: the core's output slices from rank_out on, and the input terms from rank_in on of the others.
-        reduce, core, _ = factors_at(self.bounds(tuple(kernel.shape)))
-        basis = reduce.double() @ reduce.double().T
-        stops = sorted({rank_out for _, rank_out in ranks} | {len(core)})
-        # For each group of output slices between two stops, the inner products of the input terms.
-        parts = [slices.double().transpose(0, 1).flatten(1) for slices in core.flatten(2).tensor_split(stops[:-1])]
-        products = dict(zip(stops, (part @ part.T * basis for part in parts), strict=True))
-        distances = []
-        for rank_in, rank_out in ranks:
-            kept_outputs = sum(products[stop][rank_in:, rank_in:].sum() for stop in stops if stop <= rank_out)
-            dropped_outputs = sum(products[stop].sum() for stop in stops if stop > rank_out)
-            distances.append(root(kept_outputs + dropped_outputs))
-        return distances

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ranksearch.compress.profile import Candidate, LayerProfile, Profile
+from ranksearch.compress.profile import LayerProfile, Profile
 from ranksearch.plan import Factorization
 from ranksearch.results import pareto
 from ranksearch.results.objectives import PER_PARAMETER, Price
@@ -55,21 +55,12 @@ class Sensitivity:
         return float(self.loss_increases[-1] + slope * (error**2 - squares[-1]))
 
 
-def error_of(candidate: Candidate) -> float:
-    """The error that predicts a candidate's loss best: the whitened one (error of the layer's outputs), if it was measured.
-
-    It is within 7 % of the true error of the outputs for SVD, but only within 50 % for Tucker-2 and CP, whose whitening is a
-    Kronecker product. So the predicted front is less exact between methods than within one.
-    """
-    return candidate.error if candidate.data_error is None else candidate.data_error
-
-
 def values_to_probe(layer: LayerProfile) -> list[Factorization]:
     """For each of `PROBED_ERRORS`, the candidate with the nearest error; of those about equally near, the smallest."""
     candidates = list(layer.candidates())
     chosen: dict[Factorization, None] = {}
     for target in PROBED_ERRORS:
-        near = sorted(candidates, key=lambda c: (round(abs(error_of(c) - target), 1), c.costs["params"]))
+        near = sorted(candidates, key=lambda c: (round(abs(c.error - target), 1), c.costs["params"]))
         if near:
             chosen[near[0].value] = None
     return list(chosen)
@@ -81,7 +72,7 @@ def predicted_choices(
     """By layer, every candidate with its cost at `price` and its predicted loss increase."""
     curves = sensitivities(profile, probes, dense_loss)
     return {
-        name: [Choice(c.value, price.of(c), curves[name].loss_increase(error_of(c))) for c in layer.candidates()]
+        name: [Choice(c.value, price.of(c), curves[name].loss_increase(c.error)) for c in layer.candidates()]
         for name, layer in profile.layers.items()
     }
 
@@ -133,7 +124,7 @@ def sensitivities(profile: Profile, probes: Sequence[Probe], dense_loss: float) 
     """By layer, the sensitivity fitted to its probes."""
     curves = {}
     for name, layer in profile.layers.items():
-        errors = {candidate.value: error_of(candidate) for candidate in layer.candidates()}
+        errors = {candidate.value: candidate.error for candidate in layer.candidates()}
         layer_probes = [probe for probe in probes if probe.layer == name and probe.value in errors]
         curves[name] = Sensitivity.of([(errors[probe.value], probe.loss - dense_loss) for probe in layer_probes])
     return curves

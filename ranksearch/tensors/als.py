@@ -7,7 +7,7 @@ weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ranksearch.tensors.matrix import Principal, norm_of, principal, unfold
+from ranksearch.tensors.matrix import Rows, norm_of, principal, unfold
 
 _NEWTON_STEPS = 50
 # Eigenvalues of a Gram matrix in float64 that exceed this part of the largest are not just rounding.
@@ -90,10 +90,10 @@ class Compressed:
     short: Float[Tensor, "*short_dims"] | None = None
 
     @classmethod
-    def of(cls, tensor: Float[Tensor, "*dims"], rank: int, rows: Callable[[], Principal] | None = None) -> Compressed:
+    def of(cls, tensor: Float[Tensor, "*dims"], rank: int, rows: Rows | None = None) -> Compressed:
         """Compress a nonzero tensor by an HOSVD of the modes where it helps.
 
-        `rank` is the largest rank that will be fitted. `rows`, if given, returns `principal` of the first unfolding.
+        `rank` is the largest rank that will be fitted. `rows`, if given, is that of the first unfolding.
 
         Only slices below the rounding of the tensor's dtype are dropped. This makes tensors of low rank, and modes longer than
         the product of all others, cheap, and does not change the error of any CP. Either of the two longest modes is left
@@ -106,7 +106,7 @@ class Compressed:
         leading = None
         for mode in by_size:
             unfolding = unfold(core, mode)
-            basis, energy = rows() if rows and mode == 0 else principal(unfolding)
+            basis, energy = rows.principal() if rows and mode == 0 else principal(unfolding)
             if mode in by_size[-2:] and len(energy) == len(unfolding) and energy[-1] > _ROUNDING * energy[0]:
                 leading = basis if mode == by_size[-1] else None
                 continue

@@ -6,7 +6,7 @@ A kernel has three modes `(out, in, k)` if its spatial modes are merged, four `(
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ranksearch.tensors.als import Compressed, Rule, Terms, khatri_rao, unit
-from ranksearch.tensors.matrix import Principal, floating, norm_of
+from ranksearch.tensors.matrix import Rows, floating, norm_of
 
 if TYPE_CHECKING:
     from tensorly.cp_tensor import CPTensor
@@ -125,13 +125,13 @@ def cp_path(
     *,
     seed: int = 0,
     sweeps: int = 25,
-    rows: Callable[[], Principal] | None = None,
+    rows: Rows | None = None,
 ) -> dict[int, CPFit]:
     """CP fits of one tensor at each of these ranks, in ascending order.
 
     The fits are computed from the highest rank down; each starts from the largest terms of the one above. Spending the same
     time on more sweeps lowers the error more than additional fresh starts do. A fit ends after `sweeps`, or when a sweep lowers
-    the relative error by less than 1e-4. `rows`, if given, returns `principal` of the tensor's first unfolding.
+    the relative error by less than 1e-4. `rows`, if given, is that of the tensor's first unfolding.
 
     Raises:
         ValueError: as in `cp_als`.

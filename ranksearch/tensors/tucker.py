@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ranksearch.tensors.matrix import Principal, check_rank, floating, principal, signed, unfold
+from ranksearch.tensors.matrix import Rows, check_rank, floating, principal, signed, unfold
 
 if TYPE_CHECKING:
     from tensorly.tucker_tensor import TuckerTensor
@@ -64,18 +63,19 @@ class HOSVD:
         return ((rows_out + columns_out) / total).sqrt().T
 
 
-def hosvd(kernel: Float[Tensor, "out in_ k"], rows: Callable[[], Principal] | None = None) -> HOSVD:
+def hosvd(kernel: Float[Tensor, "out in_ k"], rows: Rows | None = None) -> HOSVD:
     """HOSVD of the first two modes (De Lathauwer et al. 2000), from two Gram matrices in float64.
 
-    `rows`, if given, returns `principal` of the unfolding by output channels.
+    `rows`, if given, is that of the unfolding by output channels.
 
     Raises:
         ValueError: the kernel does not have three modes, or holds NaN or infinity.
     """
     values = _three_modes(kernel)
-    u_out = (rows() if rows else principal(unfold(values, 0)))[0].to(values.dtype)
+    rows = rows or Rows(lambda: unfold(values, 0))
     u_in = principal(unfold(values, 1))[0].to(values.dtype)
-    return HOSVD(_core(values, u_out, u_in), u_out, u_in)
+    core = torch.einsum("pik,iq->pqk", rows.turned().reshape(-1, *values.shape[1:]), u_in)
+    return HOSVD(core, rows.vectors(), u_in)
 
 
 def hooi(

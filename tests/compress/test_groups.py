@@ -14,7 +14,7 @@ from ranksearch.compress.export import export_model, load_model
 from ranksearch.compress.inventory import count_macs, count_params, inventory
 from ranksearch.compress.merging import merge_
 from ranksearch.compress.narrowing import narrow_, narrowing_of
-from ranksearch.compress.preparing import joint_errors, joint_vbmf_ranks, kernel, vbmf_ranks
+from ranksearch.compress.preparing import joint_vbmf_ranks, kernel, vbmf_ranks
 from ranksearch.compress.profile import profile
 from ranksearch.compress.saved import write_model
 from ranksearch.compress.scratch import scratch_
@@ -22,6 +22,7 @@ from ranksearch.compress.surgery import factorize_
 from ranksearch.compress.weights import weights_of
 from ranksearch.latency.forms import time_forms
 from ranksearch.latency.runtimes import UserFunction
+from ranksearch.methods.groups import joint_errors
 from ranksearch.plan import CP, CP4, SVD, TT, Plan, Spatial, Tucker2
 from ranksearch.spec import Finalists, Recipe, Search
 from ranksearch.strategy.space import make_space, size_of
@@ -163,7 +164,7 @@ def test_a_group_whose_inputs_never_change_costs_no_error():
     small = factorize_(copy.deepcopy(model), {"layer": value}, factors={"layer": factors})
     with torch.no_grad():
         outputs, got = (net(inputs) - net(inputs).mean((0, 2, 3), keepdim=True) for net in (model, small))
-    assert candidate.data_error == pytest.approx(float((got - outputs).norm() / outputs.norm()), abs=0.02)
+    assert candidate.error == pytest.approx(float((got - outputs).norm() / outputs.norm()), abs=0.02)
 
 
 # --- files ---

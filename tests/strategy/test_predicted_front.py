@@ -27,7 +27,6 @@ from ranksearch.strategy.sensitivity import (
     MAX_LOSS_INCREASE,
     PROBED_ERRORS,
     Sensitivity,
-    error_of,
     predict_front,
     rescuable,
     sensitivities,
@@ -181,7 +180,7 @@ def layered(trained):
 def test_probes_are_candidates_near_the_errors_asked_for(layered):
     _, _, layers = layered
     for layer in layers.layers.values():
-        known = {candidate.value: error_of(candidate) for candidate in layer.candidates()}
+        known = {candidate.value: candidate.error for candidate in layer.candidates()}
         probed = values_to_probe(layer)
         assert probed
         assert len(set(probed)) == len(probed) <= len(PROBED_ERRORS)
