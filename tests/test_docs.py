@@ -16,8 +16,10 @@ import tomli_w
 
 from ranksearch.cli import _all_overrides, main, make_parser
 from ranksearch.errors import PlanError
+from ranksearch.methods import METHODS
 from ranksearch.plan import CP, FORMAT, KINDS, Kept, Narrowing, Plan, Tucker2
 from ranksearch.report.json_and_csv import front_json
+from ranksearch.results.limits import Limits
 from ranksearch.spec import Recipe, StudySpec, load_spec, parse_spec
 from ranksearch.study.options import Local
 from ranksearch.study.study import run_study
@@ -27,7 +29,7 @@ from tests.pages import DOCS, anchors, blocks, commands, links, name_of, pages
 from tests.report_study import study_record, with_controls
 
 ALL = pages("*.md", "docs/**/*.md", "examples/**/*.md")
-TAUGHT = pages("README.md", "docs/tutorial/*.md", "docs/how-to/*.md")
+TAUGHT = pages("README.md", "docs/tutorial/*.md", "docs/how-to/*.md", "docs/explanation/*.md")
 """Pages whose Python runs, whose study files load and whose commands parse."""
 RUN = pages("docs/tutorial/*.md")
 """Pages whose commands run, too."""
@@ -91,15 +93,16 @@ def test_commands_parse(page):
 
 
 def cut_short(spec: StudySpec) -> StudySpec:
-    """The study with two trials, one finalist, one method and an epoch of each training."""
+    """The study with two trials, one finalist and an epoch of each training; without limits, and without CP, which takes longest."""
 
     def short(recipe: Recipe) -> Recipe:
         return replace(recipe, epochs=min(recipe.epochs, 1))
 
     return replace(
         spec, controls=0, dense=short(spec.dense), narrow=short(spec.narrow), finetune=short(spec.finetune),
-        finalists=replace(short(spec.finalists), count=1), search=replace(spec.search, trials=2, min_score=None),
-        space=replace(spec.space, widths=(1.0,), methods=spec.space.methods[-1:]),
+        finalists=replace(short(spec.finalists), count=1),
+        search=replace(spec.search, trials=2, **dict.fromkeys(Limits.names())),
+        space=replace(spec.space, widths=(1.0,), methods=tuple(name for name in spec.space.methods if name != "cp")),
     )  # fmt: skip
 
 
@@ -117,11 +120,15 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def alone(tmp_path, monkeypatch):
-    """A folder of its own, from which modules are imported; they are forgotten afterwards."""
+    """A folder of its own, from which modules are imported; they and the methods that a page registers are forgotten afterwards."""
     before = set(sys.modules)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    methods, kinds = dict(METHODS), dict(KINDS)
     yield tmp_path
+    for registry, those_before in ((METHODS, methods), (KINDS, kinds)):
+        registry.clear()
+        registry.update(those_before)
     for name in set(sys.modules) - before:
         if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
