@@ -245,3 +245,9 @@ def test_what_the_schema_of_a_plan_refuses_the_reader_refuses(content):
     assert not schema("plan").is_valid(content)
     with pytest.raises(PlanError):
         Plan.from_dict(content)
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    listed = set(re.findall(r"[\w/-]+\.md", navigation.partition("nav:")[2]))
+    assert listed == {str(page.relative_to(DOCS)) for page in pages("docs/**/*.md")}
