@@ -93,7 +93,7 @@ def test_commands_parse(page):
 
 
 def cut_short(spec: StudySpec) -> StudySpec:
-    """The study with two trials, one finalist and an epoch of each training; without limits, and without CP, which takes longest."""
+    """The study with two trials at most, one finalist and an epoch of each training; without limits, and without CP, which takes longest."""
 
     def short(recipe: Recipe) -> Recipe:
         return replace(recipe, epochs=min(recipe.epochs, 1))
@@ -101,7 +101,7 @@ def cut_short(spec: StudySpec) -> StudySpec:
     return replace(
         spec, controls=0, dense=short(spec.dense), narrow=short(spec.narrow), finetune=short(spec.finetune),
         finalists=replace(short(spec.finalists), count=1),
-        search=replace(spec.search, trials=2, **dict.fromkeys(Limits.names())),
+        search=replace(spec.search, trials=min(spec.search.trials, 2), **dict.fromkeys(Limits.names())),
         space=replace(spec.space, widths=(1.0,), methods=tuple(name for name in spec.space.methods if name != "cp")),
     )  # fmt: skip
 
