@@ -34,10 +34,11 @@ def keys_text() -> str:
 
 
 def _section_text(name: str, kind: type[Any], entry: Field[Any]) -> str:
-    own = {f"{name}.{key}": entry for key, entry in fields(kind).items() if kind is Recipe or key not in fields(Recipe)}
-    trains = issubclass(kind, Recipe)
-    lines = [f"## Section `{name}`", f"{_sentence(entry)}{' It also has the keys of [training](#training).' if trains else ''}"]
-    return "\n\n".join([*lines, *([_settings_table(own, head="key")] if kind is not Recipe else [])])
+    inherited = fields(Recipe) if issubclass(kind, Recipe) else {}
+    own = {f"{name}.{key}": entry for key, entry in fields(kind).items() if key not in inherited}
+    training = " It also has the keys of [training](#training)." if inherited else ""
+    texts = [f"## Section `{name}`", f"{_sentence(entry)}{training}", *([_settings_table(own, head="key")] if own else [])]
+    return "\n\n".join(texts)
 
 
 def _sentence(entry: Field[Any]) -> str:
