@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
 import griffe
+
+from ranksearch.settings import default_of, fields
 
 RELATIVE_LINK = re.compile(r"(?<=\]\()(?:\.\./)+[^)#\s]+")
 HIDDEN_CODE = re.compile(r"<!-- python\n.*?-->\n?", re.DOTALL)
@@ -27,19 +30,28 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
     return RELATIVE_LINK.sub(in_repository, HIDDEN_CODE.sub("", markdown))
 
 
-class RuntimeDocstrings(griffe.Extension):
-    """Take docstrings that the package completes when it is imported, such as the help of settings, from there."""
+class Settings(griffe.Extension):
+    """Take from the imported package what settings get there: docstrings with their help, and defaults without their rules."""
 
     def on_class_instance(self, *, cls: griffe.Class, **_: Any) -> None:
-        if any(str(decorator.value) == "documented" for decorator in cls.decorators):
-            _take(cls)
+        if _holds_settings(cls):
+            _complete(cls)
 
     def on_function_instance(self, *, func: griffe.Function, **_: Any) -> None:
         if func.path == "ranksearch.api.search":
-            _take(func)
+            _complete(func)
+
+    def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
+        if isinstance(attr.parent, griffe.Class) and _holds_settings(attr.parent) and "property" not in attr.labels:
+            default = default_of(fields(griffe.dynamic_import(attr.parent.path))[attr.name])
+            attr.value = None if default is MISSING else repr(default)
 
 
-def _take(thing: griffe.Class | griffe.Function) -> None:
+def _holds_settings(cls: griffe.Class) -> bool:
+    return any(str(decorator.value) == "documented" for decorator in cls.decorators)
+
+
+def _complete(thing: griffe.Class | griffe.Function) -> None:
     text = inspect.getdoc(griffe.dynamic_import(thing.path))
     assert text, thing.path
     thing.docstring = griffe.Docstring(text, parent=thing)
