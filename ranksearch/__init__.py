@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ranksearch.study.options import Ray as Ray
     from ranksearch.task.task import Task as Task
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _NAMES_BY_MODULE = {
     "api": ("search",),

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     _escape_unencodable()
     argv = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(argv)
+    options = make_parser().parse_args(argv)
     # Torch and a long record make a million lasting objects. With the default thresholds the garbage collector scans them again
     # and again, which took half of the time to read 5,000 trials.
     gc.set_threshold(50_000, 20, 50)
@@ -89,7 +89,8 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; docs/reference/command-line.md is made from it."""
     parser = _Parser(
         prog="ranksearch",
         description="Finds, layer by layer, the tensor decomposition and rank that make a trained CNN many times smaller.",
@@ -144,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser(
         "report", help="write a study's report again", description="Write a study's report again, from its storage."
     )
-    report.add_argument("folder", type=Path, metavar="DIR")
+    report.add_argument("folder", type=Path, metavar="DIR", help="the study's folder")
     report.add_argument("--storage", metavar="URL", help="Optuna storage, if the study is not stored in its folder")
     report.set_defaults(run=_report)
 
@@ -153,14 +154,17 @@ def _parser() -> argparse.ArgumentParser:
         help="export a model of the front",
         description="Export a finalist as plan and weights, ONNX or torch.export; reload it and compare its outputs.",
     )
-    export.add_argument("folder", type=Path, metavar="DIR")
+    export.add_argument("folder", type=Path, metavar="DIR", help="the study's folder")
     which = export.add_mutually_exclusive_group(required=True)
     which.add_argument("--trial", type=int, metavar="N", help="the finalist with this trial number")
     which.add_argument("--knee", action="store_true", help="the knee of the front")
     which.add_argument("--within", type=float, metavar="X", help="the smallest finalist at most X below dense, by its interval")
     which.add_argument("--min-score", type=float, metavar="S", help="the smallest finalist with at least this validation score")
     which.add_argument("--min-ratio", type=float, metavar="R", help="the best finalist with at least this compression ratio")
-    export.add_argument("--format", choices=("plan", "onnx", "pt2"), default="plan")
+    export.add_argument(
+        "--format", choices=("plan", "onnx", "pt2"), default="plan",
+        help="plan and weights for ranksearch.load_model, ONNX, or an archive of torch.export (plan)",
+    )  # fmt: skip
     export.add_argument("--opset", type=int, metavar="N", help="ONNX operator set, for --format onnx (the exporter's default)")
     export.add_argument(
         "--merge", action="store_true", help="put dense layers back where they are faster than their factors: the same outputs"

@@ -6,12 +6,11 @@ Study files, the command line, docstrings and the tables in docs/ all read these
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, field
 from typing import Any, TypeVar
 
@@ -111,34 +110,6 @@ def to_table(settings: Any) -> dict[str, Any]:
     """Settings as plain values by key; leaves out settings that are None."""
     pairs = ((entry.name, getattr(settings, entry.name)) for entry in dataclasses.fields(settings))
     return {name: _plain(value) for name, value in pairs if value is not None}
-
-
-def entries(cls: type[Any], *, prefix: str = "", omit: type[Any] | None = None) -> Iterator[tuple[str, Field[Any]]]:
-    """Every setting with its key, a section before its own settings; what a section inherits from `omit` is left out."""
-    hints = typing.get_type_hints(cls)
-    inherited = fields(omit) if omit is not None and issubclass(cls, omit) else {}
-    for name, entry in fields(cls).items():
-        if name not in inherited:
-            yield f"{prefix}{name}", entry
-            if dataclasses.is_dataclass(hints[name]):
-                yield from entries(typing.cast(type, hints[name]), prefix=f"{prefix}{name}.", omit=omit)
-
-
-def table_of(settings: Iterable[tuple[str, Field[Any]]], *, head: str) -> str:
-    """A Markdown table of settings: key, default, help."""
-    lines = (f"| `{name}` | {_default_text(entry)} | {entry.metadata['help']} |" for name, entry in settings)
-    return "\n".join([f"| {head} | default | meaning |", "|---|---|---|", *lines])
-
-
-def _default_text(entry: Field[Any]) -> str:
-    default = default_of(entry)
-    if dataclasses.is_dataclass(default):
-        return "its defaults"
-    if default is MISSING:
-        return "required"
-    if default is None:
-        return "none"
-    return "empty" if default == "" else json.dumps(default)
 
 
 def _within(named: Named, section: str) -> Named:

@@ -24,14 +24,12 @@ from ranksearch.results.limits import Limits
 from ranksearch.settings import (
     at_least,
     documented,
-    entries,
     from_python,
     from_table,
     matching,
     one_of,
     positive,
     setting,
-    table_of,
     to_table,
 )
 
@@ -276,13 +274,6 @@ class StudySpec:
         may_change |= set() if self.timed else {key for key in flat if key.startswith("latency.")}
         may_change |= set() if len(self.space.widths) > 1 else {key for key in flat if key.startswith("narrow.")}
         return {key: value for key, value in flat.items() if key not in may_change}
-
-
-def keys_tables() -> str:
-    """Markdown tables of all keys of a study file, for docs/studies.md."""
-    shared = "`dense`, `narrow`, `finetune` and `finalists` each say how to train, with these keys:"
-    own = table_of(entries(StudySpec, omit=Recipe), head="key")
-    return "\n\n".join([own, shared, table_of(entries(Recipe), head="key")])
 
 
 def parse_spec(text: str, *, source: str, overrides: Sequence[str] = ()) -> StudySpec:

@@ -28,7 +28,8 @@ def test_a_study_file_is_written_once(here, capsys):
     text = (here / "small.toml").read_text()
     assert text.startswith(
         "# Written by: ranksearch init tests.nets:small --example 1,1,8,8 --arg classes=12\n"
-        "# docs/studies.md explains every key. Run this study by: ranksearch study small.toml\n"
+        "# docs/reference/study-file.md explains every key.\n"
+        "# Run this study by: ranksearch study small.toml\n"
     )
     assert "# 9,884 parameters, and 86,912 multiply-accumulates for one input of 1x8x8.\n" in text
     assert "#   fc1           32x16x4x4         8,224 parameters   83.2%\n" in text

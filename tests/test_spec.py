@@ -18,13 +18,11 @@ from ranksearch.spec import (
     StudySpec,
     builtin_studies,
     check_spec,
-    keys_tables,
     load_spec,
     parse_spec,
     resolve,
 )  # fmt: skip
-from ranksearch.study.options import Local, Options, Ray, engine_table
-from tests import ROOT
+from ranksearch.study.options import Local, Options, Ray
 from tests.nets import SMALL
 
 
@@ -188,15 +186,6 @@ def test_unreadable_files(tmp_path):
 def test_bad_references(reference, message):
     with pytest.raises(SpecError, match=f"^{re.escape(message)}"):
         resolve(reference, key="task.model")
-
-
-def test_the_docs_have_the_tables_of_keys():
-    """`python benchmarks/keys.py --write` updates the tables."""
-    pages = ROOT / "docs"
-    for name, page, text in (("keys", "studies.md", keys_tables()), ("engines", "cluster.md", engine_table())):
-        written = re.search(rf"<!-- {name}: .* -->\n(.*)\n<!-- end of {name} -->", (pages / page).read_text(), re.DOTALL)
-        assert written
-        assert written[1] == text
 
 
 def all_settings(cls):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ranksearch.errors import SpecError, StudyError
-from ranksearch.settings import Named, at_least, documented, entries, fields, from_python, matching, setting, table_of
+from ranksearch.settings import Named, at_least, documented, fields, from_python, matching, setting
 
 
 @documented
@@ -107,8 +107,3 @@ def engine_of(name: str, given: Mapping[str, Any]) -> Local | Ray:
 def option_of(name: str) -> str:
     """The command-line option of a setting."""
     return f"--{name.replace('_', '-')}"
-
-
-def engine_table() -> str:
-    """The Markdown table of the Ray engine's options, for docs/cluster.md."""
-    return table_of(((option_of(name), entry) for name, entry in entries(Ray)), head="option")

@@ -50,7 +50,8 @@ def write_study(reference: str, arguments: Mapping[str, Any], examples: Sequence
     model = load_net(reference, arguments, key=MODEL)
     inputs = _inputs(shapes)
     found = inventory(model, inputs[0] if len(inputs) == 1 else inputs)
-    comments = [f"Written by: {command}", f"docs/studies.md explains every key. Run this study by: ranksearch study {path}", ""]
+    run = f"Run this study by: ranksearch study {path}"
+    comments = [f"Written by: {command}", "docs/reference/study-file.md explains every key.", run, ""]
     text = study_text(name, reference, arguments, [*comments, *findings(shapes, found)])
     parse_spec(text, source=str(path))
     with writing(f"The study file {path}", "choose another --to"):
