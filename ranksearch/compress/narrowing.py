@@ -56,12 +56,7 @@ def narrowing_of(model: nn.Module, example: Any, share: float, losses: Losses, *
     def fits(count: int) -> bool:
         return count_macs(without(model, removed(count)), example) <= most
 
-    if not fits(len(steps)):
-        least = count_macs(without(model, removed(len(steps))), example) / count_macs(model, example)
-        raise SpecError(
-            f"A width in space.widths must leave each layer a channel, which takes {least:.2g} of this model's "
-            f"multiply-accumulates, but got {share:g}; raise it."
-        )
+    _check_share(model, example, share, removed(len(steps)))
     too_few, enough = 0, len(steps)
     while enough - too_few > 1:
         middle = (too_few + enough) // 2
@@ -69,6 +64,26 @@ def narrowing_of(model: nn.Module, example: Any, share: float, losses: Losses, *
     narrowing = _without(model, removed(enough))
     _check_running(model, narrowing, example)
     return narrowing
+
+
+def check_width(model: nn.Module, example: Any, share: float) -> None:
+    """Check that a narrower net can have at most `share` of the model's multiply-accumulates; weights need no training.
+
+    Raises:
+        ModelError, SpecError: as `narrowing_of` raises.
+    """
+    groups = _removable(model, example, channel_groups(model, example, losses=()))
+    _check_share(model, example, share, [unit for group in groups for unit in group.units[1:]])
+
+
+def _check_share(model: nn.Module, example: Any, share: float, most: Sequence[Unit]) -> None:
+    """Raise `SpecError` if the model without `most` units, all that can be removed, has more than `share` of its MACs."""
+    least = count_macs(without(model, most), example) / count_macs(model, example)
+    if least > share:
+        raise SpecError(
+            f"A width in space.widths must leave each layer a channel, which takes {least:.2g} of this model's "
+            f"multiply-accumulates, but got {share:g}; raise it."
+        )
 
 
 def narrow_(model: M, narrowing: Narrowing) -> M:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from ranksearch.compress.inventory import Inventory, inventory
+from ranksearch.compress.narrowing import check_width
 from ranksearch.compress.saved import check_reloading
 from ranksearch.compress.scratch import check_scratch
 from ranksearch.compress.surgery import copied
@@ -74,6 +76,7 @@ def check_inputs(spec: StudySpec, out: Path, options: Options, task: Task | None
     layers, table = time_layers(spec, task, layers, device, out, view, fresh=options.fresh)
     space = space_of(spec.space, layers)
     _check_sizes(task, space)
+    _check_widths(spec, task)
     if spec.space.widths == (1.0,):
         check_limits(spec.search.limits, Bases.of(space, layers))
     check_reloading(task.model, fresh, _smallest_layer(space), next(batches(task.data.train, 2))[0])
@@ -88,6 +91,15 @@ def check_inputs(spec: StudySpec, out: Path, options: Options, task: Task | None
     if options.engine.workers != 0:
         check_portable(task)
     return Checked(task, device, layers, table, space, user_plans, inputs, model_given)
+
+
+def _check_widths(spec: StudySpec, task: Task) -> None:
+    """Raise `SpecError` if the narrowest net would leave a layer without channels."""
+    if spec.space.widths == (1.0,):
+        return
+    # A model that pruning cannot follow is searched at full width, as the study says when it makes the narrower nets.
+    with suppress(ModelError):
+        check_width(task.model, example(task.data.train), spec.space.widths[-1])
 
 
 def _check_sizes(task: Task, space: SearchSpace) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from ranksearch.compress import narrowing as narrowing_module
 from ranksearch.compress.channels import without
 from ranksearch.compress.merging import merge_
-from ranksearch.compress.narrowing import narrow_, narrowing_of
+from ranksearch.compress.narrowing import check_width, narrow_, narrowing_of
 from ranksearch.compress.saved import load_model, write_model
 from ranksearch.compress.surgery import factorize_
 from ranksearch.compress.watch import Watch
@@ -200,3 +200,6 @@ def test_a_width_must_leave_each_layer_a_channel():
     )
     with pytest.raises(SpecError, match=f"^{message}$"):
         narrowing_of(seeded(flattened), nets.IMAGE, 0.001, LOSSES)
+    with pytest.raises(SpecError, match=f"^{message}$"):
+        check_width(seeded(flattened), nets.IMAGE, 0.001)
+    check_width(seeded(flattened), nets.IMAGE, 0.5)

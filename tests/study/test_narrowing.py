@@ -153,6 +153,14 @@ def test_a_plan_of_a_narrower_net_cannot_be_tried_first(tmp_path, monkeypatch, c
     )
 
 
+def test_a_width_that_is_too_small_is_refused_before_any_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.toml").write_text(nets.SMALL)
+    message = refuse(capsys, "study", "small.toml", "--set", "space.widths=[1.0, 0.0001]", "--set", "narrow.epochs=1")
+    assert message.startswith("A width in space.widths must leave each layer a channel")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_recipes_of_narrower_nets_count_only_where_there_are_any():
     assert small_spec("narrow.epochs=3").identity() == small_spec().identity()
     assert small_spec(*WIDTHS, "narrow.epochs=3").identity() != small_spec(*WIDTHS).identity()
