@@ -1,4 +1,4 @@
-"""Every script of examples/ runs in its reduced form, and what comes out is what it says."""
+"""Every script of examples/ runs in its reduced form, and what comes out is what it says; the docs' drawings are their script's."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from ranksearch.support.nesting import tensors_in
 from tests.pictures import write_pictures
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+DRAWINGS = Path(__file__).parents[1] / "docs" / "explanation" / "img"
 
 pytestmark = pytest.mark.slow
 
 
-def imported(name):
-    """The module of an example, under a name by which its functions can be pickled."""
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+def imported(name, folder=EXAMPLES):
+    """The module of a script, under a name by which its functions can be pickled."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", folder / f"{name}.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -150,3 +151,12 @@ def test_each_example_has_a_test_and_a_line():
     table = (EXAMPLES / "README.md").read_text()
     assert {name for name in names if f"({name}.py)" in table} == names
     assert all('quick="--quick" in sys.argv' in (EXAMPLES / f"{name}.py").read_text() for name in names)
+
+
+def test_drawings_are_those_of_their_script():
+    drawn = imported("draw", DRAWINGS).drawings()
+    assert {path.name: path.read_text(encoding="utf-8") for path in DRAWINGS.glob("*.svg")} == drawn
+    for page in ("decompositions", "vbmf", "whitening", "predicted-front"):
+        text = (DRAWINGS.parent / f"{page}.md").read_text(encoding="utf-8")
+        drawn = {name: picture for name, picture in drawn.items() if f"(img/{name})" not in text}
+    assert not drawn
