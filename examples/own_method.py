@@ -22,7 +22,6 @@ import ranksearch
 from ranksearch import Finalists, Local, Recipe, Search, Space, Task
 from ranksearch.data import batches, digits
 from ranksearch.methods import Method, Part
-from ranksearch.models import lenet
 
 
 @dataclass(frozen=True)
@@ -66,10 +65,19 @@ class BasisMethod(Method):
 ranksearch.register_method(BasisMethod())
 
 
+def network() -> nn.Sequential:
+    """A small CNN for images (batch, 1, 16, 16)."""
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(64 * 4 * 4, 128), nn.ReLU(), nn.Linear(128, 10),
+    )  # fmt: skip
+
+
 def main(out: str | Path = "runs/own-method", *, quick: bool = False):
     """Train, search and load; returns the dense model, the smallest one of the front and the study's record."""
     torch.manual_seed(0)
-    data, model = digits(), lenet(channels=1)
+    data, model = digits(size=16), network()
     optimizer, shuffle = torch.optim.AdamW(model.parameters(), lr=2e-3), torch.Generator().manual_seed(0)
     for _ in range(1 if quick else 12):
         for images, labels in batches(data.train, 64, generator=shuffle):

@@ -46,7 +46,7 @@ class UNet(nn.Module):
         return self.head(self.merge1(torch.cat([first, self.up1(second)], 1)))
 
 
-def discs_and_squares(count: int, seed: int, size: int = 40) -> TensorDataset:
+def discs_and_squares(count: int, seed: int, size: int) -> TensorDataset:
     """Noisy pictures of a disc and a square, equally bright, and the class of each pixel: background, disc, square."""
     generator = torch.Generator().manual_seed(seed)
     at = torch.randint(7, size - 7, (4, count, 1, 1), generator=generator)
@@ -69,8 +69,9 @@ def mean_iou(outputs: Tensor, targets: Tensor) -> float:
 def main(out: str | Path = "runs/unet", *, quick: bool = False):
     """Train, search and load; returns the dense model, the smallest one of the front and the study's record."""
     torch.manual_seed(0)
-    counts = (64, 32, 32) if quick else (600, 200, 200)
-    data = Splits(*(discs_and_squares(count, seed) for seed, count in enumerate(counts)), classes=None, about="made-up shapes")
+    counts, size = ((48, 16, 16), 24) if quick else ((600, 200, 200), 40)
+    parts = [discs_and_squares(count, seed, size) for seed, count in enumerate(counts)]
+    data = Splits(*parts, classes=None, about="made-up shapes")
     model = UNet(classes=3, width=8 if quick else 24)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(4 if quick else 15):

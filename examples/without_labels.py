@@ -17,16 +17,24 @@ from torch.utils.data import TensorDataset
 import ranksearch
 from ranksearch import Finalists, Local, Recipe, Search, Splits, Task
 from ranksearch.data import batches, digits
-from ranksearch.models import lenet
 from ranksearch.task.distillation import agreement, kl_divergence
 
 
-def trained_net(epochs: int) -> nn.Module:
+def network() -> nn.Sequential:
+    """A small CNN for images (batch, 1, 16, 16)."""
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(64 * 4 * 4, 128), nn.ReLU(), nn.Linear(128, 10),
+    )  # fmt: skip
+
+
+def trained_net(labelled: Splits, epochs: int) -> nn.Module:
     """A network that was trained elsewhere. Here its training still knows labels; nothing below does."""
-    model = lenet(channels=1)
+    model = network()
     optimizer, shuffle = torch.optim.AdamW(model.parameters(), lr=2e-3), torch.Generator().manual_seed(0)
     for _ in range(epochs):
-        for images, labels in batches(digits().train, 64, generator=shuffle):
+        for images, labels in batches(labelled.train, 64, generator=shuffle):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(images), labels).backward()
             optimizer.step()
@@ -42,7 +50,8 @@ def unlabelled(split: TensorDataset, count: int) -> TensorDataset:
 def main(out: str | Path = "runs/without-labels", *, quick: bool = False):
     """Search and load; returns the dense model, the smallest one of the front and the study's record."""
     torch.manual_seed(0)
-    model, labelled = trained_net(epochs=1 if quick else 12), digits()
+    labelled = digits(size=16)
+    model = trained_net(labelled, epochs=1 if quick else 12)
     parts = [unlabelled(split, 200 if quick else 2000) for split in (labelled.train, labelled.validation, labelled.test)]
     data = Splits(*parts, classes=None, about="digits without labels")
 

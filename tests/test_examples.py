@@ -71,7 +71,7 @@ def test_own_cnn(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("unet_segmentation", (1, 24, 32)), ("audio_conv1d", (1, 1024)), ("without_labels", (1, 32, 32))]
+    ("name", "shape"), [("unet_segmentation", (1, 24, 32)), ("audio_conv1d", (1, 1024)), ("without_labels", (1, 16, 16))]
 )
 def test_searches(name, shape, tmp_path, bare):
     dense, small, record = imported(name).main(tmp_path, quick=True)
@@ -83,8 +83,8 @@ def test_searches(name, shape, tmp_path, bare):
 def test_resnet18_folder(tmp_path, bare):
     for folder, each in (("train", 12), ("test", 4)):
         write_pictures(tmp_path / "pictures" / folder, each=each, classes=["cat", "dog", "hen"])
-    dense, small, record = imported("resnet18_folder").main(tmp_path / "pictures", tmp_path, quick=True)
-    check_search(tmp_path, dense, small, record, torch.randn(2, 3, 40, 40))
+    dense, small, record = imported("resnet18_folder").main(tmp_path / "pictures", tmp_path / "out", quick=True)
+    check_search(tmp_path / "out", dense, small, record, torch.randn(2, 3, 40, 40))
     assert all(trial.macs < record.facts.dense.macs for trial in record.front)
     assert all(name.startswith("layer1.") for trial in record.trials for name, _ in trial.plan)
 
@@ -102,7 +102,7 @@ def test_ssdlite_detection(tmp_path, bare):
 
 def test_the_score_of_unet_segmentation():
     module = imported("unet_segmentation")
-    classes = module.discs_and_squares(4, seed=0).tensors[1]
+    classes = module.discs_and_squares(4, seed=0, size=32).tensors[1]
     outputs = nn.functional.one_hot(classes, 3).movedim(-1, 1).float()
     assert module.mean_iou(outputs, classes) == 1
     assert module.mean_iou(outputs.roll(1, dims=1), classes) == 0
@@ -129,8 +129,7 @@ def test_own_method(tmp_path, bare):
     module = imported("own_method")
     try:
         dense, small, record = module.main(tmp_path, quick=True)
-        inputs = torch.randn(5, 1, 32, 32)
-        check_search(tmp_path, dense, small, record, inputs)
+        check_search(tmp_path, dense, small, record, torch.randn(5, 1, 16, 16))
         assert any(isinstance(value, module.Basis) for trial in record.trials for _, value in trial.plan)
         # At its bound a method reproduces any kernel.
         for conv in (nn.Conv2d(3, 5, 3, stride=2, padding=1), nn.Conv1d(4, 6, 5, groups=2), nn.ConvTranspose2d(4, 3, 2, 2)):
