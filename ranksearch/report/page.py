@@ -44,6 +44,7 @@ def _context(record: StudyRecord) -> dict[str, Any]:
     return {
         "facts": facts,
         "headline": _glue_percent_signs(summary.headline(record)),
+        "export": summary.export_command(best) if (best := figures.near_dense(record)) else "",
         "against_controls": _glue_percent_signs(summary.against_controls(record)),
         "no_scores": summary.no_scores(record),
         "cards": _cards(record),

@@ -39,6 +39,8 @@ class FrontLine(ModelLine):
     plan: Plan
     knee: bool
     near: bool
+    export: str
+    """The command that exports it; empty if there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +65,10 @@ def headline(record: StudyRecord) -> str:
             f"No model is within {near} of the dense net yet: the best of the front reaches {text.score(top, name)} "
             f"{name} on validation, the dense net {text.score(facts.dense.score_validation, name)}."
         )
-    ratios = zip(ratio_words(record, best), facts.objectives.minimize, strict=True)
-    size = " and ".join(f"{figure} {words} {_instead_of(record, best, COSTS[cost])}" for (figure, words), cost in ratios)
+    costs = [COSTS[cost] for cost in facts.objectives.minimize]
+    costs += [LATENCY] if LATENCY not in costs and all(LATENCY.name in net.costs for net in (best, facts.dense)) else []
+    *others, last = [_smaller_by(record, best, cost) for cost in costs]
+    size = f"{', '.join(others)} and {last}" if others else last
     chance = figures.chance_near_dense(record, best)
     sure = (
         ""
@@ -160,7 +164,7 @@ def dense_line(record: StudyRecord) -> FrontLine:
         trial="dense", sizes=[], ratio=same, costs=_costs(record, dense),
         validation=text.score(dense.score_validation, name), validation_difference="",
         test=text.score(dense.score_test, name), test_difference="",
-        epochs="", plan=Plan(), knee=False, near=False,
+        epochs="", plan=Plan(), knee=False, near=False, export="",
     )  # fmt: skip
 
 
@@ -277,11 +281,17 @@ def _scores(record: StudyRecord, trial: TrialRecord) -> str:
     validation = f"{text.score(trial.score_validation, name)} {name} on validation"
     if trial.finalist is None:
         return f"{validation} (dense {text.score(dense.score_validation, name)})"
-    test = text.score(trial.finalist.score_test, name)
+    test, measured = text.score(trial.finalist.score_test, name), trial.finalist.difference_test
+    interval = f"; difference {_difference(trial.finalist.score_test, dense.score_test, name, measured)}" if measured else ""
     return (
         f"{validation} (dense {text.score(dense.score_validation, name)}) "
-        f"and {test} on test (dense {text.score(dense.score_test, name)})"
+        f"and {test} on test (dense {text.score(dense.score_test, name)}{interval})"
     )
+
+
+def export_command(trial: TrialRecord) -> str:
+    """The command, in the study's folder, that exports a finalist as ONNX; empty for other trials, which have no weights."""
+    return f"ranksearch export . --trial {trial.number} --format onnx" if trial.finalist else ""
 
 
 def _line(record: StudyRecord, trial: TrialRecord, *, knee: bool, near: bool) -> FrontLine:
@@ -300,6 +310,7 @@ def _line(record: StudyRecord, trial: TrialRecord, *, knee: bool, near: bool) ->
         plan=trial.plan,
         knee=knee,
         near=near,
+        export=export_command(trial),
     )
 
 
@@ -341,10 +352,11 @@ def _costs(record: StudyRecord, costed: Costed) -> list[tuple[str, str]]:
     return cells
 
 
-def _instead_of(record: StudyRecord, trial: TrialRecord, cost: Cost) -> str:
-    """`(47,554 parameters instead of 1,250,282)`, without the cost's name if the words before it contain the name."""
-    noun = "" if cost.title in cost.fewer else f" {cost.title}"
-    return f"({cost.text(trial.costs[cost.name])}{noun} instead of {cost.text(record.facts.dense.costs[cost.name])})"
+def _smaller_by(record: StudyRecord, trial: TrialRecord, cost: Cost) -> str:
+    """`26.3x smaller (47,554 parameters instead of 1,250,282)`, without the cost's name if the words or the unit say it."""
+    noun = "" if cost.unit or cost.title in cost.fewer else f" {cost.title}"
+    value, dense = trial.costs[cost.name], record.facts.dense.costs[cost.name]
+    return f"{text.ratio(dense / value)} {cost.fewer} ({cost.text(value)}{noun} instead of {cost.text(dense)})"
 
 
 def _difference(score: float | None, dense: float, name: str, measured: Difference | None = None) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from ranksearch.plan import Plan
-from ranksearch.results.messages import Outcome
+from ranksearch.results.messages import Difference, Outcome
 from tests.report_study import study_record
 
 NASTY = "</script><script>alert(1)</script><b>&`|\"'"
@@ -90,6 +90,23 @@ def test_the_page_says_how_trials_failed(report):
 def test_the_page_marks_the_knee(report):
     (knee,) = [row for row in report.json["front"] if row["knee"]]
     assert f"{knee['trial']} knee" in report.page.text
+
+
+def test_each_finalist_of_the_front_has_its_export_command(report):
+    for trial in report.record.front:
+        command = f"ranksearch export . --trial {trial.number} --format onnx"
+        assert (command in report.page.text) == (trial.finalist is not None)
+    near = next(row for row in report.json["front"] if row["trial"] == report.json["within_one_point"]["trial"])
+    assert f"in the folder of this page: ranksearch export . --trial {near['trial']} --format onnx" in report.page.text
+
+
+def test_the_opening_says_size_time_and_interval(written):
+    record, measured = study_record(), Difference(-0.005, -0.02, 0.01, 0.007)
+    finals = [trial.finalist and replace(trial.finalist, difference_test=measured) for trial in record.trials]
+    trials = tuple(replace(trial, finalist=final) for trial, final in zip(record.trials, finals, strict=True))
+    opening = written(replace(record, trials=trials)).text("report.html").split('<p class="lead">')[1].split("</p>")[0]
+    assert re.search(r"x smaller \(.*\) and [\d.]+x faster \([\d.]+ ms instead of [\d.]+ ms\), ", opening)
+    assert re.search(r"on test \(dense [\d.]+.%; difference \S+ \[\S+, \S+\]\)", opening)
 
 
 def test_another_score_is_no_percentage(written):
