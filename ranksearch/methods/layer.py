@@ -56,7 +56,7 @@ def as_weight(module: nn.Module, kernel: Tensor) -> Tensor:
 
 def _swapped(stacked: Tensor, groups: int) -> Tensor:
     """Swap the first two axes of each group's tensor."""
-    return stacked.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    return stacked.reshape(groups, -1, *stacked.shape[1:]).transpose(1, 2).flatten(0, 1)
 
 
 def is_small_depthwise(module: nn.Module) -> bool:

@@ -82,7 +82,8 @@ def _errors(high: Tensor, wide: Tensor, ranks: Tensor) -> Tensor:
         truncated = torch.tensordot(high[:rank_in, :, :rank_mid], wide[:rank_mid, :, :rank_out], 1)
         missed = (full[:rank_in, :, :, :rank_out] - truncated).square().sum()
         squared_errors[place] = missed + energy[rank_in:].sum() + energy[:rank_in, rank_out:].sum()
-    return (squared_errors / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)).sqrt()
+    relative: Tensor = squared_errors / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
+    return relative.sqrt()
 
 
 def _refined(tensor: Tensor, cores: Sequence[Tensor], sweeps: int) -> list[Tensor]:
