@@ -94,6 +94,7 @@ def _task_spec(task: Task) -> TaskSpec:
         data_args={"about": task.data.about},
         score=f"python:{_reference_name(task.score)}",
         loss=f"python:{_reference_name(task.loss)}",
+        show=f"python:{_reference_name(task.show)}" if task.show else "",
     )
 
 

@@ -74,6 +74,12 @@ class TaskSpec:
         "a function of a whole split's (outputs, targets): higher is better, and 0.01 is one percentage point",
         default="ranksearch.task.task:accuracy",
     )
+    show: str = matching(
+        r"(\w[\w.]*:\w[\w.]*)?", "'package.module:name'",
+        "a function of (`input`, `target` or `output`, one such value) that returns a picture, height x width x 3 of uint8, or "
+        "None; the report then shows inputs and outputs",
+        default="",
+    )  # fmt: skip
 
 
 @documented
@@ -264,12 +270,13 @@ class StudySpec:
         """The settings that must not change when a study is resumed, flat: `section.key` -> value.
 
         The budget, the limits and the description may change: they do not change any score. The paths in `search.first` may
-        change, because the storage holds the plans themselves. The modules in `space.plugins` may be renamed.
+        change, because the storage holds the plans themselves. The modules in `space.plugins` may be renamed. `task.show` only
+        draws what was computed.
         """
         flat: dict[str, Any] = {}
         for key, value in self.to_dict().items():
             flat |= {f"{key}.{inner}": entry for inner, entry in value.items()} if isinstance(value, dict) else {key: value}
-        may_change = {"about", "controls", "space.plugins", "search.trials", "search.minutes", "search.first"}
+        may_change = {"about", "controls", "task.show", "space.plugins", "search.trials", "search.minutes", "search.first"}
         may_change |= {"finalists.count", *(f"search.{key}" for key in Limits.names())}
         may_change |= set() if self.timed else {key for key in flat if key.startswith("latency.")}
         may_change |= set() if len(self.space.widths) > 1 else {key for key in flat if key.startswith("narrow.")}

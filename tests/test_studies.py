@@ -12,7 +12,7 @@ from ranksearch.study.study import run_study
 from tests.conftest import make_bare
 from tests.pictures import write_pictures, write_scenes
 
-LAYERS = {"vgg16": "conv1_2", "resnet20": "stage1_1.conv1", "nin": "conv4"}
+LAYERS = {"vgg16": "conv1_2", "resnet20": "stage1_1.conv1", "nin": "conv4", "pydnet": "decoder1.conv2"}
 """The layer that a reduced study decomposes; conv2 for the other studies."""
 
 
@@ -37,10 +37,11 @@ def reduced(name, root, trials):
     data = whole.task.data.partition(":")[2]
     if data == "cifar10":
         overrides += [f"task.data_args.root='{root}'", "task.data_args.validation=20"]
-    if data == "stereo":
+    if data in ("stereo", "depth"):
         spans = {"train_scenes": [1, 1], "validation_scenes": [2, 2], "test_scenes": [3, 3]}
         overrides += [f"task.data_args.{key}={value}" for key, value in spans.items()]
-        overrides += [f"task.data_args.root='{root}'", "task.data_args.patches=200", "task.data_args.disparities=16"]
+        small = {"stereo": {"patches": 200, "disparities": 16}, "depth": {"size": [64, 64]}}[data]
+        overrides += [f"task.data_args.root='{root}'", *(f"task.data_args.{key}={value}" for key, value in small.items())]
     return load_spec(name, overrides=[*overrides, "search.min_ratio=1"])
 
 
@@ -58,4 +59,6 @@ def test_a_study_starts_resumes_and_reports(name, root, tmp_path):
     front = json.loads((tmp_path / name / "front.json").read_text())
     assert [point["params"] for point in front["front"]] == [trial.params for trial in again.front]
     assert front["front"][0]["score_test"] is not None
-    assert again.facts.data in (tmp_path / name / "report.html").read_text()
+    page = (tmp_path / name / "report.html").read_text()
+    assert again.facts.data in page
+    assert ("data:image/webp;base64," in page) == (name in ("ccnn", "ccnn-design", "pydnet"))

@@ -1,4 +1,4 @@
-"""Loss and score for confidences of disparities: cross-entropy, AUC and the optimal AUC (Hu and Mordohai 2012).
+"""Loss, score and pictures of confidences of disparities: cross-entropy, AUC and the optimal AUC (Hu and Mordohai 2012).
 
 Outputs are logits. Targets are 1 for a right disparity, 0 for a wrong one, and NaN where the truth is not known.
 """
@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
+
+from ranksearch.data.colours import coloured, in_gray
 
 AUC_STEPS = 20
 """The number of steps in which the share of kept pixels falls from 1 to 0, each by 5 %."""
+RIGHT, WRONG = (255, 255, 255), (214, 51, 51)
+"""The colours of right and wrong disparities; those that are not known are black."""
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -49,3 +55,20 @@ def auc(confidence: Tensor, right: Tensor) -> float:
 def optimal_auc(error: float) -> float:
     """The AUC of a confidence that ranks all right pixels of a map above its wrong ones; `error` is the share of wrong ones."""
     return error + (1 - error) * math.log(1 - error) if error < 1 else 1.0
+
+
+def show(kind: str, value: Tensor) -> NDArray[np.uint8]:
+    """A disparity map, its target or the confidence of one map (1, height, width) as a picture (height, width, 3).
+
+    Disparities go from dark violet to the largest, yellow; targets are white where right, red where wrong; confidences go from
+    black to white.
+    """
+    (pixels,) = value
+    if kind == "input":
+        return coloured(pixels / pixels.max().clamp_min(1e-6))
+    if kind == "output":
+        return in_gray(pixels.sigmoid())
+    picture = np.zeros((*pixels.shape, 3), np.uint8)
+    picture[(pixels == 1).numpy()] = RIGHT
+    picture[(pixels == 0).numpy()] = WRONG
+    return picture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,9 +44,9 @@ class Scene:
     truth: Path
     units: float | None = None
 
-    def images(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """Both images in gray (height, width)."""
-        left, right = (np.array(Image.open(path).convert("L")) for path in (self.left, self.right))
+    def images(self, mode: str = "L") -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Both images in gray (height, width), or as `RGB` (height, width, 3)."""
+        left, right = (np.array(Image.open(path).convert(mode)) for path in (self.left, self.right))
         if left.shape != right.shape:
             raise DataError(f"The two images of a pair must have the same size, but those in {self.left.parent} do not.")
         return left, right
@@ -69,6 +70,19 @@ class Scene:
             )
         known = np.isfinite(raw) & (raw > 0)
         return np.where(known, raw / np.float32(units), np.float32("nan"))
+
+    def known_disparities(self, shape: tuple[int, ...], units: float | None = None) -> NDArray[np.float32]:
+        """The true disparities, as `disparities`, of an image of this shape (height, width).
+
+        Raises:
+            DataError: they are of another size, or none is known.
+        """
+        truth = self.disparities(units)
+        if truth.shape != shape:
+            raise DataError(f"{self.truth} must have the size of its image, {shape}, but has {truth.shape}.")
+        if np.isnan(truth).all():
+            raise DataError(f"Ground truth must have known pixels, but {self.truth} has none; leave the scene out.")
+        return truth
 
 
 def find_scenes(folder: Path) -> list[Scene]:
@@ -96,6 +110,29 @@ def find_scenes(folder: Path) -> list[Scene]:
             "(https://www.cvlibs.net/datasets/kitti) or scenes of https://vision.middlebury.edu/stereo/data there."
         )
     return scenes
+
+
+def split_scenes(wanted: Mapping[str, tuple[Path, Sequence[int]]]) -> dict[str, list[Scene]]:
+    """The scenes of each split, by its name: from a folder, the scenes from the first to the last, counted from 1.
+
+    Raises:
+        DataError: a folder has no scenes, or fewer than asked for; or a scene is in two splits.
+    """
+    found, owners = dict[str, list[Scene]](), dict[Path, str]()
+    for name, (folder, span) in wanted.items():
+        found[name] = _block(find_scenes(folder), span, f"{name}_scenes")
+        for scene in found[name]:
+            if (other := owners.setdefault(scene.truth, name)) != name:
+                raise DataError(
+                    f"No scene may be in two splits, but {scene.name} is in {other} and {name}; change {name}_scenes."
+                )
+    return found
+
+
+def _block(scenes: list[Scene], span: Sequence[int], key: str) -> list[Scene]:
+    if len(span) != 2 or not 1 <= span[0] <= span[1] <= len(scenes):
+        raise DataError(f"{key} must be the first and the last of {len(scenes)} scenes, counted from 1, but got {list(span)}.")
+    return scenes[span[0] - 1 : span[1]]
 
 
 def _manifest(folder: Path) -> dict[str, float]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ranksearch.data.batched import Batched
 from ranksearch.data.census import disparity_map
 from ranksearch.data.confidence import optimal_auc
-from ranksearch.data.scenes import Scene, find_scenes
+from ranksearch.data.scenes import Scene, split_scenes
 from ranksearch.data.splits import Splits
 from ranksearch.errors import DataError
 from ranksearch.support.files import write_whole
@@ -119,18 +119,16 @@ def stereo(
     if patches < 1:
         raise DataError(f"patches must be at least 1, but got {patches}.")
     scale = 1 / max(1, disparities - 1) if scaled else 1.0
-    requested = (("train", train, train_scenes, threshold), ("validation", train, validation_scenes, threshold),
-             ("test", test, test_scenes, threshold if test_threshold is None else test_threshold))  # fmt: skip
-    parts, owners = {}, dict[Path, str]()
-    for name, folder, numbers, max_error in requested:
-        scenes = _block(find_scenes(Path(root) / folder), numbers, f"{name}_scenes")
-        for scene in scenes:
-            if (other := owners.setdefault(scene.truth, name)) != name:
-                raise DataError(
-                    f"No scene may be in two splits, but {scene.name} is in {other} and {name}; change {name}_scenes."
-                )
-        cache = Path(root) / f"census-{disparities}" / folder
-        parts[name] = _maps(scenes, cache, disparities=disparities, threshold=max_error, units=units, scale=scale)
+    folders = {"train": (train, train_scenes), "validation": (train, validation_scenes), "test": (test, test_scenes)}
+    thresholds = {"test": threshold if test_threshold is None else test_threshold}
+    scenes = split_scenes({name: (Path(root) / folder, span) for name, (folder, span) in folders.items()})
+    parts = {
+        name: _maps(
+            scenes[name], Path(root) / f"census-{disparities}" / folder, disparities=disparities,
+            threshold=thresholds.get(name, threshold), units=units, scale=scale,
+        )
+        for name, (folder, _) in folders.items()
+    }  # fmt: skip
     pixels = (parts["train"].right != UNKNOWN).nonzero().int()
     drawn = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(PIXEL_SEED))[:patches].sort().values
     held, tested = parts["validation"], parts["test"]
@@ -140,12 +138,6 @@ def stereo(
         f"{len(held)} of {train} / {len(tested)} of {test} for validation / test; the best possible score is "
         f"{1 - held.optimum():.4f} / {1 - tested.optimum():.4f}",
     )  # fmt: skip
-
-
-def _block(scenes: list[Scene], span: Sequence[int], key: str) -> list[Scene]:
-    if len(span) != 2 or not 1 <= span[0] <= span[1] <= len(scenes):
-        raise DataError(f"{key} must be the first and the last of {len(scenes)} scenes, counted from 1, but got {list(span)}.")
-    return scenes[span[0] - 1 : span[1]]
 
 
 def _maps(scenes: list[Scene], cache: Path, *, disparities: int, threshold: float, units: float | None, scale: float) -> Maps:
@@ -162,12 +154,9 @@ def _maps(scenes: list[Scene], cache: Path, *, disparities: int, threshold: floa
 
 def _cropped(scene: Scene, cache: Path, disparities: int, threshold: float, units: float | None) -> tuple[Tensor, Tensor]:
     """A scene's disparities (height + 8, width + 8) and targets (height, width), cropped to the region with known truth."""
-    disparity, truth = _disparities(scene, cache, disparities), scene.disparities(units)
-    if disparity.shape != truth.shape:
-        raise DataError(f"{scene.truth} must have the size of its image, {disparity.shape}, but has {truth.shape}.")
+    disparity = _disparities(scene, cache, disparities)
+    truth = scene.known_disparities(disparity.shape, units)
     known = ~np.isnan(truth)
-    if not known.any():
-        raise DataError(f"Ground truth must have known pixels, but {scene.truth} has none; leave the scene out.")
     right = np.where(known, np.abs(disparity - truth) <= threshold, UNKNOWN).astype(np.uint8)
     rows, columns = (slice(indices.min(), indices.max() + 1) for indices in known.nonzero())
     # Beyond the image's edge disparities count as 0, as in the published network.

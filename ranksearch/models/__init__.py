@@ -3,6 +3,7 @@
 from ranksearch.models.ccnn import ccnn, td_ccnn
 from ranksearch.models.lenet import lenet, lenet3, residual_lenet, td_lenet
 from ranksearch.models.nin import nin
+from ranksearch.models.pydnet import pydnet
 from ranksearch.models.resnet import resnet20, resnet56
 from ranksearch.models.td import td_conv
 from ranksearch.models.vgg import vgg16
@@ -12,6 +13,7 @@ __all__ = [
     "lenet",
     "lenet3",
     "nin",
+    "pydnet",
     "residual_lenet",
     "resnet20",
     "resnet56",

@@ -13,14 +13,15 @@ import vl_convert
 
 from ranksearch.plan import Dense, Factorization
 from ranksearch.report import charts, figures, points, summary, text
+from ranksearch.report.pictures import Row
 from ranksearch.results.costs import COSTS
 from ranksearch.results.record import LayerFacts, StudyRecord
 from ranksearch.results.scores import is_percent
 from ranksearch.results.trials import TrialRecord
 
 
-def html(record: StudyRecord) -> str:
-    """The page as HTML. All text from the record is escaped, in the page and in the data of the charts."""
+def html(record: StudyRecord, drawn: Sequence[Row] = ()) -> str:
+    """The page as HTML, with the pictures `drawn`. All text from the record is escaped, in the page and in the charts' data."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -29,7 +30,7 @@ def html(record: StudyRecord) -> str:
         undefined=jinja2.StrictUndefined,
     )
     template = environment.get_template("template.html")
-    return template.render(**_context(record), bundle=_bundle(), font=charts.FONT)
+    return template.render(**_context(record), drawn=drawn, bundle=_bundle(), font=charts.FONT)
 
 
 @functools.cache

@@ -37,6 +37,7 @@ from ranksearch.support.seeds import seeded
 from ranksearch.task import training
 from ranksearch.task.checks import check_arguments, check_float32, check_outputs
 from ranksearch.task.distillation import is_against_dense
+from ranksearch.task.showing import check_show
 from ranksearch.task.task import Task, load_task
 
 
@@ -69,6 +70,7 @@ def check_inputs(spec: StudySpec, out: Path, options: Options, task: Task | None
     check_arguments(task)
     layers = inventory(task.model, example(task.data.train))
     task = check_outputs(task, trains=any(part.epochs for part in (spec.dense, spec.finetune, spec.finalists)))
+    check_show(task)
     if device.type == "mps":
         check_float32(task)
     check_state(task.model)
@@ -89,7 +91,7 @@ def check_inputs(spec: StudySpec, out: Path, options: Options, task: Task | None
     if options.storage:
         folder.check_study(spec, options.storage, inputs, fresh=options.fresh, announce=view.note)
     if options.engine.workers != 0:
-        check_portable(task)
+        check_portable(replace(task, show=None))
     return Checked(task, device, layers, table, space, user_plans, inputs, model_given)
 
 

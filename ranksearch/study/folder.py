@@ -15,6 +15,7 @@ import optuna
 from sqlalchemy.engine import URL, make_url
 
 from ranksearch.errors import SpecError, StudyError
+from ranksearch.report.pictures import PICTURES
 from ranksearch.results.costs import COSTS
 from ranksearch.results.objectives import Objectives
 from ranksearch.spec import StudySpec, parse_spec
@@ -27,7 +28,7 @@ UNFINISHED = "unfinished"
 """The folder of the checkpoints of unfinished trainings."""
 REPORT = ("report.html", "report.md", "front.*", "front-*.png", "trials.csv", "controls.csv")
 NARROW = "narrow"
-STUDY_FILES = ("study.db*", DENSE_FILE, UNFINISHED, NARROW, "profile", "models", "export", *REPORT, SPEC)
+STUDY_FILES = ("study.db*", DENSE_FILE, UNFINISHED, NARROW, "profile", "models", "export", PICTURES, *REPORT, SPEC)
 """Everything that a study writes into its folder and `--fresh` deletes. The spec is deleted last, since it marks the folder."""
 SPEC_HEADER = "# Written by ranksearch: the study of this folder, as resolved."
 START_OVER = "choose another --out or name, or --fresh to start over"

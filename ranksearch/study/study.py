@@ -33,6 +33,7 @@ from ranksearch.study.facts import make_facts
 from ranksearch.study.finishing import train_finalists
 from ranksearch.study.narrowing import Net, make_nets, make_profile
 from ranksearch.study.options import Local, Options, Ray
+from ranksearch.study.pictures import draw_pictures
 from ranksearch.study.probing import check_user_plans, choose_initial_plans, probe_layers
 from ranksearch.study.session import Session
 from ranksearch.study.timing import keep_table, time_finalists
@@ -114,6 +115,7 @@ def _run_steps(session: Session, spec: StudySpec, out: Path, options: Options, c
     """All steps of a study. Each one reads from the storage and the folder what an earlier run made."""
     device, search = checked.device, spec.search
     task = make_dense(session, spec, checked.task, device, out, model_given=checked.model_given)
+    task, show = replace(task, show=None), task.show  # only the driver draws, so workers need not be able to
     where = _worker_device(device, options.engine)
     nets = make_nets(session, spec, task, Base(checked.inventory, checked.space), device, out, where=where)
     bases = Bases(tuple(net.base for net in nets))
@@ -135,6 +137,7 @@ def _run_steps(session: Session, spec: StudySpec, out: Path, options: Options, c
     controls = train_controls(session, spec, task, evaluate, out)
     with session.stage("finalists"):
         time_finalists(session, spec, task, bases, facts, finalists, controls, device)
+    draw_pictures(replace(task, show=show), finalists, out, session.view)
     return _report(session.study, out)
 
 

@@ -124,6 +124,11 @@ def select_inputs(batch: Any, chosen: Tensor) -> Any:
     )
 
 
+def one_input(batch: Any, index: int) -> Any:
+    """One input of a batch, without the batch dimension; of a `PerInput` list its entry."""
+    return _map_counted(lambda part: part[index], batch)
+
+
 def concatenate(batches: Sequence[Any]) -> Any:
     """Join several batches of the same nesting into one. A value that has no batch dimension is that of the first batch.
 

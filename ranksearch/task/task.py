@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ranksearch.data import Splits, batches, example
+from ranksearch.data.disparity import delta_1_25
 from ranksearch.errors import DataError, ModelError, SpecError, first_line
+from ranksearch.results.scores import DELTA
 from ranksearch.spec import StudySpec, resolve
 from ranksearch.support.batch import batch_size, batch_to, concatenate, join_outputs, run_model
 from ranksearch.support.nesting import has_lists_per_input, tensors_in
@@ -27,6 +29,9 @@ Loss: TypeAlias = Callable[[Any, Any], Tensor]
 Score: TypeAlias = Callable[[Any, Any], float]
 """(outputs, targets) of a whole split, nested likewise -> a number; higher is better. Scores should lie in [0, 1]: 0.01 is one
 percentage point, and trials 0.15 below the dense model are dropped."""
+Show: TypeAlias = Callable[[str, Any], Any]
+"""(kind, value): of one input of a split, without the batch dimension, its `input`, `target` or `output` -> a picture (height,
+width, 3) of uint8, or None where there is nothing to draw."""
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> float:
@@ -56,6 +61,8 @@ class Task:
     data: Splits
     loss: Loss = F.cross_entropy
     score: Score = accuracy
+    show: Show | None = None
+    """Draws inputs, targets and outputs for the report."""
     channels_last: bool = True
     """Whether 2-D kernels may use the channels-last memory format; a study tests this, see `takes_channels_last`."""
     loss_in_training: bool = False
@@ -65,7 +72,9 @@ class Task:
     @property
     def score_name(self) -> str:
         """The name of the score in reports."""
-        return TITLES[self.score] if is_against_dense(self.score) else getattr(self.score, "__name__", "score")
+        titles = {**TITLES, delta_1_25: DELTA}
+        own = getattr(self.score, "__name__", "score")
+        return next((title for function, title in titles.items() if function is self.score), own)
 
 
 def evaluation_batch(split: Dataset[Any]) -> int:
@@ -131,7 +140,8 @@ def load_task(spec: StudySpec) -> Task:
     data = _call(section.data, section.data_args, "task.data")
     if not isinstance(data, Splits):
         raise DataError(f"task.data must return ranksearch.data.Splits, but {section.data!r} returned a {type(data).__name__}.")
-    return Task(model, data, resolve(section.loss, key="task.loss"), resolve(section.score, key="task.score"))
+    show = resolve(section.show, key="task.show") if section.show else None
+    return Task(model, data, resolve(section.loss, key="task.loss"), resolve(section.score, key="task.score"), show)
 
 
 def load_net(reference: str, arguments: Mapping[str, Any], *, seed: int = 0, key: str = "task.model") -> nn.Module:
