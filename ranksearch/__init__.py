@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ranksearch.results.record import StudyRecord as StudyRecord
     from ranksearch.results.trials import TrialRecord as TrialRecord
     from ranksearch.spec import Finalists as Finalists
+    from ranksearch.spec import Latency as Latency
     from ranksearch.spec import Recipe as Recipe
     from ranksearch.spec import Search as Search
     from ranksearch.spec import Space as Space
@@ -74,6 +75,7 @@ _NAMES_BY_MODULE = {
     "results.trials": ("TrialRecord",),
     "spec": (
         "Finalists",
+        "Latency",
         "Recipe",
         "Search",
         "Space",

@@ -17,7 +17,7 @@ from ranksearch.methods import METHODS
 from ranksearch.plan import KINDS, Plan
 from ranksearch.results.record import StudyRecord
 from ranksearch.settings import fields, plain_help
-from ranksearch.spec import DenseSpec, Finalists, Recipe, Search, Space, StudySpec, TaskSpec, check_spec
+from ranksearch.spec import DenseSpec, Finalists, Latency, Recipe, Search, Space, StudySpec, TaskSpec, check_spec
 from ranksearch.study.options import Local, Options, Ray, check_engine
 from ranksearch.study.study import run_study
 from ranksearch.task.task import FROM_PYTHON, Task
@@ -28,6 +28,7 @@ def search(
     *,
     space: Space = Space(),
     search: Search = Search(),
+    latency: Latency = Latency(),
     narrow: Recipe = Recipe(epochs=10),
     finetune: Recipe = Recipe(epochs=3),
     finalists: Finalists = Finalists(epochs=12),
@@ -45,6 +46,7 @@ def search(
         task: the trained model, its data, its loss and score.
         space: {space}.
         search: {search}.
+        latency: {latency}.
         narrow: {narrow}.
         finetune: {finetune}.
         finalists: {finalists}.
@@ -71,6 +73,7 @@ def search(
             dense=DenseSpec(epochs=0),
             space=space,
             search=search,
+            latency=latency,
             narrow=narrow,
             finetune=finetune,
             finalists=finalists,

@@ -11,7 +11,7 @@ import torch
 import ranksearch
 from ranksearch.errors import ModelError, SpecError, StudyError
 from ranksearch.results.messages import Outcome
-from ranksearch.spec import Finalists, Recipe, Search, Space
+from ranksearch.spec import Finalists, Latency, Recipe, Search, Space
 from ranksearch.study.options import Local
 from ranksearch.task.task import Task
 from tests import nets
@@ -77,6 +77,16 @@ def test_python_may_give_one_name_and_numbers_of_numpy(trained, tmp_path):
     assert {name for trial in record.trials for name, _ in trial.plan} == {"fc2"}
     with pytest.raises(SpecError, match=r"space.layers must name layers that can be decomposed, but 'fc9' matches none"):
         ranksearch.search(trained, out=tmp_path / "two", space=Space(layers="fc9"))
+
+
+@pytest.mark.slow
+def test_the_latency_is_searched_where_python_says(trained, tmp_path):
+    record = ranksearch.search(
+        trained, out=tmp_path / "mine", search=Search(minimize="latency", trials=1), latency=Latency(runtime="torch", batch_size=2),
+        finetune=ranksearch.Recipe(0), finalists=ranksearch.Finalists(0, count=1), engine=Local(0),
+    )  # fmt: skip
+    assert record.facts.spec["latency"] == {"runtime": "torch", "threads": 1, "batch_size": 2}
+    assert all(trial.costs["latency"] > 0 for trial in record.trials)
 
 
 def test_a_score_that_is_no_share(trained, tmp_path):
