@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from ranksearch.compress.inventory import inventory
 from ranksearch.errors import first_line
-from ranksearch.results.account import parts_of
+from ranksearch.results.account import account_by_kind
 
 TIMM = {
     "timm/bit": "resnetv2_50x1_bit resnetv2_50 resnetv2_50d_gn",
@@ -217,7 +217,7 @@ def coverage(model: nn.Module, example: Tensor) -> Found:
         Exception: whatever the inventory or the model raises.
     """
     found = inventory(model, example)
-    shares = {part.title: (part.params / found.params, part.macs / found.macs) for part in parts_of(found.account)}
+    shares = {part.title: (part.params / found.params, part.macs / found.macs) for part in account_by_kind(found.account)}
     params, macs = shares.pop("decomposable layers")
     return Found(params, macs, {title: max(both) for title, both in shares.items()})
 

@@ -217,7 +217,7 @@ def _study(options: argparse.Namespace, argv: list[str]) -> int:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     screen = _screen()
-    view = views.Terminal(screen) if screen.is_terminal else views.Plain(screen)
+    view = views.Terminal(screen) if screen.is_terminal else views.Lines(screen)
     command = _command_text(argv, options.storage)
     engine_options = {name: value for name in ENGINE_OPTIONS if (value := getattr(options, name)) is not None}
     run = Options(engine_of(options.engine, engine_options), options.storage, options.fresh, command)

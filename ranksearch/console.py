@@ -78,7 +78,7 @@ class Silent(View):
     def trial(self, record: TrialRecord, trials: Sequence[TrialRecord]) -> None: ...
 
 
-class Plain(View):
+class Lines(View):
     """For logs and pipes: one line per stage and per finished trial, and one per minute when neither comes."""
 
     def __init__(self, console: Console) -> None:

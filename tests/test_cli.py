@@ -13,7 +13,7 @@ import pytest
 
 import ranksearch
 from ranksearch.cli import _command_text, _storage_option, main
-from ranksearch.console import Plain
+from ranksearch.console import Lines
 from ranksearch.study.database import _storage_error
 from tests.conftest import refuse, snapshot
 
@@ -66,14 +66,14 @@ def test_studies_names_the_built_in_ones(capsys):
 
 @pytest.mark.slow
 def test_ctrl_c_prints_the_front_so_far_and_how_to_go_on(bare, study_file, capsys, monkeypatch):
-    before = Plain.trial
+    before = Lines.trial
 
     def impatient(self, record, trials):
         before(self, record, trials)
         if len(trials) == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Plain, "trial", impatient)
+    monkeypatch.setattr(Lines, "trial", impatient)
     assert main(["study", "small.toml", "--workers", "0", "--fresh", "--seed", "1"]) == 130
     out = capsys.readouterr().out
     assert "the front so far" in out

@@ -83,7 +83,7 @@ def test_a_live_view_draws_progress_and_front(finished):
 def test_plain_lines_for_every_kind_of_trial(finished):
     _, record = finished
     out = io.StringIO()
-    view = console.Plain(Console(file=out, width=200))
+    view = console.Lines(Console(file=out, width=200))
     view.stage("trials", 8, 3)
     view.facts(record.facts)
     lost = trial(9, None, 1.0, Outcome.DIVERGED)
@@ -107,7 +107,7 @@ def test_a_log_is_told_once_a_minute_how_far_a_long_stage_is(finished, monkeypat
     now = 1000.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     out = io.StringIO()
-    view = console.Plain(Console(file=out, width=200))
+    view = console.Lines(Console(file=out, width=200))
     view.stage("training the dense net", 50, 10)
     for _ in range(4):
         now += 40

@@ -22,7 +22,7 @@ from ranksearch.support.batch import arguments_of
 from ranksearch.support.copies import deep_copy
 from ranksearch.support.nesting import map_tensors, tensors_in
 
-Call: TypeAlias = Callable[[], float]
+Timer: TypeAlias = Callable[[], float]
 """Runs a model once, or a few times in a row, and gives the milliseconds that one run took."""
 
 MIN_WINDOW_MS = 2.0
@@ -39,7 +39,7 @@ class Runtime(abc.ABC):
     threads: int
 
     @abc.abstractmethod
-    def prepare(self, model: nn.Module, inputs: Any) -> Call:
+    def prepare(self, model: nn.Module, inputs: Any) -> Timer:
         """What times `model` on the batch `inputs`. The model is left as it was.
 
         Raises:
@@ -56,7 +56,7 @@ class Torch(Runtime):
     channels_last: bool = True
     name: str = TORCH
 
-    def prepare(self, model: nn.Module, inputs: Any) -> Call:
+    def prepare(self, model: nn.Module, inputs: Any) -> Timer:
         twin = deep_copy(model).to(self.device).eval()
         if self.channels_last:
             twin = twin.to(memory_format=torch.channels_last)
@@ -90,7 +90,7 @@ class OnnxRuntime(Runtime):
     threads: int = 1
     name: str = ORT
 
-    def prepare(self, model: nn.Module, inputs: Any) -> Call:
+    def prepare(self, model: nn.Module, inputs: Any) -> Timer:
         import onnxruntime  # here, since workers never need it
 
         options = onnxruntime.SessionOptions()
@@ -115,7 +115,7 @@ class UserFunction(Runtime):
     name: str
     threads: int = 1
 
-    def prepare(self, model: nn.Module, inputs: Any) -> Call:
+    def prepare(self, model: nn.Module, inputs: Any) -> Timer:
         def call() -> float:
             found = self.function(deep_copy(model).eval(), inputs)
             if isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 < found < math.inf:
@@ -152,7 +152,7 @@ def chosen_name(latency: Latency, device: torch.device) -> str:
     return latency.runtime
 
 
-def windowed(run: Callable[[], object], around: Callable[[], Any] | None = None) -> Call:
+def windowed(run: Callable[[], object], around: Callable[[], Any] | None = None) -> Timer:
     """A call that repeats `run` for at least `MIN_WINDOW_MS`, so that a short one can be timed; the last of a few first runs,
     which also warm caches up, says how often."""
     around = around or _nothing

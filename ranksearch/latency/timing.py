@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ranksearch.latency.runtimes import Call
+from ranksearch.latency.runtimes import Timer
 
 ROUNDS, MIN_ROUNDS = 10, 3
 MAX_SECONDS = 20.0
@@ -35,7 +35,7 @@ class Times:
         return statistics.median(self.spreads) <= QUIET_SPREAD
 
 
-def in_turn(calls: Sequence[Call], *, rounds: int | None = None, max_seconds: float = MAX_SECONDS) -> Times:
+def in_turn(calls: Sequence[Timer], *, rounds: int | None = None, max_seconds: float = MAX_SECONDS) -> Times:
     """Time all of them once in each round; on a busy machine again, up to `SERIES` times."""
     least = [float("inf")] * len(calls)
     for _ in range(SERIES):
@@ -47,7 +47,7 @@ def in_turn(calls: Sequence[Call], *, rounds: int | None = None, max_seconds: fl
     return times
 
 
-def _series(calls: Sequence[Call], rounds: int, max_seconds: float) -> list[list[float]]:
+def _series(calls: Sequence[Timer], rounds: int, max_seconds: float) -> list[list[float]]:
     taken: list[list[float]] = [[] for _ in calls]
     start = time.monotonic()
     for done in range(rounds):

@@ -61,7 +61,7 @@ class Part:
         return listed(self.modules)
 
 
-def parts_of(entries: Iterable[Entry]) -> tuple[Part, ...]:
+def account_by_kind(entries: Iterable[Entry]) -> tuple[Part, ...]:
     """The account in few parts: decomposable layers, skipped ones by their reason, other modules by their class.
 
     Modules with parameters that no pass uses are parts of their own.
@@ -69,8 +69,8 @@ def parts_of(entries: Iterable[Entry]) -> tuple[Part, ...]:
     return _grouped(entries, _title)
 
 
-def parts_of_each_layer(entries: Iterable[Entry]) -> tuple[Part, ...]:
-    """As `parts_of`, with a part for each skipped layer."""
+def account_by_layer(entries: Iterable[Entry]) -> tuple[Part, ...]:
+    """As `account_by_kind`, with a part for each skipped layer."""
     return _grouped(entries, lambda entry: f"skipped {entry.name}: {entry.skipped}" if entry.skipped else _title(entry))
 
 

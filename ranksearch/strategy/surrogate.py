@@ -177,9 +177,9 @@ class Table:
 
     def features(self, rows: Rows) -> Values:
         """(plans, weights + layers): the logs of the predicted loss increases and of each layer's compression ratio."""
-        return np.concatenate([_log(self.loss_increases_of(rows)), self.shrunk(rows)], axis=1)
+        return np.concatenate([_log(self.loss_increases_of(rows)), self.log_layer_ratios(rows)], axis=1)
 
-    def shrunk(self, rows: Rows) -> Values:
+    def log_layer_ratios(self, rows: Rows) -> Values:
         """(plans, layers): the log of each layer's own compression ratio, to the layer of the first net."""
         sizes = self.log_params
         return np.stack([sizes[i][0] - sizes[i][rows[:, i]] for i in range(len(self.layers))], axis=1)
@@ -269,7 +269,7 @@ class Surrogate:
         # Imported here for the same reason as scikit-learn.
         from scipy.spatial.distance import cdist
 
-        nearest = cdist(self.table.shrunk(rows), self.table.shrunk(self.tried)).min(axis=1)
+        nearest = cdist(self.table.log_layer_ratios(rows), self.table.log_layer_ratios(self.tried)).min(axis=1)
         return np.asarray(1.0 - np.exp(-((nearest / NOISE_LENGTH_SCALE) ** 2)))
 
 

@@ -19,7 +19,7 @@ from ranksearch.console import Look
 from ranksearch.data import check_splits, example
 from ranksearch.errors import ModelError
 from ranksearch.results import attributes
-from ranksearch.results.account import parts_of, parts_of_each_layer
+from ranksearch.results.account import account_by_kind, account_by_layer
 from ranksearch.results.certainty import MIN_STANDARD_ERROR
 from ranksearch.results.record import DEFAULT_STANDARD_ERROR, DenseFacts, LayerFacts, NarrowFacts, StudyFacts
 from ranksearch.spec import StudySpec
@@ -62,7 +62,7 @@ def look(spec: StudySpec, out: Path) -> Look:
         ]
         costs[layer.name] = tuple((str(m.value(layer, ranks)), m.params(layer, ranks)) for m, ranks in suggested)
     return Look(
-        layers=layer_facts(layers, vbmf), account=parts_of_each_layer(layers.account), permanent=layers.permanent,
+        layers=layer_facts(layers, vbmf), account=account_by_layer(layers.account), permanent=layers.permanent,
         params=layers.params, macs=layers.macs, costs=costs, trained=trained,
     )  # fmt: skip
 
@@ -122,7 +122,7 @@ def study_facts(
         dense=dense,
         layers=layer_facts(layers, profile.vbmf),
         skipped=dict(layers.skipped),
-        account=parts_of(layers.account),
+        account=account_by_kind(layers.account),
         permanent=dict(layers.permanent),
         versions={"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES},
         machine=f"{platform.machine()}, {os.cpu_count()} cores, device {device.type}, {engine}",

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations
 
 from ranksearch import console
 from ranksearch.compress.inventory import count_macs, count_params, inventory
-from ranksearch.results.account import Entry, Part, parts_of, parts_of_each_layer
+from ranksearch.results.account import Entry, Part, account_by_kind, account_by_layer
 from ranksearch.results.attributes import read_facts, write_facts
 from tests.nets import IMAGE, Net, Pyramid, Recurrent, Siamese, computed
 from tests.report_study import study_facts
@@ -107,10 +107,10 @@ def test_it_names_every_layer_and_each_module_once(model, example):
 @models
 def test_its_parts_add_up_too_and_survive_a_record(model, example, study):
     account = inventory(model, example).account
-    for parts in (parts_of(account), parts_of_each_layer(account)):
+    for parts in (account_by_kind(account), account_by_layer(account)):
         for cost in ("params", "macs", "unused"):
             assert sum(getattr(part, cost) for part in parts) == sum(getattr(entry, cost) for entry in account)
-    facts = replace(study_facts(), account=parts_of(account))
+    facts = replace(study_facts(), account=account_by_kind(account))
     write_facts(study, facts)
     assert read_facts(study).account == facts.account
     assert [Part.from_dict(asdict(part)) for part in facts.account] == list(facts.account)
@@ -148,7 +148,7 @@ def test_parameters_that_no_pass_uses_are_told():
     unused = {entry.name: entry.unused for entry in found.account if entry.unused}
     assert unused == {"": 3, "spare.0": 12, "norm": 14}
     look = console.Look(
-        layers=(), account=parts_of_each_layer(found.account), permanent={}, params=found.params, macs=found.macs, costs={},
+        layers=(), account=account_by_layer(found.account), permanent={}, params=found.params, macs=found.macs, costs={},
         trained=True,
     )  # fmt: skip
     lines = console.layers_summary(look).splitlines()

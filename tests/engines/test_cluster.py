@@ -20,7 +20,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from ranksearch.cli import main
-from ranksearch.console import Plain
+from ranksearch.console import Lines
 from ranksearch.engines import ray, ray_process
 from ranksearch.errors import ModelError, StudyError
 from ranksearch.plan import Plan
@@ -248,7 +248,7 @@ def test_a_node_that_joins_is_used():
 def test_a_head_that_is_gone_ends_the_study_in_one_sentence(bare, study_file, capsys, monkeypatch):
     """Finished trials are in the record, and the same command resumes."""
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "2")
-    before, killed = Plain.trial, []
+    before, killed = Lines.trial, []
     with Cluster(2) as cluster:
 
         def kill(self, record, trials):
@@ -256,7 +256,7 @@ def test_a_head_that_is_gone_ends_the_study_in_one_sentence(bare, study_file, ca
             if len(trials) == 3 and not killed:
                 killed.append(cluster.tell("kill 0"))
 
-        monkeypatch.setattr(Plain, "trial", kill)
+        monkeypatch.setattr(Lines, "trial", kill)
         told = refuse(capsys, "study", "small.toml", "--engine", "ray", "--address", cluster.address)
     assert told == (
         f"The Ray cluster at {cluster.address} must stay up while a study runs, but the connection to it was lost; all finished "
