@@ -78,6 +78,14 @@ def chance_near_dense(record: StudyRecord, trial: TrialRecord) -> float | None:
     return _chances(record)[trial.number]
 
 
+def likeliest_near_dense(record: StudyRecord) -> TrialRecord | None:
+    """The model of the front with the best chance to be within `NEAR_DENSE`, if its score is; None if no score is so high."""
+    enough = record.facts.dense.score_validation - NEAR_DENSE
+    near = [trial for trial in record.shown if (trial.score_validation or -math.inf) >= enough]
+    judged = [(chance, trial) for trial in near if (chance := chance_near_dense(record, trial)) is not None]
+    return max(judged, key=lambda each: each[0])[1] if judged else None
+
+
 def _chances(record: StudyRecord) -> dict[int, float]:
     facts, judged = record.facts, {trial.number: trial for trial in [*finalists(record), *record.shown]}
     return chances_within(judged.values(), NEAR_DENSE, facts.dense.score_validation, facts.objectives)

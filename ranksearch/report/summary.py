@@ -9,6 +9,7 @@ from typing import Any
 
 from ranksearch.plan import Plan
 from ranksearch.report import figures, text
+from ranksearch.results.choosing import SURE_ENOUGH
 from ranksearch.results.costs import COSTS, LATENCY, PARAMS, Cost, Costed, costs_of
 from ranksearch.results.messages import Difference, Outcome
 from ranksearch.results.record import Control, StudyRecord
@@ -59,23 +60,28 @@ def headline(record: StudyRecord) -> str:
     if not record.shown:
         return no_scores(record)
     best = figures.near_dense(record)
+    if best is None and (likeliest := figures.likeliest_near_dense(record)):
+        chance = figures.chance_near_dense(record, likeliest)
+        assert chance is not None
+        model = f"trial {likeliest.number}, with {text.chance(chance)}"
+        return (
+            f"No model is within {near} of the dense net with a chance of {text.chance(SURE_ENOUGH)} yet. The likeliest is "
+            f"{model}: {_smaller(record, likeliest)}, {_scores(record, likeliest)}."
+        )
     if best is None:
         top = max(trial.score_validation or 0.0 for trial in record.shown)
         return (
             f"No model is within {near} of the dense net yet: the best of the front reaches {text.score(top, name)} "
             f"{name} on validation, the dense net {text.score(facts.dense.score_validation, name)}."
         )
-    costs = [COSTS[cost] for cost in facts.objectives.minimize]
-    costs += [LATENCY] if LATENCY not in costs and all(LATENCY.name in net.costs for net in (best, facts.dense)) else []
-    *others, last = [_smaller_by(record, best, cost) for cost in costs]
-    size = f"{', '.join(others)} and {last}" if others else last
     chance = figures.chance_near_dense(record, best)
     sure = (
         ""
         if chance is None
         else f" Judged by validation, the chance that it is within {near} on new data is {text.chance(chance)}."
     )
-    return f"The smallest model within {near} of the dense net is trial {best.number}: {size}, {_scores(record, best)}.{sure}"
+    model = f"trial {best.number}: {_smaller(record, best)}, {_scores(record, best)}"
+    return f"The smallest model within {near} of the dense net is {model}.{sure}"
 
 
 def against_controls(record: StudyRecord) -> str:
@@ -350,6 +356,15 @@ def _costs(record: StudyRecord, costed: Costed) -> list[tuple[str, str]]:
         has_ratio = value and cost is not PARAMS
         cells.append((cost.text(value), text.ratio(dense.costs[cost.name] / value) if has_ratio and value else ""))
     return cells
+
+
+def _smaller(record: StudyRecord, trial: TrialRecord) -> str:
+    """How much smaller a model is in each cost that the study minimises, and how much faster if that was measured."""
+    dense = record.facts.dense
+    costs = [COSTS[cost] for cost in record.facts.objectives.minimize]
+    costs += [LATENCY] if LATENCY not in costs and all(LATENCY.name in net.costs for net in (trial, dense)) else []
+    *others, last = [_smaller_by(record, trial, cost) for cost in costs]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _smaller_by(record: StudyRecord, trial: TrialRecord, cost: Cost) -> str:

@@ -109,6 +109,18 @@ def test_the_opening_says_size_time_and_interval(written):
     assert re.search(r"on test \(dense [\d.]+.%; difference \S+ \[\S+, \S+\]\)", opening)
 
 
+def test_without_a_model_that_is_sure_enough_the_headline_names_the_likeliest(written):
+    record, unsure = study_record(), Difference(-0.012, -0.06, 0.03, 0.02)
+    finals = [trial.finalist and replace(trial.finalist, difference_validation=unsure) for trial in record.trials]
+    trials = tuple(replace(trial, finalist=final) for trial, final in zip(record.trials, finals, strict=True))
+    words = written(replace(record, trials=trials)).text("report.md").replace("\\", "")
+    assert re.search(
+        r"No model is within one point of the dense net with a chance of 70 % yet\. The likeliest is trial \d+, with \d\d %: "
+        r"[\d.]+x smaller \(.*\) and [\d.]+x faster \(.*\), [\d.]+ % accuracy on validation",
+        words,
+    )
+
+
 def test_another_score_is_no_percentage(written):
     record = study_record()
     facts = replace(record.facts, score_name="1 - AUC")
