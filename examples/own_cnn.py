@@ -61,7 +61,7 @@ def main(out: str | Path = "runs/own-cnn", *, quick: bool = False):
 
     record = ranksearch.search(
         Task(model, data),  # a classifier by default; loss and score can be your own functions
-        search=Search(trials=3 if quick else 40),
+        search=Search(trials=2 if quick else 40),
         finetune=Recipe(epochs=1 if quick else 3, learning_rate=3e-3),  # each trial
         finalists=Finalists(epochs=1 if quick else 12, learning_rate=3e-3, count=2 if quick else 8),
         engine=Local(workers=0 if quick else None),  # None: one worker for each core

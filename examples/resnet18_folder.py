@@ -51,7 +51,7 @@ def main(root: str | Path = "pictures", out: str | Path = "runs/resnet18", *, qu
         Task(model, data),
         space=Space(
             skip=("conv1",),  # 0.1 % of the parameters, and all later layers read it
-            layers=("layer1.*",) if quick else (),  # empty: all layers that can be decomposed
+            layers=("layer1.0.*",) if quick else (),  # empty: all layers that can be decomposed
             rank_multiple=8,  # as vector units and tensor cores like them
             smaller_in=("params", "macs"),
         ),

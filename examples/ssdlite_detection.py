@@ -82,7 +82,7 @@ def main(out: str | Path = "runs/ssdlite", *, quick: bool = False):
 
     record = ranksearch.search(
         Task(model, data, loss=summed_losses, score=average_precision),
-        space=Space(layers=("backbone.extra.*",) if quick else ()),
+        space=Space(layers=("backbone.extra.0.*",) if quick else ()),
         search=Search(trials=1 if quick else 40),
         finetune=Recipe(epochs=1 if quick else 3, batch_size=8),
         finalists=Finalists(epochs=1 if quick else 15, batch_size=8, count=1 if quick else 6),

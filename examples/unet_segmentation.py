@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ranksearch
-from ranksearch import Finalists, Local, Recipe, Search, Splits, Task
+from ranksearch import Finalists, Local, Recipe, Search, Space, Splits, Task
 
 
 def block(into: int, out: int) -> nn.Sequential:
@@ -82,6 +82,7 @@ def main(out: str | Path = "runs/unet", *, quick: bool = False):
 
     record = ranksearch.search(
         Task(model, data, score=mean_iou),  # cross-entropy, the default loss, takes maps of classes too
+        space=Space(layers=("bottom.*", "up2") if quick else ()),  # empty: all layers that can be decomposed
         search=Search(trials=2 if quick else 40, minimize=("params", "macs")),
         finetune=Recipe(epochs=1 if quick else 2, batch_size=16, learning_rate=2e-3),
         finalists=Finalists(epochs=1 if quick else 10, batch_size=16, learning_rate=2e-3, count=1 if quick else 6),

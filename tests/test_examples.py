@@ -86,7 +86,7 @@ def test_resnet18_folder(tmp_path, bare):
     dense, small, record = imported("resnet18_folder").main(tmp_path / "pictures", tmp_path / "out", quick=True)
     check_search(tmp_path / "out", dense, small, record, torch.randn(2, 3, 40, 40))
     assert all(trial.macs < record.facts.dense.macs for trial in record.front)
-    assert all(name.startswith("layer1.") for trial in record.trials for name, _ in trial.plan)
+    assert all(name.startswith("layer1.0.") for trial in record.trials for name, _ in trial.plan)
 
 
 def test_ssdlite_detection(tmp_path, bare):
