@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,10 @@ from ranksearch.cli import main
 from ranksearch.compress.inventory import inventory
 from ranksearch.compress.profile import profile
 from ranksearch.data import example
+from ranksearch.errors import StudyError
 from ranksearch.latency import runtimes, timing
 from ranksearch.plan import CP, SVD, Plan, Tucker2
+from ranksearch.results.attributes import read_trials
 from ranksearch.results.messages import Outcome
 from ranksearch.spec import Finalists, Recipe, parse_spec
 from ranksearch.strategy.space import make_space
@@ -44,8 +48,10 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(items):
-    """The files that start Ray come first, since they take longest."""
-    items.sort(key=lambda item: not item.nodeid.startswith(RAY_FILES))
+    """The files that start Ray come first, since they take longest, then those with the most slow tests: so all processes end at
+    about the same time."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (not item.nodeid.startswith(RAY_FILES), -slow[item.path]))
 
 
 class TorchRandom:
@@ -106,6 +112,26 @@ def essence(trials):
 
 def stored(out):
     return folder.open_study("small", folder.storage_url(out, None))
+
+
+def finished_trials(out):
+    """How many trials the record of a study that runs in another process holds now."""
+    # Wait for the weights, which come after the tables: two processes must not make the tables at once.
+    if not (out / "dense.safetensors").exists():
+        return 0
+    try:
+        return len(read_trials(stored(out)))
+    except StudyError:
+        return 0  # not made yet, or just being written
+
+
+def wait_for(condition, process, seconds=120):
+    """Wait while another process makes progress."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline, "the study made no progress"
+        time.sleep(0.05)
 
 
 @pytest.fixture

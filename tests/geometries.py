@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections import OrderedDict
 
@@ -151,9 +152,16 @@ def kernels_of(model, layer):
     return as_kernel(model.layer, model.layer.weight.detach()).reshape(layer.groups, *layer.weight).unbind()
 
 
-def given_geometry(geometry):
+@functools.cache
+def _prepared(geometry):
     model, size, _ = GEOMETRIES[geometry]
     return prepared(model, size)
+
+
+def given_geometry(geometry):
+    """A copy of the model in float64 with fixed weights, one input, and the layer called `layer`."""
+    model, inputs, layer = _prepared(geometry)
+    return copy.deepcopy(model), inputs.clone(), layer
 
 
 def assert_close(got, wanted):
@@ -161,8 +169,11 @@ def assert_close(got, wanted):
 
 
 def some_ranks(method, layer):
-    """Rank 1, half and full rank, in all combinations."""
-    return list(itertools.product(*(sorted({1, (bound + 1) // 2, bound}) for bound in method.bounds(layer.weight))))
+    """Rank 1, half and full rank; of two ranks all combinations, of three a third of them, which hold all pairs."""
+    levels = [sorted({1, (bound + 1) // 2, bound}) for bound in method.bounds(layer.weight)]
+    places = itertools.product(*(range(len(ranks)) for ranks in levels))
+    chosen = [place for place in places if len(levels) < 3 or min(map(len, levels)) < 3 or sum(place) % 3 == 0]
+    return [tuple(ranks[at] for ranks, at in zip(levels, place, strict=True)) for place in chosen]
 
 
 def counted_macs(model, inputs):

@@ -151,7 +151,7 @@ def test_a_test_score_that_is_no_number_is_told_before_the_search(trained, tmp_p
 def test_any_folder_gives_a_name(trained, tmp_path, folder, name):
     record = ranksearch.search(
         trained, out=tmp_path / folder, search=Search(trials=1, min_score=np.float32(0.25)),
-        finetune=Recipe(0), finalists=Finalists(0, count=1), space=Space(data_aware=np.bool_(False)), engine=Local(0),
+        finetune=Recipe(0), finalists=Finalists(0, count=1), space=Space(layers="fc2", data_aware=np.bool_(False)), engine=Local(0),
     )  # fmt: skip
     assert record.facts.name == name
     assert record.facts.limits.min_score == 0.25

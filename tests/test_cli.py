@@ -342,13 +342,11 @@ def test_report_does_not_import_torch(finished):
 
 
 @pytest.mark.slow
-def test_a_report_that_cannot_be_written_is_one_sentence(study_file, capsys):
-    command = ["study", "small.toml", "--workers", "0", "--trials", "1", "--set", "dense.epochs=1"]
-    assert main(command) == 0
-    page = Path("runs/small/front.csv")
+def test_a_report_that_cannot_be_written_is_one_sentence(copied, study_file, capsys):
+    page = copied / "front.csv"
     page.unlink()
     page.mkdir()
-    for words in (command, ["report", "runs/small"]):
+    for words in (["study", "small.toml", "--workers", "0"], ["report", "runs/small"]):
         assert refuse(capsys, *words) == (
             "The report's runs/small/front.csv cannot be written: Is a directory; fix this and run `ranksearch report`."
         )

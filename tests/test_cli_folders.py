@@ -7,8 +7,9 @@ import os
 import pytest
 
 from ranksearch.cli import main
+from ranksearch.results.attributes import read_trials
 from tests import nets
-from tests.conftest import refuse, snapshot
+from tests.conftest import refuse, snapshot, stored
 
 
 def test_a_folder_of_another_study_is_left_alone(copied, study_file, capsys):
@@ -38,21 +39,19 @@ def test_a_users_own_project_is_never_emptied(study_file, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_fresh_deletes_only_what_a_study_wrote(copied, study_file):
+def test_fresh_starts_over_and_deletes_only_what_a_study_wrote(bare, copied, study_file):
+    """Its exports too. The new study is another one."""
     (copied / "notes.txt").write_text("mine")
     (copied / "linked").symlink_to(copied.parent)
-    assert main(["study", "small.toml", "--fresh", "--trials", "1", "--workers", "0", "--set", "dense.epochs=1"]) == 0
-    assert (copied / "notes.txt").read_text() == "mine"
-    assert (copied / "linked").is_symlink()
-    assert len((copied / "trials.csv").read_text().splitlines()) == 2
-
-
-@pytest.mark.slow
-def test_an_export_of_a_deleted_study_goes_with_it(bare, copied, study_file):
     assert main(["export", str(copied), "--knee"]) == 0
     assert list((copied / "export").iterdir())
-    assert main(["study", "small.toml", "--fresh", "--trials", "1", "--workers", "0", "--set", "dense.epochs=1"]) == 0
+    others = ["--trials", "2", "--workers", "0", "--set", "finetune.epochs=2", "--set", "dense.epochs=1"]
+    assert main(["study", "small.toml", "--fresh", *others]) == 0
+    assert (copied / "notes.txt").read_text() == "mine"
+    assert (copied / "linked").is_symlink()
     assert not (copied / "export").exists()
+    assert not (copied / "report.html").exists()
+    assert len(read_trials(stored(copied))) == 2
 
 
 def test_fresh_deletes_nothing_when_the_weights_are_missing(copied, study_file, capsys):
@@ -88,30 +87,6 @@ def test_fresh_does_not_empty_the_folder_when_the_storage_is_out_of_reach(copied
     before = snapshot(copied)
     refuse(capsys, "study", "small.toml", "--fresh", "--storage", "sqlite:////no/such/folder/x.db")
     assert snapshot(copied) == before
-
-
-@pytest.mark.slow
-def test_fresh_starts_over(copied, study_file, capsys):
-    assert (
-        main(
-            [
-                "study",
-                "small.toml",
-                "--fresh",
-                "--trials",
-                "2",
-                "--workers",
-                "0",
-                "--set",
-                "finetune.epochs=2",
-                "--set",
-                "dense.epochs=1",
-            ]
-        )
-        == 0
-    )
-    rows = (copied / "trials.csv").read_text().splitlines()
-    assert len(rows) == 3
 
 
 def test_ctrl_c_before_the_old_study_is_gone_keeps_fresh(study_file, capsys, monkeypatch):

@@ -58,7 +58,7 @@ def test_an_export_in_which_no_layer_is_faster_dense(timed_by, finished, capsys)
     assert Plan.from_json((Path(target) / "plan.json").read_text()) == trial.plan
 
 
-def test_a_merged_model_may_lie_outside_of_the_limits(timed_by, finished, capsys):
+def test_a_merged_model_may_lie_outside_of_the_limits(bare, timed_by, finished, capsys):
     folder, trial = timed_by("by_layers"), finished[1].front[0]
     spec = folder / "spec.toml"
     spec.write_text(spec.read_text().replace("[search]\n", "[search]\nmin_ratio = 1.5\n"))

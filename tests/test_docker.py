@@ -7,7 +7,6 @@ import tomllib
 
 import pytest
 import yaml
-from ray.autoscaler._private.util import prepare_config, validate_config
 
 from tests import ROOT
 
@@ -61,4 +60,6 @@ def test_dockerignore_names_the_files_that_the_image_copies():
 
 
 def test_rays_own_schema_takes_the_cluster_file():
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
     validate_config(prepare_config(yaml.safe_load((ROOT / "docker" / "cluster.yaml").read_text())))

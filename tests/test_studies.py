@@ -47,8 +47,9 @@ def reduced(name, root, trials):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in builtin_studies() if name != "lenet"])
-def test_a_study_starts_resumes_and_reports(name, root, tmp_path):
-    """`lenet` is left out: it runs as a whole, in the first command of the README."""
+def test_a_study_starts_resumes_and_reports(name, root, tmp_path, monkeypatch):
+    """`lenet` is left out: it runs as a whole, in the first command of the README. Finalists are not timed."""
+    monkeypatch.setattr("ranksearch.study.study.time_finalists", lambda *args: None)
     with pytest.MonkeyPatch.context() as patch:
         make_bare(patch)
         first = run_study(reduced(name, root, 1), tmp_path / name, Options(Local(0)))

@@ -1,5 +1,6 @@
 """The account of a model holds each of its parameters and multiply-accumulates once."""
 
+import functools
 from dataclasses import asdict, replace
 
 import pytest
@@ -81,20 +82,25 @@ MODELS = {
     "computed": (computed(), torch.ones(1, 1, 8, 8)),
     "a module that raises": (Net(raising, fails=Fails(), last=nn.Conv2d(4, 2, 1)), IMAGE),
 }
-models = pytest.mark.parametrize(("model", "example"), MODELS.values(), ids=MODELS)
+models = pytest.mark.parametrize("name", MODELS)
+
+
+@functools.cache
+def inventory_of(name):
+    return inventory(*MODELS[name])
 
 
 @models
-def test_it_adds_up_to_the_model(model, example):
-    found = inventory(model, example)
+def test_it_adds_up_to_the_model(name):
+    (model, example), found = MODELS[name], inventory_of(name)
     assert sum(entry.params for entry in found.account) == found.params == count_params(model)
     assert sum(entry.macs for entry in found.account) == found.macs == count_macs(model, example)
     assert found == inventory(model, torch.cat([example] * 2))
 
 
 @models
-def test_it_names_every_layer_and_each_module_once(model, example):
-    found = inventory(model, example)
+def test_it_names_every_layer_and_each_module_once(name):
+    found = inventory_of(name)
     names = [entry.name for entry in found.account]
     assert len(set(names)) == len(names)
     assert {entry.name for entry in found.account if entry.layer} == {layer.name for layer in found.layers}
@@ -105,8 +111,8 @@ def test_it_names_every_layer_and_each_module_once(model, example):
 
 
 @models
-def test_its_parts_add_up_too_and_survive_a_record(model, example, study):
-    account = inventory(model, example).account
+def test_its_parts_add_up_too_and_survive_a_record(name, study):
+    account = inventory_of(name).account
     for parts in (account_by_kind(account), account_by_layer(account)):
         for cost in ("params", "macs", "unused"):
             assert sum(getattr(part, cost) for part in parts) == sum(getattr(entry, cost) for entry in account)

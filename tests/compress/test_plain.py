@@ -23,7 +23,8 @@ from ranksearch.errors import PlanError
 from ranksearch.plan import CP, Plan, Tucker2
 from ranksearch.support.copies import deep_copy
 from tests.geometries import BY_NAME, assert_close, counted_macs, fitting, some_ranks
-from tests.nets import Cast, Same, Standardised, StandardisedSame, normal, normalised, pruned
+from tests.layers import Cast, Same, Standardised, StandardisedSame, normalised, pruned
+from tests.nets import normal
 
 
 class Padded(nn.Conv2d):

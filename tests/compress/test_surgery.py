@@ -15,7 +15,7 @@ from ranksearch.errors import PlanError
 from ranksearch.methods import METHODS
 from ranksearch.plan import CP, CP4, SVD, Dense, Plan, Spatial, Tucker2
 from tests.compress.test_inventory_skipped import SMALL_DEPTHWISE
-from tests.nets import Noisy
+from tests.layers import Noisy
 
 PLAN = Plan.of(
     {"stem": CP4(3), "block.0.conv": Tucker2(2, 3), "block.1": Spatial(4), "fc": CP(5, kernel=(4, 4)), "last": SVD(2)}

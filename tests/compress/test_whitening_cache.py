@@ -185,21 +185,18 @@ def test_inputs_are_drawn_by_a_seed():
 
 
 @pytest.mark.slow
-def test_a_data_aware_study_resumes_as_if_uninterrupted(tmp_path, request):
-    whole = run_study(
-        small_spec("space.data_aware=true", "search.trials=5", "finalists.count=1"), tmp_path / "whole", Options(Local(0))
-    )
+def test_a_data_aware_study_resumes_as_if_uninterrupted(bare, finished, tmp_path):
+    folder, whole = finished
     assert small_spec() == small_spec("space.data_aware=true")
-    request.getfixturevalue("bare")
     for trials in (2, 5):
-        spec = small_spec("space.data_aware=true", f"search.trials={trials}", "finalists.count=1")
+        spec = small_spec(f"search.trials={trials}", "finalists.count=1")
         parts = run_study(spec, tmp_path / "parts", Options(Local(0)))
-    assert [*essence(replace(t, finalist=None) for t in parts.trials)] == essence(
-        replace(t, finalist=None) for t in whole.trials
+    assert essence(replace(t, finalist=None) for t in parts.trials) == essence(
+        replace(t, finalist=None) for t in whole.trials[:5]
     )
-    assert "space.data_aware" in (tmp_path / "whole" / "report.md").read_text()
+    assert "space.data_aware" in (folder / "report.md").read_text()
     plain = run_study(
-        small_spec("space.data_aware=false", "search.trials=5", "finalists.count=1"), tmp_path / "plain", Options(Local(0))
+        small_spec("space.data_aware=false", "search.trials=8", "finalists.count=1"), tmp_path / "plain", Options(Local(0))
     )
     # VBMF uses the weights alone, so its plans are equal; the predicted front depends on the errors.
     vbmf = [[trial for trial in study.trials if trial.origin.startswith("vbmf")] for study in (whole, plain)]

@@ -12,23 +12,24 @@ import pytest
 import torch
 
 import ranksearch
+from ranksearch.cli import main
 from ranksearch.compress.inventory import inventory
 from ranksearch.compress.surgery import factorize_
 from ranksearch.engines import processes
 from ranksearch.errors import PlanError, SpecError
 from ranksearch.methods import METHODS, Method, Part, register_method
 from ranksearch.plan import KINDS, SVD, TT, Factorization, Plan
+from ranksearch.results.attributes import read_trials
 from ranksearch.results.messages import Job, Outcome
 from ranksearch.spec import Finalists, Recipe, Search, Space
 from ranksearch.strategy.prior import vbmf_plans
 from ranksearch.strategy.space import make_space
 from ranksearch.study.options import Local
 from tests import ROOT, nets
-from tests.conftest import essence, refuse, small_spec
+from tests.conftest import essence, refuse, small_spec, stored
 from tests.geometries import given_geometry
 from tests.methods.test_factorization import check_costs, check_identity, check_reconstruction
 
-COMMAND = [sys.executable, "-c", "from ranksearch.cli import main; raise SystemExit(main())"]
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 
 
@@ -49,8 +50,10 @@ def made_up(forgotten):
     return module
 
 
-def run(*arguments, cwd):
-    return subprocess.run([*COMMAND, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300)
+def forget(monkeypatch):
+    """Leave this process like one that has not imported the method's module."""
+    METHODS.pop(KINDS.pop("tucker1", None), None)
+    monkeypatch.delitem(sys.modules, "tests.made_up", raising=False)
 
 
 # --- use ---
@@ -64,7 +67,7 @@ def test_it_keeps_the_contract(made_up, geometry):
 
 
 @pytest.mark.slow
-def test_a_small_search_with_it_ends_in_a_report(bare, made_up, trained, tmp_path):
+def test_a_small_search_with_it_ends_in_a_report(bare, made_up, trained, tmp_path, monkeypatch):
     found = {}
     for workers in (0, 1):
         found[workers] = ranksearch.search(
@@ -74,9 +77,8 @@ def test_a_small_search_with_it_ends_in_a_report(bare, made_up, trained, tmp_pat
     assert essence(found[0].trials) == essence(found[1].trials)
     assert {trial.outcome for trial in found[0].trials} <= {Outcome.DONE, Outcome.OVER_BUDGET}
     assert made_up.Tucker1 in {type(value) for trial in found[1].trials for _, value in trial.plan}
-    # This other process imports the module that the study names.
-    done = run("report", tmp_path / "1", cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    forget(monkeypatch)  # the report imports the module that the study names
+    assert main(["report", str(tmp_path / "1")]) == 0
     assert "Tucker-1" in (tmp_path / "1" / "report.html").read_text()
 
 
@@ -91,13 +93,13 @@ def test_it_leads_plans_at_vbmf_ranks_after_the_built_in_methods(made_up):
 
 
 @pytest.mark.slow
-def test_a_study_file_names_the_module_that_registers(tmp_path):
+def test_a_study_file_names_the_module_that_registers(bare, forgotten, tmp_path, monkeypatch):
+    forget(monkeypatch)
     text = nets.SMALL + '\n[space]\nmethods = ["tucker1"]\nlayers = ["conv*"]\nplugins = ["tests.made_up"]\n'
     (tmp_path / "small.toml").write_text(text)
-    few = ("--trials", 1, "--set", "dense.epochs=1", "--set", "finalists.count=1")
-    done = run("study", tmp_path / "small.toml", "--out", tmp_path / "out", "--workers", 1, *few, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert "Tucker-1" in (tmp_path / "out" / "report.md").read_text()
+    few = ("--trials", "1", "--set", "dense.epochs=1", "--set", "finalists.count=1")
+    assert main(["study", str(tmp_path / "small.toml"), "--out", str(tmp_path / "out"), "--workers", "0", *few]) == 0
+    assert {value.method for trial in read_trials(stored(tmp_path / "out")) for _, value in trial.plan} == {"tucker1"}
 
 
 SCRIPT = """
@@ -105,9 +107,11 @@ import torch
 import ranksearch
 from tests import nets
 from ranksearch.spec import Finalists, Recipe, Search, Space
+from ranksearch.study import study
 from ranksearch.study.options import Local
 from ranksearch.task.task import Task
 torch.set_num_threads(1)
+study.write_report = study.time_finalists = lambda *args: None
 record = ranksearch.search(
     Task(nets.small(), nets.few_digits()), out={out!r}, space=Space(methods="tucker1", layers="conv2"), search=Search(trials=1),
     finetune=Recipe(1), finalists=Finalists(1, count=1), engine=Local(1),

@@ -196,7 +196,7 @@ def test_a_study(costs, tmp_path, bare):
         run_study(tiny_spec(), tmp_path, Options(Local(0)))
 
 
-@minimized
+@pytest.mark.parametrize("minimize", [("macs",), ("params", "macs")], ids="+".join)
 def test_the_report_shows_the_front_against_each_cost(minimize, tmp_path):
     record = minimizing(*minimize)
     page = write_report(record, tmp_path).read_text()

@@ -204,22 +204,21 @@ def test_a_sensitive_layer_is_spared(layered):
 
 
 @pytest.mark.slow
-def test_a_study_tries_the_predicted_front_before_vbmf_and_probes_once(tmp_path):
-    spec = small_spec("search.trials=10", "finalists.count=1")
-    whole = run_study(spec, tmp_path / "one", Options(Local(0)))
+def test_a_study_tries_the_predicted_front_before_vbmf_and_probes_once(finished, copied):
+    whole = finished[1]
     origins = [trial.origin for trial in whole.trials]
     assert 1 <= (many := origins.count("frontier")) <= MAX_PREDICTED_PLANS
     assert origins[:many] == ["frontier"] * many
     assert origins[many : many + 2] == ["vbmf tucker2 x1", "vbmf cp x1"]
     assert set(origins[many + 3 :]) == {"rank"}
-    losses, probes = attributes.read_probes(stored(tmp_path / "one"))
+    losses, probes = attributes.read_probes(stored(copied))
     assert losses == {1.0: pytest.approx(min([losses[1.0], *(probe.loss for probe in probes)]), abs=0.2)}
     assert {probe.layer for probe in probes} == {"conv1", "conv2", "fc1", "fc2"}
     assert "probes" in whole.seconds
     # A run with more trials repeats no probe and keeps the same initial plans.
-    more = run_study(small_spec("search.trials=11", "finalists.count=1"), tmp_path / "one", Options(Local(0)))
-    assert [trial.plan for trial in more.trials][:10] == [trial.plan for trial in whole.trials]
-    assert attributes.read_probes(stored(tmp_path / "one")) == (losses, probes)
+    more = run_study(small_spec("search.trials=10", "finalists.count=1"), copied, Options(Local(0)))
+    assert [trial.plan for trial in more.trials][:8] == [trial.plan for trial in whole.trials]
+    assert attributes.read_probes(stored(copied)) == (losses, probes)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from ranksearch.console import Silent
 from ranksearch.errors import ModelError
 from ranksearch.study.options import Local, Options
 from ranksearch.study.study import run_study
-from tests import nets
+from tests import layers, nets
 from tests.conftest import small_spec
 
 COMPUTED = "task.model=tests.nets:computed"
@@ -52,7 +52,7 @@ def test_layers_names_what_becomes_permanent(study_file, capsys):
 
 def test_a_padding_by_size_needs_inputs_of_one_size(tmp_path):
     model = nn.Sequential(
-        OrderedDict(conv=nets.Same(1, 4, 3, stride=2), pool=nn.AdaptiveAvgPool2d(1), row=nn.Flatten(), fc=nn.Linear(4, 10))
+        OrderedDict(conv=layers.Same(1, 4, 3, stride=2), pool=nn.AdaptiveAvgPool2d(1), row=nn.Flatten(), fc=nn.Linear(4, 10))
     )
     message = (
         "Inputs must have one size if a layer pads by it, as 'conv' does, but those of 'train' have the shape (1, 1, 8, 8) and "

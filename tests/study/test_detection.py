@@ -27,7 +27,7 @@ def detector():
 
 
 @pytest.mark.slow
-def test_a_detector_is_searched(detector, tmp_path):
+def test_a_detector_is_searched(unreported, detector, tmp_path):
     record = ranksearch.search(
         detector, out=tmp_path / "ssd", search=ranksearch.Search(trials=2), finetune=ranksearch.Recipe(1, batch_size=6),
         finalists=ranksearch.Finalists(2, count=1, batch_size=6), engine=ranksearch.Local(0),

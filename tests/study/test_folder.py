@@ -109,10 +109,15 @@ def test_fresh_starts_over_whatever_the_folder_says(tmp_path):
     assert run_study(spec, out, Options(Local(0), fresh=True)).trials
 
 
-@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "attributes",
-    [{"ranksearch:identity": {}}, {folder.IDENTITY: {"format": folder.RECORD_FORMAT + 1}}, {folder.IDENTITY: {"identity": {}}}],
+    ("attributes", "elsewhere"),
+    [
+        ({"ranksearch:identity": {}}, False),
+        ({folder.IDENTITY: {"format": folder.RECORD_FORMAT + 1}}, False),
+        ({folder.IDENTITY: {"format": folder.RECORD_FORMAT + 1}}, True),
+        ({folder.IDENTITY: {"identity": {}}}, True),
+    ],
 )
 def test_a_record_of_another_release_is_refused_until_it_is_started_over(tmp_path, capsys, attributes, elsewhere):
     out, spec = tmp_path / "small", least_spec()

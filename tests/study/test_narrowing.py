@@ -20,7 +20,7 @@ from ranksearch.plan import Plan
 from ranksearch.study.options import Local, Options
 from ranksearch.study.study import run_study
 from tests import nets
-from tests.conftest import refuse, small_spec
+from tests.conftest import refuse, small_spec, time_once
 
 WIDTHS = "space.widths=[1.0, 0.5]", "narrow.epochs=12", "narrow.learning_rate=0.01", "finalists.count=8"
 IMAGE = example(nets.few_digits().train)
@@ -30,7 +30,9 @@ IMAGE = example(nets.few_digits().train)
 def narrowed(tmp_path_factory):
     """The folder and the record of a finished study of two widths."""
     folder = tmp_path_factory.mktemp("narrowed") / "small"
-    return folder, run_study(small_spec(*WIDTHS), folder, Options(Local(0)))
+    with pytest.MonkeyPatch.context() as patch:
+        time_once(patch)
+        return folder, run_study(small_spec(*WIDTHS), folder, Options(Local(0)))
 
 
 @pytest.mark.slow
@@ -76,11 +78,11 @@ def test_a_study_of_several_widths_resumes_as_if_it_had_not_stopped(bare, narrow
 
 
 @pytest.mark.slow
-def test_workers_give_what_this_process_gives(bare, tmp_path):
-    spec = small_spec(*WIDTHS, "search.trials=2", "finalists.count=1")
-    here, there = (run_study(spec, tmp_path / str(n) / "small", Options(Local(n))) for n in (0, 1))
-    assert [trial.plan for trial in here.trials] == [trial.plan for trial in there.trials]
-    assert here.facts.narrow == there.facts.narrow
+def test_workers_give_what_this_process_gives(bare, narrowed, tmp_path):
+    _, here = narrowed
+    there = run_study(small_spec(*WIDTHS, "search.trials=2", "finalists.count=1"), tmp_path / "small", Options(Local(1)))
+    assert [(trial.plan, trial.score) for trial in there.trials] == [(trial.plan, trial.score) for trial in here.trials[:2]]
+    assert there.facts.narrow == here.facts.narrow
 
 
 @pytest.mark.slow
@@ -168,7 +170,7 @@ def test_recipes_of_narrower_nets_count_only_where_there_are_any():
 
 
 @pytest.mark.slow
-def test_the_command_trains_narrower_nets_before_it_knows_the_scores_name(tmp_path, monkeypatch, capsys):
+def test_the_command_trains_narrower_nets_before_it_knows_the_scores_name(bare, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.toml").write_text(nets.SMALL)
     settings = [part for setting in (*WIDTHS, "search.trials=1") for part in ("--set", setting)]

@@ -22,7 +22,7 @@ from ranksearch.study import database, folder, storage
 from ranksearch.study.options import Local, Options
 from ranksearch.study.study import run_study
 from tests.books import Books
-from tests.conftest import refuse, small_spec
+from tests.conftest import refuse, tiny_spec
 
 BINARIES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None)
 INITDB = shutil.which("initdb") or (BINARIES and str(BINARIES / "initdb"))
@@ -105,10 +105,10 @@ def test_a_study_outlives_a_restart_of_its_database(server, tmp_path):
 
     restarting = threading.Thread(target=restart)
     restarting.start()
-    spec = small_spec("name=restarted", "search.trials=12", "finalists.count=2", "search.sampler=random")
+    spec = tiny_spec("name=restarted", "search.trials=7", "finalists.count=2", "search.sampler=random")
     record = run_study(spec, tmp_path / "restarted", Options(Local(0), storage=server.url), view=view)
     restarting.join()
-    assert sorted(trial.index for trial in record.trials) == list(range(12))
+    assert sorted(trial.index for trial in record.trials) == list(range(7))
     assert all(trial.outcome is Outcome.DONE for trial in record.trials)
     assert sum(trial.finalist is not None for trial in record.trials) == 2
     away, back = view.notes

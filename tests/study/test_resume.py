@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import optuna
@@ -19,7 +17,6 @@ from ranksearch.compress.profile import profile
 from ranksearch.compress.whitening import inputs_wanted
 from ranksearch.console import Silent
 from ranksearch.data import example, sample_inputs
-from ranksearch.errors import StudyError
 from ranksearch.results.attributes import (
     has_facts,
     read_facts,
@@ -41,15 +38,17 @@ from ranksearch.strategy.space import make_space
 from ranksearch.study.options import Local, Options
 from ranksearch.study.study import Stopped, run_study
 from tests import ROOT, nets
-from tests.conftest import essence, small_spec, stored, tiny_spec
+from tests.conftest import essence, finished_trials, small_spec, stored, tiny_spec, wait_for
 
 
 @pytest.mark.slow
 def test_resumed_equals_uninterrupted(bare, finished, tmp_path):
-    """Stop after each trial, then resume by the same command."""
+    """Stop after the first trial and before each that is chosen in another way, then resume by the same command."""
     _, whole = finished
-    out = tmp_path / "small"
-    for trials in range(1, 9):
+    out, origins = tmp_path / "small", [trial.origin for trial in whole.trials]
+    stops = {1, *map(origins.index, origins)} - {0}
+    assert len(stops) > 3
+    for trials in (*sorted(stops), 8):
         record = run_study(small_spec(f"search.trials={trials}", "finalists.count=1"), out, Options(Local(0)))
     searched = [replace(trial, finalist=None) for trial in record.trials]
     assert essence(searched) == essence(replace(trial, finalist=None) for trial in whole.trials)
@@ -120,48 +119,26 @@ from pathlib import Path
 from ranksearch.study.options import Local, Options
 from ranksearch.study.study import Stopped, run_study
 from tests.conftest import small_spec
-run_study(small_spec("search.trials=9"), Path(sys.argv[1]), Options(Local(int(sys.argv[2]))))
+run_study(small_spec("search.trials=9"), Path(sys.argv[1]), Options(Local(2)))
 """
 
 
 @pytest.mark.slow
 def test_sigkill_loses_no_completed_trial(bare, tmp_path):
-    """Killed with two trials running, then with one."""
+    """Killed with two trials running."""
     out = tmp_path / "small"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    seen = []
-    for kill_after, workers in ((2, 2), (5, 0)):
-        command = [sys.executable, "-c", SCRIPT, str(out), str(workers)]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        wait_for(lambda many=kill_after: finished_trials(out) >= many, process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stderr.close()
-        seen.append(essence(read_trials(stored(out))))
+    command = [sys.executable, "-c", SCRIPT, str(out)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        wait_for(lambda: finished_trials(out) >= 3, process)
+        process.kill()
+    before = essence(read_trials(stored(out)))
+    assert 3 <= len(before) < 9
     record = run_study(small_spec("search.trials=9", "finalists.count=1"), out, Options(Local(0))).trials
-    for before in seen:
-        now = {trial[0]: trial[:9] for trial in essence(record)}
-        assert all(now[trial[0]] == trial[:9] for trial in before)
+    now = {trial[0]: trial[:9] for trial in essence(record)}
+    assert all(now[trial[0]] == trial[:9] for trial in before)
     indices = [trial.index for trial in record if trial.outcome is not Outcome.WORKER_LOST]
     assert sorted(indices) == list(range(9))
-
-
-def finished_trials(out):
-    # Wait for the weights, which come after the tables: two processes must not make the tables at once.
-    if not (out / "dense.safetensors").exists():
-        return 0
-    try:
-        return len(read_trials(stored(out)))
-    except StudyError:
-        return 0  # not made yet, or just being written
-
-
-def wait_for(condition, process, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline, "the study made no progress"
-        time.sleep(0.05)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from ranksearch.results.costs import costs_of
 from ranksearch.study import timing
 from ranksearch.study.options import Local, Options
 from ranksearch.study.study import run_study
-from tests.conftest import essence, small_spec, stored, tiny_spec
+from tests.conftest import essence, small_spec, stored, time_once, tiny_spec
 
 CLOCK = "latency.runtime='tests.latency.clocks:counting'"
 TIMED = ("search.minimize=['latency']", CLOCK, "space.rank_multiple=1", "dense.epochs=2")
@@ -19,7 +19,9 @@ HERE = Options(engine=Local(0))
 @pytest.fixture(scope="module")
 def timed(tmp_path_factory):
     out = tmp_path_factory.mktemp("timed")
-    return out, run_study(small_spec(*TIMED), out, HERE)
+    with pytest.MonkeyPatch.context() as patch:
+        time_once(patch)
+        return out, run_study(small_spec(*TIMED), out, HERE)
 
 
 @pytest.mark.slow
@@ -55,17 +57,17 @@ class TestStudy:
         assert 'id="chart-layers"' in page
         assert "## Latency" in (out / "report.md").read_text()
 
-    def test_resumed_equals_uninterrupted(self, timed, tmp_path):
+    def test_resumed_equals_uninterrupted(self, timed, unreported, tmp_path):
         _, whole = timed
         run_study(small_spec(*TIMED, "search.trials=4"), tmp_path, HERE)
         assert essence(run_study(small_spec(*TIMED), tmp_path, HERE).trials) == essence(whole.trials)
 
-    def test_the_table_is_measured_once(self, timed, monkeypatch):
+    def test_the_table_is_measured_once(self, timed, unreported, monkeypatch):
         out, _ = timed
         monkeypatch.setattr(timing, "latency_table", lambda *args, **kwargs: pytest.fail("measured again"))
         run_study(small_spec(*TIMED), out, HERE)
 
-    def test_plans_over_the_limit_are_not_trained(self, timed, tmp_path):
+    def test_plans_over_the_limit_are_not_trained(self, timed, bare, tmp_path):
         _, record = timed
         bound = sorted(trial.costs["latency"] for trial in record.trials)[len(record.trials) // 2]
         spec = small_spec(CLOCK, "space.rank_multiple=1", "dense.epochs=2", f"search.max_latency_ms={bound}", "search.trials=4")
@@ -75,7 +77,7 @@ class TestStudy:
 
 
 @pytest.mark.slow
-def test_a_front_of_latencies_is_not_of_another_runtimes(tmp_path, monkeypatch):
+def test_a_front_of_latencies_is_not_of_another_runtimes(unreported, tmp_path, monkeypatch):
     spec = tiny_spec(*TIMED, "dense.epochs=1", "search.trials=2")
 
     def fails(*args):
@@ -91,7 +93,7 @@ def test_a_front_of_latencies_is_not_of_another_runtimes(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_no_way_to_store_a_layer_is_slower_than_dense(tmp_path):
+def test_no_way_to_store_a_layer_is_slower_than_dense(unreported, tmp_path):
     spec = tiny_spec(CLOCK, "space.smaller_in=['latency']", "space.rank_multiple=1", "search.trials=3")
     record = run_study(spec, tmp_path, HERE)
     dense = {layer.name: layer.costs["latency"] for layer in record.facts.layers}

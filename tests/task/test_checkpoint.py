@@ -19,7 +19,7 @@ from ranksearch.task.evaluation import Evaluator
 from ranksearch.task.task import Task
 from ranksearch.task.training import Recipe
 from tests import nets
-from tests.conftest import PLAN, essence, small_spec, tiny_spec
+from tests.conftest import PLAN, essence, least_spec, make_bare, small_spec
 
 pytestmark = pytest.mark.usefixtures("bare")
 
@@ -164,11 +164,20 @@ class Stopping(Silent):
         self.tick()
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The spec, the folder and the record of a study that was never stopped."""
+    out = tmp_path_factory.mktemp("undisturbed") / "small"
+    spec = small_spec("search.trials=2", "finalists.count=1", "finalists.epochs=5", "dense.epochs=10")
+    with pytest.MonkeyPatch.context() as patch:
+        make_bare(patch)
+        return spec, out, run_study(spec, out, Options(Local(0)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "at"), [("training the dense net", 8), ("finalists", 4)])
-def test_a_study_goes_on_in_the_midst_of_a_training(always, tmp_path, stage, at):
-    spec = small_spec("search.trials=2", "finalists.count=1", "finalists.epochs=5", "dense.epochs=10")
-    whole = run_study(spec, tmp_path / "whole" / "small", Options(Local(0)))
+def test_a_study_goes_on_in_the_midst_of_a_training(always, undisturbed, tmp_path, stage, at):
+    spec, kept, whole = undisturbed
     out = tmp_path / "small"
     with pytest.raises(Stopped) as stopped:
         run_study(spec, out, Options(Local(0)), view=Stopping(stage, at))
@@ -179,13 +188,13 @@ def test_a_study_goes_on_in_the_midst_of_a_training(always, tmp_path, stage, at)
     assert essence(record.trials) == essence(whole.trials)
     assert record.facts.dense.score_test == whole.facts.dense.score_test
     assert not (out / "unfinished").exists()
-    assert (out / "dense.safetensors").read_bytes() == (tmp_path / "whole" / "small" / "dense.safetensors").read_bytes()
+    assert (out / "dense.safetensors").read_bytes() == (kept / "dense.safetensors").read_bytes()
     assert (stage, 7) in view.done if stage != "finalists" else view.curve_points == [3, 4, 5]
 
 
 @pytest.mark.slow
 def test_a_finalist_that_ran_out_of_memory_goes_on(always, tmp_path, monkeypatch):
-    spec, out = tiny_spec("finalists.epochs=4"), tmp_path / "small"
+    spec, out = least_spec("finalists.epochs=4"), tmp_path / "small"
     curve_points = Evaluator._curve_points
 
     def short_of_memory(self, model, job, checkpoint):
