@@ -5,7 +5,6 @@ The sounds are made up (sine, square and sawtooth waves, noise), so that the scr
 python examples/audio_conv1d.py            minutes on two cores
 python examples/audio_conv1d.py --quick    seconds, to see that it runs
 """
-# ruff: noqa: T201
 
 from __future__ import annotations
 

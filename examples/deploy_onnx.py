@@ -5,7 +5,6 @@ After a study the command line does the first part: ranksearch export runs/lenet
 python examples/deploy_onnx.py            half a minute
 python examples/deploy_onnx.py --quick    seconds, to see that it runs
 """
-# ruff: noqa: T201
 
 from __future__ import annotations
 

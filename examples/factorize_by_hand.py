@@ -3,7 +3,6 @@
 python examples/factorize_by_hand.py            half a minute
 python examples/factorize_by_hand.py --quick    seconds, to see that it runs
 """
-# ruff: noqa: T201
 
 from __future__ import annotations
 

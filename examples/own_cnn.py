@@ -3,7 +3,6 @@
 python examples/own_cnn.py            minutes on two cores
 python examples/own_cnn.py --quick    seconds, to see that it runs
 """
-# ruff: noqa: T201
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ R filters, so the layer becomes a convolution S -> R with the full kernel and a 
 python examples/own_method.py            minutes on two cores
 python examples/own_method.py --quick    seconds, to see that it runs
 """
-# ruff: noqa: T201
 
 from __future__ import annotations
 

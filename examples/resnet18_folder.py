@@ -6,7 +6,6 @@ pictures/test/<class>/<any name>.jpg
 python examples/resnet18_folder.py pictures            starts from ImageNet weights; wants a GPU, or patience
 python examples/resnet18_folder.py pictures --quick    small pictures, random weights, one trial: does it run?
 """
-# ruff: noqa: T201
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ returns then, and the score sees the boxes that it finds. The pictures are made 
 python examples/ssdlite_detection.py            wants a GPU, or patience; downloads the weights of the backbone
 python examples/ssdlite_detection.py --quick    tiny pictures, random weights, one trial: does it run?
 """
-# ruff: noqa: T201
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ the script runs as it is.
 python examples/unet_segmentation.py            minutes on two cores
 python examples/unet_segmentation.py --quick    seconds, to see that it runs
 """
-# ruff: noqa: T201
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 python examples/without_labels.py            minutes on two cores
 python examples/without_labels.py --quick    seconds, to see that it runs
 """
-# ruff: noqa: T201
 
 from __future__ import annotations
 

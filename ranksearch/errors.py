@@ -19,6 +19,10 @@ class SpecError(RankSearchError):
     """A study file, a `--set` override or a `package.module:name` reference cannot be used."""
 
 
+class MissingCodeError(SpecError):
+    """A study names a module that cannot be imported here, or a method that nothing has registered here."""
+
+
 class PlanError(RankSearchError):
     """A plan does not fit the model, or a factorization does not fit its layer."""
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import tomli_w
 
-from ranksearch.errors import RankSearchError, SpecError, first_line, nearest
+from ranksearch.errors import MissingCodeError, RankSearchError, SpecError, first_line, nearest
 from ranksearch.plan import KINDS, Dense
 from ranksearch.results.costs import COSTS
 from ranksearch.results.limits import Limits
@@ -310,7 +310,7 @@ def _consistent(spec: StudySpec) -> StudySpec:
     methods = [name for name in KINDS if name != Dense.method]
     for method in spec.space.methods:
         if method not in methods:
-            raise SpecError(f"space.methods must name known methods, but got {method!r}.{nearest(method, methods)}")
+            raise MissingCodeError(f"space.methods must name known methods, but got {method!r}.{nearest(method, methods)}")
     if spec.space.start == "scratch" and (spec.finalists.schedule != "one-shot" or spec.finalists.sweeps):
         raise SpecError(
             "finalists.schedule must be one-shot and finalists.sweeps 0 where space.start is scratch, which decomposes no "
@@ -390,7 +390,7 @@ def _imported(module: str, reference: str, *, key: str) -> types.ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise SpecError(
+        raise MissingCodeError(
             f"{key} must be importable, but {reference!r} is not: {error}; check the spelling, install the package, or "
             "run from the folder that holds it."
         ) from None

@@ -20,14 +20,17 @@ from torch import Tensor, nn
 from ranksearch.compress.axes import as_maps
 from ranksearch.compress.plain import plain_of
 from ranksearch.compress.whitening import Modes, Whitening
+from ranksearch.errors import PlanError
 from ranksearch.methods import Method, Prepared, RankConstraints
 from ranksearch.methods.groups import split
 from ranksearch.methods.layer import Layer, as_kernel
 from ranksearch.support.files import write_whole, writing
 from ranksearch.support.once import once
-from ranksearch.tensors.matrix import Rows, unfold
+from ranksearch.tensors.matrix import Rows, norm_of, unfold
 from ranksearch.tensors.vbmf import vbmf
 
+MAX_ERROR_OFF = 0.01
+"""How far a relative error that a user's method gives may be off."""
 _LEAST = 4
 """The fewest rows of an unfolding for which VBMF estimates the rank."""
 
@@ -172,7 +175,23 @@ class Work:
         method, grid = self.methods[name], self.grids[name]
         pairs = zip(self._whitened[name], self._rows[name], strict=True)
         prepared = [method.prepare(whitened(), grid, self.seed, rows) for whitened, rows in pairs]
+        if grid and method.is_foreign:
+            check_error(method, self._whitened[name][0](), prepared[0], grid[0], self.seed)
         return {f"{name}/{key}": torch.stack([each[key] for each in prepared]) for key in prepared[0]}
+
+
+def check_error(method: Method, kernel: Tensor, prepared: Prepared, ranks: tuple[int, ...], seed: int) -> None:
+    """Raise `PlanError` if a method says another error at these ranks than its factors have: the error decides the search."""
+    (said,) = method.errors(prepared, [ranks])
+    factors = method.factors(kernel, prepared, ranks, seed)
+    lost = norm_of(method.reconstruct(factors, tuple(kernel.shape)) - kernel)
+    found = lost / (norm_of(kernel) or 1.0)
+    if not abs(said - found) <= MAX_ERROR_OFF:
+        raise PlanError(
+            f"{type(method).__name__}.errors must give relative errors, norm(kernel - reconstruction) / norm(kernel), but at "
+            f"the ranks {ranks} of a kernel of shape {tuple(kernel.shape)} it gives {said:.4g}, and its factors have "
+            f"{found:.4g}."
+        )
 
 
 def done_at_once(layers: Sequence[Work]) -> Iterator[Work]:

@@ -114,6 +114,11 @@ class Method(abc.ABC):
 
     # --- Derived from the methods above; not overridden. ---
 
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the method is not one of this package, whose tests hold its errors to its factors."""
+        return not type(self).__module__.startswith("ranksearch.")
+
     def limits(self, weight: Shape) -> tuple[int, ...]:
         """The largest ranks to try, regardless of cost."""
         if not self.by_als:

@@ -35,8 +35,16 @@ class Part:
     out: int
     axes: tuple[int, ...] = ()
     depthwise: bool = False
+    """Each channel by itself; `out` is `into`, or a multiple of it, then each channel has that many kernels."""
     as_matrix: bool = False
     """Only for a first part with all axes: its factor is a matrix, and a fully connected layer need not unflatten its input."""
+
+    def __post_init__(self) -> None:
+        if self.depthwise and self.out % self.into:
+            raise ValueError(
+                f"A depthwise part must have a multiple of its input channels as outputs, but {self.name!r} has {self.into} "
+                f"and {self.out}."
+            )
 
     def shape(self, weight: Shape) -> Shape:
         """The factor's shape for a kernel of shape `weight`: (out, into, *sizes of `axes`), or (out, *sizes) if depthwise, or
@@ -102,7 +110,9 @@ def built_factors(parts: Sequence[Part], factors: Sequence[Tensor]) -> tuple[Ten
     for index, builder in enumerate(indices):
         if builder != index:
             factor, other = factors[index].double(), made[builder].double()
-            if index > builder or parts[builder].depthwise:
+            if parts[builder].depthwise:
+                product = factor.reshape(()) * other  # one channel becomes one channel
+            elif index > builder:
                 product = torch.tensordot(factor, other, 1)
             else:
                 product = torch.tensordot(other, factor, ([1], [0])).movedim(-1, 1)
@@ -171,7 +181,8 @@ def composed(parts: Sequence[Part], factors: Sequence[Tensor], weight: Shape) ->
     kernel = factors[0].reshape(-1, weight[1], *(weight[2 + axis] for axis in axes))
     for part, factor in zip(parts[1:], factors[1:], strict=True):
         if part.depthwise:
-            # kernel (c, in, *axes), factor (c, *more) -> (c, in, *axes, *more)
+            # kernel (c, in, *axes), factor (n c, *more) -> (n c, in, *axes, *more)
+            kernel = kernel.repeat_interleave(part.out // part.into, 0)
             expanded = factor.reshape(len(factor), *(1,) * (kernel.dim() - 1), *factor.shape[1:])
             kernel = kernel.reshape(*kernel.shape, *(1,) * len(part.axes)) * expanded
         else:

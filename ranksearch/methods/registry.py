@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import get_args
 
@@ -11,6 +12,15 @@ from ranksearch.plan import KINDS, OPTIONAL, Factorization
 
 METHODS: dict[type[Factorization], Method] = {}
 """By type of factorization, in the order of registration. Only `register_method` changes it."""
+
+_CALLED_WITH = {
+    "bounds": ("weight",),
+    "parts": ("weight", "ranks"),
+    "prepare": ("kernel", "ranks", "seed", "rows"),
+    "factors": ("kernel", "prepared", "ranks", "seed", "sweeps"),
+    "errors": ("prepared", "ranks"),
+}
+"""How a study calls the functions of a method, all arguments by position."""
 
 METHOD_NAME = r"[a-z][a-z0-9_]*"
 RESERVED_FIELDS = ("method", *OPTIONAL)
@@ -46,6 +56,8 @@ def register_method(method: Method) -> None:
     if not isinstance(method, Method):
         raise PlanError(f"register_method takes an instance of a subclass of ranksearch.methods.Method, but got {method!r}.")
     kind = _checked_kind(method)
+    for name, arguments in _CALLED_WITH.items():
+        _check_signature(method, name, arguments)
     registered = KINDS.get(kind.method)
     if registered is not None and (registered.__module__, registered.__qualname__) != (kind.__module__, kind.__qualname__):
         raise PlanError(
@@ -56,6 +68,18 @@ def register_method(method: Method) -> None:
         METHODS.pop(registered, None)  # the same class defined again, for example by a notebook cell that ran twice
     KINDS[kind.method] = kind
     METHODS[kind] = method
+
+
+def _check_signature(method: Method, name: str, arguments: tuple[str, ...]) -> None:
+    """Raise `PlanError` unless this function of the method can be called with these arguments."""
+    signature = inspect.signature(getattr(method, name))
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        raise PlanError(
+            f"{type(method).__name__}.{name} must take ({', '.join(arguments)}), as {Method.__name__}.{name} does, but is "
+            f"{name}{signature}."
+        ) from None
 
 
 def _checked_kind(method: Method) -> type[Factorization]:

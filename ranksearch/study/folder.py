@@ -14,7 +14,7 @@ import filelock
 import optuna
 from sqlalchemy.engine import URL, make_url
 
-from ranksearch.errors import SpecError, StudyError
+from ranksearch.errors import MissingCodeError, SpecError, StudyError
 from ranksearch.report.pictures import PICTURES
 from ranksearch.results.costs import COSTS
 from ranksearch.results.objectives import Objectives
@@ -110,6 +110,11 @@ def read_spec(folder: Path, *, fix: str = USE_OR_START_OVER) -> StudySpec:
         raise StudyError(f"A study's folder must hold {SPEC}, but {folder} does not; name a folder under runs/.") from None
     try:
         return parse_spec(text, source=str(folder / SPEC))
+    except MissingCodeError as error:
+        raise SpecError(
+            f"{error} The study in {folder} uses code of its own: run from the folder that holds it; methods that a script "
+            "defines must move to a module, named in space.plugins."
+        ) from None
     except SpecError as error:
         raise SpecError(f"{error} The file is damaged or was written by another release; {fix}.") from None
 

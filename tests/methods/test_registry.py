@@ -14,10 +14,13 @@ import torch
 import ranksearch
 from ranksearch.cli import main
 from ranksearch.compress.inventory import inventory
+from ranksearch.compress.profile import profile
 from ranksearch.compress.surgery import factorize_
 from ranksearch.engines import processes
 from ranksearch.errors import PlanError, SpecError
 from ranksearch.methods import METHODS, Method, Part, register_method
+from ranksearch.methods.groups import stack
+from ranksearch.methods.parts import assemble, built, built_factors, composed
 from ranksearch.plan import KINDS, SVD, TT, Factorization, Plan
 from ranksearch.results.attributes import read_trials
 from ranksearch.results.messages import Job, Outcome
@@ -128,7 +131,7 @@ def test_workers_know_a_method_that_a_script_defines(tmp_path, capsys):
     assert done.returncode == 0, done.stderr
     assert "Tucker-1" in done.stdout
     told = refuse(capsys, "report", tmp_path / "out")
-    assert "space.methods must name known methods, but got 'tucker1'. Did you mean 'tucker2'? The file" in told
+    assert "space.methods must name known methods, but got 'tucker1'. Did you mean 'tucker2'? The study in" in told
 
 
 class Named:
@@ -239,6 +242,55 @@ def with_kind(kind):
     method = odd()
     type(method).kind = kind
     return method
+
+
+def test_a_method_whose_function_takes_other_arguments_is_refused(forgotten):
+    method = odd()
+    type(method).prepare = lambda self, kernel, ranks, seed: {}
+    with pytest.raises(
+        PlanError, match=r"prepare must take \(kernel, ranks, seed, rows\), as Method.prepare does, but is prepare\(k"
+    ):
+        register_method(method)
+
+
+def test_a_method_that_says_a_wrong_error_is_refused(made_up, monkeypatch):
+    right = made_up.Tucker1Method.errors
+    monkeypatch.setattr(made_up.Tucker1Method, "errors", lambda self, *given: [0.1 * error for error in right(self, *given)])
+    model = nets.small()
+    found = inventory(model, torch.zeros(1, 1, 8, 8))
+    with pytest.raises(
+        PlanError,
+        match=r"Tucker1Method.errors must give relative errors, .* but at the ranks \(1,\) of a kernel of shape .* it gives",
+    ):
+        profile(model, found, {"conv2": [METHODS[made_up.Tucker1]]})
+
+
+@pytest.mark.parametrize(("into", "rank", "kernels"), [(4, 2, 3), (4, 4, 2), (1, 1, 2), (1, 1, 9), (3, 1, 1)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_depthwise_parts_may_have_several_kernels_a_channel(into, rank, kernels, groups):
+    conv = torch.nn.Conv2d(groups * into, groups * 6, 3, padding=1, groups=groups).double()
+    weight = (6, into, 3, 3)
+    parts = (
+        Part("reduce", into, rank),
+        Part("basis", rank, rank * kernels, (0, 1), depthwise=True),
+        Part("mix", rank * kernels, 6),
+    )
+    torch.manual_seed(0)
+    factors = [[torch.randn(part.shape(weight)).double() for part in parts] for _ in range(groups)]
+    kernel = torch.cat([composed(parts, each, weight) for each in factors])
+    stacked = stack([built_factors(parts, each) for each in factors])
+    small = assemble(conv, weight, built(parts), stacked)
+    with torch.no_grad():
+        conv.weight.copy_(kernel)
+        inputs = torch.randn(2, groups * into, 5, 5).double()
+        torch.testing.assert_close(small(inputs), conv(inputs))
+
+
+def test_a_depthwise_part_keeps_or_multiplies_its_channels():
+    with pytest.raises(
+        ValueError, match=r"A depthwise part must have a multiple of its input channels as outputs, but 'x' has 4 and 6"
+    ):
+        Part("x", 4, 6, (0, 1), depthwise=True)
 
 
 def test_a_method_that_is_defined_again_replaces_its_former_self(forgotten):
