@@ -34,6 +34,15 @@ def test_from_python(trained, tmp_path):
     assert essence(again.trials) == essence(record.trials)
 
 
+@pytest.mark.slow
+def test_a_search_from_python_prints_nothing(trained, tmp_path, capfd):
+    ranksearch.search(
+        trained, out=tmp_path / "mine", search=Search(trials=1), finetune=ranksearch.Recipe(0),
+        finalists=ranksearch.Finalists(0, count=1), engine=Local(0),
+    )  # fmt: skip
+    assert capfd.readouterr() == ("", "")
+
+
 def test_any_model_and_folder_name_from_python(tmp_path):
     class Mine(torch.nn.Module):
         def __init__(self):

@@ -162,7 +162,12 @@ def create_study(name: str, url: str, objectives: Objectives, *, announce: Annou
         StudyError: the storage cannot be reached or is not an Optuna storage.
     """
     storage = check_storage(url, announce)
-    return optuna.create_study(study_name=name, storage=storage, directions=objectives.directions, load_if_exists=True)
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(max(verbosity, optuna.logging.WARNING))  # or it would print that there is a new study
+    try:
+        return optuna.create_study(study_name=name, storage=storage, directions=objectives.directions, load_if_exists=True)
+    finally:
+        optuna.logging.set_verbosity(verbosity)
 
 
 def check_study(spec: StudySpec, url: str, inputs: Mapping[str, Any], *, fresh: bool, announce: Announce = silent) -> None:
