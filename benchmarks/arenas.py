@@ -28,11 +28,12 @@ from ranksearch.methods.layer import Call, Layer
 from ranksearch.plan import SVD, Dense, Factorization, Plan, Tucker2
 from ranksearch.results.messages import Job, Result, Stage
 from ranksearch.results.record import DEFAULT_STANDARD_ERROR, Probe
-from ranksearch.spec import StudySpec, load_spec
+from ranksearch.spec import StudySpec
 from ranksearch.strategy.predicted_front import Choice
 from ranksearch.strategy.sensitivity import predicted_choices, values_to_probe
 from ranksearch.strategy.space import SearchSpace, make_space
 from ranksearch.study.dense import load_weights, train_dense
+from ranksearch.study_file import load_spec
 from ranksearch.support.files import write_whole
 from ranksearch.task import training
 from ranksearch.task.bootstrap import standard_error

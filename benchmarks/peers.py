@@ -37,8 +37,8 @@ from ranksearch.data import example
 from ranksearch.latency.runtimes import OnnxRuntime, Torch
 from ranksearch.latency.timing import in_turn
 from ranksearch.results import pareto
-from ranksearch.spec import load_spec
 from ranksearch.study.dense import load_weights, train_dense
+from ranksearch.study_file import load_spec
 from ranksearch.support.batch import repeat_batch
 from ranksearch.support.files import write_whole
 from ranksearch.task import training

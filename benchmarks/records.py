@@ -31,11 +31,11 @@ from ranksearch.results.attributes import read_facts, read_initial_plans
 from ranksearch.results.messages import CurvePoint, Job, Outcome, Result
 from ranksearch.results.objectives import Objectives
 from ranksearch.results.trials import TrialRecord
-from ranksearch.spec import load_spec
 from ranksearch.strategy.bases import Bases
 from ranksearch.strategy.ledger import Ledger
 from ranksearch.strategy.space import make_space
 from ranksearch.study import folder, study
+from ranksearch.study_file import load_spec
 from ranksearch.task.task import load_task
 
 TRIALS, ASKS, REPEATS = 5000, 20, 3

@@ -29,7 +29,8 @@ from ranksearch.compress.surgery import factorize_
 from ranksearch.compress.weights import digest_of
 from ranksearch.data import example
 from ranksearch.plan import CP, CP4, Factorization, Plan, Tucker2
-from ranksearch.spec import Recipe, StudySpec, load_spec
+from ranksearch.spec import Recipe, StudySpec
+from ranksearch.study_file import load_spec
 from ranksearch.support.files import write_whole
 from ranksearch.task import training
 from ranksearch.task.checkpoint import Checkpoint

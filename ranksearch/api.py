@@ -17,9 +17,10 @@ from ranksearch.methods import METHODS
 from ranksearch.plan import KINDS, Plan
 from ranksearch.results.record import StudyRecord
 from ranksearch.settings import fields, plain_help
-from ranksearch.spec import DenseSpec, Finalists, Latency, Recipe, Search, Space, StudySpec, TaskSpec, check_spec
+from ranksearch.spec import DenseSpec, Finalists, Latency, Recipe, Search, Space, StudySpec, TaskSpec
 from ranksearch.study.options import Local, Options, Ray, check_engine
 from ranksearch.study.study import run_study
+from ranksearch.study_file import check_spec
 from ranksearch.task.task import FROM_PYTHON, Task
 
 

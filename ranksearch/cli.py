@@ -202,7 +202,7 @@ def _all_overrides(options: argparse.Namespace) -> list[str]:
 
 
 def _study(options: argparse.Namespace, argv: list[str]) -> int:
-    from ranksearch.spec import load_spec
+    from ranksearch.study_file import load_spec
 
     spec = load_spec(options.source, overrides=_all_overrides(options))
     out = options.out or Path("runs") / spec.name
@@ -240,8 +240,8 @@ def _study(options: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _init(options: argparse.Namespace, argv: list[str]) -> int:
-    from ranksearch.spec import parse_arguments
     from ranksearch.study.template import write_study
+    from ranksearch.study_file import parse_arguments
 
     arguments = parse_arguments(options.model_args)
     path = write_study(options.model, arguments, options.example, options.to, _command_text(argv, None))
@@ -252,7 +252,7 @@ def _init(options: argparse.Namespace, argv: list[str]) -> int:
 def _studies(options: argparse.Namespace, argv: list[str]) -> int:
     from rich.table import Table
 
-    from ranksearch.spec import builtin_studies, load_spec
+    from ranksearch.study_file import builtin_studies, load_spec
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("study")
@@ -265,8 +265,8 @@ def _studies(options: argparse.Namespace, argv: list[str]) -> int:
 
 def _layers(options: argparse.Namespace, argv: list[str]) -> int:
     from ranksearch import console as views
-    from ranksearch.spec import load_spec
     from ranksearch.study.facts import look
+    from ranksearch.study_file import load_spec
 
     spec = load_spec(options.source, overrides=_all_overrides(options))
     layers = look(spec, options.out or Path("runs") / spec.name)

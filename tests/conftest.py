@@ -21,11 +21,12 @@ from ranksearch.latency import runtimes, timing
 from ranksearch.plan import CP, SVD, Plan, Tucker2
 from ranksearch.results.attributes import read_trials
 from ranksearch.results.messages import Outcome
-from ranksearch.spec import Finalists, Recipe, parse_spec
+from ranksearch.spec import Finalists, Recipe
 from ranksearch.strategy.space import make_space
 from ranksearch.study import folder
 from ranksearch.study.options import Local, Options
 from ranksearch.study.study import run_study
+from ranksearch.study_file import parse_spec
 from ranksearch.task import training
 from ranksearch.task.evaluation import Evaluator
 from ranksearch.task.task import Task

@@ -329,7 +329,7 @@ def test_a_bug_is_a_traceback(study_file, monkeypatch):
     def broken(*args, **kwargs):
         raise ZeroDivisionError("a bug of ours")
 
-    monkeypatch.setattr("ranksearch.spec.load_spec", broken)
+    monkeypatch.setattr("ranksearch.study_file.load_spec", broken)
     with pytest.raises(ZeroDivisionError, match="a bug of ours"):
         main(["study", "small.toml"])
 

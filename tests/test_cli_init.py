@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ranksearch.cli import main
-from ranksearch.spec import load_spec
+from ranksearch.study_file import load_spec
 from tests.conftest import refuse
 
 SMALL = ("init", "tests.nets:small", "--example", "1,1,8,8")

@@ -20,9 +20,10 @@ from ranksearch.methods import METHODS
 from ranksearch.plan import CP, FORMAT, KINDS, Kept, Narrowing, Plan, Tucker2
 from ranksearch.report.json_and_csv import front_json
 from ranksearch.results.limits import Limits
-from ranksearch.spec import Recipe, StudySpec, load_spec, parse_spec
+from ranksearch.spec import Recipe, StudySpec
 from ranksearch.study.options import Local
 from ranksearch.study.study import run_study
+from ranksearch.study_file import load_spec, parse_spec
 from tests import ROOT, nets
 from tests.conftest import time_once
 from tests.pages import DOCS, anchors, blocks, commands, links, name_of, pages

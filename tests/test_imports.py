@@ -19,6 +19,8 @@ PARTS = [
     "results",
     "settings",
     "spec",
+    "references",
+    "study_file",
     "console",
     "report",
     "tensors",

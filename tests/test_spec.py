@@ -8,21 +8,12 @@ import numpy as np
 import pytest
 
 from ranksearch.errors import SpecError
+from ranksearch.references import resolve
 from ranksearch.results.limits import UNLIMITED, Limits
 from ranksearch.settings import default_of, fields
-from ranksearch.spec import (
-    Finalists,
-    Recipe,
-    Search,
-    Space,
-    StudySpec,
-    builtin_studies,
-    check_spec,
-    load_spec,
-    parse_spec,
-    resolve,
-)  # fmt: skip
+from ranksearch.spec import Finalists, Recipe, Search, Space, StudySpec
 from ranksearch.study.options import Local, Options, Ray
+from ranksearch.study_file import builtin_studies, check_spec, load_spec, parse_spec  # fmt: skip
 from tests.nets import SMALL
 
 

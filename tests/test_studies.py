@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from ranksearch.spec import builtin_studies, load_spec
 from ranksearch.study.options import Local, Options
 from ranksearch.study.study import run_study
+from ranksearch.study_file import builtin_studies, load_spec
 from tests.conftest import make_bare
 from tests.pictures import write_pictures, write_scenes
 

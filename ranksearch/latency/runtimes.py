@@ -17,7 +17,8 @@ from torch import nn
 from ranksearch.compress.export import quiet_exporter
 from ranksearch.compress.flat import Flat
 from ranksearch.errors import ModelError, SpecError, StudyError, first_line
-from ranksearch.spec import Latency, resolve
+from ranksearch.references import resolve
+from ranksearch.spec import Latency
 from ranksearch.support.batch import arguments_of
 from ranksearch.support.copies import deep_copy
 from ranksearch.support.nesting import map_tensors, tensors_in

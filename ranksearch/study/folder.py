@@ -18,9 +18,10 @@ from ranksearch.errors import MissingCodeError, SpecError, StudyError
 from ranksearch.report.pictures import PICTURES
 from ranksearch.results.costs import COSTS
 from ranksearch.results.objectives import Objectives
-from ranksearch.spec import StudySpec, parse_spec
+from ranksearch.spec import StudySpec
 from ranksearch.study.database import Announce, address_of, check_storage, masked, silent, study_lock
 from ranksearch.study.storage import PatientStorage
+from ranksearch.study_file import parse_spec
 from ranksearch.support.files import write_whole, writing
 
 SPEC, DATABASE, DENSE_FILE = "spec.toml", "study.db", "dense.safetensors"

@@ -15,7 +15,7 @@ from torch import Tensor
 from ranksearch.compress.inventory import Inventory, inventory
 from ranksearch.errors import SpecError, StudyError
 from ranksearch.results.account import listed
-from ranksearch.spec import parse_spec
+from ranksearch.study_file import parse_spec
 from ranksearch.support.files import writing
 from ranksearch.task.task import load_net
 

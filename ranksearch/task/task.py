@@ -17,8 +17,9 @@ from torch.utils.data import Dataset
 from ranksearch.data import Splits, batches, example
 from ranksearch.data.disparity import delta_1_25
 from ranksearch.errors import DataError, ModelError, SpecError, first_line
+from ranksearch.references import resolve
 from ranksearch.results.scores import DELTA
-from ranksearch.spec import StudySpec, resolve
+from ranksearch.spec import StudySpec
 from ranksearch.support.batch import batch_size, batch_to, concatenate, join_outputs, run_model
 from ranksearch.support.nesting import has_lists_per_input, tensors_in
 from ranksearch.support.seeds import CPU, seeded

@@ -11,7 +11,7 @@ from ranksearch.errors import ModelError
 from ranksearch.methods import METHODS
 from ranksearch.models import ccnn, lenet, lenet3, nin, residual_lenet, resnet20, resnet56, td_ccnn, td_conv, td_lenet, vgg16
 from ranksearch.plan import CP, CP4, SVD, TT, Dense, Spatial, Tucker2
-from ranksearch.spec import resolve
+from ranksearch.references import resolve
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,10 @@ from ranksearch.console import Silent
 from ranksearch.errors import ModelError
 from ranksearch.report.pictures import picture_name
 from ranksearch.results.attributes import read_trials
-from ranksearch.spec import load_spec
 from ranksearch.study.options import Local, Options
 from ranksearch.study.pictures import MAX_SIDE
 from ranksearch.study.study import run_study
+from ranksearch.study_file import load_spec
 from ranksearch.task.task import Task
 from tests import ROOT, nets
 from tests.conftest import essence, least_spec, refuse, stored

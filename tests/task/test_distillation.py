@@ -12,9 +12,9 @@ from torch.utils.data import TensorDataset
 import ranksearch
 from ranksearch.cli import main
 from ranksearch.errors import ModelError
-from ranksearch.spec import load_spec
 from ranksearch.study import folder
 from ranksearch.study.narrowing import _losses
+from ranksearch.study_file import load_spec
 from ranksearch.task import training
 from ranksearch.task.checks import check_outputs
 from ranksearch.task.distillation import agreement, explained_variance, kl_divergence, mean_squared_error

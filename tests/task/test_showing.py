@@ -9,7 +9,7 @@ import torch
 from ranksearch.data import Splits, confidence
 from ranksearch.errors import ModelError, SpecError
 from ranksearch.models import ccnn
-from ranksearch.spec import parse_spec
+from ranksearch.study_file import parse_spec
 from ranksearch.support.batch import one_input
 from ranksearch.support.nesting import PerInput
 from ranksearch.task.showing import check_show, drawn_inputs, drawn_outputs, shown_inputs
