@@ -17,11 +17,11 @@ from ranksearch.methods import METHODS
 from ranksearch.plan import KINDS, Plan
 from ranksearch.results.record import StudyRecord
 from ranksearch.settings import fields, plain_help
-from ranksearch.spec import DenseSpec, Finalists, Latency, Recipe, Search, Space, StudySpec, TaskSpec
+from ranksearch.spec import FROM_PYTHON, DenseSpec, Finalists, Latency, Recipe, Search, Space, StudySpec, TaskSpec
 from ranksearch.study.options import Local, Options, Ray, check_engine
 from ranksearch.study.study import run_study
 from ranksearch.study_file import check_spec
-from ranksearch.task.task import FROM_PYTHON, Task
+from ranksearch.task.task import Task
 
 
 def search(

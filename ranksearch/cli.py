@@ -331,13 +331,17 @@ def _export(options: argparse.Namespace, argv: list[str]) -> int:
     from ranksearch.compress.export import export_model
     from ranksearch.compress.saved import load_model, read_plan
     from ranksearch.data import batches
+    from ranksearch.spec import FROM_PYTHON
     from ranksearch.study.checking import choose_device
     from ranksearch.study.merging import Merged, merge_faster
     from ranksearch.support.batch import batch_size
-    from ranksearch.task.task import FROM_PYTHON, load_task
+    from ranksearch.task.task import load_task
 
     if spec.task.model == FROM_PYTHON:
-        raise StudyError("This study was run from Python, so only Python has its dense model; use ranksearch.load_model there.")
+        raise StudyError(
+            "This study was run from Python, so only Python has its dense model; there use ranksearch.load_model, and "
+            "ranksearch.export_model for ONNX."
+        )
     task = load_task(spec)
     kept = options.folder / "models" / str(trial.number)
     model = load_model(task.model, kept)

@@ -27,6 +27,8 @@ from ranksearch.settings import (
 
 SAMPLERS = ("rank", "tpe", "nsga2", "gp", "random")
 PRECISIONS = ("float32", "bfloat16")
+FROM_PYTHON = "python:given"
+"""The value of `task.model` and `task.data` in the spec of a study whose model and data were passed to `ranksearch.search`."""
 STARTS = ("decomposed", "scratch")
 SCHEDULES = ("one-shot", "layerwise")
 TIMED_RANK_MULTIPLE = 4

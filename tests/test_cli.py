@@ -269,7 +269,10 @@ def test_a_study_made_from_python_is_not_exported_by_the_command_line(bare, trai
         engine=ranksearch.Local(0),
     )  # fmt: skip
     told = refuse(capsys, "export", out, "--knee")
-    assert told == "This study was run from Python, so only Python has its dense model; use ranksearch.load_model there."
+    assert (
+        told
+        == "This study was run from Python, so only Python has its dense model; there use ranksearch.load_model, and ranksearch.export_model for ONNX."
+    )
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def export_model(
     dense: nn.Module,
     plan: Plan,
     inputs: Any,
-    target: Path,
+    target: str | Path,
     *,
     form: str = "plan",
     opset: int | None = None,
@@ -60,6 +60,7 @@ def export_model(
     Raises:
         StudyError: the difference is more than rounding, or the model cannot be written in this form. Nothing is kept then.
     """
+    target = Path(target)
     match form:
         case "plan":
             return export_plan(model, dense, plan, inputs, target, original=original)

@@ -34,7 +34,7 @@ def write_report(record: StudyRecord, folder: Path) -> Path:
         **({"controls.csv": json_and_csv.controls_csv(record)} if record.controls else {}),
         **{name: charts.picture(record, cost) for name, cost in summary.pictures(record).items()},
         "report.md": markdown.markdown(record),
-        "report.html": page.html(record, pictures.rows(record, folder)),
+        "report.html": page.html(record, folder, pictures.rows(record, folder)),
     }
     for name, content in contents.items():
         with writing(f"The report's {folder / name}", "fix this and run `ranksearch report`"):

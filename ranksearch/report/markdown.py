@@ -20,7 +20,7 @@ def markdown(record: StudyRecord) -> str:
         _escape(summary.headline(record)),
         *map(_escape, filter(None, [summary.against_controls(record)])),
         *map(_escape, record.notes),
-        _escape(f"{facts.data} {summary.effort(record)}; seed {facts.seed}."),
+        _escape(f"{facts.data.rstrip('.')}. {summary.effort(record)}; seed {facts.seed}."),
         "## Front",
         _table(_front_head(record), map(_front_cells, [summary.dense_line(record), *summary.front_lines(record)])),
         _front_note(record),

@@ -20,8 +20,11 @@ from ranksearch.results.scores import is_percent
 from ranksearch.results.trials import TrialRecord
 
 
-def html(record: StudyRecord, drawn: Sequence[Row] = ()) -> str:
-    """The page as HTML, with the pictures `drawn`. All text from the record is escaped, in the page and in the charts' data."""
+def html(record: StudyRecord, folder: Path, drawn: Sequence[Row] = ()) -> str:
+    """The page of the study in `folder` as HTML, with the pictures `drawn`.
+
+    All text from the record is escaped, in the page and in the charts' data.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -30,7 +33,7 @@ def html(record: StudyRecord, drawn: Sequence[Row] = ()) -> str:
         undefined=jinja2.StrictUndefined,
     )
     template = environment.get_template("template.html")
-    return template.render(**_context(record), drawn=drawn, bundle=_bundle(), font=charts.FONT)
+    return template.render(**_context(record, folder), drawn=drawn, bundle=_bundle(), font=charts.FONT)
 
 
 @functools.cache
@@ -39,13 +42,14 @@ def _bundle() -> str:
     return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
 
 
-def _context(record: StudyRecord) -> dict[str, Any]:
+def _context(record: StudyRecord, folder: Path) -> dict[str, Any]:
     facts, name = record.facts, record.facts.score_name
     window = points.window(record, facts.objectives.minimize[0])  # its scores are the same for every cost
     return {
         "facts": facts,
         "headline": _glue_percent_signs(summary.headline(record)),
-        "export": summary.export_command(best) if (best := figures.near_dense(record)) else "",
+        "near": best.number if (best := figures.near_dense(record)) else None,
+        "exports": {trial.number: summary.export_command(record, trial, folder) for trial in record.shown},
         "against_controls": _glue_percent_signs(summary.against_controls(record)),
         "no_scores": summary.no_scores(record),
         "cards": _cards(record),

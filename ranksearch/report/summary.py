@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ranksearch.plan import Plan
@@ -14,6 +16,7 @@ from ranksearch.results.costs import COSTS, LATENCY, PARAMS, Cost, Costed, costs
 from ranksearch.results.messages import Difference, Outcome
 from ranksearch.results.record import Control, StudyRecord
 from ranksearch.results.trials import Timing, TrialRecord
+from ranksearch.spec import FROM_PYTHON
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +43,6 @@ class FrontLine(ModelLine):
     plan: Plan
     knee: bool
     near: bool
-    export: str
-    """The command that exports it; empty if there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +171,7 @@ def dense_line(record: StudyRecord) -> FrontLine:
         trial="dense", sizes=[], ratio=same, costs=_costs(record, dense),
         validation=text.score(dense.score_validation, name), validation_difference="",
         test=text.score(dense.score_test, name), test_difference="",
-        epochs="", plan=Plan(), knee=False, near=False, export="",
+        epochs="", plan=Plan(), knee=False, near=False,
     )  # fmt: skip
 
 
@@ -295,9 +296,16 @@ def _scores(record: StudyRecord, trial: TrialRecord) -> str:
     )
 
 
-def export_command(trial: TrialRecord) -> str:
-    """The command, in the study's folder, that exports a finalist as ONNX; empty for other trials, which have no weights."""
-    return f"ranksearch export . --trial {trial.number} --format onnx" if trial.finalist else ""
+def export_command(record: StudyRecord, trial: TrialRecord, folder: Path) -> str:
+    """The command that exports a finalist as ONNX, or the call that loads it in Python if its dense model came from there.
+
+    Empty for other trials, whose weights are not kept. `folder` is the study's folder as the user named it.
+    """
+    if trial.finalist is None:
+        return ""
+    if record.facts.spec.get("task", {}).get("model") == FROM_PYTHON:
+        return f'ranksearch.load_model(model, "{(folder / "models" / str(trial.number)).as_posix()}")'
+    return f"ranksearch export {shlex.quote(str(folder))} --trial {trial.number} --format onnx"
 
 
 def _line(record: StudyRecord, trial: TrialRecord, *, knee: bool, near: bool) -> FrontLine:
@@ -316,7 +324,6 @@ def _line(record: StudyRecord, trial: TrialRecord, *, knee: bool, near: bool) ->
         plan=trial.plan,
         knee=knee,
         near=near,
-        export=export_command(trial),
     )
 
 

@@ -25,6 +25,8 @@ from ranksearch.results.trials import (
     untrained_in_a_row,
 )
 
+MAX_SHARE_WORSE = 0.3
+"""The share of models that may end their fine-tuning below their score before it; more, and a note says so."""
 DEFAULT_STANDARD_ERROR = 0.01
 """The standard error of a score where a bootstrap cannot tell it: the score gave no number for most resamples, or the dense net
 erred on no input. It is that of an accuracy of 96 % on 360 images."""
@@ -187,6 +189,7 @@ class StudyRecord:
         for trial in trials:
             if trial.failed:
                 notes.append(f"Trial {trial.number} failed as a finalist, {trial.failed.of_finalist}.")
+        notes += self._training_notes()
         unused = sum(part.unused for part in self.facts.account)
         if unused:
             names = [name for part in self.facts.account if part.unused for name in part.modules]
@@ -201,6 +204,25 @@ class StudyRecord:
             notes.append(f"Proposals over the limits, not trained: {over:,}.")
         if repeated:
             notes.append(f"Proposals that repeated an earlier plan, not trained again: {repeated:,}.")
+        return notes
+
+    def _training_notes(self) -> list[str]:
+        """Whether fine-tuning made many models worse than they were before it, which a high learning rate does."""
+        curves = {
+            "finetune": [trial.curve for trial in self.trials if trial.scored],
+            "finalists": [trial.finalist.curve for trial in self.trials if trial.finalist],
+        }
+        notes = []
+        for section, of_section in curves.items():
+            trained = [curve for curve in of_section if len(curve) > 1 and curve[0].epochs == 0]
+            noise = self.facts.dense.standard_error
+            worse = sum(curve[-1].score < curve[0].score - noise for curve in trained)
+            if worse > MAX_SHARE_WORSE * len(trained):
+                whose = "trials" if section == "finetune" else "finalists"
+                notes.append(
+                    f"{worse} of {len(trained)} {whose} score lower after their fine-tuning than before it; lower "
+                    f"{section}.learning_rate."
+                )
         return notes
 
     def _latency_notes(self) -> list[str]:

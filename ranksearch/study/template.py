@@ -52,7 +52,7 @@ def write_study(reference: str, arguments: Mapping[str, Any], examples: Sequence
     found = inventory(model, inputs[0] if len(inputs) == 1 else inputs)
     run = f"Run this study by: ranksearch study {path}"
     comments = [f"Written by: {command}", "docs/reference/study-file.md explains every key.", run, ""]
-    text = study_text(name, reference, arguments, [*comments, *findings(shapes, found)])
+    text = study_text(name, reference, arguments, [*comments, *findings(shapes, found)], layer=found.layers[0].name)
     parse_spec(text, source=str(path))
     with writing(f"The study file {path}", "choose another --to"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,13 +80,13 @@ def findings(shapes: Sequence[tuple[int, ...]], found: Inventory) -> list[str]:
     return [size, *_layer_lines(found), *_skipped_lines(found)]
 
 
-def study_text(name: str, reference: str, arguments: Mapping[str, Any], comments: Sequence[str]) -> str:
-    """The text of a study file, under lines of comments."""
+def study_text(name: str, reference: str, arguments: Mapping[str, Any], comments: Sequence[str], *, layer: str) -> str:
+    """The text of a study file, under lines of comments. `layer` is one that can be decomposed, for an example."""
     module = reference.partition(":")[0]
     data = f"{'my_pkg' if module.startswith('torchvision.') else module}:make_data"
     table = tomli_w.dumps({"task": {"model_args": dict(arguments)}}) + "\n" if arguments else ""
     lines = "".join(f"# {line}".rstrip() + "\n" for line in comments)
-    return lines + "\n" + _BODY.format(name=name, model=reference, data=data, model_args=table)
+    return lines + "\n" + _BODY.format(name=name, model=reference, data=data, model_args=table, layer=layer)
 
 
 def _layer_lines(found: Inventory) -> list[str]:
@@ -123,12 +123,13 @@ data = "{data}"
 
 {model_args}[dense]
 # The trained net's state dict, .safetensors or .pt. To train it here, leave weights out and set epochs.
+# Its validation split must be new to it: on data that it was trained on, it scores too well to compare with.
 weights = "{name}.safetensors"
 epochs = 0
 
 [space]
 methods = ["tucker2", "cp", "svd"]
-# skip = ["stem.*"]             # layers that stay dense, by name or pattern
+# skip = ["{layer}"]  # layers that stay dense, by name or pattern
 # rank_multiple = 8             # ranks are multiples of 8, as tensor cores like them
 # widths = [1.0, 0.5]           # search from a narrower net too, with half of the multiply-accumulates
 
@@ -137,12 +138,13 @@ trials = 60                     # plans to train
 minimize = ["params"]           # or "macs", "latency", or several
 # min_score = 0.9               # limits are optional; also min_ratio, max_params, max_macs, max_latency_ms
 
+# The highest learning rates: a third to a tenth of that of the net's own training.
 [finetune]                      # each trial
 epochs = 3
-learning_rate = 1e-3
+learning_rate = 3e-4
 
 [finalists]                     # the best trials are trained for longer, tested and saved
 count = 10
 epochs = 12
-learning_rate = 1e-3
+learning_rate = 3e-4
 """

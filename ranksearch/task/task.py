@@ -50,8 +50,6 @@ def accuracy(outputs: Tensor, targets: Tensor) -> float:
 MAX_EVALUATION_INPUTS, MAX_EVALUATION_VALUES = 256, 2**23
 """The largest batch outside of training, in inputs and in input values. The second limit gives 55 colour images of 224 x 224,
 for which the first layer of VGG-16 alone outputs 0.7 GB."""
-FROM_PYTHON = "python:given"
-"""The value of `task.model` and `task.data` in the spec of a study whose model and data were passed to `ranksearch.search`."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from ranksearch.plan import Plan
-from ranksearch.results.messages import Difference, Outcome
+from ranksearch.results.messages import CurvePoint, Difference, Outcome
+from ranksearch.spec import FROM_PYTHON
 from tests.report_study import study_record
 
 NASTY = "</script><script>alert(1)</script><b>&`|\"'"
@@ -94,10 +95,18 @@ def test_the_page_marks_the_knee(report):
 
 def test_each_finalist_of_the_front_has_its_export_command(report):
     for trial in report.record.front:
-        command = f"ranksearch export . --trial {trial.number} --format onnx"
+        command = f"ranksearch export {report.folder} --trial {trial.number} --format onnx"
         assert (command in report.page.text) == (trial.finalist is not None)
     near = next(row for row in report.json["front"] if row["trial"] == report.json["within_one_point"]["trial"])
-    assert f"in the folder of this page: ranksearch export . --trial {near['trial']} --format onnx" in report.page.text
+    assert f"To take it home: ranksearch export {report.folder} --trial {near['trial']} --format onnx" in report.page.text
+
+
+def test_a_study_from_python_shows_how_to_load_its_models(written):
+    record = study_record()
+    record = replace(record, facts=replace(record.facts, spec=record.facts.spec | {"task": {"model": FROM_PYTHON}}))
+    page, trial = written(record), next(trial for trial in record.front if trial.finalist)
+    assert f'ranksearch.load_model(model, "{page.folder.as_posix()}/models/{trial.number}")' in page.page.text
+    assert "ranksearch export" not in page.page.text
 
 
 def test_the_opening_says_size_time_and_interval(written):
@@ -119,6 +128,21 @@ def test_without_a_model_that_is_sure_enough_the_headline_names_the_likeliest(wr
         r"[\d.]+x smaller \(.*\) and [\d.]+x faster \(.*\), [\d.]+ % accuracy on validation",
         words,
     )
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.2, False), (0.5, True)])
+def test_a_note_says_that_fine_tuning_makes_models_worse(share, told):
+    record = study_record()
+    noise, scored = record.facts.dense.standard_error, [trial for trial in record.trials if trial.scored]
+    worse = {trial.number for trial in scored[: int(share * len(scored))]}
+
+    def curve(trial):
+        fall = 2 * noise if trial.number in worse else -0.1
+        return (CurvePoint(0, 0.9), CurvePoint(2, 0.9 - fall))
+
+    trials = tuple(replace(trial, curve=curve(trial), finalist=None) if trial.scored else trial for trial in record.trials)
+    note = f"{len(worse)} of {len(scored)} trials score lower after their fine-tuning than before it; lower finetune.learning_rate."
+    assert (note in replace(record, trials=trials).notes) == told
 
 
 def test_another_score_is_no_percentage(written):
