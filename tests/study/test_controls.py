@@ -107,8 +107,8 @@ class TestStudy:
         assert view.points == []
 
     def test_the_same_seed_gives_the_same_controls_on_another_engine(self, controlled, bare, tmp_path):
-        _, record = controlled
-        assert outcome_untimed(run_study(small_spec(*SPEC), tmp_path / "small", Options(Local(1)))) == outcome_untimed(record)
+        _, record = controlled  # in one thread, as each of two workers has
+        assert outcome_untimed(run_study(small_spec(*SPEC), tmp_path / "small", Options(Local(2)))) == outcome_untimed(record)
 
     def test_controls_change_no_trial(self, controlled, bare, tmp_path):
         _, record = controlled
