@@ -37,7 +37,7 @@ from ranksearch.data import example
 from ranksearch.latency.runtimes import OnnxRuntime, Torch
 from ranksearch.latency.timing import in_turn
 from ranksearch.results import pareto
-from ranksearch.study.dense import load_weights, train_dense
+from ranksearch.study.dense import load_required_weights, load_weights, train_dense
 from ranksearch.study_file import load_spec
 from ranksearch.support.batch import repeat_batch
 from ranksearch.support.files import write_whole
@@ -51,7 +51,7 @@ WIDTHS = "space.widths=[1.0, 0.3, 0.1, 0.06, 0.03, 0.015]"
 ARENAS: dict[str, tuple[str, list[str]]] = {
     "digits": ("lenet", [WIDTHS]),
     "lenet-cifar10": ("lenet-cifar10", ["space.widths=[1.0, 0.5, 0.25, 0.12]", "narrow.epochs=15"]),
-    "resnet20": ("resnet20", []),
+    "resnet20": ("resnet20", [f"dense.weights={Path(__file__).with_name('resnet20.safetensors')}", "dense.epochs=0"]),
 }
 """By arena, its built-in study, and what is set in it."""
 RUNTIMES = {"ORT": OnnxRuntime(), "torch": Torch(CPU)}
@@ -96,6 +96,8 @@ def made_arena(given: argparse.Namespace, seed: int) -> Arena:
     spec = load_spec(study, overrides=[*settings, *given.set, f"seed={seed}"])
     task, weights = load_task(spec), folder / "dense.safetensors"
     if not load_weights(task.model, weights):
+        if spec.dense.weights:
+            load_required_weights(task.model, Path(spec.dense.weights))
         train_dense(task, spec, CPU, Silent(), unfinished=folder / "dense.pt")
         write_whole(weights, weights_of(task.model))
     task.model.eval()
