@@ -345,7 +345,9 @@ def test_the_report_is_made_again_from_the_storage(finished, tmp_path):
     out, record = finished
     write_report(record, tmp_path)
     for name in ("front.json", "front.csv", "trials.csv", "report.md", "report.html"):
-        assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
+        # The page names the study's folder, in the commands that export its models.
+        here, there = ((folder / name).read_bytes().replace(bytes(folder), b"") for folder in (tmp_path, out))
+        assert here == there, name
 
 
 def test_a_dense_net_that_diverges(tmp_path):
