@@ -220,30 +220,40 @@ def test_the_schema_of_a_plan_takes_every_plan(plan):
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "message"),
     [
-        {"layers": {}},
-        {"format": "ranksearch-plan/0", "layers": {}},
-        {"format": FORMAT, "layers": []},
-        {"format": FORMAT, "layers": {}, "width": 0},
-        {"format": FORMAT, "layers": {}, "width": 2},
-        {"format": FORMAT, "layers": {"conv": {"rank": 3}}},
-        {"format": FORMAT, "layers": {"conv": {"method": "cp"}}},
-        {"format": FORMAT, "layers": {"conv": {"method": "cp", "rank": 0}}},
-        {"format": FORMAT, "layers": {"conv": {"method": "cp", "rank": 1.5}}},
-        {"format": FORMAT, "layers": {"conv": {"method": "tucker2", "rank": 3}}},
-        {"format": FORMAT, "layers": {"conv": {"method": "cp", "rank": 3, "kernel": [0]}}},
-        {"format": FORMAT, "layers": {"conv": {"method": "cp", "rank": 3, "order": [0, 1]}}},
-        {"format": FORMAT, "layers": {"conv": {"method": "cp", "rank": 3, "padding": [1]}}},
-        {"format": FORMAT, "layers": {}, "narrowing": {"kept": []}},
-        {"format": FORMAT, "layers": {}, "narrowing": {"kept": [{"size": 3, "indices": []}], "tensors": {}, "attributes": {}}},
-        {"format": FORMAT, "layers": {}, "narrowing": {"kept": [], "tensors": {"a": {"x": 0}}, "attributes": {}}},
+        ({"layers": {}}, 'A plan needs "format": '),
+        ({"format": "ranksearch-plan/0", "layers": {}}, 'A plan needs "format": '),
+        ({"format": FORMAT, "layers": []}, 'A plan needs "format": '),
+        ({"format": FORMAT, "layers": {}, "width": 0}, "A plan's width must be above 0"),
+        ({"format": FORMAT, "layers": {}, "width": 2}, "A plan's width must be above 0"),
+        ({"format": FORMAT, "layers": {"conv": {"rank": 3}}}, "Layer 'conv' must name a known method"),
+        ({"format": FORMAT, "layers": {"conv": {"method": "cp"}}}, "method 'cp' takes rank, but got none"),
+        ({"format": FORMAT, "layers": {"conv": {"method": "cp", "rank": 0}}}, "A rank must be a whole number"),
+        ({"format": FORMAT, "layers": {"conv": {"method": "cp", "rank": 1.5}}}, "A rank must be a whole number"),
+        ({"format": FORMAT, "layers": {"conv": {"method": "tucker2", "rank": 3}}}, "method 'tucker2' takes rank_in, rank_out"),
+        ({"format": FORMAT, "layers": {"conv": {"method": "cp", "rank": 3, "kernel": [0]}}}, "A kernel must be whole numbers"),
+        ({"format": FORMAT, "layers": {"conv": {"method": "cp", "rank": 3, "order": [0, 1]}}}, "An order must list each axis"),
+        ({"format": FORMAT, "layers": {"conv": {"method": "cp", "rank": 3, "padding": [1]}}}, "A padding must be pairs"),
+        ({"format": FORMAT, "layers": {}, "narrowing": {"kept": []}}, 'A narrowing needs "kept"'),
+        (
+            {
+                "format": FORMAT,
+                "layers": {},
+                "narrowing": {"kept": [{"size": 3, "indices": []}], "tensors": {}, "attributes": {}},
+            },
+            "Kept channels must be ascending",
+        ),
+        (
+            {"format": FORMAT, "layers": {}, "narrowing": {"kept": [], "tensors": {"a": {"x": 0}}, "attributes": {}}},
+            "A narrowing must give each dimension",
+        ),
     ],
     ids=str,
 )
-def test_what_the_schema_of_a_plan_refuses_the_reader_refuses(content):
+def test_what_the_schema_of_a_plan_refuses_the_reader_refuses(content, message):
     assert not schema("plan").is_valid(content)
-    with pytest.raises(PlanError):
+    with pytest.raises(PlanError, match=message):
         Plan.from_dict(content)
 
 

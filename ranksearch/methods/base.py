@@ -2,7 +2,8 @@
 
 `Method.parts` is the single source of a decomposition's size and structure: the parameters, the multiply-accumulates, the
 modules and the reconstructed kernel all follow from it. Not every part is built: a 1x1 part with as many outputs as inputs,
-such as the first of Tucker-2 if its rank is the number of input channels, is multiplied into its neighbour, and costs nothing.
+such as the first of Tucker-2 if its rank is the number of input channels, is multiplied into its neighbour, and costs nothing,
+unless that neighbour is depthwise (`parts.builders`).
 """
 
 from __future__ import annotations
